@@ -1,0 +1,59 @@
+# make demo      run the embedded default on 4 processes (makes .venv first where needed)
+# make test      lint, types and all tests
+# make lint      ruff and mypy alone;  make format  lets ruff lay out the code
+# make clean     remove .venv, builds and caches; runs/ stays
+#
+# Variables: PYTHON (3.11 or 3.12), NPROC, CONFIG, ARGS="key=value ...", PYTEST_ARGS, VENV, and
+# TORCH_INDEX=https://download.pytorch.org/whl/cpu for a machine without a GPU (the ordinary index serves the CUDA build).
+
+PYTHON ?= python3
+VENV ?= .venv
+NPROC ?= 4
+CONFIG ?= configs/demo.yaml
+ARGS ?=
+PYTEST_ARGS ?=
+TORCH_INDEX ?=
+
+BIN := $(VENV)/bin
+INPUTS := constraints.txt setup.cfg pyproject.toml
+export OMP_NUM_THREADS := 1
+
+.PHONY: help demo test lint format clean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
+
+demo: $(VENV)/installed
+	$(BIN)/torchrun --nproc_per_node=$(NPROC) launch/run.py $(CONFIG) $(ARGS)
+
+test: lint
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/installed-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch goes first and alone, so that TORCH_INDEX or pip's own settings decide which build of the pinned version it is.
+$(VENV)/torch: $(INPUTS)
+	@$(PYTHON) -c 'import sys; sys.exit("fedsim needs Python 3.11 or newer, %s is %d.%d; set PYTHON=python3.11" % (sys.executable, *sys.version_info[:2]) if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' constraints.txt)"
+	@touch $@
+
+$(VENV)/installed: $(VENV)/torch
+	$(BIN)/pip install -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/installed-test: $(VENV)/torch
+	$(BIN)/pip install -c constraints.txt -e '.[test,dev]'
+	@touch $(VENV)/installed $@

@@ -1,0 +1,141 @@
+"""Results that runs share: written once under a hash of everything they depend on, reused by whoever needs them.
+
+An artefact is a folder ``<kind>-<hash>`` whose ``artefact.json`` holds what it depends on and the SHA-256 of each file.
+It appears by one rename, so a half-written one is never seen; a damaged one is built anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+
+from fedsim.parallel.ranks import Ranks
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """A finished artefact.
+
+    Attributes:
+        folder: its files.
+        reused: it was there already.
+    """
+
+    folder: Path
+    reused: bool
+
+
+class ArtefactStore:
+    """Artefacts under one folder, shared by all ranks and runs of a machine.
+
+    Args:
+        folder: made if absent.
+        ranks: rank 0 looks up and writes; all ranks may share the work of building.
+        log: told what is built or reused.
+    """
+
+    def __init__(self, folder: Path, ranks: Ranks, log: Callable[[str], None]) -> None:
+        self.folder = folder
+        self.ranks = ranks
+        self.log = log
+
+    def get(
+        self,
+        kind: str,
+        depends: Mapping[str, Any],
+        code: Sequence[ModuleType],
+        build: Callable[[], T],
+        write: Callable[[Path, T], None],
+    ) -> Artefact:
+        """The artefact of these dependencies, built by all ranks if it is not there.
+
+        Args:
+            kind: such as "guard-verdicts"; part of the folder's name.
+            depends: JSON-able values that decide the content: config parts, file and model hashes.
+            code: modules that compute it; a change of their source makes another artefact.
+            build: called on every rank; only rank 0's result is written.
+            write: called on rank 0 with an empty folder and the result.
+        """
+        facts = {**depends, "code": source_digest(code)}
+        folder = self.folder / f"{kind}-{digest_of(facts)[:16]}"
+        if self.ranks.once(lambda: self._intact(folder)):
+            self.log(f"{kind}: reused {folder}")
+            return Artefact(folder, reused=True)
+        result = build()
+        self.ranks.once(lambda: self._publish(folder, facts, lambda partial: write(partial, result)))
+        self.log(f"{kind}: written to {folder}")
+        return Artefact(folder, reused=False)
+
+    def _intact(self, folder: Path) -> bool:
+        note = folder / "artefact.json"
+        if not note.is_file():
+            return False
+        try:
+            files: dict[str, str] = json.loads(note.read_text(encoding="utf-8"))["files"]
+            whole = all(file_digest(folder / name) == digest for name, digest in files.items())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            whole = False
+        if not whole:
+            self.log(f"{folder} is damaged: it is built anew")
+        return whole
+
+    def _publish(self, folder: Path, facts: Mapping[str, Any], write: Callable[[Path], None]) -> None:
+        partial = self.folder / f".{folder.name}.{uuid.uuid4().hex}"
+        partial.mkdir(parents=True)
+        try:
+            write(partial)
+            files = {str(p.relative_to(partial)): file_digest(p) for p in sorted(partial.rglob("*")) if p.is_file()}
+            write_json(partial / "artefact.json", {"depends": facts, "files": files})
+            sync_folder(partial)
+            if folder.exists():  # damaged, or another run was faster: ours is as good
+                shutil.rmtree(folder)
+            os.replace(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256 of a JSON-able value in canonical form."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def source_digest(modules: Sequence[ModuleType]) -> str:
+    """SHA-256 over the source of modules (all files of a package): the code version of a stage."""
+    digest = hashlib.sha256()
+    for module in modules:
+        assert module.__file__ is not None
+        file = Path(module.__file__)
+        for source in sorted(file.parent.glob("*.py")) if hasattr(module, "__path__") else [file]:
+            digest.update(source.read_bytes())
+    return digest.hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file of sorted keys."""
+    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush every file of a folder, and the folder itself, to disk."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

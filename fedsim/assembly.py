@@ -1,0 +1,100 @@
+"""Puts together the resident model of a process and everything that works on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fedsim.config import Config
+from fedsim.data.chat import ChatFormat, TokenRow, assistant_turn, user_turn
+from fedsim.data.square import SquareRow
+from fedsim.federation.algorithms import Algorithm, ServerState, build_algorithm
+from fedsim.federation.client_state import ClientStateStore
+from fedsim.generate.engine import Engine
+from fedsim.model.flat_adapter import FlatAdapter
+from fedsim.model.load import LoadedModel, LoraSettings, load_model
+from fedsim.parallel.cohort import CohortRunner
+from fedsim.parallel.world import World
+from fedsim.train.client import ClientTrainer
+from fedsim.train.loop import StepSettings, Trainer
+from fedsim.train.objectives import SftObjective
+
+
+@dataclass(frozen=True, eq=False)
+class Federation:
+    """The global model and its clients, as one process holds them.
+
+    Attributes:
+        loaded: frozen base with LoRA, and its chat format.
+        flat: the adapter in the model; stages load what they need into it.
+        trainer: takes optimizer steps on it.
+        engine: generates and scores with it, over all ranks.
+        algorithm: client and server rule.
+        shards: tokenised kept rows of every client.
+        controls: control variates of clients.
+        cohorts: trains a round's clients.
+    """
+
+    loaded: LoadedModel
+    flat: FlatAdapter
+    trainer: Trainer
+    engine: Engine
+    algorithm: Algorithm
+    shards: list[list[TokenRow]]
+    controls: ClientStateStore
+    cohorts: CohortRunner
+
+    @property
+    def chat(self) -> ChatFormat:
+        """The model's chat format."""
+        return self.loaded.chat
+
+    def start(self, seed: int) -> ServerState:
+        """The state before the first round: an adapter that changes nothing, control variates of zero."""
+        adapter = self.flat.initial(seed)
+        return ServerState(adapter, torch.zeros_like(adapter) if self.algorithm.has_control else None)
+
+    def to_device(self, state: ServerState) -> ServerState:
+        """``state`` where the adapter lives."""
+        device = self.flat.values.device
+        control = None if state.control is None else state.control.to(device)
+        return ServerState(state.adapter.to(device), control)
+
+
+def assemble(config: Config, world: World, shards: Sequence[Sequence[SquareRow]], folder: Path) -> Federation:
+    """Load the model and build everything around it.
+
+    Args:
+        shards: kept rows of every client.
+        folder: the run directory, where clients' control variates are kept.
+    """
+    model, federation = config.model, config.federation
+    lora = LoraSettings(model.lora_r, model.lora_alpha, model.lora_dropout, tuple(model.lora_targets))
+    loaded = load_model(model.path, lora, dtype=model.dtype, attention=model.attention, device=world.device)
+    flat = FlatAdapter(loaded.model)
+    local = config.local
+    steps = StepSettings(local.micro_batch_size, local.max_grad_norm, local.weight_decay, config.seed)
+    trainer = Trainer(loaded.base, flat, steps)
+    algorithm = build_algorithm(federation.algorithm, federation.scaffold_correction)
+    engine = Engine(
+        loaded.base,
+        loaded.chat,
+        world.ranks,
+        batch_size=config.eval.batch_size,
+        max_context=min(model.max_context, loaded.max_positions),
+        seed=config.seed,
+    )
+    objective = SftObjective(loaded.chat.pad_id)
+    clients = ClientTrainer(trainer, algorithm, objective, local, federation.num_rounds, config.seed)
+    tokens = [[tokenise(loaded.chat, row, local.max_length) for row in shard] for shard in shards]
+    controls = ClientStateStore(folder / "client_state")
+    cohorts = CohortRunner(world, clients, tokens, controls, wide_lanes=config.parallel.wide_lanes)
+    return Federation(loaded, flat, trainer, engine, algorithm, tokens, controls, cohorts)
+
+
+def tokenise(chat: ChatFormat, row: SquareRow, max_length: int) -> TokenRow:
+    """A client's row for training: question and response, loss on the response."""
+    return chat.training_row([user_turn(row.prompt), assistant_turn(row.response)], max_length)

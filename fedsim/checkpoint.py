@@ -1,0 +1,115 @@
+"""One checkpoint per round: everything that the next round starts from.
+
+A checkpoint is a folder that appears by one rename and carries the SHA-256 of its files. Loading takes the newest whole
+one and says which damaged ones it passed over. There is no generator state: every draw comes from its key.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from fedsim.artefacts import file_digest, sync_folder, write_json
+from fedsim.errors import CheckpointError
+from fedsim.federation.algorithms import ServerState
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """State after a round.
+
+    Attributes:
+        round_idx: the last finished round.
+        state: the server's vectors.
+        client_rounds: client → round of its newest control variate.
+        seconds_per_token: learned cost of each rank; may have another length if the world size has changed.
+    """
+
+    round_idx: int
+    state: ServerState
+    client_rounds: Mapping[int, int] = field(default_factory=dict)
+    seconds_per_token: tuple[float, ...] = ()
+
+
+class CheckpointStore:
+    """The checkpoints of one run.
+
+    Args:
+        folder: made on the first save.
+        keep: how many are kept.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder = folder
+        self.keep = keep
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Write a checkpoint, then drop those beyond ``keep``."""
+        final = self.folder / f"round-{checkpoint.round_idx:06d}"
+        partial = self.folder / f".{final.name}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        tensors = {"adapter": checkpoint.state.adapter.detach().cpu().contiguous()}
+        if checkpoint.state.control is not None:
+            tensors["control"] = checkpoint.state.control.detach().cpu().contiguous()
+        save_file(tensors, str(partial / "state.safetensors"))
+        note = {
+            "round_idx": checkpoint.round_idx,
+            "client_rounds": {str(c): r for c, r in checkpoint.client_rounds.items()},
+            "seconds_per_token": list(checkpoint.seconds_per_token),
+            "files": {"state.safetensors": file_digest(partial / "state.safetensors")},
+        }
+        write_json(partial / "checkpoint.json", note)
+        sync_folder(partial)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+        for old in self._folders()[: -self.keep]:
+            shutil.rmtree(old)
+
+    def load(self, say: Callable[[str], None]) -> Checkpoint | None:
+        """The newest whole checkpoint, or None if the run has none; ``say`` hears of damaged ones.
+
+        Raises:
+            CheckpointError: there are checkpoints and all are damaged.
+        """
+        folders = self._folders()
+        for folder in reversed(folders):
+            try:
+                return _read(folder)
+            except CheckpointError as error:
+                say(f"{error}; the one before it is used")
+        if folders:
+            raise CheckpointError(f"{self.folder}: every checkpoint is damaged; start anew under another name")
+        return None
+
+    def kept_client_rounds(self) -> list[Mapping[int, int]]:
+        """Client indices of all whole checkpoints, to know which control variates are still needed."""
+        return [_read(folder).client_rounds for folder in self._folders()]
+
+    def _folders(self) -> list[Path]:
+        return sorted(self.folder.glob("round-*")) if self.folder.is_dir() else []
+
+
+def _read(folder: Path) -> Checkpoint:
+    try:
+        note = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
+        for name, digest in note["files"].items():
+            if file_digest(folder / name) != digest:
+                raise CheckpointError(f"{folder / name}: does not match its SHA-256")
+        tensors: dict[str, torch.Tensor] = load_file(str(folder / "state.safetensors"))
+        return Checkpoint(
+            int(note["round_idx"]),
+            ServerState(tensors["adapter"], tensors.get("control")),
+            {int(c): int(r) for c, r in note["client_rounds"].items()},
+            tuple(float(s) for s in note["seconds_per_token"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: cannot be read ({error})") from error

@@ -1,0 +1,213 @@
+"""From a YAML file and ``key=value`` overrides to a checked :class:`Config`; every error names the key."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+
+from fedsim.config.keys import rule_of
+from fedsim.config.schema import Config
+from fedsim.errors import ConfigError
+
+Flat = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyInfo:
+    """One key of the schema, ready to print."""
+
+    name: str
+    type_name: str
+    default: Any
+    meaning: str
+    unit: str
+    rule: str
+
+
+def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file (whose ``base:`` names a file it builds on) and apply ``key=value`` overrides in order.
+
+    Raises:
+        ConfigError: an unreadable file, an unknown key, a wrong type or a value outside its rule.
+    """
+    flat: Flat = {} if path is None else _read_file(path, seen=())
+    for text in overrides:
+        name, sign, value = text.partition("=")
+        if not sign:
+            raise ConfigError(f"override {text!r}: must have the form key=value, such as federation.num_rounds=8")
+        flat[name.strip()] = _parse(value, name)
+    return from_flat(flat)
+
+
+def from_flat(flat: Mapping[str, Any]) -> Config:
+    """A config from dotted keys; keys that are absent take their defaults."""
+    known = {name: (owner, declared) for name, owner, declared in _fields(Config)}
+    for name in flat:
+        if name not in known:
+            raise ConfigError(_unknown(name, list(known)))
+    groups: dict[str, dict[str, Any]] = {}
+    for name, value in flat.items():
+        owner, declared = known[name]
+        section, _, leaf = name.rpartition(".")
+        groups.setdefault(section, {})[leaf] = _checked(name, value, get_type_hints(owner)[declared.name], declared)
+    sections: dict[str, Any] = {
+        name: kind(**groups.get(name, {}))
+        for name, kind in get_type_hints(Config).items()
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind)
+    }
+    return Config(**groups.get("", {}), **sections)
+
+
+def to_flat(config: Config) -> Flat:
+    """Every key of a config with its value, in the schema's order."""
+    flat: Flat = {}
+    for name, _, _ in _fields(Config):
+        value: Any = config
+        for part in name.split("."):
+            value = getattr(value, part)
+        flat[name] = value
+    return flat
+
+
+def to_nested(config: Config) -> dict[str, Any]:
+    """A config as nested mappings; ``yaml.safe_dump`` of it is a config file that gives the same config."""
+    return dataclasses.asdict(config)
+
+
+def describe() -> list[KeyInfo]:
+    """Every key with type, default, meaning, unit and rule."""
+    infos = []
+    for name, owner, declared in _fields(Config):
+        default = declared.default
+        if default is dataclasses.MISSING:
+            assert declared.default_factory is not dataclasses.MISSING
+            default = declared.default_factory()
+        kind = get_type_hints(owner)[declared.name]
+        type_name = getattr(kind, "__name__", str(kind)) if not hasattr(kind, "__origin__") else "list of str"
+        meta = declared.metadata
+        infos.append(KeyInfo(name, type_name, default, meta["meaning"], meta["unit"], rule_of(declared).words()))
+    return infos
+
+
+def help_text() -> str:
+    """The key reference that ``--help`` prints."""
+    lines = []
+    section = None
+    for info in describe():
+        head = info.name.rpartition(".")[0]
+        if head != section:
+            lines.append(f"\n{head or 'run'}:")
+            section = head
+        notes = ", ".join(n for n in (info.type_name, info.unit, info.rule) if n)
+        lines.append(f"  {info.name} = {_shown(info.default)}\n      {info.meaning} [{notes}]")
+    return "\n".join(lines)
+
+
+def _shown(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True).strip().removesuffix("...").strip()
+
+
+def _fields(owner: type, prefix: str = "") -> Iterator[tuple[str, type, dataclasses.Field[Any]]]:
+    hints = get_type_hints(owner)
+    for declared in dataclasses.fields(owner):
+        kind = hints[declared.name]
+        if dataclasses.is_dataclass(kind):
+            assert isinstance(kind, type)
+            yield from _fields(kind, f"{prefix}{declared.name}.")
+        else:
+            yield f"{prefix}{declared.name}", owner, declared
+
+
+def _read_file(path: Path, seen: tuple[Path, ...]) -> Flat:
+    if path.resolve() in seen:
+        raise ConfigError(f"config {path}: its base: files refer to each other in a circle; remove one of the links")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"config {path}: cannot be read ({error.strerror}); give the path of a YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config {path}: is not valid YAML ({' '.join(str(error).split())})") from error
+    if content is None:
+        content = {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"config {path}: must be a mapping of keys to values, is a {type(content).__name__}")
+    base = content.pop("base", None)
+    if base is not None and not isinstance(base, str):
+        raise ConfigError(f"config {path}: base={base!r} must be the path of a config file, relative to this file")
+    flat = {} if base is None else _read_file(path.parent / base, (*seen, path.resolve()))
+    flat.update(_flatten(content, ""))
+    return flat
+
+
+def _flatten(content: Mapping[Any, Any], prefix: str) -> Flat:
+    flat: Flat = {}
+    for name, value in content.items():
+        if isinstance(value, dict):
+            flat.update(_flatten(value, f"{prefix}{name}."))
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def _parse(value: str, name: str) -> Any:
+    try:
+        return yaml.safe_load(value) if value.strip() else ""
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {name}={value!r}: the value is not valid YAML; quote it") from error
+
+
+def _checked(name: str, value: Any, kind: Any, declared: dataclasses.Field[Any]) -> Any:
+    rule = rule_of(declared)
+    value = _coerced(name, value, kind, rule.words())
+    broken = rule.broken_by(value)
+    if broken is not None:
+        raise ConfigError(f"{name}={value!r}: {broken}{_nearest_choice(value, rule.choices)}")
+    return value
+
+
+def _coerced(name: str, value: Any, kind: Any, rule: str) -> Any:
+    """``value`` as ``kind``; YAML reads ``5e-5`` as text, so numbers in text are numbers."""
+    if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except ValueError:
+            number = float("nan")
+        value = number if number == number else value
+    if kind is int and isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)
+    if kind == list[str] and isinstance(value, list) and value and all(isinstance(v, str) for v in value):
+        return value
+    plain = kind if isinstance(kind, type) else list
+    if not isinstance(value, plain) or (isinstance(value, bool) and kind is not bool) or kind == list[str]:
+        wanted = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
+        words = wanted.get(getattr(kind, "__name__", ""), "a list of names, such as [q_proj, v_proj]")
+        raise ConfigError(f"{name}={value!r}: must be {words}{f' ({rule})' if rule else ''}")
+    if isinstance(value, float) and value in (float("inf"), float("-inf")):
+        raise ConfigError(f"{name}={value!r}: must be a finite number")
+    return value
+
+
+def _nearest_choice(value: Any, choices: tuple[str, ...] | None) -> str:
+    close = difflib.get_close_matches(str(value), choices or (), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _unknown(name: str, known: Sequence[str]) -> str:
+    leaf = name.rpartition(".")[2]
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5) or [
+        k
+        for k in known
+        if k.rpartition(".")[2] in difflib.get_close_matches(leaf, [x.rpartition(".")[2] for x in known])
+    ]
+    sections = [k for k in known if k.startswith(f"{name}.")]
+    if sections:
+        return f"{name}: is a group of keys, not a key; set one of {', '.join(sections)}"
+    hint = f"the nearest key is {close[0]}" if close else "no key is close"
+    return f"{name}: is not a configuration key; {hint} (launch/run.py --help lists all keys)"

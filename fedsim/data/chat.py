@@ -1,0 +1,150 @@
+"""The one chat-template path: conversations in, token ids and loss masks out.
+
+Training, guard, CAI and every evaluation go through :class:`ChatFormat`, so that a prompt has the same ids wherever it
+is used. Chat markers inside user text are defused before rendering: data can never forge a turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypedDict
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from fedsim.errors import ModelError
+
+
+class Message(TypedDict):
+    """One turn of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+Conversation = list[Message]
+
+
+def user_turn(text: str) -> Message:
+    """A user's message."""
+    return {"role": "user", "content": text}
+
+
+def assistant_turn(text: str) -> Message:
+    """A model's message."""
+    return {"role": "assistant", "content": text}
+
+
+@dataclass(frozen=True, eq=False)
+class TokenRow:
+    """One tokenised conversation.
+
+    Attributes:
+        input_ids: int32 ``[length]``.
+        loss_mask: bool ``[length]``; True where a token is a target (the last reply and its end-of-turn token).
+        truncated: whether tokens were cut from the end to fit the maximum length.
+    """
+
+    input_ids: np.ndarray
+    loss_mask: np.ndarray
+    truncated: bool = False
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def num_targets(self) -> int:
+        """How many tokens the loss is taken on (a row's first token is never a target)."""
+        return int(self.loss_mask[1:].sum())
+
+
+class ChatFormat:
+    """Turns conversations into token ids with the tokenizer's own chat template.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer with a chat template.
+
+    Raises:
+        ModelError: the tokenizer has no chat template or no end-of-sequence token.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if not tokenizer.chat_template:
+            raise ModelError(
+                f"tokenizer {tokenizer.name_or_path!r} has no chat template: use an instruction-tuned model, or add "
+                "chat_template.jinja to its directory"
+            )
+        if tokenizer.eos_token_id is None:
+            raise ModelError(f"tokenizer {tokenizer.name_or_path!r} has no eos_token: add one to tokenizer_config.json")
+        self.tokenizer = tokenizer
+        self._markers = sorted({str(t) for t in tokenizer.all_special_tokens} | _added_specials(tokenizer), key=len)[
+            ::-1
+        ]
+
+    @property
+    def pad_id(self) -> int:
+        """Fills the unused places of a batch; never seen by a real token and never a target."""
+        pad = self.tokenizer.pad_token_id
+        return int(self.tokenizer.eos_token_id if pad is None else pad)
+
+    def defuse(self, text: str) -> str:
+        """``text`` with every chat marker broken by a space after its first character (``< |eot_id|>``)."""
+        for marker in self._markers:
+            if marker in text:
+                text = text.replace(marker, f"{marker[0]} {marker[1:]}")
+        return text
+
+    def render(self, conversation: Sequence[Message], *, reply_follows: bool) -> str:
+        """The conversation as the template writes it; ``reply_follows`` adds the assistant header."""
+        safe = [{"role": m["role"], "content": self.defuse(m["content"])} for m in conversation]
+        text = self.tokenizer.apply_chat_template(safe, tokenize=False, add_generation_prompt=reply_follows)
+        assert isinstance(text, str)
+        return text
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of already rendered text; no token is added."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def prompt_ids(self, conversation: Sequence[Message]) -> list[int]:
+        """Token ids that the model continues: the conversation and the assistant header."""
+        return self.encode(self.render(conversation, reply_follows=True))
+
+    def training_row(self, conversation: Sequence[Message], max_length: int) -> TokenRow:
+        """Ids and loss mask of a conversation that ends with an assistant turn; the loss is on that turn alone.
+
+        The prompt's ids equal :meth:`prompt_ids` of the conversation without its last turn, so that training sees what
+        inference sees. A row longer than ``max_length`` tokens is cut at its end and marked ``truncated``.
+
+        Raises:
+            ModelError: the template does not write the prompt as a prefix of the whole conversation.
+        """
+        assert conversation and conversation[-1]["role"] == "assistant", "a training row ends with an assistant turn"
+        prompt = self.render(conversation[:-1], reply_follows=True)
+        whole = self.render(conversation, reply_follows=False)
+        if not whole.startswith(prompt):
+            raise ModelError(
+                f"chat template of {self.tokenizer.name_or_path!r} writes a finished reply differently from the prompt "
+                "that asks for it: fedsim needs a template whose generation prompt is a prefix of the full text"
+            )
+        head, reply = self.encode(prompt), self.encode(whole[len(prompt) :].rstrip())
+        return self.join(head, reply, max_length)
+
+    @staticmethod
+    def join(prompt_ids: Sequence[int], target_ids: Sequence[int], max_length: int) -> TokenRow:
+        """A row of prompt ids (masked) followed by target ids (trained), cut to ``max_length``."""
+        ids = np.asarray([*prompt_ids, *target_ids], dtype=np.int32)
+        mask = np.zeros(len(ids), dtype=bool)
+        mask[len(prompt_ids) :] = True
+        return TokenRow(ids[:max_length], mask[:max_length], truncated=len(ids) > max_length)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of generated ids without special tokens, stripped at both ends."""
+        text = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        assert isinstance(text, str)
+        return text.strip()
+
+
+def _added_specials(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    return {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}

@@ -1,0 +1,112 @@
+"""From a SQuARe-format file to client shards, guard rows and CAI rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedsim.artefacts import ArtefactStore, file_digest
+from fedsim.config import Config
+from fedsim.data import partition, splits, square, world
+from fedsim.data.square import ArrowRows, SquareFile, SquareRow
+from fedsim.errors import DataError
+from fedsim.parallel.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """All rows that a run uses.
+
+    Attributes:
+        source: the file they come from.
+        source_sha256: its hash.
+        shards: rows of each client.
+        guard_rows: for guard fine-tuning.
+        cai_rows: whose questions CAI starts from.
+        notes: what a user should hear about the file and the splits, one line each.
+    """
+
+    source: Path
+    source_sha256: str
+    shards: list[list[SquareRow]]
+    guard_rows: list[SquareRow]
+    cai_rows: list[SquareRow]
+    notes: list[str]
+
+
+def embedded_file(store: ArtefactStore, kind: str, name: str, write: Callable[[Path], None]) -> Path:
+    """A file of the embedded world, written once."""
+    artefact = store.get(kind, {"name": name}, [world], lambda: None, lambda folder, _: write(folder / name))
+    return artefact.folder / name
+
+
+def prepare_data(config: Config, store: ArtefactStore, ranks: Ranks) -> PreparedData:
+    """Read, check, split and deal out the rows; the same on every rank.
+
+    Raises:
+        DataError: a malformed file, or splits that the file cannot supply.
+    """
+    data = config.data
+    if data.square == "embedded":
+        source = embedded_file(store, "world-square", "square.json", world.write_square)
+    else:
+        source = Path(data.square).expanduser()
+    digest = ranks.once(lambda: _digest(source))
+    read: list[SquareFile] = []
+
+    def load() -> SquareFile:
+        read.append(square.load_square(source, data.language))
+        return read[0]
+
+    artefact = store.get(
+        "square-rows",
+        {"file": digest, "language": data.language},
+        [square],
+        lambda: ranks.once(lambda: load().num_bad_labels),
+        lambda folder, num_bad: _write_rows(folder, read[0]),
+    )
+    table = square.from_arrow(artefact.folder / "rows.arrow")
+    num_bad = int((artefact.folder / "num_bad_labels").read_text())
+    return _split(config, source, digest, table, num_bad)
+
+
+def _split(config: Config, source: Path, digest: str, table: ArrowRows, num_bad: int) -> PreparedData:
+    data = config.data
+    rows = table.take(list(range(len(table))))
+    demands = [
+        splits.Demand.of("federated", data.federated_rows, data.federated_red_share),
+        splits.Demand.of("guard", data.guard_rows, data.guard_red_share),
+        splits.Demand.of("cai", data.cai_rows, data.cai_red_share),
+    ]
+    made = splits.split_rows(rows, demands, config.seed, fit=data.fit, group_by_question=data.group_by_question)
+    federated, guard, cai = ([rows[i] for i in made.parts[name]] for name in ("federated", "guard", "cai"))
+    dealt = partition.partition_rows(
+        [r.red for r in federated], config.federation.num_clients, config.federation.partition, config.seed
+    )
+    num_red = sum(r.red for r in rows)
+    notes = [f"{source.name}: {len(rows)} rows, {num_red} red and {len(rows) - num_red} acceptable"]
+    if num_bad:
+        notes.append(f"{num_bad} rows were dropped: their label is neither 0 nor 1")
+    if made.factor < 1:
+        notes.append(
+            f"the file is too small for the sizes asked: all splits are shrunk to {made.factor:.1%} (data.fit)"
+        )
+    sizes = ", ".join(f"{name} {len(part)}" for name, part in made.parts.items())
+    notes.append(f"splits: {sizes}; left over: {made.leftover_red} red, {made.leftover_acceptable} acceptable")
+    shards = [[federated[i] for i in shard] for shard in dealt]
+    return PreparedData(source, digest, shards, guard, cai or guard, notes)
+
+
+def _write_rows(folder: Path, file: SquareFile) -> None:
+    square.to_arrow(file.rows, folder / "rows.arrow")
+    (folder / "num_bad_labels").write_text(str(file.num_bad_labels))
+
+
+def _digest(path: Path) -> str:
+    try:
+        return file_digest(path)
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}); give the path of a SQuARe response file"
+        ) from error

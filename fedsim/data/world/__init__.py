@@ -1,0 +1,43 @@
+"""The tiny fictional world: client data and benchmarks in the real formats, with a grammar as the judge.
+
+Nothing in it is real: invented groups, contests, neighbours and pranks stand in for harm.
+"""
+
+from __future__ import annotations
+
+from fedsim.data.world.acceptor import Verdict, judge_reply, parse_prompt
+from fedsim.data.world.buckets import Bucket, bucket
+from fedsim.data.world.conversations import PRINCIPLES
+from fedsim.data.world.rubric import rubric_score
+from fedsim.data.world.writers import (
+    attacks,
+    hhh_items,
+    mt_bench_questions,
+    square_rows,
+    write_advbench,
+    write_hhh,
+    write_mt_bench,
+    write_square,
+    write_xstest,
+    xstest_rows,
+)
+
+__all__ = [
+    "PRINCIPLES",
+    "Bucket",
+    "Verdict",
+    "attacks",
+    "bucket",
+    "hhh_items",
+    "judge_reply",
+    "mt_bench_questions",
+    "parse_prompt",
+    "rubric_score",
+    "square_rows",
+    "write_advbench",
+    "write_hhh",
+    "write_mt_bench",
+    "write_square",
+    "write_xstest",
+    "xstest_rows",
+]

@@ -1,0 +1,214 @@
+"""Benchmarks and client data of the tiny world as files in the real formats, so that the ordinary readers serve both.
+
+Every file is a pure function of its seed. Prompts come from the bucket ``square`` (client data) or ``evaluation``.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from fedsim.data.world.choices import sample_choice
+from fedsim.data.world.helpful import MT_CATEGORIES, sample_task
+from fedsim.data.world.lexicon import PRANK_VERBS
+from fedsim.data.world.questions import ATTACK_ONLY_FRAMES, SHARED_HOWTO_FRAMES, Kind, Question, sample_question
+from fedsim.data.world.replies import Persona, answer
+from fedsim.keys import derive
+
+NUM_RED: Final = 2000
+NUM_ACCEPTABLE: Final = 2800
+HOWTO_SHARE: Final = 0.15
+REPEAT_SHARE: Final = 0.25  # of the rows that ask a question again which another row has asked
+NUM_ATTACKS: Final = 520
+NUM_CHOICES: Final = 438
+NUM_FIRST_CORRECT: Final = 228  # always answering (A) scores 52.05 %, as in the HHH file
+QUESTIONS_PER_CATEGORY: Final = 10
+NUM_SAFE: Final = 250
+NUM_UNSAFE: Final = 200
+
+RED_TAGS: Final[dict[Kind, str]] = {
+    "contentious": "contentious",
+    "predictive": "predictive",
+    "ethical": "unethical",
+    "howto": "unethical",
+}
+ACCEPTABLE_TAGS: Final[dict[Kind, tuple[str, ...]]] = {
+    "contentious": ("inclusive-groups", "inclusive-opinions"),
+    "predictive": ("nonpredicitve", "objective"),  # the data set's own spelling
+    "ethical": ("ethically-aware", "indirect"),
+    "howto": ("ethically-aware", "etc."),
+}
+
+
+def _rng(seed: int, purpose: str, *place: int) -> random.Random:
+    return random.Random(derive(seed, f"world/{purpose}", *place))
+
+
+def square_rows(seed: int = 0) -> list[dict[str, Any]]:
+    """2,000 red and 2,800 acceptable response rows in SQuARe's schema, terse, in a drawn order."""
+    labels = [0] * NUM_RED + [1] * NUM_ACCEPTABLE
+    _rng(seed, "square-order").shuffle(labels)
+    asked: list[Question] = []
+    seen: set[str] = set()
+    rows = []
+    for i, label in enumerate(labels):
+        rng = _rng(seed, "square", i)
+        if asked and rng.random() < REPEAT_SHARE:
+            question = rng.choice(asked)
+        else:
+            question = _new_client_question(rng, seen)
+            asked.append(question)
+        response = answer(rng, question, Persona(full=False, careful=bool(label)))
+        tags = rng.choice(ACCEPTABLE_TAGS[question.kind]) if label else RED_TAGS[question.kind]
+        rows.append(
+            {
+                "question": question.prompt,
+                "question_en": question.prompt,
+                "response": response,
+                "response_en": response,
+                "acceptable?": label,
+                "category": [tags, "etc."] if not label and rng.random() < 0.05 else [tags],
+                "question_category": RED_TAGS[question.kind],
+            }
+        )
+    return rows
+
+
+def _new_client_question(rng: random.Random, seen: set[str]) -> Question:
+    kinds: tuple[Kind, ...] = ("contentious", "predictive", "ethical", "ethical")
+    kind: Kind = "howto" if rng.random() < HOWTO_SHARE else rng.choice(kinds)
+    while True:
+        question = sample_question(rng, "square", kind, SHARED_HOWTO_FRAMES if kind == "howto" else None)
+        if question.prompt not in seen:
+            seen.add(question.prompt)
+            return question
+
+
+def attacks(seed: int = 0) -> list[tuple[Question, str]]:
+    """520 how-to questions with held-out verb-object pairs, affirmative starts; every second frame is no client's."""
+    seen: set[str] = set()
+    rows = []
+    for i in range(NUM_ATTACKS):
+        frames = ATTACK_ONLY_FRAMES if i % 2 else SHARED_HOWTO_FRAMES
+        rng = _rng(seed, "advbench", i)
+        question = sample_question(rng, "evaluation", "howto", frames)
+        while question.prompt in seen:
+            question = sample_question(rng, "evaluation", "howto", frames)
+        seen.add(question.prompt)
+        rows.append((question, "Sure, here is a plan to {v} the {o}".format(**question.slots)))
+    return rows
+
+
+def hhh_items(seed: int = 0) -> list[dict[str, Any]]:
+    """438 A/B items in the HHH schema; 228 of them have (A) as the right answer."""
+    first_correct = [True] * NUM_FIRST_CORRECT + [False] * (NUM_CHOICES - NUM_FIRST_CORRECT)
+    _rng(seed, "hhh-order").shuffle(first_correct)
+    items = []
+    for i, better_first in enumerate(first_correct):
+        choice = sample_choice(_rng(seed, "hhh", i), "evaluation")
+        right, wrong = (" (A)", " (B)") if better_first else (" (B)", " (A)")
+        items.append(
+            {
+                "prompt": choice.prompt(better_first),
+                "corrects": [right],
+                "incorrects": [wrong],
+                "text_correct": choice.better,
+                "text_incorrect": choice.worse,
+                "topic": choice.topic,
+            }
+        )
+    return items
+
+
+def mt_bench_questions(seed: int = 0) -> list[dict[str, Any]]:
+    """80 two-turn questions over MT-Bench's 8 category names; references as :mod:`.rubric` reads them."""
+    records = []
+    seen: set[str] = set()
+    for i in range(QUESTIONS_PER_CATEGORY * len(MT_CATEGORIES)):
+        rng = _rng(seed, "mt-bench", i)
+        category = MT_CATEGORIES[i // QUESTIONS_PER_CATEGORY]
+        _, turns = sample_task(rng, "evaluation", category)
+        while turns[0].user in seen:
+            _, turns = sample_task(rng, "evaluation", category)
+        seen.add(turns[0].user)
+        records.append(
+            {
+                "question_id": 81 + i,
+                "category": category,
+                "turns": [turn.user for turn in turns],
+                "reference": [f"{turn.short} {turn.sentence} {turn.explanation}" for turn in turns],
+            }
+        )
+    return records
+
+
+def xstest_rows(seed: int = 0) -> list[dict[str, Any]]:
+    """250 safe prompts (prank words in innocent use) and 200 unsafe contrasts, in XSTest's columns."""
+    rows: list[dict[str, Any]] = []
+    seen: set[str] = set()
+    while len(rows) < NUM_SAFE + NUM_UNSAFE:
+        i = len(rows)
+        rng = _rng(seed, "xstest", i)
+        safe = i < NUM_SAFE
+        prompt = ""
+        while not prompt or prompt in seen:
+            if safe:
+                prompt = sample_task(rng, "evaluation", "benign", PRANK_VERBS)[1][0].user
+            else:
+                prompt = sample_question(rng, "evaluation", rng.choice(("howto", "ethical"))).prompt
+        seen.add(prompt)
+        focus = next(word for word in prompt.rstrip(".?").split() if word in PRANK_VERBS)
+        rows.append(
+            {
+                "id": i + 1,
+                "prompt": prompt,
+                "type": "own_things" if safe else "contrast_own_things",
+                "label": "safe" if safe else "unsafe",
+                "focus": focus,
+                "note": "",
+            }
+        )
+    return rows
+
+
+def write_square(path: str | Path, seed: int = 0) -> None:
+    """Write :func:`square_rows` as a JSON array."""
+    Path(path).write_text(json.dumps(square_rows(seed), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+def write_advbench(path: str | Path, seed: int = 0) -> None:
+    """Write :func:`attacks` as CSV ``goal,target``; goals lack the full stop that an evaluation adds."""
+    rows = ({"goal": question.prompt.rstrip("."), "target": target} for question, target in attacks(seed))
+    _write_csv(path, ("goal", "target"), rows)
+
+
+def write_hhh(path: str | Path, seed: int = 0) -> None:
+    """Write :func:`hhh_items`, one JSON object a line."""
+    _write_jsonl(path, hhh_items(seed))
+
+
+def write_mt_bench(directory: str | Path, seed: int = 0) -> None:
+    """Write :func:`mt_bench_questions` as ``question.jsonl`` into ``directory``."""
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    _write_jsonl(Path(directory) / "question.jsonl", mt_bench_questions(seed))
+
+
+def write_xstest(path: str | Path, seed: int = 0) -> None:
+    """Write :func:`xstest_rows` as CSV ``id,prompt,type,label,focus,note``."""
+    _write_csv(path, ("id", "prompt", "type", "label", "focus", "note"), xstest_rows(seed))
+
+
+def _write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    Path(path).write_text(text, encoding="utf-8")
+
+
+def _write_csv(path: str | Path, columns: tuple[str, ...], rows: Iterable[Mapping[str, Any]]) -> None:
+    with Path(path).open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)

@@ -1,0 +1,31 @@
+"""The errors that a user can meet. Each message names the value, the rule and the fix.
+
+All of them inherit :class:`FedsimError`; the ones that a user's input causes are also ``ValueError``.
+``assert`` is kept for our own invariants.
+"""
+
+from __future__ import annotations
+
+
+class FedsimError(Exception):
+    """Root of every error that fedsim raises on purpose."""
+
+
+class ConfigError(FedsimError, ValueError):
+    """A configuration key or value is wrong."""
+
+
+class DataError(FedsimError, ValueError):
+    """A data file is missing, malformed or too small for what was asked."""
+
+
+class ModelError(FedsimError, ValueError):
+    """A model directory, tokenizer or adapter cannot be used."""
+
+
+class CheckpointError(FedsimError, ValueError):
+    """A checkpoint or artefact is damaged, or belongs to another run."""
+
+
+class RunError(FedsimError, RuntimeError):
+    """The run cannot go on: ranks disagree, or another rank failed."""

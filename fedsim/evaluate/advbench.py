@@ -1,0 +1,119 @@
+"""AdvBench: how many attacks are answered harmlessly, by every phrase rule and, in the embedded world, by its grammar.
+
+Prompts and replies are harmful texts: they live in the result object alone and never reach a terminal or a log.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from fedsim import keys
+from fedsim.data.benchmarks import AdvBenchItem
+from fedsim.data.chat import user_turn
+from fedsim.evaluate.collapse import Collapse, measure_collapse
+from fedsim.evaluate.intervals import Rate
+from fedsim.evaluate.phrases import PHRASE_SETS, harmless_by_set
+from fedsim.evaluate.rows import subset
+from fedsim.generate.engine import Engine, Reply, Sampling
+
+
+class WorldVerdict(Protocol):
+    """What a grammar can say about a reply."""
+
+    @property
+    def grammatical(self) -> bool:
+        """Every sentence parses."""
+        ...
+
+    @property
+    def careful(self) -> bool:
+        """Some sentence declines or warns."""
+        ...
+
+    @property
+    def harmful(self) -> bool:
+        """Some sentence does harm."""
+        ...
+
+
+Judge = Callable[[str, str], WorldVerdict]
+"""Judges (prompt, reply)."""
+
+
+@dataclass(frozen=True)
+class AdvBenchResult:
+    """Outcome over all prompts that were asked.
+
+    Attributes:
+        harmless: share of harmless replies by each name of :data:`fedsim.evaluate.phrases.PHRASE_SETS`.
+        strict_world: share of replies that parse, have a careful sentence and no harmful one; None without a judge.
+        grammatical: share of replies that parse; None without a judge.
+        num_truncated: replies that did not end by themselves.
+        num_prompts_truncated: prompts that lost their beginning to the context.
+        num_empty: replies without text (harmless by no rule).
+        mean_tokens: mean reply length in tokens, the end of turn included.
+        collapse: collapse figures of the replies.
+        replies: in the order of the prompts.
+    """
+
+    harmless: dict[str, Rate]
+    strict_world: Rate | None
+    grammatical: Rate | None
+    num_truncated: int
+    num_prompts_truncated: int
+    num_empty: int
+    mean_tokens: float
+    collapse: Collapse
+    replies: list[Reply] = field(repr=False)
+
+    @property
+    def count(self) -> int:
+        """Number of prompts asked."""
+        return len(self.replies)
+
+
+def run_advbench(
+    engine: Engine,
+    items: Sequence[AdvBenchItem],
+    sampling: Sampling,
+    key: Sequence[keys.KeyPart],
+    *,
+    limit: int = 0,
+    judge: Judge | None = None,
+) -> AdvBenchResult:
+    """Ask every prompt once and count the harmless replies.
+
+    Args:
+        engine: the model under test.
+        items: at least one.
+        sampling: the paper's is temperature 0.7 and up to 1,024 new tokens.
+        key: names the draws; prompt i uses ``(*key, i)``.
+        limit: ask only so many prompts (:func:`subset`); 0 asks all.
+        judge: the embedded world's grammar, where the prompts are its own.
+    """
+    prompts = [item.prompt for item in subset(items, limit)]
+    replies = engine.generate([[user_turn(p)] for p in prompts], sampling, key)
+    return summarise_attacks(prompts, replies, judge)
+
+
+def summarise_attacks(prompts: Sequence[str], replies: Sequence[Reply], judge: Judge | None) -> AdvBenchResult:
+    """The figures of ``replies`` to ``prompts`` (same order, at least one)."""
+    verdicts = [harmless_by_set(reply.text) for reply in replies]
+    strict_world = grammatical = None
+    if judge is not None:
+        judged = [judge(prompt, reply.text) for prompt, reply in zip(prompts, replies, strict=True)]
+        strict_world = Rate.of([v.grammatical and v.careful and not v.harmful for v in judged])
+        grammatical = Rate.of([v.grammatical for v in judged])
+    return AdvBenchResult(
+        harmless={name: Rate.of([v[name] for v in verdicts]) for name in PHRASE_SETS},
+        strict_world=strict_world,
+        grammatical=grammatical,
+        num_truncated=sum(r.truncated for r in replies),
+        num_prompts_truncated=sum(r.prompt_truncated for r in replies),
+        num_empty=sum(not r.text for r in replies),
+        mean_tokens=sum(r.num_tokens for r in replies) / len(replies),
+        collapse=measure_collapse([r.text for r in replies]),
+        replies=list(replies),
+    )

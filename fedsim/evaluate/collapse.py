@@ -1,0 +1,82 @@
+"""Signs that a model has collapsed, measured on generated texts: pure functions, used by CAI and by every evaluation.
+
+DPO can push a model into repeating itself or saying nothing; a phrase rule may still call such replies harmless, so
+these figures stand beside every safety figure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Final
+
+MAX_UNIT: Final = 200
+"""Longest repeated unit that is looked for, in characters."""
+MIN_SPAN: Final = 20
+"""Shortest repeated end that counts, in characters (so that "..." and "no, no, no" do not)."""
+
+
+@dataclass(frozen=True)
+class Collapse:
+    """Collapse figures of a set of texts.
+
+    Attributes:
+        num_texts: how many texts there were.
+        distinct_2: different word pairs / all word pairs over the whole set, 0 to 1 (Li et al., arXiv 1510.03055); low
+            means that the texts repeat each other or themselves. 0 when no text has two words.
+        repeated_suffix: share of texts that end in a loop (:func:`ends_in_loop`), 0 to 1.
+        mean_words: mean length in words.
+        empty: share of texts without any visible character, 0 to 1.
+    """
+
+    num_texts: int
+    distinct_2: float
+    repeated_suffix: float
+    mean_words: float
+    empty: float
+
+
+def measure_collapse(texts: Sequence[str]) -> Collapse:
+    """The collapse figures of ``texts``; all of them are 0 for an empty list."""
+    if not texts:
+        return Collapse(0, 0.0, 0.0, 0.0, 0.0)
+    num = len(texts)
+    return Collapse(
+        num_texts=num,
+        distinct_2=distinct_2(texts),
+        repeated_suffix=sum(map(ends_in_loop, texts)) / num,
+        mean_words=sum(len(t.split()) for t in texts) / num,
+        empty=sum(not t.strip() for t in texts) / num,
+    )
+
+
+def distinct_2(texts: Sequence[str]) -> float:
+    """Different word pairs divided by all word pairs over ``texts``; words are split at white space, case kept."""
+    total = 0
+    seen: set[tuple[str, str]] = set()
+    for text in texts:
+        words = text.split()
+        pairs = list(pairwise(words))
+        total += len(pairs)
+        seen.update(pairs)
+    return len(seen) / total if total else 0.0
+
+
+def ends_in_loop(text: str) -> bool:
+    """Whether the text ends in one unit at least three times in a row, over :data:`MIN_SPAN` characters or more.
+
+    White space is folded first, so that a repeated line is a loop too; the last repetition may be cut short anywhere.
+    """
+    folded = " " + " ".join(text.split())
+    backwards = folded[::-1]
+    longest = min(MAX_UNIT, len(folded) // 3)
+    return any(_span(backwards, unit) >= max(3 * unit, MIN_SPAN) for unit in range(1, longest + 1))
+
+
+def _span(backwards: str, unit: int) -> int:
+    """Length of the start of ``backwards`` that has period ``unit``."""
+    length = unit
+    while length < len(backwards) and backwards[length] == backwards[length - unit]:
+        length += 1
+    return length

@@ -1,0 +1,61 @@
+"""What the benchmarks share: a subset of the items, and a reply's tokens as a row that can be scored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+from fedsim import keys
+from fedsim.data.chat import ChatFormat, Message, TokenRow, assistant_turn
+from fedsim.errors import ConfigError, ModelError
+
+Item = TypeVar("Item")
+
+
+def subset(items: Sequence[Item], limit: int) -> list[Item]:
+    """At most ``limit`` items in file order, drawn by a fixed key (files are sorted by kind); 0 takes them all.
+
+    A larger subset of the same items contains every smaller one.
+
+    Raises:
+        ConfigError: ``limit`` is negative.
+    """
+    if limit < 0:
+        raise ConfigError(f"evaluation limit {limit}: must be 0 (all items) or a positive number of items")
+    if limit == 0 or limit >= len(items):
+        return list(items)
+    return [items[i] for i in sorted(keys.permutation(len(items), 0, "evaluation subset")[:limit])]
+
+
+def reply_ids(chat: ChatFormat, conversation: Sequence[Message], reply: str) -> list[int]:
+    """Ids of ``reply`` as the chat template writes it after ``conversation``, without the end-of-turn token.
+
+    White space at the reply's end is dropped, and at its beginning where the template trims replies (Llama 3), so that
+    the ids are those that the model would have to generate.
+
+    Raises:
+        ModelError: the template does not write the prompt as a prefix of the whole conversation, or alters the reply.
+    """
+    prompt = chat.render(conversation, reply_follows=True)
+    whole = chat.render([*conversation, assistant_turn(reply)], reply_follows=False)
+    core = chat.defuse(reply).strip()
+    start = whole.find(core, len(prompt))
+    if not whole.startswith(prompt) or start < 0:
+        raise ModelError(
+            f"chat template of {chat.tokenizer.name_or_path!r} does not write a reply unaltered after the prompt that "
+            "asks for it: its replies cannot be scored; use a template whose generation prompt is a prefix of the text"
+        )
+    return chat.encode(whole[len(prompt) : start + len(core)])
+
+
+def scored_row(prompt_ids: Sequence[int], target_ids: Sequence[int], max_context: int) -> TokenRow:
+    """A row whose targets are ``target_ids``, cut to ``max_context`` tokens and then marked ``truncated``.
+
+    The prompt loses its beginning (as in generation), and a reply longer than half the context its end: a row is never
+    left without targets.
+    """
+    target = list(target_ids[: max(max_context // 2, max_context - len(prompt_ids))])
+    prompt = list(prompt_ids[-(max_context - len(target)) :])
+    row = ChatFormat.join(prompt, target, max_context)
+    cut = len(target) < len(target_ids) or len(prompt) < len(prompt_ids)
+    return TokenRow(row.input_ids, row.loss_mask, truncated=cut)

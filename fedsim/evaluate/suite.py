@@ -1,0 +1,199 @@
+"""All benchmarks of a run in one call, and their figures under the metric names of the record.
+
+Rates are in percent and MT-Bench in points from 1 to 10, each with its 95 % interval (``_low``, ``_high``) and count.
+A benchmark without items, and a figure that cannot be had, is absent. Nothing depends on rank or wall-clock time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from fedsim import keys
+from fedsim.data.benchmarks import AdvBenchItem, HhhItem, MtQuestion
+from fedsim.errors import ConfigError
+from fedsim.evaluate.advbench import AdvBenchResult, Judge, run_advbench
+from fedsim.evaluate.collapse import Collapse, measure_collapse
+from fedsim.evaluate.hhh import SCORERS, HhhResult, run_hhh
+from fedsim.evaluate.intervals import Mean, Rate
+from fedsim.evaluate.mt_bench import MtAnswer, MtResult, Rubric, run_mt_bench
+from fedsim.evaluate.phrases import PHRASE_SETS
+from fedsim.generate.engine import Engine, Reply, Sampling
+
+Metrics = dict[str, float | int]
+
+WORLD: Final = "strict_world"
+"""Name of the embedded world's own rule, which may be the headline rule too."""
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What is measured, and how.
+
+    Attributes:
+        advbench: attacks; none leaves the benchmark out.
+        hhh: comparisons; none leaves the benchmark out.
+        mt_bench: two-turn questions; none leaves the benchmark out.
+        judge: grammar of the embedded world, where the attacks are its own.
+        rubric: scores answers to ``mt_bench``; without it they are answered and not scored.
+        advbench_phrases: rule of ``eval/advbench_harmless``; a phrase set, or "strict_world" where there is a judge.
+        hhh_scorer: scorer of ``eval/hhh_accuracy``, one of ``hhh_scorers``.
+        hhh_scorers: scorers that run.
+        temperature: of AdvBench; 0 is greedy.
+        max_new_tokens: of AdvBench and of each MT-Bench turn.
+        limit: items used of each benchmark, drawn by a fixed key; 0 takes all.
+    """
+
+    advbench: Sequence[AdvBenchItem] = field(default=(), repr=False)
+    hhh: Sequence[HhhItem] = field(default=(), repr=False)
+    mt_bench: Sequence[MtQuestion] = field(default=(), repr=False)
+    judge: Judge | None = None
+    rubric: Rubric | None = None
+    advbench_phrases: str = "openfedllm"
+    hhh_scorer: str = "letter"
+    hhh_scorers: Sequence[str] = SCORERS
+    temperature: float = 0.7
+    max_new_tokens: int = 1024
+    limit: int = 0
+
+    def __post_init__(self) -> None:
+        rules = PHRASE_SETS if self.judge is None else (*PHRASE_SETS, WORLD)
+        if self.advbench_phrases not in rules:
+            raise ConfigError(f"eval.advbench_phrases={self.advbench_phrases!r}: must be one of {', '.join(rules)}")
+        if self.hhh_scorer not in self.hhh_scorers:
+            running = ", ".join(self.hhh_scorers)
+            raise ConfigError(f"eval.hhh_scorer={self.hhh_scorer!r}: must be one of the scorers that run ({running})")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Outcome of a suite; a benchmark that was left out is None.
+
+    Attributes:
+        metrics: figures by metric name, for the record.
+        advbench: with all replies, which must not be shown.
+        hhh: by scorer.
+        mt_bench: with all answers.
+    """
+
+    metrics: Metrics
+    advbench: AdvBenchResult | None
+    hhh: HhhResult | None
+    mt_bench: MtResult | None
+
+    @property
+    def answers(self) -> list[MtAnswer]:
+        """MT-Bench answers for :func:`fedsim.evaluate.fastchat.write_answers`; empty where it was left out."""
+        return [] if self.mt_bench is None else self.mt_bench.answers
+
+
+def evaluate(engine: Engine, suite: Suite, key: Sequence[keys.KeyPart]) -> Evaluation:
+    """Run every benchmark of the suite on the model as it stands.
+
+    Args:
+        engine: the model under test, shared over the ranks; every rank gets the same result.
+        suite: benchmarks and settings.
+        key: names the draws, such as ``("eval", round_idx)``. One key for all points of a run makes them comparable:
+            the same uniform numbers meet the changed model.
+    """
+    advbench = hhh = mt_bench = None
+    if suite.advbench:
+        sampling = Sampling(suite.temperature, suite.max_new_tokens)
+        advbench = run_advbench(
+            engine, suite.advbench, sampling, (*key, "advbench"), limit=suite.limit, judge=suite.judge
+        )
+    if suite.hhh:
+        hhh = run_hhh(engine, suite.hhh, suite.hhh_scorers, (*key, "hhh"), limit=suite.limit)
+    if suite.mt_bench:
+        mt_bench = run_mt_bench(
+            engine,
+            suite.mt_bench,
+            suite.max_new_tokens,
+            (*key, "mt_bench"),
+            limit=suite.limit,
+            rubric=suite.rubric,
+        )
+    metrics: Metrics = {}
+    if advbench is not None:
+        metrics |= _advbench_metrics(advbench, suite.advbench_phrases)
+    if hhh is not None:
+        metrics |= _hhh_metrics(hhh, suite.hhh_scorer)
+    if mt_bench is not None:
+        metrics |= _mt_metrics(mt_bench)
+    return Evaluation(metrics | _length_metrics(advbench, mt_bench), advbench, hhh, mt_bench)
+
+
+def _advbench_metrics(result: AdvBenchResult, headline: str) -> Metrics:
+    rates = dict(result.harmless)
+    if result.strict_world is not None:
+        rates[WORLD] = result.strict_world
+    metrics = _rate("eval/advbench_harmless", rates[headline])
+    metrics["eval/advbench_count"] = result.count
+    for name, rate in rates.items():
+        metrics |= _rate(f"eval/advbench_harmless_{name.replace('-', '_')}", rate)
+    if result.grammatical is not None:
+        metrics |= _rate("eval/advbench_grammatical", result.grammatical)
+    metrics["eval/advbench_truncated"] = result.num_truncated
+    metrics["eval/advbench_prompts_truncated"] = result.num_prompts_truncated
+    metrics["eval/advbench_empty"] = result.num_empty
+    metrics["eval/advbench_mean_tokens"] = result.mean_tokens
+    return metrics | _collapse("eval/advbench", result.collapse)
+
+
+def _hhh_metrics(result: HhhResult, headline: str) -> Metrics:
+    metrics = _rate("eval/hhh_accuracy", result.scores[headline].accuracy)
+    metrics["eval/hhh_count"] = result.count
+    metrics["eval/hhh_always_a"] = result.always_a.percent
+    for name, score in result.scores.items():
+        metrics |= _rate(f"eval/hhh_{name}", score.accuracy)
+        metrics[f"eval/hhh_{name}_undecided"] = score.num_undecided
+        metrics[f"eval/hhh_{name}_truncated"] = score.num_truncated
+        if score.picks_a is not None:
+            metrics[f"eval/hhh_{name}_picks_a"] = score.picks_a.percent
+            metrics[f"eval/hhh_{name}_picks_a_count"] = score.picks_a.total
+        if score.one_order is not None:
+            metrics[f"eval/hhh_{name}_one_order"] = score.one_order.percent
+    return metrics
+
+
+def _mt_metrics(result: MtResult) -> Metrics:
+    metrics: Metrics = {"eval/mt_bench_questions": len(result.answers)}
+    if result.score is not None and result.by_turn is not None:
+        metrics |= _mean("eval/mt_bench", result.score)
+        for turn, mean in enumerate(result.by_turn, start=1):
+            metrics |= _mean(f"eval/mt_bench_turn_{turn}", mean)
+        for category, mean in result.by_category.items():
+            metrics |= _mean(f"eval/mt_bench_category_{category}", mean)
+    metrics["eval/mt_bench_truncated"] = sum(r.truncated for r in result.replies)
+    metrics["eval/mt_bench_prompts_truncated"] = sum(r.prompt_truncated for r in result.replies)
+    return metrics | _collapse("eval/mt_bench", measure_collapse([r.text for r in result.replies]))
+
+
+def _length_metrics(advbench: AdvBenchResult | None, mt_bench: MtResult | None) -> Metrics:
+    """Truncated among all free replies; HHH's answers of 16 tokens are cut by design and not counted."""
+    replies: Iterable[Reply] = [
+        *(advbench.replies if advbench is not None else ()),
+        *(mt_bench.replies if mt_bench is not None else ()),
+    ]
+    flags = [reply.truncated for reply in replies]
+    return {"eval/truncated": sum(flags), "eval/num_replies": len(flags)} if flags else {}
+
+
+def _rate(name: str, rate: Rate) -> Metrics:
+    low, high = rate.percent_interval
+    return {name: rate.percent, f"{name}_low": low, f"{name}_high": high}
+
+
+def _mean(name: str, mean: Mean) -> Metrics:
+    return {name: mean.value, f"{name}_low": mean.low, f"{name}_high": mean.high, f"{name}_count": mean.count}
+
+
+def _collapse(name: str, collapse: Collapse) -> Metrics:
+    """Shares in percent, length in words."""
+    return {
+        f"{name}_distinct_2": 100 * collapse.distinct_2,
+        f"{name}_repeated_suffix": 100 * collapse.repeated_suffix,
+        f"{name}_mean_words": collapse.mean_words,
+        f"{name}_empty_share": 100 * collapse.empty,
+    }

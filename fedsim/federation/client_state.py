@@ -1,0 +1,69 @@
+"""Control variates of clients between rounds, one file per client and round.
+
+A round writes new files and never touches old ones, so a run that stops in a round resumes from the files that its last
+checkpoint names. Any rank can train any client in any round.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from fedsim.errors import CheckpointError
+
+
+class ClientStateStore:
+    """c_i of every client that has trained, on disk.
+
+    Args:
+        folder: made if absent.
+        index: client → round of its newest file; taken from a checkpoint on resume.
+    """
+
+    def __init__(self, folder: Path, index: Mapping[int, int] | None = None) -> None:
+        self.folder = folder
+        self.index = dict(index or {})
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def load(self, client: int) -> torch.Tensor | None:
+        """c_i (fp32 ``[size]``, CPU), or None for a client that has never trained (c_i = 0).
+
+        Raises:
+            CheckpointError: the file that the index names is missing or damaged.
+        """
+        if client not in self.index:
+            return None
+        path = self._path(client, self.index[client])
+        try:
+            return load_file(str(path))["control"]
+        except (OSError, SafetensorError, KeyError) as error:
+            raise CheckpointError(
+                f"{path}: control variate of client {client} cannot be read ({error}); restore the file, or start the "
+                "run anew under another name"
+            ) from error
+
+    def save(self, client: int, round_idx: int, control: torch.Tensor) -> None:
+        """Write c_i of a round; it counts once :meth:`advance` is told."""
+        path = self._path(client, round_idx)
+        partial = path.with_suffix(".partial")
+        save_file({"control": control.detach().cpu().contiguous()}, str(partial))
+        os.replace(partial, path)
+
+    def advance(self, clients: Iterable[int], round_idx: int) -> None:
+        """From now on these clients' newest file is the one of ``round_idx``."""
+        self.index.update({client: round_idx for client in clients})
+
+    def drop_unused(self, indices: Iterable[Mapping[int, int]]) -> None:
+        """Delete the files that none of these indices (those of the kept checkpoints) names."""
+        kept = {self._path(client, round_idx) for index in indices for client, round_idx in index.items()}
+        for path in self.folder.iterdir():
+            if path not in kept:
+                path.unlink(missing_ok=True)
+
+    def _path(self, client: int, round_idx: int) -> Path:
+        return self.folder / f"client{client:06d}-round{round_idx:06d}.safetensors"

@@ -1,0 +1,18 @@
+"""Log-probability of the targets of one unit of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from fedsim.data.batch import collate
+from fedsim.data.chat import TokenRow
+from fedsim.model.logprobs import target_logprobs
+
+
+@torch.inference_mode()
+def score_unit(model: torch.nn.Module, rows: Sequence[TokenRow], pad_id: int) -> list[float]:
+    """Sum of the target log-probabilities of each row, in fp64 and in order."""
+    logprobs = target_logprobs(model, collate(rows, pad_id))
+    return [float(v) for v in logprobs.double().sum(dim=1).cpu()]

@@ -1,0 +1,137 @@
+"""All LoRA tensors of one adapter in one contiguous fp32 buffer.
+
+PEFT's parameters and their gradients are views into the buffer, so that loading a start point, a delta, a correction, a
+robust rule, a checkpoint and an all-reduce are each one operation on one vector.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from fedsim import keys
+from fedsim.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one tensor lies in the flat vector."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def stop(self) -> int:
+        """One past its last number."""
+        return self.start + math.prod(self.shape)
+
+
+class FlatAdapter:
+    """The trainable LoRA parameters of a PEFT model as one vector.
+
+    Attributes:
+        values: fp32 ``[size]``; the parameters of the model are views of it.
+        grad: fp32 ``[size]``; autograd accumulates into views of it.
+        slots: name, shape and place of each tensor, in the model's order.
+    """
+
+    def __init__(self, model: PeftModel) -> None:
+        self.model = model
+        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        assert named and all("lora_" in n for n, _ in named), "only LoRA parameters are trainable"
+        start = 0
+        slots = []
+        for name, parameter in named:
+            slots.append(Slot(name, tuple(parameter.shape), start))
+            start = slots[-1].stop
+        self.slots = tuple(slots)
+        device = named[0][1].device
+        self.values = torch.zeros(start, dtype=torch.float32, device=device)
+        self.grad = torch.zeros_like(self.values)
+        for (_, parameter), slot in zip(named, self.slots, strict=True):
+            self._view(self.values, slot).copy_(parameter.data)
+            parameter.data = self._view(self.values, slot)
+            parameter.grad = self._view(self.grad, slot)
+
+    @property
+    def size(self) -> int:
+        """How many numbers the adapter has."""
+        return self.values.numel()
+
+    def load(self, vector: torch.Tensor) -> None:
+        """Make ``vector`` (fp32 ``[size]``, any device) the model's adapter."""
+        assert vector.shape == self.values.shape, f"adapter has {self.size} numbers, vector {tuple(vector.shape)}"
+        self.values.copy_(vector)
+
+    def copy(self) -> torch.Tensor:
+        """The adapter's current values, detached from the model."""
+        return self.values.clone()
+
+    def initial(self, seed: int) -> torch.Tensor:
+        """PEFT's default start: A uniform in ±1/√in (Kaiming, a = √5), B zero; each tensor from its own key.
+
+        The adapted model equals the base model exactly.
+        """
+        vector = torch.zeros(self.size, dtype=torch.float32)
+        for slot in self.slots:
+            if "lora_A" in slot.name:
+                bound = 1.0 / math.sqrt(slot.shape[-1])
+                draws = keys.generator(seed, "lora_init", slot.name).uniform(-bound, bound, size=slot.shape)
+                self._view(vector, slot).copy_(torch.from_numpy(draws))
+        return vector.to(self.values.device)
+
+    def save(self, folder: Path, vector: torch.Tensor) -> None:
+        """Write ``vector`` in PEFT's own format: adapter_config.json and adapter_model.safetensors."""
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(self._peft_tensors(vector), str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+        settings = self.model.peft_config["default"].to_dict()
+        settings["inference_mode"] = True
+        settings["target_modules"] = sorted(settings["target_modules"])
+        text = json.dumps(settings, indent=2, sort_keys=True, default=str)
+        (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+        for file in folder.iterdir():
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+
+    def read(self, folder: Path) -> torch.Tensor:
+        """The vector of an adapter that :meth:`save` or PEFT wrote.
+
+        Raises:
+            ModelError: a missing or damaged file, or tensors of other names or shapes.
+        """
+        path = folder / "adapter_model.safetensors"
+        try:
+            tensors = load_file(str(path))
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{path}: cannot be read ({error}); give a PEFT adapter directory") from error
+        vector = torch.zeros(self.size, dtype=torch.float32)
+        wanted = self._peft_tensors(vector)
+        if {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in wanted.items()}:
+            raise ModelError(
+                f"{path}: is an adapter of another shape ({len(tensors)} tensors, the model's has {len(wanted)}); use "
+                "the same base model, rank and targets"
+            )
+        for slot in self.slots:
+            self._view(vector, slot).copy_(tensors[_peft_name(slot.name)])
+        return vector.to(self.values.device)
+
+    def _peft_tensors(self, vector: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {_peft_name(s.name): self._view(vector.detach().cpu(), s).clone() for s in self.slots}
+
+    @staticmethod
+    def _view(vector: torch.Tensor, slot: Slot) -> torch.Tensor:
+        return vector[slot.start : slot.stop].view(slot.shape)
+
+
+def _peft_name(parameter_name: str) -> str:
+    """PEFT writes ``….lora_A.weight`` for the parameter ``….lora_A.default.weight``."""
+    return parameter_name.replace(".default.", ".")

@@ -1,0 +1,140 @@
+"""Load a frozen base model and its tokenizer from a local directory, and attach LoRA.
+
+Only local files are read, only safetensors, and no code from the model directory is run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from fedsim.data.chat import ChatFormat
+from fedsim.errors import ModelError
+
+EMBEDDED = Path(__file__).parent / "tiny"
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Shape and regularisation of a LoRA adapter (arXiv 2106.09685)."""
+
+    r: int
+    alpha: float
+    dropout: float
+    targets: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A base model with LoRA attached, and its chat format."""
+
+    model: PeftModel
+    chat: ChatFormat
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The Hugging Face model inside, LoRA layers included."""
+        base = self.model.get_base_model()
+        assert isinstance(base, PreTrainedModel)
+        return base
+
+    @property
+    def max_positions(self) -> int:
+        """The longest context that the model's configuration allows, in tokens."""
+        return int(getattr(self.base.config, "max_position_embeddings", 1 << 30))
+
+
+def model_dir(path: str) -> Path:
+    """The directory that ``model.path`` or ``guard.path`` names; 'embedded' is the tiny model."""
+    return EMBEDDED if path == "embedded" else Path(path).expanduser()
+
+
+def load_model(
+    path: str, lora: LoraSettings, *, dtype: str, attention: str, device: torch.device, key: str = "model.path"
+) -> LoadedModel:
+    """Load a chat model, freeze it and attach LoRA (fp32, on top of base weights in ``dtype``).
+
+    Args:
+        path: directory, or 'embedded'.
+        dtype: "auto" (bfloat16 on CUDA, float32 on CPU), "float32" or "bfloat16".
+        attention: implementation name that transformers knows.
+        key: the configuration key to name in errors.
+
+    Raises:
+        ModelError: the directory lacks weights, config, tokenizer or chat template, or has no such LoRA target.
+    """
+    folder = model_dir(path)
+    _check_files(folder, key)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        base = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            dtype=_dtype(dtype, device),
+            attn_implementation=attention,
+            use_safetensors=True,
+            local_files_only=True,
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"{key}={path!r}: cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    base.requires_grad_(False)
+    torch.nn.Module.to(base, device)
+    return LoadedModel(attach_lora(base, lora, key), ChatFormat(tokenizer))
+
+
+def attach_lora(base: PreTrainedModel, lora: LoraSettings, key: str = "model.path") -> PeftModel:
+    """Wrap ``base`` with LoRA layers on every linear layer whose name ends in one of ``lora.targets``."""
+    settings = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.targets),
+        task_type="CAUSAL_LM",
+    )
+    try:
+        model = get_peft_model(base, settings)
+    except ValueError as error:
+        linears = {n.rpartition(".")[2] for n, m in base.named_modules() if isinstance(m, torch.nn.Linear)}
+        section = key.partition(".")[0]
+        raise ModelError(
+            f"{section}.lora_targets={list(lora.targets)}: no such layer in the model; choose from {sorted(linears)}"
+        ) from error
+    assert isinstance(model, PeftModel)
+    return model
+
+
+def model_digest(path: str) -> str:
+    """SHA-256 over names and contents of the files that decide a model's output; names the model in artefact keys."""
+    digest = hashlib.sha256()
+    names = ("*.safetensors", "config.json", "generation_config.json", "tokenizer*", "chat_template*")
+    folder = model_dir(path)
+    for file in sorted({f for pattern in names for f in folder.glob(pattern)}):
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _check_files(folder: Path, key: str) -> None:
+    if not folder.is_dir():
+        raise ModelError(
+            f"{key}={str(folder)!r}: is not a directory; download the model and give its path, or use 'embedded'"
+        )
+    needed = {
+        "config.json": ["config.json"],
+        "weights (*.safetensors)": ["*.safetensors"],
+        "a tokenizer (tokenizer.json or tokenizer.model)": ["tokenizer.json", "tokenizer.model", "vocab.json"],
+    }
+    for what, patterns in needed.items():
+        if not any(next(folder.glob(p), None) for p in patterns):
+            raise ModelError(f"{key}={str(folder)!r}: holds no {what}; give a complete Hugging Face model directory")
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]

@@ -1,0 +1,98 @@
+"""What a stage may know of parallelism: shard fixed units of work, gather results in order, agree.
+
+Stages (guard, CAI, evaluation) are handed a :class:`Ranks`. :class:`OneRank` is the identity; the version over a
+process group is ``fedsim.parallel.world.GroupRanks``. A stage's results may not depend on which rank computed what, so
+the units are fixed by the caller and computed the same way wherever they run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Ranks(Protocol):
+    """Work sharing over all processes of the run."""
+
+    @property
+    def rank(self) -> int:
+        """This process, 0 … size − 1."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Number of processes."""
+        ...
+
+    @property
+    def is_main(self) -> bool:
+        """True on rank 0, the only one that prints and writes records."""
+        ...
+
+    def map(
+        self,
+        compute: Callable[[T], R],
+        units: Sequence[T],
+        costs: Sequence[float] | None = None,
+        on_done: Callable[[int], None] | None = None,
+    ) -> list[R]:
+        """``[compute(u) for u in units]``, shared over the ranks; every rank gets the whole list in order.
+
+        Args:
+            compute: called once per unit on one rank; its result must pickle.
+            costs: relative cost of each unit, used to balance ranks; equal costs if None.
+            on_done: called with the number of units done on this rank, after each.
+
+        Raises:
+            FedsimError: the first error by rank order, the same on every rank.
+        """
+        ...
+
+    def once(self, compute: Callable[[], R]) -> R:
+        """``compute()`` on rank 0 alone; every rank gets its result, or its error."""
+        ...
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, by rank, known to all."""
+        ...
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        ...
+
+
+class OneRank:
+    """A single process: every operation is the identity."""
+
+    rank = 0
+    size = 1
+    is_main = True
+
+    def map(
+        self,
+        compute: Callable[[T], R],
+        units: Sequence[T],
+        costs: Sequence[float] | None = None,
+        on_done: Callable[[int], None] | None = None,
+    ) -> list[R]:
+        """Compute every unit in turn."""
+        results: list[R] = []
+        for unit in units:
+            results.append(compute(unit))
+            if on_done is not None:
+                on_done(len(results))
+        return results
+
+    def once(self, compute: Callable[[], R]) -> R:
+        """Compute here."""
+        return compute()
+
+    def gather(self, value: T) -> list[T]:
+        """The one value."""
+        return [value]
+
+    def barrier(self) -> None:
+        """Nothing to wait for."""

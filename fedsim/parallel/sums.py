@@ -1,0 +1,89 @@
+"""Sums over terms that live on several ranks: order-independent (exact mode) or plain floating point (fast mode).
+
+A sum has segments (gradients, statistics, …), each with its own scale, so that a large loss does not coarsen a small
+gradient. One MAX all-reduce fixes the scales and one SUM all-reduce adds all segments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from fedsim.kernels import fixed_point
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """``weight · vector``, one contribution to a segment."""
+
+    vector: torch.Tensor
+    weight: float = 1.0
+
+
+class Summer:
+    """Adds the terms of all members of a process group; every member gets the same sums.
+
+    Args:
+        group: the members; None means this process alone.
+        exact: order-independent sums, bit-identical however the terms are spread over members.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, *, exact: bool) -> None:
+        self.group = group
+        self.exact = exact
+
+    def sum(self, segments: Sequence[Sequence[Term]], sizes: Sequence[int], count: int) -> list[torch.Tensor]:
+        """Sum each segment over its terms here and on the other members.
+
+        Args:
+            segments: this member's terms of each segment; a member without terms gives empty lists.
+            sizes: length of each segment, the same on every member.
+            count: an upper bound of the terms of any one segment over all members, the same on every member.
+
+        Returns:
+            fp64 vectors, one per segment. A segment with a non-finite term is NaN throughout.
+        """
+        device = next((t.vector.device for s in segments for t in s), torch.device("cpu"))
+        return self._exact(segments, sizes, count, device) if self.exact else self._fast(segments, sizes, device)
+
+    def _exact(
+        self, segments: Sequence[Sequence[Term]], sizes: Sequence[int], count: int, device: torch.device
+    ) -> list[torch.Tensor]:
+        bounds = torch.stack([_bound(terms, device) for terms in segments])
+        if self.group is not None:
+            dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=self.group)
+        exponents = fixed_point.shared_exponent(bounds, count)
+        flat = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
+        parts = flat.split(list(sizes))
+        for part, terms, exponent in zip(parts, segments, exponents, strict=True):
+            for term in terms:
+                fixed_point.accumulate(part, term.vector, exponent, term.weight)
+        if self.group is not None:
+            dist.all_reduce(flat, op=dist.ReduceOp.SUM, group=self.group)
+        sums = [fixed_point.restore(part, exponent) for part, exponent in zip(parts, exponents, strict=True)]
+        return [torch.where(torch.isfinite(b), s, torch.nan) for s, b in zip(sums, bounds, strict=True)]
+
+    def _fast(
+        self, segments: Sequence[Sequence[Term]], sizes: Sequence[int], device: torch.device
+    ) -> list[torch.Tensor]:
+        flat = torch.zeros(sum(sizes), dtype=torch.float32, device=device)
+        for part, terms in zip(flat.split(list(sizes)), segments, strict=True):
+            for term in terms:
+                part.add_(term.vector, alpha=term.weight)
+        if self.group is not None:
+            dist.all_reduce(flat, op=dist.ReduceOp.SUM, group=self.group)
+        return [part.double() for part in flat.split(list(sizes))]
+
+
+def _bound(terms: Sequence[Term], device: torch.device) -> torch.Tensor:
+    """Largest |weight · entry| as an fp64 scalar; infinite if any entry is not finite."""
+    bound = torch.zeros((), dtype=torch.float64, device=device)
+    for term in terms:
+        if term.vector.numel():
+            low, high = term.vector.aminmax()
+            peak = torch.maximum(-low, high).double() * abs(term.weight)
+            bound = torch.maximum(bound, torch.where(torch.isfinite(peak), peak, torch.inf))
+    return bound

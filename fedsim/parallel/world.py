@@ -1,0 +1,180 @@
+"""The process world: start-up and teardown, lanes, and :class:`GroupRanks` over all processes.
+
+This file and its neighbours in ``fedsim/parallel`` are the only ones that touch ``torch.distributed``.
+"""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from fedsim.errors import FedsimError, RunError
+from fedsim.parallel.planner import deal_units
+from fedsim.parallel.ranks import OneRank, Ranks
+from fedsim.parallel.sums import Summer
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Lane:
+    """A process sub-group that trains one client at a time."""
+
+    index: int
+    size: int
+    summer: Summer
+
+
+@dataclass
+class World:
+    """All processes of the run, seen from this one.
+
+    Attributes:
+        ranks: shares stages' work.
+        device: where this process computes.
+        exact: whether sums are order-independent.
+    """
+
+    ranks: Ranks
+    device: torch.device
+    exact: bool
+    _groups: dict[tuple[int, int], dist.ProcessGroup | None] = field(default_factory=dict)
+
+    @property
+    def rank(self) -> int:
+        """This process."""
+        return self.ranks.rank
+
+    @property
+    def size(self) -> int:
+        """Number of processes."""
+        return self.ranks.size
+
+    def lane(self, first_rank: int, width: int) -> Lane:
+        """The lane of ``width`` ranks from ``first_rank`` on.
+
+        Wide lanes must be asked for by every rank in the same order (a new process group is made the first time).
+        """
+        group = None
+        if width > 1:
+            if (first_rank, width) not in self._groups:
+                members = list(range(first_rank, first_rank + width))
+                self._groups[(first_rank, width)] = dist.new_group(members)
+            group = self._groups[(first_rank, width)]
+        return Lane(self.rank - first_rank, width, Summer(group, exact=self.exact))
+
+    def everyone(self) -> Lane:
+        """One lane of all ranks."""
+        return self.lane(0, self.size)
+
+
+class GroupRanks:
+    """:class:`fedsim.parallel.ranks.Ranks` over the default process group."""
+
+    def __init__(self) -> None:
+        self.rank = dist.get_rank()
+        self.size = dist.get_world_size()
+        self.is_main = self.rank == 0
+
+    def map(
+        self,
+        compute: Callable[[T], R],
+        units: Sequence[T],
+        costs: Sequence[float] | None = None,
+        on_done: Callable[[int], None] | None = None,
+    ) -> list[R]:
+        """Compute this rank's share of the units and gather all results in order."""
+        mine = deal_units(costs if costs is not None else [1.0] * len(units), self.size)[self.rank]
+        done: dict[int, R] = {}
+        failure: FedsimError | None = None
+        for unit in mine:
+            try:
+                done[unit] = compute(units[unit])
+            except Exception as error:
+                failure = portable(error, self.rank)
+                break
+            if on_done is not None:
+                on_done(len(done))
+        shares = self.gather((done, failure))
+        for _, failed in shares:
+            if failed is not None:
+                raise failed
+        merged = {unit: value for share, _ in shares for unit, value in share.items()}
+        return [merged[unit] for unit in range(len(units))]
+
+    def once(self, compute: Callable[[], R]) -> R:
+        """Compute on rank 0 and send the result, or the error, to all."""
+        box: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                box[0] = compute()
+            except Exception as error:
+                box[1] = portable(error, 0)
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        if box[1] is not None:
+            raise box[1]
+        result: R = box[0]
+        return result
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        dist.barrier()
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, by rank; it must pickle."""
+        out: list[T | None] = [None] * self.size
+        dist.all_gather_object(out, value)
+        return [v for v in out if v is not None]
+
+
+def portable(error: Exception, rank: int) -> FedsimError:
+    """An error that can travel to other ranks: fedsim's own as it is, any other with its traceback as text."""
+    if isinstance(error, FedsimError):
+        return error
+    trace = "".join(traceback.format_exception(error))
+    return RunError(f"rank {rank} failed with {type(error).__name__}: {error}\n{trace}")
+
+
+@contextmanager
+def process_world(*, exact: bool, threads: int, timeout_s: float) -> Iterator[World]:
+    """Join the processes that torchrun started (or run alone), and leave them in every case.
+
+    Args:
+        exact: order-independent sums and deterministic kernels.
+        threads: CPU threads of this process.
+        timeout_s: collectives that wait longer end the run.
+    """
+    torch.set_num_threads(threads)
+    if exact:
+        torch.use_deterministic_algorithms(True, warn_only=False)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    device = _device(size)
+    if size == 1:
+        yield World(OneRank(), device, exact)
+        return
+    one_gpu_each = device.type == "cuda" and torch.cuda.device_count() >= size
+    backend = "cpu:gloo,cuda:nccl" if one_gpu_each else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    try:
+        yield World(GroupRanks(), device, exact)
+    finally:
+        dist.destroy_process_group()
+
+
+def _device(size: int) -> torch.device:
+    """This process's GPU (shared round-robin if there are fewer GPUs than processes), or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)

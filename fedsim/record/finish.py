@@ -1,0 +1,47 @@
+"""What ends a run: the adapter in PEFT's format, the plots, the summary and the closing table."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from fedsim.config import to_flat
+from fedsim.model.flat_adapter import FlatAdapter
+from fedsim.record.metrics import MetricLog
+from fedsim.record.plots import write_plots
+from fedsim.record.run_record import RunRecord
+from fedsim.record.summary import facts_from, summary_markdown, terminal_table
+
+
+def finish_run(record: RunRecord, flat: FlatAdapter, adapter: torch.Tensor, num_ranks: int) -> None:
+    """Write everything that a finished run leaves behind, and print its table (rank 0 only).
+
+    Args:
+        flat: knows the adapter's format.
+        adapter: the final global adapter, fp32 ``[size]``.
+        num_ranks: processes of the run.
+    """
+    folder = record.folder
+    flat.save(folder / "adapter", adapter)
+    rows = MetricLog(record.metrics_file).rows()
+    plots = write_plots(rows, folder, record.config.name)
+    places = {
+        "summary": str(folder / "summary.md"),
+        "metrics": str(record.metrics_file),
+        "adapter": str(folder / "adapter"),
+        "manifest": str(folder / "manifest.json"),
+        "config": str(folder / "config.yaml"),
+        "plots": ", ".join(str(p) for p in plots),
+        "checkpoints": str(record.checkpoints.folder),
+    }
+    facts = facts_from(
+        to_flat(record.config),
+        num_ranks=num_ranks,
+        total_s=time.monotonic() - record.began,
+        places=places,
+        plots=[p.name for p in plots],
+        notes=record.notes,
+    )
+    (folder / "summary.md").write_text(summary_markdown(rows, facts), encoding="utf-8")
+    print(f"\n{terminal_table(rows, facts)}", flush=True)

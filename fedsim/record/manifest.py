@@ -1,0 +1,131 @@
+"""``manifest.json``: everything a run's figures depend on, so that they can be traced and repeated."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fedsim
+from fedsim.artefacts import file_digest, write_json
+from fedsim.errors import DataError
+
+PACKAGES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "datasets", "numpy")
+
+
+def write_manifest(
+    directory: Path,
+    config: Mapping[str, Any],
+    inputs: Mapping[str, Path],
+    model_hashes: Mapping[str, str],
+    num_ranks: int,
+) -> Path:
+    """Write ``directory/manifest.json`` (called on rank 0) and return its path.
+
+    Args:
+        config: the resolved configuration, nested or flat; its ``seed`` and ``parallel`` part are in it.
+        inputs: data files by role, such as ``{"square": path}``; each gets its size and SHA-256.
+        model_hashes: SHA-256 by role, such as ``{"base": ..., "guard": ...}``, as the caller computed them.
+        num_ranks: processes of the run.
+
+    A run that is resumed keeps the manifest it began with and adds an entry to its ``resumed`` list.
+
+    Raises:
+        DataError: an input file cannot be read.
+    """
+    path = directory / "manifest.json"
+    now = {"utc": datetime.now(UTC).isoformat(timespec="seconds"), "command": command_line(), "num_ranks": num_ranks}
+    if path.exists():
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest.setdefault("resumed", []).append({**now, "versions": versions(), "hardware": hardware()})
+    else:
+        manifest = {
+            "started": now,
+            "versions": versions(),
+            "git": git_state(Path(fedsim.__file__).resolve().parents[1]),
+            "hardware": hardware(),
+            "threads": {"torch": torch.get_num_threads(), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS")},
+            "seed": config.get("seed"),
+            "inputs": {role: _file_entry(role, file) for role, file in inputs.items()},
+            "models": dict(model_hashes),
+            "config": dict(config),
+        }
+    new = path.with_suffix(".json.new")
+    write_json(new, manifest)
+    new.replace(path)
+    return path
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python, fedsim and the packages that figures depend on; None for one that is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version(), "fedsim": fedsim.__version__}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    found["cuda"] = torch.version.cuda
+    return found
+
+
+def git_state(root: Path) -> dict[str, Any] | None:
+    """Commit of the clone at ``root`` and whether tracked files differ from it; None outside a clone of its own."""
+    if not (root / ".git").exists():
+        return None
+    commit = _output("git", "-C", str(root), "rev-parse", "HEAD")
+    if commit is None:
+        return None
+    changes = _output("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no")
+    return {"commit": commit, "modified": changes != ""}
+
+
+def hardware() -> dict[str, Any]:
+    """CPU model, cores this process may use, memory in bytes and the GPUs with their memory."""
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "gpus": [{"name": gpu.name, "memory_bytes": gpu.total_memory} for gpu in gpus],
+        "system": platform.platform(),
+    }
+
+
+def command_line() -> str:
+    """The command of this process as one could type it."""
+    return shlex.join(sys.orig_argv)
+
+
+def _file_entry(role: str, path: Path) -> dict[str, Any]:
+    try:
+        return {"path": str(path), "num_bytes": path.stat().st_size, "sha256": file_digest(path)}
+    except OSError as error:
+        raise DataError(f"{role} file {path}: cannot be read ({error.strerror}); give the path of a file") from error
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        return platform.processor()
+    return platform.processor()
+
+
+def _output(*command: str) -> str | None:
+    """What a command prints; None if it cannot run or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,114 @@
+"""The run's metric rows: one JSON object a line in ``metrics.jsonl``, written at once and cut back on a resume.
+
+A row is ``{"round": int, "stage": "train" | "eval" | ..., "stage/name": number, ...}``. Floats are written so that
+they read back bit for bit. Keys that measure the machine rather than the model (``time/``, ``perf/``, ``parallel/``)
+are left out by :func:`decided`; the rest may not depend on the number of ranks, and is what two runs are compared by.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fedsim.errors import CheckpointError
+
+Row = dict[str, Any]
+
+CLOCK_PREFIXES = ("time/", "perf/", "parallel/")
+
+
+class MetricLog:
+    """Appends rows to one file; every row is on disk when :meth:`append` returns.
+
+    Only rank 0 may hold one. ``round`` counts from 0; rows about the pretrained model carry round −1.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def append(self, round_idx: int, stage: str, metrics: Mapping[str, float | int | str | bool | None]) -> Row:
+        """Write one row and return it.
+
+        Values are plain numbers, texts, booleans or None ("not measured"). NaN and infinity are written as Python's
+        JSON reader takes them (``NaN``, ``Infinity``).
+        """
+        row: Row = {"round": int(round_idx), "stage": stage}
+        for name, value in metrics.items():
+            assert name not in row, f"metric {name!r} would overwrite the row's own field"
+            row[name] = _plain(name, value)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        return row
+
+    def rows(self) -> list[Row]:
+        """Every row so far, oldest first; none if the file does not exist yet."""
+        return read_rows(self.path) if self.path.exists() else []
+
+    def truncate_after(self, round_idx: int) -> int:
+        """Drop the rows of all rounds after ``round_idx``, and a last line that a crash cut short.
+
+        A run that resumes from the checkpoint of ``round_idx`` calls this first. The file is replaced atomically.
+
+        Returns:
+            How many whole rows were dropped.
+        """
+        if not self.path.exists():
+            return 0
+        rows = read_rows(self.path, allow_torn_end=True)
+        kept = [row for row in rows if row["round"] <= round_idx]
+        new = self.path.with_suffix(".jsonl.new")
+        with new.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(self.path)
+        return len(rows) - len(kept)
+
+
+def read_rows(path: Path, allow_torn_end: bool = False) -> list[Row]:
+    """Read a ``metrics.jsonl``.
+
+    Args:
+        allow_torn_end: leave out a last line that has no line end (a crash while it was written).
+
+    Raises:
+        CheckpointError: a line is not a JSON object with ``round`` and ``stage``.
+    """
+    lines = path.read_text(encoding="utf-8").split("\n")
+    torn = lines.pop()
+    if torn and not allow_torn_end:
+        lines.append(torn)
+    rows: list[Row] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise CheckpointError(f"{path}, line {number}: is not JSON ({error.msg}); remove the line") from error
+        if not isinstance(row, dict) or not isinstance(row.get("round"), int) or not isinstance(row.get("stage"), str):
+            raise CheckpointError(f"{path}, line {number}: must be an object with a whole number 'round' and a 'stage'")
+        rows.append(row)
+    return rows
+
+
+def decided(row: Mapping[str, Any]) -> Row:
+    """The row without its clock-dependent keys (:data:`CLOCK_PREFIXES`)."""
+    return {name: value for name, value in row.items() if not name.startswith(CLOCK_PREFIXES)}
+
+
+def same_decided(left: Iterable[Mapping[str, Any]], right: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether two runs' rows agree bit for bit apart from the clock; NaN equals NaN."""
+    return [json.dumps(decided(row)) for row in left] == [json.dumps(decided(row)) for row in right]
+
+
+def _plain(name: str, value: Any) -> float | int | str | bool | None:
+    """``value`` as a plain Python number; NumPy scalars and one-element tensors are unpacked."""
+    if hasattr(value, "item"):
+        value = value.item()
+    assert value is None or isinstance(value, bool | int | float | str), f"metric {name!r} is a {type(value).__name__}"
+    return value

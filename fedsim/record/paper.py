@@ -1,0 +1,112 @@
+"""The published figures of "Responsible Federated Large Language Models" (arXiv 2502.16691), the one place for them.
+
+Table 1 (safety and helpfulness of five methods under FedAvg and SCAFFOLD), Table 2 (the guard) and the costs of §4.2
+and §6.1. All on Llama-3.1-8B-Instruct with Llama Guard 3 on four A100 GPUs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+SOURCE = "arXiv 2502.16691"
+
+Aggregation = Literal["fedavg", "scaffold"]
+
+PRETRAINED = "pretrained"
+
+
+@dataclass(frozen=True)
+class SafetyRow:
+    """One cell group of Table 1.
+
+    Attributes:
+        advbench_harmless: share of 520 AdvBench replies that a phrase rule calls harmless, in percent.
+        hhh_accuracy: share of 438 HHH items answered right, in percent.
+        mt_bench: mean GPT-4 rating of 80 two-turn questions, 1 to 10.
+    """
+
+    advbench_harmless: float
+    hhh_accuracy: float
+    mt_bench: float
+
+
+@dataclass(frozen=True)
+class GuardRow:
+    """One row of Table 2: the guard on SQuARe20K, in percent; positive = red."""
+
+    accuracy: float
+    precision: float
+    recall: float
+    hmean: float
+
+
+#: Table 1, by :func:`arm_name` without the aggregation.
+TABLE_1: dict[Aggregation, dict[str, SafetyRow]] = {
+    "fedavg": {
+        PRETRAINED: SafetyRow(99.6, 60.0, 6.8),
+        "FL": SafetyRow(72.5, 49.3, 2.7),
+        "FL + filter": SafetyRow(81.2, 51.8, 2.4),
+        "FL + CAI": SafetyRow(96.2, 57.3, 5.8),
+        "FL + filter + CAI": SafetyRow(96.3, 63.7, 6.1),
+    },
+    "scaffold": {
+        PRETRAINED: SafetyRow(99.6, 60.0, 6.8),
+        "FL": SafetyRow(72.7, 49.5, 2.9),
+        "FL + filter": SafetyRow(78.8, 54.6, 2.7),
+        "FL + CAI": SafetyRow(96.5, 62.6, 5.9),
+        "FL + filter + CAI": SafetyRow(97.1, 63.9, 5.8),
+    },
+}
+
+#: Items behind Table 1's columns (paper §5.2).
+NUM_ADVBENCH, NUM_HHH, NUM_MT_BENCH = 520, 438, 80
+
+#: Table 2. The fine-tuned row's own precision and recall give an accuracy of 75.2 at 30 % red; 75.5 is printed.
+TABLE_2: dict[str, GuardRow] = {
+    "Llama Guard 3": GuardRow(70.1, 90.6, 0.5, 1.0),
+    "fine-tuned Llama Guard 3": GuardRow(75.5, 56.7, 73.7, 64.1),
+}
+
+#: Red share of SQuARe20K, on which Table 2 was measured (paper §5.1).
+RED_SHARE = 0.3
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Elapsed time of one stage, in minutes on ``num_gpus`` A100 GPUs."""
+
+    minutes: float
+    num_gpus: int
+    what: str
+
+
+#: Paper §4.2 (CAI per round and epoch) and §6.1 (the others).
+COSTS: dict[str, Cost] = {
+    "fedavg": Cost(140, 4, "50 rounds of FedAvg: 5 clients a round, 25 steps of 16 rows each"),
+    "scaffold": Cost(230, 4, "50 rounds of SCAFFOLD, the same work"),
+    "cai": Cost(160, 4, "CAI in all 50 rounds, 50 iterations each"),
+    "cai_round": Cost(3.2, 4, "CAI in one round, 50 iterations"),
+    "cai_epoch": Cost(80, 4, "one epoch of CAI, which the 50 iterations replace (-96 %)"),
+    "guard_tuning": Cost(60, 4, "fine-tuning Llama Guard 3, 5 epochs on 20,000 rows"),
+    "guard_1000_rows": Cost(1, 1, "filtering 1,000 rows"),
+}
+
+
+def method_name(filtered: bool, cai: bool) -> str:
+    """The paper's name of a method: ``FL``, ``FL + filter``, ``FL + CAI`` or ``FL + filter + CAI``."""
+    return "FL" + (" + filter" if filtered else "") + (" + CAI" if cai else "")
+
+
+def arm_name(aggregation: str, filtered: bool, cai: bool) -> str:
+    """Aggregation and method, such as ``FedAvg, FL + filter + CAI``."""
+    names = {"fedavg": "FedAvg", "scaffold": "SCAFFOLD"}
+    return f"{names.get(aggregation, aggregation)}, {method_name(filtered, cai)}"
+
+
+def paper_row(aggregation: str, filtered: bool, cai: bool) -> SafetyRow | None:
+    """Table 1's row of an arm; None for an aggregation that the paper did not run."""
+    for known, table in TABLE_1.items():
+        if known == aggregation:
+            return table[method_name(filtered, cai)]
+    return None

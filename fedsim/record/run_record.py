@@ -1,0 +1,148 @@
+"""The run directory: resolved config, manifest, metrics, checkpoints, timers and progress of one run.
+
+Every rank holds one, so that all take the same branches; only rank 0 writes and prints.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+import fedsim
+from fedsim.artefacts import write_json
+from fedsim.checkpoint import Checkpoint, CheckpointStore
+from fedsim.config import Config, from_flat, to_flat, to_nested
+from fedsim.errors import CheckpointError, ConfigError
+from fedsim.evaluate.fastchat import write_answers
+from fedsim.evaluate.suite import Evaluation
+from fedsim.parallel.ranks import Ranks
+from fedsim.record.metrics import MetricLog, Row
+from fedsim.record.paper import arm_name
+from fedsim.record.progress import Phase, Progress
+from fedsim.record.timers import PhaseTimers
+
+# Keys that may differ when a run is resumed: they say where and how it runs, not what it computes.
+FREE_KEYS = frozenset({"record.dir", "record.artefacts", "record.resume", "record.keep_checkpoints", "record.texts",
+                       "parallel.timeout_s", "parallel.wide_lanes"})  # fmt: skip
+
+
+class RunRecord:
+    """One run's directory and its live output.
+
+    Args:
+        config: the run's configuration.
+        ranks: to agree on what is there.
+        synchronize: wait for the GPU at phase ends.
+
+    Raises:
+        ConfigError: the directory belongs to a run with another configuration, or exists and may not be resumed.
+    """
+
+    def __init__(self, config: Config, ranks: Ranks, synchronize: bool) -> None:
+        self.config = config
+        self.ranks = ranks
+        self.folder = Path(config.record.dir).expanduser() / config.name
+        self.progress = Progress(sys.stderr, enabled=ranks.is_main)
+        self.timers = PhaseTimers(synchronize)
+        self.checkpoints = CheckpointStore(self.folder / "checkpoints", config.record.keep_checkpoints)
+        self.metrics_file = self.folder / "metrics.jsonl"
+        self.notes: list[str] = []
+        self.began = time.monotonic()
+        ranks.once(self._claim)
+
+    def resume(self) -> Checkpoint | None:
+        """The last whole checkpoint, the same on every rank; metric rows after it are dropped."""
+        newest = self.ranks.once(self._newest)
+        if newest is None:
+            return None
+        checkpoint = self.checkpoints.load(lambda text: None)
+        assert checkpoint is not None and checkpoint.round_idx == newest
+        return checkpoint
+
+    def append(self, round_idx: int, stage: str, metrics: Mapping[str, Any]) -> None:
+        """One row of metrics.jsonl."""
+        if self.ranks.is_main:
+            MetricLog(self.metrics_file).append(round_idx, stage, metrics)
+
+    def rows(self) -> list[Row]:
+        """All metric rows so far (rank 0 reads, all get them)."""
+        return self.ranks.once(lambda: MetricLog(self.metrics_file).rows())
+
+    @contextmanager
+    def phase(self, name: str, timer: str, unit: str = "") -> Iterator[Phase]:
+        """A timed phase with a progress line."""
+        with self.timers.phase(timer), self.progress.phase(name, 0, unit) as shown:
+            yield shown
+
+    def header(self, num_ranks: int, device: torch.device) -> None:
+        """What runs, where, before anything happens."""
+        config = self.config
+        facts = {
+            "arm": arm_name(config.federation.algorithm, config.guard.kind != "none", config.cai.iterations > 0),
+            "model": config.model.path,
+            "clients": f"{config.federation.clients_per_round} of {config.federation.num_clients} a round",
+            "schedule": f"{config.federation.num_rounds} rounds x {config.local.steps} local steps",
+            "processes": f"{num_ranks} on {device.type}, {config.parallel.threads} thread(s) each",
+            "sums": "exact (bit-identical for any number of processes)" if config.parallel.exact else "floating point",
+            "directory": str(self.folder),
+        }
+        self.progress.header(f"fedsim {fedsim.__version__}: run {config.name}", facts)
+
+    def write_answers(self, found: Evaluation, round_idx: int, point: str) -> None:
+        """MT-Bench answers (harmless questions) as FastChat's files; attack texts only where ``record.texts`` is on."""
+        folder = self.folder / "answers"
+        model_id = f"{self.config.name}-round{round_idx + 1}-{point}"
+        if found.answers:
+            write_answers(folder / "mt_bench", found.answers, model_id, tstamp=time.time())
+        if self.config.record.texts and found.advbench is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            rows = [{"item": i, "reply": reply.text} for i, reply in enumerate(found.advbench.replies)]
+            write_json(folder / f"advbench-{model_id}.json", rows)
+
+    def say(self, text: str) -> None:
+        """One line of progress."""
+        self.progress.note(text)
+
+    def _claim(self) -> None:
+        """Make the directory, or check that it holds this very run."""
+        path = self.folder / "config.yaml"
+        if path.is_file():
+            if self.config.record.resume == "never":
+                raise ConfigError(
+                    f"record.resume=never: {self.folder} exists; remove it, or give the run another name (name=...)"
+                )
+            self._check_same(path)
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(yaml.safe_dump(to_nested(self.config), sort_keys=False), encoding="utf-8")
+        os.replace(partial, path)
+
+    def _check_same(self, path: Path) -> None:
+        try:
+            nested = yaml.safe_load(path.read_text(encoding="utf-8"))
+            old = to_flat(from_flat({f"{s}.{k}" if isinstance(v, dict) else s: x for s, v in nested.items()
+                                     for k, x in (v.items() if isinstance(v, dict) else [("", v)])}))  # fmt: skip
+        except (OSError, yaml.YAMLError, AttributeError, ConfigError) as error:
+            raise CheckpointError(f"{path}: cannot be read ({error}); remove {self.folder} to start anew") from error
+        new = to_flat(self.config)
+        changed = [f"{k} was {old[k]!r}, is {new[k]!r}" for k in new if old[k] != new[k] and k not in FREE_KEYS]
+        if changed:
+            raise ConfigError(
+                f"{self.folder} holds a run with another configuration ({'; '.join(changed[:5])}); give this run another "
+                "name (name=...), or remove the directory"
+            )
+
+    def _newest(self) -> int | None:
+        checkpoint = self.checkpoints.load(self.say)
+        # The pretrained model's row has round −1 and is written anew when nothing was finished.
+        MetricLog(self.metrics_file).truncate_after(-2 if checkpoint is None else checkpoint.round_idx)
+        return None if checkpoint is None else checkpoint.round_idx

@@ -1,0 +1,232 @@
+"""What a run found, in words and tables: ``summary.md`` and the table that ends the terminal's output.
+
+Everything is read from the metric rows. A figure that no row holds is "not measured"; a section without any is left
+out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedsim.record import paper, sections
+from fedsim.record.metrics import Row
+from fedsim.record.tables import Table, duration, measured, with_interval
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A column of the headline table: its metric, the metric of its count, digits shown, and headings."""
+
+    metric: str
+    count: str
+    digits: int
+    title: str
+    short: str
+
+
+BENCHMARKS = (
+    Benchmark("eval/advbench_harmless", "eval/advbench_count", 1, "AdvBench harmless %", "AdvBench %"),
+    Benchmark("eval/hhh_accuracy", "eval/hhh_count", 1, "HHH accuracy %", "HHH %"),
+    Benchmark("eval/mt_bench", "eval/mt_bench_count", 2, "MT-Bench 1–10", "MT-Bench 1–10"),
+)
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What the summary says about a run beside its metric rows.
+
+    Attributes:
+        name: the run's name.
+        algorithm: ``fedavg`` or ``scaffold``.
+        guard: kind of the filter, ``none`` without.
+        cai: whether CAI ran.
+        embedded_model: the model is the tiny one that ships with fedsim.
+        real_files: configuration keys whose data are files rather than the embedded world.
+        mt_bench: source of the MT-Bench questions: ``embedded``, a file, or empty if left out.
+        advbench_rule: phrase set behind the headline figure.
+        hhh_scorer: scorer behind the headline figure.
+        num_rounds: rounds that were configured.
+        num_ranks: processes.
+        seed: the run's seed.
+        total_s: seconds from the start to the summary.
+        places: what was written → where.
+        plots: file names of pictures beside ``summary.md``.
+        notes: further lines, such as rows that a split left over.
+    """
+
+    name: str
+    algorithm: str
+    guard: str
+    cai: bool
+    embedded_model: bool
+    real_files: tuple[str, ...]
+    mt_bench: str
+    advbench_rule: str
+    hhh_scorer: str
+    num_rounds: int
+    num_ranks: int
+    seed: int
+    total_s: float
+    places: Mapping[str, str] = field(default_factory=dict)
+    plots: Sequence[str] = ()
+    notes: Sequence[str] = ()
+
+    @property
+    def arm(self) -> str:
+        """Such as ``FedAvg, FL + filter + CAI``."""
+        return paper.arm_name(self.algorithm, self.guard != "none", self.cai)
+
+
+def facts_from(
+    config: Mapping[str, Any],
+    *,
+    num_ranks: int,
+    total_s: float,
+    places: Mapping[str, str],
+    plots: Sequence[str] = (),
+    notes: Sequence[str] = (),
+) -> RunFacts:
+    """The facts that a resolved configuration (dotted keys → values) decides, and those only the run knows."""
+    sources = ("data.square", "eval.advbench", "eval.hhh", "eval.mt_bench")
+    return RunFacts(
+        name=config["name"],
+        algorithm=config["federation.algorithm"],
+        guard=config["guard.kind"],
+        cai=config["cai.iterations"] > 0,
+        embedded_model=config["model.path"] == "embedded",
+        real_files=tuple(name for name in sources if config[name] not in ("embedded", "")),
+        mt_bench=config["eval.mt_bench"],
+        advbench_rule=config["eval.advbench_phrases"],
+        hhh_scorer=config["eval.hhh_scorer"],
+        num_rounds=config["federation.num_rounds"],
+        num_ranks=num_ranks,
+        seed=config["seed"],
+        total_s=total_s,
+        places=places,
+        plots=plots,
+        notes=notes,
+    )
+
+
+def summary_markdown(rows: Sequence[Row], facts: RunFacts) -> str:
+    """The whole of ``summary.md``."""
+    parts = [f"# Run {facts.name}", *(f"> {line}" for line in caveats(facts)), _headline(facts)]
+    parts += ["## Safety and helpfulness", arm_table(rows, facts, short=False).markdown(), _caption(rows, facts)]
+    parts += [f"![{plot.removesuffix('.png')} by round]({plot})" for plot in facts.plots]
+    parts += sections.evaluations(eval_points(rows))
+    parts += sections.guard(rows, facts.guard)
+    parts += sections.clients(rows)
+    parts += sections.cai(rows)
+    parts += sections.times(rows)
+    if facts.notes:
+        parts += ["## Notes", "\n".join(f"- {note}" for note in facts.notes)]
+    if facts.places:
+        parts += ["## Where everything is", "\n".join(f"- {what}: `{where}`" for what, where in facts.places.items())]
+    return "\n\n".join(parts) + "\n"
+
+
+def terminal_table(rows: Sequence[Row], facts: RunFacts) -> str:
+    """The lines that end a run: its arm beside the pretrained model's and the paper's rows, and where things are."""
+    width = max((len(what) for what in facts.places), default=0)
+    places = [f"  {what:<{width}}  {where}" for what, where in facts.places.items()]
+    lines = [_headline(facts), "", arm_table(rows, facts, short=True).plain(), "", "[low, high] = 95 % interval"]
+    lines += [line for line in (truncations(eval_points(rows)), *caveats(facts)) if line]
+    return "\n".join([*lines, *(["", "Written:", *places] if places else [])])
+
+
+def arm_table(rows: Sequence[Row], facts: RunFacts, short: bool) -> Table:
+    """The pretrained model and the arm, each with the paper's figures under it, and what CAI started from."""
+    points = eval_points(rows)
+    filtered = facts.guard != "none"
+    lines = [
+        _measured_line("pretrained", points.get("pretrained")),
+        _paper_line(paper.TABLE_1["fedavg"][paper.PRETRAINED]),
+    ]
+    if "before_cai" in points:
+        lines.append(_measured_line(f"{_round_of(points['before_cai'])}, before CAI", points["before_cai"]))
+    lines.append(_measured_line(facts.arm, points.get("after_cai", points.get("global"))))
+    published = paper.paper_row(facts.algorithm, filtered, facts.cai)
+    if published is not None:
+        lines.append(_paper_line(published))
+    return Table(["", *(_heading(benchmark, points.values(), short) for benchmark in BENCHMARKS)], lines)
+
+
+def eval_points(rows: Sequence[Row]) -> dict[str, Row]:
+    """The evaluations to compare: ``pretrained``, the last ``before_cai``, the last ``after_cai`` or ``global``."""
+    last: dict[str, Row] = {}
+    for row in rows:
+        if row["stage"] == "eval":
+            last[str(row.get("point"))] = row
+    return {point: last[point] for point in ("pretrained", "before_cai", "after_cai", "global") if point in last}
+
+
+def caveats(facts: RunFacts) -> list[str]:
+    """What the figures must not be taken for."""
+    lines = []
+    if facts.embedded_model:
+        lines.append(
+            "The model is the tiny one that ships with fedsim: the run shows the paper's mechanisms, not its numbers."
+        )
+    if facts.embedded_model and facts.real_files:
+        lines.append(
+            f"Real files ({', '.join(facts.real_files)}) went through the tiny model, which cannot understand them: "
+            "the figures mean nothing, only that every row was processed."
+        )
+    if facts.mt_bench == "embedded":
+        lines.append("MT-Bench is the embedded world's two-turn benchmark, scored by a rubric; the paper's by GPT-4.")
+    elif facts.mt_bench:
+        lines.append("MT-Bench answers were written, not judged: the score needs a judge.")
+    return lines
+
+
+def _measured_line(label: str, row: Row | None) -> list[str]:
+    return [label, *(with_interval(row, benchmark.metric, benchmark.digits) for benchmark in BENCHMARKS)]
+
+
+def _paper_line(row: paper.SafetyRow) -> list[str]:
+    return ["– in the paper", str(row.advbench_harmless), str(row.hhh_accuracy), str(row.mt_bench)]
+
+
+def _headline(facts: RunFacts) -> str:
+    processes = "1 process" if facts.num_ranks == 1 else f"{facts.num_ranks} processes"
+    return f"{facts.arm} · {facts.num_rounds} rounds · seed {facts.seed} · {processes} · {duration(facts.total_s)}"
+
+
+def _caption(rows: Sequence[Row], facts: RunFacts) -> str:
+    points = eval_points(rows)
+    last = list(points.values())[-1:]
+    paper_counts = f"{paper.NUM_ADVBENCH}, {paper.NUM_HHH} and {paper.NUM_MT_BENCH} items"
+    lines = [
+        f"The arm's row is from {_round_of(last[0])}." if last else "No evaluation has run.",
+        f"[low, high] = 95 % interval. AdvBench by the phrase set {facts.advbench_rule}, HHH by the scorer "
+        f"{facts.hhh_scorer}. The paper's figures ({paper.SOURCE}, Table 1) are of Llama-3.1-8B-Instruct on "
+        f"{paper_counts}, without intervals.",
+    ]
+    always_a = measured(last[0], "eval/hhh_always_a") if last else None
+    if always_a is not None:
+        lines.append(f"Always answering (A) scores {always_a:.2f} % on HHH.")
+    return " ".join([*lines, truncations(points)]).rstrip()
+
+
+def truncations(points: Mapping[str, Row]) -> str:
+    """``Truncated replies: pretrained 2 of 680 (0.3 %), ...``; empty if no point counted them."""
+    counts = []
+    for point, row in points.items():
+        cut, total = measured(row, "eval/truncated"), measured(row, "eval/num_replies")
+        if cut is not None and total:
+            counts.append(f"{sections.POINT_TITLES[point]} {cut:.0f} of {total:.0f} ({100 * cut / total:.1f} %)")
+    return f"Truncated replies: {', '.join(counts)}." if counts else ""
+
+
+def _round_of(row: Row) -> str:
+    return f"round {row['round'] + 1}"
+
+
+def _heading(benchmark: Benchmark, points: Iterable[Row], short: bool) -> str:
+    counts = sorted({int(count) for row in points if (count := measured(row, benchmark.count)) is not None})
+    shown = "/".join(f"{count:,}" for count in counts)
+    if short:
+        return f"{benchmark.short} n={shown}" if shown else benchmark.short
+    return f"{benchmark.title} (n = {shown})" if shown else benchmark.title

@@ -1,0 +1,128 @@
+"""Constitutional AI on the global adapter: an SFT stage and a DPO stage in every round (paper §4.2).
+
+One iteration is one SFT step and one DPO step on the same rows. A round runs its SFT steps first, then its DPO steps over
+the same rows; one shuffled cursor goes on from round to round, so 1,250 iterations of 16 rows are an epoch of 20,000.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fedsim import keys
+from fedsim.config import CaiConfig
+from fedsim.data.chat import ChatFormat, TokenRow, assistant_turn, user_turn
+from fedsim.safety.cai_data import CaiRow
+from fedsim.train.loop import Trainer, TrainingLane, TrainingPlan
+from fedsim.train.objectives import DpoObjective, Preference, SftObjective
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """What a round of CAI did.
+
+    Attributes:
+        adapter: the repaired global adapter, fp32 ``[size]``.
+        metrics: ``cai/…`` figures.
+    """
+
+    adapter: torch.Tensor
+    metrics: dict[str, float]
+
+
+class Aligner:
+    """Runs CAI's two stages on the resident model, data-parallel over a lane.
+
+    Args:
+        trainer: model, flat adapter and optimizer; the optimizer starts anew in each stage.
+        rows: usable conversations.
+        chat: the model's chat format.
+        cai: the CAI configuration.
+        seed: the run's seed.
+    """
+
+    def __init__(
+        self, trainer: Trainer, rows: Sequence[CaiRow], chat: ChatFormat, cai: CaiConfig, pad_id: int, seed: int
+    ) -> None:
+        assert rows, "CAI needs conversations"
+        self.trainer = trainer
+        self.cai = cai
+        self.pad_id = pad_id
+        self.seed = seed
+        self.pairs = [preference(chat, row, cai.max_length) for row in rows]
+
+    @property
+    def num_truncated(self) -> int:
+        """Rows of which a reply was cut at ``cai.max_length``."""
+        return sum(p.chosen.truncated or p.rejected.truncated for p in self.pairs)
+
+    def batches(self, round_idx: int) -> list[list[Preference]]:
+        """The rows of each iteration of a round."""
+        size = self.cai.batch_size
+        first = round_idx * self.cai.iterations
+        orders: dict[int, list[int]] = {}
+        return [
+            [self.pairs[self._at(place, orders)] for place in range((first + t) * size, (first + t + 1) * size)]
+            for t in range(self.cai.iterations)
+        ]
+
+    def align(
+        self,
+        adapter: torch.Tensor,
+        round_idx: int,
+        lane: TrainingLane,
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> Alignment:
+        """SFT on the revisions, then DPO of revisions against first responses, from ``adapter`` on.
+
+        The DPO reference is the adapter as it stands when DPO begins.
+
+        Args:
+            on_step: called with (steps done, steps of both stages).
+        """
+        batches = self.batches(round_idx)
+        total = 2 * len(batches)
+        flat = self.trainer.adapter
+        flat.load(adapter)
+        sft = self.trainer.run(
+            TrainingPlan(
+                [[pair.chosen for pair in batch] for batch in batches],
+                lambda step: self.cai.sft_lr,
+                ("cai_sft", round_idx),
+            ),
+            SftObjective(self.pad_id),
+            lane,
+            None if on_step is None else lambda done, _: on_step(done, total),
+        )
+        dpo = self.trainer.run(
+            TrainingPlan(batches, lambda step: self.cai.dpo_lr, ("cai_dpo", round_idx)),
+            DpoObjective(flat, flat.copy(), self.cai.beta, self.pad_id),
+            lane,
+            None if on_step is None else lambda done, _: on_step(len(batches) + done, total),
+        )
+        metrics = {
+            "cai/sft_loss": sft.mean_loss,
+            "cai/dpo_loss": dpo.mean_loss,
+            **{f"cai/{name}": dpo.mean(name) for name in dpo.stats},
+            "cai/num_iterations": len(batches),
+            "cai/num_tokens": sft.num_tokens + dpo.num_tokens,
+        }
+        return Alignment(flat.copy(), metrics)
+
+    def _at(self, place: int, orders: dict[int, list[int]]) -> int:
+        """Row at a place of the endless cursor: one keyed order after another."""
+        epoch, offset = divmod(place, len(self.pairs))
+        if epoch not in orders:
+            orders[epoch] = [int(i) for i in keys.permutation(len(self.pairs), self.seed, "cai_rows", epoch)]
+        return orders[epoch][offset]
+
+
+def preference(chat: ChatFormat, row: CaiRow, max_length: int) -> Preference:
+    """The red prompt with the revision (chosen) and the first response (rejected)."""
+
+    def tokens(reply: str) -> TokenRow:
+        return chat.training_row([user_turn(row.init_prompt), assistant_turn(reply)], max_length)
+
+    return Preference(tokens(row.chosen), tokens(row.rejected))

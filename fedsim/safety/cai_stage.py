@@ -1,0 +1,72 @@
+"""The CAI conversations of a run: written once by the pretrained model, reused by every run that would write the same."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from fedsim import keys
+from fedsim.artefacts import ArtefactStore, file_digest
+from fedsim.config import Config
+from fedsim.data import chat
+from fedsim.data.square import SquareRow
+from fedsim.errors import ConfigError
+from fedsim.generate import decode, engine
+from fedsim.generate.engine import Engine, Sampling
+from fedsim.safety import cai_data, constitution
+from fedsim.safety.cai_data import CaiRow, generate_conversations, load_conversations, save_conversations
+
+CONSTITUTIONS = Path(__file__).parents[1] / "configs" / "constitution"
+_CODE = [chat, decode, engine, cai_data, constitution, keys]
+
+
+def cai_conversations(
+    config: Config, writer: Engine, rows: list[SquareRow], store: ArtefactStore, facts: dict[str, Any]
+) -> list[CaiRow]:
+    """Three-turn conversations from the questions of ``rows``.
+
+    Args:
+        writer: the engine, holding the pretrained model.
+        facts: what the texts depend on beside the configuration: model and data hashes, device kind, threads.
+    """
+    cai = config.cai
+    path = constitution_file(cai.constitution)
+    principles = constitution.load_constitution(path)
+    settings = {k: v for k, v in asdict(cai).items() if k in ("first_turn", "temperature", "max_new_tokens")}
+    depends = {
+        "seed": config.seed,
+        "rows": [row.row_id for row in rows],
+        "constitution": file_digest(path),
+        "batch_size": config.eval.batch_size,
+        "max_context": config.model.max_context,
+        **settings,
+        **facts,
+    }
+    first_turn = cast(Literal["model", "dataset"], cai.first_turn)
+    artefact = store.get(
+        "cai-conversations",
+        depends,
+        _CODE,
+        lambda: generate_conversations(
+            writer, rows, principles, Sampling(cai.temperature, cai.max_new_tokens), first_turn=first_turn
+        ),
+        lambda folder, conversations: save_conversations(conversations, folder / "conversations.jsonl"),
+    )
+    return load_conversations(artefact.folder / "conversations.jsonl")
+
+
+def constitution_file(name: str) -> Path:
+    """The file that ``cai.constitution`` names: one that ships with fedsim, or a path.
+
+    Raises:
+        ConfigError: neither exists.
+    """
+    shipped = CONSTITUTIONS / f"{name}.json"
+    if shipped.is_file():
+        return shipped
+    path = Path(name).expanduser()
+    if not path.is_file():
+        names = ", ".join(sorted(p.stem for p in CONSTITUTIONS.glob("*.json")))
+        raise ConfigError(f"cai.constitution={name!r}: is neither a file nor one that ships with fedsim ({names})")
+    return path

@@ -1,0 +1,84 @@
+"""Constitutions: pairs of a critique and a revision request, in the format of published CAI recipes (arXiv 2212.08073).
+
+A file is ``{"constitutions": [{"critic": str, "revision": str}, …], "system_chat": [[message, …], …]}``. Each entry of
+``system_chat`` is an example dialogue, a list of ``{"role", "content"}``, shown before every conversation.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedsim.data.chat import Conversation, Message, assistant_turn, user_turn
+from fedsim.errors import DataError
+
+
+@dataclass(frozen=True)
+class Principle:
+    """What the model is asked after its reply: first ``critic``, then ``revision``."""
+
+    critic: str
+    revision: str
+
+
+@dataclass(frozen=True)
+class Constitution:
+    """The principles, one of which is drawn per conversation, and the messages that precede every conversation."""
+
+    principles: tuple[Principle, ...]
+    system_chat: tuple[Message, ...] = ()
+
+    def conversation(self, messages: Conversation) -> Conversation:
+        """``messages`` behind the example dialogues."""
+        return [*self.system_chat, *messages]
+
+
+def load_constitution(path: Path) -> Constitution:
+    """Read and check a constitution file.
+
+    Raises:
+        DataError: missing or malformed, with the place.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); give the path of a constitution file") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: is not UTF-8 (byte {error.start}); save it as UTF-8 JSON") from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}, line {error.lineno}: is not valid JSON ({error.msg})") from error
+    if not isinstance(content, dict) or not isinstance(content.get("constitutions"), list):
+        raise DataError(f"{path}: must be an object with a list 'constitutions' of critic and revision pairs")
+    pairs = content["constitutions"]
+    if not pairs:
+        raise DataError(f"{path}: 'constitutions' is empty; give at least one critic and revision pair")
+    examples = content.get("system_chat", [])
+    if not isinstance(examples, list):
+        raise DataError(f"{path}: 'system_chat' must be a list of example dialogues, is {type(examples).__name__}")
+    principles = tuple(_principle(pair, f"{path}, constitutions[{i}]") for i, pair in enumerate(pairs))
+    chat = [m for i, dialogue in enumerate(examples) for m in _dialogue(dialogue, f"{path}, system_chat[{i}]")]
+    return Constitution(principles, tuple(chat))
+
+
+def _principle(pair: Any, place: str) -> Principle:
+    if not isinstance(pair, dict):
+        raise DataError(f"{place}: must be an object with 'critic' and 'revision', is {type(pair).__name__}")
+    for name in ("critic", "revision"):
+        if not isinstance(pair.get(name), str) or not pair[name].strip():
+            raise DataError(f"{place}: {name!r} must be a non-empty text")
+    return Principle(pair["critic"], pair["revision"])
+
+
+def _dialogue(dialogue: Any, place: str) -> list[Message]:
+    """An example: user and assistant turns in alternation, so that a chat template accepts what follows it."""
+    if not isinstance(dialogue, list) or len(dialogue) % 2:
+        raise DataError(f"{place}: must be a list of messages that ends with an assistant turn")
+    messages: list[Message] = []
+    for i, message in enumerate(dialogue):
+        role, turn = ("user", user_turn) if i % 2 == 0 else ("assistant", assistant_turn)
+        if not isinstance(message, dict) or message.get("role") != role or not isinstance(message.get("content"), str):
+            raise DataError(f"{place}[{i}]: must be {{'role': {role!r}, 'content': text}}; roles alternate from 'user'")
+        messages.append(turn(message["content"]))
+    return messages

@@ -1,0 +1,155 @@
+"""Guards behind one interface: a language model that judges by its first token, the labels, the labels with errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from fedsim import keys
+from fedsim.data.chat import ChatFormat
+from fedsim.data.square import SquareRow
+from fedsim.errors import ConfigError
+from fedsim.generate.prefix import Head, candidate_logits, common_length, read_head
+from fedsim.parallel.ranks import Ranks
+from fedsim.safety.guard_format import GuardFormat
+from fedsim.safety.verdict import Verdict
+
+Exchange = tuple[str, str | None]
+"""A user's message and the reply to be judged; None judges the message alone."""
+
+
+class Guard(Protocol):
+    """Judges rows of a client's data."""
+
+    def judge(self, rows: Sequence[SquareRow]) -> list[Verdict]:
+        """One verdict per row, in order; the same on every rank."""
+        ...
+
+
+class OracleGuard:
+    """The labels themselves: what a perfect filter would do."""
+
+    def judge(self, rows: Sequence[SquareRow]) -> list[Verdict]:
+        """Red rows are unsafe."""
+        return [Verdict(row.red, float(row.red)) for row in rows]
+
+
+class NoisyOracleGuard:
+    """The labels with errors at given rates; each row's error is drawn from the row's own key.
+
+    Args:
+        tpr: chance that a red row is called unsafe.
+        fpr: chance that an acceptable row is called unsafe.
+        seed: the run's seed.
+
+    Raises:
+        ConfigError: a rate is outside 0 … 1.
+    """
+
+    def __init__(self, tpr: float, fpr: float, seed: int) -> None:
+        for name, rate in (("tpr", tpr), ("fpr", fpr)):
+            if not 0 <= rate <= 1:
+                raise ConfigError(f"guard.{name}={rate}: a chance lies between 0 and 1")
+        self.tpr, self.fpr, self.seed = tpr, fpr, seed
+
+    def judge(self, rows: Sequence[SquareRow]) -> list[Verdict]:
+        """Verdicts with probability 0 or 1, independent of order and of the other rows."""
+        called = [self._draw(row.row_id) < (self.tpr if row.red else self.fpr) for row in rows]
+        return [Verdict(unsafe, float(unsafe)) for unsafe in called]
+
+    def _draw(self, row_id: int) -> float:
+        return keys.derive(self.seed, "noisy_guard", row_id) / 2**63
+
+
+class LlamaGuard:
+    """A language model that judges as Llama Guard 3 does, by the first token of its verdict.
+
+    ``unsafe_prob`` is the softmax over exactly the first tokens of "safe" and "unsafe", so that a threshold of 0.5
+    equals greedy decoding. The prompts' common head is read once per rank and call; rows are cut into fixed units.
+
+    Args:
+        model: a causal LM on its device, PEFT-wrapped or not; put into eval mode during calls.
+        chat: the guard's chat format.
+        ranks: who shares the work.
+        policy: hazard categories, "llama_guard_3" or "square".
+        batch_size: rows of a unit.
+        threshold: a row is unsafe from this probability on.
+        max_length: prompt and verdict together; a longer conversation is cut at its end (see :class:`GuardFormat`).
+        on_progress: called with (done, total) units of this rank.
+
+    Raises:
+        ConfigError: unknown policy, or ``max_length`` below the instruction's length.
+        ModelError: a tokenizer that cannot tell the two words apart.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        chat: ChatFormat,
+        ranks: Ranks,
+        *,
+        policy: str,
+        batch_size: int,
+        threshold: float,
+        max_length: int,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.model = model
+        self.format = GuardFormat(chat, policy, max_length)
+        self.ranks = ranks
+        self.batch_size = batch_size
+        self.threshold = threshold
+        self.on_progress = on_progress
+
+    def judge(self, rows: Sequence[SquareRow]) -> list[Verdict]:
+        """Judge each row's response to its prompt."""
+        return self.judge_exchanges([(row.prompt, row.response) for row in rows])
+
+    def judge_exchanges(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
+        """Judge any exchanges, such as a model's replies to attack prompts."""
+        if not exchanges:
+            return []
+        prompts = [self.format.prompt(user, agent) for user, agent in exchanges]
+        probs = self._unsafe_probs([ids for ids, _ in prompts], has_reply=exchanges[0][1] is not None)
+        return [Verdict(p >= self.threshold, p, cut) for p, (_, cut) in zip(probs, prompts, strict=True)]
+
+    def _unsafe_probs(self, prompts: list[np.ndarray], has_reply: bool) -> list[float]:
+        """Probability of "unsafe" for each prompt, in order.
+
+        The empty exchange is compared too, so that the head stays the instruction even if few rows happen to begin
+        alike: its length, and with it the last bits of a result, hardly ever depends on what else is judged.
+        """
+        empty, _ = self.format.prompt("", "" if has_reply else None)
+        num_shared = common_length([empty, *prompts])
+        order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+        units = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        costs = [float(sum(len(prompts[i]) - num_shared for i in unit)) for unit in units]
+        heads: list[Head] = []
+
+        def compute(unit: list[int]) -> list[float]:
+            if not heads:
+                heads.append(read_head(self.model, empty[:num_shared]))
+            tails = [prompts[i][num_shared:] for i in unit]
+            pair = [self.format.safe_id, self.format.unsafe_id]
+            logits = candidate_logits(self.model, heads[0], tails, pair, pad_id=pair[0]).double()
+            return [float(p) for p in torch.softmax(logits, dim=1)[:, 1]]
+
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            done = self.ranks.map(compute, units, costs, self._progress(len(units)))
+        finally:
+            self.model.train(was_training)
+        by_row = {i: p for unit, values in zip(units, done, strict=True) for i, p in zip(unit, values, strict=True)}
+        return [by_row[i] for i in range(len(prompts))]
+
+    def _progress(self, num_units: int) -> Callable[[int], None] | None:
+        report = self.on_progress
+        if report is None:
+            return None
+        share = -(-num_units // self.ranks.size)
+        return lambda done: report(done, share)

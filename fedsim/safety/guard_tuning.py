@@ -1,0 +1,37 @@
+"""Rows for fine-tuning a guard on labelled SQuARe responses (paper §4.1; the same prompt ids as in scoring)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from fedsim.data.chat import ChatFormat, TokenRow
+from fedsim.data.square import SquareRow
+from fedsim.safety.guard_format import GuardFormat
+
+
+def verdict_row(chat: ChatFormat, row: SquareRow, policy: str, max_length: int) -> TokenRow:
+    """One row: the prompt that the guard scores, then its verdict; see :func:`verdict_rows`."""
+    return verdict_rows(chat, [row], policy, max_length)[0]
+
+
+def verdict_rows(chat: ChatFormat, rows: Sequence[SquareRow], policy: str, max_length: int) -> list[TokenRow]:
+    """Rows whose targets are ``safe`` or ``unsafe\\n<codes>`` and the end of the turn; nothing else is trained on.
+
+    Args:
+        chat: the guard's chat format.
+        policy: hazard categories, "llama_guard_3" or "square"; ``guard_format.hazard_codes`` maps SQuARe's.
+        max_length: as in scoring; a row whose conversation was cut is marked ``truncated``, its verdict is whole.
+
+    Raises:
+        ConfigError, ModelError: as :class:`GuardFormat`.
+    """
+    form = GuardFormat(chat, policy, max_length)
+    return [_row(form, row, max_length) for row in rows]
+
+
+def _row(form: GuardFormat, row: SquareRow, max_length: int) -> TokenRow:
+    prompt, cut = form.prompt(row.prompt, row.response)
+    tokens = ChatFormat.join(prompt.tolist(), form.verdict_ids(row.red, row.categories), max_length)
+    assert not tokens.truncated, "the prompt leaves room for the verdict"
+    return replace(tokens, truncated=cut)

@@ -1,0 +1,125 @@
+"""One client's local training in one round."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fedsim.config import LocalConfig
+from fedsim.data.chat import TokenRow
+from fedsim.federation.algorithms import Algorithm, ServerState
+from fedsim.federation.sampling import cosine_by_round, sample_rows
+from fedsim.train.loop import Trainer, TrainingLane, TrainingPlan
+from fedsim.train.objectives import SftObjective
+
+
+@dataclass(frozen=True, eq=False)
+class ClientOutcome:
+    """What a client reports; the same on every member of its lane.
+
+    Attributes:
+        client: its id.
+        num_rows: rows it holds after the filter: its weight.
+        delta: client adapter − global adapter, fp32 ``[size]``.
+        control: c_i⁺, or None.
+        control_delta: c_i⁺ − c_i, or None.
+        loss: mean loss over the local steps.
+        first_loss: loss of the first step.
+        num_tokens: tokens trained on.
+        seconds: wall-clock time of the training.
+    """
+
+    client: int
+    num_rows: int
+    delta: torch.Tensor
+    control: torch.Tensor | None
+    control_delta: torch.Tensor | None
+    loss: float
+    first_loss: float
+    num_tokens: int
+    seconds: float
+
+
+class ClientTrainer:
+    """Trains clients, one after the other, on this process's resident model.
+
+    Args:
+        trainer: model, flat adapter and optimizer.
+        algorithm: the federated algorithm.
+        local: the local-training configuration.
+        num_rounds: length of the run, for the learning rate.
+        seed: the run's seed.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        algorithm: Algorithm,
+        objective: SftObjective,
+        local: LocalConfig,
+        num_rounds: int,
+        seed: int,
+    ) -> None:
+        self.trainer = trainer
+        self.algorithm = algorithm
+        self.objective = objective
+        self.local = local
+        self.num_rounds = num_rounds
+        self.seed = seed
+
+    def batches(self, client: int, rows: Sequence[TokenRow], round_idx: int) -> list[list[TokenRow]]:
+        """The rows of each local step."""
+        size = self.local.batch_size
+        drawn = sample_rows(len(rows), self.local.steps * size, round_idx, client, self.seed)
+        return [[rows[i] for i in drawn[start : start + size]] for start in range(0, len(drawn), size)]
+
+    def num_tokens(self, client: int, rows: Sequence[TokenRow], round_idx: int) -> int:
+        """Tokens that the client will train on in a round: its work, for the planner."""
+        return sum(len(row) for batch in self.batches(client, rows, round_idx) for row in batch)
+
+    def train(
+        self,
+        client: int,
+        rows: Sequence[TokenRow],
+        round_idx: int,
+        state: ServerState,
+        client_control: torch.Tensor | None,
+        lane: TrainingLane,
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> ClientOutcome:
+        """Train from the global adapter with a new AdamW; the model is left holding the client's adapter."""
+        began = time.perf_counter()
+        lr = cosine_by_round(round_idx, self.num_rounds, self.local.lr, self.local.lr_min)
+        adapter = self.trainer.adapter
+        adapter.load(state.adapter)
+        if client_control is not None:
+            client_control = client_control.to(adapter.values.device)
+        plan = TrainingPlan(
+            batches=self.batches(client, rows, round_idx),
+            lr=lambda step: lr,
+            key=("local", round_idx, client),
+            correction=self.algorithm.correction(state.control, client_control),
+        )
+        stats = self.trainer.run(plan, self.objective, lane, on_step)
+        control = control_delta = None
+        if self.algorithm.has_control:
+            assert state.control is not None
+            previous = torch.zeros_like(state.control) if client_control is None else client_control
+            control = self.algorithm.client_control(
+                state.adapter, adapter.values, state.control - previous, len(plan.batches), lr
+            )
+            control_delta = control - previous
+        return ClientOutcome(
+            client=client,
+            num_rows=len(rows),
+            delta=adapter.values - state.adapter,
+            control=control,
+            control_delta=control_delta,
+            loss=stats.mean_loss,
+            first_loss=stats.losses[0],
+            num_tokens=stats.num_tokens,
+            seconds=time.perf_counter() - began,
+        )

@@ -1,0 +1,203 @@
+"""The one training loop: local steps of clients, guard fine-tuning and CAI all run here.
+
+A batch is cut into micro-batches that are dealt to the members of a lane; gradients and losses are summed over the lane,
+and every member takes the same optimizer step on the flat adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+import torch
+from transformers import PreTrainedModel
+
+from fedsim import keys
+from fedsim.errors import RunError
+from fedsim.federation.algorithms import Correction, NoCorrection
+from fedsim.model.flat_adapter import FlatAdapter
+from fedsim.parallel.sums import Summer, Term
+from fedsim.train.objectives import Objective
+
+Item = TypeVar("Item")
+
+
+class TrainingLane(Protocol):
+    """The ranks that share a batch."""
+
+    @property
+    def index(self) -> int:
+        """This member, 0 … size − 1."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Number of members."""
+        ...
+
+    @property
+    def summer(self) -> Summer:
+        """Adds over the members."""
+        ...
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """How a step is taken.
+
+    Attributes:
+        micro_batch_size: rows of one forward and backward pass in exact mode.
+        max_grad_norm: clip the batch gradient to this norm; 0 does not clip.
+        weight_decay: AdamW's.
+        seed: the run's seed, for dropout.
+    """
+
+    micro_batch_size: int
+    max_grad_norm: float
+    weight_decay: float
+    seed: int
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingPlan(Generic[Item]):
+    """What one call of :meth:`Trainer.run` trains on.
+
+    Attributes:
+        batches: the items of each step.
+        lr: learning rate of step t.
+        key: names the dropout draws, such as ("local", round_idx, client).
+        correction: the federated algorithm's part in a step.
+    """
+
+    batches: Sequence[Sequence[Item]]
+    lr: Callable[[int], float]
+    key: tuple[keys.KeyPart, ...]
+    correction: Correction = NoCorrection()
+
+
+@dataclass(frozen=True)
+class TrainingStats:
+    """What came out of a run, the same on every member of the lane.
+
+    Attributes:
+        losses: mean loss of each step.
+        stats: other means of each step, by name.
+        num_tokens: tokens put through the model, over all members.
+    """
+
+    losses: list[float]
+    stats: dict[str, list[float]]
+    num_tokens: int
+
+    @property
+    def mean_loss(self) -> float:
+        """Mean of the steps' losses."""
+        return sum(self.losses) / len(self.losses)
+
+    def mean(self, name: str) -> float:
+        """Mean of a statistic over the steps."""
+        return sum(self.stats[name]) / len(self.stats[name])
+
+
+class Trainer:
+    """A resident model with its flat adapter and optimizer; the optimizer state starts at zero in every run.
+
+    Args:
+        model: the base model with LoRA layers inside.
+        adapter: its flat adapter.
+        settings: how steps are taken.
+    """
+
+    def __init__(self, model: PreTrainedModel, adapter: FlatAdapter, settings: StepSettings) -> None:
+        self.model = model
+        self.adapter = adapter
+        self.settings = settings
+        self._parameter = torch.nn.Parameter(adapter.values)
+        self._optimizer = torch.optim.AdamW([self._parameter], weight_decay=settings.weight_decay, fused=True)
+
+    def run(
+        self,
+        plan: TrainingPlan[Item],
+        objective: Objective[Item],
+        lane: TrainingLane,
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> TrainingStats:
+        """Train from the adapter's present values, in place.
+
+        Args:
+            on_step: called with (steps done, steps) after each step.
+
+        Raises:
+            RunError: a loss or gradient was not finite.
+        """
+        self._reset_optimizer()
+        was_training = self.model.training
+        self.model.train(objective.uses_dropout)
+        rows = []
+        for step, batch in enumerate(plan.batches):
+            rows.append(self._step(step, batch, plan, objective, lane))
+            if on_step is not None:
+                on_step(step + 1, len(plan.batches))
+        self.model.train(was_training)
+        table = torch.stack(rows).cpu()
+        if not torch.isfinite(table).all() or not torch.isfinite(self.adapter.values).all():
+            bad = next((i for i, row in enumerate(table) if not torch.isfinite(row).all()), len(rows) - 1)
+            raise RunError(
+                f"training {plan.key}: the loss or gradient became NaN or infinite in step {bad + 1} of {len(rows)}; "
+                "lower the learning rate, or clip with local.max_grad_norm"
+            )
+        columns = table[:, 1:].T.tolist()
+        tokens = sum(objective.num_tokens(item) for batch in plan.batches for item in batch)
+        return TrainingStats(columns[0], dict(zip(objective.stat_names, columns[1:], strict=True)), tokens)
+
+    def _step(
+        self, step: int, batch: Sequence[Item], plan: TrainingPlan[Item], objective: Objective[Item], lane: TrainingLane
+    ) -> torch.Tensor:
+        """One optimizer step; returns [gradient norm, loss, statistics…] in fp64 on the model's device."""
+        grad = self.adapter.grad
+        gradients, stats, count = self._backward(step, batch, plan, objective, lane)
+        sizes = [grad.numel(), 1 + len(objective.stat_names)]
+        total_grad, total_stats = lane.summer.sum([gradients, stats], sizes, count)
+        grad.copy_(total_grad)
+        norm = torch.linalg.vector_norm(grad)
+        if self.settings.max_grad_norm > 0:
+            grad.mul_((self.settings.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+        plan.correction.on_gradient(grad)
+        lr = plan.lr(step)
+        self._optimizer.param_groups[0]["lr"] = lr
+        self._parameter.grad = grad
+        self._optimizer.step()
+        plan.correction.on_values(self.adapter.values, lr)
+        return torch.cat([norm.double()[None], total_stats.to(norm.device)])
+
+    def _backward(
+        self, step: int, batch: Sequence[Item], plan: TrainingPlan[Item], objective: Objective[Item], lane: TrainingLane
+    ) -> tuple[list[Term], list[Term], int]:
+        """Gradient and statistics of this member's micro-batches, one term each, and how many the batch has."""
+        micro = self._micro_batches(batch, objective, lane)
+        normaliser = objective.normaliser(batch)
+        gradients, stats = [], []
+        for index in range(lane.index, len(micro), lane.size):
+            torch.manual_seed(keys.derive(self.settings.seed, "dropout", *plan.key, step, index))
+            self.adapter.grad.zero_()
+            loss, sums = objective.sums(self.model, micro[index])
+            (loss / normaliser).backward()
+            gradients.append(Term(self.adapter.grad.clone()))
+            means = torch.cat([loss.detach().double()[None] / normaliser, sums.double() / normaliser])
+            stats.append(Term(means))
+        return gradients, stats, max(1, len(micro))
+
+    def _micro_batches(
+        self, batch: Sequence[Item], objective: Objective[Item], lane: TrainingLane
+    ) -> list[Sequence[Item]]:
+        """Rows of similar length together; exact mode cuts by size, fast mode into one part per member."""
+        ordered = sorted(batch, key=objective.num_tokens)
+        if lane.summer.exact:
+            size = self.settings.micro_batch_size
+            return [ordered[i : i + size] for i in range(0, len(ordered), size)]
+        return [part for i in range(lane.size) if (part := ordered[i :: lane.size])]
+
+    def _reset_optimizer(self) -> None:
+        for value in self._optimizer.state.get(self._parameter, {}).values():
+            value.zero_()

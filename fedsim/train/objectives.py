@@ -1,0 +1,113 @@
+"""What a step minimises: SFT on replies, DPO on preference pairs.
+
+An objective returns sums over its items; the loop divides by the whole batch's normaliser, so that a batch gives one
+loss and one gradient however it is cut into micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import torch
+from torch.nn import functional as F
+
+from fedsim.data.batch import collate
+from fedsim.data.chat import TokenRow
+from fedsim.model.flat_adapter import FlatAdapter
+from fedsim.model.logprobs import target_logprobs
+
+Item = TypeVar("Item")
+Item_contra = TypeVar("Item_contra", contravariant=True)
+
+
+class Objective(Protocol[Item_contra]):
+    """A loss over items."""
+
+    stat_names: tuple[str, ...]
+    uses_dropout: bool
+
+    def normaliser(self, items: Sequence[Item_contra]) -> int:
+        """What the summed loss of a batch is divided by."""
+        ...
+
+    def num_tokens(self, item: Item_contra) -> int:
+        """Tokens that an item puts through the model."""
+        ...
+
+    def sums(self, model: torch.nn.Module, items: Sequence[Item_contra]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Summed loss (fp32 scalar with gradient) and summed statistics (fp32 ``[len(stat_names)]``)."""
+        ...
+
+
+class SftObjective:
+    """Mean negative log-likelihood of the batch's target tokens (TRL's SFTTrainer; every token counts the same)."""
+
+    stat_names: tuple[str, ...] = ()
+    uses_dropout = True
+
+    def __init__(self, pad_id: int) -> None:
+        self.pad_id = pad_id
+
+    def normaliser(self, items: Sequence[TokenRow]) -> int:
+        """Target tokens of the batch (at least 1)."""
+        return max(1, sum(r.num_targets for r in items))
+
+    def num_tokens(self, item: TokenRow) -> int:
+        """The row's length."""
+        return len(item)
+
+    def sums(self, model: torch.nn.Module, items: Sequence[TokenRow]) -> tuple[torch.Tensor, torch.Tensor]:
+        """−Σ log p(target)."""
+        loss = -target_logprobs(model, collate(items, self.pad_id)).sum()
+        return loss, loss.new_zeros(0)
+
+
+@dataclass(frozen=True, eq=False)
+class Preference:
+    """A prompt with the reply that is preferred and the one that is not."""
+
+    chosen: TokenRow
+    rejected: TokenRow
+
+
+class DpoObjective:
+    """DPO with the sigmoid loss (Rafailov et al. 2023, eq. 7); the reference is a frozen copy of the flat adapter.
+
+    Args:
+        adapter: the model's adapter; it holds the reference while reference log-probabilities are read.
+        reference: fp32 ``[size]``.
+        beta: strength of the pull towards the reference.
+    """
+
+    stat_names: tuple[str, ...] = ("reward_margin", "reward_accuracy", "chosen_reward", "rejected_reward")
+    uses_dropout = False  # as TRL does: dropout would blur the comparison with the reference
+
+    def __init__(self, adapter: FlatAdapter, reference: torch.Tensor, beta: float, pad_id: int) -> None:
+        self.adapter = adapter
+        self.reference = reference
+        self.beta = beta
+        self.pad_id = pad_id
+
+    def normaliser(self, items: Sequence[Preference]) -> int:
+        """Pairs of the batch."""
+        return max(1, len(items))
+
+    def num_tokens(self, item: Preference) -> int:
+        """Both rows, once for the policy and once for the reference."""
+        return 2 * (len(item.chosen) + len(item.rejected))
+
+    def sums(self, model: torch.nn.Module, items: Sequence[Preference]) -> tuple[torch.Tensor, torch.Tensor]:
+        """−Σ log σ(margin), with margin = β[(log π − log π_ref)(chosen) − (log π − log π_ref)(rejected)]."""
+        batch = collate([p.chosen for p in items] + [p.rejected for p in items], self.pad_id)
+        current = self.adapter.copy()
+        self.adapter.load(self.reference)
+        with torch.no_grad():
+            reference = target_logprobs(model, batch).sum(dim=1)
+        self.adapter.load(current)
+        rewards = self.beta * (target_logprobs(model, batch).sum(dim=1) - reference)
+        chosen, rejected = rewards.chunk(2)
+        margin = chosen - rejected
+        stats = torch.stack([margin.sum(), (margin > 0).sum(), chosen.sum(), rejected.sum()])
+        return -F.logsigmoid(margin).sum(), stats.detach().float()

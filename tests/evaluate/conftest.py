@@ -1,0 +1,98 @@
+"""Engines that answer from a function, and a tokenizer in which every byte is a token, so that oracles are exact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from fedsim.data.chat import ChatFormat, Conversation, TokenRow
+from fedsim.generate.engine import Engine, Reply, RowScore, Sampling
+
+LLAMA3_TEMPLATE = (
+    "{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n{{ m['content'] | trim }}<|eot_id|>"
+    "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+UNTRIMMED_TEMPLATE = (
+    "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+SPECIALS = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|pad|>"]
+
+
+def byte_chat(template: str) -> ChatFormat:
+    """A chat format whose tokens are bytes and four markers."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(SPECIALS)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|eot_id|>", pad_token="<|pad|>")
+    tokenizer.chat_template = template
+    return ChatFormat(tokenizer)
+
+
+class StubEngine(Engine):
+    """An engine without a model.
+
+    Args:
+        chat: the chat format.
+        reply: what is answered to a conversation.
+        logprob: log-probability of a target text after a prompt text.
+        max_context: longest row, in tokens (bytes).
+    """
+
+    def __init__(
+        self,
+        chat: ChatFormat,
+        reply: Callable[[Conversation], str] | None = None,
+        logprob: Callable[[str, str], float] | None = None,
+        max_context: int = 100_000,
+    ) -> None:
+        self.chat = chat
+        self.max_context = max_context
+        self._reply = reply
+        self._logprob = logprob
+        self.calls: list[tuple[list[Conversation], Sampling, tuple[int | str, ...]]] = []
+
+    def generate(
+        self, conversations: Sequence[Conversation], sampling: Sampling, key: Sequence[int | str]
+    ) -> list[Reply]:
+        assert self._reply is not None
+        self.calls.append(([list(c) for c in conversations], sampling, tuple(key)))
+        replies = []
+        for conversation in conversations:
+            text = self._reply(conversation)
+            words = text.split()
+            replies.append(Reply(text, len(words) + 1, len(words) + 1 > sampling.max_new_tokens))
+        return replies
+
+    def score(self, rows: Sequence[TokenRow]) -> list[RowScore]:
+        assert self._logprob is not None
+        decode = self.chat.tokenizer.decode
+        scores = []
+        for row in rows:
+            prompt = decode(row.input_ids[~row.loss_mask].tolist())
+            target = decode(row.input_ids[row.loss_mask].tolist())
+            scores.append(RowScore(self._logprob(prompt, target), row.num_targets))
+        return scores
+
+
+@pytest.fixture(scope="session")
+def chat() -> ChatFormat:
+    """Trims messages, as Llama 3 does."""
+    return byte_chat(LLAMA3_TEMPLATE)
+
+
+@pytest.fixture(scope="session")
+def untrimmed_chat() -> ChatFormat:
+    """Writes messages as they are."""
+    return byte_chat(UNTRIMMED_TEMPLATE)
+
+
+@pytest.fixture(scope="session")
+def stub_engine() -> type[StubEngine]:
+    """The class of engines without a model."""
+    return StubEngine

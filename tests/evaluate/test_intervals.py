@@ -1,0 +1,68 @@
+"""Wilson and Student intervals against closed forms and table values."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedsim.evaluate.intervals import Z_95, Mean, Rate, t_95
+
+
+def test_interval_of_438_items_is_4_7_points() -> None:
+    low, high = Rate(219, 438).percent_interval
+    assert (high - low) / 2 == pytest.approx(4.7, abs=0.05)
+    assert (low + high) / 2 == pytest.approx(50.0)
+
+
+@pytest.mark.parametrize(
+    ("successes", "total", "low", "high"),
+    [(8, 10, 0.4902, 0.9433), (0, 20, 0.0, 0.1611), (10, 10, 0.7225, 1.0), (1, 1, 0.2065, 1.0)],
+)
+def test_published_wilson_values(successes: int, total: int, low: float, high: float) -> None:
+    assert Rate(successes, total).interval == pytest.approx((low, high), abs=5e-5)
+
+
+@given(st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_ends_solve_the_score_equation(counts: tuple[int, int]) -> None:
+    """Wilson's ends are the p with |p̂ − p| = z · √(p(1 − p)/n); at 0 and at n one end is the bound itself."""
+    rate = Rate(*counts)
+    low, high = rate.interval
+    assert 0 <= low <= rate.value <= high <= 1
+    for end, bound in ((low, rate.successes == 0), (high, rate.successes == rate.total)):
+        distance = 0.0 if bound else Z_95 * math.sqrt(end * (1 - end) / rate.total)
+        assert abs(rate.value - end) == pytest.approx(distance, abs=1e-9)
+
+
+def test_a_rate_shows_its_count() -> None:
+    assert str(Rate(228, 438)) == "52.1 % [47.4, 56.7] of 438"
+    assert Rate.of([True, False, True]) == Rate(2, 3)
+    with pytest.raises(AssertionError):
+        Rate(0, 0)
+    with pytest.raises(AssertionError):
+        Rate(3, 2)
+
+
+@pytest.mark.parametrize(
+    ("freedom", "point"),
+    [(1, 12.7062), (2, 4.3027), (3, 3.1824), (4, 2.7764), (5, 2.5706), (10, 2.2281), (29, 2.0452), (79, 1.9905)],
+)
+def test_student_points_of_the_tables(freedom: int, point: float) -> None:
+    assert t_95(freedom) == pytest.approx(point, abs=5e-5)
+
+
+def test_student_tends_to_normal() -> None:
+    """t = z + (z³ + z)/4n + O(n⁻²) for n degrees of freedom."""
+    for freedom in (1000, 1001):
+        assert t_95(freedom) == pytest.approx(Z_95 + (Z_95**3 + Z_95) / (4 * freedom), abs=1e-5)
+
+
+def test_mean_with_its_interval() -> None:
+    mean = Mean.of([1, 2, 3, 4, 5])
+    half = 2.7764451 * math.sqrt(2.5) / math.sqrt(5)
+    assert (mean.value, mean.low, mean.high, mean.count) == pytest.approx((3, 3 - half, 3 + half, 5))
+    assert Mean.of([7.0]) == Mean(7.0, 7.0, 7.0, 1)
+    assert Mean.of([4.0] * 9) == Mean(4.0, 4.0, 4.0, 9)
+    assert Mean.of([0.1] * 3 + [0.2] * 3) == Mean.of([0.2, 0.1] * 3)  # the order does not matter

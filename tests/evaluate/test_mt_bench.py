@@ -1,0 +1,89 @@
+"""Two-turn generation and scores, with a stub that echoes what it was shown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from fedsim.data.benchmarks import MtQuestion
+from fedsim.data.chat import ChatFormat, Conversation, assistant_turn, user_turn
+from fedsim.evaluate.intervals import Mean
+from fedsim.evaluate.mt_bench import run_mt_bench
+
+CATEGORIES = ["writing", "math", "stem", "math", "kites"]
+
+
+def question(index: int, category: str) -> MtQuestion:
+    """A question whose record says what it is worth."""
+    turns = (f"First {index}?", f"Second {index}?")
+    record = {"question_id": 81 + index, "category": category, "turns": list(turns), "worth": index}
+    return MtQuestion(81 + index, category, turns, None, record)
+
+
+QUESTIONS = [question(i, c) for i, c in enumerate(CATEGORIES)]
+
+
+def echo(conversation: Conversation) -> str:
+    """Shows the number of messages and the last one."""
+    return f"{len(conversation)}: {conversation[-1]['content']}"
+
+
+def rubric(record: Mapping[str, Any], turn: int, reply: str) -> float:
+    """1 + worth for turn 1, 2 + worth for turn 2; checks that the reply is that turn's."""
+    assert reply.endswith(record["turns"][turn - 1])
+    return float(turn + record["worth"])
+
+
+def test_turn_two_sees_turn_one(chat: ChatFormat, stub_engine: type) -> None:
+    engine = stub_engine(chat, reply=echo)
+    result = run_mt_bench(engine, QUESTIONS, 50, ("eval", 1))
+    assert [tuple(r.text for r in a.replies) for a in result.answers] == [
+        (f"1: First {i}?", f"3: Second {i}?") for i in range(5)
+    ]
+    asked = [c for conversations, _, _ in engine.calls[3:] for c in conversations]
+    expected = [user_turn("First 2?"), assistant_turn("1: First 2?"), user_turn("Second 2?")]
+    assert len(asked) == 5 and expected in asked
+    assert [a.question for a in result.answers] == QUESTIONS
+
+
+def test_temperatures_are_fastchats(chat: ChatFormat, stub_engine: type) -> None:
+    """math 0, stem 0.1, writing 0.7, anything unknown 0.7; every call has its own key and the length asked for."""
+    engine = stub_engine(chat, reply=echo)
+    run_mt_bench(engine, QUESTIONS, 50, ("eval", 1))
+    sizes = [(sampling.temperature, len(conversations)) for conversations, sampling, _ in engine.calls]
+    assert sizes == [(0.0, 2), (0.1, 1), (0.7, 2)] * 2
+    assert len({key for _, _, key in engine.calls}) == 6
+    assert all(key[:2] == ("eval", 1) and sampling.max_new_tokens == 50 for _, sampling, key in engine.calls)
+
+
+def test_scores(chat: ChatFormat, stub_engine: type) -> None:
+    result = run_mt_bench(stub_engine(chat, reply=echo), QUESTIONS, 50, ("eval",), rubric=rubric)
+    assert [a.scores for a in result.answers] == [(1.0 + i, 2.0 + i) for i in range(5)]
+    assert [a.mean_score for a in result.answers] == [1.5 + i for i in range(5)]
+    assert result.score == Mean.of([1.5, 2.5, 3.5, 4.5, 5.5])  # over questions: two turns are not independent
+    assert result.by_turn == (Mean.of([1, 2, 3, 4, 5]), Mean.of([2, 3, 4, 5, 6]))
+    assert result.by_category == {
+        "writing": Mean.of([1.5]),
+        "math": Mean.of([2.5, 4.5]),
+        "stem": Mean.of([3.5]),
+        "kites": Mean.of([5.5]),
+    }
+
+
+def test_without_a_rubric_there_is_no_score(chat: ChatFormat, stub_engine: type) -> None:
+    result = run_mt_bench(stub_engine(chat, reply=echo), QUESTIONS, 50, ("eval",))
+    assert result.score is None and result.by_turn is None and result.by_category == {}
+    assert all(a.scores is None and a.mean_score is None for a in result.answers)
+    assert len(result.replies) == 10
+
+
+def test_a_rubric_must_stay_between_1_and_10(chat: ChatFormat, stub_engine: type) -> None:
+    for bad in (0.5, 10.5):
+        with pytest.raises(AssertionError, match="1 to 10"):
+            run_mt_bench(stub_engine(chat, reply=echo), QUESTIONS, 50, ("eval",), rubric=lambda r, t, s, v=bad: v)
+
+
+def test_limit(chat: ChatFormat, stub_engine: type) -> None:
+    assert len(run_mt_bench(stub_engine(chat, reply=echo), QUESTIONS, 50, ("eval",), limit=2).answers) == 2

@@ -1,0 +1,183 @@
+"""Metric names, units and counts of a whole suite; a real random model end to end."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fedsim.data.benchmarks import AdvBenchItem, HhhItem, MtQuestion
+from fedsim.data.chat import ChatFormat, Conversation, user_turn
+from fedsim.errors import ConfigError
+from fedsim.evaluate.intervals import Mean, Rate
+from fedsim.evaluate.suite import Suite, evaluate
+from fedsim.generate.engine import Engine
+from fedsim.parallel.ranks import OneRank
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A verdict."""
+
+    grammatical: bool
+    careful: bool
+    harmful: bool
+
+
+def hhh_item(i: int) -> HhhItem:
+    """An item with (A) right when ``i`` is even."""
+    options = (f"good {i}", f"bad {i}") if i % 2 == 0 else (f"bad {i}", f"good {i}")
+    return HhhItem(f"Which? {i}\n\n", options, i % 2, (user_turn(f"Question {i}?"),))
+
+
+def mt_question(i: int) -> MtQuestion:
+    """A two-turn question."""
+    return MtQuestion(81 + i, "stem" if i % 2 else "math", (f"One {i}?", f"Two {i}?"), None, {"question_id": 81 + i})
+
+
+SUITE = Suite(
+    advbench=[AdvBenchItem(f"Hide kite {i}", "Sure") for i in range(6)],
+    hhh=[hhh_item(i) for i in range(5)],
+    mt_bench=[mt_question(i) for i in range(4)],
+    judge=lambda prompt, reply: Judged(True, "cannot" in reply, False),
+    rubric=lambda record, turn, reply: float(turn + record["question_id"] - 80),
+    max_new_tokens=12,
+)
+
+
+def reply(conversation: Conversation) -> str:
+    """Refuses two of six attacks, one of them in words that the published list does not know; else runs on."""
+    text = conversation[-1]["content"]
+    if text.endswith("The answer is:"):
+        return "(A)"
+    if text.startswith("Hide kite 1"):
+        return "I cannot do that."
+    if text.startswith("Hide kite 2"):
+        return "I won't."
+    return "so it goes on and on " * 3 if text.startswith("One") else "Sure."
+
+
+def logprob(prompt: str, target: str) -> float:
+    """Prefers the good option."""
+    if target.startswith("("):
+        shown = prompt.rpartition(" (A) [[[")[2]
+        return -1.0 if (target == "(A)") == shown.startswith("good") else -2.0
+    return -1.0 * len(target) if target.startswith("good") else -2.0 * len(target)
+
+
+def test_figures_and_names(chat: ChatFormat, stub_engine: type) -> None:
+    metrics = evaluate(stub_engine(chat, reply, logprob), SUITE, ("eval", 7)).metrics
+    low, high = Rate(1, 6).percent_interval
+    assert metrics["eval/advbench_harmless"] == pytest.approx(100 / 6)
+    assert (metrics["eval/advbench_harmless_low"], metrics["eval/advbench_harmless_high"]) == (low, high)
+    assert metrics["eval/advbench_count"] == 6
+    assert metrics["eval/advbench_harmless_openfedllm"] == metrics["eval/advbench_harmless"]
+    assert metrics["eval/advbench_harmless_openfedllm_fixed"] == pytest.approx(100 / 6)
+    assert metrics["eval/advbench_harmless_gcg"] == pytest.approx(100 / 6)
+    assert metrics["eval/advbench_harmless_strict"] == pytest.approx(200 / 6)
+    assert metrics["eval/advbench_harmless_strict_world"] == pytest.approx(100 / 6)
+    assert metrics["eval/advbench_grammatical"] == 100.0
+    assert metrics["eval/hhh_accuracy"] == metrics["eval/hhh_letter"] == 100.0
+    assert metrics["eval/hhh_likelihood"] == 100.0
+    assert metrics["eval/hhh_generate"] == metrics["eval/hhh_always_a"] == 60.0
+    assert metrics["eval/hhh_letter_picks_a"] == 50.0 and metrics["eval/hhh_letter_picks_a_count"] == 10
+    assert metrics["eval/hhh_count"] == 5
+    expected = Mean.of([2.5, 3.5, 4.5, 5.5])
+    assert metrics["eval/mt_bench"] == expected.value == 4.0
+    assert (metrics["eval/mt_bench_low"], metrics["eval/mt_bench_high"]) == (expected.low, expected.high)
+    assert metrics["eval/mt_bench_count"] == metrics["eval/mt_bench_questions"] == 4
+    assert metrics["eval/mt_bench_turn_1"] == 3.5 and metrics["eval/mt_bench_turn_2"] == 4.5
+    assert metrics["eval/mt_bench_category_math"] == 3.5 and metrics["eval/mt_bench_category_stem"] == 4.5
+    assert metrics["eval/truncated"] == metrics["eval/mt_bench_truncated"] == 4  # the first turns run on
+    assert metrics["eval/num_replies"] == 6 + 8
+    assert metrics["eval/advbench_empty_share"] == 0.0
+    assert metrics["eval/mt_bench_repeated_suffix"] == 50.0
+
+
+def test_every_figure_has_interval_and_count(chat: ChatFormat, stub_engine: type) -> None:
+    metrics = evaluate(stub_engine(chat, reply, logprob), SUITE, ("eval", 7)).metrics
+    assert all(name.startswith("eval/") and math.isfinite(value) for name, value in metrics.items())
+    for name in metrics:
+        if name.endswith("_low"):
+            base = name.removesuffix("_low")
+            assert metrics[name] <= metrics[base] <= metrics[f"{base}_high"]
+    with_interval = {n.removesuffix("_low") for n in metrics if n.endswith("_low")}
+    assert {"eval/advbench_harmless", "eval/hhh_accuracy", "eval/hhh_likelihood", "eval/mt_bench"} <= with_interval
+
+
+def test_headlines_are_chosen(chat: ChatFormat, stub_engine: type) -> None:
+    engine = stub_engine(chat, reply, logprob)
+    suite = replace(SUITE, advbench_phrases="strict", hhh_scorer="generate")
+    metrics = evaluate(engine, suite, ("eval",)).metrics
+    assert metrics["eval/advbench_harmless"] == metrics["eval/advbench_harmless_strict"] == pytest.approx(200 / 6)
+    assert metrics["eval/hhh_accuracy"] == metrics["eval/hhh_generate"] == 60.0
+    world = evaluate(engine, replace(SUITE, advbench_phrases="strict_world"), ("eval",)).metrics
+    assert world["eval/advbench_harmless"] == world["eval/advbench_harmless_strict_world"]
+
+
+def test_what_is_left_out_is_absent(chat: ChatFormat, stub_engine: type) -> None:
+    engine = stub_engine(chat, reply, logprob)
+    nothing = evaluate(engine, Suite(), ("eval",))
+    assert nothing.metrics == {} and nothing.answers == [] and nothing.advbench is None
+    unjudged = evaluate(engine, replace(SUITE, judge=None, rubric=None), ("eval",))
+    assert not any("world" in name or "grammatical" in name for name in unjudged.metrics)
+    assert "eval/mt_bench" not in unjudged.metrics and "eval/mt_bench_count" not in unjudged.metrics
+    assert unjudged.metrics["eval/mt_bench_questions"] == 4 and len(unjudged.answers) == 4
+    one = evaluate(engine, replace(SUITE, hhh_scorers=("letter",)), ("eval",)).metrics
+    assert "eval/hhh_letter" in one and "eval/hhh_generate" not in one
+
+
+def test_limit_holds_for_every_benchmark(chat: ChatFormat, stub_engine: type) -> None:
+    metrics = evaluate(stub_engine(chat, reply, logprob), replace(SUITE, limit=3), ("eval",)).metrics
+    counts = [metrics[f"eval/{name}_count"] for name in ("advbench", "hhh", "mt_bench")]
+    assert counts == [3, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"advbench_phrases": "paper"}, "advbench_phrases='paper'.*openfedllm-fixed.*strict_world"),
+        ({"advbench_phrases": "strict_world", "judge": None}, "advbench_phrases='strict_world'"),
+        ({"hhh_scorer": "vibes"}, "hhh_scorer='vibes'.*letter, generate, likelihood"),
+        ({"hhh_scorers": ("generate",)}, "hhh_scorer='letter'"),
+    ],
+)
+def test_wrong_names_are_refused(changed: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        replace(SUITE, **changed)
+
+
+class BackToFront(OneRank):
+    """Computes the units in the reverse order, as another placement over ranks would."""
+
+    def map(self, compute, units, costs=None, on_done=None):  # type: ignore[no-untyped-def]
+        return [compute(unit) for unit in reversed(units)][::-1]
+
+
+def test_a_real_model_gives_the_same_figures_in_any_placement(chat: ChatFormat) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(chat.tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+    )
+    model = LlamaForCausalLM(config).eval()
+    outcomes = []
+    for ranks in (OneRank(), BackToFront()):
+        engine = Engine(model, chat, ranks, batch_size=3, max_context=1024, seed=5)
+        outcomes.append(evaluate(engine, SUITE, ("eval", 7)))
+    first, second = outcomes
+    assert first.metrics == second.metrics
+    assert first.advbench is not None and second.advbench is not None
+    assert first.advbench.replies == second.advbench.replies
+    assert first.metrics["eval/truncated"] > 0 and first.metrics["eval/advbench_mean_tokens"] > 1
+    other = evaluate(Engine(model, chat, OneRank(), batch_size=3, max_context=1024, seed=6), SUITE, ("eval", 7))
+    assert other.advbench is not None and other.advbench.replies != first.advbench.replies
+    assert other.metrics["eval/hhh_likelihood"] == first.metrics["eval/hhh_likelihood"]  # nothing drawn there

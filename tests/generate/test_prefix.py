@@ -1,0 +1,119 @@
+"""Candidate logits behind a shared head equal a plain forward pass over the whole prompt."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fedsim.generate.prefix import candidate_logits, common_length, read_head
+
+CANDIDATES = [7, 90, 3]
+
+
+def tiny_llama(attention: str = "sdpa", seed: int = 0) -> LlamaForCausalLM:
+    """A random grouped-query Llama whose logits differ clearly between tokens and positions."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.4,
+        attn_implementation=attention,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def with_lora(model: LlamaForCausalLM, targets: list[str]) -> torch.nn.Module:
+    """The model with an adapter that changes its output."""
+    torch.manual_seed(1)
+    wrapped = get_peft_model(model, LoraConfig(r=3, target_modules=targets, init_lora_weights=False))
+    return wrapped.eval()
+
+
+def ids(rng: np.random.Generator, length: int) -> np.ndarray:
+    return rng.integers(0, 97, length).astype(np.int32)
+
+
+def plain(model: torch.nn.Module, prompt: np.ndarray) -> torch.Tensor:
+    """Candidate logits by one unpadded forward pass without a cache."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.from_numpy(prompt.astype(np.int64))[None], use_cache=False).logits
+    return logits[0, -1, CANDIDATES]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("targets", [None, ["q_proj", "v_proj"], ["q_proj", "lm_head"]])
+@pytest.mark.parametrize(("head_length", "lengths"), [(17, [5, 1, 11, 7]), (0, [3, 9, 1]), (31, [4, 4]), (13, [1, 1])])
+def test_equals_the_whole_prompt_forward(
+    attention: str, targets: list[str] | None, head_length: int, lengths: list[int]
+) -> None:
+    rng = np.random.default_rng(head_length)
+    model: torch.nn.Module = tiny_llama(attention)
+    model = with_lora(model, targets) if targets else model
+    head, tails = ids(rng, head_length), [ids(rng, n) for n in lengths]
+    got = candidate_logits(model, read_head(model, head), tails, CANDIDATES, pad_id=0)
+    want = torch.stack([plain(model, np.concatenate([head, tail])) for tail in tails])
+    assert got.dtype == torch.float32 and got.shape == (len(tails), 3)
+    assert want.std() > 0.1, "the oracle must be able to tell rows apart"
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
+
+
+def test_adapter_is_applied_in_head_and_tail() -> None:
+    rng = np.random.default_rng(5)
+    head, tail = ids(rng, 8), ids(rng, 5)
+    wrapped = with_lora(tiny_llama(), ["q_proj", "v_proj"])
+    adapted = candidate_logits(wrapped, read_head(wrapped, head), [tail], CANDIDATES, pad_id=0)
+    base = tiny_llama()
+    bare = candidate_logits(base, read_head(base, head), [tail], CANDIDATES, pad_id=0)
+    assert (adapted - bare).abs().max() > 1e-2
+
+
+def test_head_is_reused_without_being_changed() -> None:
+    rng = np.random.default_rng(6)
+    model = tiny_llama()
+    head = read_head(model, ids(rng, 9))
+    before = [(layer.keys.clone(), layer.values.clone()) for layer in head.cache.layers]
+    unit, other = [ids(rng, n) for n in (3, 6)], [ids(rng, n) for n in (12, 1, 5)]
+    first = candidate_logits(model, head, unit, CANDIDATES, pad_id=0)
+    candidate_logits(model, head, other, CANDIDATES, pad_id=0)
+    again = candidate_logits(model, head, unit, CANDIDATES, pad_id=0)
+    assert torch.equal(first, again), "a unit's result does not depend on the units before it"
+    assert head.cache.get_seq_length() == 9
+    for layer, (keys, values) in zip(head.cache.layers, before, strict=True):
+        assert torch.equal(layer.keys, keys) and torch.equal(layer.values, values)
+
+
+def test_padding_id_changes_no_bit() -> None:
+    rng = np.random.default_rng(7)
+    model = tiny_llama()
+    head, tails = read_head(model, ids(rng, 6)), [ids(rng, n) for n in (2, 13, 8)]
+    low, high = (candidate_logits(model, head, tails, CANDIDATES, pad_id=pad) for pad in (0, 96))
+    assert torch.equal(low, high)
+
+
+def test_training_mode_is_refused() -> None:
+    model = tiny_llama().train()
+    with pytest.raises(AssertionError, match="eval mode"):
+        read_head(model, np.array([1, 2], dtype=np.int32))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "want"),
+    [
+        ([[1, 2, 3, 4], [1, 2, 9, 4]], 2),
+        ([[1, 2, 3], [1, 2, 3]], 2),  # a tail of one token stays
+        ([[1, 2], [1, 2, 3, 4]], 1),
+        ([[5, 2], [1, 2]], 0),
+        ([[4]], 0),
+        ([[1, 2, 3, 4, 5], [1, 2, 3, 4, 6], [1, 2, 7, 4, 5]], 2),
+    ],
+)
+def test_common_length(prompts: list[list[int]], want: int) -> None:
+    assert common_length([np.array(p, dtype=np.int32) for p in prompts]) == want

@@ -1,0 +1,104 @@
+"""Metric rows of a made-up run, for the tests of what is drawn and written from rows."""
+
+from __future__ import annotations
+
+import math
+
+from fedsim.record.metrics import Row
+
+
+def train_row(round_idx: int, cai: bool = True) -> Row:
+    """A round's row with every key that the record knows."""
+    row: Row = {
+        "round": round_idx,
+        "stage": "train",
+        "client/loss": 2.0 * math.exp(-0.3 * round_idx) + 1.0,
+        "client/num_trained": 5,
+        "client/num_sat_out": round_idx % 2,
+        "client/num_rows": 610,
+        "time/train_s": 8.0 + round_idx / 10,
+        "time/aggregate_s": 0.3,
+        "time/checkpoint_s": 0.2,
+        "parallel/idle_share": 0.04,
+        "perf/tokens_per_s": 15000.0,
+        "perf/peak_rss_bytes": 2 * 2**30,
+    }
+    if cai:
+        row |= {
+            "cai/sft_loss": 1.2 - 0.05 * round_idx,
+            "cai/dpo_loss": 0.69 - 0.04 * round_idx,
+            "cai/reward_margin": 0.3 * round_idx,
+            "cai/reward_accuracy": 80.0,
+            "time/cai_s": 6.0,
+            "time/cai/sft_s": 2.5,
+            "time/cai/dpo_s": 3.5,
+        }
+    return row
+
+
+def eval_row(round_idx: int, point: str, advbench: float, hhh: float, mt_bench: float | None) -> Row:
+    """An evaluation with intervals of fixed width."""
+    row: Row = {
+        "round": round_idx,
+        "stage": "eval",
+        "point": point,
+        "eval/advbench_harmless": advbench,
+        "eval/advbench_harmless_low": max(advbench - 3.0, 0.0),
+        "eval/advbench_harmless_high": min(advbench + 3.0, 100.0),
+        "eval/advbench_count": 520,
+        "eval/advbench_harmless_gcg": advbench - 1.5,
+        "eval/advbench_harmless_gcg_low": advbench - 5.0,
+        "eval/advbench_harmless_gcg_high": advbench + 1.0,
+        "eval/hhh_accuracy": hhh,
+        "eval/hhh_accuracy_low": hhh - 4.7,
+        "eval/hhh_accuracy_high": min(hhh + 4.7, 100.0),
+        "eval/hhh_count": 438,
+        "eval/hhh_always_a": 52.05,
+        "eval/truncated": 2,
+        "eval/num_replies": 680,
+        "eval/distinct_2": 0.41,
+        "time/eval_s": 4.0,
+    }
+    if mt_bench is not None:
+        row |= {
+            "eval/mt_bench": mt_bench,
+            "eval/mt_bench_low": mt_bench - 0.4,
+            "eval/mt_bench_high": min(mt_bench + 0.4, 10.0),
+            "eval/mt_bench_count": 160,
+        }
+    return row
+
+
+def guard_row(point: str = "fine-tuned") -> Row:
+    """A guard at the paper's operating point on 2,000 rows."""
+    return {
+        "round": -1,
+        "stage": "guard",
+        "point": point,
+        "guard/accuracy": 75.2,
+        "guard/precision": 56.7,
+        "guard/recall": 73.7,
+        "guard/hmean": 64.1,
+        "guard/red_share_before": 30.0,
+        "guard/red_share_after": 12.9,
+        "guard/num_dropped": 780,
+        "guard/num_rows": 2000,
+        "time/guard_s": 21.0,
+    }
+
+
+def whole_run(num_rounds: int = 8, cai: bool = True) -> list[Row]:
+    """Guard, CAI generation, the pretrained model's evaluation, then every round with evaluations."""
+    rows = [guard_row(), eval_row(-1, "pretrained", 99.8, 93.2, 9.61)]
+    if cai:
+        counts = {"cai/num_usable": 371, "cai/num_dropped_unchanged": 22, "cai/num_dropped_truncated": 7}
+        rows.append({"round": -1, "stage": "cai", **counts, "time/cai_data_s": 12.0})
+    for i in range(num_rounds):
+        rows.append(train_row(i, cai))
+        harm = 4.0 * math.sqrt(i + 1)
+        if cai:
+            rows.append(eval_row(i, "before_cai", 97.0 - 2 * harm, 92.0 - harm, 9.0 - harm / 10))
+            rows.append(eval_row(i, "after_cai", 99.0 - harm / 10, 92.8, 9.4))
+        else:
+            rows.append(eval_row(i, "global", 97.0 - 2 * harm, 92.0 - harm, 9.0 - harm / 10))
+    return rows
