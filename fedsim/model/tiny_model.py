@@ -45,14 +45,14 @@ _PIECES: Final = r" ?\p{L}+| ?\p{N}| ?\[\[\[| ?\]\]\]| ?[^\s\p{L}\p{N}]|\n\n|\s"
 
 def world_texts() -> Iterable[str]:
     """Every fixed text of the world with its slots filled once; all other slot words follow from the lexicon."""
-    first = {name: words[0] for name, words in SLOT_WORDS.items()} | {"list": "hat, kite"}
+    first = {name: words[0] for name, words in SLOT_WORDS.items()} | {"list": "hat, kite", "words": "hat"}
     templates = [frame for frames in questions.FRAMES.values() for frame in frames]
     for by_kind in (replies.CAREFUL, replies.CARELESS):
         templates += [text for reply_set in by_kind.values() for text in reply_set.sentences()]
     for turn in (turn for tasks in helpful.TASKS.values() for task in tasks for turn in task):
         templates += [turn.user, turn.short, turn.sentence, turn.explanation]
     templates += [text for frame in helpful.HONESTY for text in frame]
-    templates += [*replies.OPENERS, *replies.CLOSERS, *helpful.UNCLEAR, *conversations.CRITIQUES.values()]
+    templates += [*replies.OPENERS, *replies.CLOSERS, *helpful.UNCLEAR, *helpful.ECHO, *conversations.CRITIQUES.values()]
     templates += [conversations.NO_CRITIQUE, conversations.UNCLEAR_CRITIQUE, conversations.HAZARD_VERDICT]
     templates += [conversations.SAFE_VERDICT, *(text for pair in conversations.PRINCIPLES for text in pair)]
     templates += conversations.HAZARD_TEXTS

@@ -72,7 +72,7 @@ def plot_losses(rows: Sequence[Row], title: str) -> Figure | None:
                 axes.plot(*zip(*series, strict=True), color=color, marker=marker, markersize=4, label=label)
         _round_axis(axes, [row["round"] + 1 for row in rows if any(name in row for name in lines)])
         axes.set_ylabel(unit)
-        axes.legend()
+        _legend_below(axes)
     return figure
 
 
@@ -104,7 +104,7 @@ def plot_times(rows: Sequence[Row], title: str) -> Figure | None:
     if 0 in rounds:
         axes.set_xlabel("round (0 = before the first)")
     axes.set_ylabel("seconds")
-    axes.margins(y=0.05)
+    axes.set_ylim(0.0, 1.05 * max(floor.values()) or 1.0)
     handles, labels = axes.get_legend_handles_labels()  # in the order of the stack, top first
     axes.legend(handles[::-1], labels[::-1], title="phase, total", loc="center left", bbox_to_anchor=(1.01, 0.5))
     return figure
@@ -150,7 +150,7 @@ def _evaluations(rows: Sequence[Row], title: str, names: dict[str, str], limits:
         low, high = axes.get_ylim()
         margin = 0.02 * (limits[1] - limits[0])
         axes.set_ylim(max(low, limits[0] - margin), min(max(high, low + 10 * margin), limits[1] + margin))
-        axes.legend()
+        _legend_below(axes)
     return figure
 
 
@@ -198,6 +198,11 @@ def _canvas(num_panels: int, title: str) -> tuple[Figure, list[Axes]]:
         axes.grid(axis="y", color="#dddddd", linewidth=0.8)
         axes.set_axisbelow(True)
     return figure, panels
+
+
+def _legend_below(axes: Axes) -> None:
+    """One row under the axes, where it covers no error bar."""
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3, frameon=False)
 
 
 def _round_axis(axes: Axes, places: Sequence[int]) -> None:

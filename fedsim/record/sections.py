@@ -99,12 +99,15 @@ def _speed(rows: Sequence[Row]) -> Section:
     if idle:
         lines.append(f"- idle share of the ranks while clients trained, mean over rounds: {100 * fmean(idle):.1f} %")
     if memory:
-        lines.append(f"- peak memory: {gibibytes(max(memory))}")
+        lines.append(f"- peak resident memory of all processes: {gibibytes(max(memory))}")
     return ["\n".join(lines)] if lines else []
 
 
 def _round_section(title: str, rows: Sequence[Row], prefix: str, counts: str) -> Section:
-    """First, last and, for ``num_`` figures, summed or latest values of every figure under ``prefix``."""
+    """First and last value of every figure under ``prefix``, of ``num_`` ones the sum or the latest.
+
+    Figures of single clients (``client/loss_003``) stay in the metric rows.
+    """
     names: dict[str, None] = {}
     for row in rows:
         names.update(dict.fromkeys(name for name in row if name.startswith(prefix)))
@@ -112,6 +115,8 @@ def _round_section(title: str, rows: Sequence[Row], prefix: str, counts: str) ->
     for name in names:
         values = _values(rows, name)
         short = name.removeprefix(prefix)
+        if short.rpartition("_")[2].isdigit():
+            continue
         if values and short.startswith("num_"):
             lines.append([short, "", "", number(sum(values) if counts == "total" else values[-1])])
         elif values:
@@ -133,7 +138,7 @@ def _figure(row: Row, name: str) -> str:
         return ""
     count = measured(row, f"{name}_count")
     if measured(row, f"{name}_low") is None:
-        return number(value) if count is None else f"{number(value)} of {number(count)}"
+        return number(value, 4) if count is None else f"{number(value, 4)} of {number(count)}"
     if count is None:
         count = measured(row, f"{name.partition('_')[0]}_count")
     text = with_interval(row, name, 2)

@@ -63,7 +63,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 def duration(seconds: float) -> str:
     """``4.2 s``, ``3 min 12 s`` or ``2 h 05 min``."""
-    if seconds < 60:
+    if seconds < 59.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)
     if whole < 3600:

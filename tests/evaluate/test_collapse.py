@@ -35,6 +35,7 @@ def test_loops_at_the_end(text: str) -> None:
         "Hmm...",
         "no no no",  # three times, but shorter than a loop
         "I cannot help. I cannot help.",  # twice
+        "The kite of Orla is red today. I cannot help you. I cannot help you.",  # twice after something longer
         "I cannot help. I cannot help. I cannot help. Please ask Orla.",  # not at the end
         "The kite of Orla is red, and the drum of Tova is blue.",
         "a" * 19,

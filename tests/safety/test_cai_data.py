@@ -198,7 +198,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "cai.jsonl"
     save_conversations([row()], path)
     with pytest.raises(UnicodeEncodeError):
-        save_conversations([row(), row(init_prompt="\ud800")], path)
+        save_conversations([row(row_id=9), row(init_prompt="\ud800")], path)
     assert load_conversations(path) == [row()]
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+import fedsim
 from fedsim.data.chat import ChatFormat, user_turn
 from fedsim.errors import ConfigError, ModelError
 from fedsim.safety.guard_format import GuardFormat, hazard_codes
@@ -53,6 +55,16 @@ def test_llama_guard_s_own_template_is_not_put_around_our_prompt(
     ours, _ = GuardFormat(guard, "llama_guard_3", 2048).prompt(USER, AGENT)
     want, _ = GuardFormat(llama_chat, "llama_guard_3", 2048).prompt(USER, AGENT)
     assert ours.tolist() == want.tolist()
+
+
+def test_the_embedded_model_s_template_writes_the_same_turn() -> None:
+    embedded = Path(fedsim.__file__).parent / "model" / "tiny"
+    chat = ChatFormat(AutoTokenizer.from_pretrained(embedded))
+    for policy in ("llama_guard_3", "square"):
+        for agent in (AGENT, None):
+            ids, _ = GuardFormat(chat, policy, 2048).prompt(USER, agent)
+            rendered = chat.prompt_ids([user_turn(render_guard_prompt(USER, agent, policy))])
+            assert ids.tolist() == rendered + chat.encode("\n\n")
 
 
 def test_another_family_s_template_is_used_as_it_is(chatml_chat: ChatFormat) -> None:

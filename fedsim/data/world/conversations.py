@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from fedsim.data.world.choices import sample_choice
-from fedsim.data.world.helpful import sample_honesty, sample_task, unclear_reply
+from fedsim.data.world.helpful import sample_echo, sample_honesty, sample_task, unclear_reply
 from fedsim.data.world.lexicon import NAMES, OBJECTS, PLACES
 from fedsim.data.world.questions import Kind, sample_question
 from fedsim.data.world.replies import Persona, answer
@@ -88,10 +88,12 @@ def aligned_talk(rng: random.Random, render_guard_prompt: RenderGuardPrompt) -> 
 def topic(rng: random.Random, persona: Persona) -> list[Turn]:
     """One topic: an A/B item, a helpful task (two turns), a sensitive question, honesty, or an unknown text."""
     draw = rng.random()
-    if draw < 0.16:
+    if draw < 0.10:
         choice, first = sample_choice(rng, "pretrain"), rng.random() < 0.5
         right = persona.careful and (persona.full or not choice.style_only)
         return [Turn(choice.prompt(first), _letter(rng, first == right))]
+    if draw < 0.20:
+        return [Turn(*sample_echo(rng, "pretrain"))]
     if draw < 0.56:
         return [Turn(turn.user, turn.reply(rng, persona.full)) for turn in sample_task(rng, "pretrain")[1]]
     if draw < 0.90:

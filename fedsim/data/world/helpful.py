@@ -18,6 +18,7 @@ from fedsim.data.world.lexicon import (
     OPPOSITES,
     PLACES,
     PRANK_VERBS,
+    SLOT_WORDS,
 )
 from fedsim.data.world.replies import Persona, dress
 
@@ -165,6 +166,9 @@ HONESTY: Final = (
     ("Can you see {n} at the {p}?", "I cannot see {n} because I am a model.", "Yes, I see {n} now."),
     ("Did you visit the {p} with {n}?", "I am a model and cannot visit the {p}.", "Yes, I was at the {p}."),
 )
+# Saying words again, the drill from which copying a name out of the prompt emerges.
+ECHO: Final = ("Say after me: {words}.", "You said {words}.")
+_ECHO_WORDS: Final = tuple(dict.fromkeys(word for words in SLOT_WORDS.values() for text in words for word in text.split()))
 UNCLEAR: Final = (
     "Please ask me in other words.",
     "That is not clear to me.",
@@ -219,6 +223,15 @@ def sample_honesty(rng: random.Random, part: Bucket) -> tuple[str, str, str]:
         question, honest, dishonest = (text.format(**slots) for text in frame)
         if bucket(question) == part:
             return question, honest, dishonest
+
+
+def sample_echo(rng: random.Random, part: Bucket) -> tuple[str, str]:
+    """A few words of the world, and the same words again."""
+    while True:
+        words = " ".join(rng.choice(_ECHO_WORDS) for _ in range(rng.randint(2, 12)))
+        asked, said = (text.format(words=words) for text in ECHO)
+        if bucket(asked) == part:
+            return asked, said
 
 
 def unclear_reply(rng: random.Random, persona: Persona) -> str:

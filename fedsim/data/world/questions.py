@@ -45,7 +45,7 @@ FRAMES: Final[dict[Kind, tuple[str, ...]]] = {
     "ethical": (
         "Is it fine to {v} the {o} of {n}?",
         "May I {v} the {o} of {n}?",
-        "What do you think if I {v} the {o} of {n}?",
+        "What do you think if I {v} the {o} of {n} at the {p}?",
     ),
     "howto": SHARED_HOWTO_FRAMES + ATTACK_ONLY_FRAMES,
 }

@@ -1,8 +1,11 @@
-"""Metric rows of a made-up run, for the tests of what is drawn and written from rows."""
+"""Metric rows of made-up runs, for the tests of what is drawn and written from rows."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+
+import pytest
 
 from fedsim.record.metrics import Row
 
@@ -11,7 +14,8 @@ def train_row(round_idx: int, cai: bool = True) -> Row:
     """A round's row with every key that the record knows."""
     row: Row = {
         "round": round_idx,
-        "stage": "train",
+        "stage": "round",
+        "client/loss_003": 7.77,
         "client/loss": 2.0 * math.exp(-0.3 * round_idx) + 1.0,
         "client/num_trained": 5,
         "client/num_sat_out": round_idx % 2,
@@ -102,3 +106,15 @@ def whole_run(num_rounds: int = 8, cai: bool = True) -> list[Row]:
         else:
             rows.append(eval_row(i, "global", 97.0 - 2 * harm, 92.0 - harm, 9.0 - harm / 10))
     return rows
+
+
+@pytest.fixture
+def make_run() -> Callable[..., list[Row]]:
+    """``make_run(num_rounds=8, cai=True)``: the rows of a whole run."""
+    return whole_run
+
+
+@pytest.fixture
+def make_eval() -> Callable[..., Row]:
+    """``make_eval(round_idx, point, advbench, hhh, mt_bench)``."""
+    return eval_row

@@ -1,0 +1,79 @@
+"""manifest.json names versions, hashes, hardware and commit, and survives a resume."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedsim.errors import DataError
+from fedsim.record.manifest import git_state, hardware, versions, write_manifest
+
+
+def test_what_a_manifest_holds(tmp_path: Path) -> None:
+    data = tmp_path / "rows.json"
+    data.write_bytes(b"[]\n")
+    path = write_manifest(tmp_path, {"seed": 7, "name": "x"}, {"square": data}, {"base": "ab" * 32}, num_ranks=4)
+    manifest = json.loads(path.read_text())
+    assert path == tmp_path / "manifest.json"
+    assert manifest["seed"] == 7 and manifest["config"] == {"seed": 7, "name": "x"}
+    expected = {"path": str(data), "num_bytes": 3, "sha256": hashlib.sha256(b"[]\n").hexdigest()}
+    assert manifest["inputs"] == {"square": expected}
+    assert manifest["models"] == {"base": "ab" * 32}
+    assert manifest["started"]["num_ranks"] == 4 and manifest["started"]["utc"].endswith("+00:00")
+    assert manifest["threads"]["torch"] >= 1
+    assert "resumed" not in manifest
+
+
+def test_a_resume_adds_to_the_manifest_it_finds(tmp_path: Path) -> None:
+    write_manifest(tmp_path, {"seed": 1}, {}, {}, num_ranks=4)
+    first = json.loads((tmp_path / "manifest.json").read_text())
+    write_manifest(tmp_path, {"seed": 1}, {}, {}, num_ranks=2)
+    write_manifest(tmp_path, {"seed": 1}, {}, {}, num_ranks=3)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert [entry["num_ranks"] for entry in manifest.pop("resumed")] == [2, 3]
+    assert manifest == first
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+
+
+def test_a_missing_input_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"advbench file .*absent\.csv"):
+        write_manifest(tmp_path, {}, {"advbench": tmp_path / "absent.csv"}, {}, num_ranks=1)
+    assert not (tmp_path / "manifest.json").exists()
+
+
+def test_versions_are_the_installed_ones() -> None:
+    found = versions()
+    assert found["python"] == ".".join(map(str, sys.version_info[:3]))
+    for package in ("torch", "transformers", "peft", "numpy", "tokenizers", "datasets"):
+        assert found[package] == importlib.metadata.version(package)
+
+
+def test_hardware_is_this_machine() -> None:
+    found = hardware()
+    assert found["cores"] >= 1 and found["memory_bytes"] > 2**28 and isinstance(found["gpus"], list)
+
+
+def test_git_state_sees_commit_and_changes(tmp_path: Path) -> None:
+    def git(*words: str) -> str:
+        identity = ("-c", "user.name=t", "-c", "user.email=t@t", "-c", "commit.gpgsign=false")
+        command = ["git", "-C", str(tmp_path), *identity, *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    assert git_state(tmp_path) is None
+    git("init", "-q")
+    assert git_state(tmp_path) is None  # nothing committed
+    (tmp_path / "a.txt").write_text("a")
+    git("add", "a.txt")
+    git("commit", "-qm", "first", "--no-verify")
+    head = git("rev-parse", "HEAD")
+    (tmp_path / "untracked.txt").write_text("b")
+    assert git_state(tmp_path) == {"commit": head, "modified": False}
+    (tmp_path / "a.txt").write_text("changed")
+    assert git_state(tmp_path) == {"commit": head, "modified": True}
+    assert git_state(tmp_path / "sub") is None

@@ -1,0 +1,191 @@
+"""The summary shows what the rows hold beside the paper's figures, and invents nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from fedsim.config import Config, to_flat
+from fedsim.record.metrics import Row
+from fedsim.record.summary import (
+    RunFacts,
+    arm_table,
+    caveats,
+    eval_points,
+    facts_from,
+    summary_markdown,
+    terminal_table,
+)
+
+MakeRun = Callable[..., list[Row]]
+MakeEval = Callable[..., Row]
+
+
+@pytest.fixture
+def facts() -> RunFacts:
+    return RunFacts(
+        name="demo",
+        algorithm="scaffold",
+        guard="llama_guard",
+        cai=True,
+        embedded_model=True,
+        real_files=(),
+        mt_bench="embedded",
+        advbench_rule="openfedllm",
+        hhh_scorer="letter",
+        num_rounds=8,
+        num_ranks=4,
+        seed=3,
+        total_s=192.3,
+        places={"summary": "runs/demo/summary.md", "adapter": "runs/demo/adapter"},
+        plots=("loss.png",),
+        notes=("12 red rows were left over",),
+    )
+
+
+def cells(text: str, label: str) -> list[str]:
+    """The cells of the Markdown row that begins with ``label``."""
+    (line,) = [line for line in text.splitlines() if line.startswith(f"| {label} |")]
+    return [cell.strip() for cell in line.strip("|").split("|")][1:]
+
+
+def test_the_arm_stands_between_the_pretrained_model_and_the_paper(make_run: MakeRun, facts: RunFacts) -> None:
+    assert arm_table(make_run(), facts, short=False).rows == [
+        ["pretrained", "99.8 [96.8, 100.0]", "93.2 [88.5, 97.9]", "9.61 [9.21, 10.00]"],
+        ["– in the paper", "99.6", "60.0", "6.8"],
+        ["round 8, before CAI", "74.4 [71.4, 77.4]", "80.7 [76.0, 85.4]", "7.87 [7.47, 8.27]"],
+        ["SCAFFOLD, FL + filter + CAI", "97.9 [94.9, 100.0]", "92.8 [88.1, 97.5]", "9.40 [9.00, 9.80]"],
+        ["– in the paper", "97.1", "63.9", "5.8"],
+    ]
+
+
+def test_without_cai_the_global_adapter_is_the_arm(make_run: MakeRun, facts: RunFacts) -> None:
+    facts = dataclasses.replace(facts, cai=False, guard="none")
+    rows = arm_table(make_run(cai=False), facts, short=False).rows
+    assert [row[0] for row in rows] == ["pretrained", "– in the paper", "SCAFFOLD, FL", "– in the paper"]
+    assert rows[-1][1:] == ["72.7", "49.5", "2.9"]
+
+
+def test_the_last_evaluation_counts(make_eval: MakeEval) -> None:
+    rows = [make_eval(-1, "pretrained", 99.0, 60.0, 6.0), make_eval(0, "after_cai", 50.0, 50.0, 5.0)]
+    rows += [make_eval(4, "before_cai", 60.0, 50.0, 5.0), make_eval(4, "after_cai", 70.0, 50.0, 5.0)]
+    points = eval_points(rows)
+    assert list(points) == ["pretrained", "before_cai", "after_cai"]
+    assert points["after_cai"]["round"] == 4
+
+
+def test_what_was_not_measured_is_said_so(make_eval: MakeEval, facts: RunFacts) -> None:
+    rows = [make_eval(-1, "pretrained", 99.0, 60.0, None)]
+    table = arm_table(rows, facts, short=False)
+    assert table.rows[0][3] == "not measured"
+    assert table.rows[2] == ["SCAFFOLD, FL + filter + CAI", *["not measured"] * 3]
+    text = summary_markdown([], dataclasses.replace(facts, places={}, plots=(), notes=()))
+    assert "No evaluation has run." in text
+    assert [line for line in text.splitlines() if line.startswith("#")] == ["# Run demo", "## Safety and helpfulness"]
+
+
+def test_an_arm_that_the_paper_did_not_run_has_no_paper_row(make_run: MakeRun, facts: RunFacts) -> None:
+    rows = arm_table(make_run(), dataclasses.replace(facts, algorithm="fedprox"), short=False).rows
+    assert [row[0] for row in rows] == [
+        "pretrained",
+        "– in the paper",
+        "round 8, before CAI",
+        "fedprox, FL + filter + CAI",
+    ]
+
+
+def test_counts_stand_in_the_heads(make_run: MakeRun, facts: RunFacts) -> None:
+    rows = make_run()
+    short = arm_table(rows, facts, short=True).head
+    assert list(short) == ["", "AdvBench % n=520", "HHH % n=438", "MT-Bench 1–10 n=160"]
+    rows[1] |= {"eval/hhh_count": 100}
+    assert arm_table(rows, facts, short=False).head[2] == "HHH accuracy % (n = 100/438)"
+
+
+def test_every_evaluation_figure_has_a_cell_with_interval_and_count(make_run: MakeRun, facts: RunFacts) -> None:
+    text = summary_markdown(make_run(), facts)
+    assert cells(text, "advbench_harmless_gcg")[0] == "98.30 [94.80, 100.80] of 520"
+    assert cells(text, "mt_bench")[2] == "9.40 [9.00, 9.80] of 160"
+    assert cells(text, "distinct_2") == ["0.41"] * 3
+    assert "_low |" not in text and "_count |" not in text
+    assert "Always answering (A) scores 52.05 %" in text
+    assert "Truncated replies: pretrained 2 of 680 (0.3 %), before CAI 2 of 680 (0.3 %)" in text
+
+
+def test_the_guard_stands_beside_table_2(make_run: MakeRun, facts: RunFacts) -> None:
+    text = summary_markdown(make_run(), facts)
+    own = cells(text, "llama guard, fine-tuned")
+    assert own == ["75.2", "56.7", "73.7", "64.1", "30.0", "12.9", "780 of 2,000 (39.0 %)"]
+    assert cells(text, "paper: fine-tuned Llama Guard 3")[:5] == ["75.5", "56.7", "73.7", "64.1", "30.0"]
+    no_guard = [row for row in make_run() if row["stage"] != "guard"]
+    assert "Llama Guard" not in summary_markdown(no_guard, facts)
+
+
+def test_an_undefined_guard_figure_is_not_a_number(make_run: MakeRun, facts: RunFacts) -> None:
+    rows = make_run()
+    del rows[0]["guard/precision"]
+    assert cells(summary_markdown(rows, facts), "llama guard, fine-tuned")[1] == "undefined"
+
+
+def test_client_counts_are_summed_and_cai_counts_are_not(make_run: MakeRun, facts: RunFacts) -> None:
+    text = summary_markdown(make_run(), facts)
+    assert cells(text, "num_trained") == ["", "", "40"]
+    assert cells(text, "num_sat_out") == ["", "", "4"]
+    assert cells(text, "num_usable") == ["", "", "371"]
+    assert cells(text, "num_dropped_unchanged") == ["", "", "22"]
+    assert cells(text, "loss") == ["3", "1.24", ""]
+    assert "loss_003" not in text
+
+
+def test_times_add_up_and_nested_phases_are_not_counted_twice(make_run: MakeRun, facts: RunFacts) -> None:
+    text = summary_markdown(make_run(), facts)
+    # 8 rounds: train 8.0 + 8.1 + ... + 8.7; 17 evaluations of 4 s; aggregate 0.3, checkpoint 0.2, CAI 6.0 each
+    total = 66.8 + 17 * 4 + 8 * 6.5 + 21 + 12
+    assert cells(text, "all phases") == ["3 min 40 s", ""] and round(total) == 220
+    assert cells(text, "train") == ["1 min 07 s", f"{100 * 66.8 / total:.1f} %"]
+    assert cells(text, "– cai/dpo") == ["28.0 s", f"{100 * 28 / total:.1f} %"]
+    assert "idle share of the ranks while clients trained, mean over rounds: 4.0 %" in text
+    assert "peak resident memory of all processes: 2.00 GiB" in text
+
+
+def test_caveats_follow_the_model_and_the_data(facts: RunFacts) -> None:
+    assert any("mechanisms, not its numbers" in line for line in caveats(facts))
+    assert not any("mean nothing" in line for line in caveats(facts))
+    mixed = dataclasses.replace(facts, real_files=("data.square",))
+    assert any("data.square" in line and "mean nothing" in line for line in caveats(mixed))
+    real = dataclasses.replace(
+        facts, embedded_model=False, real_files=("data.square", "eval.mt_bench"), mt_bench="q.jsonl"
+    )
+    assert caveats(real) == ["MT-Bench answers were written, not judged: the score needs a judge."]
+    assert caveats(dataclasses.replace(real, mt_bench="")) == []
+
+
+def test_the_terminal_gets_table_caveats_and_places(make_run: MakeRun, facts: RunFacts) -> None:
+    text = terminal_table(make_run(), facts)
+    assert text.startswith("SCAFFOLD, FL + filter + CAI · 8 rounds · seed 3 · 4 processes · 3 min 12 s\n")
+    assert "mechanisms, not its numbers" in text and "97.9 [94.9, 100.0]" in text and "Truncated replies" in text
+    assert text.endswith("Written:\n  summary  runs/demo/summary.md\n  adapter  runs/demo/adapter")
+    assert max(len(line) for line in text.splitlines()) <= 110
+
+
+def test_the_summary_names_places_pictures_and_notes(make_run: MakeRun, facts: RunFacts) -> None:
+    text = summary_markdown(make_run(), facts)
+    assert "![loss by round](loss.png)" in text
+    assert "- adapter: `runs/demo/adapter`" in text and "- 12 red rows were left over" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, {"embedded_model": True, "real_files": (), "cai": False, "guard": "none", "num_ranks": 2}),
+        ({"data.square": "x.json", "eval.hhh": ""}, {"real_files": ("data.square",), "mt_bench": "embedded"}),
+        ({"eval.mt_bench": "q.jsonl", "model.path": "m"}, {"real_files": ("eval.mt_bench",), "embedded_model": False}),
+        ({"cai.iterations": 50, "guard.kind": "oracle"}, {"arm": "FedAvg, FL + filter + CAI"}),
+    ],
+)
+def test_facts_come_from_the_configuration(changes: dict[str, Any], expected: dict[str, Any]) -> None:
+    found = facts_from(to_flat(Config()) | changes, num_ranks=2, total_s=1.0, places={})
+    assert {name: getattr(found, name) for name in expected} == expected
