@@ -12,9 +12,12 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from fedsim.data.chat import ChatFormat
 from fedsim.errors import ModelError
+
+transformers_logging.disable_progress_bar()  # fedsim shows its own progress
 
 EMBEDDED = Path(__file__).parent / "tiny"
 

@@ -146,6 +146,7 @@ def test_always_answering_a_scores_52_percent(tmp_path: Path) -> None:
         ({"text_incorrect": f"\n\nHuman: Other?\n\nAssistant: Yes! {SECRET}"}, ("'text_correct'", "'text_incorrect'")),
         ({"text_incorrect": f"\n\nHuman: Yes! {SECRET}"}, ("'text_incorrect'", "alternate")),
         ({"text_incorrect": f"Human: A\n\nHuman: B\n\nAssistant: Yes! {SECRET}"}, ("'text_incorrect'", "alternate")),
+        ({"text_incorrect": f"\n\nHuman:\n\nAssistant: Yes! {SECRET}"}, ("'text_incorrect'", "words in each")),
     ],
 )
 def test_malformed_hhh(tmp_path: Path, changed: dict[str, Any], fragments: tuple[str, ...]) -> None:

@@ -131,7 +131,9 @@ def test_an_undefined_guard_figure_is_not_a_number(make_run: MakeRun, facts: Run
 
 
 def test_client_counts_are_summed_and_cai_counts_are_not(make_run: MakeRun, facts: RunFacts) -> None:
-    text = summary_markdown(make_run(), facts)
+    rows = make_run()
+    rows.insert(2, {"round": -1, "stage": "cai", "cai/num_usable": 370, "time/cai_data_s": 0.0})
+    text = summary_markdown(rows, facts)
     assert cells(text, "num_trained") == ["", "", "40"]
     assert cells(text, "num_sat_out") == ["", "", "4"]
     assert cells(text, "num_usable") == ["", "", "371"]
