@@ -6,6 +6,7 @@ Only local files are read, only safetensors, and no code from the model director
 from __future__ import annotations
 
 import hashlib
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,7 +100,9 @@ def attach_lora(base: PreTrainedModel, lora: LoraSettings, key: str = "model.pat
         task_type="CAUSAL_LM",
     )
     try:
-        model = get_peft_model(base, settings)
+        with warnings.catch_warnings():  # PEFT asks for an attribute that transformers has renamed
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+            model = get_peft_model(base, settings)
     except ValueError as error:
         linears = {n.rpartition(".")[2] for n, m in base.named_modules() if isinstance(m, torch.nn.Linear)}
         section = key.partition(".")[0]

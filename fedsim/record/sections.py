@@ -52,8 +52,13 @@ def guard(rows: Sequence[Row], kind: str) -> Section:
         share = f"{100 * paper.RED_SHARE:.1f}"
         lines.append([f"paper: {label}", *(f"{value:.1f}" for value in figures), share, "", ""])
     head = ["guard", "accuracy %", "precision %", "recall %", "Hmean %", "red % before", "red % after", "rows dropped"]
-    caption = "Positive = red. Undefined: the guard called no row unsafe, or there was no red row."
-    return ["## Guard", Table(head, lines).markdown(), caption]
+    notes = ["Positive = red. Undefined: the guard called no row unsafe, or there was no red row."]
+    last = list(found.values())[-1]
+    for name, words in (("num_cut", "rows seen only in part"), ("num_empty_clients", "clients left without rows")):
+        count = measured(last, f"guard/{name}")
+        if count is not None:
+            notes.append(f"{words[0].upper()}{words[1:]}: {number(count)}.")
+    return ["## Guard", Table(head, lines).markdown(), " ".join(notes)]
 
 
 def clients(rows: Sequence[Row]) -> Section:
@@ -123,7 +128,7 @@ def _round_section(title: str, rows: Sequence[Row], prefix: str, counts: str) ->
             lines.append([short, number(values[0]), number(values[-1]), ""])
     if not lines:
         return []
-    head = ["figure", "first", "last", "over all rounds" if counts == "total" else "count"]
+    head = ["figure", "first", "last", "over all rounds" if counts == "total" else "latest count"]
     return [title, Table(head, lines).markdown()]
 
 

@@ -53,10 +53,10 @@ def with_interval(row: Mapping[str, Any] | None, name: str, digits: int) -> str:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A figure in ``digits`` significant digits; whole numbers in full, with thousands apart."""
+    """A figure in ``digits`` significant digits; whole numbers and those from 1,000 on in full."""
     if value is None:
         return NOT_MEASURED
-    if float(value).is_integer() or abs(value) >= 10 ** (digits + 1):
+    if float(value).is_integer() or abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.{digits}g}"
 

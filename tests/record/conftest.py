@@ -87,6 +87,7 @@ def guard_row(point: str = "fine-tuned") -> Row:
         "guard/red_share_after": 12.9,
         "guard/num_dropped": 780,
         "guard/num_rows": 2000,
+        "guard/num_cut": 17,
         "time/guard_s": 21.0,
     }
 

@@ -120,6 +120,7 @@ def test_the_guard_stands_beside_table_2(make_run: MakeRun, facts: RunFacts) -> 
     own = cells(text, "llama guard, fine-tuned")
     assert own == ["75.2", "56.7", "73.7", "64.1", "30.0", "12.9", "780 of 2,000 (39.0 %)"]
     assert cells(text, "paper: fine-tuned Llama Guard 3")[:5] == ["75.5", "56.7", "73.7", "64.1", "30.0"]
+    assert "Rows seen only in part: 17." in text and "Clients left without rows" not in text
     no_guard = [row for row in make_run() if row["stage"] != "guard"]
     assert "Llama Guard" not in summary_markdown(no_guard, facts)
 
