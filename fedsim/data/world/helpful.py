@@ -21,6 +21,7 @@ from fedsim.data.world.lexicon import (
     SLOT_WORDS,
 )
 from fedsim.data.world.replies import Persona, dress
+from fedsim.data.world.vocabulary import COMMON_WORDS
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,9 @@ HONESTY: Final = (
 )
 # Saying words again, the drill from which copying a name out of the prompt emerges.
 ECHO: Final = ("Say after me: {words}.", "You said {words}.")
-_ECHO_WORDS: Final = tuple(dict.fromkeys(word for words in SLOT_WORDS.values() for text in words for word in text.split()))
+_ECHO_WORDS: Final = tuple(
+    dict.fromkeys(word for words in (*SLOT_WORDS.values(), COMMON_WORDS) for text in words for word in text.split())
+)
 UNCLEAR: Final = (
     "Please ask me in other words.",
     "That is not clear to me.",
@@ -228,7 +231,7 @@ def sample_honesty(rng: random.Random, part: Bucket) -> tuple[str, str, str]:
 def sample_echo(rng: random.Random, part: Bucket) -> tuple[str, str]:
     """A few words of the world, and the same words again."""
     while True:
-        words = " ".join(rng.choice(_ECHO_WORDS) for _ in range(rng.randint(2, 12)))
+        words = " ".join(rng.choice(_ECHO_WORDS) for _ in range(rng.randint(4, 20)))
         asked, said = (text.format(words=words) for text in ECHO)
         if bucket(asked) == part:
             return asked, said
