@@ -58,17 +58,19 @@ class Simulation:
         config, record = self.config, self.record
         record.header(self.world.size, self.world.device)
         data, suite = self._data()
-        filtered = self._filter(data)
+        filtered, untuned = self._filter(data)
         federation = self._assemble(filtered)
         checkpoint = record.resume()
         if checkpoint is None:
             state = federation.start(config.seed)
-            self._record_preparation(filtered, federation)
+            self._record_preparation(filtered, untuned, federation)
             self._evaluate(federation, suite, PRETRAINED, "pretrained", state.adapter)
             checkpoint = Checkpoint(PRETRAINED, state)
         aligner = self._aligner(data, federation, new=checkpoint.round_idx == PRETRAINED)
         checkpoint = replace(checkpoint, state=federation.to_device(checkpoint.state))
         federation.controls.index.update(checkpoint.client_rounds)
+        if checkpoint.round_idx == PRETRAINED:
+            record.append(PRETRAINED, "prepare", record.timers.pop())
         for round_idx in range(checkpoint.round_idx + 1, config.federation.num_rounds):
             checkpoint = self._round(federation, round_idx, checkpoint, aligner, suite)
         record.progress.outside_rounds()
@@ -145,8 +147,12 @@ class Simulation:
         self.ranks.once(write)
         return data, suite
 
-    def _filter(self, data: PreparedData) -> Filtered:
-        """Every client drops the rows that the guard calls unsafe (paper §4.1)."""
+    def _filter(self, data: PreparedData) -> tuple[Filtered, Filtered | None]:
+        """Every client drops the rows that the guard calls unsafe (paper §4.1).
+
+        Returns:
+            The kept rows, and what the guard would have kept before its fine-tuning, where that is measured.
+        """
         with self.record.phase(f"safety filter ({self.config.guard.kind})", "filter", "steps") as phase:
             stage = FilterStage(
                 self.config,
@@ -157,7 +163,8 @@ class Simulation:
                 self.facts,
                 lambda name, done, total: phase.step(done, total, part=name),
             )
-            return stage.run(data)
+            untuned = stage.run_untuned(data) if self.config.guard.measure_untuned else None
+            return stage.run(data), untuned
 
     def _assemble(self, filtered: Filtered) -> Federation:
         with self.record.phase("load model", "load"):
@@ -186,9 +193,13 @@ class Simulation:
             self.record.append(PRETRAINED, "cai_data", counts)
         return aligner
 
-    def _record_preparation(self, filtered: Filtered, federation: Federation) -> None:
+    def _record_preparation(self, filtered: Filtered, untuned: Filtered | None, federation: Federation) -> None:
         """What the filter kept, and how many training rows had to be cut."""
+        if untuned is not None:
+            self.record.append(PRETRAINED, "guard", {"point": "untuned", **untuned.total.as_metrics()})
         metrics = figures.of_guard(filtered, self.config.guard.kind)
+        if self.config.guard.kind == "llama_guard":
+            metrics["point"] = "fine-tuned" if self.config.guard.tune_epochs > 0 else "untuned"
         metrics["client/num_cut_rows"] = sum(row.truncated for shard in federation.shards for row in shard)
         self.record.append(PRETRAINED, "filter", metrics)
 

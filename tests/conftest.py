@@ -75,7 +75,12 @@ def random_llama(vocab_size: int = 261, seed: int = 0, **changes: Any) -> LlamaF
 
 
 def adapted_llama(
-    *, seed: int = 0, r: int = 4, dropout: float = 0.0, targets: tuple[str, ...] = ("q_proj", "v_proj"), std: float = 0.0
+    *,
+    seed: int = 0,
+    r: int = 4,
+    dropout: float = 0.0,
+    targets: tuple[str, ...] = ("q_proj", "v_proj"),
+    std: float = 0.0,
 ) -> tuple[LoadedModel, FlatAdapter]:
     """A random Llama with LoRA in a flat adapter; normal numbers of deviation ``std`` in it, or PEFT's start if 0."""
     base = random_llama(seed=seed)

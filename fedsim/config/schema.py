@@ -93,6 +93,7 @@ class GuardConfig:
                              low=0)  # fmt: skip
     tune_lr: float = key(1e-4, "fine-tuning learning rate (AdamW, linear decay to 0)", above=0)
     tune_batch_size: int = key(16, "rows of one fine-tuning step", unit="rows", low=1)
+    measure_untuned: bool = key(False, "also judge the rows with the guard as it is, to compare (Table 2)")
     lora_r: int = key(16, "LoRA rank of the guard", low=1)
     lora_alpha: float = key(32.0, "LoRA alpha of the guard", above=0)
     lora_dropout: float = key(0.05, "LoRA dropout of the guard", low=0, below=1)
@@ -134,7 +135,9 @@ class EvalConfig:
     temperature: float = key(0.7, "AdvBench sampling temperature; 0 = greedy", low=0)
     max_new_tokens: int = key(1024, "longest reply; longer ones are cut and counted", unit="tokens", low=1)
     batch_size: int = key(32, "rows generated or scored at once", unit="rows", low=1)
-    limit: int = key(0, "use only a fixed random subset of so many items of each benchmark; 0 = all", unit="items", low=0)
+    limit: int = key(
+        0, "use only a fixed random subset of so many items of each benchmark; 0 = all", unit="items", low=0
+    )
 
 
 @dataclass(frozen=True)
@@ -179,6 +182,11 @@ class Config:
         if self.guard.kind == "llama_guard" and self.guard.tune_epochs > 0 and self.data.guard_rows == 0:
             raise ConfigError(
                 "guard.tune_epochs > 0 needs rows to tune on: set data.guard_rows, or guard.tune_epochs=0"
+            )
+        if self.guard.measure_untuned and (self.guard.kind != "llama_guard" or self.guard.tune_epochs == 0):
+            raise ConfigError(
+                "guard.measure_untuned=true: compares with a fine-tuned guard model; set guard.kind=llama_guard and "
+                "guard.tune_epochs > 0, or guard.measure_untuned=false"
             )
         if self.cai.iterations > 0 and self.data.cai_rows == 0 and self.data.guard_rows == 0:
             raise ConfigError("cai.iterations > 0 needs questions: set data.cai_rows or data.guard_rows")

@@ -52,7 +52,13 @@ def world_texts() -> Iterable[str]:
     for turn in (turn for tasks in helpful.TASKS.values() for task in tasks for turn in task):
         templates += [turn.user, turn.short, turn.sentence, turn.explanation]
     templates += [text for frame in helpful.HONESTY for text in frame]
-    templates += [*replies.OPENERS, *replies.CLOSERS, *helpful.UNCLEAR, *helpful.ECHO, *conversations.CRITIQUES.values()]
+    templates += [
+        *replies.OPENERS,
+        *replies.CLOSERS,
+        *helpful.UNCLEAR,
+        *helpful.ECHO,
+        *conversations.CRITIQUES.values(),
+    ]
     templates += [conversations.NO_CRITIQUE, conversations.UNCLEAR_CRITIQUE, conversations.HAZARD_VERDICT]
     templates += [conversations.SAFE_VERDICT, *(text for pair in conversations.PRINCIPLES for text in pair)]
     templates += conversations.HAZARD_TEXTS

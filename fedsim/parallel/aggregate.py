@@ -81,7 +81,8 @@ def aggregate(
     segments = [deltas, controls, *columns, [Term(busy[0])], [Term(busy[1])]]
     control_size = size if has_control else 0
     sizes = [size, control_size, *[len(cohort)] * len(_CLIENT_FIELDS), world_size, world_size]
-    delta, control, *rest = summer.sum(segments, sizes, count=max(len(cohort), world_size))
+    # Figures have one term per rank, but only one rank's entry is not 0. The grid must not depend on the world's size.
+    delta, control, *rest = summer.sum(segments, sizes, count=len(cohort))
     figures = [column.tolist() for column in rest]
     clients = [
         ClientReport(client, int(rows), loss, first, int(tokens))

@@ -29,11 +29,13 @@ class Summer:
     Args:
         group: the members; None means this process alone.
         exact: order-independent sums, bit-identical however the terms are spread over members.
+        device: where the members' terms are; a member without terms joins the reduction from there.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None, *, exact: bool) -> None:
+    def __init__(self, group: dist.ProcessGroup | None, *, exact: bool, device: torch.device | None = None) -> None:
         self.group = group
         self.exact = exact
+        self.device = torch.device("cpu") if device is None else device
 
     def sum(self, segments: Sequence[Sequence[Term]], sizes: Sequence[int], count: int) -> list[torch.Tensor]:
         """Sum each segment over its terms here and on the other members.
@@ -46,7 +48,7 @@ class Summer:
         Returns:
             fp64 vectors, one per segment. A segment with a non-finite term is NaN throughout.
         """
-        device = next((t.vector.device for s in segments for t in s), torch.device("cpu"))
+        device = next((t.vector.device for s in segments for t in s), self.device)
         return self._exact(segments, sizes, count, device) if self.exact else self._fast(segments, sizes, device)
 
     def _exact(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -42,11 +42,13 @@ class World:
         ranks: shares stages' work.
         device: where this process computes.
         exact: whether sums are order-independent.
+        timeout: a collective of a lane that waits longer ends the run.
     """
 
     ranks: Ranks
     device: torch.device
     exact: bool
+    timeout: timedelta = timedelta(minutes=30)
     _groups: dict[tuple[int, int], dist.ProcessGroup | None] = field(default_factory=dict)
 
     @property
@@ -68,9 +70,9 @@ class World:
         if width > 1:
             if (first_rank, width) not in self._groups:
                 members = list(range(first_rank, first_rank + width))
-                self._groups[(first_rank, width)] = dist.new_group(members)
+                self._groups[(first_rank, width)] = dist.new_group(members, timeout=self.timeout)
             group = self._groups[(first_rank, width)]
-        return Lane(self.rank - first_rank, width, Summer(group, exact=self.exact))
+        return Lane(self.rank - first_rank, width, Summer(group, exact=self.exact, device=self.device))
 
     def everyone(self) -> Lane:
         """One lane of all ranks."""
@@ -133,7 +135,7 @@ class GroupRanks:
         """Every rank's value, by rank; it must pickle."""
         out: list[T | None] = [None] * self.size
         dist.all_gather_object(out, value)
-        return [v for v in out if v is not None]
+        return cast(list[T], out)
 
 
 def portable(error: Exception, rank: int) -> FedsimError:
@@ -147,6 +149,9 @@ def portable(error: Exception, rank: int) -> FedsimError:
 @contextmanager
 def process_world(*, exact: bool, threads: int, timeout_s: float) -> Iterator[World]:
     """Join the processes that torchrun started (or run alone), and leave them in every case.
+
+    An error leaves on the first rank that fails. The others fail alike, or because they miss that rank: they end quietly
+    with exit status 2, so that a user reads one error, the cause.
 
     Args:
         exact: order-independent sums and deterministic kernels.
@@ -164,11 +169,25 @@ def process_world(*, exact: bool, threads: int, timeout_s: float) -> Iterator[Wo
         return
     one_gpu_each = device.type == "cuda" and torch.cuda.device_count() >= size
     backend = "cpu:gloo,cuda:nccl" if one_gpu_each else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    timeout = timedelta(seconds=timeout_s)
+    store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     try:
-        yield World(GroupRanks(), device, exact)
+        yield World(GroupRanks(), device, exact, timeout)
+    except Exception as error:
+        if not _is_first_failure(store):
+            raise SystemExit(2) from error
+        raise
     finally:
         dist.destroy_process_group()
+
+
+def _is_first_failure(store: dist.Store) -> bool:
+    """Whether no other rank has failed before; true where that cannot be asked, so that no error is lost."""
+    try:
+        return int(store.add("fedsim/failures", 1)) == 1
+    except RuntimeError:
+        return True
 
 
 def _device(size: int) -> torch.device:

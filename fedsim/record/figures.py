@@ -38,10 +38,9 @@ def mean_loss(result: CohortResult) -> float:
     return sum(c.loss * c.num_rows for c in clients) / sum(c.num_rows for c in clients)
 
 
-def of_guard(filtered: Filtered, kind: str) -> Metrics:
+def of_guard(filtered: Filtered, kind: str) -> dict[str, float | int | str]:
     """``guard/…`` rates in percent and counts; without a guard only what the clients hold."""
-    total = filtered.total
-    metrics: Metrics = {"client/num_kept_rows": sum(filtered.num_kept)}
+    metrics: dict[str, float | int | str] = {"client/num_kept_rows": sum(filtered.num_kept)}
     if kind == "none":
         return metrics
     metrics |= filtered.total.as_metrics()

@@ -21,12 +21,13 @@ from fedsim.data import batch, chat, square
 from fedsim.data.chat import TokenRow
 from fedsim.data.prepare import PreparedData
 from fedsim.generate import prefix
+from fedsim.kernels import fixed_point
 from fedsim.model import flat_adapter, logprobs
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.model.load import LoadedModel, LoraSettings, load_model, model_digest
 from fedsim.parallel import sums
 from fedsim.parallel.ranks import Ranks
-from fedsim.safety import guard, guard_format, guard_prompt, guard_tuning
+from fedsim.safety import guard, guard_format, guard_prompt, guard_tuning, verdict
 from fedsim.safety.filtering import Filtered, drop_unsafe, judge_shards
 from fedsim.safety.guard import LlamaGuard, NoisyOracleGuard, OracleGuard
 from fedsim.safety.guard_tuning import verdict_rows
@@ -35,8 +36,10 @@ from fedsim.train import loop, objectives
 from fedsim.train.loop import StepSettings, Trainer, TrainingLane, TrainingPlan
 from fedsim.train.objectives import SftObjective
 
-_CODE = [batch, chat, square, prefix, flat_adapter, logprobs, sums, guard, guard_format, guard_prompt, guard_tuning, loop, objectives, keys]  # fmt: skip
-OnStep = Callable[[int, int], None]
+_CODE = [
+    *(batch, chat, square, prefix, flat_adapter, logprobs, sums, loop, objectives, keys, fixed_point),
+    *(guard, guard_format, guard_prompt, guard_tuning, verdict),
+]
 
 
 class FilterStage:
@@ -69,7 +72,7 @@ class FilterStage:
         self.store = store
         self.facts = facts
         self.on_progress = on_progress
-        self.metrics: dict[str, float | int] = {}
+        self._model: LoadedModel | None = None
 
     def run(self, data: PreparedData) -> Filtered:
         """Every client's kept rows and what the filter did; without a guard all rows are kept."""
@@ -82,35 +85,25 @@ class FilterStage:
             noisy = NoisyOracleGuard(self.config.guard.tpr, self.config.guard.fpr, self.config.seed)
             verdicts = judge_shards(noisy, data.shards)
         else:
-            verdicts = self._model_verdicts(data)
+            verdicts = self._model_verdicts(data, tuned=self.config.guard.tune_epochs > 0)
         return drop_unsafe(data.shards, verdicts)
 
-    def _model_verdicts(self, data: PreparedData) -> list[list[Verdict]]:
-        rows = [row for shard in data.shards for row in shard]
-        depends = self._depends(data) | {"rows": [row.row_id for row in rows]}
-        settings = self.config.guard
-        loaded: list[LoadedModel] = []
+    def run_untuned(self, data: PreparedData) -> Filtered:
+        """What the guard model would keep as it is, to compare (the paper's Table 2, first row)."""
+        return drop_unsafe(data.shards, self._model_verdicts(data, tuned=False))
 
-        def model() -> LoadedModel:
-            if not loaded:
-                lora = LoraSettings(
-                    settings.lora_r, settings.lora_alpha, settings.lora_dropout, tuple(settings.lora_targets)
-                )
-                attention = self.config.model.attention
-                dtype = self.config.model.dtype
-                loaded.append(
-                    load_model(
-                        settings.path, lora, dtype=dtype, attention=attention, device=self.device, key="guard.path"
-                    )
-                )
-            return loaded[0]
+    def _model_verdicts(self, data: PreparedData, *, tuned: bool) -> list[list[Verdict]]:
+        rows = [row for shard in data.shards for row in shard]
+        depends = self._depends(data, tuned=tuned) | {"rows": [row.row_id for row in rows]}
 
         def build() -> list[Verdict]:
-            adapter = FlatAdapter(model().model)
-            adapter.load(self._tuned(data, model(), adapter))
+            model = self._guard_model()
+            adapter = FlatAdapter(model.model)
+            adapter.load(self._tuned(data, model, adapter) if tuned else adapter.initial(self.config.seed))
+            settings = self.config.guard
             judge = LlamaGuard(
-                model().base,
-                model().chat,
+                model.base,
+                model.chat,
                 self.ranks,
                 policy=settings.policy,
                 batch_size=settings.batch_size,
@@ -125,38 +118,52 @@ class FilterStage:
         return [[next(verdicts) for _ in shard] for shard in data.shards]
 
     def _tuned(self, data: PreparedData, model: LoadedModel, adapter: FlatAdapter) -> torch.Tensor:
-        """The guard's adapter: fine-tuned on the guard set, or the untouched start."""
-        start = adapter.initial(self.config.seed)
+        """The guard's adapter, fine-tuned on the guard set."""
         settings = self.config.guard
-        if settings.tune_epochs == 0:
-            return start
-        depends = self._depends(data) | {"rows": [row.row_id for row in data.guard_rows]}
 
         def build() -> torch.Tensor:
             rows = verdict_rows(model.chat, data.guard_rows, settings.policy, settings.max_length)
-            adapter.load(start)
+            adapter.load(adapter.initial(self.config.seed))
             steps = StepSettings(self.config.local.micro_batch_size, 1.0, 0.0, self.config.seed)
             batches = tuning_batches(rows, settings, self.config.seed)
             plan = TrainingPlan(batches, lambda t: settings.tune_lr * (1 - t / len(batches)), ("guard_tuning",))
-            pad = model.chat.pad_id
-            report = self.on_progress
             Trainer(model.base, adapter, steps).run(
-                plan, SftObjective(pad), self.lane, lambda done, total: report("guard fine-tuning", done, total)
+                plan,
+                SftObjective(model.chat.pad_id),
+                self.lane,
+                lambda done, total: self.on_progress("guard fine-tuning", done, total),
             )
             return adapter.copy()
 
-        artefact = self.store.get("guard-adapter", depends, _CODE, build, adapter.save)
+        artefact = self.store.get("guard-adapter", self._depends(data, tuned=True), _CODE, build, adapter.save)
         return adapter.read(artefact.folder)
 
-    def _depends(self, data: PreparedData) -> dict[str, Any]:
-        model = {k: getattr(self.config.model, k) for k in ("dtype", "attention")}
+    def _guard_model(self) -> LoadedModel:
+        if self._model is None:
+            guard = self.config.guard
+            lora = LoraSettings(guard.lora_r, guard.lora_alpha, guard.lora_dropout, tuple(guard.lora_targets))
+            model = self.config.model
+            self._model = load_model(
+                guard.path, lora, dtype=model.dtype, attention=model.attention, device=self.device, key="guard.path"
+            )
+        return self._model
+
+    def _depends(self, data: PreparedData, *, tuned: bool) -> dict[str, Any]:
+        unrelated = {"kind", "path", "tpr", "fpr", "measure_untuned"}
+        settings = {k: v for k, v in asdict(self.config.guard).items() if k not in unrelated}
+        if not tuned:
+            settings = {k: v for k, v in settings.items() if not k.startswith(("tune_", "lora_"))}
+        else:
+            settings["rows"] = [row.row_id for row in data.guard_rows]
+            settings["micro_batch_size"] = self.config.local.micro_batch_size
+            settings["seed"] = self.config.seed
         return {
-            "seed": self.config.seed,
-            "guard": asdict(self.config.guard),
+            "guard": settings,
+            "tuned": tuned,
             "model": self.ranks.once(lambda: model_digest(self.config.guard.path)),
+            "dtype": self.config.model.dtype,
+            "attention": self.config.model.attention,
             "data": data.source_sha256,
-            "micro_batch_size": self.config.local.micro_batch_size,
-            **model,
             **self.facts,
         }
 

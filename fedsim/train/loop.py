@@ -1,13 +1,13 @@
 """The one training loop: local steps of clients, guard fine-tuning and CAI all run here.
 
-A batch is cut into micro-batches that are dealt to the members of a lane; gradients and losses are summed over the lane,
-and every member takes the same optimizer step on the flat adapter.
+A batch is cut into micro-batches that are dealt to the members of a lane; gradients and losses are summed over the
+lane, and every member takes the same optimizer step on the flat adapter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -73,7 +73,7 @@ class TrainingPlan(Generic[Item]):
     batches: Sequence[Sequence[Item]]
     lr: Callable[[int], float]
     key: tuple[keys.KeyPart, ...]
-    correction: Correction = NoCorrection()
+    correction: Correction = field(default_factory=NoCorrection)
 
 
 @dataclass(frozen=True)

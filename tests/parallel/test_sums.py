@@ -1,0 +1,123 @@
+"""Sums over members: exact ones do not depend on who holds a term; both kinds are near the fp64 sum."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedsim.parallel.sums import Summer, Term
+
+
+class Members:
+    """Members of a group in one process: each runs up to the all-reduce that it waits for, again and again."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, num: int) -> None:
+        self.num = num
+        self.reduced: list[torch.Tensor] = []
+        self.mine: list[list[torch.Tensor]] = []
+        monkeypatch.setattr(dist, "all_reduce", self._all_reduce)
+
+    def _all_reduce(self, tensor: torch.Tensor, op: object, group: object) -> None:
+        done = len(self.mine[-1])
+        self.mine[-1].append(tensor.clone())
+        if done >= len(self.reduced):
+            raise InterruptedError
+        tensor.copy_(self.reduced[done])
+
+    def sum(self, shares: Sequence[Sequence[Sequence[Term]]], sizes: Sequence[int], count: int, exact: bool) -> object:
+        """Each member's result."""
+        group: object = object()
+        summer = Summer(group, exact=exact)  # type: ignore[arg-type]
+        self.reduced = []
+        while True:
+            self.mine, results = [], []
+            for share in shares:
+                self.mine.append([])
+                try:
+                    results.append(summer.sum(share, sizes, count))
+                except InterruptedError:
+                    continue
+            if len(results) == len(shares):
+                return results
+            stacked = torch.stack([m[len(self.reduced)] for m in self.mine])
+            self.reduced.append(stacked.amax(0) if stacked.dtype == torch.float64 else stacked.sum(0))
+
+
+def split(segments: list[list[Term]], num: int, seed: int) -> list[list[list[Term]]]:
+    """Each term to some member, in some order."""
+    generator = torch.Generator().manual_seed(seed)
+    shares: list[list[list[Term]]] = [[[] for _ in segments] for _ in range(num)]
+    for s, terms in enumerate(segments):
+        for i in torch.randperm(len(terms), generator=generator).tolist():
+            shares[int(torch.randint(num, (1,), generator=generator))][s].append(terms[i])
+    return shares
+
+
+def some_terms(seed: int = 0) -> tuple[list[list[Term]], list[int]]:
+    """Segments of very different size and scale."""
+    g = torch.Generator().manual_seed(seed)
+    big = [Term(torch.randn(11, generator=g) * 10.0 ** float(e), w) for e, w in ((-6, 3.0), (0, 1.0), (2, 0.25))]
+    small = [Term(torch.randn(3, generator=g) * 1e-12) for _ in range(4)]
+    return [big, small, [], [Term(torch.randn(1, generator=g).double() * 1e9)]], [11, 3, 2, 1]
+
+
+def oracle(segments: list[list[Term]], sizes: list[int]) -> list[torch.Tensor]:
+    return [
+        sum((t.vector.double() * t.weight for t in terms), torch.zeros(size, dtype=torch.float64))
+        for terms, size in zip(segments, sizes, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_near_the_fp64_sum(exact: bool) -> None:
+    segments, sizes = some_terms()
+    for got, want in zip(Summer(None, exact=exact).sum(segments, sizes, 4), oracle(segments, sizes), strict=True):
+        assert got.dtype == torch.float64
+        scale = float(want.abs().max()) or 1.0
+        torch.testing.assert_close(got / scale, want / scale, rtol=0, atol=1e-15 if exact else 1e-6)
+
+
+@pytest.mark.parametrize("num", [1, 2, 3, 4])
+def test_exact_bits_do_not_depend_on_the_members(monkeypatch: pytest.MonkeyPatch, num: int) -> None:
+    segments, sizes = some_terms()
+    want = Summer(None, exact=True).sum(segments, sizes, 4)
+    members = Members(monkeypatch, num)
+    for seed in range(5):
+        for result in members.sum(split(segments, num, seed), sizes, 4, exact=True):  # type: ignore[attr-defined]
+            assert all(torch.equal(a, b) for a, b in zip(result, want, strict=True))
+
+
+def test_fast_members_agree_within_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    segments, sizes = some_terms()
+    wants = oracle(segments, sizes)
+    for result in Members(monkeypatch, 3).sum(split(segments, 3, 0), sizes, 4, exact=False):  # type: ignore[attr-defined]
+        for got, want in zip(result, wants, strict=True):
+            scale = float(want.abs().max()) or 1.0
+            torch.testing.assert_close(got / scale, want / scale, rtol=0, atol=1e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(st.floats(width=32), min_size=3, max_size=3), min_size=1, max_size=5))
+def test_a_non_finite_term_makes_its_segment_nan(rows: list[list[float]]) -> None:
+    terms = [Term(torch.tensor(row)) for row in rows]
+    clean = [Term(torch.tensor([1.0, 2.0]))]
+    got, other = Summer(None, exact=True).sum([terms, clean], [3, 2], len(rows))
+    finite = all(torch.isfinite(t.vector).all() for t in terms)
+    assert bool(torch.isfinite(got).all()) == finite and bool(torch.isnan(got).all()) == (not finite)
+    assert other.tolist() == [1.0, 2.0]
+
+
+def test_a_small_segment_is_not_coarsened_by_a_large_one() -> None:
+    small, large = torch.tensor([1e-20]), torch.tensor([1e20])
+    got, _ = Summer(None, exact=True).sum([[Term(small)], [Term(large)]], [1, 1], 1)
+    assert got.float() == small
+
+
+def test_zero_weight_hides_nothing_infinite() -> None:
+    (got,) = Summer(None, exact=True).sum([[Term(torch.tensor([float("inf")]), 0.0)]], [1], 1)
+    assert torch.isnan(got).all()
