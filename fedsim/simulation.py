@@ -13,6 +13,7 @@ from fedsim.assembly import Federation, assemble
 from fedsim.checkpoint import Checkpoint
 from fedsim.config import Config, to_nested
 from fedsim.data.prepare import PreparedData, prepare_data
+from fedsim.errors import DataError
 from fedsim.evaluate.stage import load_suite
 from fedsim.evaluate.suite import Suite, evaluate
 from fedsim.federation.sampling import cosine_by_round, sample_cohort
@@ -24,7 +25,7 @@ from fedsim.record.finish import finish_run
 from fedsim.record.manifest import write_manifest
 from fedsim.record.run_record import RunRecord
 from fedsim.safety.alignment import Aligner
-from fedsim.safety.cai_data import count_metrics, usable
+from fedsim.safety.cai_data import count_metrics, unusable, usable
 from fedsim.safety.cai_stage import cai_conversations
 from fedsim.safety.filter_stage import FilterStage
 from fedsim.safety.filtering import Filtered
@@ -71,10 +72,19 @@ class Simulation:
         federation.controls.index.update(checkpoint.client_rounds)
         if checkpoint.round_idx == PRETRAINED:
             record.append(PRETRAINED, "prepare", record.timers.pop())
+        self._say_start(checkpoint.round_idx + 1)
         for round_idx in range(checkpoint.round_idx + 1, config.federation.num_rounds):
             checkpoint = self._round(federation, round_idx, checkpoint, aligner, suite)
         record.progress.outside_rounds()
         self.ranks.once(lambda: finish_run(record, federation.flat, checkpoint.state.adapter, self.world.size))
+
+    def _say_start(self, num_done: int) -> None:
+        """A run that is resumed says where it goes on."""
+        num_rounds = self.config.federation.num_rounds
+        if num_done == num_rounds:
+            self.record.say(f"this run is finished: all {num_rounds} rounds are in {self.record.folder}; nothing is trained")
+        elif num_done > 0:
+            self.record.say(f"resumed after round {num_done}/{num_rounds}")
 
     def _round(
         self, federation: Federation, round_idx: int, before: Checkpoint, aligner: Aligner | None, suite: Suite
@@ -187,7 +197,10 @@ class Simulation:
             conversations = cai_conversations(self.config, federation.engine, data.cai_rows, self.store, facts)
             federation.engine.on_progress = None
         chat = federation.chat
-        aligner = Aligner(federation.trainer, usable(conversations), chat, cai, chat.pad_id, self.config.seed)
+        rows = usable(conversations)
+        if not rows:
+            raise DataError(unusable(conversations))
+        aligner = Aligner(federation.trainer, rows, chat, cai, chat.pad_id, self.config.seed)
         if new:
             counts = count_metrics(conversations) | {"cai/num_cut_rows": aligner.num_truncated}
             self.record.append(PRETRAINED, "cai_data", counts)

@@ -1,9 +1,9 @@
 """Order-independent sums: floating-point numbers as 64-bit integers with a shared power-of-two scale.
 
 Integer addition is associative, so a sum does not depend on how its terms were grouped or who finished first. With
-``count`` terms whose absolute values are at most ``bound`` < 2^e, the scale 2^s with s = 62 − e − ⌈log2 count⌉ keeps every
-partial sum below 2^62. Rounding a term to the grid costs at most 2^−(s+1), so the sum of n terms is within n · 2^−(s+1)
-of the exact one; a term of 24 significant bits and at least 2^(24−s) in size is represented exactly.
+``count`` terms whose absolute values are at most ``bound`` < 2^e, the scale 2^s with s = 62 − e − ⌈log2 count⌉ keeps
+every partial sum below 2^62. Rounding a term to the grid costs at most 2^−(s+1), so the sum of n terms is within
+n · 2^−(s+1) of the exact one; a term of 24 significant bits and at least 2^(24−s) in size is represented exactly.
 """
 
 from __future__ import annotations

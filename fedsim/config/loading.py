@@ -36,11 +36,13 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
         ConfigError: an unreadable file, an unknown key, a wrong type or a value outside its rule.
     """
     flat: Flat = {} if path is None else _read_file(path, seen=())
+    kinds = {name: get_type_hints(owner)[declared.name] for name, owner, declared in _fields(Config)}
     for text in overrides:
         name, sign, value = text.partition("=")
         if not sign:
             raise ConfigError(f"override {text!r}: must have the form key=value, such as federation.num_rounds=8")
-        flat[name.strip()] = _parse(value, name)
+        name = name.strip()
+        flat[name] = _parse(value, name, is_text=kinds.get(name) is str)
     return from_flat(flat)
 
 
@@ -127,7 +129,7 @@ def _read_file(path: Path, seen: tuple[Path, ...]) -> Flat:
     if path.resolve() in seen:
         raise ConfigError(f"config {path}: its base: files refer to each other in a circle; remove one of the links")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
     except OSError as error:
         raise ConfigError(f"config {path}: cannot be read ({error.strerror}); give the path of a YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -140,25 +142,41 @@ def _read_file(path: Path, seen: tuple[Path, ...]) -> Flat:
     if base is not None and not isinstance(base, str):
         raise ConfigError(f"config {path}: base={base!r} must be the path of a config file, relative to this file")
     flat = {} if base is None else _read_file(path.parent / base, (*seen, path.resolve()))
-    flat.update(_flatten(content, ""))
-    return flat
+    leaves = list(_leaves(content, ""))
+    named = [name for name, _ in leaves]
+    repeated = [name for name in named if named.count(name) > 1]
+    if repeated:
+        raise ConfigError(f"config {path}: {repeated[0]} is given twice; remove one of the lines")
+    return flat | dict(leaves)
 
 
-def _flatten(content: Mapping[Any, Any], prefix: str) -> Flat:
-    flat: Flat = {}
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which a repeated key is an error instead of the last one winning."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [name.value for name, _ in node.value]
+        repeated = [name for name in names if names.count(name) > 1]
+        if repeated:
+            raise yaml.constructor.ConstructorError(None, None, f"{repeated[0]} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _leaves(content: Mapping[Any, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     for name, value in content.items():
         if isinstance(value, dict):
-            flat.update(_flatten(value, f"{prefix}{name}."))
+            yield from _leaves(value, f"{prefix}{name}.")
         else:
-            flat[f"{prefix}{name}"] = value
-    return flat
+            yield f"{prefix}{name}", value
 
 
-def _parse(value: str, name: str) -> Any:
+def _parse(value: str, name: str, *, is_text: bool) -> Any:
+    """The value as YAML reads it; a number for a text key stays as it was typed (``name=010``)."""
     try:
-        return yaml.safe_load(value) if value.strip() else ""
+        parsed = yaml.safe_load(value) if value.strip() else ""
     except yaml.YAMLError as error:
         raise ConfigError(f"override {name}={value!r}: the value is not valid YAML; quote it") from error
+    is_number = isinstance(parsed, int | float) and not isinstance(parsed, bool)
+    return value.strip() if is_text and is_number else parsed
 
 
 def _checked(name: str, value: Any, kind: Any, declared: dataclasses.Field[Any]) -> Any:

@@ -179,6 +179,8 @@ class Config:
     record: RecordConfig = field(default_factory=RecordConfig)
 
     def __post_init__(self) -> None:
+        if self.name in ("", ".", "..") or "/" in self.name:
+            raise ConfigError(f"name={self.name!r}: must be the name of a directory, without '/'")
         if self.guard.kind == "llama_guard" and self.guard.tune_epochs > 0 and self.data.guard_rows == 0:
             raise ConfigError(
                 "guard.tune_epochs > 0 needs rows to tune on: set data.guard_rows, or guard.tune_epochs=0"

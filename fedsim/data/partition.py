@@ -27,8 +27,8 @@ def partition_rows(red: Sequence[bool], num_clients: int, kind: str, seed: int) 
     """
     if len(red) < num_clients:
         raise ConfigError(
-            f"federation.num_clients={num_clients}: must be <= the {len(red)} rows of the federated set; lower it or set "
-            "data.federated_rows higher"
+            f"federation.num_clients={num_clients}: must be <= the {len(red)} rows of the federated set; lower it or "
+            "raise data.federated_rows"
         )
     order = [int(i) for i in keys.permutation(len(red), seed, "partition")]
     if kind == "fixed_red_share":

@@ -102,7 +102,10 @@ def shortage(demands: Sequence[Demand], num_red: int, num_acceptable: int) -> st
     ]
     factor = largest_factor(demands, num_red, num_acceptable)
     fitting = ", ".join(f"data.{d.name}_rows={d.scaled(factor).num_rows}" for d in demands if d.num_rows)
-    return f"the splits need more rows than the data has: {' and '.join(short)}; the largest that fit are {fitting}, or set data.fit=true"
+    return (
+        f"the splits need more rows than the data has: {' and '.join(short)}; the largest that fit are {fitting}, "
+        "or set data.fit=true"
+    )
 
 
 def _split_by_question(rows: Sequence[SquareRow], demands: Sequence[Demand], order: list[int], fit: bool) -> Splits:

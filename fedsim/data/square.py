@@ -1,7 +1,7 @@
-"""Reader of SQuARe-format response files (Lee et al., ACL 2023; PROTOCOLS of the data set's repository).
+"""Reader of SQuARe-format response files (Lee et al., ACL 2023).
 
-A file is a JSON array of rows with ``question``, ``question_en``, ``response``, ``response_en``: str; ``acceptable?``: 0
-(red) or 1; ``category``: list of 1–2 strings; ``question_category``: str.
+A file is a JSON array of rows with ``question``, ``question_en``, ``response``, ``response_en``: str; ``acceptable?``:
+0 (red) or 1; ``category``: list of 1–2 strings; ``question_category``: str.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """FedAvg and SCAFFOLD as pure functions on flat vectors.
 
-An algorithm says what happens in a local step (:class:`Correction`), what a client reports beside its delta, and how the
-server turns the round's sums into the next state. Vectors are fp32 ``[size]``; sums arrive in fp64.
+An algorithm says what happens in a local step (:class:`Correction`), what a client reports beside its delta, and how
+the server turns the round's sums into the next state. Vectors are fp32 ``[size]``; sums arrive in fp64.
 """
 
 from __future__ import annotations

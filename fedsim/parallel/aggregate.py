@@ -1,7 +1,7 @@
 """The one reduction that ends a round's local training.
 
-After a MAX that fixes the scales, one SUM carries [Σ w·delta | Σ control-variate deltas | weights and metrics by client |
-seconds and tokens by rank], over all ranks.
+After a MAX that fixes the scales, one SUM carries [Σ w·delta | Σ control-variate deltas | weights and metrics by client
+| seconds and tokens by rank], over all ranks.
 """
 
 from __future__ import annotations

@@ -137,8 +137,8 @@ class RunRecord:
         changed = [f"{k} was {old[k]!r}, is {new[k]!r}" for k in new if old[k] != new[k] and k not in FREE_KEYS]
         if changed:
             raise ConfigError(
-                f"{self.folder} holds a run with another configuration ({'; '.join(changed[:5])}); give this run another "
-                "name (name=...), or remove the directory"
+                f"{self.folder} holds a run with another configuration ({'; '.join(changed[:5])}); give this run "
+                "another name (name=...), or remove the directory"
             )
 
     def _newest(self) -> int | None:

@@ -1,7 +1,8 @@
 """Constitutional AI on the global adapter: an SFT stage and a DPO stage in every round (paper §4.2).
 
-One iteration is one SFT step and one DPO step on the same rows. A round runs its SFT steps first, then its DPO steps over
-the same rows; one shuffled cursor goes on from round to round, so 1,250 iterations of 16 rows are an epoch of 20,000.
+One iteration is one SFT step and one DPO step on the same rows. A round runs its SFT steps first, then its DPO steps
+over the same rows; one shuffled cursor goes on from round to round, so 1,250 iterations of 16 rows are an epoch of
+20,000.
 """
 
 from __future__ import annotations

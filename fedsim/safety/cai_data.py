@@ -130,6 +130,16 @@ def usable(rows: Sequence[CaiRow]) -> list[CaiRow]:
     return [row for row in rows if row.defect is None]
 
 
+def unusable(rows: Sequence[CaiRow]) -> str:
+    """The error of conversations that are all unusable: by which defect, and what helps."""
+    defects = Counter(row.defect for row in rows if row.defect is not None)
+    counts = ", ".join(f"{number} {defect.replace('_', ' ')}" for defect, number in defects.most_common())
+    return (
+        f"CAI: none of the {len(rows)} conversations can be trained on ({counts}); raise cai.max_new_tokens if they are "
+        "truncated, ask more questions (data.cai_rows), or set cai.iterations=0"
+    )
+
+
 def count_metrics(rows: Sequence[CaiRow]) -> dict[str, int]:
     """Counts as ``cai/<name>``: rows, usable rows, dropped rows by reason (each once), and signs of collapse.
 

@@ -1,4 +1,4 @@
-"""The CAI conversations of a run: written once by the pretrained model, reused by every run that would write the same."""
+"""The CAI conversations of a run: written once by the pretrained model, reused by runs that would write the same."""
 
 from __future__ import annotations
 

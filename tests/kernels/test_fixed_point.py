@@ -123,5 +123,8 @@ def test_bf16_and_fp64_terms() -> None:
     fixed_point.accumulate(total, torch.tensor([1.5, -0.25, 1.0], dtype=torch.bfloat16), exponent)
     fixed_point.accumulate(total, torch.tensor([0.5, 0.25, 1e-9], dtype=torch.float64), exponent)
     torch.testing.assert_close(
-        fixed_point.restore(total, exponent), torch.tensor([2.0, 0.0, 1 + 1e-9]).double(), rtol=0, atol=1e-15
+        fixed_point.restore(total, exponent),
+        torch.tensor([2.0, 0.0, 1 + 1e-9], dtype=torch.float64),
+        rtol=0,
+        atol=1e-15,
     )
