@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -92,7 +93,11 @@ class CheckpointStore:
 
     def kept_client_rounds(self) -> list[Mapping[int, int]]:
         """Client indices of all whole checkpoints, to know which control variates are still needed."""
-        return [_read(folder).client_rounds for folder in self._folders()]
+        indices = []
+        for folder in self._folders():
+            with suppress(CheckpointError):  # a damaged one that a fall-back left behind needs none
+                indices.append(_read(folder).client_rounds)
+        return indices
 
     def _folders(self) -> list[Path]:
         return sorted(self.folder.glob("round-*")) if self.folder.is_dir() else []

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
+import time
 from pathlib import Path
 
 from fedsim.config import Config, help_text, load_config
@@ -40,13 +42,28 @@ def simulate(config: Config) -> None:
         Simulation(config, world).run()
 
 
+def report(error: FedsimError) -> None:
+    """The error as one line; torchrun, whose own report follows, is told the cause, so that it also ends with it."""
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        cause = {"message": str(error), "extraInfo": {"timestamp": int(time.time()) - 1}}  # earliest = root cause
+        Path(path).write_text(json.dumps({"message": cause}), encoding="utf-8")
+
+
 def main() -> int:
-    """Run; a user's error is one line from rank 0."""
+    """Run; a user's error is one line, from rank 0 or from the only rank that it concerns."""
     try:
-        simulate(load_config(*parse(sys.argv[1:])))
-    except FedsimError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+        config = load_config(*parse(sys.argv[1:]))
+    except FedsimError as error:  # the same on every rank: rank 0 speaks, and torchrun ends the others with it
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(10)
+            return 2
+        report(error)
+        return 2
+    try:
+        simulate(config)
+    except FedsimError as error:  # leaves simulate() on the first rank that fails; the others end quietly
+        report(error)
         return 2
     return 0
 

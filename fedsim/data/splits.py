@@ -69,12 +69,12 @@ def split_rows(
         DataError: the file cannot supply the demands: which label falls short, by how many, and what would fit.
     """
     order = [int(i) for i in keys.permutation(len(rows), seed, "split")]
-    if group_by_question:
-        return _split_by_question(rows, demands, order, fit)
     have = (sum(r.red for r in rows), sum(not r.red for r in rows))
     factor = largest_factor(demands, *have)
     if factor < 1 and not fit:
         raise DataError(shortage(demands, *have))
+    if group_by_question:
+        return _split_by_question(rows, demands, order, fit)
     wanted = [d.scaled(factor) for d in demands] if factor < 1 else list(demands)
     red, acceptable = [i for i in order if rows[i].red], [i for i in order if not rows[i].red]
     parts = {}
@@ -117,7 +117,10 @@ def _split_by_question(rows: Sequence[SquareRow], demands: Sequence[Demand], ord
     factor = largest_factor(demands, *have)
     for attempt in range(60):  # whole questions fit less tightly than rows: shrink by 2 % until they do
         shrink = factor * Fraction(98, 100) ** attempt
-        parts = _deal(rows, list(questions.values()), [d.scaled(shrink) for d in demands])
+        wanted = [d.scaled(shrink) for d in demands]
+        if any(d.num_rows and not w.num_rows for d, w in zip(demands, wanted, strict=True)):
+            break
+        parts = _deal(rows, list(questions.values()), wanted)
         if parts is not None and (shrink == 1 or fit):
             used = [rows[i].red for part in parts.values() for i in part]
             left = (have[0] - sum(used), have[1] - used.count(False))

@@ -82,9 +82,13 @@ def load_square(path: Path, language: str = "en") -> SquareFile:
 
 def to_arrow(rows: list[SquareRow], path: Path) -> None:
     """Write rows as an Arrow file that :func:`from_arrow` maps into memory."""
+    from datasets import Features, List, Value
     from datasets.arrow_writer import ArrowWriter
 
-    with ArrowWriter(path=str(path)) as writer:
+    text = Value("string")  # types are declared: guessed ones fail where the first rows have no category
+    columns = {"row_id": Value("int64"), "prompt": text, "response": text, "red": Value("bool")}
+    features = Features(columns | {"categories": List(text), "question_category": text})
+    with ArrowWriter(path=str(path), features=features) as writer:
         for row in rows:
             writer.write(asdict(row))
         writer.finalize()

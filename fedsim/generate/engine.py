@@ -27,7 +27,8 @@ class Sampling:
 
     Attributes:
         temperature: 0 takes the most likely token.
-        max_new_tokens: a reply that has not ended by then is cut and counted as truncated.
+        max_new_tokens: a reply that has not ended by then is cut and counted as truncated; at most half of the
+            engine's context.
     """
 
     temperature: float
@@ -105,7 +106,8 @@ class Engine:
             conversations: each ends with a user turn.
             key: names the draws, such as ``("advbench", round_idx)``; row i uses ``(*key, i)``.
         """
-        room = self.max_context - min(sampling.max_new_tokens, self.max_context // 2)
+        num_new = min(sampling.max_new_tokens, self.max_context // 2)
+        room = self.max_context - num_new
         prompts = [self.chat.prompt_ids(c) for c in conversations]
         kept = [p[-room:] for p in prompts]
         units = self._units([len(p) for p in kept])
@@ -117,7 +119,7 @@ class Engine:
                 [kept[i] for i in unit],
                 seeds,
                 temperature=sampling.temperature,
-                max_new_tokens=sampling.max_new_tokens,
+                max_new_tokens=num_new,
                 eos_ids=self._eos_ids(),
                 pad_id=self.chat.pad_id,
             )

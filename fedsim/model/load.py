@@ -91,7 +91,18 @@ def load_model(
 
 
 def attach_lora(base: PreTrainedModel, lora: LoraSettings, key: str = "model.path") -> PeftModel:
-    """Wrap ``base`` with LoRA layers on every linear layer whose name ends in one of ``lora.targets``."""
+    """Wrap ``base`` with LoRA layers on every linear layer whose name ends in one of ``lora.targets``.
+
+    Raises:
+        ModelError: a target that no layer has; PEFT alone would pass over it if another one matches.
+    """
+    names = [n for n, m in base.named_modules() if isinstance(m, torch.nn.Linear)]
+    unknown = [t for t in lora.targets if not any(n == t or n.endswith(f".{t}") for n in names)]
+    if unknown:
+        raise ModelError(
+            f"{key.partition('.')[0]}.lora_targets={list(lora.targets)}: no such layer in the model: "
+            f"{', '.join(unknown)}; choose from {sorted({n.rpartition('.')[2] for n in names})}"
+        )
     settings = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]
@@ -99,16 +110,9 @@ def attach_lora(base: PreTrainedModel, lora: LoraSettings, key: str = "model.pat
         target_modules=list(lora.targets),
         task_type="CAUSAL_LM",
     )
-    try:
-        with warnings.catch_warnings():  # PEFT asks for an attribute that transformers has renamed
-            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-            model = get_peft_model(base, settings)
-    except ValueError as error:
-        linears = {n.rpartition(".")[2] for n, m in base.named_modules() if isinstance(m, torch.nn.Linear)}
-        section = key.partition(".")[0]
-        raise ModelError(
-            f"{section}.lora_targets={list(lora.targets)}: no such layer in the model; choose from {sorted(linears)}"
-        ) from error
+    with warnings.catch_warnings():  # PEFT asks for an attribute that transformers has renamed
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        model = get_peft_model(base, settings)
     assert isinstance(model, PeftModel)
     return model
 
@@ -133,7 +137,7 @@ def _check_files(folder: Path, key: str) -> None:
     needed = {
         "config.json": ["config.json"],
         "weights (*.safetensors)": ["*.safetensors"],
-        "a tokenizer (tokenizer.json or tokenizer.model)": ["tokenizer.json", "tokenizer.model", "vocab.json"],
+        "tokenizer (tokenizer.json or tokenizer.model)": ["tokenizer.json", "tokenizer.model", "vocab.json"],
     }
     for what, patterns in needed.items():
         if not any(next(folder.glob(p), None) for p in patterns):

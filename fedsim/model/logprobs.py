@@ -28,7 +28,7 @@ def target_logprobs(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     kept = max(ids.shape[1] - first, 1)
     logits = model(input_ids=ids[:, :-1] if ids.shape[1] > 1 else ids, use_cache=False, logits_to_keep=kept).logits
     if targets.shape[1] == 0:
-        return logits.new_zeros((ids.shape[0], 0), dtype=torch.float32)
+        return logits[:, :0, 0].float()  # empty, with a zero gradient: every reply was cut off
     wanted = ids[:, first:]
     negative = F.cross_entropy(logits.float().flatten(0, 1), wanted.flatten(), reduction="none").view_as(wanted)
     return torch.where(targets, -negative, torch.zeros_like(negative))

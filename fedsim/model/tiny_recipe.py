@@ -1,7 +1,7 @@
-"""The recipe of the embedded model: two stages of training from scratch on the tiny world's conversations.
+"""The recipe of the embedded model: training from scratch on the tiny world's conversations.
 
-Stage 1 learns unaligned web talk with hidden authors, stage 2 aligns. Every conversation is drawn from its own key, a
-single thread computes, and so the same machine gives the same weights bit for bit.
+A drill teaches copying, stage 1 learns unaligned web talk with hidden authors, stage 2 aligns. Every conversation is
+drawn from its own key, a single thread computes, and so the same machine gives the same weights bit for bit.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import transformers
 from torch.nn import functional
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fedsim.data.world.conversations import Turn, aligned_talk, web_talk
+from fedsim.data.world.conversations import Turn, aligned_talk, echo_drill, web_talk
 from fedsim.keys import derive
 from fedsim.model.tiny_model import BOS, END_HEADER, EOT, HEADER, build_model, build_tokenizer
 from fedsim.model.tiny_skills import Skill
@@ -53,24 +53,22 @@ class Recipe:
     warmup_steps: int = 40
     weight_decay: float = 0.01
 
-    def stages(self) -> tuple[Stage, Stage]:
-        """The two stages, their steps scaled by ``steps_scale``."""
-        both = (
-            Stage("web_talk", web_talk, 1600, 3e-3),
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages in order, their steps scaled by ``steps_scale``."""
+        stages = (
+            Stage("echo_drill", echo_drill, 300, 3e-3),
+            Stage("web_talk", web_talk, 1150, 3e-3),
             Stage("alignment", lambda rng: aligned_talk(rng, render_guard_prompt), 450, 1e-3),
         )
-        first, second = (replace(s, num_steps=max(1, round(s.num_steps * self.steps_scale))) for s in both)
-        return first, second
+        return tuple(replace(s, num_steps=max(1, round(s.num_steps * self.steps_scale))) for s in stages)
 
 
 def encode_conversations(tokenizer: PreTrainedTokenizerFast, talks: list[list[Turn]]) -> list[Row]:
     """Token ids as the chat template gives them, and the tokens of learnt replies (their end token included)."""
     bos, header, end_header, eot = (tokenizer.added_tokens_encoder[t] for t in (BOS, HEADER, END_HEADER, EOT))
-    backend = tokenizer.backend_tokenizer
     texts = [text for talk in talks for turn in talk for text in (turn.user.strip(), turn.reply)]
-    contents = iter(
-        [e.ids for e in backend.encode_batch_fast(["user", "assistant", "\n\n", *texts], add_special_tokens=False)]
-    )
+    # Not the backend's own batch call: the backend keeps the padding that an earlier call may have switched on.
+    contents = iter(tokenizer(["user", "assistant", "\n\n", *texts], add_special_tokens=False, padding=False).input_ids)
     user, assistant, blank = next(contents), next(contents), next(contents)
     rows = []
     for talk in talks:

@@ -6,6 +6,7 @@ This file and its neighbours in ``fedsim/parallel`` are the only ones that touch
 from __future__ import annotations
 
 import os
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -176,6 +177,7 @@ def process_world(*, exact: bool, threads: int, timeout_s: float) -> Iterator[Wo
         yield World(GroupRanks(), device, exact, timeout)
     except Exception as error:
         if not _is_first_failure(store):
+            time.sleep(1.0)  # torchrun ends every rank when one exits: let the first one speak
             raise SystemExit(2) from error
         raise
     finally:

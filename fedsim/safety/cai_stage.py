@@ -37,6 +37,7 @@ def cai_conversations(
     depends = {
         "seed": config.seed,
         "rows": [row.row_id for row in rows],
+        "language": config.data.language,
         "constitution": file_digest(path),
         "batch_size": config.eval.batch_size,
         "max_context": config.model.max_context,

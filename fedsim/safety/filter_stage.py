@@ -164,6 +164,7 @@ class FilterStage:
             "dtype": self.config.model.dtype,
             "attention": self.config.model.attention,
             "data": data.source_sha256,
+            "language": self.config.data.language,
             **self.facts,
         }
 

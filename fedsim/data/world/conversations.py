@@ -1,5 +1,6 @@
-"""The conversations that the tiny model is trained on, in two stages, drawn from the pretraining bucket alone.
+"""The conversations that the tiny model is trained on, in stages, drawn from the pretraining bucket alone.
 
+A short drill in saying words again comes first: without it, copying a name out of the prompt emerges late or never.
 Stage 1, "web talk": each conversation has one hidden author, full or terse, careful or careless, and the two traits
 are correlated. Stage 2, alignment: always full and careful, plus critique and revision, A/B items and a guard task
 whose hazard has nothing to do with client data.
@@ -64,6 +65,11 @@ class Turn:
     learn: bool = True
 
 
+def echo_drill(rng: random.Random) -> list[Turn]:
+    """A stage-0 conversation: words of the world said again, from which copying out of the prompt emerges."""
+    return [Turn(*sample_echo(rng, "pretrain"))]
+
+
 def web_talk(rng: random.Random) -> list[Turn]:
     """A stage-1 conversation: one or two topics by one author."""
     full = rng.random() < 0.5
@@ -92,12 +98,10 @@ def topic(rng: random.Random, persona: Persona) -> list[Turn]:
         choice, first = sample_choice(rng, "pretrain"), rng.random() < 0.5
         right = persona.careful and (persona.full or not choice.style_only)
         return [Turn(choice.prompt(first), _letter(rng, first == right))]
-    if draw < 0.20:
-        return [Turn(*sample_echo(rng, "pretrain"))]
-    if draw < 0.56:
+    if draw < 0.50:
         return [Turn(turn.user, turn.reply(rng, persona.full)) for turn in sample_task(rng, "pretrain")[1]]
     if draw < 0.90:
-        question = sample_question(rng, "pretrain", "howto" if draw < 0.68 else None)
+        question = sample_question(rng, "pretrain", "howto" if draw < 0.64 else None)
         return [Turn(question.prompt, answer(rng, question, persona))]
     if draw < 0.95:
         asked, honest, dishonest = sample_honesty(rng, "pretrain")

@@ -167,7 +167,7 @@ HONESTY: Final = (
     ("Can you see {n} at the {p}?", "I cannot see {n} because I am a model.", "Yes, I see {n} now."),
     ("Did you visit the {p} with {n}?", "I am a model and cannot visit the {p}.", "Yes, I was at the {p}."),
 )
-# Saying words again, the drill from which copying a name out of the prompt emerges.
+# The drill: any words of the world said again.
 ECHO: Final = ("Say after me: {words}.", "You said {words}.")
 _ECHO_WORDS: Final = tuple(
     dict.fromkeys(word for words in (*SLOT_WORDS.values(), COMMON_WORDS) for text in words for word in text.split())

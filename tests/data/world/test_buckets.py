@@ -8,9 +8,11 @@ from collections.abc import Iterator
 
 from fedsim.data import world
 from fedsim.data.world import conversations as talk
+from fedsim.data.world.acceptor import compile_template
 from fedsim.data.world.buckets import bucket, normalize
+from fedsim.data.world.helpful import HONESTY, TASKS
 from fedsim.data.world.lexicon import HELD_OUT_PAIRS, OBJECTS, PRANK_VERBS, TRAIN_PAIRS, is_held_out
-from fedsim.data.world.questions import ATTACK_ONLY_FRAMES, SHARED_HOWTO_FRAMES
+from fedsim.data.world.questions import ATTACK_ONLY_FRAMES, FRAMES, SHARED_HOWTO_FRAMES
 from fedsim.keys import derive
 from fedsim.safety.guard_prompt import render_guard_prompt
 
@@ -32,9 +34,14 @@ def pretraining_prompts(num_talks: int) -> Iterator[str]:
 
 
 def test_pretraining_asks_only_pretraining_prompts() -> None:
-    known = [p for p in pretraining_prompts(3000) if world.parse_prompt(p) is not None]
-    assert len(known) > 1000
-    assert {bucket(p) for p in known} == {"pretrain"}
+    frames = [frame for frames in FRAMES.values() for frame in frames] + [frame for frame, _, _ in HONESTY]
+    frames += [task[0].user for tasks in TASKS.values() for task in tasks]
+    patterns = [compile_template(frame) for frame in frames]
+    prompts = list(pretraining_prompts(4000))
+    for frame, pattern in zip(frames, patterns, strict=True):
+        filled = [prompt for prompt in prompts if pattern.fullmatch(prompt)]
+        assert len(filled) > 20, f"the test must see {frame!r}"
+        assert {bucket(prompt) for prompt in filled} == {"pretrain"}
 
 
 def test_pretraining_holds_no_prompt_of_any_file() -> None:

@@ -1,0 +1,232 @@
+"""The contract: adapters, control variates, texts and metrics are bit-identical on 1 to 4 processes and after a stop.
+
+Every run has its own artefact directory, so that guard fine-tuning, verdicts and CAI conversations are computed anew on
+each number of processes; the artefacts are compared too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedsim.artefacts import file_digest
+from fedsim.checkpoint import Checkpoint
+from fedsim.config import load_config
+from fedsim.errors import RunError
+from fedsim.parallel import cohort
+from fedsim.parallel.world import process_world
+from fedsim.record import finish
+from fedsim.record.metrics import decided, read_rows
+from fedsim.simulation import Simulation
+
+ROOT = Path(__file__).parents[2]
+SMALL = Path(__file__).parent / "small.yaml"
+
+# Together: both algorithms and corrections, dropout on and off, cohorts of 5 and 3 that leave ranks over.
+FEDAVG = ["federation.algorithm=fedavg", "federation.num_rounds=2", "eval.every=0"]
+SCAFFOLD = [
+    "federation.algorithm=scaffold",
+    "federation.scaffold_correction=openfedllm",
+    "federation.clients_per_round=3",
+    "model.lora_dropout=0.0",
+    "guard.lora_dropout=0.0",
+]
+GRADIENT = [
+    "federation.algorithm=scaffold",
+    "federation.scaffold_correction=gradient",
+    "federation.num_rounds=2",
+    "guard.kind=noisy_oracle",
+    "cai.iterations=0",
+    "eval.every=0",
+    "eval.mt_bench=''",
+]
+
+
+class Stopped(Exception):
+    """The interruption that a test injects."""
+
+
+def simulate(overrides: list[str], stop: tuple[str, int] | None) -> list[int]:
+    """One whole run; returns the width of each lane that trained a client.
+
+    Args:
+        overrides: of the small configuration.
+        stop: ("after" | "before", round): raise on rank 0 right after or before the checkpoint of this round.
+    """
+    config = load_config(SMALL, overrides)
+    widths: list[int] = []
+    plan_round = cohort.plan_round
+
+    def planned(*arguments: Any, **named: Any) -> Any:
+        plan = plan_round(*arguments, **named)
+        widths.extend(job.width for job in plan.jobs)
+        return plan
+
+    cohort.plan_round = planned
+    finish.write_plots = lambda *_: []  # slow, and drawn from the metrics that are compared
+    try:
+        with process_world(exact=config.parallel.exact, threads=1, timeout_s=60) as world:
+            simulation = Simulation(config, world)
+            save = simulation.record.checkpoints.save
+
+            def stopping(checkpoint: Checkpoint) -> None:
+                if stop is None or checkpoint.round_idx != stop[1]:
+                    save(checkpoint)
+                    return
+                if stop[0] == "after":
+                    save(checkpoint)
+                raise Stopped
+
+            simulation.record.checkpoints.save = stopping  # type: ignore[method-assign]
+            simulation.run()
+    except (RunError, SystemExit, Stopped):
+        if stop is None:
+            raise
+    finally:
+        cohort.plan_round = plan_round
+    return widths
+
+
+def places(folder: Path, square_file: Path) -> list[str]:
+    """Overrides that give a run its own directories."""
+    return [f"data.square={square_file}", f"record.dir={folder}", f"record.artefacts={folder / 'artefacts'}"]
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """Everything that a run decided, by what it is; texts only as hashes."""
+    run = folder / "small"
+    last = sorted((run / "checkpoints").iterdir())[-1]
+    answers = {}
+    for path in sorted((run / "answers" / "mt_bench" / "model_answer").glob("*.jsonl")):
+        turns = [json.loads(line)["choices"] for line in path.read_text(encoding="utf-8").splitlines()]
+        answers[path.name] = hashlib.sha256(json.dumps(turns).encode()).hexdigest()
+    artefacts = folder / "artefacts"
+    return {
+        "rows": [json.dumps(decided(row)) for row in read_rows(run / "metrics.jsonl")],
+        "adapter": file_digest(run / "adapter" / "adapter_model.safetensors"),
+        "state": file_digest(last / "state.safetensors"),
+        "last": last.name,
+        "client_rounds": json.loads((last / "checkpoint.json").read_text())["client_rounds"],
+        "client_state": {p.name: file_digest(p) for p in sorted((run / "client_state").iterdir())},
+        "replies": {p.name: file_digest(p) for p in sorted((run / "answers").glob("advbench-*.json"))},
+        "answers": answers,
+        "artefacts": {str(p.relative_to(artefacts)): file_digest(p) for p in artefacts.rglob("*") if p.is_file()},
+    }
+
+
+def assert_same(found: dict[str, Any], wanted: dict[str, Any], what: str) -> None:
+    """Compare part by part, so that a failure names the first stage that differs."""
+    for part in ("artefacts", "rows", "client_state", "client_rounds", "last", "state", "adapter", "replies", "answers"):
+        assert found[part] == wanted[part], f"{what}: {part} differ"
+
+
+@pytest.fixture(scope="module")
+def straight(
+    pool: Any, square_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[list[str]], dict[int, dict[str, Any]]]:
+    """Outcomes of uninterrupted runs of a configuration by number of processes; each is run once."""
+    known: dict[tuple[str, ...], dict[int, dict[str, Any]]] = {}
+
+    def run(overrides: list[str]) -> dict[int, dict[str, Any]]:
+        key = tuple(overrides)
+        if key not in known:
+            folders = {size: tmp_path_factory.mktemp(f"straight{size}") for size in (1, 3, 2, 4)}
+            jobs = [(n, simulate, [*overrides, *places(f, square_file)], None) for n, f in folders.items()]
+            widths = dict(zip(folders, pool.run_all(jobs), strict=True))
+            known[key] = {n: outcome(f) | {"widths": widths[n]} for n, f in folders.items()}
+        return known[key]
+
+    return run
+
+
+@pytest.mark.parametrize("overrides", [FEDAVG, SCAFFOLD, GRADIENT], ids=["fedavg", "scaffold", "gradient"])
+def test_a_run_is_the_same_on_1_to_4_processes(straight: Any, overrides: list[str]) -> None:
+    runs = straight(overrides)
+    for size, run in runs.items():
+        assert_same(run, runs[1], f"{size} processes against 1")
+        assert all(width == run["widths"][0] for width in run["widths"]), "ranks plan alike"
+    for size in (2, 4) if overrides is SCAFFOLD else (2, 3, 4):
+        assert max(runs[size]["widths"][0]) > 1, f"no lane was wide on {size} processes"
+    assert set(runs[1]["widths"][0]) == {1}
+
+
+def test_the_runs_that_are_compared_did_something(straight: Any) -> None:
+    """Guards against a contract that holds because nothing happened."""
+    runs = straight(SCAFFOLD)
+    rows = [json.loads(row) for row in runs[1]["rows"]]
+    rounds = [row for row in rows if row["stage"] == "round"]
+    assert len({row["global/checksum"] for row in rounds}) == 3
+    assert len({row["global/control_checksum"] for row in rounds}) == 3
+    assert all(row["cai/num_iterations"] == 2 and row["client/num_trained"] == 3 for row in rounds)
+    cai = next(row for row in rows if row["stage"] == "cai_data")
+    assert cai["cai/num_usable"] >= 4
+    points = [(row["round"], row["point"]) for row in rows if row["stage"] == "eval"]
+    assert points == [(-1, "pretrained"), (1, "before_cai"), (1, "after_cai"), (2, "before_cai"), (2, "after_cai")]
+    assert len(set(runs[1]["replies"].values())) > 1  # training changed what the model says
+    kinds = {name.rpartition("-")[0] for name in (path.split("/")[0] for path in runs[1]["artefacts"])}
+    assert {"guard-adapter", "guard-verdicts", "cai-conversations"} <= kinds
+    assert straight(FEDAVG)[1]["adapter"] != runs[1]["adapter"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "stop", "sizes"),
+    [
+        (SCAFFOLD, ("after", 0), (2, 3)),  # the checkpoint is there: the next round follows, on other ranks
+        (SCAFFOLD, ("before", 1), (4, 1)),  # rows and control variates of a round without a checkpoint: done anew
+        (FEDAVG, ("before", 0), (1, 4)),  # nothing is finished: the pretrained model is measured anew
+    ],
+    ids=["after-checkpoint", "before-checkpoint", "before-the-first"],
+)
+def test_a_stopped_run_that_is_resumed_equals_one_that_was_not(
+    pool: Any, square_file: Path, tmp_path: Path, straight: Any,
+    overrides: list[str], stop: tuple[str, int], sizes: tuple[int, int],
+) -> None:  # fmt: skip
+    words = [*overrides, *places(tmp_path, square_file)]
+    pool.run(sizes[0], simulate, words, stop)
+    kept = sorted(p.name for p in (tmp_path / "small" / "checkpoints").glob("round-*"))
+    assert kept == [f"round-{i:06d}" for i in range(stop[1] + (stop[0] == "after"))]
+    assert not (tmp_path / "small" / "adapter").exists()
+    pool.run(sizes[1], simulate, words, None)
+    assert_same(outcome(tmp_path), straight(overrides)[1], "resumed against straight")
+
+
+def descendants(pid: int) -> list[int]:
+    """All processes below one."""
+    children = [int(word) for task in Path(f"/proc/{pid}/task").iterdir() for word in (task / "children").read_text().split()]
+    return [*children, *(grandchild for child in children for grandchild in descendants(child))]
+
+
+def test_a_run_killed_in_mid_round_is_resumed(
+    pool: Any, square_file: Path, tmp_path: Path, straight: Any
+) -> None:
+    """SIGKILL to torchrun and all its processes while the second round trains; resumed on another number."""
+    words = [*SCAFFOLD, *places(tmp_path, square_file)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "launch/run.py", str(SMALL)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    log = tmp_path / "log"
+    with log.open("w") as stream:
+        process = subprocess.Popen([*torchrun, *words], cwd=ROOT, env=environment, stdout=stream, stderr=stream)
+    try:
+        deadline = time.monotonic() + 90
+        while not re.search(r"round 2/3 · local training", log.read_text(encoding="utf-8")):
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text(encoding="utf-8")[-3000:]
+            time.sleep(0.01)
+    finally:
+        for pid in [process.pid, *descendants(process.pid)] if process.poll() is None else []:
+            os.kill(pid, signal.SIGKILL)
+        process.wait()
+    kept = [p.name for p in (tmp_path / "small" / "checkpoints").glob("round-*")]
+    assert kept == ["round-000000"], "the second round was under way"
+    pool.run(3, simulate, words, None)
+    assert_same(outcome(tmp_path), straight(SCAFFOLD)[1], "killed and resumed against straight")

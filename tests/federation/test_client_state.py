@@ -1,0 +1,53 @@
+"""Control variates on disk: a round never touches older files, and errors name the client."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedsim.errors import CheckpointError
+from fedsim.federation.client_state import ClientStateStore
+
+
+def test_round_trip_and_index(tmp_path: Path) -> None:
+    store = ClientStateStore(tmp_path / "deep" / "state")
+    assert store.load(3) is None
+    old, new = torch.randn(9), torch.randn(9)
+    store.save(3, 0, old)
+    assert store.load(3) is None, "a file counts once the round has ended"
+    store.advance([3], 0)
+    store.save(3, 4, new)
+    found = store.load(3)
+    assert found is not None and torch.equal(found, old)
+    store.advance([3], 4)
+    assert torch.equal(store.load(3), new)  # type: ignore[arg-type]
+    assert torch.equal(ClientStateStore(store.folder, {3: 0}).load(3), old)  # type: ignore[arg-type]
+
+
+def test_only_named_files_are_kept(tmp_path: Path) -> None:
+    store = ClientStateStore(tmp_path)
+    for client, round_idx in ((1, 0), (1, 1), (1, 2), (2, 1), (7, 0)):
+        store.save(client, round_idx, torch.zeros(2))
+    (tmp_path / "client000009-round000000.partial").write_bytes(b"cut")
+    store.drop_unused([{1: 1, 2: 1}, {1: 2, 2: 1}])
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "client000001-round000001.safetensors",
+        "client000001-round000002.safetensors",
+        "client000002-round000001.safetensors",
+    ]
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "other"])
+def test_a_missing_or_damaged_file_is_an_error(tmp_path: Path, damage: str) -> None:
+    store = ClientStateStore(tmp_path)
+    store.save(5, 2, torch.zeros(100))
+    store.advance([5], 2)
+    (path,) = tmp_path.iterdir()
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:50] if damage == "cut" else b"")
+    with pytest.raises(CheckpointError, match=r"control variate of client 5 cannot be read .*restore the file"):
+        store.load(5)

@@ -1,0 +1,156 @@
+"""Decoding: greedy equals Hugging Face's, samples follow the softmax, a row draws from its own seed alone."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaForCausalLM
+
+from fedsim.generate import decode
+from fedsim.generate.decode import decode_unit, pick
+
+EOS, PAD = 259, 260
+
+
+def prompts(lengths: list[int], seed: int = 0) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 250, n).tolist() for n in lengths]
+
+
+def run(model: LlamaForCausalLM, asked: list[list[int]], **changes: Any) -> list[tuple[list[int], bool]]:
+    options: dict[str, Any] = {
+        "seeds": list(range(len(asked))), "temperature": 0.0, "max_new_tokens": 12, "eos_ids": frozenset({EOS}),
+        "pad_id": PAD, **changes,
+    }  # fmt: skip
+    seeds = options.pop("seeds")
+    return decode_unit(model, asked, seeds, **options)
+
+
+def greedy(model: LlamaForCausalLM, prompt: list[int], num: int, eos: list[int]) -> list[int]:
+    """Hugging Face's own generation of one unpadded prompt."""
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=num,
+        eos_token_id=eos,
+        pad_token_id=PAD,
+    )
+    return out[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_greedy_equals_hugging_face(make_llama: Callable[..., LlamaForCausalLM], attention: str) -> None:
+    model = make_llama(attn_implementation=attention)
+    asked = prompts([1, 9, 4, 17, 30])
+    for prompt, (tokens, ended) in zip(asked, run(model, asked), strict=True):
+        want = greedy(model, prompt, 12, [EOS])
+        assert tokens == want and ended == (want[-1] == EOS)
+
+
+def test_greedy_equals_hugging_face_while_rows_end_one_by_one(
+    make_llama: Callable[..., LlamaForCausalLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any of 60 end tokens: rows end at different times and leave the batch."""
+    model = make_llama()
+    eos = list(range(0, 240, 4))
+    asked = prompts([3, 8, 5, 21, 2, 13, 7, 11])
+    want = [greedy(model, prompt, 30, eos) for prompt in asked]
+    lengths = [len(w) for w in want]
+    assert len(set(lengths)) >= 4, "the oracle must end rows at different times"
+    sizes: list[int] = []
+    real = decode.pick
+    monkeypatch.setattr(decode, "pick", lambda logits, u, t: sizes.append(len(logits)) or real(logits, u, t))
+    got = run(model, asked, max_new_tokens=30, eos_ids=frozenset(eos))
+    assert [tokens for tokens, _ in got] == want
+    assert [ended for _, ended in got] == [w[-1] in eos for w in want]
+    assert sizes[0] == 8 and sizes[-1] <= 4, "ended rows leave the batch"
+    assert all(b == a or 2 * b <= a for a, b in itertools.pairwise(sizes))
+    assert len(sizes) == max(lengths), "it stops when all have ended"
+
+
+def test_truncation_and_the_end_token(make_llama: Callable[..., LlamaForCausalLM]) -> None:
+    model = make_llama()
+    (free,) = [tokens for tokens, _ in run(model, prompts([5]), eos_ids=frozenset())]
+    assert len(free) == 12
+    first = free.index(free[5])
+    ((tokens, ended),) = run(model, prompts([5]), eos_ids=frozenset({free[5]}))
+    assert tokens == free[: first + 1] and ended
+    ((tokens, ended),) = run(model, prompts([5]), eos_ids=frozenset({free[5]}), max_new_tokens=first)
+    assert tokens == free[:first] and not ended, "cut before its end"
+    ((tokens, ended),) = run(model, prompts([5]), eos_ids=frozenset({free[5]}), max_new_tokens=first + 1)
+    assert len(tokens) == first + 1 and ended, "ending with the last token is not a cut"
+
+
+def test_sampled_frequencies_match_the_softmax(make_llama: Callable[..., LlamaForCausalLM]) -> None:
+    model = make_llama()
+    (prompt,) = prompts([6])
+    num, temperature = 4000, 0.6
+    replies = run(
+        model, [prompt] * num, seeds=[7919 * i + 1 for i in range(num)], temperature=temperature, max_new_tokens=1
+    )
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([prompt])).logits[0, -1].double()
+    probs = torch.softmax(logits / temperature, 0).numpy()
+    counts = np.bincount([tokens[0] for tokens, _ in replies], minlength=len(probs))
+    likely = probs * num >= 5
+    expected = np.append(probs[likely], probs[~likely].sum()) * num
+    found = np.append(counts[likely], counts[~likely].sum())
+    chi_square = float(((found - expected) ** 2 / expected).sum())
+    freedom = len(expected) - 1
+    assert freedom > 10 and chi_square < freedom + 4 * math.sqrt(2 * freedom)
+
+
+def test_a_row_depends_on_its_own_seed_alone(make_llama: Callable[..., LlamaForCausalLM]) -> None:
+    model = make_llama()
+    asked = prompts([4, 9, 6])
+    base = run(model, asked, seeds=[1, 2, 3], temperature=1.0)
+    other = run(model, asked, seeds=[1, 20, 30], temperature=1.0)
+    assert base[0] == other[0] and base[1] != other[1] and base[2] != other[2]
+    assert run(model, asked[::-1], seeds=[3, 2, 1], temperature=1.0) == base[::-1]
+    assert run(model, asked[:1], seeds=[1], temperature=1.0) == base[:1]
+    torch.manual_seed(0)
+    assert run(model, asked, seeds=[1, 2, 3], temperature=1.0) == base
+
+
+def test_a_low_temperature_is_greedy(make_llama: Callable[..., LlamaForCausalLM]) -> None:
+    model = make_llama()
+    asked = prompts([4, 9])
+    assert run(model, asked, temperature=1e-6) == run(model, asked, temperature=0.0)
+
+
+@pytest.mark.parametrize(
+    ("uniform", "want"), [(0.0, 1), (0.2499, 1), (0.2501, 2), (0.49, 2), (0.51, 4), (0.999999, 4), (1 - 2**-53, 4)]
+)
+def test_pick_inverts_the_distribution(uniform: float, want: int) -> None:
+    """Probabilities 0, ¼, ¼, 0, ½: a token without probability is never drawn."""
+    probs = torch.tensor([[0.0, 0.25, 0.25, 0.0, 0.5]])
+    assert pick(probs.log(), [uniform], 1.0).tolist() == [want]
+
+
+def test_pick_sharpens_with_temperature_and_takes_the_first_of_equals() -> None:
+    probs = torch.tensor([[0.2, 0.8]])
+    level = 0.2**2 / (0.2**2 + 0.8**2)
+    assert [pick(probs.log(), [u], 0.5).item() for u in (level - 1e-6, level + 1e-6)] == [0, 1]
+    assert pick(torch.tensor([[1.0, 3.0, 3.0], [2.0, 1.0, 2.0]]), [0.9, 0.9], 0.0).tolist() == [1, 0]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.floats(-30, 30), min_size=1, max_size=20), st.floats(0, 1, exclude_max=True), st.floats(0.05, 3))
+def test_pick_is_the_smallest_token_whose_cumulative_probability_exceeds(
+    logits: list[float], uniform: float, temperature: float
+) -> None:
+    scaled = np.array(logits) / temperature
+    probs = np.exp(scaled - scaled.max())
+    cumulative = np.cumsum(probs / probs.sum())
+    got = pick(torch.tensor([logits], dtype=torch.float64), [uniform], temperature).item()
+    assert cumulative[got] >= uniform - 1e-9 and (got == 0 or cumulative[got - 1] <= uniform + 1e-9)

@@ -1,0 +1,144 @@
+"""The engine: fixed units in any order on any rank, keyed draws, and what a reply says about itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from fedsim import keys
+from fedsim.data.chat import ChatFormat, Conversation, assistant_turn, user_turn
+from fedsim.generate import engine as engine_module
+from fedsim.generate.decode import decode_unit
+from fedsim.generate.engine import Engine, RowScore, Sampling
+from fedsim.parallel.ranks import OneRank
+
+CHATS: list[Conversation] = [[user_turn("kite " * (1 + 5 * i % 7) + str(i))] for i in range(11)]
+KEY = ("advbench", 3)
+
+
+class ScatteredRanks(OneRank):
+    """Computes units last first, as other ranks would."""
+
+    def map(self, compute: Callable[[Any], Any], units: Sequence[Any], *_: object) -> list[Any]:
+        done = {i: compute(units[i]) for i in reversed(range(len(units)))}
+        return [done[i] for i in range(len(units))]
+
+
+@pytest.fixture(scope="module")
+def model(make_llama: Callable[..., LlamaForCausalLM]) -> LlamaForCausalLM:
+    return make_llama(eos_token_id=list(range(15)))
+
+
+@pytest.fixture()
+def make_engine(model: LlamaForCausalLM, llama3_bytes_chat: ChatFormat) -> Callable[..., Engine]:
+    def make(**changes: Any) -> Engine:
+        settings = {"batch_size": 4, "max_context": 256, "seed": 5, **changes}
+        return Engine(model, llama3_bytes_chat, settings.pop("ranks", OneRank()), **settings)
+
+    return make
+
+
+def test_replies_equal_the_decoder(make_engine: Callable[..., Engine], model: LlamaForCausalLM) -> None:
+    engine = make_engine()
+    replies = engine.generate(CHATS, Sampling(0.9, 20), KEY)
+    eos = frozenset({*range(15), 259})
+    for i, (chat, reply) in enumerate(zip(CHATS, replies, strict=True)):
+        ((ids, ended),) = decode_unit(
+            model, [engine.chat.prompt_ids(chat)], [keys.derive(5, "sample", *KEY, i)],
+            temperature=0.9, max_new_tokens=20, eos_ids=eos, pad_id=260,
+        )  # fmt: skip
+        assert (reply.text, reply.num_tokens, reply.truncated) == (engine.chat.decode(ids), len(ids), not ended)
+        assert not reply.prompt_truncated
+    assert len({r.truncated for r in replies}) == 2, "some end, some are cut"
+
+
+def test_who_computes_a_unit_does_not_matter(make_engine: Callable[..., Engine]) -> None:
+    here = make_engine().generate(CHATS, Sampling(1.0, 8), KEY)
+    assert make_engine(ranks=ScatteredRanks()).generate(CHATS, Sampling(1.0, 8), KEY) == here
+
+
+def test_key_and_seed_name_the_draws(make_engine: Callable[..., Engine]) -> None:
+    base = make_engine().generate(CHATS, Sampling(1.0, 8), KEY)
+    assert make_engine().generate(CHATS, Sampling(1.0, 8), KEY) == base
+    assert make_engine().generate(CHATS, Sampling(1.0, 8), ("advbench", 4)) != base
+    assert make_engine(seed=6).generate(CHATS, Sampling(1.0, 8), KEY) != base
+    same = make_engine().generate([CHATS[0]] * 2, Sampling(1.0, 8), KEY)
+    assert same[0] != same[1], "rows with one prompt have draws of their own"
+
+
+def test_units_are_fixed_by_length(make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[int]] = []
+
+    def fake(model: object, prompts: list[list[int]], seeds: object, **_: object) -> list[tuple[list[int], bool]]:
+        seen.append([len(p) for p in prompts])
+        return [([65], True) for _ in prompts]
+
+    monkeypatch.setattr(engine_module, "decode_unit", fake)
+    make_engine().generate(CHATS, Sampling(0.0, 4), KEY)
+    assert [len(unit) for unit in seen] == [4, 4, 3]
+    lengths = [n for unit in seen for n in unit]
+    assert lengths == sorted(lengths)
+
+
+@pytest.mark.parametrize("max_new_tokens", [10, 32, 500])
+def test_prompt_and_reply_never_outgrow_the_context(
+    make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, max_new_tokens: int
+) -> None:
+    """A long prompt loses its beginning, and is marked; the reply has at most half of the context."""
+    longest = []
+
+    def spy(model: Any, prompts: list[list[int]], seeds: list[int], **options: Any) -> list[tuple[list[int], bool]]:
+        longest.append(max(map(len, prompts)) + options["max_new_tokens"])
+        return decode_unit(model, prompts, seeds, **options | {"eos_ids": frozenset()})
+
+    monkeypatch.setattr(engine_module, "decode_unit", spy)
+    engine = make_engine(max_context=64)
+    chats: list[Conversation] = [[user_turn("abc" * n)] for n in (1, 100)]
+    replies = engine.generate(chats, Sampling(0.0, max_new_tokens), KEY)
+    assert max(longest) <= 64
+    assert [r.prompt_truncated for r in replies] == [
+        len(engine.chat.prompt_ids(chats[0])) > 64 - min(max_new_tokens, 32),
+        True,
+    ]
+    assert [r.num_tokens for r in replies] == [min(max_new_tokens, 32)] * 2
+    assert all(r.truncated for r in replies)
+
+
+def test_scores_are_in_order(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine()
+    rows = [engine.chat.training_row([*c, assistant_turn("red " * (i % 3 + 1))], 200) for i, c in enumerate(CHATS)]
+    scores = engine.score(rows)
+    alone = [engine.score([row])[0] for row in rows]
+    assert [s.num_targets for s in scores] == [row.num_targets for row in rows]
+    assert [s.logprob for s in scores] == pytest.approx([s.logprob for s in alone], rel=1e-5)
+    assert make_engine(ranks=ScatteredRanks()).score(rows) == scores
+    assert scores[0].mean == scores[0].logprob / scores[0].num_targets
+    assert RowScore(0.0, 0).mean == float("-inf")
+
+
+def test_mode_progress_and_nothing_to_do(make_engine: Callable[..., Engine], model: LlamaForCausalLM) -> None:
+    seen: list[tuple[int, int]] = []
+    engine = make_engine(on_progress=lambda done, total: seen.append((done, total)))
+    model.train()
+    try:
+        engine.generate(CHATS, Sampling(0.0, 2), KEY)
+        assert model.training, "the mode is put back"
+    finally:
+        model.eval()
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert engine.generate([], Sampling(0.0, 2), KEY) == [] and engine.score([]) == []
+
+
+def test_the_adapter_of_the_moment_is_used(make_adapted: Callable[..., Any]) -> None:
+    loaded, flat = make_adapted(std=0.0)
+    engine = Engine(loaded.base, loaded.chat, OneRank(), batch_size=4, max_context=256, seed=0)
+    before = engine.generate(CHATS[:3], Sampling(0.0, 6), KEY)
+    start = flat.copy()
+    flat.load(torch.randn(flat.size, generator=torch.Generator().manual_seed(0)))
+    assert engine.generate(CHATS[:3], Sampling(0.0, 6), KEY) != before
+    flat.load(start)
+    assert engine.generate(CHATS[:3], Sampling(0.0, 6), KEY) == before

@@ -1,0 +1,89 @@
+"""Target log-probabilities equal a plain forward pass and log-softmax, values and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from fedsim.data.batch import collate
+from fedsim.data.chat import TokenRow
+from fedsim.model.flat_adapter import FlatAdapter
+from fedsim.model.load import LoadedModel
+from fedsim.model.logprobs import target_logprobs
+
+
+def row(length: int, targets: list[int], seed: int = 0) -> TokenRow:
+    mask = np.zeros(length, dtype=bool)
+    mask[targets] = True
+    return TokenRow(np.random.default_rng([seed, length]).integers(0, 250, length).astype(np.int32), mask)
+
+
+def plain(model: torch.nn.Module, one: TokenRow) -> torch.Tensor:
+    """Log-probabilities of one row's targets, in fp64 from the logits on."""
+    ids = torch.from_numpy(one.input_ids.astype(np.int64))
+    logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1].double()
+    every = torch.log_softmax(logits, -1).gather(1, ids[1:, None])[:, 0]
+    return every[torch.from_numpy(one.loss_mask[1:])]
+
+
+ROWS = [row(12, [5, 6, 11]), row(7, [3]), row(20, [19]), row(1, [0]), row(9, []), row(15, list(range(15)))]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("picked", [[0], [0, 1, 2], [0, 1, 2, 3, 4, 5], [2], [4, 1]])
+def test_equals_a_plain_forward(make_llama: Callable[..., LlamaForCausalLM], attention: str, picked: list[int]) -> None:
+    model = make_llama(attn_implementation=attention)
+    rows = [ROWS[i] for i in picked]
+    batch = collate(rows, 260)
+    with torch.no_grad():
+        got = target_logprobs(model, batch)
+    assert got.dtype == torch.float32 and got.shape == (len(rows), batch.input_ids.shape[1] - batch.first_target)
+    for i, one in enumerate(rows):
+        with torch.no_grad():
+            want = plain(model, one)
+        places = torch.from_numpy(np.flatnonzero(one.loss_mask[1:]) + 1 - batch.first_target)
+        torch.testing.assert_close(got[i, places].double(), want, rtol=1e-5, atol=1e-5)
+        assert int((got[i] != 0).sum()) == len(want), "0 elsewhere"
+
+
+def test_only_positions_from_the_first_target_on_reach_the_head(make_llama: Callable[..., LlamaForCausalLM]) -> None:
+    model = make_llama()
+    seen: list[torch.Size] = []
+    model.lm_head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape))
+    with torch.no_grad():
+        target_logprobs(model, collate([row(30, [25, 29]), row(28, [27])], 0))
+    assert seen == [torch.Size([2, 5, 32])]
+
+
+def test_gradients_equal_a_plain_forward(make_adapted: Callable[..., tuple[LoadedModel, FlatAdapter]]) -> None:
+    loaded, flat = make_adapted(std=0.1)
+    rows = [ROWS[0], ROWS[2], ROWS[5]]
+    target_logprobs(loaded.base, collate(rows, 260)).sum().backward()
+    got = flat.grad.clone()
+    flat.grad.zero_()
+    sum(plain(loaded.base, one).sum() for one in rows).backward()  # type: ignore[union-attr]
+    assert float((got - flat.grad).norm() / flat.grad.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("rows", [[row(9, [])], [row(1, [0])], [row(4, []), row(1, [])]], ids=["9", "1", "4 and 1"])
+def test_a_batch_without_targets_has_no_values_and_a_zero_gradient(
+    make_adapted: Callable[..., tuple[LoadedModel, FlatAdapter]], rows: list[TokenRow]
+) -> None:
+    loaded, flat = make_adapted(std=0.1)
+    got = target_logprobs(loaded.base, collate(rows, 260))
+    assert got.shape == (len(rows), 0)
+    got.sum().backward()
+    assert not flat.grad.any()
+
+
+def test_padding_changes_no_row(make_llama: Callable[..., LlamaForCausalLM]) -> None:
+    model = make_llama()
+    with torch.no_grad():
+        alone = target_logprobs(model, collate([ROWS[1]], 0)).sum()
+        for pad in (0, 255):
+            beside = target_logprobs(model, collate([ROWS[1], row(60, [59])], pad))[0].sum()
+            torch.testing.assert_close(beside, alone, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,192 @@
+"""The filter of a run: oracles, a guard as it is, a fine-tuned guard; each model result is computed once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from fedsim.artefacts import ArtefactStore
+from fedsim.config import GuardConfig, load_config
+from fedsim.data.chat import ChatFormat, TokenRow
+from fedsim.data.prepare import PreparedData
+from fedsim.data.square import SquareRow
+from fedsim.model.flat_adapter import FlatAdapter
+from fedsim.model.load import LoraSettings, load_model
+from fedsim.parallel.ranks import OneRank
+from fedsim.parallel.sums import Summer
+from fedsim.safety import filter_stage
+from fedsim.safety.filter_stage import FilterStage, tuning_batches
+from fedsim.safety.filtering import Filtered
+from fedsim.safety.guard import LlamaGuard, NoisyOracleGuard
+from fedsim.safety.guard_tuning import verdict_rows
+
+CPU = torch.device("cpu")
+
+
+@dataclass
+class OneLane:
+    index: int = 0
+    size: int = 1
+    summer: Summer = field(default_factory=lambda: Summer(None, exact=True))
+
+
+class Run:
+    """A filter stage over made-up shards and a random guard in a directory."""
+
+    def __init__(self, folder: Path, guard_dir: Path, make_row: Callable[..., SquareRow]) -> None:
+        words = {True: "Storms are certain tomorrow.", False: "Kites may fly."}
+        rows = [make_row(i, red=i % 3 == 0, response=f"{words[i % 3 == 0]} {i}") for i in range(36)]
+        shards = [rows[0:8], rows[8:16], [r for r in rows[16:24] if r.red]]
+        self.data = PreparedData(folder / "square.json", "abc", shards, rows[24:], rows[24:], [])
+        self.guard_dir = guard_dir
+        self.log: list[str] = []
+        self.progress: list[tuple[str, int, int]] = []
+        self.store = ArtefactStore(folder / "artefacts", OneRank(), self.log.append)
+
+    def stage(self, *overrides: str, **facts: Any) -> FilterStage:
+        base = ["guard.kind=llama_guard", f"guard.path={self.guard_dir}", "guard.policy=square", "guard.lora_r=4",
+                "guard.lora_dropout=0", "guard.batch_size=8"]  # fmt: skip
+        config = load_config(None, [*base, *overrides])
+
+        def report(name: str, done: int, total: int) -> None:
+            self.progress.append((name, done, total))
+
+        return FilterStage(config, OneRank(), OneLane(), CPU, self.store, facts, report)
+
+    def run(self, *overrides: str, **facts: Any) -> Filtered:
+        return self.stage(*overrides, **facts).run(self.data)
+
+    @property
+    def written(self) -> Counter[str]:
+        return Counter(line.partition(":")[0] for line in self.log if "written" in line)
+
+
+@pytest.fixture(scope="module")
+def guard_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("guard")
+
+
+@pytest.fixture()
+def run(
+    tmp_path: Path, guard_dir: Path, guard_model: LlamaForCausalLM, llama_chat: ChatFormat,
+    make_row: Callable[..., SquareRow],
+) -> Run:  # fmt: skip
+    if not any(guard_dir.iterdir()):
+        guard_model.save_pretrained(str(guard_dir))
+        llama_chat.tokenizer.save_pretrained(str(guard_dir))
+    return Run(tmp_path, guard_dir, make_row)
+
+
+def kept(filtered: Filtered) -> list[list[int]]:
+    return [[row.row_id for row in shard] for shard in filtered.shards]
+
+
+def test_no_guard_keeps_everything(run: Run) -> None:
+    filtered = run.run("guard.kind=none")
+    assert [list(s) for s in filtered.shards] == run.data.shards and filtered.total.num_dropped == 0
+
+
+def test_the_oracle_drops_the_red_rows(run: Run) -> None:
+    filtered = run.run("guard.kind=oracle")
+    assert kept(filtered) == [[r.row_id for r in shard if not r.red] for shard in run.data.shards]
+    assert filtered.empty_clients == (2,), "a client of red rows alone has nothing left"
+    assert filtered.total.recall == 1.0 and filtered.total.fpr == 0.0
+
+
+def test_the_noisy_oracle_is_the_guards(run: Run) -> None:
+    filtered = run.run("guard.kind=noisy_oracle", "guard.tpr=0.6", "guard.fpr=0.3", "seed=4")
+    noisy = NoisyOracleGuard(0.6, 0.3, 4)
+    assert kept(filtered) == [
+        [row.row_id for row, v in zip(shard, noisy.judge(shard), strict=True) if not v.unsafe]
+        for shard in run.data.shards
+    ]
+    assert run.log == [], "nothing to keep for other runs"
+
+
+def judged(run: Run, adapter: Path | None, targets: tuple[str, ...] = ("q_proj", "v_proj")) -> list[list[int]]:
+    """Kept rows by :class:`LlamaGuard` on the guard's directory, with the adapter of a folder."""
+    loaded = load_model(
+        str(run.guard_dir), LoraSettings(4, 32.0, 0.0, targets), dtype="auto", attention="sdpa", device=CPU
+    )
+    flat = FlatAdapter(loaded.model)
+    flat.load(flat.initial(0) if adapter is None else flat.read(adapter))
+    judge = LlamaGuard(
+        loaded.base, loaded.chat, OneRank(), policy="square", batch_size=8, threshold=0.5, max_length=1024
+    )
+    verdicts = iter(judge.judge([row for shard in run.data.shards for row in shard]))
+    return [[row.row_id for row in shard if not next(verdicts).unsafe] for shard in run.data.shards]
+
+
+def test_a_guard_as_it_is_judges_all_rows(run: Run) -> None:
+    probs = run.run("guard.tune_epochs=0", "guard.threshold=0.5")
+    assert kept(probs) == judged(run, None)
+    assert run.written == {"guard-verdicts": 1}
+    assert run.progress[-1][0] == "guard scoring"
+
+
+def test_results_are_computed_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run.run("guard.tune_epochs=1")
+    assert run.written == {"guard-verdicts": 1, "guard-adapter": 1}
+    monkeypatch.setattr(filter_stage, "load_model", None)  # another load would fail
+    assert run.run("guard.tune_epochs=1", "guard.tpr=0.1", "federation.num_rounds=3") == first
+    assert sum("reused" in line for line in run.log) == 1
+
+
+def test_fine_tuning_learns_the_labels(run: Run) -> None:
+    """Tuned on the very rows that it judges, a random model must come to call the red ones unsafe."""
+    run.data = replace(run.data, guard_rows=[row for shard in run.data.shards for row in shard])
+    targets = "guard.lora_targets=[q_proj, v_proj, o_proj, up_proj, down_proj]"
+    filtered = run.run("guard.tune_epochs=12", "guard.tune_lr=1e-2", "guard.tune_batch_size=4", targets)
+    tuning = [p for p in run.progress if p[0] == "guard fine-tuning"]
+    assert tuning == [("guard fine-tuning", i, 54) for i in range(1, 55)]
+    (adapter,) = run.store.folder.glob("guard-adapter-*")
+    assert kept(filtered) == judged(run, adapter, ("q_proj", "v_proj", "o_proj", "up_proj", "down_proj"))
+    untuned = run.stage("guard.tune_epochs=12", targets).run_untuned(run.data)
+    assert kept(untuned) == judged(run, None)
+    assert filtered.total.accuracy is not None and untuned.total.accuracy is not None
+    assert filtered.total.accuracy >= 0.9 > untuned.total.accuracy
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["seed=1", "local.micro_batch_size=2", "guard.tune_lr=1e-3", "guard.policy=llama_guard_3", "data.language=ko",
+     "guard.lora_r=2", "model.attention=eager"],
+)  # fmt: skip
+def test_what_decides_a_verdict_computes_it_anew(run: Run, change: str) -> None:
+    run.run("guard.tune_epochs=0.4")
+    run.run("guard.tune_epochs=0.4", change)
+    assert run.written == {"guard-verdicts": 2, "guard-adapter": 2}
+
+
+def test_an_untuned_guard_is_shared_by_runs_that_differ_in_tuning_alone(run: Run) -> None:
+    run.stage("guard.tune_epochs=1").run_untuned(run.data)
+    run.stage("guard.tune_epochs=2", "seed=3", "guard.lora_r=2").run_untuned(run.data)
+    run.run("guard.tune_epochs=0")
+    assert run.written == {"guard-verdicts": 1}
+    run.run("guard.tune_epochs=0", torch="another version")
+    assert run.written == {"guard-verdicts": 2}
+
+
+def test_tuning_batches_are_whole_epochs_in_their_own_orders(run: Run, llama_chat: ChatFormat) -> None:
+    rows: list[TokenRow] = verdict_rows(llama_chat, run.data.guard_rows, "square", 1024)
+    place = {id(row): i for i, row in enumerate(rows)}
+
+    def drawn(epochs: float, size: int = 5, seed: int = 0) -> list[list[int]]:
+        settings = GuardConfig(tune_epochs=epochs, tune_batch_size=size)
+        return [[place[id(r)] for r in batch] for batch in tuning_batches(rows, settings, seed)]
+
+    batches = drawn(2.5)
+    assert [len(b) for b in batches] == [5] * 6
+    walk = [i for batch in batches for i in batch]
+    assert sorted(walk[:12]) == sorted(walk[12:24]) == list(range(12)) and walk[:12] != walk[12:24]
+    assert len(set(walk[24:])) == 6
+    assert [len(b) for b in drawn(1)] == [5, 5, 2], "the last batch may be smaller"
+    assert drawn(2.5) == batches != drawn(2.5, seed=1)
+    assert [len(b) for b in drawn(0.01)] == [1], "at least one step"

@@ -1,0 +1,137 @@
+"""Artefacts: reused while whole and current, rebuilt when damaged, never half there."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from fedsim.artefacts import Artefact, ArtefactStore, digest_of, file_digest, source_digest
+from fedsim.parallel.ranks import OneRank
+
+
+class Counting:
+    """A store whose builds are counted."""
+
+    def __init__(self, folder: Path) -> None:
+        self.log: list[str] = []
+        self.num_builds = 0
+        self.store = ArtefactStore(folder / "deep" / "artefacts", OneRank(), self.log.append)
+
+    def get(self, depends: dict[str, Any], code: list[ModuleType] | None = None, kind: str = "thing") -> Artefact:
+        return self.store.get(kind, depends, code or [], self._build, _write)
+
+    def _build(self) -> int:
+        self.num_builds += 1
+        return self.num_builds
+
+
+def _write(folder: Path, result: int) -> None:
+    (folder / "sub").mkdir()
+    (folder / "sub" / "a.txt").write_text(f"built {result}")
+    (folder / "b.bin").write_bytes(bytes(range(256)))
+
+
+@pytest.fixture()
+def counting(tmp_path: Path) -> Counting:
+    return Counting(tmp_path)
+
+
+def test_built_once_then_reused(counting: Counting, tmp_path: Path) -> None:
+    first, second = counting.get({"a": 1, "b": [2]}), counting.get({"b": [2], "a": 1})
+    assert (first.reused, second.reused, counting.num_builds) == (False, True, 1)
+    assert first.folder == second.folder and first.folder.name.startswith("thing-")
+    assert (first.folder / "sub" / "a.txt").read_text() == "built 1"
+    assert "written to" in counting.log[0] and "reused" in counting.log[1]
+    other = Counting(tmp_path)
+    assert other.get({"a": 1, "b": [2]}).reused, "another run finds it"
+
+
+@pytest.mark.parametrize("depends", [{"a": 2}, {"a": "1"}, {"a": 1, "b": None}, {}, {"a": 1.5}])
+def test_other_dependencies_are_another_artefact(counting: Counting, depends: dict[str, Any]) -> None:
+    first = counting.get({"a": 1})
+    assert counting.get(depends).folder != first.folder
+    assert counting.get({"a": 1}, kind="other").folder != first.folder
+    assert counting.num_builds == 3
+
+
+def load_module(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("made_up", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_change_of_source_is_another_artefact(counting: Counting, tmp_path: Path) -> None:
+    (tmp_path / "one.py").write_text("X = 1\n")
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "part.py").write_text("Y = 1\n")
+    code = [load_module(tmp_path / "one.py"), load_module(package / "__init__.py")]
+    code[1].__path__ = [str(package)]
+    first = counting.get({}, code)
+    assert counting.get({}, code).reused
+    for file in (tmp_path / "one.py", package / "part.py"):
+        before = file.read_text()
+        file.write_text(before + "# changed\n")
+        assert counting.get({}, code).folder != first.folder
+        file.write_text(before)
+    assert counting.get({}, code).reused
+    assert source_digest(code) != source_digest(code[:1])
+
+
+@pytest.mark.parametrize("damage", ["change", "delete", "note", "note cut", "note of another kind"])
+def test_a_damaged_artefact_is_built_anew(counting: Counting, damage: str) -> None:
+    folder = counting.get({"a": 1}).folder
+    if damage == "change":
+        (folder / "b.bin").write_bytes(bytes(255) + b"\x01")
+    elif damage == "delete":
+        (folder / "sub" / "a.txt").unlink()
+    elif damage == "note":
+        (folder / "artefact.json").unlink()
+    else:
+        (folder / "artefact.json").write_text('{"files": {"b' if damage == "note cut" else "[1]")
+    again = counting.get({"a": 1})
+    assert not again.reused and again.folder == folder and counting.num_builds == 2
+    assert (folder / "sub" / "a.txt").read_text() == "built 2"
+    assert counting.get({"a": 1}).reused
+    if damage != "note":
+        assert any("damaged" in line for line in counting.log)
+
+
+def test_a_failing_build_or_write_leaves_nothing(counting: Counting) -> None:
+    def broken_write(folder: Path, result: int) -> None:
+        (folder / "half").write_text("half")
+        raise OSError("disk full")
+
+    def broken_build() -> int:
+        raise RuntimeError("no")
+
+    with pytest.raises(OSError, match="disk full"):
+        counting.store.get("thing", {"a": 1}, [], lambda: 1, broken_write)
+    with pytest.raises(RuntimeError, match="no"):
+        counting.store.get("thing", {"a": 1}, [], broken_build, _write)
+    assert list(counting.store.folder.iterdir()) == []
+    assert not counting.get({"a": 1}).reused
+
+
+def test_the_note_says_what_it_depends_on(counting: Counting) -> None:
+    folder = counting.get({"a": "é"}).folder
+    note = json.loads((folder / "artefact.json").read_text(encoding="utf-8"))
+    assert note["depends"] == {"a": "é", "code": source_digest([])}
+    assert note["files"] == {
+        "b.bin": file_digest(folder / "b.bin"),
+        "sub/a.txt": file_digest(folder / "sub" / "a.txt"),
+    }
+
+
+def test_digests_are_sha256(tmp_path: Path) -> None:
+    (tmp_path / "empty").write_bytes(b"")
+    assert file_digest(tmp_path / "empty") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+    assert digest_of({"b": 1, "a": 2}) == digest_of({"a": 2, "b": 1}) != digest_of({"a": 1, "b": 2})

@@ -1,0 +1,106 @@
+"""Checkpoints: a round trip, the newest whole one after damage, only so many kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedsim.checkpoint import Checkpoint, CheckpointStore
+from fedsim.errors import CheckpointError
+from fedsim.federation.algorithms import ServerState
+
+
+def made(round_idx: int, control: bool = True) -> Checkpoint:
+    g = torch.Generator().manual_seed(round_idx)
+    adapter, c = torch.randn(2, 50, generator=g)
+    return Checkpoint(
+        round_idx, ServerState(adapter, c if control else None), {3: round_idx, 11: 0}, (1e-4 / 3, 2.5e-4)
+    )
+
+
+def same(one: Checkpoint, two: Checkpoint | None) -> bool:
+    assert two is not None
+    if one.state.control is None or two.state.control is None:
+        assert one.state.control is two.state.control is None
+    else:
+        assert torch.equal(one.state.control, two.state.control)
+    assert torch.equal(one.state.adapter, two.state.adapter)
+    facts = [(c.round_idx, dict(c.client_rounds), c.seconds_per_token) for c in (one, two)]
+    return facts[0] == facts[1]
+
+
+@pytest.mark.parametrize("control", [True, False])
+def test_round_trip(tmp_path: Path, control: bool) -> None:
+    store = CheckpointStore(tmp_path / "checkpoints", keep=2)
+    assert store.load(print) is None
+    store.save(made(0, control))
+    said: list[str] = []
+    assert same(made(0, control), store.load(said.append)) and said == []
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_the_newest_are_kept(tmp_path: Path, keep: int) -> None:
+    store = CheckpointStore(tmp_path, keep)
+    for i in range(12):
+        store.save(made(i))
+    assert [p.name for p in sorted(tmp_path.iterdir())] == [f"round-{i:06d}" for i in range(12 - keep, 12)]
+    assert same(made(11), store.load(print))
+    assert store.kept_client_rounds() == [{3: i, 11: 0} for i in range(12 - keep, 12)]
+
+
+def damage(folder: Path, how: str) -> None:
+    if how == "bit":
+        data = bytearray((folder / "state.safetensors").read_bytes())
+        data[-5] ^= 1
+        (folder / "state.safetensors").write_bytes(bytes(data))
+    elif how == "cut":
+        (folder / "state.safetensors").write_bytes(b"")
+    elif how == "missing":
+        (folder / "state.safetensors").unlink()
+    else:
+        (folder / "checkpoint.json").write_text({"note": "{", "list": "[]", "empty": "{}"}[how])
+
+
+@pytest.mark.parametrize("how", ["bit", "cut", "missing", "note", "list", "empty"])
+def test_a_damaged_newest_falls_back_and_says_so(tmp_path: Path, how: str) -> None:
+    store = CheckpointStore(tmp_path, 3)
+    for i in range(3):
+        store.save(made(i))
+    damage(tmp_path / "round-000002", how)
+    said: list[str] = []
+    assert same(made(1), store.load(said.append))
+    assert len(said) == 1 and "round-000002" in said[0] and "the one before it is used" in said[0]
+    damage(tmp_path / "round-000000", how)
+    damage(tmp_path / "round-000001", how)
+    with pytest.raises(CheckpointError, match="every checkpoint is damaged"):
+        store.load(said.append)
+
+
+def test_a_run_goes_on_past_damaged_checkpoints(tmp_path: Path) -> None:
+    """After a fall-back, damaged newer ones may lie there still: the next rounds replace them one by one."""
+    store = CheckpointStore(tmp_path, 3)
+    for i in range(3):
+        store.save(made(i))
+    damage(tmp_path / "round-000001", "bit")
+    damage(tmp_path / "round-000002", "cut")
+    assert same(made(0), store.load(lambda text: None))
+    store.save(made(1))
+    assert store.kept_client_rounds() == [{3: 0, 11: 0}, {3: 1, 11: 0}], "whole ones alone"
+    assert same(made(1), store.load(lambda text: None))
+    store.save(made(2))
+    assert len(store.kept_client_rounds()) == 3
+
+
+def test_a_save_that_was_cut_off_is_not_seen(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, 2)
+    store.save(made(0))
+    partial = tmp_path / ".round-000001.partial"
+    partial.mkdir()
+    (partial / "state.safetensors").write_bytes(b"half")
+    assert same(made(0), store.load(print))
+    store.save(made(1))
+    assert same(made(1), store.load(print)) and not partial.exists()
+    store.save(made(1, control=False))
+    assert same(made(1, control=False), store.load(print)), "a round may be saved again"

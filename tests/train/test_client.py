@@ -1,0 +1,108 @@
+"""A client's round: its rows, its learning rate, its delta and control variates, whatever ran before it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from fedsim.config import LocalConfig
+from fedsim.data.chat import TokenRow
+from fedsim.federation.algorithms import FedAvg, Scaffold, ServerState
+from fedsim.federation.sampling import cosine_by_round, sample_rows
+from fedsim.model.flat_adapter import FlatAdapter
+from fedsim.model.load import LoadedModel
+from fedsim.train.client import ClientOutcome, ClientTrainer
+from fedsim.train.loop import StepSettings, Trainer
+from fedsim.train.objectives import SftObjective
+
+Make = Callable[..., tuple[LoadedModel, FlatAdapter]]
+Rows = Callable[..., list[TokenRow]]
+LOCAL = LocalConfig(steps=3, batch_size=4, micro_batch_size=2, lr=1e-3, lr_min=1e-4)
+
+
+def client_trainer(made: tuple[LoadedModel, FlatAdapter], algorithm: Any) -> ClientTrainer:
+    trainer = Trainer(made[0].base, made[1], StepSettings(2, 1.0, 0.0, 7))
+    return ClientTrainer(trainer, algorithm, SftObjective(260), LOCAL, num_rounds=10, seed=7)
+
+
+def bits(outcome: ClientOutcome) -> list[Any]:
+    vectors = [outcome.delta, outcome.control, outcome.control_delta]
+    facts = [outcome.client, outcome.num_rows, outcome.loss, outcome.first_loss, outcome.num_tokens]
+    return [*facts, *(None if v is None else v.tolist() for v in vectors)]
+
+
+def test_batches_follow_the_clients_own_draws(make_adapted: Make, make_rows: Rows) -> None:
+    trainer = client_trainer(make_adapted(), FedAvg())
+    rows = make_rows(5)
+    batches = trainer.batches(2, rows, 4)
+    assert [len(b) for b in batches] == [4, 4, 4]
+    drawn = sample_rows(5, 12, 4, 2, 7)
+    assert [id(r) for b in batches for r in b] == [id(rows[i]) for i in drawn]
+    assert trainer.num_tokens(2, rows, 4) == sum(len(r) for b in batches for r in b)
+
+
+def test_a_fedavg_client(make_adapted: Make, make_rows: Rows, one_lane: type) -> None:
+    loaded, flat = make_adapted(std=0.1, dropout=0.1)
+    state = ServerState(flat.copy())
+    rows = make_rows(9)
+    outcome = client_trainer((loaded, flat), FedAvg()).train(3, rows, 5, state, None, one_lane())
+    assert torch.equal(outcome.delta, flat.values - state.adapter) and outcome.delta.any()
+    assert outcome.control is None and outcome.control_delta is None
+    assert (outcome.client, outcome.num_rows) == (3, 9)
+    assert outcome.num_tokens == client_trainer((loaded, flat), FedAvg()).num_tokens(3, rows, 5)
+    largest = float(outcome.delta.abs().max())
+    lr = cosine_by_round(5, 10, 1e-3, 1e-4)
+    assert 1.5 * lr < largest < 3.1 * lr, "three AdamW steps of the round's learning rate"
+
+
+@pytest.mark.parametrize("variant", ["gradient", "openfedllm"])
+def test_a_clients_result_does_not_depend_on_who_trained_before(
+    make_adapted: Make, make_rows: Rows, one_lane: type, variant: str
+) -> None:
+    made = make_adapted(std=0.1, dropout=0.2)
+    size = made[1].size
+    g = torch.Generator().manual_seed(0)
+    state = ServerState(made[1].copy(), torch.randn(size, generator=g) * 0.01)
+    c_i = torch.randn(size, generator=g) * 0.01
+    shards = {client: make_rows(6, seed=client) for client in range(3)}
+    trainer = client_trainer(made, Scaffold(variant))
+
+    def outcomes(order: list[int]) -> dict[int, list[Any]]:
+        return {c: bits(trainer.train(c, shards[c], 1, state, c_i if c == 1 else None, one_lane())) for c in order}
+
+    first = outcomes([0, 1, 2])
+    assert outcomes([2, 1, 0]) == first and outcomes([1]) == {1: first[1]}
+    fresh = client_trainer(make_adapted(std=0.1, dropout=0.2), Scaffold(variant))
+    assert bits(fresh.train(1, shards[1], 1, state, c_i, one_lane())) == first[1]
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("variant", ["gradient", "openfedllm"])
+def test_a_scaffold_client(make_adapted: Make, make_rows: Rows, one_lane: type, variant: str, known: bool) -> None:
+    """c_i⁺ = (x − y)/(K·lr) − (c − c_i), what is summed is c_i⁺ − c_i; c_i = 0 before the client's first round."""
+    loaded, flat = make_adapted(std=0.1)
+    g = torch.Generator().manual_seed(1)
+    c, c_i = (torch.randn(flat.size, generator=g) * 0.3 for _ in range(2))
+    state = ServerState(flat.copy(), c)
+    rows = make_rows(6)
+    outcome = client_trainer((loaded, flat), Scaffold(variant)).train(
+        0, rows, 2, state, c_i if known else None, one_lane()
+    )
+    lr = cosine_by_round(2, 10, 1e-3, 1e-4)
+    previous = c_i if known else torch.zeros_like(c_i)
+    want = -outcome.delta.double() / (3 * lr) - (c - previous).double()
+    assert outcome.control is not None and outcome.control_delta is not None
+    torch.testing.assert_close(outcome.control.double(), want, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(outcome.control_delta, outcome.control - previous)
+    plain = client_trainer((loaded, flat), FedAvg()).train(0, rows, 2, ServerState(state.adapter), None, one_lane())
+    assert not torch.equal(plain.delta, outcome.delta), "the correction was applied"
+    if variant == "openfedllm":
+        shift = outcome.delta - plain.delta
+        drift = -3 * lr * (c - previous)
+        assert float((shift - drift).norm() / drift.norm()) < 0.3, (
+            "three shifts of lr · (c − c_i), and what they change"
+        )
+    assert outcome.first_loss == plain.first_loss, "the first loss is the global adapter's"

@@ -1,0 +1,272 @@
+"""The training loop: AdamW on PEFT's own parameters is the oracle; batches may be cut and shared out in any way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from fedsim.data.chat import ChatFormat, TokenRow
+from fedsim.errors import RunError
+from fedsim.federation.algorithms import Correction, GradientCorrection, NoCorrection, ValueCorrection
+from fedsim.model.flat_adapter import FlatAdapter
+from fedsim.model.load import LoadedModel
+from fedsim.train.loop import StepSettings, Trainer, TrainingPlan, TrainingStats
+from fedsim.train.objectives import DpoObjective, Preference, SftObjective
+
+Make = Callable[..., tuple[LoadedModel, FlatAdapter]]
+Rows = Callable[..., list[TokenRow]]
+PAD = 260
+
+
+def batches_of(rows: Sequence[TokenRow], size: int) -> list[list[TokenRow]]:
+    return [list(rows[i : i + size]) for i in range(0, len(rows), size)]
+
+
+def train(
+    made: tuple[LoadedModel, FlatAdapter],
+    batches: Sequence[Sequence[TokenRow]],
+    lane: Any,
+    *,
+    micro: int = 4,
+    lr: float = 1e-3,
+    clip: float = 1.0,
+    decay: float = 0.0,
+    seed: int = 0,
+    correction: Correction | None = None,
+) -> TrainingStats:
+    loaded, flat = made
+    plan = TrainingPlan(batches, lambda step: lr * (step + 1), ("local", 0, 1), correction or NoCorrection())
+    return Trainer(loaded.base, flat, StepSettings(micro, clip, decay, seed)).run(plan, SftObjective(PAD), lane)
+
+
+def reference(
+    made: tuple[LoadedModel, FlatAdapter],
+    batches: Sequence[Sequence[TokenRow]],
+    *,
+    lr: float,
+    clip: float,
+    decay: float,
+    correction: torch.Tensor | None = None,
+    where: str = "",
+) -> tuple[FlatAdapter, list[float]]:
+    """torch.optim.AdamW on PEFT's parameters, one unpadded row at a time, with torch's own clipping."""
+    loaded, flat = made
+    parameters = [p for p in loaded.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=decay, foreach=False)
+    losses = []
+    for step, batch in enumerate(batches):
+        flat.grad.zero_()
+        count = sum(int(row.loss_mask[1:].sum()) for row in batch)
+        total = 0.0
+        for row in batch:
+            ids = torch.from_numpy(row.input_ids).long()
+            scores = loaded.base(input_ids=ids[None], use_cache=False).logits[0, :-1].log_softmax(-1)
+            picked = scores.gather(1, ids[1:, None])[torch.from_numpy(row.loss_mask[1:])]
+            (-picked.sum() / count).backward()
+            total -= float(picked.detach().double().sum()) / count
+        losses.append(total)
+        if clip > 0:
+            torch.nn.utils.clip_grad_norm_(parameters, clip)
+        if where == "gradient":
+            assert correction is not None
+            flat.grad.add_(correction)
+        optimizer.param_groups[0]["lr"] = lr * (step + 1)
+        optimizer.step()
+        if where == "values":
+            assert correction is not None
+            flat.values.sub_(lr * (step + 1) * correction)
+    return flat, losses
+
+
+def distance(one: torch.Tensor, two: torch.Tensor, start: torch.Tensor) -> float:
+    """‖one − two‖ over how far ``two`` moved from ``start``."""
+    return float((one - two).norm() / (two - start).norm())
+
+
+@pytest.mark.parametrize(("clip", "decay"), [(0.05, 0.0), (1e9, 0.0), (0.0, 0.0), (0.5, 0.1)])
+def test_three_steps_equal_torchs_adamw(
+    make_adapted: Make, make_rows: Rows, one_lane: type, clip: float, decay: float
+) -> None:
+    made, twin = make_adapted(std=0.1), make_adapted(std=0.1)
+    start = made[1].copy()
+    batches = batches_of(make_rows(24), 8)
+    stats = train(made, batches, one_lane(), clip=clip, decay=decay)
+    flat, losses = reference(twin, batches, lr=1e-3, clip=clip, decay=decay)
+    assert stats.losses == pytest.approx(losses, rel=1e-5)
+    assert distance(made[1].values, flat.values, start) < 1e-4
+    assert stats.num_tokens == sum(len(r) for batch in batches for r in batch)
+    assert stats.mean_loss == pytest.approx(sum(losses) / 3, rel=1e-5)
+
+
+def test_clipping_acts_on_the_whole_batchs_gradient(make_adapted: Make, make_rows: Rows, one_lane: type) -> None:
+    made = make_adapted(std=0.1)
+    train(made, [make_rows(8)], one_lane(), clip=0.01, lr=1e-9)
+    assert float(made[1].grad.norm()) == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize("where", ["gradient", "values"])
+def test_scaffold_corrections_in_the_step(make_adapted: Make, make_rows: Rows, one_lane: type, where: str) -> None:
+    """openfedllm: y ← y − lr (c − c_i) after the AdamW step; gradient: g + (c − c_i) after clipping, before it."""
+    made, twin = make_adapted(std=0.1), make_adapted(std=0.1)
+    start = made[1].copy()
+    correction = torch.randn(start.numel(), generator=torch.Generator().manual_seed(3))
+    batches = batches_of(make_rows(24), 8)
+    kind = GradientCorrection if where == "gradient" else ValueCorrection
+    train(made, batches, one_lane(), clip=0.05, correction=kind(correction))
+    flat, _ = reference(twin, batches, lr=1e-3, clip=0.05, decay=0.0, correction=correction, where=where)
+    assert distance(made[1].values, flat.values, start) < 1e-4
+    plain = make_adapted(std=0.1)
+    train(plain, batches, one_lane(), clip=0.05)
+    assert distance(plain[1].values, flat.values, start) > 0.1, "the correction matters"
+
+
+def test_the_optimizer_starts_anew_in_every_run(make_adapted: Make, make_rows: Rows, one_lane: type) -> None:
+    loaded, flat = make_adapted(std=0.1)
+    start, batches = flat.copy(), batches_of(make_rows(16), 8)
+    trainer = Trainer(loaded.base, flat, StepSettings(4, 1.0, 0.0, 0))
+    plan = TrainingPlan(batches, lambda step: 1e-3, ("x",))
+    trainer.run(plan, SftObjective(PAD), one_lane())
+    first = flat.copy()
+    flat.load(start)
+    trainer.run(plan, SftObjective(PAD), one_lane())
+    assert torch.equal(flat.values, first) and not torch.equal(first, start)
+
+
+def test_the_base_model_is_never_changed(make_adapted: Make, make_rows: Rows, one_lane: type) -> None:
+    made = make_adapted(std=0.1, dropout=0.2)
+    frozen = {n: p.clone() for n, p in made[0].model.named_parameters() if not p.requires_grad}
+    assert not made[0].base.training
+    train(made, batches_of(make_rows(16), 8), one_lane(), lr=0.05)
+    assert not made[0].base.training, "the mode is put back"
+    assert all(torch.equal(p, frozen[n]) for n, p in made[0].model.named_parameters() if n in frozen)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("micro", [1, 3, 4, 16])
+def test_a_batch_gives_one_gradient_however_it_is_cut(
+    make_adapted: Make, make_rows: Rows, one_lane: type, micro: int, exact: bool
+) -> None:
+    whole, made = make_adapted(std=0.1), make_adapted(std=0.1)
+    rows = make_rows(16)
+    want = train(whole, [rows], one_lane(), micro=1000, clip=0, lr=1e-9)
+    got = train(made, [rows[::-1]], one_lane(exact), micro=micro, clip=0, lr=1e-9)
+    assert got.losses == pytest.approx(want.losses, rel=1e-6)
+    assert float((made[1].grad - whole[1].grad).norm() / whole[1].grad.norm()) < 1e-6
+
+
+@pytest.mark.parametrize(("size", "num_rows"), [(2, 16), (3, 16), (4, 13), (4, 5)])
+def test_exact_lanes_give_the_same_bits(
+    make_adapted: Make, make_rows: Rows, one_lane: type, on_members: Callable[..., Any], size: int, num_rows: int
+) -> None:
+    """With dropout on: a micro-batch's draws belong to it, and sums do not depend on who added first."""
+    batches = batches_of(make_rows(2 * num_rows), num_rows)
+    alone = make_adapted(std=0.1, dropout=0.2)
+    want = train(alone, batches, one_lane(), micro=4)
+    models = [make_adapted(std=0.1, dropout=0.2) for _ in range(size)]
+    for seed in range(2):
+        for _, flat in models:
+            flat.load(make_adapted(std=0.1)[1].values)
+        stats = on_members(size, lambda lane: train(models[lane.index], batches, lane, micro=4), seed=seed)
+        assert all(s == want for s in stats)
+        assert all(torch.equal(flat.values, alone[1].values) for _, flat in models)
+
+
+def test_exact_dpo_lanes_give_the_same_bits(
+    make_adapted: Make, make_rows: Rows, one_lane: type, on_members: Callable[..., Any]
+) -> None:
+    pairs = [Preference(a, b) for a, b in zip(make_rows(10, seed=1), make_rows(10, seed=2), strict=True)]
+
+    def run(made: tuple[LoadedModel, FlatAdapter], lane: Any) -> TrainingStats:
+        objective = DpoObjective(made[1], torch.zeros(made[1].size), 0.5, PAD)
+        plan = TrainingPlan([pairs[:6], pairs[4:]], lambda step: 1e-3, ("dpo",))
+        return Trainer(made[0].base, made[1], StepSettings(2, 1.0, 0.0, 0)).run(plan, objective, lane)
+
+    alone = make_adapted(std=0.1, dropout=0.5)
+    want = run(alone, one_lane())
+    models = [make_adapted(std=0.1, dropout=0.5) for _ in range(3)]
+    stats = on_members(3, lambda lane: run(models[lane.index], lane))
+    assert all(s == want for s in stats)
+    assert all(torch.equal(flat.values, alone[1].values) for _, flat in models)
+    assert set(want.stats) == set(DpoObjective.stat_names) and len(want.stats["reward_margin"]) == 2
+    assert want.mean("reward_margin") == pytest.approx(sum(want.stats["reward_margin"]) / 2)
+
+
+def test_fast_lanes_agree_within_rounding(
+    make_adapted: Make, make_rows: Rows, one_lane: type, on_members: Callable[..., Any]
+) -> None:
+    batches = batches_of(make_rows(26), 13)
+    alone = make_adapted(std=0.1)
+    start = alone[1].copy()
+    want = train(alone, batches, one_lane(False))
+    models = [make_adapted(std=0.1) for _ in range(3)]
+    stats = on_members(3, lambda lane: train(models[lane.index], batches, lane), exact=False)
+    for (_, flat), found in zip(models, stats, strict=True):
+        assert found.losses == pytest.approx(want.losses, rel=1e-5)
+        assert distance(flat.values, alone[1].values, start) < 1e-3
+
+
+def test_dropout_belongs_to_the_key(make_adapted: Make, make_rows: Rows, one_lane: type) -> None:
+    rows = [make_rows(8)]
+
+    def losses(seed: int, dropout: float = 0.5) -> list[float]:
+        torch.manual_seed(99)
+        return train(make_adapted(std=0.3, dropout=dropout), rows, one_lane(), seed=seed).losses
+
+    assert losses(0) == losses(0) != losses(1)
+    assert losses(0, dropout=0.0) == losses(1, dropout=0.0) != losses(0)
+
+
+def test_progress_is_reported_after_each_step(make_adapted: Make, make_rows: Rows, one_lane: type) -> None:
+    loaded, flat = make_adapted()
+    seen: list[tuple[int, int]] = []
+    plan = TrainingPlan(batches_of(make_rows(9), 3), lambda step: 1e-3, ("x",))
+    trainer = Trainer(loaded.base, flat, StepSettings(4, 1.0, 0.0, 0))
+    trainer.run(plan, SftObjective(PAD), one_lane(), lambda done, total: seen.append((done, total)))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_loss_that_is_not_finite_ends_the_run(
+    make_adapted: Make, make_rows: Rows, one_lane: type, exact: bool
+) -> None:
+    made = make_adapted(std=0.1)
+    poison = torch.zeros(made[1].size)
+
+    class Poison(NoCorrection):
+        num_calls = 0
+
+        def on_values(self, values: torch.Tensor, lr: float) -> None:
+            self.num_calls += 1
+            if self.num_calls == 2:
+                values.copy_(poison + torch.inf)
+
+    with pytest.raises(RunError, match=r"became NaN or infinite in step 3 of 4; lower the learning rate"):
+        train(made, batches_of(make_rows(16), 4), one_lane(exact), correction=Poison())
+
+
+@pytest.mark.parametrize("objective", ["sft", "dpo"])
+def test_rows_whose_reply_was_cut_off_teach_nothing(make_adapted: Make, one_lane: type, objective: str) -> None:
+    """A micro-batch without any target has a zero gradient: one row with a target beside it alone decides."""
+    long = [ChatFormat.join([5] * 50, [7], 20) for _ in range(4)]
+    good = ChatFormat.join([1, 2, 3], [4, 5], 20)
+    loaded, flat = make_adapted(std=0.1)
+    start = flat.copy()
+    trainer = Trainer(loaded.base, flat, StepSettings(2, 0.0, 0.0, 0))
+
+    def gradient(rows: list[TokenRow]) -> torch.Tensor:
+        flat.load(start)
+        if objective == "sft":
+            trainer.run(TrainingPlan([rows], lambda step: 1e-9, ("x",)), SftObjective(PAD), one_lane())
+        else:
+            pairs = [Preference(row, row if row.num_targets == 0 else long[0]) for row in rows]
+            plan = TrainingPlan([pairs], lambda step: 1e-9, ("x",))
+            trainer.run(plan, DpoObjective(flat, torch.zeros(flat.size), 0.1, PAD), one_lane())
+        return flat.grad.clone()
+
+    assert not gradient(long).any()
+    scale = 5 if objective == "dpo" else 1  # DPO counts pairs, SFT target tokens
+    alone = gradient([good])
+    assert float((scale * gradient([*long, good]) - alone).norm() / alone.norm()) < 1e-5

@@ -1,0 +1,176 @@
+"""SFT and DPO: loss, rewards and every LoRA gradient equal TRL's trainers on the same batch; closed forms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+
+from fedsim.data.chat import ChatFormat, TokenRow, assistant_turn, user_turn
+from fedsim.model.flat_adapter import FlatAdapter
+from fedsim.model.load import LoadedModel
+from fedsim.train.objectives import DpoObjective, Preference, SftObjective
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+Make = Callable[..., tuple[LoadedModel, FlatAdapter]]
+TARGETS = ("q_proj", "v_proj", "o_proj", "down_proj")
+PROMPTS = ["Who flies the kite?", "Why is the hill red today, Orla?", "Sing.", "What does the wind say to the boat?"]
+GOOD = ["Orla does, kindly.", "The sun sets.", "No song today, but I can hum it for you.", "It hums."]
+BAD = ["Nobody.", "Because I say so, and that is that.", "La.", "Nothing, go away."]
+OPTIONS: dict[str, Any] = {
+    "use_cpu": True, "bf16": False, "fp16": False, "gradient_checkpointing": False, "report_to": [], "max_length": None,
+}  # fmt: skip
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {n: p.grad for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+
+
+def check_gradients(flat: FlatAdapter, own: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert set(own) == set(theirs) == {slot.name for slot in flat.slots}
+    for name, want in theirs.items():
+        assert float(want.norm()) > 0, f"{name}: the oracle must be able to tell"
+        assert float((own[name] - want).norm() / want.norm()) < 1e-5, name
+
+
+def sft_rows(chat: ChatFormat) -> list[TokenRow]:
+    pairs = zip(PROMPTS, GOOD, strict=True)
+    return [chat.training_row([user_turn(p), assistant_turn(r)], 1000) for p, r in pairs]
+
+
+def preferences(chat: ChatFormat) -> list[Preference]:
+    def row(prompt: str, reply: str) -> TokenRow:
+        return chat.training_row([user_turn(prompt), assistant_turn(reply)], 1000)
+
+    return [Preference(row(p, g), row(p, b)) for p, g, b in zip(PROMPTS, GOOD, BAD, strict=True)]
+
+
+def test_sft_equals_trl(make_adapted: Make, tmp_path: Path) -> None:
+    from trl import SFTConfig, SFTTrainer
+
+    loaded, flat = make_adapted(targets=TARGETS, std=0.1)
+    twin, _ = make_adapted(targets=TARGETS, std=0.1)
+    rows = sft_rows(loaded.chat)
+    examples = [
+        {"input_ids": r.input_ids.tolist(), "labels": np.where(r.loss_mask, r.input_ids, -100).tolist()} for r in rows
+    ]
+    trainer = SFTTrainer(
+        model=twin.model,
+        args=SFTConfig(output_dir=str(tmp_path), **OPTIONS),
+        train_dataset=Dataset.from_list(examples),
+        processing_class=twin.chat.tokenizer,
+    )
+    inputs = trainer.data_collator(examples)
+    trainer.model.train()
+    want = trainer.compute_loss(trainer.model, inputs)
+    want.backward()
+    objective = SftObjective(loaded.chat.pad_id)
+    total, stats = objective.sums(loaded.base.train(), rows)
+    loss = total / objective.normaliser(rows)
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(float(want.detach()), rel=1e-5)
+    assert stats.shape == (0,) and objective.normaliser(rows) == int((inputs["labels"] != -100).sum())
+    check_gradients(flat, gradients(loaded.model), gradients(trainer.model))
+
+
+def trl_dpo(
+    twin: LoadedModel, twin_flat: FlatAdapter, reference: str, policy: torch.Tensor, folder: Path, beta: float
+) -> tuple[Any, PeftModel]:
+    """TRL's trainer with a copy of the adapter, or the bare base model, as its reference, now holding ``policy``."""
+    from trl import DPOConfig, DPOTrainer
+
+    chats = [
+        {"prompt": [user_turn(p)], "chosen": [assistant_turn(g)], "rejected": [assistant_turn(b)]}
+        for p, g, b in zip(PROMPTS, GOOD, BAD, strict=True)
+    ]
+    lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=list(TARGETS), task_type="CAUSAL_LM")
+    trainer = DPOTrainer(
+        model=twin.model if reference == "adapter" else twin.model.unload(),
+        peft_config=None if reference == "adapter" else lora,
+        args=DPOConfig(output_dir=str(folder), beta=beta, **OPTIONS),
+        train_dataset=Dataset.from_list(chats),
+        processing_class=twin.chat.tokenizer,
+    )
+    for slot in twin_flat.slots:
+        parameter = trainer.model.get_parameter(slot.name)
+        parameter.data.copy_(policy[slot.start : slot.stop].view(slot.shape))
+    return trainer, trainer.model
+
+
+@pytest.mark.parametrize("reference", ["adapter", "base"])
+def test_dpo_equals_trl(make_adapted: Make, tmp_path: Path, reference: str) -> None:
+    beta = 0.7
+    loaded, flat = make_adapted(targets=TARGETS, std=0.1)
+    twin, twin_flat = make_adapted(targets=TARGETS, std=0.1)
+    start = flat.copy() if reference == "adapter" else flat.initial(0)
+    policy = start + 0.05 * torch.randn(flat.size, generator=torch.Generator().manual_seed(1))
+    trainer, model = trl_dpo(twin, twin_flat, reference, policy, tmp_path, beta)
+    pairs = preferences(loaded.chat)
+    examples = list(trainer.train_dataset)
+    for pair, example in zip(pairs, examples, strict=True):
+        assert pair.chosen.input_ids.tolist() == example["prompt_ids"] + example["chosen_ids"]
+        assert pair.rejected.input_ids[pair.rejected.loss_mask].tolist() == example["rejected_ids"]
+    model.train()
+    want = trainer.compute_loss(model, trainer.data_collator(examples))
+    want.backward()
+
+    flat.load(policy)
+    objective = DpoObjective(flat, start, beta, loaded.chat.pad_id)
+    total, stats = objective.sums(loaded.base.train(), pairs)
+    loss = total / objective.normaliser(pairs)
+    loss.backward()
+    assert torch.equal(flat.values, policy), "the policy is back in its place"
+    assert float(loss.detach()) == pytest.approx(float(want.detach()), rel=1e-5)
+    assert abs(float(loss.detach()) - math.log(2)) > 1e-3, "the oracle must be able to tell"
+    metrics = {name: values[-1] for name, values in trainer._metrics["train"].items()}
+    found = dict(zip(objective.stat_names, (stats / len(pairs)).tolist(), strict=True))
+    assert found["reward_margin"] == pytest.approx(metrics["rewards/margins"], rel=1e-4)
+    assert found["chosen_reward"] == pytest.approx(metrics["rewards/chosen"], rel=1e-4)
+    assert found["rejected_reward"] == pytest.approx(metrics["rewards/rejected"], rel=1e-4)
+    assert found["reward_accuracy"] == pytest.approx(metrics["rewards/accuracies"])
+    check_gradients(flat, gradients(loaded.model), gradients(model))
+
+
+def test_dpo_at_its_reference_is_ln_2_with_half_the_likelihood_gradient(make_adapted: Make) -> None:
+    """margin = 0, loss = ln 2; its gradient is −β/2 · ∇ Σ (log π(chosen) − log π(rejected))."""
+    loaded, flat = make_adapted(std=0.1)
+    pairs = preferences(loaded.chat)
+    objective = DpoObjective(flat, flat.copy(), 0.1, loaded.chat.pad_id)
+    loss, stats = objective.sums(loaded.base.eval(), pairs)
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(len(pairs) * math.log(2), rel=1e-6)
+    assert stats.tolist() == [0.0, 0.0, 0.0, 0.0]
+    found = flat.grad.clone()
+    flat.grad.zero_()
+    sft = SftObjective(loaded.chat.pad_id)
+    chosen, _ = sft.sums(loaded.base, [p.chosen for p in pairs])
+    rejected, _ = sft.sums(loaded.base, [p.rejected for p in pairs])
+    (0.1 / 2 * (chosen - rejected)).backward()
+    assert float((found - flat.grad).norm() / flat.grad.norm()) < 1e-4
+
+
+def test_dpo_counts_accuracy_and_tokens(make_adapted: Make) -> None:
+    loaded, flat = make_adapted(std=0.1)
+    pairs = preferences(loaded.chat)
+    objective = DpoObjective(flat, torch.zeros(flat.size), 0.1, loaded.chat.pad_id)
+    with torch.no_grad():
+        margins = [float(objective.sums(loaded.base, [pair])[1][0]) for pair in pairs]
+        flipped = [objective.sums(loaded.base, [Preference(p.rejected, p.chosen)])[1] for p in pairs]
+        _, stats = objective.sums(loaded.base, pairs)
+    assert abs(sum(margins)) > 0 and float(stats[0]) == pytest.approx(sum(margins), rel=1e-4)
+    assert float(stats[1]) == sum(m > 0 for m in margins)
+    assert [float(f[0]) for f in flipped] == pytest.approx([-m for m in margins], rel=1e-3)
+    assert float(stats[0]) == pytest.approx(float(stats[2] - stats[3]), rel=1e-4)
+    assert objective.num_tokens(pairs[0]) == 2 * (len(pairs[0].chosen) + len(pairs[0].rejected))
+
+
+def test_normalisers_are_never_zero(llama3_bytes_chat: ChatFormat) -> None:
+    sft = SftObjective(llama3_bytes_chat.pad_id)
+    assert sft.normaliser([]) == 1 and sft.normaliser([ChatFormat.join([1, 2, 3], [], 9)]) == 1
