@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
-from fedsim.parallel.ranks import Ranks
+from fedsim.ranks import Ranks
 
 T = TypeVar("T")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from fedsim.cohort import CohortRunner
 from fedsim.config import Config
 from fedsim.data.chat import ChatFormat, TokenRow, assistant_turn, user_turn
 from fedsim.data.square import SquareRow
@@ -16,7 +17,6 @@ from fedsim.federation.client_state import ClientStateStore
 from fedsim.generate.engine import Engine
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.model.load import LoadedModel, LoraSettings, load_model
-from fedsim.parallel.cohort import CohortRunner
 from fedsim.parallel.world import World
 from fedsim.train.client import ClientTrainer
 from fedsim.train.loop import StepSettings, Trainer

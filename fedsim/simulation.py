@@ -8,19 +8,19 @@ from typing import Any
 
 import torch
 
+from fedsim import figures
 from fedsim.artefacts import ArtefactStore
 from fedsim.assembly import Federation, assemble
 from fedsim.checkpoint import Checkpoint
+from fedsim.cohort import agreed_checksum
 from fedsim.config import Config, to_nested
 from fedsim.data.prepare import PreparedData, prepare_data
 from fedsim.errors import DataError
-from fedsim.evaluate.stage import load_suite
+from fedsim.evaluate.stage import load_suite, write_texts
 from fedsim.evaluate.suite import Suite, evaluate
 from fedsim.federation.sampling import cosine_by_round, sample_cohort
 from fedsim.model.load import model_digest
-from fedsim.parallel.cohort import agreed_checksum
 from fedsim.parallel.world import World
-from fedsim.record import figures
 from fedsim.record.finish import finish_run
 from fedsim.record.manifest import write_manifest
 from fedsim.record.run_record import RunRecord
@@ -76,13 +76,16 @@ class Simulation:
         for round_idx in range(checkpoint.round_idx + 1, config.federation.num_rounds):
             checkpoint = self._round(federation, round_idx, checkpoint, aligner, suite)
         record.progress.outside_rounds()
-        self.ranks.once(lambda: finish_run(record, federation.flat, checkpoint.state.adapter, self.world.size))
+        self.ranks.once(lambda: federation.flat.save(record.folder / "adapter", checkpoint.state.adapter))
+        self.ranks.once(lambda: finish_run(record, self.world.size))
 
     def _say_start(self, num_done: int) -> None:
         """A run that is resumed says where it goes on."""
         num_rounds = self.config.federation.num_rounds
         if num_done == num_rounds:
-            self.record.say(f"this run is finished: all {num_rounds} rounds are in {self.record.folder}; nothing is trained")
+            self.record.say(
+                f"this run is finished: all {num_rounds} rounds are in {self.record.folder}; nothing is trained"
+            )
         elif num_done > 0:
             self.record.say(f"resumed after round {num_done}/{num_rounds}")
 
@@ -227,7 +230,8 @@ class Simulation:
             federation.engine.on_progress = None
             phase.step(phase.total, phase.total, **figures.headline(found.metrics))
         self.record.append(round_idx, "eval", {"point": point, **found.metrics})
-        self.ranks.once(lambda: self.record.write_answers(found, round_idx, point))
+        folder, model_id = self.record.folder / "answers", f"{self.config.name}-round{round_idx + 1}-{point}"
+        self.ranks.once(lambda: write_texts(found, folder, model_id, attacks=self.config.record.texts))
 
     def _is_measured(self, round_idx: int) -> bool:
         every, num_rounds = self.config.eval.every, self.config.federation.num_rounds

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fedsim.artefacts import Artefact, ArtefactStore, digest_of, file_digest, source_digest
-from fedsim.parallel.ranks import OneRank
+from fedsim.ranks import OneRank
 
 
 class Counting:

@@ -21,7 +21,7 @@ def first_sentence(path: Path) -> str:
     else:
         said = " ".join(line.lstrip("# ") for line in text.splitlines() if line.startswith("#"))
     paragraph = " ".join(said.split("\n\n")[0].split())
-    sentence = re.split(r"(?<=[a-z)`\"’'])[.;] ", paragraph)[0].rstrip(".:;")
+    sentence = re.split(r"(?<=[a-z)`\"'])[.;] ", paragraph)[0].rstrip(".:;")
     return sentence.replace("``", "")
 
 
@@ -35,7 +35,9 @@ def tree() -> str:
                 seen.add(path.parent)
                 lines.append(f"{path.parent.relative_to(ROOT).as_posix()}/")
             said = first_sentence(path)
-            lines.append(f"  {path.name:<22} {said if len(said) <= WIDTH - 25 else said[: WIDTH - 26].rsplit(' ', 1)[0] + ' …'}")
+            lines.append(
+                f"  {path.name:<22} {said if len(said) <= WIDTH - 25 else said[: WIDTH - 26].rsplit(' ', 1)[0] + ' …'}"
+            )
     return "\n".join(lines)
 
 

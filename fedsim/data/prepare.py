@@ -11,7 +11,7 @@ from fedsim.config import Config
 from fedsim.data import partition, splits, square, world
 from fedsim.data.square import ArrowRows, SquareFile, SquareRow
 from fedsim.errors import DataError
-from fedsim.parallel.ranks import Ranks
+from fedsim.ranks import Ranks
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,17 @@
-"""The benchmarks that a run's configuration asks for."""
+"""The benchmarks that a run's configuration asks for, and the texts that they leave behind."""
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
-from fedsim.artefacts import ArtefactStore
+from fedsim.artefacts import ArtefactStore, write_json
 from fedsim.config import EvalConfig
 from fedsim.data import world
 from fedsim.data.benchmarks import load_advbench, load_hhh, load_mt_bench
 from fedsim.data.prepare import embedded_file
-from fedsim.evaluate.suite import Suite
+from fedsim.evaluate.fastchat import write_answers
+from fedsim.evaluate.suite import Evaluation, Suite
 
 
 def load_suite(settings: EvalConfig, store: ArtefactStore) -> tuple[Suite, dict[str, Path]]:
@@ -49,3 +51,19 @@ def _file(value: str, store: ArtefactStore, kind: str) -> Path:
         return embedded_file(store, "world-mt-bench", "question.jsonl", lambda path: world.write_mt_bench(path.parent))
     write = {"advbench": world.write_advbench, "hhh": world.write_hhh}[kind]
     return embedded_file(store, f"world-{kind}", f"{kind}.{'csv' if kind == 'advbench' else 'jsonl'}", write)
+
+
+def write_texts(found: Evaluation, folder: Path, model_id: str, *, attacks: bool) -> None:
+    """Write what the model said, on rank 0: MT-Bench answers (harmless questions) as FastChat's files.
+
+    Args:
+        folder: made where there is something to write.
+        model_id: names the model and the point in FastChat's files.
+        attacks: also write the replies to attack prompts (``record.texts``); they go nowhere else.
+    """
+    if found.answers:
+        write_answers(folder / "mt_bench", found.answers, model_id, tstamp=time.time())
+    if attacks and found.advbench is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        replies = [{"item": i, "reply": reply.text} for i, reply in enumerate(found.advbench.replies)]
+        write_json(folder / f"advbench-{model_id}.json", replies)

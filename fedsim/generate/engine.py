@@ -16,7 +16,7 @@ from fedsim import keys
 from fedsim.data.chat import ChatFormat, Conversation, TokenRow
 from fedsim.generate.decode import decode_unit
 from fedsim.generate.score import score_unit
-from fedsim.parallel.ranks import Ranks
+from fedsim.ranks import Ranks
 
 T = TypeVar("T")
 

@@ -166,7 +166,7 @@ def save_model(
     recipe: Recipe,
     losses: list[float],
     skills: Mapping[str, Skill],
-    seconds: float,
+    cpu_seconds: float,
 ) -> dict[str, Any]:
     """Write the Hugging Face directory and ``recipe.json`` beside it; returns the record."""
     model.save_pretrained(directory)
@@ -184,7 +184,7 @@ def save_model(
             "tokenizers": tokenizers.__version__,
         },
         "machine": f"{platform.system()} {platform.machine()}, one thread",
-        "train_seconds": round(seconds, 1),
+        "train_cpu_seconds": round(cpu_seconds, 1),
         "skills": {name: skill.as_dict() for name, skill in skills.items()},
     }
     (directory / "recipe.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from fedsim.federation.algorithms import RoundSums
-from fedsim.parallel.sums import Summer, Term
-from fedsim.train.client import ClientOutcome
+from fedsim.federation.outcome import ClientOutcome
+from fedsim.parallel.sums import Summer
+from fedsim.ranks import Term
 
 _CLIENT_FIELDS = ("num_rows", "loss", "first_loss", "num_tokens")
 

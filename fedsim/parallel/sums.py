@@ -7,20 +7,12 @@ gradient. One MAX all-reduce fixes the scales and one SUM all-reduce adds all se
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from fedsim.kernels import fixed_point
-
-
-@dataclass(frozen=True, eq=False)
-class Term:
-    """``weight · vector``, one contribution to a segment."""
-
-    vector: torch.Tensor
-    weight: float = 1.0
+from fedsim.ranks import Term
 
 
 class Summer:
@@ -46,7 +38,7 @@ class Summer:
             count: an upper bound of the terms of any one segment over all members, the same on every member.
 
         Returns:
-            fp64 vectors, one per segment. A segment with a non-finite term is NaN throughout.
+            fp64 vectors, one per segment. In exact mode a segment with a non-finite term is NaN throughout.
         """
         device = next((t.vector.device for s in segments for t in s), self.device)
         return self._exact(segments, sizes, count, device) if self.exact else self._fast(segments, sizes, device)

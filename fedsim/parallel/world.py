@@ -19,8 +19,8 @@ import torch.distributed as dist
 
 from fedsim.errors import FedsimError, RunError
 from fedsim.parallel.planner import deal_units
-from fedsim.parallel.ranks import OneRank, Ranks
 from fedsim.parallel.sums import Summer
+from fedsim.ranks import OneRank, Ranks
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -81,7 +81,7 @@ class World:
 
 
 class GroupRanks:
-    """:class:`fedsim.parallel.ranks.Ranks` over the default process group."""
+    """:class:`fedsim.ranks.Ranks` over the default process group."""
 
     def __init__(self) -> None:
         self.rank = dist.get_rank()
@@ -151,8 +151,8 @@ def portable(error: Exception, rank: int) -> FedsimError:
 def process_world(*, exact: bool, threads: int, timeout_s: float) -> Iterator[World]:
     """Join the processes that torchrun started (or run alone), and leave them in every case.
 
-    An error leaves on the first rank that fails. The others fail alike, or because they miss that rank: they end quietly
-    with exit status 2, so that a user reads one error, the cause.
+    An error leaves on the first rank that fails. The others fail alike, or because they miss that rank: they end
+    quietly with exit status 2, so that a user reads one error, the cause.
 
     Args:
         exact: order-independent sums and deterministic kernels.

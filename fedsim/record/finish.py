@@ -1,29 +1,23 @@
-"""What ends a run: the adapter in PEFT's format, the plots, the summary and the closing table."""
+"""What ends a run: the plots, the summary and the closing table."""
 
 from __future__ import annotations
 
 import time
 
-import torch
-
 from fedsim.config import to_flat
-from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.record.metrics import MetricLog
 from fedsim.record.plots import write_plots
 from fedsim.record.run_record import RunRecord
 from fedsim.record.summary import facts_from, summary_markdown, terminal_table
 
 
-def finish_run(record: RunRecord, flat: FlatAdapter, adapter: torch.Tensor, num_ranks: int) -> None:
-    """Write everything that a finished run leaves behind, and print its table (rank 0 only).
+def finish_run(record: RunRecord, num_ranks: int) -> None:
+    """Write plots and summary of a finished run, and print its table (rank 0 only).
 
     Args:
-        flat: knows the adapter's format.
-        adapter: the final global adapter, fp32 ``[size]``.
         num_ranks: processes of the run.
     """
     folder = record.folder
-    flat.save(folder / "adapter", adapter)
     rows = MetricLog(record.metrics_file).rows()
     plots = write_plots(rows, folder, record.config.name)
     places = {

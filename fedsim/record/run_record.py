@@ -17,13 +17,10 @@ import torch
 import yaml
 
 import fedsim
-from fedsim.artefacts import write_json
 from fedsim.checkpoint import Checkpoint, CheckpointStore
 from fedsim.config import Config, from_flat, to_flat, to_nested
 from fedsim.errors import CheckpointError, ConfigError
-from fedsim.evaluate.fastchat import write_answers
-from fedsim.evaluate.suite import Evaluation
-from fedsim.parallel.ranks import Ranks
+from fedsim.ranks import Ranks
 from fedsim.record.metrics import MetricLog, Row
 from fedsim.record.paper import arm_name
 from fedsim.record.progress import Phase, Progress
@@ -95,17 +92,6 @@ class RunRecord:
             "directory": str(self.folder),
         }
         self.progress.header(f"fedsim {fedsim.__version__}: run {config.name}", facts)
-
-    def write_answers(self, found: Evaluation, round_idx: int, point: str) -> None:
-        """MT-Bench answers (harmless questions) as FastChat's files; attack texts only where ``record.texts`` is on."""
-        folder = self.folder / "answers"
-        model_id = f"{self.config.name}-round{round_idx + 1}-{point}"
-        if found.answers:
-            write_answers(folder / "mt_bench", found.answers, model_id, tstamp=time.time())
-        if self.config.record.texts and found.advbench is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            rows = [{"item": i, "reply": reply.text} for i, reply in enumerate(found.advbench.replies)]
-            write_json(folder / f"advbench-{model_id}.json", rows)
 
     def say(self, text: str) -> None:
         """One line of progress."""

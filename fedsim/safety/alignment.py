@@ -15,8 +15,9 @@ import torch
 from fedsim import keys
 from fedsim.config import CaiConfig
 from fedsim.data.chat import ChatFormat, TokenRow, assistant_turn, user_turn
+from fedsim.ranks import Lane
 from fedsim.safety.cai_data import CaiRow
-from fedsim.train.loop import Trainer, TrainingLane, TrainingPlan
+from fedsim.train.loop import Trainer, TrainingPlan
 from fedsim.train.objectives import DpoObjective, Preference, SftObjective
 
 
@@ -73,7 +74,7 @@ class Aligner:
         self,
         adapter: torch.Tensor,
         round_idx: int,
-        lane: TrainingLane,
+        lane: Lane,
         on_step: Callable[[int, int], None] | None = None,
     ) -> Alignment:
         """SFT on the revisions, then DPO of revisions against first responses, from ``adapter`` on.

@@ -135,8 +135,8 @@ def unusable(rows: Sequence[CaiRow]) -> str:
     defects = Counter(row.defect for row in rows if row.defect is not None)
     counts = ", ".join(f"{number} {defect.replace('_', ' ')}" for defect, number in defects.most_common())
     return (
-        f"CAI: none of the {len(rows)} conversations can be trained on ({counts}); raise cai.max_new_tokens if they are "
-        "truncated, ask more questions (data.cai_rows), or set cai.iterations=0"
+        f"CAI: none of the {len(rows)} conversations can be trained on ({counts}); raise cai.max_new_tokens if they "
+        "are truncated, ask more questions (data.cai_rows), or set cai.iterations=0"
     )
 
 

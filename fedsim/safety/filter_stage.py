@@ -26,14 +26,14 @@ from fedsim.model import flat_adapter, logprobs
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.model.load import LoadedModel, LoraSettings, load_model, model_digest
 from fedsim.parallel import sums
-from fedsim.parallel.ranks import Ranks
+from fedsim.ranks import Lane, Ranks
 from fedsim.safety import guard, guard_format, guard_prompt, guard_tuning, verdict
 from fedsim.safety.filtering import Filtered, drop_unsafe, judge_shards
 from fedsim.safety.guard import LlamaGuard, NoisyOracleGuard, OracleGuard
 from fedsim.safety.guard_tuning import verdict_rows
 from fedsim.safety.verdict import Verdict
 from fedsim.train import loop, objectives
-from fedsim.train.loop import StepSettings, Trainer, TrainingLane, TrainingPlan
+from fedsim.train.loop import StepSettings, Trainer, TrainingPlan
 from fedsim.train.objectives import SftObjective
 
 _CODE = [
@@ -59,7 +59,7 @@ class FilterStage:
         self,
         config: Config,
         ranks: Ranks,
-        lane: TrainingLane,
+        lane: Lane,
         device: torch.device,
         store: ArtefactStore,
         facts: dict[str, Any],

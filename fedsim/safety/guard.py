@@ -14,7 +14,7 @@ from fedsim.data.chat import ChatFormat
 from fedsim.data.square import SquareRow
 from fedsim.errors import ConfigError
 from fedsim.generate.prefix import Head, candidate_logits, common_length, read_head
-from fedsim.parallel.ranks import Ranks
+from fedsim.ranks import Ranks
 from fedsim.safety.guard_format import GuardFormat
 from fedsim.safety.verdict import Verdict
 

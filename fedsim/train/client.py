@@ -4,43 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 
 from fedsim.config import LocalConfig
 from fedsim.data.chat import TokenRow
 from fedsim.federation.algorithms import Algorithm, ServerState
+from fedsim.federation.outcome import ClientOutcome
 from fedsim.federation.sampling import cosine_by_round, sample_rows
-from fedsim.train.loop import Trainer, TrainingLane, TrainingPlan
+from fedsim.ranks import Lane
+from fedsim.train.loop import Trainer, TrainingPlan
 from fedsim.train.objectives import SftObjective
-
-
-@dataclass(frozen=True, eq=False)
-class ClientOutcome:
-    """What a client reports; the same on every member of its lane.
-
-    Attributes:
-        client: its id.
-        num_rows: rows it holds after the filter: its weight.
-        delta: client adapter − global adapter, fp32 ``[size]``.
-        control: c_i⁺, or None.
-        control_delta: c_i⁺ − c_i, or None.
-        loss: mean loss over the local steps.
-        first_loss: loss of the first step.
-        num_tokens: tokens trained on.
-        seconds: wall-clock time of the training.
-    """
-
-    client: int
-    num_rows: int
-    delta: torch.Tensor
-    control: torch.Tensor | None
-    control_delta: torch.Tensor | None
-    loss: float
-    first_loss: float
-    num_tokens: int
-    seconds: float
 
 
 class ClientTrainer:
@@ -87,7 +61,7 @@ class ClientTrainer:
         round_idx: int,
         state: ServerState,
         client_control: torch.Tensor | None,
-        lane: TrainingLane,
+        lane: Lane,
         on_step: Callable[[int, int], None] | None = None,
     ) -> ClientOutcome:
         """Train from the global adapter with a new AdamW; the model is left holding the client's adapter."""

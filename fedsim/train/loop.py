@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -17,29 +17,10 @@ from fedsim import keys
 from fedsim.errors import RunError
 from fedsim.federation.algorithms import Correction, NoCorrection
 from fedsim.model.flat_adapter import FlatAdapter
-from fedsim.parallel.sums import Summer, Term
+from fedsim.ranks import Lane, Term
 from fedsim.train.objectives import Objective
 
 Item = TypeVar("Item")
-
-
-class TrainingLane(Protocol):
-    """The ranks that share a batch."""
-
-    @property
-    def index(self) -> int:
-        """This member, 0 … size − 1."""
-        ...
-
-    @property
-    def size(self) -> int:
-        """Number of members."""
-        ...
-
-    @property
-    def summer(self) -> Summer:
-        """Adds over the members."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -120,7 +101,7 @@ class Trainer:
         self,
         plan: TrainingPlan[Item],
         objective: Objective[Item],
-        lane: TrainingLane,
+        lane: Lane,
         on_step: Callable[[int, int], None] | None = None,
     ) -> TrainingStats:
         """Train from the adapter's present values, in place.
@@ -152,7 +133,7 @@ class Trainer:
         return TrainingStats(columns[0], dict(zip(objective.stat_names, columns[1:], strict=True)), tokens)
 
     def _step(
-        self, step: int, batch: Sequence[Item], plan: TrainingPlan[Item], objective: Objective[Item], lane: TrainingLane
+        self, step: int, batch: Sequence[Item], plan: TrainingPlan[Item], objective: Objective[Item], lane: Lane
     ) -> torch.Tensor:
         """One optimizer step; returns [gradient norm, loss, statistics…] in fp64 on the model's device."""
         grad = self.adapter.grad
@@ -172,7 +153,7 @@ class Trainer:
         return torch.cat([norm.double()[None], total_stats.to(norm.device)])
 
     def _backward(
-        self, step: int, batch: Sequence[Item], plan: TrainingPlan[Item], objective: Objective[Item], lane: TrainingLane
+        self, step: int, batch: Sequence[Item], plan: TrainingPlan[Item], objective: Objective[Item], lane: Lane
     ) -> tuple[list[Term], list[Term], int]:
         """Gradient and statistics of this member's micro-batches, one term each, and how many the batch has."""
         micro = self._micro_batches(batch, objective, lane)
@@ -188,9 +169,7 @@ class Trainer:
             stats.append(Term(means))
         return gradients, stats, max(1, len(micro))
 
-    def _micro_batches(
-        self, batch: Sequence[Item], objective: Objective[Item], lane: TrainingLane
-    ) -> list[Sequence[Item]]:
+    def _micro_batches(self, batch: Sequence[Item], objective: Objective[Item], lane: Lane) -> list[Sequence[Item]]:
         """Rows of similar length together; exact mode cuts by size, fast mode into one part per member."""
         ordered = sorted(batch, key=objective.num_tokens)
         if lane.summer.exact:

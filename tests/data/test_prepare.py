@@ -11,7 +11,7 @@ from fedsim.artefacts import ArtefactStore
 from fedsim.config import Config, load_config
 from fedsim.data.prepare import PreparedData, prepare_data
 from fedsim.errors import DataError
-from fedsim.parallel.ranks import OneRank
+from fedsim.ranks import OneRank
 
 
 def write_file(folder: Path, num: int = 60, bad: int = 0) -> Path:

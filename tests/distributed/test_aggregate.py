@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from fedsim.federation.outcome import ClientOutcome
 from fedsim.parallel.aggregate import aggregate
 from fedsim.parallel.world import process_world
-from fedsim.train.client import ClientOutcome
 
 SIZE = 400
 NUM_CLIENTS = 9

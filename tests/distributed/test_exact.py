@@ -127,7 +127,17 @@ def outcome(folder: Path) -> dict[str, Any]:
 
 def assert_same(found: dict[str, Any], wanted: dict[str, Any], what: str) -> None:
     """Compare part by part, so that a failure names the first stage that differs."""
-    for part in ("artefacts", "rows", "client_state", "client_rounds", "last", "state", "adapter", "replies", "answers"):
+    for part in (
+        "artefacts",
+        "rows",
+        "client_state",
+        "client_rounds",
+        "last",
+        "state",
+        "adapter",
+        "replies",
+        "answers",
+    ):
         assert found[part] == wanted[part], f"{what}: {part} differ"
 
 
@@ -177,6 +187,8 @@ def test_the_runs_that_are_compared_did_something(straight: Any) -> None:
     kinds = {name.rpartition("-")[0] for name in (path.split("/")[0] for path in runs[1]["artefacts"])}
     assert {"guard-adapter", "guard-verdicts", "cai-conversations"} <= kinds
     assert straight(FEDAVG)[1]["adapter"] != runs[1]["adapter"]
+    (kept,) = [row for row in map(json.loads, straight(GRADIENT)[1]["rows"]) if row["stage"] == "filter"]
+    assert 0 < kept["client/num_kept_rows"] < 60
 
 
 @pytest.mark.parametrize(
@@ -203,13 +215,13 @@ def test_a_stopped_run_that_is_resumed_equals_one_that_was_not(
 
 def descendants(pid: int) -> list[int]:
     """All processes below one."""
-    children = [int(word) for task in Path(f"/proc/{pid}/task").iterdir() for word in (task / "children").read_text().split()]
+    children = [
+        int(word) for task in Path(f"/proc/{pid}/task").iterdir() for word in (task / "children").read_text().split()
+    ]
     return [*children, *(grandchild for child in children for grandchild in descendants(child))]
 
 
-def test_a_run_killed_in_mid_round_is_resumed(
-    pool: Any, square_file: Path, tmp_path: Path, straight: Any
-) -> None:
+def test_a_run_killed_in_mid_round_is_resumed(pool: Any, square_file: Path, tmp_path: Path, straight: Any) -> None:
     """SIGKILL to torchrun and all its processes while the second round trains; resumed on another number."""
     words = [*SCAFFOLD, *places(tmp_path, square_file)]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "launch/run.py", str(SMALL)]

@@ -54,7 +54,12 @@ def change_of_a_run(overrides: list[str]) -> np.ndarray:
 def test_fast_runs_agree_within_the_tolerance(pool: Any, square_file: Path, tmp_path: Path) -> None:
     def words(name: str) -> list[str]:
         folder = tmp_path / name
-        return [*OVERRIDES, f"data.square={square_file}", f"record.dir={folder}", f"record.artefacts={folder}/artefacts"]
+        return [
+            *OVERRIDES,
+            f"data.square={square_file}",
+            f"record.dir={folder}",
+            f"record.artefacts={folder}/artefacts",
+        ]
 
     jobs = [(size, change_of_a_run, words(f"fast{size}")) for size in (1, 3, 2, 4)]
     jobs += [(1, change_of_a_run, [*words("exact"), "parallel.exact=true"])]

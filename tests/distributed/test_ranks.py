@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from fedsim.cohort import agreed_checksum
 from fedsim.errors import DataError, FedsimError, RunError
-from fedsim.parallel.cohort import agreed_checksum
 from fedsim.parallel.world import World, process_world
 
 SIZES = (1, 2, 3, 4)

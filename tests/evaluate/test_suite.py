@@ -15,7 +15,7 @@ from fedsim.errors import ConfigError
 from fedsim.evaluate.intervals import Mean, Rate
 from fedsim.evaluate.suite import Suite, evaluate
 from fedsim.generate.engine import Engine
-from fedsim.parallel.ranks import OneRank
+from fedsim.ranks import OneRank
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from fedsim.data.chat import ChatFormat, Conversation, assistant_turn, user_turn
 from fedsim.generate import engine as engine_module
 from fedsim.generate.decode import decode_unit
 from fedsim.generate.engine import Engine, RowScore, Sampling
-from fedsim.parallel.ranks import OneRank
+from fedsim.ranks import OneRank
 
 CHATS: list[Conversation] = [[user_turn("kite " * (1 + 5 * i % 7) + str(i))] for i in range(11)]
 KEY = ("advbench", 3)

@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fedsim.kernels import fixed_point
@@ -30,6 +30,8 @@ def total_of(values: list[float], exponent: torch.Tensor, weight: float = 1.0) -
 
 
 @settings(max_examples=300, deadline=None)
+@example([1.0, 0.75 * 2.0**-60])  # a term that the grid must round up, not cut off
+@example([1.0, -(2.0**-61), 3 * 2.0**-62])
 @given(COLUMN)
 def test_sum_is_within_its_bound_of_the_exact_one(values: list[float]) -> None:
     exponent = exponent_for(values)

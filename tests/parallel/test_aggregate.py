@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fedsim.federation.outcome import ClientOutcome
 from fedsim.parallel.aggregate import aggregate
 from fedsim.parallel.sums import Summer
-from fedsim.train.client import ClientOutcome
 
 SIZE = 7
 

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsim.parallel.sums import Summer, Term
+from fedsim.parallel.sums import Summer
+from fedsim.ranks import Term
 
 
 class Members:
@@ -20,11 +21,13 @@ class Members:
         self.num = num
         self.reduced: list[torch.Tensor] = []
         self.mine: list[list[torch.Tensor]] = []
+        self.ops: list[object] = []
         monkeypatch.setattr(dist, "all_reduce", self._all_reduce)
 
     def _all_reduce(self, tensor: torch.Tensor, op: object, group: object) -> None:
         done = len(self.mine[-1])
         self.mine[-1].append(tensor.clone())
+        self.ops = [*self.ops[:done], op]
         if done >= len(self.reduced):
             raise InterruptedError
         tensor.copy_(self.reduced[done])
@@ -45,7 +48,7 @@ class Members:
             if len(results) == len(shares):
                 return results
             stacked = torch.stack([m[len(self.reduced)] for m in self.mine])
-            self.reduced.append(stacked.amax(0) if stacked.dtype == torch.float64 else stacked.sum(0))
+            self.reduced.append(stacked.amax(0) if self.ops[-1] == dist.ReduceOp.MAX else stacked.sum(0))
 
 
 def split(segments: list[list[Term]], num: int, seed: int) -> list[list[list[Term]]]:

@@ -17,7 +17,7 @@ from fedsim.data.chat import ChatFormat, Conversation, assistant_turn, user_turn
 from fedsim.data.square import SquareRow
 from fedsim.errors import DataError
 from fedsim.generate.engine import Engine, Reply, Sampling
-from fedsim.parallel.ranks import OneRank
+from fedsim.ranks import OneRank
 from fedsim.safety.cai_data import (
     CaiRow,
     count_metrics,

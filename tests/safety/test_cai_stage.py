@@ -15,7 +15,7 @@ from fedsim.data.chat import ChatFormat
 from fedsim.data.square import SquareRow
 from fedsim.errors import ConfigError
 from fedsim.generate.engine import Engine, Sampling
-from fedsim.parallel.ranks import OneRank
+from fedsim.ranks import OneRank
 from fedsim.safety.cai_data import CaiRow, generate_conversations
 from fedsim.safety.cai_stage import CONSTITUTIONS, cai_conversations, constitution_file
 from fedsim.safety.constitution import load_constitution

@@ -19,8 +19,8 @@ from fedsim.data.prepare import PreparedData
 from fedsim.data.square import SquareRow
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.model.load import LoraSettings, load_model
-from fedsim.parallel.ranks import OneRank
 from fedsim.parallel.sums import Summer
+from fedsim.ranks import OneRank
 from fedsim.safety import filter_stage
 from fedsim.safety.filter_stage import FilterStage, tuning_batches
 from fedsim.safety.filtering import Filtered

@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 from fedsim.data.chat import ChatFormat, user_turn
 from fedsim.data.square import SquareRow
 from fedsim.errors import ConfigError
-from fedsim.parallel.ranks import OneRank
+from fedsim.ranks import OneRank
 from fedsim.safety.guard import LlamaGuard, NoisyOracleGuard, OracleGuard
 from fedsim.safety.guard_prompt import render_guard_prompt
 from fedsim.safety.verdict import Verdict

@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 
 from fedsim.data.chat import ChatFormat
 from fedsim.data.square import SquareRow
-from fedsim.parallel.ranks import OneRank
+from fedsim.ranks import OneRank
 from fedsim.safety.guard import LlamaGuard
 from fedsim.safety.guard_format import GuardFormat
 from fedsim.safety.guard_tuning import verdict_row, verdict_rows

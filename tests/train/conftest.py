@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from fedsim.data.chat import TokenRow
-from fedsim.parallel.sums import Summer, Term
+from fedsim.parallel.sums import Summer
+from fedsim.ranks import Term
 
 Result = TypeVar("Result")
 

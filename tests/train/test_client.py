@@ -11,10 +11,11 @@ import torch
 from fedsim.config import LocalConfig
 from fedsim.data.chat import TokenRow
 from fedsim.federation.algorithms import FedAvg, Scaffold, ServerState
+from fedsim.federation.outcome import ClientOutcome
 from fedsim.federation.sampling import cosine_by_round, sample_rows
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.model.load import LoadedModel
-from fedsim.train.client import ClientOutcome, ClientTrainer
+from fedsim.train.client import ClientTrainer
 from fedsim.train.loop import StepSettings, Trainer
 from fedsim.train.objectives import SftObjective
 

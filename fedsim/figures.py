@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 
-from fedsim.parallel.cohort import CohortResult
+from fedsim.cohort import CohortResult
 from fedsim.safety.filtering import Filtered
 
 Metrics = dict[str, float | int]

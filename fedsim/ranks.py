@@ -1,14 +1,17 @@
-"""What a stage may know of parallelism: shard fixed units of work, gather results in order, agree.
+"""What a stage may know of parallelism: share fixed units of work, gather results in order, add, agree.
 
-Stages (guard, CAI, evaluation) are handed a :class:`Ranks`. :class:`OneRank` is the identity; the version over a
-process group is ``fedsim.parallel.world.GroupRanks``. A stage's results may not depend on which rank computed what, so
-the units are fixed by the caller and computed the same way wherever they run.
+Stages (guard, CAI, evaluation) are handed a :class:`Ranks`, training a :class:`Lane`. :class:`OneRank` is the identity;
+the versions over process groups are in ``fedsim.parallel``, which no stage imports. A stage's results may not depend on
+which rank computed what, so the units are fixed by the caller and computed the same way wherever they run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
+
+import torch
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -61,6 +64,49 @@ class Ranks(Protocol):
 
     def barrier(self) -> None:
         """Wait for every rank."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """``weight · vector``, one contribution to a segment."""
+
+    vector: torch.Tensor
+    weight: float = 1.0
+
+
+class Sums(Protocol):
+    """Adds vectors over the members of a group."""
+
+    exact: bool
+
+    def sum(self, segments: Sequence[Sequence[Term]], sizes: Sequence[int], count: int) -> list[torch.Tensor]:
+        """Sum each segment over its terms here and on the other members; every member gets the same fp64 vectors.
+
+        Args:
+            segments: this member's terms of each segment; a member without terms gives empty lists.
+            sizes: length of each segment, the same on every member.
+            count: an upper bound of the terms of any one segment over all members, the same on every member.
+        """
+        ...
+
+
+class Lane(Protocol):
+    """The ranks that share a batch."""
+
+    @property
+    def index(self) -> int:
+        """This member, 0 … size − 1."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Number of members."""
+        ...
+
+    @property
+    def summer(self) -> Sums:
+        """Adds over the members."""
         ...
 
 

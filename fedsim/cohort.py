@@ -12,11 +12,12 @@ from fedsim.data.chat import TokenRow
 from fedsim.errors import RunError
 from fedsim.federation.algorithms import ServerState
 from fedsim.federation.client_state import ClientStateStore
+from fedsim.federation.outcome import ClientOutcome
 from fedsim.parallel.aggregate import Aggregated, aggregate
 from fedsim.parallel.planner import Plan, plan_round
-from fedsim.parallel.ranks import Ranks
 from fedsim.parallel.world import World
-from fedsim.train.client import ClientOutcome, ClientTrainer
+from fedsim.ranks import Ranks
+from fedsim.train.client import ClientTrainer
 
 
 @dataclass(frozen=True, eq=False)
