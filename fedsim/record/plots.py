@@ -149,7 +149,9 @@ def _evaluations(rows: Sequence[Row], title: str, names: dict[str, str], limits:
         axes.set_ylabel(label)
         low, high = axes.get_ylim()
         margin = 0.02 * (limits[1] - limits[0])
-        axes.set_ylim(max(low, limits[0] - margin), min(max(high, low + 10 * margin), limits[1] + margin))
+        low, high = min(low, limits[1] - 10 * margin), min(max(high, low + 10 * margin), limits[1] + margin)
+        axes.set_ylim(max(low, limits[0] - margin), high)
+        axes.set_yticks([tick for tick in axes.get_yticks() if limits[0] <= tick <= limits[1] and low <= tick <= high])
         _legend_below(axes)
     return figure
 

@@ -40,8 +40,8 @@ class WorkerPool:
     """Four processes that form worlds of 1 to 4 ranks, again and again.
 
     A function runs on every rank with ``RANK``, ``WORLD_SIZE`` and a fresh rendezvous in its environment, as under
-    torchrun; it joins by ``process_world``. A job that fails on one rank, or takes too long, ends the whole pool (a hung
-    collective cannot be taken back); the next job starts a new one.
+    torchrun; it joins by ``process_world``. A job that fails on one rank, or takes too long, ends the whole pool (a
+    hung collective cannot be taken back); the next job starts a new one.
     """
 
     size = 4

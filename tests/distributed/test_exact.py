@@ -20,11 +20,11 @@ from typing import Any
 
 import pytest
 
+from fedsim import cohort
 from fedsim.artefacts import file_digest
 from fedsim.checkpoint import Checkpoint
 from fedsim.config import load_config
 from fedsim.errors import RunError
-from fedsim.parallel import cohort
 from fedsim.parallel.world import process_world
 from fedsim.record import finish
 from fedsim.record.metrics import decided, read_rows
@@ -51,6 +51,9 @@ GRADIENT = [
     "eval.every=0",
     "eval.mt_bench=''",
 ]
+
+# In the order in which a run makes them.
+PARTS = ("artefacts", "rows", "client_state", "client_rounds", "last", "state", "adapter", "replies", "answers")
 
 
 class Stopped(Exception):
@@ -127,17 +130,7 @@ def outcome(folder: Path) -> dict[str, Any]:
 
 def assert_same(found: dict[str, Any], wanted: dict[str, Any], what: str) -> None:
     """Compare part by part, so that a failure names the first stage that differs."""
-    for part in (
-        "artefacts",
-        "rows",
-        "client_state",
-        "client_rounds",
-        "last",
-        "state",
-        "adapter",
-        "replies",
-        "answers",
-    ):
+    for part in PARTS:
         assert found[part] == wanted[part], f"{what}: {part} differ"
 
 
@@ -215,9 +208,8 @@ def test_a_stopped_run_that_is_resumed_equals_one_that_was_not(
 
 def descendants(pid: int) -> list[int]:
     """All processes below one."""
-    children = [
-        int(word) for task in Path(f"/proc/{pid}/task").iterdir() for word in (task / "children").read_text().split()
-    ]
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    children = [int(word) for task in tasks for word in (task / "children").read_text().split()]
     return [*children, *(grandchild for child in children for grandchild in descendants(child))]
 
 
@@ -238,7 +230,9 @@ def test_a_run_killed_in_mid_round_is_resumed(pool: Any, square_file: Path, tmp_
         for pid in [process.pid, *descendants(process.pid)] if process.poll() is None else []:
             os.kill(pid, signal.SIGKILL)
         process.wait()
-    kept = [p.name for p in (tmp_path / "small" / "checkpoints").glob("round-*")]
-    assert kept == ["round-000000"], "the second round was under way"
+    kept = {p.name for p in (tmp_path / "small" / "checkpoints").glob("round-*")}
+    assert "round-000000" in kept and "round-000002" not in kept, (
+        "the second round, or at worst the third, was under way"
+    )
     pool.run(3, simulate, words, None)
     assert_same(outcome(tmp_path), straight(SCAFFOLD)[1], "killed and resumed against straight")

@@ -13,10 +13,10 @@ from fedsim.simulation import Simulation
 
 SMALL = Path(__file__).parent / "small.yaml"
 
-# Relative L2 distance of the adapter's change over a run between fast runs, and between a fast and an exact run. Measured
-# over 39 pairs (1 process against 2, 3, 4; FedAvg and SCAFFOLD; with and without guard and CAI; three seeds; Nov 2026):
-# median 4e-5, largest 5.8e-3. AdamW divides by √v, which blows up the rounding of gradients that nearly vanish. Dropout is
-# off: its draws belong to micro-batches, which fast mode cuts by the lane's width.
+# Relative L2 distance of the adapter's change over a run, between fast runs and between a fast and an exact run.
+# Measured over 60 pairs (1 process against 2, 3, 4 and exact; FedAvg, SCAFFOLD; with and without guard and CAI; three
+# seeds; November 2026): median 4e-5, largest 5.8e-3. AdamW divides by √v, which blows up the rounding of gradients that
+# nearly vanish. Dropout is off: its draws belong to micro-batches, which fast mode cuts by the lane's width.
 TOLERANCE = 2e-2
 
 OVERRIDES = [
@@ -54,12 +54,8 @@ def change_of_a_run(overrides: list[str]) -> np.ndarray:
 def test_fast_runs_agree_within_the_tolerance(pool: Any, square_file: Path, tmp_path: Path) -> None:
     def words(name: str) -> list[str]:
         folder = tmp_path / name
-        return [
-            *OVERRIDES,
-            f"data.square={square_file}",
-            f"record.dir={folder}",
-            f"record.artefacts={folder}/artefacts",
-        ]
+        places = [f"data.square={square_file}", f"record.dir={folder}", f"record.artefacts={folder}/artefacts"]
+        return [*OVERRIDES, *places]
 
     jobs = [(size, change_of_a_run, words(f"fast{size}")) for size in (1, 3, 2, 4)]
     jobs += [(1, change_of_a_run, [*words("exact"), "parallel.exact=true"])]

@@ -1,7 +1,8 @@
 """The worker processes of the test pool: imports once, forks, then each runs the functions that it is sent.
 
-Started as a script by ``conftest.py``: ``worker.py DESCRIPTOR …``, one inherited pipe per worker. A task is (environment, file, function name,
-arguments); the file is loaded by its path, so that a test's functions need no installed package.
+Started as a script by ``conftest.py``: ``worker.py DESCRIPTOR …``, one inherited pipe per worker. A task is
+(environment, file, function name, arguments); the file is loaded by its path, so that a test's functions need no
+installed package.
 """
 
 from __future__ import annotations

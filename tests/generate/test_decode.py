@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel
 
 from fedsim.generate import decode
 from fedsim.generate.decode import decode_unit, pick
@@ -25,7 +25,7 @@ def prompts(lengths: list[int], seed: int = 0) -> list[list[int]]:
     return [rng.integers(0, 250, n).tolist() for n in lengths]
 
 
-def run(model: LlamaForCausalLM, asked: list[list[int]], **changes: Any) -> list[tuple[list[int], bool]]:
+def run(model: PreTrainedModel, asked: list[list[int]], **changes: Any) -> list[tuple[list[int], bool]]:
     options: dict[str, Any] = {
         "seeds": list(range(len(asked))), "temperature": 0.0, "max_new_tokens": 12, "eos_ids": frozenset({EOS}),
         "pad_id": PAD, **changes,
@@ -34,7 +34,7 @@ def run(model: LlamaForCausalLM, asked: list[list[int]], **changes: Any) -> list
     return decode_unit(model, asked, seeds, **options)
 
 
-def greedy(model: LlamaForCausalLM, prompt: list[int], num: int, eos: list[int]) -> list[int]:
+def greedy(model: PreTrainedModel, prompt: list[int], num: int, eos: list[int]) -> list[int]:
     """Hugging Face's own generation of one unpadded prompt."""
     ids = torch.tensor([prompt])
     out = model.generate(
@@ -55,6 +55,15 @@ def test_greedy_equals_hugging_face(make_llama: Callable[..., LlamaForCausalLM],
     for prompt, (tokens, ended) in zip(asked, run(model, asked), strict=True):
         want = greedy(model, prompt, 12, [EOS])
         assert tokens == want and ended == (want[-1] == EOS)
+
+
+def test_greedy_equals_hugging_face_with_learned_positions() -> None:
+    """Rotary positions forgive a shift by the padding; learned ones do not."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=261, n_positions=64, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3)
+    model = GPT2LMHeadModel(config).eval()
+    asked = prompts([1, 9, 17])
+    assert [tokens for tokens, _ in run(model, asked)] == [greedy(model, prompt, 12, [EOS]) for prompt in asked]
 
 
 def test_greedy_equals_hugging_face_while_rows_end_one_by_one(
