@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -14,11 +15,12 @@ from fedsim.data.square import SquareRow
 from fedsim.errors import ConfigError
 from fedsim.generate import decode, engine
 from fedsim.generate.engine import Engine, Sampling
+from fedsim.model import load
 from fedsim.safety import cai_data, constitution
 from fedsim.safety.cai_data import CaiRow, generate_conversations, load_conversations, save_conversations
 
 CONSTITUTIONS = Path(__file__).parents[1] / "configs" / "constitution"
-_CODE = [chat, decode, engine, cai_data, constitution, keys]
+_CODE = [chat, decode, engine, cai_data, constitution, keys, load, sys.modules[__name__]]
 
 
 def cai_conversations(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +23,7 @@ from fedsim.data.chat import TokenRow
 from fedsim.data.prepare import PreparedData
 from fedsim.generate import prefix
 from fedsim.kernels import fixed_point
-from fedsim.model import flat_adapter, logprobs
+from fedsim.model import flat_adapter, load, logprobs
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.model.load import LoadedModel, LoraSettings, load_model, model_digest
 from fedsim.parallel import sums
@@ -38,7 +39,7 @@ from fedsim.train.objectives import SftObjective
 
 _CODE = [
     *(batch, chat, square, prefix, flat_adapter, logprobs, sums, loop, objectives, keys, fixed_point),
-    *(guard, guard_format, guard_prompt, guard_tuning, verdict),
+    *(guard, guard_format, guard_prompt, guard_tuning, verdict, load, sys.modules[__name__]),
 ]
 
 
