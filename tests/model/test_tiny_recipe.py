@@ -20,6 +20,7 @@ from fedsim.model.tiny_recipe import (
     padded_groups,
     summed_loss,
     train,
+    train_stage,
 )
 from fedsim.model.tiny_skills import ask
 from fedsim.safety.guard_prompt import render_guard_prompt
@@ -98,6 +99,15 @@ def test_a_run_repeats_itself_bit_for_bit_and_depends_on_the_seed() -> None:
     for a, b in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b)
     assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
+
+
+def test_the_conversations_depend_on_the_seed_too() -> None:
+    stage = Stage("web_talk", web_talk, 1, 1e-3)
+    (first,), (second,) = (
+        train_stage(build_model(TOKENIZER, seed=0), TOKENIZER, Recipe(seed=seed, batch_size=4), stage)
+        for seed in (0, 1)
+    )
+    assert first != second
 
 
 def num_refusals_preferred(model: LlamaForCausalLM) -> int:
