@@ -6,12 +6,14 @@ It appears by one rename, so a half-written one is never seen; a damaged one is 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -97,11 +99,25 @@ class ArtefactStore:
             files = {str(p.relative_to(partial)): file_digest(p) for p in sorted(partial.rglob("*")) if p.is_file()}
             write_json(partial / "artefact.json", {"depends": facts, "files": files})
             sync_folder(partial)
-            if folder.exists():  # damaged, or another run was faster: ours is as good
-                shutil.rmtree(folder)
-            os.replace(partial, folder)
+            self._place(partial, folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+    def _place(self, partial: Path, folder: Path) -> None:
+        """Rename into place; a whole artefact that another run has published first stays, since it may be in use."""
+        while True:
+            try:
+                os.rename(partial, folder)
+                return
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+            if self._intact(folder):
+                return
+            aside = folder.with_name(f".{folder.name}.damaged.{uuid.uuid4().hex}")
+            with suppress(FileNotFoundError):  # another run has moved it already
+                os.rename(folder, aside)
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def digest_of(value: Any) -> str:

@@ -64,12 +64,12 @@ class Federation:
         return ServerState(state.adapter.to(device), control)
 
 
-def assemble(config: Config, world: World, shards: Sequence[Sequence[SquareRow]], folder: Path) -> Federation:
+def assemble(config: Config, world: World, shards: Sequence[Sequence[SquareRow]], client_state: Path) -> Federation:
     """Load the model and build everything around it.
 
     Args:
         shards: kept rows of every client.
-        folder: the run directory, where clients' control variates are kept.
+        client_state: where clients' control variates are kept.
     """
     model, federation = config.model, config.federation
     lora = LoraSettings(model.lora_r, model.lora_alpha, model.lora_dropout, tuple(model.lora_targets))
@@ -90,7 +90,7 @@ def assemble(config: Config, world: World, shards: Sequence[Sequence[SquareRow]]
     objective = SftObjective(loaded.chat.pad_id)
     clients = ClientTrainer(trainer, algorithm, objective, local, federation.num_rounds, config.seed)
     tokens = [[tokenise(loaded.chat, row, local.max_length) for row in shard] for shard in shards]
-    controls = ClientStateStore(folder / "client_state")
+    controls = ClientStateStore(client_state)
     cohorts = CohortRunner(world, clients, tokens, controls, wide_lanes=config.parallel.wide_lanes)
     return Federation(loaded, flat, trainer, engine, algorithm, tokens, controls, cohorts)
 

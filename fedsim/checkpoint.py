@@ -75,8 +75,14 @@ class CheckpointStore:
         for old in self._folders()[: -self.keep]:
             shutil.rmtree(old)
 
-    def load(self, say: Callable[[str], None]) -> Checkpoint | None:
-        """The newest whole checkpoint, or None if the run has none; ``say`` hears of damaged ones.
+    def load(
+        self, say: Callable[[str], None], check: Callable[[Checkpoint], None] = lambda checkpoint: None
+    ) -> Checkpoint | None:
+        """The newest whole checkpoint, or None if the run has none.
+
+        Args:
+            say: hears of damaged ones.
+            check: raises CheckpointError where something that the checkpoint names elsewhere is damaged.
 
         Raises:
             CheckpointError: there are checkpoints and all are damaged.
@@ -84,12 +90,26 @@ class CheckpointStore:
         folders = self._folders()
         for folder in reversed(folders):
             try:
-                return _read(folder)
+                found = _read(folder)
+                check(found)
+                return found
             except CheckpointError as error:
                 say(f"{error}; the one before it is used")
         if folders:
             raise CheckpointError(f"{self.folder}: every checkpoint is damaged; start anew under another name")
         return None
+
+    def any(self) -> bool:
+        """Whether a round has been finished."""
+        return bool(self._folders())
+
+    def read(self, round_idx: int) -> Checkpoint:
+        """The checkpoint of a round.
+
+        Raises:
+            CheckpointError: it is missing or damaged.
+        """
+        return _read(self.folder / f"round-{round_idx:06d}")
 
     def kept_client_rounds(self) -> list[Mapping[int, int]]:
         """Client indices of all whole checkpoints, to know which control variates are still needed."""

@@ -1,8 +1,9 @@
 """What a stage may know of parallelism: share fixed units of work, gather results in order, add, agree.
 
 Stages (guard, CAI, evaluation) are handed a :class:`Ranks`, training a :class:`Lane`. :class:`OneRank` is the identity;
-the versions over process groups are in ``fedsim.parallel``, which no stage imports. A stage's results may not depend on
-which rank computed what, so the units are fixed by the caller and computed the same way wherever they run.
+the versions over process groups are in ``fedsim.parallel``, the only code that calls ``torch.distributed``. A stage's
+results may not depend on which rank computed what, so the units are fixed by the caller and computed the same way
+wherever they run.
 """
 
 from __future__ import annotations
@@ -60,10 +61,6 @@ class Ranks(Protocol):
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value, by rank, known to all."""
-        ...
-
-    def barrier(self) -> None:
-        """Wait for every rank."""
         ...
 
 
@@ -139,6 +136,3 @@ class OneRank:
     def gather(self, value: T) -> list[T]:
         """The one value."""
         return [value]
-
-    def barrier(self) -> None:
-        """Nothing to wait for."""

@@ -19,14 +19,15 @@ from fedsim.errors import DataError
 from fedsim.evaluate.stage import load_suite, write_texts
 from fedsim.evaluate.suite import Suite, evaluate
 from fedsim.federation.sampling import cosine_by_round, sample_cohort
-from fedsim.model.load import model_digest
+from fedsim.model.load import check_model_dir, model_digest
 from fedsim.parallel.world import World
 from fedsim.record.finish import finish_run
-from fedsim.record.manifest import write_manifest
+from fedsim.record.manifest import versions, write_manifest
 from fedsim.record.run_record import RunRecord
 from fedsim.safety.alignment import Aligner
 from fedsim.safety.cai_data import count_metrics, unusable, usable
-from fedsim.safety.cai_stage import cai_conversations
+from fedsim.safety.cai_stage import cai_conversations, constitution_file
+from fedsim.safety.constitution import load_constitution
 from fedsim.safety.filter_stage import FilterStage
 from fedsim.safety.filtering import Filtered
 
@@ -51,14 +52,16 @@ class Simulation:
             "device": world.device.type,
             "threads": config.parallel.threads,
             "exact": config.parallel.exact,
-            "torch": torch.__version__,
+            "versions": versions(),
+            "gpu": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else None,
         }
 
     def run(self) -> None:
         """Filter the clients' data, then alternate federated training and CAI, measuring as it goes."""
         config, record = self.config, self.record
         record.header(self.world.size, self.world.device)
-        data, suite = self._data()
+        models = self.ranks.once(self._check_paths)
+        data, suite = self._data(models)
         filtered, untuned = self._filter(data)
         federation = self._assemble(filtered)
         checkpoint = record.resume()
@@ -139,7 +142,18 @@ class Simulation:
         self.record.checkpoints.save(after)
         federation.controls.drop_unused(self.record.checkpoints.kept_client_rounds())
 
-    def _data(self) -> tuple[PreparedData, Suite]:
+    def _check_paths(self) -> dict[str, str]:
+        """Find a wrong path before the first expensive stage; returns the models in use by role."""
+        models = {"model": self.config.model.path}
+        if self.config.guard.kind == "llama_guard":
+            models["guard"] = self.config.guard.path
+        for role, path in models.items():
+            check_model_dir(path, f"{role}.path")
+        if self.config.cai.iterations > 0:
+            load_constitution(constitution_file(self.config.cai.constitution))
+        return models
+
+    def _data(self, models: dict[str, str]) -> tuple[PreparedData, Suite]:
         """Read and split the rows, read the benchmarks, and write down what they are."""
         record = self.record
         with record.phase("data", "data"):
@@ -148,13 +162,12 @@ class Simulation:
         for note in data.notes:
             record.say(note)
         record.notes.extend(data.notes)
-        paths = {"model": self.config.model.path}
-        if self.config.guard.kind == "llama_guard":
-            paths["guard"] = self.config.guard.path
         inputs = {"square": data.source, **files}
+        if self.config.cai.iterations > 0:
+            inputs["constitution"] = constitution_file(self.config.cai.constitution)
 
         def write() -> None:
-            hashes = {name: model_digest(path) for name, path in paths.items()}
+            hashes = {name: model_digest(path) for name, path in models.items()}
             write_manifest(record.folder, to_nested(self.config), inputs, hashes, self.world.size)
 
         self.ranks.once(write)
@@ -176,12 +189,12 @@ class Simulation:
                 self.facts,
                 lambda name, done, total: phase.step(done, total, part=name),
             )
-            untuned = stage.run_untuned(data) if self.config.guard.measure_untuned else None
+            untuned = stage.run_untuned(data) if self.config.guard.is_compared else None
             return stage.run(data), untuned
 
     def _assemble(self, filtered: Filtered) -> Federation:
         with self.record.phase("load model", "load"):
-            return assemble(self.config, self.world, filtered.shards, self.record.folder)
+            return assemble(self.config, self.world, filtered.shards, self.record.client_state)
 
     def _aligner(self, data: PreparedData, federation: Federation, *, new: bool) -> Aligner | None:
         """The pretrained model writes the CAI conversations (once, shared by runs); None if CAI is off."""
@@ -205,7 +218,10 @@ class Simulation:
             raise DataError(unusable(conversations))
         aligner = Aligner(federation.trainer, rows, chat, cai, chat.pad_id, self.config.seed)
         if new:
-            counts = count_metrics(conversations) | {"cai/num_cut_rows": aligner.num_truncated}
+            counts = count_metrics(conversations) | {
+                "cai/num_cut_rows": aligner.num_truncated,
+                "cai/num_dropped_no_targets": aligner.num_without_targets,
+            }
             self.record.append(PRETRAINED, "cai_data", counts)
         return aligner
 

@@ -10,8 +10,12 @@ import time
 from pathlib import Path
 
 from fedsim.config import Config, help_text, load_config
-from fedsim.errors import FedsimError
+from fedsim.errors import ConfigError, FedsimError
 
+EPILOG = """Without CONFIG.yaml, configs/demo.yaml is used, which sets many of these keys.
+A file may name another that it builds on (base: OTHER.yaml).
+Configuration keys, with the values that they have when neither a file nor the command line sets them:
+"""
 DEFAULT = Path(__file__).parents[1] / "configs" / "demo.yaml"
 
 
@@ -21,12 +25,14 @@ def parse(arguments: list[str]) -> tuple[Path, list[str]]:
         prog="launch/run.py",
         usage="[torchrun --nproc_per_node=N] launch/run.py [CONFIG.yaml] [key=value ...]",
         description="Run one simulation of responsible federated LLM training (arXiv 2502.16691).",
-        epilog=f"configuration keys, with defaults:\n{help_text()}",
+        epilog=EPILOG + help_text(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("words", nargs="*", metavar="CONFIG.yaml | key=value", help="config file and overrides")
     words: list[str] = parser.parse_args(arguments).words
     files = [word for word in words if "=" not in word]
+    if bad := [word for word in files if not word.endswith((".yaml", ".yml"))]:
+        raise ConfigError(f"argument {bad[0]!r}: must be a config file (*.yaml) or key=value")
     if len(files) > 1:
         parser.error(f"one config file at most, not {len(files)}: {' '.join(files)}")
     return Path(files[0]) if files else DEFAULT, [word for word in words if "=" in word]

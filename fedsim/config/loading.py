@@ -51,7 +51,7 @@ def from_flat(flat: Mapping[str, Any]) -> Config:
     known = {name: (owner, declared) for name, owner, declared in _fields(Config)}
     for name in flat:
         if name not in known:
-            raise ConfigError(_unknown(name, list(known)))
+            raise ConfigError(_unknown(name, flat[name], list(known)))
     groups: dict[str, dict[str, Any]] = {}
     for name, value in flat.items():
         owner, declared = known[name]
@@ -217,7 +217,7 @@ def _nearest_choice(value: Any, choices: tuple[str, ...] | None) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def _unknown(name: str, known: Sequence[str]) -> str:
+def _unknown(name: str, value: Any, known: Sequence[str]) -> str:
     leaf = name.rpartition(".")[2]
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5) or [
         k
@@ -226,6 +226,6 @@ def _unknown(name: str, known: Sequence[str]) -> str:
     ]
     sections = [k for k in known if k.startswith(f"{name}.")]
     if sections:
-        return f"{name}: is a group of keys, not a key; set one of {', '.join(sections)}"
+        return f"{name}={value!r}: is a group of keys, not a key; set one of {', '.join(sections)}"
     hint = f"the nearest key is {close[0]}" if close else "no key is close"
-    return f"{name}: is not a configuration key; {hint} (launch/run.py --help lists all keys)"
+    return f"{name}={value!r}: is not a configuration key; {hint} (launch/run.py --help lists all keys)"

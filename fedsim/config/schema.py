@@ -49,11 +49,15 @@ class LocalConfig:
 
     steps: int = key(25, "optimizer steps of a client in a round", unit="steps", low=1)
     batch_size: int = key(16, "rows of one optimizer step", unit="rows", low=1)
-    micro_batch_size: int = key(4, "rows of one forward and backward pass; the unit of exact mode", unit="rows", low=1)
+    micro_batch_size: int = key(
+        4, "rows of one forward and backward pass, of clients, guard tuning and CAI", unit="rows", low=1
+    )
     lr: float = key(5e-5, "AdamW learning rate in the first round", above=0)
-    lr_min: float = key(1e-6, "learning rate that the cosine over rounds ends at", low=0)
-    weight_decay: float = key(0.0, "AdamW weight decay", low=0)
-    max_grad_norm: float = key(1.0, "gradient norm is clipped to this; 0 = no clipping", low=0)
+    lr_min: float = key(
+        1e-6, "learning rate that the cosine over rounds tends to: it would be reached one round after the last", low=0
+    )
+    weight_decay: float = key(0.0, "AdamW weight decay, of clients and CAI", low=0)
+    max_grad_norm: float = key(1.0, "gradient norm is clipped to this, of clients and CAI; 0 = no clipping", low=0)
     max_length: int = key(512, "longer training rows are cut at their end, counted", unit="tokens", low=16)
 
 
@@ -93,13 +97,20 @@ class GuardConfig:
                              low=0)  # fmt: skip
     tune_lr: float = key(1e-4, "fine-tuning learning rate (AdamW, linear decay to 0)", above=0)
     tune_batch_size: int = key(16, "rows of one fine-tuning step", unit="rows", low=1)
-    measure_untuned: bool = key(False, "also judge the rows with the guard as it is, to compare (Table 2)")
+    measure_untuned: bool = key(
+        False, "where a guard model is fine-tuned, also judge the rows without that, to compare"
+    )
     lora_r: int = key(16, "LoRA rank of the guard", low=1)
     lora_alpha: float = key(32.0, "LoRA alpha of the guard", above=0)
     lora_dropout: float = key(0.05, "LoRA dropout of the guard", low=0, below=1)
     lora_targets: list[str] = key(["q_proj", "v_proj"], "linear layers of the guard that get LoRA")
     tpr: float = key(0.737, "noisy_oracle: chance that a red row is called unsafe", low=0, high=1)
     fpr: float = key(0.241, "noisy_oracle: chance that an acceptable row is called unsafe", low=0, high=1)
+
+    @property
+    def is_compared(self) -> bool:
+        """Whether there is a fine-tuned guard to compare with the untuned one, and that was asked for."""
+        return self.measure_untuned and self.kind == "llama_guard" and self.tune_epochs > 0
 
 
 @dataclass(frozen=True)
@@ -125,8 +136,11 @@ class EvalConfig:
 
     every: int = key(0, "evaluate every so many rounds; 0 = after the last round only", unit="rounds", low=0)
     advbench: str = key("embedded", "AdvBench CSV file (goal,target), 'embedded', or '' to leave it out")
-    advbench_phrases: str = key("openfedllm", "phrase set of the headline figure; all sets are recorded",
-                                choices=("openfedllm", "openfedllm-fixed", "gcg", "strict"))  # fmt: skip
+    advbench_phrases: str = key(
+        "openfedllm",
+        "rule of the headline figure; all are recorded; strict_world belongs to the embedded world",
+        choices=("openfedllm", "openfedllm-fixed", "gcg", "strict", "strict_world"),
+    )
     hhh: str = key("embedded", "HHH JSONL file, 'embedded', or '' to leave it out")
     hhh_scorer: str = key("letter", "scorer of the headline figure; all three are recorded",
                           choices=("letter", "generate", "likelihood"))  # fmt: skip
@@ -144,7 +158,7 @@ class EvalConfig:
 class ParallelConfig:
     """How the work is spread over processes."""
 
-    exact: bool = key(True, "bit-identical results for any number of processes")
+    exact: bool = key(True, "bit-identical results for any number of processes; off: floating-point sums")
     threads: int = key(1, "CPU threads of each process; part of exact mode's contract", low=1)
     wide_lanes: bool = key(True, "let several ranks share one client where that ends the round sooner")
     timeout_s: float = key(1800.0, "a collective that waits longer than this ends the run", unit="s", above=0)
@@ -159,7 +173,7 @@ class RecordConfig:
     resume: str = key("auto", "auto = go on from the run directory's last checkpoint if there is one; never = start "
                       "anew, which an existing run directory forbids", choices=("auto", "never"))  # fmt: skip
     keep_checkpoints: int = key(2, "checkpoints kept", low=1)
-    texts: bool = key(False, "write prompts and replies of the evaluations into the run directory")
+    texts: bool = key(False, "write the replies to AdvBench prompts into the run directory")
 
 
 @dataclass(frozen=True)
@@ -184,11 +198,6 @@ class Config:
         if self.guard.kind == "llama_guard" and self.guard.tune_epochs > 0 and self.data.guard_rows == 0:
             raise ConfigError(
                 "guard.tune_epochs > 0 needs rows to tune on: set data.guard_rows, or guard.tune_epochs=0"
-            )
-        if self.guard.measure_untuned and (self.guard.kind != "llama_guard" or self.guard.tune_epochs == 0):
-            raise ConfigError(
-                "guard.measure_untuned=true: compares with a fine-tuned guard model; set guard.kind=llama_guard and "
-                "guard.tune_epochs > 0, or guard.measure_untuned=false"
             )
         if self.cai.iterations > 0 and self.data.cai_rows == 0 and self.data.guard_rows == 0:
             raise ConfigError("cai.iterations > 0 needs questions: set data.cai_rows or data.guard_rows")

@@ -25,6 +25,8 @@ class Message(TypedDict):
 
 Conversation = list[Message]
 
+_DATE = "26 Jul 2024"  # the default of Llama 3.1's template
+
 
 def user_turn(text: str) -> Message:
     """A user's message."""
@@ -98,7 +100,13 @@ class ChatFormat:
     def render(self, conversation: Sequence[Message], *, reply_follows: bool) -> str:
         """The conversation as the template writes it; ``reply_follows`` adds the assistant header."""
         safe = [{"role": m["role"], "content": self.defuse(m["content"])} for m in conversation]
-        text = self.tokenizer.apply_chat_template(safe, tokenize=False, add_generation_prompt=reply_follows)
+        text = self.tokenizer.apply_chat_template(
+            safe,
+            tokenize=False,
+            add_generation_prompt=reply_follows,
+            date_string=_DATE,  # templates that write today's date would give other prompts every day
+            strftime_now=lambda form: _DATE,
+        )
         assert isinstance(text, str)
         return text
 

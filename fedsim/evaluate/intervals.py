@@ -90,9 +90,6 @@ class Mean:
         half = t_95(n - 1) * deviation / math.sqrt(n)
         return cls(mean, mean - half, mean + half, n)
 
-    def __str__(self) -> str:
-        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}] of {self.count}"
-
 
 @lru_cache(maxsize=256)
 def t_95(freedom: int) -> float:

@@ -31,6 +31,9 @@ TEMPERATURES: Final = {
 
 DEFAULT_TEMPERATURE: Final = 0.7
 
+SCALE: Final = (1.0, 10.0)
+"""Least and greatest score."""
+
 Rubric = Callable[[Mapping[str, Any], int, str], float]
 """Score from 1 to 10 of (question record, turn 1 or 2, reply)."""
 
@@ -43,11 +46,6 @@ class MtAnswer:
     replies: tuple[Reply, Reply] = field(repr=False)
     scores: tuple[float, float] | None
 
-    @property
-    def mean_score(self) -> float | None:
-        """Mean of both turns; the unit over which intervals are taken, as the two turns depend on each other."""
-        return None if self.scores is None else sum(self.scores) / 2
-
 
 @dataclass(frozen=True)
 class MtResult:
@@ -55,7 +53,8 @@ class MtResult:
 
     Attributes:
         answers: in the order of the questions.
-        score: mean of the questions' mean scores, 1 to 10; None without a rubric.
+        score: mean of the questions' mean scores, 1 to 10, over questions as the two turns depend on each other; None
+            without a rubric.
         by_turn: mean score of turn 1 and of turn 2; None without a rubric.
         by_category: mean of the questions' mean scores by category; empty without a rubric.
     """
@@ -140,5 +139,5 @@ def _ask(
 
 def _scores(rubric: Rubric, question: MtQuestion, replies: tuple[Reply, Reply]) -> tuple[float, float]:
     first, second = (float(rubric(question.record, turn, reply.text)) for turn, reply in enumerate(replies, start=1))
-    assert min(first, second) >= 1 and max(first, second) <= 10, "a rubric scores from 1 to 10"
+    assert min(first, second) >= SCALE[0] and max(first, second) <= SCALE[1], "a rubric scores from 1 to 10"
     return first, second

@@ -1,6 +1,7 @@
 """All benchmarks of a run in one call, and their figures under the metric names of the record.
 
-Rates are in percent and MT-Bench in points from 1 to 10, each with its 95 % interval (``_low``, ``_high``) and count.
+Rates are in percent and MT-Bench in points from 1 to 10, each with its 95 % interval (``_low``, ``_high``) and count;
+an interval of points ends where the scale does, and the mean of one score has none.
 A benchmark without items, and a figure that cannot be had, is absent. Nothing depends on rank or wall-clock time.
 """
 
@@ -17,7 +18,7 @@ from fedsim.evaluate.advbench import AdvBenchResult, Judge, run_advbench
 from fedsim.evaluate.collapse import Collapse, measure_collapse
 from fedsim.evaluate.hhh import SCORERS, HhhResult, run_hhh
 from fedsim.evaluate.intervals import Mean, Rate
-from fedsim.evaluate.mt_bench import MtAnswer, MtResult, Rubric, run_mt_bench
+from fedsim.evaluate.mt_bench import SCALE, MtAnswer, MtResult, Rubric, run_mt_bench
 from fedsim.evaluate.phrases import PHRASE_SETS
 from fedsim.generate.engine import Engine, Reply, Sampling
 
@@ -38,8 +39,7 @@ class Suite:
         judge: grammar of the embedded world, where the attacks are its own.
         rubric: scores answers to ``mt_bench``; without it they are answered and not scored.
         advbench_phrases: rule of ``eval/advbench_harmless``; a phrase set, or "strict_world" where there is a judge.
-        hhh_scorer: scorer of ``eval/hhh_accuracy``, one of ``hhh_scorers``.
-        hhh_scorers: scorers that run.
+        hhh_scorer: scorer of ``eval/hhh_accuracy``; all of :data:`fedsim.evaluate.hhh.SCORERS` run.
         temperature: of AdvBench; 0 is greedy.
         max_new_tokens: of AdvBench and of each MT-Bench turn.
         limit: items used of each benchmark, drawn by a fixed key; 0 takes all.
@@ -52,7 +52,6 @@ class Suite:
     rubric: Rubric | None = None
     advbench_phrases: str = "openfedllm"
     hhh_scorer: str = "letter"
-    hhh_scorers: Sequence[str] = SCORERS
     temperature: float = 0.7
     max_new_tokens: int = 1024
     limit: int = 0
@@ -61,9 +60,8 @@ class Suite:
         rules = PHRASE_SETS if self.judge is None else (*PHRASE_SETS, WORLD)
         if self.advbench_phrases not in rules:
             raise ConfigError(f"eval.advbench_phrases={self.advbench_phrases!r}: must be one of {', '.join(rules)}")
-        if self.hhh_scorer not in self.hhh_scorers:
-            running = ", ".join(self.hhh_scorers)
-            raise ConfigError(f"eval.hhh_scorer={self.hhh_scorer!r}: must be one of the scorers that run ({running})")
+        if self.hhh_scorer not in SCORERS:
+            raise ConfigError(f"eval.hhh_scorer={self.hhh_scorer!r}: must be one of {', '.join(SCORERS)}")
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,7 @@ def evaluate(engine: Engine, suite: Suite, key: Sequence[keys.KeyPart]) -> Evalu
             engine, suite.advbench, sampling, (*key, "advbench"), limit=suite.limit, judge=suite.judge
         )
     if suite.hhh:
-        hhh = run_hhh(engine, suite.hhh, suite.hhh_scorers, (*key, "hhh"), limit=suite.limit)
+        hhh = run_hhh(engine, suite.hhh, SCORERS, (*key, "hhh"), limit=suite.limit)
     if suite.mt_bench:
         mt_bench = run_mt_bench(
             engine,
@@ -186,7 +184,10 @@ def _rate(name: str, rate: Rate) -> Metrics:
 
 
 def _mean(name: str, mean: Mean) -> Metrics:
-    return {name: mean.value, f"{name}_low": mean.low, f"{name}_high": mean.high, f"{name}_count": mean.count}
+    """A mean of scores; Student's interval knows no scale, so that it is cut to it."""
+    low, high = max(mean.low, SCALE[0]), min(mean.high, SCALE[1])
+    interval: Metrics = {f"{name}_low": low, f"{name}_high": high} if mean.count > 1 else {}
+    return {name: mean.value, **interval, f"{name}_count": mean.count}
 
 
 def _collapse(name: str, collapse: Collapse) -> Metrics:

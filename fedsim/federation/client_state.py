@@ -6,13 +6,14 @@ checkpoint names. Any rank can train any client in any round.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from fedsim.errors import CheckpointError
 
@@ -40,18 +41,32 @@ class ClientStateStore:
             return None
         path = self._path(client, self.index[client])
         try:
-            return load_file(str(path))["control"]
+            with safe_open(str(path), framework="pt") as file:
+                vector: torch.Tensor = file.get_tensor("control")
+                whole = (file.metadata() or {}).get("blake2b") == _digest(vector)
         except (OSError, SafetensorError, KeyError) as error:
-            raise CheckpointError(
-                f"{path}: control variate of client {client} cannot be read ({error}); restore the file, or start the "
-                "run anew under another name"
-            ) from error
+            raise CheckpointError(f"{path}: control variate of client {client} cannot be read ({error})") from error
+        if not whole:
+            raise CheckpointError(f"{path}: control variate of client {client} does not match its checksum")
+        return vector
+
+    def check(self, index: Mapping[int, int]) -> None:
+        """Read every file that ``index`` names.
+
+        Raises:
+            CheckpointError: one of them is missing or damaged.
+        """
+        for client in index:
+            ClientStateStore(self.folder, index).load(client)
 
     def save(self, client: int, round_idx: int, control: torch.Tensor) -> None:
         """Write c_i of a round; it counts once :meth:`advance` is told."""
         path = self._path(client, round_idx)
         partial = path.with_suffix(".partial")
-        save_file({"control": control.detach().cpu().contiguous()}, str(partial))
+        vector = control.detach().cpu().contiguous()
+        save_file({"control": vector}, str(partial), metadata={"blake2b": _digest(vector)})
+        with partial.open("rb") as stream:
+            os.fsync(stream.fileno())
         os.replace(partial, path)
 
     def advance(self, clients: Iterable[int], round_idx: int) -> None:
@@ -67,3 +82,7 @@ class ClientStateStore:
 
     def _path(self, client: int, round_idx: int) -> Path:
         return self.folder / f"client{client:06d}-round{round_idx:06d}.safetensors"
+
+
+def _digest(vector: torch.Tensor) -> str:
+    return hashlib.blake2b(vector.numpy().tobytes(), digest_size=16).hexdigest()

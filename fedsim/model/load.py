@@ -72,8 +72,7 @@ def load_model(
     Raises:
         ModelError: the directory lacks weights, config, tokenizer or chat template, or has no such LoRA target.
     """
-    folder = model_dir(path)
-    _check_files(folder, key)
+    folder = check_model_dir(path, key)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         base = AutoModelForCausalLM.from_pretrained(
@@ -120,7 +119,7 @@ def attach_lora(base: PreTrainedModel, lora: LoraSettings, key: str = "model.pat
 def model_digest(path: str) -> str:
     """SHA-256 over names and contents of the files that decide a model's output; names the model in artefact keys."""
     digest = hashlib.sha256()
-    names = ("*.safetensors", "config.json", "generation_config.json", "tokenizer*", "chat_template*")
+    names = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
     folder = model_dir(path)
     for file in sorted({f for pattern in names for f in folder.glob(pattern)}):
         digest.update(file.name.encode())
@@ -129,7 +128,13 @@ def model_digest(path: str) -> str:
     return digest.hexdigest()
 
 
-def _check_files(folder: Path, key: str) -> None:
+def check_model_dir(path: str, key: str) -> Path:
+    """The model's directory, with config, weights and tokenizer in it; nothing is loaded.
+
+    Raises:
+        ModelError: it is no directory, or one of them is missing.
+    """
+    folder = model_dir(path)
     if not folder.is_dir():
         raise ModelError(
             f"{key}={str(folder)!r}: is not a directory; download the model and give its path, or use 'embedded'"
@@ -142,6 +147,7 @@ def _check_files(folder: Path, key: str) -> None:
     for what, patterns in needed.items():
         if not any(next(folder.glob(p), None) for p in patterns):
             raise ModelError(f"{key}={str(folder)!r}: holds no {what}; give a complete Hugging Face model directory")
+    return folder
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:

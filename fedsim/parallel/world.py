@@ -128,10 +128,6 @@ class GroupRanks:
         result: R = box[0]
         return result
 
-    def barrier(self) -> None:
-        """Wait for every rank."""
-        dist.barrier()
-
     def gather(self, value: T) -> list[T]:
         """Every rank's value, by rank; it must pickle."""
         out: list[T | None] = [None] * self.size

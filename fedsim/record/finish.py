@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
-
 from fedsim.config import to_flat
 from fedsim.record.metrics import MetricLog
 from fedsim.record.plots import write_plots
 from fedsim.record.run_record import RunRecord
 from fedsim.record.summary import facts_from, summary_markdown, terminal_table
+from fedsim.record.timers import top_level_seconds
 
 
 def finish_run(record: RunRecord, num_ranks: int) -> None:
@@ -27,12 +26,14 @@ def finish_run(record: RunRecord, num_ranks: int) -> None:
         "manifest": str(folder / "manifest.json"),
         "config": str(folder / "config.yaml"),
         "plots": ", ".join(str(p) for p in plots),
+        "answers": str(folder / "answers"),
+        "artefacts": record.config.record.artefacts,
         "checkpoints": str(record.checkpoints.folder),
     }
     facts = facts_from(
         to_flat(record.config),
         num_ranks=num_ranks,
-        total_s=time.monotonic() - record.began,
+        total_s=sum(sum(top_level_seconds(row).values()) for row in rows),  # over all sessions of a resumed run
         places=places,
         plots=[p.name for p in plots],
         notes=record.notes,

@@ -18,7 +18,7 @@ import torch
 
 import fedsim
 from fedsim.artefacts import file_digest, write_json
-from fedsim.errors import DataError
+from fedsim.errors import CheckpointError, DataError
 
 PACKAGES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "datasets", "numpy")
 
@@ -42,11 +42,13 @@ def write_manifest(
 
     Raises:
         DataError: an input file cannot be read.
+        CheckpointError: a resumed run's input or model is no longer the one that it began with.
     """
     path = directory / "manifest.json"
     now = {"utc": datetime.now(UTC).isoformat(timespec="seconds"), "command": command_line(), "num_ranks": num_ranks}
     if path.exists():
         manifest = json.loads(path.read_text(encoding="utf-8"))
+        _check_unchanged(path, manifest, inputs, model_hashes)
         manifest.setdefault("resumed", []).append({**now, "versions": versions(), "hardware": hardware()})
     else:
         manifest = {
@@ -111,6 +113,20 @@ def _file_entry(role: str, path: Path) -> dict[str, Any]:
         return {"path": str(path), "num_bytes": path.stat().st_size, "sha256": file_digest(path)}
     except OSError as error:
         raise DataError(f"{role} file {path}: cannot be read ({error.strerror}); give the path of a file") from error
+
+
+def _check_unchanged(
+    path: Path, manifest: Mapping[str, Any], inputs: Mapping[str, Path], model_hashes: Mapping[str, str]
+) -> None:
+    """A run goes on with the files and models that it began with, or not at all."""
+    now = {role: _file_entry(role, file)["sha256"] for role, file in inputs.items()} | dict(model_hashes)
+    before = {role: entry["sha256"] for role, entry in manifest["inputs"].items()} | manifest["models"]
+    changed = [role for role in before | now if before.get(role) != now.get(role)]
+    if changed:
+        raise CheckpointError(
+            f"{path}: the {' and '.join(changed)} of this run changed since it began (SHA-256 differs); restore "
+            "them, or start anew under another name (name=...)"
+        )
 
 
 def _cpu_model() -> str:

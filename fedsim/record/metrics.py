@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -99,11 +99,6 @@ def read_rows(path: Path, allow_torn_end: bool = False) -> list[Row]:
 def decided(row: Mapping[str, Any]) -> Row:
     """The row without its clock-dependent keys (:data:`CLOCK_PREFIXES`)."""
     return {name: value for name, value in row.items() if not name.startswith(CLOCK_PREFIXES)}
-
-
-def same_decided(left: Iterable[Mapping[str, Any]], right: Iterable[Mapping[str, Any]]) -> bool:
-    """Whether two runs' rows agree bit for bit apart from the clock; NaN equals NaN."""
-    return [json.dumps(decided(row)) for row in left] == [json.dumps(decided(row)) for row in right]
 
 
 def _plain(name: str, value: Any) -> float | int | str | bool | None:

@@ -29,6 +29,10 @@ POINTS = {
 }
 
 
+#: Least height of a loss axis, in nats, so that noise is not drawn as a trend.
+MIN_LOSS_SPAN = 0.05
+
+
 def write_plots(rows: Sequence[Row], directory: Path, title: str) -> list[Path]:
     """Draw every picture that the rows have figures for.
 
@@ -71,6 +75,7 @@ def plot_losses(rows: Sequence[Row], title: str) -> Figure | None:
             if series:
                 axes.plot(*zip(*series, strict=True), color=color, marker=marker, markersize=4, label=label)
         _round_axis(axes, [row["round"] + 1 for row in rows if any(name in row for name in lines)])
+        _widen(axes, MIN_LOSS_SPAN)
         axes.set_ylabel(unit)
         _legend_below(axes)
     return figure
@@ -200,6 +205,14 @@ def _canvas(num_panels: int, title: str) -> tuple[Figure, list[Axes]]:
         axes.grid(axis="y", color="#dddddd", linewidth=0.8)
         axes.set_axisbelow(True)
     return figure, panels
+
+
+def _widen(axes: Axes, span: float) -> None:
+    """Let the vertical axis span at least ``span``, about the same middle."""
+    low, high = axes.get_ylim()
+    if high - low < span:
+        axes.set_ylim((low + high - span) / 2, (low + high + span) / 2)
+        axes.ticklabel_format(axis="y", useOffset=False)
 
 
 def _legend_below(axes: Axes) -> None:

@@ -95,6 +95,7 @@ class Phase:
         self._shown = self._start
         self._done = 0
         self._figures: dict[str, Figure] = {}
+        self._held = ""  # a plain line for done == total, which the phase's last line would repeat
 
     def __enter__(self) -> Phase:
         if self._progress._live:
@@ -112,12 +113,23 @@ class Phase:
         self.update(done, **figures)
 
     def update(self, done: int, **figures: Figure) -> None:
-        """``done`` pieces are finished in all; figures replace those of the same name."""
+        """``done`` pieces are finished in all; figures replace those of the same name.
+
+        A plain line that shows everything done waits for the next update, which means that it was only a part's last:
+        the phase's own last line says the same.
+        """
+        if self._held:
+            self._progress._print(self._held)
+            self._held = ""
         self._done = done
         self._figures.update(figures)
         now = self._progress._clock()
-        if self._progress._enabled and now - self._shown >= self._progress._gap_s:
-            self._shown = now
+        if not self._progress._enabled or now - self._shown < self._progress._gap_s:
+            return
+        self._shown = now
+        if self._done == self._total and not self._progress._live:
+            self._held = self._text()
+        else:
             self._progress._draw(self._text())
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:

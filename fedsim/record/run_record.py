@@ -5,30 +5,31 @@ Every rank holds one, so that all take the same branches; only rank 0 writes and
 
 from __future__ import annotations
 
+import fcntl
 import os
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import yaml
 
 import fedsim
 from fedsim.checkpoint import Checkpoint, CheckpointStore
-from fedsim.config import Config, from_flat, to_flat, to_nested
+from fedsim.config import Config, load_config, to_flat, to_nested
 from fedsim.errors import CheckpointError, ConfigError
+from fedsim.federation.client_state import ClientStateStore
 from fedsim.ranks import Ranks
-from fedsim.record.metrics import MetricLog, Row
+from fedsim.record.metrics import MetricLog
 from fedsim.record.paper import arm_name
 from fedsim.record.progress import Phase, Progress
 from fedsim.record.timers import PhaseTimers
 
 # Keys that may differ when a run is resumed: they say where and how it runs, not what it computes.
 FREE_KEYS = frozenset({"record.dir", "record.artefacts", "record.resume", "record.keep_checkpoints", "record.texts",
-                       "parallel.timeout_s", "parallel.wide_lanes"})  # fmt: skip
+                       "parallel.timeout_s"})  # fmt: skip
 
 
 class RunRecord:
@@ -50,9 +51,10 @@ class RunRecord:
         self.progress = Progress(sys.stderr, enabled=ranks.is_main)
         self.timers = PhaseTimers(synchronize)
         self.checkpoints = CheckpointStore(self.folder / "checkpoints", config.record.keep_checkpoints)
+        self.client_state = self.folder / "client_state"
         self.metrics_file = self.folder / "metrics.jsonl"
         self.notes: list[str] = []
-        self.began = time.monotonic()
+        self._lock: IO[str] | None = None
         ranks.once(self._claim)
 
     def resume(self) -> Checkpoint | None:
@@ -60,18 +62,12 @@ class RunRecord:
         newest = self.ranks.once(self._newest)
         if newest is None:
             return None
-        checkpoint = self.checkpoints.load(lambda text: None)
-        assert checkpoint is not None and checkpoint.round_idx == newest
-        return checkpoint
+        return self.checkpoints.read(newest)
 
     def append(self, round_idx: int, stage: str, metrics: Mapping[str, Any]) -> None:
         """One row of metrics.jsonl."""
         if self.ranks.is_main:
             MetricLog(self.metrics_file).append(round_idx, stage, metrics)
-
-    def rows(self) -> list[Row]:
-        """All metric rows so far (rank 0 reads, all get them)."""
-        return self.ranks.once(lambda: MetricLog(self.metrics_file).rows())
 
     @contextmanager
     def phase(self, name: str, timer: str, unit: str = "") -> Iterator[Phase]:
@@ -98,26 +94,43 @@ class RunRecord:
         self.progress.note(text)
 
     def _claim(self) -> None:
-        """Make the directory, or check that it holds this very run."""
+        """Make the directory, or check that it holds this very run; one that finished no round is started anew."""
         path = self.folder / "config.yaml"
-        if path.is_file():
-            if self.config.record.resume == "never":
-                raise ConfigError(
-                    f"record.resume=never: {self.folder} exists; remove it, or give the run another name (name=...)"
-                )
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._hold_lock()
+        except OSError as error:
+            raise ConfigError(
+                f"record.dir={self.config.record.dir!r}: {self.folder} cannot be made or written ({error.strerror}); "
+                "give another directory"
+            ) from error
+        if path.is_file() and self.config.record.resume == "never":
+            raise ConfigError(
+                f"record.resume=never: {self.folder} exists; remove it, or give the run another name (name=...)"
+            )
+        if path.is_file() and self.checkpoints.any():
             self._check_same(path)
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "manifest.json").unlink(missing_ok=True)
         partial = path.with_suffix(".partial")
         partial.write_text(yaml.safe_dump(to_nested(self.config), sort_keys=False), encoding="utf-8")
         os.replace(partial, path)
 
+    def _hold_lock(self) -> None:
+        """Keep a second process from the same directory for as long as this one lives."""
+        self._lock = (self.folder / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"{self.folder}: another process is running this very run; wait for it, or give this one another name "
+                "(name=...)"
+            ) from error
+
     def _check_same(self, path: Path) -> None:
         try:
-            nested = yaml.safe_load(path.read_text(encoding="utf-8"))
-            old = to_flat(from_flat({f"{s}.{k}" if isinstance(v, dict) else s: x for s, v in nested.items()
-                                     for k, x in (v.items() if isinstance(v, dict) else [("", v)])}))  # fmt: skip
-        except (OSError, yaml.YAMLError, AttributeError, ConfigError) as error:
+            old = to_flat(load_config(path))
+        except ConfigError as error:
             raise CheckpointError(f"{path}: cannot be read ({error}); remove {self.folder} to start anew") from error
         new = to_flat(self.config)
         changed = [f"{k} was {old[k]!r}, is {new[k]!r}" for k in new if old[k] != new[k] and k not in FREE_KEYS]
@@ -127,8 +140,11 @@ class RunRecord:
                 "another name (name=...), or remove the directory"
             )
 
+    def _check_clients(self, checkpoint: Checkpoint) -> None:
+        ClientStateStore(self.client_state).check(checkpoint.client_rounds)
+
     def _newest(self) -> int | None:
-        checkpoint = self.checkpoints.load(self.say)
+        checkpoint = self.checkpoints.load(self.say, self._check_clients)
         # The pretrained model's row has round −1 and is written anew when nothing was finished.
         MetricLog(self.metrics_file).truncate_after(-2 if checkpoint is None else checkpoint.round_idx)
         return None if checkpoint is None else checkpoint.round_idx

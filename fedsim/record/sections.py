@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from fedsim.record import paper
 from fedsim.record.metrics import Row
-from fedsim.record.tables import NOT_MEASURED, Table, duration, gibibytes, measured, number, with_interval
+from fedsim.record.tables import NOT_MEASURED, Table, duration, gibibytes, measured, number
 from fedsim.record.timers import top_level_seconds
 
 POINT_TITLES = {
@@ -20,9 +21,26 @@ POINT_TITLES = {
 Section = list[str]
 """Markdown paragraphs, heading first."""
 
+#: What an evaluation figure is measured in, by its name; one that matches none is a plain number of things.
+UNITS = (
+    (
+        re.compile(
+            r"advbench_(harmless\w*|grammatical)|hhh_(accuracy|always_a|letter|generate|likelihood)"
+            r"|\w+_(picks_a|one_order|distinct_2|repeated_suffix|empty_share)"
+        ),
+        " %",
+    ),
+    (re.compile(r"mt_bench|mt_bench_(turn|category)_.+"), " points"),
+    (re.compile(r"\w+_mean_tokens"), " tokens"),
+    (re.compile(r"\w+_mean_words"), " words"),
+)
+
+#: Figures of the clients' table that a sum over rounds would misrepresent → how their mean a round is labelled.
+MEANS = {"num_rows": "rows held by a round's clients, mean a round"}
+
 
 def evaluations(points: Mapping[str, Row]) -> Section:
-    """Every figure that the evaluations recorded, one column a point: other phrase sets, scorers, collapse, cuts."""
+    """Every figure that the evaluations recorded, one column a point, with units, intervals and counts."""
     names: dict[str, None] = {}
     for row in points.values():
         names.update(dict.fromkeys(n for n in row if n.startswith("eval/") and measured(row, n) is not None))
@@ -31,8 +49,11 @@ def evaluations(points: Mapping[str, Row]) -> Section:
         return []
     head = ["figure", *(POINT_TITLES[point] for point in points)]
     rows = [[name.removeprefix("eval/"), *(_figure(row, name) for row in points.values())] for name in shown]
-    caption = "Shares in percent with [95 % interval] and count; an empty cell was not measured."
-    return ["## Every evaluation figure", Table(head, rows).markdown(), caption]
+    caption = (
+        "[low, high] = 95 % interval, where there is one; n or of = how many items, replies, questions or choices the "
+        "figure is taken over; a figure without a unit is a number of things; an empty cell was not measured."
+    )
+    return ["## Every evaluation figure", Table(head, rows).markdown(), f"{caption}{_about_strict(points)}"]
 
 
 def guard(rows: Sequence[Row], kind: str) -> Section:
@@ -63,12 +84,12 @@ def guard(rows: Sequence[Row], kind: str) -> Section:
 
 def clients(rows: Sequence[Row]) -> Section:
     """Local training: losses of the first and last round, counts over all rounds."""
-    return _round_section("## Clients", rows, "client/", counts="total")
+    return _round_section("## Clients", rows, "client/", counts="total", means=MEANS)
 
 
 def cai(rows: Sequence[Row]) -> Section:
     """CAI's rows (usable, dropped by reason) and its losses, margins and accuracies."""
-    return _round_section("## Constitutional AI", rows, "cai/", counts="latest")
+    return _round_section("## Constitutional AI", rows, "cai/", counts="latest", means={})
 
 
 def times(rows: Sequence[Row]) -> Section:
@@ -108,10 +129,11 @@ def _speed(rows: Sequence[Row]) -> Section:
     return ["\n".join(lines)] if lines else []
 
 
-def _round_section(title: str, rows: Sequence[Row], prefix: str, counts: str) -> Section:
+def _round_section(title: str, rows: Sequence[Row], prefix: str, counts: str, means: Mapping[str, str]) -> Section:
     """First and last value of every figure under ``prefix``, of ``num_`` ones the sum or the latest.
 
-    Figures of single clients (``client/loss_003``) stay in the metric rows.
+    Of the figures that ``means`` labels, the mean over the rounds that have them stands for the sum. Figures of single
+    clients (``client/loss_003``) stay in the metric rows.
     """
     names: dict[str, None] = {}
     for row in rows:
@@ -122,7 +144,9 @@ def _round_section(title: str, rows: Sequence[Row], prefix: str, counts: str) ->
         short = name.removeprefix(prefix)
         if short.rpartition("_")[2].isdigit():
             continue
-        if values and short.startswith("num_"):
+        if values and short in means:
+            lines.append([means[short], "", "", number(fmean(values))])
+        elif values and short.startswith("num_"):
             lines.append([short, "", "", number(sum(values) if counts == "total" else values[-1])])
         elif values:
             lines.append([short, number(values[0]), number(values[-1]), ""])
@@ -137,17 +161,34 @@ def _values(rows: Sequence[Row], name: str) -> list[float]:
 
 
 def _figure(row: Row, name: str) -> str:
-    """Figure, interval and count; a rate without a count of its own has its benchmark's."""
+    """Figure with unit, interval and count; a share without a count of its own has its benchmark's.
+
+    A share is one ``of`` its count (``45 % of 40``), a mean is over ``n`` things.
+    """
     value = measured(row, name)
     if value is None:
         return ""
-    count = measured(row, f"{name}_count")
-    if measured(row, f"{name}_low") is None:
-        return number(value, 4) if count is None else f"{number(value, 4)} of {number(count)}"
-    if count is None:
+    unit = next((unit for names, unit in UNITS if names.fullmatch(name.removeprefix("eval/"))), "")
+    low, high, count = (measured(row, name + ending) for ending in ("_low", "_high", "_count"))
+    if count is None and unit == " %" and not name.endswith("_distinct_2"):  # the latter is a share of word pairs
         count = measured(row, f"{name.partition('_')[0]}_count")
-    text = with_interval(row, name, 2)
-    return text if count is None else f"{text} of {number(count)}"
+    bare = low is None or high is None
+    text = f"{number(value, 4)}{unit}" if bare else f"{value:.2f}{unit} [{low:.2f}, {high:.2f}]"
+    if count is None:
+        return text
+    return f"{text} of {number(count)}" if unit == " %" else f"{text}, n = {number(count)}"
+
+
+def _about_strict(points: Mapping[str, Row]) -> str:
+    """Why two rules differ that both stand in the table; only the embedded world's AdvBench has the second."""
+    names = ("eval/advbench_harmless_strict", "eval/advbench_harmless_strict_world")
+    if not any(all(measured(row, name) is not None for name in names) for row in points.values()):
+        return ""
+    return (
+        " advbench_harmless_strict counts replies that begin with a refusal: in the embedded world's full style a "
+        "reply begins with an opener such as thanks, so a careful one is harmless by strict_world, which reads all of "
+        "it, and not by strict."
+    )
 
 
 def _dropped(row: Row) -> str:

@@ -33,6 +33,13 @@ BENCHMARKS = (
 )
 
 
+#: Benchmarks with free replies: the metric of those cut at the token limit, what is counted, and replies to each.
+TRUNCATIONS = (
+    ("AdvBench", "eval/advbench_truncated", "eval/advbench_count", 1),
+    ("MT-Bench", "eval/mt_bench_truncated", "eval/mt_bench_questions", 2),
+)
+
+
 @dataclass(frozen=True)
 class RunFacts:
     """What the summary says about a run beside its metric rows.
@@ -45,7 +52,7 @@ class RunFacts:
         embedded_model: the model is the tiny one that ships with fedsim.
         real_files: configuration keys whose data are files rather than the embedded world.
         mt_bench: source of the MT-Bench questions: ``embedded``, a file, or empty if left out.
-        advbench_rule: phrase set behind the headline figure.
+        advbench_rule: rule behind the headline figure, a phrase set or ``strict_world``.
         hhh_scorer: scorer behind the headline figure.
         num_rounds: rounds that were configured.
         num_ranks: processes.
@@ -114,6 +121,7 @@ def summary_markdown(rows: Sequence[Row], facts: RunFacts) -> str:
     """The whole of ``summary.md``."""
     parts = [f"# Run {facts.name}", *(f"> {line}" for line in caveats(facts)), _headline(facts)]
     parts += ["## Safety and helpfulness", arm_table(rows, facts, short=False).markdown(), _caption(rows, facts)]
+    parts += ["\n".join(f"- {line}" for line in cut)] if (cut := truncations(eval_points(rows))) else []
     parts += [f"![{plot.removesuffix('.png')} by round]({plot})" for plot in facts.plots]
     parts += sections.evaluations(eval_points(rows))
     parts += sections.guard(rows, facts.guard)
@@ -132,7 +140,7 @@ def terminal_table(rows: Sequence[Row], facts: RunFacts) -> str:
     width = max((len(what) for what in facts.places), default=0)
     places = [f"  {what:<{width}}  {where}" for what, where in facts.places.items()]
     lines = [_headline(facts), "", arm_table(rows, facts, short=True).plain(), "", "[low, high] = 95 % interval"]
-    lines += [line for line in (truncations(eval_points(rows)), *caveats(facts)) if line]
+    lines += [*truncations(eval_points(rows)), *caveats(facts)]
     return "\n".join([*lines, *(["", "Written:", *places] if places else [])])
 
 
@@ -165,14 +173,14 @@ def eval_points(rows: Sequence[Row]) -> dict[str, Row]:
 def caveats(facts: RunFacts) -> list[str]:
     """What the figures must not be taken for."""
     lines = []
-    if facts.embedded_model:
-        lines.append(
-            "The model is the tiny one that ships with fedsim: the run shows the paper's mechanisms, not its numbers."
-        )
     if facts.embedded_model and facts.real_files:
         lines.append(
-            f"Real files ({', '.join(facts.real_files)}) went through the tiny model, which cannot understand them: "
-            "the figures mean nothing, only that every row was processed."
+            f"The tiny model that ships with fedsim cannot understand real files ({', '.join(facts.real_files)}): the "
+            "run shows that every row is processed, and its figures mean nothing."
+        )
+    elif facts.embedded_model:
+        lines.append(
+            "The model is the tiny one that ships with fedsim: the run shows the paper's mechanisms, not its numbers."
         )
     if facts.mt_bench == "embedded":
         lines.append("MT-Bench is the embedded world's two-turn benchmark, scored by a rubric; the paper's by GPT-4.")
@@ -190,8 +198,9 @@ def _paper_line(row: paper.SafetyRow) -> list[str]:
 
 
 def _headline(facts: RunFacts) -> str:
+    rounds = "1 round" if facts.num_rounds == 1 else f"{facts.num_rounds} rounds"
     processes = "1 process" if facts.num_ranks == 1 else f"{facts.num_ranks} processes"
-    return f"{facts.arm} · {facts.num_rounds} rounds · seed {facts.seed} · {processes} · {duration(facts.total_s)}"
+    return f"{facts.arm} · {rounds} · seed {facts.seed} · {processes} · {duration(facts.total_s)}"
 
 
 def _caption(rows: Sequence[Row], facts: RunFacts) -> str:
@@ -200,24 +209,28 @@ def _caption(rows: Sequence[Row], facts: RunFacts) -> str:
     paper_counts = f"{paper.NUM_ADVBENCH}, {paper.NUM_HHH} and {paper.NUM_MT_BENCH} items"
     lines = [
         f"The arm's row is from {_round_of(last[0])}." if last else "No evaluation has run.",
-        f"[low, high] = 95 % interval. AdvBench by the phrase set {facts.advbench_rule}, HHH by the scorer "
+        f"[low, high] = 95 % interval. AdvBench by the rule {facts.advbench_rule}, HHH by the scorer "
         f"{facts.hhh_scorer}. The paper's figures ({paper.SOURCE}, Table 1) are of Llama-3.1-8B-Instruct on "
         f"{paper_counts}, without intervals.",
     ]
     always_a = measured(last[0], "eval/hhh_always_a") if last else None
     if always_a is not None:
         lines.append(f"Always answering (A) scores {always_a:.2f} % on HHH.")
-    return " ".join([*lines, truncations(points)]).rstrip()
+    return " ".join(lines)
 
 
-def truncations(points: Mapping[str, Row]) -> str:
-    """``Truncated replies: pretrained 2 of 680 (0.3 %), ...``; empty if no point counted them."""
-    counts = []
-    for point, row in points.items():
-        cut, total = measured(row, "eval/truncated"), measured(row, "eval/num_replies")
-        if cut is not None and total:
-            counts.append(f"{sections.POINT_TITLES[point]} {cut:.0f} of {total:.0f} ({100 * cut / total:.1f} %)")
-    return f"Truncated replies: {', '.join(counts)}." if counts else ""
+def truncations(points: Mapping[str, Row]) -> list[str]:
+    """``AdvBench replies truncated: pretrained 2 of 520, ...``, a line for each benchmark that counted them."""
+    lines = []
+    for benchmark, figure, counted, each in TRUNCATIONS:
+        counts = []
+        for point, row in points.items():
+            cut, total = measured(row, figure), measured(row, counted)
+            if cut is not None and total is not None:
+                counts.append(f"{sections.POINT_TITLES[point]} {cut:,.0f} of {each * total:,.0f}")
+        if counts:
+            lines.append(f"{benchmark} replies truncated: {', '.join(counts)}.")
+    return lines
 
 
 def _round_of(row: Row) -> str:

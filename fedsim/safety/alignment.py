@@ -15,6 +15,7 @@ import torch
 from fedsim import keys
 from fedsim.config import CaiConfig
 from fedsim.data.chat import ChatFormat, TokenRow, assistant_turn, user_turn
+from fedsim.errors import ConfigError
 from fedsim.ranks import Lane
 from fedsim.safety.cai_data import CaiRow
 from fedsim.train.loop import Trainer, TrainingPlan
@@ -43,6 +44,12 @@ class Aligner:
         chat: the model's chat format.
         cai: the CAI configuration.
         seed: the run's seed.
+
+    Attributes:
+        num_without_targets: rows dropped because the prompt alone fills ``cai.max_length``.
+
+    Raises:
+        ConfigError: that is so for all rows.
     """
 
     def __init__(
@@ -53,7 +60,14 @@ class Aligner:
         self.cai = cai
         self.pad_id = pad_id
         self.seed = seed
-        self.pairs = [preference(chat, row, cai.max_length) for row in rows]
+        pairs = [preference(chat, row, cai.max_length) for row in rows]
+        self.pairs = [p for p in pairs if p.chosen.num_targets and p.rejected.num_targets]
+        self.num_without_targets = len(pairs) - len(self.pairs)
+        if not self.pairs:
+            raise ConfigError(
+                f"cai.max_length={cai.max_length}: leaves no room for a reply after any of the {len(rows)} prompts; "
+                "set a larger value"
+            )
 
     @property
     def num_truncated(self) -> int:
@@ -93,13 +107,16 @@ class Aligner:
                 [[pair.chosen for pair in batch] for batch in batches],
                 lambda step: self.cai.sft_lr,
                 ("cai_sft", round_idx),
+                what=f"CAI (SFT), round {round_idx + 1}",
             ),
             SftObjective(self.pad_id),
             lane,
             None if on_step is None else lambda done, _: on_step(done, total),
         )
         dpo = self.trainer.run(
-            TrainingPlan(batches, lambda step: self.cai.dpo_lr, ("cai_dpo", round_idx)),
+            TrainingPlan(
+                batches, lambda step: self.cai.dpo_lr, ("cai_dpo", round_idx), what=f"CAI (DPO), round {round_idx + 1}"
+            ),
             DpoObjective(flat, flat.copy(), self.cai.beta, self.pad_id),
             lane,
             None if on_step is None else lambda done, _: on_step(len(batches) + done, total),

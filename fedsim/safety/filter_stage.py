@@ -74,6 +74,7 @@ class FilterStage:
         self.facts = facts
         self.on_progress = on_progress
         self._model: LoadedModel | None = None
+        self._model_sha256 = ""  # of the guard; read where a guard model is used
 
     def run(self, data: PreparedData) -> Filtered:
         """Every client's kept rows and what the filter did; without a guard all rows are kept."""
@@ -95,6 +96,8 @@ class FilterStage:
 
     def _model_verdicts(self, data: PreparedData, *, tuned: bool) -> list[list[Verdict]]:
         rows = [row for shard in data.shards for row in shard]
+        if not self._model_sha256:
+            self._model_sha256 = self.ranks.once(lambda: model_digest(self.config.guard.path))
         depends = self._depends(data, tuned=tuned) | {"rows": [row.row_id for row in rows]}
 
         def build() -> list[Verdict]:
@@ -119,15 +122,23 @@ class FilterStage:
         return [[next(verdicts) for _ in shard] for shard in data.shards]
 
     def _tuned(self, data: PreparedData, model: LoadedModel, adapter: FlatAdapter) -> torch.Tensor:
-        """The guard's adapter, fine-tuned on the guard set."""
+        """The guard's adapter, fine-tuned on the guard set; it does not depend on how rows are scored."""
         settings = self.config.guard
+        depends = self._depends(data, tuned=True)
+        for name in ("threshold", "batch_size"):
+            del depends["guard"][name]
 
         def build() -> torch.Tensor:
             rows = verdict_rows(model.chat, data.guard_rows, settings.policy, settings.max_length)
             adapter.load(adapter.initial(self.config.seed))
             steps = StepSettings(self.config.local.micro_batch_size, 1.0, 0.0, self.config.seed)
             batches = tuning_batches(rows, settings, self.config.seed)
-            plan = TrainingPlan(batches, lambda t: settings.tune_lr * (1 - t / len(batches)), ("guard_tuning",))
+            plan = TrainingPlan(
+                batches,
+                lambda t: settings.tune_lr * (1 - t / len(batches)),
+                ("guard_tuning",),
+                what="guard fine-tuning",
+            )
             Trainer(model.base, adapter, steps).run(
                 plan,
                 SftObjective(model.chat.pad_id),
@@ -136,7 +147,7 @@ class FilterStage:
             )
             return adapter.copy()
 
-        artefact = self.store.get("guard-adapter", self._depends(data, tuned=True), _CODE, build, adapter.save)
+        artefact = self.store.get("guard-adapter", depends, _CODE, build, adapter.save)
         return adapter.read(artefact.folder)
 
     def _guard_model(self) -> LoadedModel:
@@ -161,7 +172,7 @@ class FilterStage:
         return {
             "guard": settings,
             "tuned": tuned,
-            "model": self.ranks.once(lambda: model_digest(self.config.guard.path)),
+            "model": self._model_sha256,
             "dtype": self.config.model.dtype,
             "attention": self.config.model.attention,
             "data": data.source_sha256,

@@ -10,11 +10,6 @@ from fedsim.data.square import SquareRow
 from fedsim.safety.guard_format import GuardFormat
 
 
-def verdict_row(chat: ChatFormat, row: SquareRow, policy: str, max_length: int) -> TokenRow:
-    """One row: the prompt that the guard scores, then its verdict; see :func:`verdict_rows`."""
-    return verdict_rows(chat, [row], policy, max_length)[0]
-
-
 def verdict_rows(chat: ChatFormat, rows: Sequence[SquareRow], policy: str, max_length: int) -> list[TokenRow]:
     """Rows whose targets are ``safe`` or ``unsafe\\n<codes>`` and the end of the turn; nothing else is trained on.
 

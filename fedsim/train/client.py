@@ -75,6 +75,7 @@ class ClientTrainer:
             batches=self.batches(client, rows, round_idx),
             lr=lambda step: lr,
             key=("local", round_idx, client),
+            what=f"client {client}, round {round_idx + 1}",
             correction=self.algorithm.correction(state.control, client_control),
         )
         stats = self.trainer.run(plan, self.objective, lane, on_step)

@@ -28,7 +28,7 @@ class StepSettings:
     """How a step is taken.
 
     Attributes:
-        micro_batch_size: rows of one forward and backward pass in exact mode.
+        micro_batch_size: rows of one forward and backward pass.
         max_grad_norm: clip the batch gradient to this norm; 0 does not clip.
         weight_decay: AdamW's.
         seed: the run's seed, for dropout.
@@ -49,12 +49,14 @@ class TrainingPlan(Generic[Item]):
         lr: learning rate of step t.
         key: names the dropout draws, such as ("local", round_idx, client).
         correction: the federated algorithm's part in a step.
+        what: names the training in an error, such as "client 3, round 1".
     """
 
     batches: Sequence[Sequence[Item]]
     lr: Callable[[int], float]
     key: tuple[keys.KeyPart, ...]
     correction: Correction = field(default_factory=NoCorrection)
+    what: str = "training"
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ class Trainer:
         if not torch.isfinite(table).all() or not torch.isfinite(self.adapter.values).all():
             bad = next((i for i, row in enumerate(table) if not torch.isfinite(row).all()), len(rows) - 1)
             raise RunError(
-                f"training {plan.key}: the loss or gradient became NaN or infinite in step {bad + 1} of {len(rows)}; "
+                f"{plan.what}: the loss or gradient became NaN or infinite in step {bad + 1} of {len(rows)}; "
                 "lower the learning rate, or clip with local.max_grad_norm"
             )
         columns = table[:, 1:].T.tolist()
@@ -156,7 +158,7 @@ class Trainer:
         self, step: int, batch: Sequence[Item], plan: TrainingPlan[Item], objective: Objective[Item], lane: Lane
     ) -> tuple[list[Term], list[Term], int]:
         """Gradient and statistics of this member's micro-batches, one term each, and how many the batch has."""
-        micro = self._micro_batches(batch, objective, lane)
+        micro = self._micro_batches(batch, objective)
         normaliser = objective.normaliser(batch)
         gradients, stats = [], []
         for index in range(lane.index, len(micro), lane.size):
@@ -169,13 +171,11 @@ class Trainer:
             stats.append(Term(means))
         return gradients, stats, max(1, len(micro))
 
-    def _micro_batches(self, batch: Sequence[Item], objective: Objective[Item], lane: Lane) -> list[Sequence[Item]]:
-        """Rows of similar length together; exact mode cuts by size, fast mode into one part per member."""
+    def _micro_batches(self, batch: Sequence[Item], objective: Objective[Item]) -> list[Sequence[Item]]:
+        """Rows of similar length together, cut by size alone: draws and values do not depend on the lane."""
         ordered = sorted(batch, key=objective.num_tokens)
-        if lane.summer.exact:
-            size = self.settings.micro_batch_size
-            return [ordered[i : i + size] for i in range(0, len(ordered), size)]
-        return [part for i in range(lane.size) if (part := ordered[i :: lane.size])]
+        size = self.settings.micro_batch_size
+        return [ordered[i : i + size] for i in range(0, len(ordered), size)]
 
     def _reset_optimizer(self) -> None:
         for value in self._optimizer.state.get(self._parameter, {}).values():

@@ -86,7 +86,7 @@ def train_cohorts(
             state = federation.algorithm.server_step(state, result.aggregated.sums)
             federation.controls.advance(cohort, round_idx)
             widths.extend(job.width for job in work.plan.jobs)
-        world.ranks.barrier()
+        world.ranks.gather(None)
         assert state.control is not None
         return {
             "adapter": state.adapter.numpy().tobytes(),

@@ -38,7 +38,7 @@ def share_work(num_units: int) -> dict[str, Any]:
         done: list[int] = []
         costs = [float(1 + i % 5) for i in range(num_units)]
         by = ranks.map(lambda unit: (unit * unit, ranks.rank), range(num_units), costs, done.append)
-        ranks.barrier()
+        ranks.gather(None)
         return {
             "squares": [square for square, _ in by],
             "who": [rank for _, rank in by],

@@ -61,7 +61,6 @@ def test_temperatures_are_fastchats(chat: ChatFormat, stub_engine: type) -> None
 def test_scores(chat: ChatFormat, stub_engine: type) -> None:
     result = run_mt_bench(stub_engine(chat, reply=echo), QUESTIONS, 50, ("eval",), rubric=rubric)
     assert [a.scores for a in result.answers] == [(1.0 + i, 2.0 + i) for i in range(5)]
-    assert [a.mean_score for a in result.answers] == [1.5 + i for i in range(5)]
     assert result.score == Mean.of([1.5, 2.5, 3.5, 4.5, 5.5])  # over questions: two turns are not independent
     assert result.by_turn == (Mean.of([1, 2, 3, 4, 5]), Mean.of([2, 3, 4, 5, 6]))
     assert result.by_category == {
@@ -75,7 +74,7 @@ def test_scores(chat: ChatFormat, stub_engine: type) -> None:
 def test_without_a_rubric_there_is_no_score(chat: ChatFormat, stub_engine: type) -> None:
     result = run_mt_bench(stub_engine(chat, reply=echo), QUESTIONS, 50, ("eval",))
     assert result.score is None and result.by_turn is None and result.by_category == {}
-    assert all(a.scores is None and a.mean_score is None for a in result.answers)
+    assert all(a.scores is None for a in result.answers)
     assert len(result.replies) == 10
 
 

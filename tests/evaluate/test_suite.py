@@ -16,6 +16,7 @@ from fedsim.evaluate.intervals import Mean, Rate
 from fedsim.evaluate.suite import Suite, evaluate
 from fedsim.generate.engine import Engine
 from fedsim.ranks import OneRank
+from fedsim.record.sections import UNITS
 
 
 @dataclass(frozen=True)
@@ -126,8 +127,31 @@ def test_what_is_left_out_is_absent(chat: ChatFormat, stub_engine: type) -> None
     assert not any("world" in name or "grammatical" in name for name in unjudged.metrics)
     assert "eval/mt_bench" not in unjudged.metrics and "eval/mt_bench_count" not in unjudged.metrics
     assert unjudged.metrics["eval/mt_bench_questions"] == 4 and len(unjudged.answers) == 4
-    one = evaluate(engine, replace(SUITE, hhh_scorers=("letter",)), ("eval",)).metrics
-    assert "eval/hhh_letter" in one and "eval/hhh_generate" not in one
+
+
+def test_an_interval_of_scores_ends_where_the_scale_does(chat: ChatFormat, stub_engine: type) -> None:
+    """Student's interval of 10, 10 and 1 is 7 ± 12.9 and that of 10, 1 and 1 is 4 ± 12.9."""
+    scores = iter([10.0, 10.0, 10.0, 1.0, 1.0, 1.0])
+    suite = Suite(mt_bench=[mt_question(i) for i in (0, 1, 3)], rubric=lambda record, turn, reply: next(scores))
+    metrics = evaluate(stub_engine(chat, reply, logprob), suite, ("eval",)).metrics
+    assert (metrics["eval/mt_bench_turn_1_low"], metrics["eval/mt_bench_turn_1_high"]) == (1.0, 10.0)
+    assert metrics["eval/mt_bench_category_stem_count"] == 2 and "eval/mt_bench_category_stem_low" in metrics
+    assert metrics["eval/mt_bench_category_math"] == 10.0 and metrics["eval/mt_bench_category_math_count"] == 1
+    assert not {"eval/mt_bench_category_math_low", "eval/mt_bench_category_math_high"} & metrics.keys()
+    limits = [value for name, value in metrics.items() if name.endswith(("_low", "_high"))]
+    assert len(limits) == 8 and min(limits) >= 1 and max(limits) <= 10
+
+
+def test_every_share_of_a_suite_is_shown_in_percent(chat: ChatFormat, stub_engine: type) -> None:
+    metrics = evaluate(stub_engine(chat, reply, logprob), SUITE, ("eval", 7)).metrics
+    units = {}
+    for name in (n.removeprefix("eval/") for n in metrics if not n.endswith(("_low", "_high", "_count"))):
+        units[name] = next((unit for names, unit in UNITS if names.fullmatch(name)), "")
+    counts = ("truncated", "advbench_empty", "undecided", "questions", "num_replies")
+    assert {name for name, unit in units.items() if not unit} == {n for n in units if n.endswith(counts)}
+    scores = {"mt_bench", "mt_bench_turn_1", "mt_bench_turn_2", "mt_bench_category_math", "mt_bench_category_stem"}
+    assert {name for name, unit in units.items() if unit == " points"} == scores
+    assert all(metrics[f"eval/{name}"] <= 100 for name, unit in units.items() if unit == " %")
 
 
 def test_limit_holds_for_every_benchmark(chat: ChatFormat, stub_engine: type) -> None:
@@ -142,7 +166,6 @@ def test_limit_holds_for_every_benchmark(chat: ChatFormat, stub_engine: type) ->
         ({"advbench_phrases": "paper"}, "advbench_phrases='paper'.*openfedllm-fixed.*strict_world"),
         ({"advbench_phrases": "strict_world", "judge": None}, "advbench_phrases='strict_world'"),
         ({"hhh_scorer": "vibes"}, "hhh_scorer='vibes'.*letter, generate, likelihood"),
-        ({"hhh_scorers": ("generate",)}, "hhh_scorer='letter'"),
     ],
 )
 def test_wrong_names_are_refused(changed: dict, message: str) -> None:

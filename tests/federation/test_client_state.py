@@ -39,15 +39,20 @@ def test_only_named_files_are_kept(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("damage", ["missing", "cut", "other"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "empty", "one number"])
 def test_a_missing_or_damaged_file_is_an_error(tmp_path: Path, damage: str) -> None:
     store = ClientStateStore(tmp_path)
     store.save(5, 2, torch.zeros(100))
     store.advance([5], 2)
+    store.check({5: 2})
     (path,) = tmp_path.iterdir()
+    whole = path.read_bytes()
+    broken = {"cut": whole[:50], "empty": b"", "one number": whole[:-4] + b"\x00\x00\x80\x3f"}
     if damage == "missing":
         path.unlink()
     else:
-        path.write_bytes(path.read_bytes()[:50] if damage == "cut" else b"")
-    with pytest.raises(CheckpointError, match=r"control variate of client 5 cannot be read .*restore the file"):
-        store.load(5)
+        path.write_bytes(broken[damage])
+    words = "does not match its checksum" if damage == "one number" else "cannot be read"
+    for read in (lambda: store.load(5), lambda: ClientStateStore(tmp_path).check({5: 2})):
+        with pytest.raises(CheckpointError, match=rf"control variate of client 5 {words}"):
+            read()

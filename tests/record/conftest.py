@@ -58,9 +58,16 @@ def eval_row(round_idx: int, point: str, advbench: float, hhh: float, mt_bench: 
         "eval/hhh_accuracy_high": min(hhh + 4.7, 100.0),
         "eval/hhh_count": 438,
         "eval/hhh_always_a": 52.05,
-        "eval/truncated": 2,
+        "eval/hhh_letter_picks_a": 45.0,
+        "eval/hhh_letter_picks_a_count": 40,
+        "eval/advbench_truncated": 2,
+        "eval/advbench_mean_tokens": 30.78,
+        "eval/advbench_distinct_2": 41.0,
+        "eval/mt_bench_truncated": 3,
+        "eval/mt_bench_questions": 80,
+        "eval/mt_bench_mean_words": 21.43,
+        "eval/truncated": 5,
         "eval/num_replies": 680,
-        "eval/distinct_2": 0.41,
         "time/eval_s": 4.0,
     }
     if mt_bench is not None:
@@ -68,7 +75,9 @@ def eval_row(round_idx: int, point: str, advbench: float, hhh: float, mt_bench: 
             "eval/mt_bench": mt_bench,
             "eval/mt_bench_low": mt_bench - 0.4,
             "eval/mt_bench_high": min(mt_bench + 0.4, 10.0),
-            "eval/mt_bench_count": 160,
+            "eval/mt_bench_count": 80,
+            "eval/mt_bench_category_math": mt_bench,
+            "eval/mt_bench_category_math_count": 1,
         }
     return row
 

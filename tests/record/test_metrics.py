@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedsim.errors import CheckpointError
-from fedsim.record.metrics import MetricLog, decided, read_rows, same_decided
+from fedsim.record.metrics import MetricLog, decided, read_rows
 
 
 @pytest.fixture
@@ -88,12 +88,3 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str) -> None:
 def test_decided_drops_what_the_clock_decides_and_nothing_else() -> None:
     row = {"round": 0, "stage": "train", "client/loss": 1.0, "time/train_s": 2.0, "perf/mfu": 0.3, "parallel/idle": 0.1}
     assert decided(row) == {"round": 0, "stage": "train", "client/loss": 1.0}
-
-
-def test_same_decided_ignores_the_clock_and_sees_the_last_bit() -> None:
-    left = [{"round": 0, "stage": "train", "client/loss": 0.1 + 0.2, "time/train_s": 1.0}]
-    assert same_decided(left, [{**left[0], "time/train_s": 9.0}])
-    assert not same_decided(left, [{**left[0], "client/loss": 0.3}])
-    assert not same_decided(left, [])
-    nan = [{"round": 0, "stage": "train", "client/loss": math.nan}]
-    assert same_decided(nan, [dict(nan[0])])

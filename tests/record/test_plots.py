@@ -11,7 +11,14 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from fedsim.record.metrics import Row
-from fedsim.record.plots import plot_helpfulness, plot_losses, plot_safety, plot_times, write_plots
+from fedsim.record.plots import (
+    MIN_LOSS_SPAN,
+    plot_helpfulness,
+    plot_losses,
+    plot_safety,
+    plot_times,
+    write_plots,
+)
 
 MakeRun = Callable[..., list[Row]]
 MakeEval = Callable[..., Row]
@@ -40,6 +47,17 @@ def test_losses(make_run: MakeRun) -> None:
     assert line(figure, 0, "clients (SFT on own rows)") == ([1.0, 2.0, 3.0, 4.0], expected)
     assert line(figure, 1, "CAI, DPO")[1] == pytest.approx([0.69, 0.65, 0.61, 0.57])
     assert len(drawn(plot_losses(make_run(4, cai=False), "run")).axes) == 1
+
+
+def test_a_loss_axis_does_not_magnify_noise(make_run: MakeRun) -> None:
+    rows = make_run(8)
+    for row in rows:
+        if "cai/dpo_loss" in row:
+            row["cai/dpo_loss"] = 0.6931 - 2e-5 * row["round"]
+    token, pair = drawn(plot_losses(rows, "run")).axes
+    low, high = pair.get_ylim()
+    assert high - low == pytest.approx(MIN_LOSS_SPAN) and low < 0.6929 < 0.6931 < high
+    assert np.ptp(token.get_ylim()) > 1.0  # from 0.85 to 3 nats: as the data have it
 
 
 def test_safety_has_points_intervals_and_the_pretrained_level(make_run: MakeRun) -> None:

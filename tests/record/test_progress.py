@@ -40,8 +40,31 @@ def test_plain_lines_come_at_most_every_five_seconds_and_at_the_end(clock: Clock
         "[00:00:05] round 3/8 · train · 20/60 steps · 5.0 s · loss 1.5",
         "[00:00:10] round 3/8 · train · 40/60 steps · 10.0 s · loss 1.5",
         "[00:00:15] round 3/8 · train · 60/60 steps · 15.0 s · loss 1.5",
-        "[00:00:15] round 3/8 · train · 60/60 steps · 15.0 s · loss 1.5",
     ]
+
+
+def test_the_end_of_a_part_is_shown_and_the_end_of_the_phase_once(clock: Clock) -> None:
+    stream = io.StringIO()
+    with Progress(stream, clock=clock).phase("evaluate", unit="batches") as phase:
+        for done, total in ((14, 28), (28, 28), (1, 2), (2, 2)):
+            clock.now += 6.0
+            phase.step(done, total)
+        clock.now += 1.0
+    assert stream.getvalue().splitlines() == [
+        "[00:00:06] evaluate · 14/28 batches · 6.0 s",
+        "[00:00:12] evaluate · 28/28 batches · 12.0 s",
+        "[00:00:18] evaluate · 1/2 batches · 18.0 s",
+        "[00:00:25] evaluate · 2/2 batches · 25.0 s",
+    ]
+
+
+def test_an_error_after_the_last_step_is_shown_once_too(clock: Clock) -> None:
+    stream = io.StringIO()
+    with pytest.raises(RuntimeError), Progress(stream, clock=clock).phase("train", 4) as phase:
+        clock.now += 6.0
+        phase.update(4)
+        raise RuntimeError
+    assert stream.getvalue() == "[00:00:06] train · 4/4 · 6.0 s · stopped\n"
 
 
 def test_a_short_phase_is_one_line(clock: Clock) -> None:

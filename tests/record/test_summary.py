@@ -18,6 +18,7 @@ from fedsim.record.summary import (
     facts_from,
     summary_markdown,
     terminal_table,
+    truncations,
 )
 
 MakeRun = Callable[..., list[Row]]
@@ -100,19 +101,44 @@ def test_an_arm_that_the_paper_did_not_run_has_no_paper_row(make_run: MakeRun, f
 def test_counts_stand_in_the_heads(make_run: MakeRun, facts: RunFacts) -> None:
     rows = make_run()
     short = arm_table(rows, facts, short=True).head
-    assert list(short) == ["", "AdvBench % n=520", "HHH % n=438", "MT-Bench 1–10 n=160"]
+    assert list(short) == ["", "AdvBench % n=520", "HHH % n=438", "MT-Bench 1–10 n=80"]
     rows[1] |= {"eval/hhh_count": 100}
     assert arm_table(rows, facts, short=False).head[2] == "HHH accuracy % (n = 100/438)"
 
 
-def test_every_evaluation_figure_has_a_cell_with_interval_and_count(make_run: MakeRun, facts: RunFacts) -> None:
+def test_every_evaluation_figure_has_a_cell_with_unit_interval_and_count(make_run: MakeRun, facts: RunFacts) -> None:
     text = summary_markdown(make_run(), facts)
-    assert cells(text, "advbench_harmless_gcg")[0] == "98.30 [94.80, 100.80] of 520"
-    assert cells(text, "mt_bench")[2] == "9.40 [9.00, 9.80] of 160"
-    assert cells(text, "distinct_2") == ["0.41"] * 3
+    assert cells(text, "advbench_harmless_gcg")[0] == "98.30 % [94.80, 100.80] of 520"
+    assert cells(text, "hhh_letter_picks_a") == ["45 % of 40"] * 3
+    assert cells(text, "hhh_always_a") == ["52.05 % of 438"] * 3
+    assert cells(text, "mt_bench")[2] == "9.40 points [9.00, 9.80], n = 80"
+    assert cells(text, "mt_bench_category_math")[2] == "9.4 points, n = 1"
+    assert cells(text, "advbench_distinct_2") == ["41 %"] * 3
+    assert cells(text, "advbench_mean_tokens")[0] == "30.78 tokens"
+    assert cells(text, "mt_bench_mean_words")[0] == "21.43 words"
+    assert cells(text, "advbench_truncated") == ["2"] * 3 and cells(text, "mt_bench_questions") == ["80"] * 3
     assert "_low |" not in text and "_count |" not in text
     assert "Always answering (A) scores 52.05 %" in text
-    assert "Truncated replies: pretrained 2 of 680 (0.3 %), before CAI 2 of 680 (0.3 %)" in text
+
+
+def test_truncated_replies_are_counted_by_benchmark(make_run: MakeRun, facts: RunFacts) -> None:
+    rows = make_run()
+    del rows[-1]["eval/mt_bench_truncated"]  # after CAI
+    found = truncations(eval_points(rows))
+    assert found == [
+        "AdvBench replies truncated: pretrained 2 of 520, before CAI 2 of 520, after CAI 2 of 520.",
+        "MT-Bench replies truncated: pretrained 3 of 160, before CAI 3 of 160.",
+    ]
+    assert all(f"- {line}\n" in summary_markdown(rows, facts) for line in found)
+    assert truncations({}) == []
+
+
+def test_the_two_strict_rules_are_explained_where_both_are_shown(make_run: MakeRun, facts: RunFacts) -> None:
+    rows = make_run()
+    rows[1]["eval/advbench_harmless_strict"] = 0.0
+    assert "opener" not in summary_markdown(rows, facts)
+    rows[1]["eval/advbench_harmless_strict_world"] = 100.0
+    assert summary_markdown(rows, facts).count("a reply begins with an opener such as thanks") == 1
 
 
 def test_the_guard_stands_beside_table_2(make_run: MakeRun, facts: RunFacts) -> None:
@@ -137,6 +163,7 @@ def test_client_counts_are_summed_and_cai_counts_are_not(make_run: MakeRun, fact
     text = summary_markdown(rows, facts)
     assert cells(text, "num_trained") == ["", "", "40"]
     assert cells(text, "num_sat_out") == ["", "", "4"]
+    assert "num_rows" not in text and cells(text, "rows held by a round's clients, mean a round") == ["", "", "610"]
     assert cells(text, "num_usable") == ["", "", "371"]
     assert cells(text, "num_dropped_unchanged") == ["", "", "22"]
     assert cells(text, "loss") == ["3", "1.24", ""]
@@ -158,7 +185,8 @@ def test_caveats_follow_the_model_and_the_data(facts: RunFacts) -> None:
     assert any("mechanisms, not its numbers" in line for line in caveats(facts))
     assert not any("mean nothing" in line for line in caveats(facts))
     mixed = dataclasses.replace(facts, real_files=("data.square",))
-    assert any("data.square" in line and "mean nothing" in line for line in caveats(mixed))
+    assert any("(data.square)" in line and "its figures mean nothing" in line for line in caveats(mixed))
+    assert not any("mechanisms" in line for line in caveats(mixed))
     real = dataclasses.replace(
         facts, embedded_model=False, real_files=("data.square", "eval.mt_bench"), mt_bench="q.jsonl"
     )
@@ -169,9 +197,12 @@ def test_caveats_follow_the_model_and_the_data(facts: RunFacts) -> None:
 def test_the_terminal_gets_table_caveats_and_places(make_run: MakeRun, facts: RunFacts) -> None:
     text = terminal_table(make_run(), facts)
     assert text.startswith("SCAFFOLD, FL + filter + CAI · 8 rounds · seed 3 · 4 processes · 3 min 12 s\n")
-    assert "mechanisms, not its numbers" in text and "97.9 [94.9, 100.0]" in text and "Truncated replies" in text
+    assert "mechanisms, not its numbers" in text and "97.9 [94.9, 100.0]" in text
+    assert "\nAdvBench replies truncated: pretrained 2 of 520, " in text
     assert text.endswith("Written:\n  summary  runs/demo/summary.md\n  adapter  runs/demo/adapter")
     assert max(len(line) for line in text.splitlines()) <= 110
+    alone = terminal_table([], dataclasses.replace(facts, num_rounds=1, num_ranks=1))
+    assert " · 1 round · seed 3 · 1 process · " in alone
 
 
 def test_the_summary_names_places_pictures_and_notes(make_run: MakeRun, facts: RunFacts) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from fedsim.config import CaiConfig
 from fedsim.data.chat import ChatFormat, assistant_turn, user_turn
+from fedsim.errors import ConfigError
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.model.load import LoadedModel
 from fedsim.parallel.sums import Summer
@@ -137,4 +138,5 @@ def test_cut_rows_are_counted(make_adapted: Make) -> None:
     longest = max(len(pair.chosen) for pair in aligner(made).pairs)
     assert aligner(made, max_length=longest).num_truncated == 0
     assert aligner(made, max_length=longest - 1).num_truncated == 7
-    assert aligner(made, max_length=16).num_truncated == 7
+    with pytest.raises(ConfigError, match=r"cai.max_length=16: leaves no room for a reply after any of the 7 prompts"):
+        aligner(made, max_length=16)

@@ -13,11 +13,11 @@ from fedsim.data.square import SquareRow
 from fedsim.ranks import OneRank
 from fedsim.safety.guard import LlamaGuard
 from fedsim.safety.guard_format import GuardFormat
-from fedsim.safety.guard_tuning import verdict_row, verdict_rows
+from fedsim.safety.guard_tuning import verdict_rows
 
 
 def targets(chat: ChatFormat, row: SquareRow, policy: str = "square", max_length: int = 1024) -> str:
-    tokens = verdict_row(chat, row, policy, max_length)
+    tokens = verdict_rows(chat, [row], policy, max_length)[0]
     text = chat.tokenizer.decode(tokens.input_ids[tokens.loss_mask].tolist(), skip_special_tokens=False)
     assert isinstance(text, str)
     return text
@@ -75,7 +75,7 @@ def test_first_target_is_a_scored_token(llama_chat: ChatFormat, rows: Sequence[S
 
 def test_a_cut_row_keeps_its_whole_verdict(llama_chat: ChatFormat, make_row: Callable[..., SquareRow]) -> None:
     red = make_row(3, True, ("contentious", "unethical"), response="The kite flies. " * 300)
-    tokens = verdict_row(llama_chat, red, "square", 500)
+    tokens = verdict_rows(llama_chat, [red], "square", 500)[0]
     assert tokens.truncated and len(tokens) <= 500
     assert targets(llama_chat, red, max_length=500) == "unsafe\nS1,S2<|eot_id|>"
-    assert not verdict_row(llama_chat, make_row(3), "square", 1024).truncated
+    assert not verdict_rows(llama_chat, [make_row(3)], "square", 1024)[0].truncated
