@@ -57,6 +57,13 @@ class Simulation:
         }
 
     def run(self) -> None:
+        """Run to the end; the run directory is this process's alone for so long."""
+        try:
+            self._run()
+        finally:
+            self.record.release()
+
+    def _run(self) -> None:
         """Filter the clients' data, then alternate federated training and CAI, measuring as it goes."""
         config, record = self.config, self.record
         record.header(self.world.size, self.world.device)

@@ -127,6 +127,12 @@ class RunRecord:
                 "(name=...)"
             ) from error
 
+    def release(self) -> None:
+        """Let another process have the directory."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
     def _check_same(self, path: Path) -> None:
         try:
             old = to_flat(load_config(path))

@@ -13,17 +13,14 @@ from fedsim.simulation import Simulation
 
 SMALL = Path(__file__).parent / "small.yaml"
 
-# Relative L2 distance of the adapter's change over a run, between fast runs and between a fast and an exact run.
-# Measured over 60 pairs (1 process against 2, 3, 4 and exact; FedAvg, SCAFFOLD; with and without guard and CAI; three
-# seeds; November 2026): median 4e-5, largest 5.8e-3. AdamW divides by √v, which blows up the rounding of gradients that
-# nearly vanish. Dropout is off: its draws belong to micro-batches, which fast mode cuts by the lane's width.
-TOLERANCE = 2e-2
+# Relative L2 distance of the adapter's change over a run, between fast runs and between a fast and an exact run: only the
+# grouping of floating-point sums differs. Measured for this run: at most 1.4e-5 (November 2026). AdamW divides by √v, which
+# blows up the rounding of gradients that nearly vanish, so other runs can be further apart.
+TOLERANCE = 1e-3
 
 OVERRIDES = [
     "parallel.exact=false",
     "federation.num_rounds=2",
-    "model.lora_dropout=0.0",
-    "guard.lora_dropout=0.0",
     "eval.every=0",
     "eval.limit=2",
     "eval.hhh=",

@@ -76,7 +76,7 @@ def train_cohorts(
     shards = [rows[client * 9 : client * 9 + 5 + client % 4] for client in range(config.federation.num_clients)]
     widths: list[int] = []
     with process_world(exact=True, threads=1, timeout_s=60) as world:
-        federation = assemble(config, world, shards, Path(folder))
+        federation = assemble(config, world, shards, Path(folder, "client_state"))
         state = federation.start(config.seed)
         believed = [costs[rank % len(costs)] for rank in range(world.size)]
         for round_idx in range(2):
