@@ -13,9 +13,9 @@ from fedsim.simulation import Simulation
 
 SMALL = Path(__file__).parent / "small.yaml"
 
-# Relative L2 distance of the adapter's change over a run, between fast runs and between a fast and an exact run: only the
-# grouping of floating-point sums differs. Measured for this run: at most 1.4e-5 (November 2026). AdamW divides by √v, which
-# blows up the rounding of gradients that nearly vanish, so other runs can be further apart.
+# Relative L2 distance of the adapter's change over a run, between fast runs and between a fast and an exact run: only
+# the grouping of floating-point sums differs. Measured for this run: at most 1.4e-5 (November 2026). AdamW divides by
+# √v, which blows up the rounding of gradients that nearly vanish, so other runs can be further apart.
 TOLERANCE = 1e-3
 
 OVERRIDES = [
