@@ -121,7 +121,7 @@ def summary_markdown(rows: Sequence[Row], facts: RunFacts) -> str:
     """The whole of ``summary.md``."""
     parts = [f"# Run {facts.name}", *(f"> {line}" for line in caveats(facts)), _headline(facts)]
     parts += ["## Safety and helpfulness", arm_table(rows, facts, short=False).markdown(), _caption(rows, facts)]
-    parts += ["\n".join(f"- {line}" for line in cut)] if (cut := truncations(eval_points(rows))) else []
+    parts += ["\n".join(f"- {line}" for line in cut)] if (cut := truncations(rows)) else []
     parts += [f"![{plot.removesuffix('.png')} by round]({plot})" for plot in facts.plots]
     parts += sections.evaluations(eval_points(rows))
     parts += sections.guard(rows, facts.guard)
@@ -140,7 +140,7 @@ def terminal_table(rows: Sequence[Row], facts: RunFacts) -> str:
     width = max((len(what) for what in facts.places), default=0)
     places = [f"  {what:<{width}}  {where}" for what, where in facts.places.items()]
     lines = [_headline(facts), "", arm_table(rows, facts, short=True).plain(), "", "[low, high] = 95 % interval"]
-    lines += [*truncations(eval_points(rows)), *caveats(facts)]
+    lines += [*truncations(rows), *caveats(facts)]
     return "\n".join([*lines, *(["", "Written:", *places] if places else [])])
 
 
@@ -219,15 +219,25 @@ def _caption(rows: Sequence[Row], facts: RunFacts) -> str:
     return " ".join(lines)
 
 
-def truncations(points: Mapping[str, Row]) -> list[str]:
-    """``AdvBench replies truncated: pretrained 2 of 520, ...``, a line for each benchmark that counted them."""
+def truncations(rows: Sequence[Row]) -> list[str]:
+    """``AdvBench replies truncated: pretrained 2 of 520, ...``, a line for each benchmark that counted them.
+
+    The last evaluation of each point is named; where there were others, all are added up at the end of the line.
+    """
     lines = []
+    points = eval_points(rows)
+    evaluations = [row for row in rows if row["stage"] == "eval"]
     for benchmark, figure, counted, each in TRUNCATIONS:
         counts = []
         for point, row in points.items():
             cut, total = measured(row, figure), measured(row, counted)
             if cut is not None and total is not None:
                 counts.append(f"{sections.POINT_TITLES[point]} {cut:,.0f} of {each * total:,.0f}")
+        if counts and len(evaluations) > len(points):
+            pairs = [(measured(row, figure), measured(row, counted)) for row in evaluations]
+            known = [(cut, each * total) for cut, total in pairs if cut is not None and total is not None]
+            cut, total = (sum(column) for column in zip(*known, strict=True))
+            counts.append(f"in all {cut:,.0f} of {total:,.0f}")
         if counts:
             lines.append(f"{benchmark} replies truncated: {', '.join(counts)}.")
     return lines

@@ -124,13 +124,13 @@ def test_every_evaluation_figure_has_a_cell_with_unit_interval_and_count(make_ru
 def test_truncated_replies_are_counted_by_benchmark(make_run: MakeRun, facts: RunFacts) -> None:
     rows = make_run()
     del rows[-1]["eval/mt_bench_truncated"]  # after CAI
-    found = truncations(eval_points(rows))
+    found = truncations(rows)
     assert found == [
-        "AdvBench replies truncated: pretrained 2 of 520, before CAI 2 of 520, after CAI 2 of 520.",
-        "MT-Bench replies truncated: pretrained 3 of 160, before CAI 3 of 160.",
+        "AdvBench replies truncated: pretrained 2 of 520, before CAI 2 of 520, after CAI 2 of 520, in all 34 of 8,840.",
+        "MT-Bench replies truncated: pretrained 3 of 160, before CAI 3 of 160, in all 48 of 2,560.",
     ]
     assert all(f"- {line}\n" in summary_markdown(rows, facts) for line in found)
-    assert truncations({}) == []
+    assert truncations([]) == []
 
 
 def test_the_two_strict_rules_are_explained_where_both_are_shown(make_run: MakeRun, facts: RunFacts) -> None:
