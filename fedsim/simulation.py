@@ -24,6 +24,7 @@ from fedsim.parallel.world import World
 from fedsim.record.finish import finish_run
 from fedsim.record.manifest import versions, write_manifest
 from fedsim.record.run_record import RunRecord
+from fedsim.record.sections import POINT_TITLES
 from fedsim.safety.alignment import Aligner
 from fedsim.safety.cai_data import count_metrics, unusable, usable
 from fedsim.safety.cai_stage import cai_conversations, constitution_file
@@ -247,7 +248,7 @@ class Simulation:
     ) -> None:
         """Run the benchmarks on an adapter. Every point draws the same random numbers, so points compare."""
         federation.flat.load(adapter)
-        with self.record.phase(f"evaluate, {point.replace('_', ' ')}", "evaluate", "batches") as phase:
+        with self.record.phase(f"evaluate, {POINT_TITLES[point]}", "evaluate", "batches") as phase:
             federation.engine.on_progress = phase.step
             found = evaluate(federation.engine, suite, ("eval",))
             federation.engine.on_progress = None
