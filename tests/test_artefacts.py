@@ -135,3 +135,30 @@ def test_digests_are_sha256(tmp_path: Path) -> None:
     (tmp_path / "empty").write_bytes(b"")
     assert file_digest(tmp_path / "empty") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
     assert digest_of({"b": 1, "a": 2}) == digest_of({"a": 2, "b": 1}) != digest_of({"a": 1, "b": 2})
+
+
+def test_a_whole_artefact_that_another_run_published_first_stays(tmp_path: Path) -> None:
+    mine, other = (ArtefactStore(tmp_path, OneRank(), lambda text: None) for _ in range(2))
+
+    def build() -> str:  # while this run builds, another one publishes the same key
+        other.get("thing", {"a": 1}, [], lambda: "theirs", lambda folder, text: _put(folder, text))
+        return "ours"
+
+    found = mine.get("thing", {"a": 1}, [], build, lambda folder, text: _put(folder, text))
+    assert (found.folder / "text").read_text() == "theirs"
+    assert [p.name for p in tmp_path.iterdir()] == [found.folder.name], "nothing partial is left"
+
+
+def test_a_damaged_artefact_gives_way(tmp_path: Path) -> None:
+    store = ArtefactStore(tmp_path, OneRank(), lambda text: None)
+
+    def get(text: str) -> Artefact:
+        return store.get("thing", {"a": 1}, [], lambda: text, lambda folder, text: _put(folder, text))
+
+    (get("first").folder / "text").write_text("damaged")
+    assert (get("second").folder / "text").read_text() == "second"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def _put(folder: Path, text: str) -> None:
+    (folder / "text").write_text(text)

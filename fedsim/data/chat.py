@@ -104,8 +104,8 @@ class ChatFormat:
             safe,
             tokenize=False,
             add_generation_prompt=reply_follows,
-            date_string=_DATE,  # templates that write today's date would give other prompts every day
-            strftime_now=lambda form: _DATE,
+            chat_template=_undated(self.tokenizer),
+            date_string=_DATE,  # what Llama's templates take in the place of today's date
         )
         assert isinstance(text, str)
         return text
@@ -152,6 +152,14 @@ class ChatFormat:
         text = self.tokenizer.decode(list(ids), skip_special_tokens=True)
         assert isinstance(text, str)
         return text.strip()
+
+
+def _undated(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The chat template with a fixed date, where it writes today's: a prompt must not differ from day to day."""
+    template = tokenizer.get_chat_template()
+    if "strftime_now" not in template:
+        return template
+    return f"{{%- macro strftime_now(format) -%}}{_DATE}{{%- endmacro %}}{template}"
 
 
 def _added_specials(tokenizer: PreTrainedTokenizerBase) -> set[str]:

@@ -172,3 +172,10 @@ def embedded() -> ChatFormat:
 
         CACHE.append(ChatFormat(AutoTokenizer.from_pretrained(str(EMBEDDED), local_files_only=True)))
     return CACHE[0]
+
+
+def test_a_template_that_writes_todays_date_gives_the_same_prompt_every_day(make_bytes_chat: Make) -> None:
+    body = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    dated = "{{ strftime_now('%Y-%m-%d %H:%M:%S') }}|{{ date_string }}|" + body
+    text = make_bytes_chat(dated).render([user_turn("hello")], reply_follows=True)
+    assert text == "26 Jul 2024|26 Jul 2024|hello"

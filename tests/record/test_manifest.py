@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fedsim.errors import DataError
+from fedsim.errors import CheckpointError, DataError
 from fedsim.record.manifest import git_state, hardware, versions, write_manifest
 
 
@@ -77,3 +77,15 @@ def test_git_state_sees_commit_and_changes(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("changed")
     assert git_state(tmp_path) == {"commit": head, "modified": True}
     assert git_state(tmp_path / "sub") is None
+
+
+def test_a_run_does_not_go_on_with_changed_inputs_or_models(tmp_path: Path) -> None:
+    data = tmp_path / "rows.json"
+    data.write_text("[]")
+    write_manifest(tmp_path, {}, {"square": data}, {"model": "a"}, num_ranks=1)
+    write_manifest(tmp_path, {}, {"square": data}, {"model": "a"}, num_ranks=1)
+    with pytest.raises(CheckpointError, match="the model of this run changed"):
+        write_manifest(tmp_path, {}, {"square": data}, {"model": "b"}, num_ranks=1)
+    data.write_text("[1]")
+    with pytest.raises(CheckpointError, match="the square of this run changed"):
+        write_manifest(tmp_path, {}, {"square": data}, {"model": "a"}, num_ranks=1)
