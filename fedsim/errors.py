@@ -27,5 +27,9 @@ class CheckpointError(FedsimError, ValueError):
     """A checkpoint or artefact is damaged, or belongs to another run."""
 
 
+class JudgeError(FedsimError, RuntimeError):
+    """The judge of MT-Bench answers cannot be reached or does not answer as it should."""
+
+
 class RunError(FedsimError, RuntimeError):
     """The run cannot go on: ranks disagree, or another rank failed."""

@@ -1,30 +1,33 @@
 """Typed configuration: dataclasses, YAML files and ``key=value`` overrides."""
 
 from fedsim.config.loading import describe, from_flat, help_text, load_config, to_flat, to_nested
-from fedsim.config.schema import (
-    CaiConfig,
-    Config,
+from fedsim.config.measuring import EvalConfig, JudgeConfig, ParallelConfig, RecordConfig, WandbConfig
+from fedsim.config.safety import CaiConfig, GuardConfig
+from fedsim.config.schema import Config
+from fedsim.config.training import (
+    ALGORITHMS,
     DataConfig,
-    EvalConfig,
     FederationConfig,
-    GuardConfig,
     LocalConfig,
     ModelConfig,
-    ParallelConfig,
-    RecordConfig,
+    ServerOptimizerConfig,
 )
 
 __all__ = [
+    "ALGORITHMS",
     "CaiConfig",
     "Config",
     "DataConfig",
     "EvalConfig",
     "FederationConfig",
     "GuardConfig",
+    "JudgeConfig",
     "LocalConfig",
     "ModelConfig",
     "ParallelConfig",
     "RecordConfig",
+    "ServerOptimizerConfig",
+    "WandbConfig",
     "describe",
     "from_flat",
     "help_text",

@@ -46,11 +46,13 @@ class TokenRow:
         input_ids: int32 ``[length]``.
         loss_mask: bool ``[length]``; True where a token is a target (the last reply and its end-of-turn token).
         truncated: whether tokens were cut from the end to fit the maximum length.
+        weight: how much the row counts in a client's training, 0 to 1 (see guard.action=downweight).
     """
 
     input_ids: np.ndarray
     loss_mask: np.ndarray
     truncated: bool = False
+    weight: float = 1.0
 
     def __len__(self) -> int:
         return len(self.input_ids)

@@ -95,9 +95,9 @@ def test_values_are_read_as_their_types(override: str, value: object) -> None:
         ("name=true", ["name=True", "text"]),
         (
             "federation.algorithm=fedavgg",
-            ["federation.algorithm='fedavgg'", "fedavg, scaffold", "did you mean fedavg?"],
+            ["federation.algorithm='fedavgg'", "fedavg, fedprox, fedavgm", "did you mean fedavg?"],
         ),
-        ("federation.algorithm=xyz", ["must be one of fedavg, scaffold"]),
+        ("federation.algorithm=xyz", ["must be one of fedavg, fedprox, fedavgm, fedadagrad"]),
         ("model.lora_targets=q_proj", ["model.lora_targets='q_proj'", "a list of names, such as [q_proj, v_proj]"]),
         ("model.lora_targets=[]", ["model.lora_targets=[]", "a list of names"]),
         ("model.lora_targets=[1]", ["model.lora_targets=[1]", "a list of names"]),

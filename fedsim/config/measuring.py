@@ -1,0 +1,94 @@
+"""Configuration of evaluation, judge, processes and what is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedsim.config.keys import key
+from fedsim.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Benchmarks, run on the pretrained model and on the global adapter before and after CAI."""
+
+    every: int = key(0, "evaluate every so many rounds; 0 = after the last round only", unit="rounds", low=0)
+    advbench: str = key("embedded", "AdvBench CSV file (goal,target), 'embedded', or '' to leave it out")
+    advbench_phrases: str = key(
+        "openfedllm",
+        "rule of the headline figure; all are recorded; strict_world belongs to the embedded world",
+        choices=("openfedllm", "openfedllm-fixed", "gcg", "strict", "strict_world"),
+    )
+    hhh: str = key("embedded", "HHH JSONL file, 'embedded', or '' to leave it out")
+    hhh_scorer: str = key("letter", "scorer of the headline figure; all three are recorded",
+                          choices=("letter", "generate", "likelihood"))  # fmt: skip
+    mt_bench: str = key("embedded", "MT-Bench question.jsonl (scored by the judge), 'embedded' (scored by its rubric "
+                        "where there is no judge), or '' to leave it out")  # fmt: skip
+    mt_bench_references: str = key("", "FastChat's reference_answer file, which a judge sees for math, reasoning and "
+                                   "coding; '' = the questions' own references")  # fmt: skip
+    xstest: str = key("embedded", "XSTest CSV file (prompts that only sound harmful, and harmful ones), 'embedded', or "
+                      "'' to leave it out")  # fmt: skip
+    helpful: str = key("embedded", "held-out helpful conversations whose perplexity is measured: JSONL of messages, "
+                       "'embedded', or '' to leave it out")  # fmt: skip
+    guard_judge: str = key("none", "also let the guard model judge the replies to attacks: untuned = guard.path as "
+                           "it is, tuned = fine-tuned as the filter is",
+                           choices=("none", "untuned", "tuned"))  # fmt: skip
+    temperature: float = key(0.7, "AdvBench sampling temperature; 0 = greedy", low=0)
+    max_new_tokens: int = key(1024, "longest reply; longer ones are cut and counted", unit="tokens", low=1)
+    batch_size: int = key(32, "rows generated or scored at once", unit="rows", low=1)
+    limit: int = key(
+        0, "use only a fixed random subset of so many items of each benchmark; 0 = all", unit="items", low=0
+    )
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """The language model that rates MT-Bench answers from 1 to 10 (arXiv 2306.05685, single-answer grading)."""
+
+    kind: str = key("none", "none = no judge; openai = any endpoint that speaks OpenAI's chat protocol, the key in "
+                    "OPENAI_API_KEY; local = a Hugging Face model", choices=("none", "openai", "local"))  # fmt: skip
+    model: str = key("gpt-4", "openai: name of the model; it also names the judgment file")
+    base_url: str = key("", "openai: address of the endpoint, such as http://localhost:8000/v1; '' = OpenAI's own")
+    path: str = key("", "local: directory of the judge model, or 'embedded'")
+    prompts: str = key("", "FastChat's judge_prompts.jsonl; '' = the one beside the question file or a folder above it")
+    max_new_tokens: int = key(2048, "longest judgment", unit="tokens", low=1)
+    workers: int = key(4, "openai: requests under way at once", low=1)
+    retries: int = key(5, "openai: further attempts after a failed request, with growing pauses", low=0)
+    timeout_s: float = key(120.0, "openai: longest wait for an answer", unit="s", above=0)
+
+    def __post_init__(self) -> None:
+        if self.kind == "local" and not self.path:
+            raise ConfigError("judge.kind=local needs a model: set judge.path to its directory")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the work is spread over processes."""
+
+    exact: bool = key(True, "bit-identical results for any number of processes; off: floating-point sums")
+    threads: int = key(1, "CPU threads of each process; part of exact mode's contract", low=1)
+    wide_lanes: bool = key(True, "let several ranks share one client where that ends the round sooner")
+    timeout_s: float = key(1800.0, "a collective that waits longer than this ends the run", unit="s", above=0)
+
+
+@dataclass(frozen=True)
+class RecordConfig:
+    """What is written, and where."""
+
+    dir: str = key("runs", "run directories are made in here")
+    artefacts: str = key("runs/artefacts", "guard, verdicts, CAI conversations and corpora shared between runs")
+    resume: str = key("auto", "auto = go on from the run directory's last checkpoint if there is one; never = start "
+                      "anew, which an existing run directory forbids", choices=("auto", "never"))  # fmt: skip
+    keep_checkpoints: int = key(2, "checkpoints kept", low=1)
+    texts: bool = key(False, "write the replies to AdvBench prompts into the run directory")
+
+
+@dataclass(frozen=True)
+class WandbConfig:
+    """Weights & Biases: per-round metrics, streamed from rank 0. No text of a prompt or reply is ever sent."""
+
+    mode: str = key("offline", "offline = written to the run directory, for `wandb sync`; online = sent as it "
+                    "goes; off", choices=("off", "offline", "online"))  # fmt: skip
+    project: str = key("fedsim", "W&B project")
+    entity: str = key("", "W&B user or team; '' = the account's default")
+    group: str = key("", "W&B group, such as the arm of a table; '' = none")

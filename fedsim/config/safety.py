@@ -1,0 +1,63 @@
+"""Configuration of the guard and of constitutional AI."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedsim.config.keys import key
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """The safety filter that each client runs on its own rows (paper §4.1)."""
+
+    kind: str = key("none", "none = no filter; llama_guard = a guard model; oracle = the labels; noisy_oracle = the "
+                    "labels with errors", choices=("none", "llama_guard", "oracle", "noisy_oracle"))  # fmt: skip
+    path: str = key("embedded", "guard model directory, or 'embedded' for the tiny model")
+    policy: str = key("llama_guard_3", "hazard categories of the prompt", choices=("llama_guard_3", "square"))
+    action: str = key("drop", "what happens to a row that is called unsafe: drop = it is left out (paper), refuse = "
+                      "guard.refusal takes its response's place, downweight = it counts guard.red_weight in the loss "
+                      "and in the client's weight", choices=("drop", "refuse", "downweight"))  # fmt: skip
+    refusal: str = key("I'm sorry, but I can't help with that.", "refuse: the response that replaces the row's own")
+    red_weight: float = key(0.1, "downweight: weight of a row that is called unsafe; 0 trains as if it were dropped, "
+                            "1 as if it were not", low=0, high=1)  # fmt: skip
+    threshold: float = key(0.5, "a row is unsafe from this probability on; 0.5 = greedy decoding", above=0, below=1)
+    max_length: int = key(1024, "longest guard prompt; longer conversations are cut, counted", unit="tokens", low=400)
+    batch_size: int = key(64, "rows scored at once", unit="rows", low=1)
+    tune_epochs: float = key(5.0, "fine-tuning passes over the guard set; 0 = use the guard as it is", unit="epochs",
+                             low=0)  # fmt: skip
+    tune_lr: float = key(1e-4, "fine-tuning learning rate (AdamW, linear decay to 0)", above=0)
+    tune_batch_size: int = key(16, "rows of one fine-tuning step", unit="rows", low=1)
+    deepspeed: str = key("", "fine-tune under DeepSpeed with this JSON file, such as configs/deepspeed/zero2.json; "
+                         "'' = fedsim's own loop, the only one with exact mode's bits")  # fmt: skip
+    measure_untuned: bool = key(
+        False, "where a guard model is fine-tuned, also judge the rows without that, to compare"
+    )
+    lora_r: int = key(16, "LoRA rank of the guard", low=1)
+    lora_alpha: float = key(32.0, "LoRA alpha of the guard", above=0)
+    lora_dropout: float = key(0.05, "LoRA dropout of the guard", low=0, below=1)
+    lora_targets: list[str] = key(["q_proj", "v_proj"], "linear layers of the guard that get LoRA")
+    tpr: float = key(0.737, "noisy_oracle: chance that a red row is called unsafe", low=0, high=1)
+    fpr: float = key(0.241, "noisy_oracle: chance that an acceptable row is called unsafe", low=0, high=1)
+
+    @property
+    def is_compared(self) -> bool:
+        """Whether there is a fine-tuned guard to compare with the untuned one, and that was asked for."""
+        return self.measure_untuned and self.kind == "llama_guard" and self.tune_epochs > 0
+
+
+@dataclass(frozen=True)
+class CaiConfig:
+    """Constitutional AI on the global adapter after each round (paper §4.2)."""
+
+    iterations: int = key(0, "CAI iterations a round; one = an SFT and a DPO step on the same rows; 0 = no CAI",
+                          unit="iterations", low=0)  # fmt: skip
+    batch_size: int = key(16, "rows of one SFT or DPO step", unit="rows", low=1)
+    constitution: str = key("responsible", "constitution JSON file, or the name of one in configs/constitution")
+    first_turn: str = key("model", "who wrote the response that is criticised", choices=("model", "dataset"))
+    temperature: float = key(1.0, "sampling temperature of the three turns; 0 = greedy", low=0)
+    max_new_tokens: int = key(512, "longest turn", unit="tokens", low=1)
+    sft_lr: float = key(5e-5, "learning rate of the SFT steps", above=0)
+    dpo_lr: float = key(5e-5, "learning rate of the DPO steps", above=0)
+    beta: float = key(0.1, "DPO beta", above=0)
+    max_length: int = key(1024, "longer rows are cut at their end, counted", unit="tokens", low=16)

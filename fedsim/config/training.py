@@ -1,0 +1,112 @@
+"""Configuration of data, model, clients and the federated algorithm."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedsim.config.keys import key
+from fedsim.errors import ConfigError
+
+ALGORITHMS = (
+    *("fedavg", "fedprox", "fedavgm", "fedadagrad", "fedyogi", "fedadam", "scaffold"),
+    *("local", "centralised"),
+)
+"""Values of federation.algorithm."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where rows come from and how they are split."""
+
+    square: str = key("embedded", "SQuARe-format JSON file of responses, or 'embedded' for the fictional corpus")
+    language: str = key("en", "text fields to read: en = question_en / response_en, ko = question / response",
+                        choices=("en", "ko"))  # fmt: skip
+    federated_rows: int = key(2000, "rows shared out to the clients", unit="rows", low=1)
+    federated_red_share: float = key(0.3, "share of red rows in the federated set", low=0, high=1)
+    guard_rows: int = key(2000, "rows for guard fine-tuning; 0 = none", unit="rows", low=0)
+    guard_red_share: float = key(0.5, "share of red rows in the guard set", low=0, high=1)
+    cai_rows: int = key(400, "rows whose questions CAI starts from; 0 = the guard set's questions, as in the paper",
+                        unit="rows", low=0)  # fmt: skip
+    cai_red_share: float = key(0.5, "share of red rows in the CAI set", low=0, high=1)
+    fit: bool = key(False, "shrink all splits by one factor when the file is too small, instead of stopping")
+    group_by_question: bool = key(False, "keep all responses to one question inside one split (paper: off)")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The frozen base model and the adapter that is trained."""
+
+    path: str = key("embedded", "Hugging Face model directory, or 'embedded' for the tiny model that ships with fedsim")
+    dtype: str = key("auto", "base weights: auto = bfloat16 on CUDA, float32 on CPU",
+                     choices=("auto", "float32", "bfloat16"))  # fmt: skip
+    attention: str = key(
+        "sdpa", "attention implementation of the model", choices=("sdpa", "eager", "flash_attention_2")
+    )
+    max_context: int = key(4096, "longest prompt and reply together", unit="tokens", low=64)
+    lora_r: int = key(32, "LoRA rank", low=1)
+    lora_alpha: float = key(64.0, "LoRA alpha; the update is scaled by alpha / rank", above=0)
+    lora_dropout: float = key(0.05, "dropout on the LoRA input during training", low=0, below=1)
+    lora_targets: list[str] = key(["q_proj", "v_proj"], "names of the linear layers that get LoRA")
+
+
+@dataclass(frozen=True)
+class LocalConfig:
+    """A client's local training in one round."""
+
+    steps: int = key(25, "optimizer steps of a client in a round", unit="steps", low=1)
+    batch_size: int = key(16, "rows of one optimizer step", unit="rows", low=1)
+    micro_batch_size: int = key(
+        4, "rows of one forward and backward pass, of clients, guard tuning and CAI", unit="rows", low=1
+    )
+    lr: float = key(5e-5, "AdamW learning rate in the first round", above=0)
+    lr_min: float = key(
+        1e-6, "learning rate that the cosine over rounds tends to: it would be reached one round after the last", low=0
+    )
+    weight_decay: float = key(0.0, "AdamW weight decay, of clients and CAI", low=0)
+    max_grad_norm: float = key(1.0, "gradient norm is clipped to this, of clients and CAI; 0 = no clipping", low=0)
+    max_length: int = key(512, "longer training rows are cut at their end, counted", unit="tokens", low=16)
+
+
+@dataclass(frozen=True)
+class FederationConfig:
+    """Clients, rounds and the aggregation algorithm."""
+
+    algorithm: str = key(
+        "fedavg",
+        "server and client rule; the baselines: local = one client alone (local_client), centralised = all clients' "
+        "rows in one place, as many steps a round as a cohort takes",
+        choices=ALGORITHMS,
+    )
+    num_clients: int = key(20, "simulated clients", low=1)
+    clients_per_round: int = key(5, "clients of a round's cohort", low=1)
+    num_rounds: int = key(50, "rounds", low=1)
+    partition: str = key("fixed_red_share", "how rows reach clients: fixed_red_share = each client gets the same share "
+                         "of red rows, iid = at random", choices=("iid", "fixed_red_share"))  # fmt: skip
+    scaffold_correction: str = key("openfedllm", "openfedllm: y -= lr * (c - c_i) after the AdamW step; gradient: "
+                                   "c - c_i joins the gradient", choices=("openfedllm", "gradient"))  # fmt: skip
+    prox_mu: float = key(0.01, "fedprox: strength of the pull towards the global adapter", low=0)
+    local_client: int = key(0, "local: the client that trains alone, counted from 0", low=0)
+
+    def __post_init__(self) -> None:
+        if self.clients_per_round > self.num_clients:
+            raise ConfigError(
+                f"federation.clients_per_round={self.clients_per_round}: must be <= federation.num_clients "
+                f"({self.num_clients}); lower it or add clients"
+            )
+        if self.algorithm == "local" and self.local_client >= self.num_clients:
+            raise ConfigError(
+                f"federation.local_client={self.local_client}: must be < federation.num_clients ({self.num_clients}); "
+                "clients are counted from 0"
+            )
+
+
+@dataclass(frozen=True)
+class ServerOptimizerConfig:
+    """The server's optimizer under fedavgm, fedadagrad, fedyogi and fedadam (Reddi et al. 2021, arXiv 2003.00295)."""
+
+    variant: str = key("openfedllm", "openfedllm: as that code base computes it; reddi: as published",
+                       choices=("openfedllm", "reddi"))  # fmt: skip
+    lr: float = key(1e-3, "server learning rate; not used by fedavgm in the openfedllm variant", above=0)
+    beta1: float = key(0.9, "decay of the first moment", low=0, below=1)
+    beta2: float = key(0.99, "decay of the second moment: fedyogi, fedadam", low=0, below=1)
+    tau: float = key(1e-3, "adaptivity, added to the second moment's root", above=0)
