@@ -57,6 +57,17 @@ class CheckpointStore:
         final = self.folder / f"round-{checkpoint.round_idx:06d}"
         partial = self.folder / f".{final.name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
+        try:
+            self._write(partial, checkpoint)
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(partial, final)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)  # a full disk gets its space back
+        for old in self._folders()[: -self.keep]:
+            shutil.rmtree(old)
+
+    @staticmethod
+    def _write(partial: Path, checkpoint: Checkpoint) -> None:
         partial.mkdir(parents=True)
         tensors = {"adapter": checkpoint.state.adapter.detach().cpu().contiguous()}
         if checkpoint.state.control is not None:
@@ -70,10 +81,6 @@ class CheckpointStore:
         }
         write_json(partial / "checkpoint.json", note)
         sync_folder(partial)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
-        for old in self._folders()[: -self.keep]:
-            shutil.rmtree(old)
 
     def load(
         self, say: Callable[[str], None], check: Callable[[Checkpoint], None] = lambda checkpoint: None

@@ -27,6 +27,10 @@ class CheckpointError(FedsimError, ValueError):
     """A checkpoint or artefact is damaged, or belongs to another run."""
 
 
+class DiskFullError(FedsimError, OSError):
+    """There is no space left where a run writes."""
+
+
 class JudgeError(FedsimError, RuntimeError):
     """The judge of MT-Bench answers cannot be reached or does not answer as it should."""
 

@@ -59,6 +59,13 @@ class Ranks(Protocol):
         """``compute()`` on rank 0 alone; every rank gets its result, or its error."""
         ...
 
+    def each(self, compute: Callable[[], R]) -> list[R]:
+        """``compute()`` on every rank; all get all results, by rank, or the first error by rank order.
+
+        Nothing inside ``compute`` may wait for another rank.
+        """
+        ...
+
     def gather(self, value: T) -> list[T]:
         """Every rank's value, by rank, known to all."""
         ...
@@ -132,6 +139,10 @@ class OneRank:
     def once(self, compute: Callable[[], R]) -> R:
         """Compute here."""
         return compute()
+
+    def each(self, compute: Callable[[], R]) -> list[R]:
+        """Compute here."""
+        return [compute()]
 
     def gather(self, value: T) -> list[T]:
         """The one value."""

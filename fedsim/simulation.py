@@ -15,12 +15,15 @@ from fedsim.checkpoint import Checkpoint
 from fedsim.cohort import agreed_checksum
 from fedsim.config import Config, to_nested
 from fedsim.data.prepare import PreparedData, prepare_data
+from fedsim.disk import explaining_full_disk
 from fedsim.errors import DataError
 from fedsim.evaluate.stage import load_suite, write_texts
 from fedsim.evaluate.suite import Suite, evaluate
 from fedsim.federation.sampling import cosine_by_round, sample_cohort
-from fedsim.model.load import check_model_dir, model_digest
+from fedsim.model.load import model_digest
 from fedsim.parallel.world import World
+from fedsim.plan import plan_text
+from fedsim.preflight import models_in_use, preflight
 from fedsim.record.finish import finish_run
 from fedsim.record.manifest import versions, write_manifest
 from fedsim.record.run_record import RunRecord
@@ -28,7 +31,6 @@ from fedsim.record.sections import POINT_TITLES
 from fedsim.safety.alignment import Aligner
 from fedsim.safety.cai_data import count_metrics, unusable, usable
 from fedsim.safety.cai_stage import cai_conversations, constitution_file
-from fedsim.safety.constitution import load_constitution
 from fedsim.safety.filter_stage import FilterStage
 from fedsim.safety.filtering import Filtered
 
@@ -57,19 +59,32 @@ class Simulation:
             "gpu": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else None,
         }
 
+    def check(self) -> None:
+        """Make every check that needs no computing, and print the plan of the run."""
+        record = self.record
+        record.header(self.world.size, self.world.device)
+        record.check_directory()
+        found = preflight(self.config, self.world)
+        data, suite, _ = self._read()
+        self.ranks.once(lambda: print(f"\n{plan_text(self.config, data, suite, found, self.world.size)}", flush=True))
+        record.say("checked: nothing was trained")
+
     def run(self) -> None:
         """Run to the end; the run directory is this process's alone for so long."""
+        record = self.record
+        record.claim()
         try:
-            self._run()
+            with explaining_full_disk([record.folder.parent, self.store.folder]):
+                self._run()
         finally:
-            self.record.release()
+            record.release()
 
     def _run(self) -> None:
         """Filter the clients' data, then alternate federated training and CAI, measuring as it goes."""
         config, record = self.config, self.record
         record.header(self.world.size, self.world.device)
-        models = self.ranks.once(self._check_paths)
-        data, suite = self._data(models)
+        preflight(config, self.world)
+        data, suite = self._data()
         filtered, untuned = self._filter(data)
         federation = self._assemble(filtered)
         checkpoint = record.resume()
@@ -150,32 +165,26 @@ class Simulation:
         self.record.checkpoints.save(after)
         federation.controls.drop_unused(self.record.checkpoints.kept_client_rounds())
 
-    def _check_paths(self) -> dict[str, str]:
-        """Find a wrong path before the first expensive stage; returns the models in use by role."""
-        models = {"model": self.config.model.path}
-        if self.config.guard.kind == "llama_guard":
-            models["guard"] = self.config.guard.path
-        for role, path in models.items():
-            check_model_dir(path, f"{role}.path")
-        if self.config.cai.iterations > 0:
-            load_constitution(constitution_file(self.config.cai.constitution))
-        return models
-
-    def _data(self, models: dict[str, str]) -> tuple[PreparedData, Suite]:
-        """Read and split the rows, read the benchmarks, and write down what they are."""
-        record = self.record
-        with record.phase("data", "data"):
+    def _read(self) -> tuple[PreparedData, Suite, dict[str, Path]]:
+        """Read and split the rows, and read the benchmarks, whose files are returned by name."""
+        with self.record.phase("data", "data"):
             data = prepare_data(self.config, self.store, self.ranks)
             suite, files = load_suite(self.config.eval, self.store)
         for note in data.notes:
-            record.say(note)
+            self.record.say(note)
+        return data, suite, files
+
+    def _data(self) -> tuple[PreparedData, Suite]:
+        """The rows and the benchmarks; the manifest says what they were."""
+        record = self.record
+        data, suite, files = self._read()
         record.notes.extend(data.notes)
         inputs = {"square": data.source, **files}
         if self.config.cai.iterations > 0:
             inputs["constitution"] = constitution_file(self.config.cai.constitution)
 
         def write() -> None:
-            hashes = {name: model_digest(path) for name, path in models.items()}
+            hashes = {name: model_digest(path) for name, path in models_in_use(self.config).items()}
             write_manifest(record.folder, to_nested(self.config), inputs, hashes, self.world.size)
 
         self.ranks.once(write)

@@ -1,4 +1,4 @@
-"""Entry point: ``torchrun --nproc_per_node=4 launch/run.py [CONFIG.yaml] [key=value …]`` or plain ``python``."""
+"""Entry point: ``torchrun --nproc_per_node=4 launch/run.py [--check] [CONFIG.yaml] [key=value …]`` or plain python."""
 
 from __future__ import annotations
 
@@ -19,33 +19,36 @@ Configuration keys, with the values that they have when neither a file nor the c
 DEFAULT = Path(__file__).parents[1] / "configs" / "demo.yaml"
 
 
-def parse(arguments: list[str]) -> tuple[Path, list[str]]:
-    """The config file and the overrides of a command line."""
+def parse(arguments: list[str]) -> tuple[Path, list[str], bool]:
+    """The config file and the overrides of a command line, and whether to check only."""
     parser = argparse.ArgumentParser(
         prog="launch/run.py",
-        usage="[torchrun --nproc_per_node=N] launch/run.py [CONFIG.yaml] [key=value ...]",
+        usage="[torchrun --nproc_per_node=N] launch/run.py [--check] [CONFIG.yaml] [key=value ...]",
         description="Run one simulation of responsible federated LLM training (arXiv 2502.16691).",
         epilog=EPILOG + help_text(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("words", nargs="*", metavar="CONFIG.yaml | key=value", help="config file and overrides")
-    words: list[str] = parser.parse_args(arguments).words
+    parser.add_argument("--check", action="store_true", help="check everything, print the plan of the run, and stop")
+    options = parser.parse_args(arguments)
+    words: list[str] = options.words
     files = [word for word in words if "=" not in word]
     if bad := [word for word in files if not word.endswith((".yaml", ".yml"))]:
         raise ConfigError(f"argument {bad[0]!r}: must be a config file (*.yaml) or key=value")
     if len(files) > 1:
         parser.error(f"one config file at most, not {len(files)}: {' '.join(files)}")
-    return Path(files[0]) if files else DEFAULT, [word for word in words if "=" in word]
+    return Path(files[0]) if files else DEFAULT, [word for word in words if "=" in word], options.check
 
 
-def simulate(config: Config) -> None:
-    """Join the processes, run, and leave them in every case."""
+def simulate(config: Config, *, check: bool) -> None:
+    """Join the processes, run or only check, and leave them in every case."""
     from fedsim.parallel.world import process_world
     from fedsim.simulation import Simulation
 
     parallel = config.parallel
     with process_world(exact=parallel.exact, threads=parallel.threads, timeout_s=parallel.timeout_s) as world:
-        Simulation(config, world).run()
+        simulation = Simulation(config, world)
+        simulation.check() if check else simulation.run()
 
 
 def report(error: FedsimError) -> None:
@@ -59,7 +62,8 @@ def report(error: FedsimError) -> None:
 def main() -> int:
     """Run; a user's error is one line, from rank 0 or from the only rank that it concerns."""
     try:
-        config = load_config(*parse(sys.argv[1:]))
+        path, overrides, check = parse(sys.argv[1:])
+        config = load_config(path, overrides)
     except FedsimError as error:  # the same on every rank: rank 0 speaks, and torchrun ends the others with it
         if os.environ.get("RANK", "0") != "0":
             time.sleep(10)
@@ -67,7 +71,7 @@ def main() -> int:
         report(error)
         return 2
     try:
-        simulate(config)
+        simulate(config, check=check)
     except FedsimError as error:  # leaves simulate() on the first rank that fails; the others end quietly
         report(error)
         return 2

@@ -56,6 +56,11 @@ class Suite:
     max_new_tokens: int = 1024
     limit: int = 0
 
+    def counts(self) -> dict[str, int]:
+        """Items of each benchmark that is run, by its title."""
+        sizes = {"AdvBench": len(self.advbench), "HHH": len(self.hhh), "MT-Bench": len(self.mt_bench)}
+        return {name: min(size, self.limit or size) for name, size in sizes.items() if size}
+
     def __post_init__(self) -> None:
         rules = PHRASE_SETS if self.judge is None else (*PHRASE_SETS, WORLD)
         if self.advbench_phrases not in rules:

@@ -73,11 +73,11 @@ def load_model(
         ModelError: the directory lacks weights, config, tokenizer or chat template, or has no such LoRA target.
     """
     folder = check_model_dir(path, key)
+    chat = load_chat(folder, key)
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         base = AutoModelForCausalLM.from_pretrained(
             str(folder),
-            dtype=_dtype(dtype, device),
+            dtype=compute_dtype(dtype, device),
             attn_implementation=attention,
             use_safetensors=True,
             local_files_only=True,
@@ -86,7 +86,21 @@ def load_model(
         raise ModelError(f"{key}={path!r}: cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     base.requires_grad_(False)
     torch.nn.Module.to(base, device)
-    return LoadedModel(attach_lora(base, lora, key), ChatFormat(tokenizer))
+    return LoadedModel(attach_lora(base, lora, key), chat)
+
+
+def load_chat(folder: Path, key: str) -> ChatFormat:
+    """The tokenizer of a model directory with its chat template.
+
+    Raises:
+        ModelError: it cannot be read, or has no chat template or end-of-sequence token.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # the tokenizers library raises bare exceptions
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"{key}={str(folder)!r}: its tokenizer cannot be read: {reason}") from error
+    return ChatFormat(tokenizer)
 
 
 def attach_lora(base: PreTrainedModel, lora: LoraSettings, key: str = "model.path") -> PeftModel:
@@ -150,7 +164,8 @@ def check_model_dir(path: str, key: str) -> Path:
     return folder
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype:
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The type that ``model.dtype`` means on a device."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]

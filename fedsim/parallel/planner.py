@@ -69,6 +69,11 @@ def plan_round(
     return best
 
 
+def useful_ranks(cohort_size: int, num_micro_batches: int, *, wide_lanes: bool) -> int:
+    """The most ranks that local training can use: one a client, or one a micro-batch where ranks may share a client."""
+    return cohort_size * (num_micro_batches if wide_lanes else 1)
+
+
 def deal_units(costs: Sequence[float], num_ranks: int) -> list[list[int]]:
     """Units of work of each rank: heaviest first, each to the rank with the least so far."""
     loads = [0.0] * num_ranks

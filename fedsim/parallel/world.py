@@ -17,7 +17,8 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from fedsim.errors import FedsimError, RunError
+from fedsim.disk import is_disk_full
+from fedsim.errors import DiskFullError, FedsimError, RunError
 from fedsim.parallel.planner import deal_units
 from fedsim.parallel.sums import Summer
 from fedsim.ranks import OneRank, Ranks
@@ -128,6 +129,20 @@ class GroupRanks:
         result: R = box[0]
         return result
 
+    def each(self, compute: Callable[[], R]) -> list[R]:
+        """Compute on every rank and exchange results and errors."""
+        result: R | None = None
+        failure: FedsimError | None = None
+        try:
+            result = compute()
+        except Exception as error:
+            failure = portable(error, self.rank)
+        shares = self.gather((result, failure))
+        for _, failed in shares:
+            if failed is not None:
+                raise failed
+        return cast(list[R], [value for value, _ in shares])
+
     def gather(self, value: T) -> list[T]:
         """Every rank's value, by rank; it must pickle."""
         out: list[T | None] = [None] * self.size
@@ -139,6 +154,8 @@ def portable(error: Exception, rank: int) -> FedsimError:
     """An error that can travel to other ranks: fedsim's own as it is, any other with its traceback as text."""
     if isinstance(error, FedsimError):
         return error
+    if is_disk_full(error):
+        return DiskFullError(str(error))
     trace = "".join(traceback.format_exception(error))
     return RunError(f"rank {rank} failed with {type(error).__name__}: {error}\n{trace}")
 

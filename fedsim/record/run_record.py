@@ -40,8 +40,6 @@ class RunRecord:
         ranks: to agree on what is there.
         synchronize: wait for the GPU at phase ends.
 
-    Raises:
-        ConfigError: the directory belongs to a run with another configuration, or exists and may not be resumed.
     """
 
     def __init__(self, config: Config, ranks: Ranks, synchronize: bool) -> None:
@@ -55,7 +53,22 @@ class RunRecord:
         self.metrics_file = self.folder / "metrics.jsonl"
         self.notes: list[str] = []
         self._lock: IO[str] | None = None
-        ranks.once(self._claim)
+
+    def claim(self) -> None:
+        """Make the run directory this process's own until :meth:`release`.
+
+        Raises:
+            ConfigError: as :meth:`check_directory`, it cannot be written, or another process holds it.
+        """
+        self.ranks.once(self._claim)
+
+    def check_directory(self) -> None:
+        """Find out whether the run may use its directory; nothing is written.
+
+        Raises:
+            ConfigError: it holds a run with another configuration, or exists and may not be resumed.
+        """
+        self.ranks.once(self._check_directory)
 
     def resume(self) -> Checkpoint | None:
         """The last whole checkpoint, the same on every rank; metric rows after it are dropped."""
@@ -104,17 +117,22 @@ class RunRecord:
                 f"record.dir={self.config.record.dir!r}: {self.folder} cannot be made or written ({error.strerror}); "
                 "give another directory"
             ) from error
+        self._check_directory()
+        if path.is_file() and self.checkpoints.any():
+            return
+        (self.folder / "manifest.json").unlink(missing_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(yaml.safe_dump(to_nested(self.config), sort_keys=False), encoding="utf-8")
+        os.replace(partial, path)
+
+    def _check_directory(self) -> None:
+        path = self.folder / "config.yaml"
         if path.is_file() and self.config.record.resume == "never":
             raise ConfigError(
                 f"record.resume=never: {self.folder} exists; remove it, or give the run another name (name=...)"
             )
         if path.is_file() and self.checkpoints.any():
             self._check_same(path)
-            return
-        (self.folder / "manifest.json").unlink(missing_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(yaml.safe_dump(to_nested(self.config), sort_keys=False), encoding="utf-8")
-        os.replace(partial, path)
 
     def _hold_lock(self) -> None:
         """Keep a second process from the same directory for as long as this one lives."""

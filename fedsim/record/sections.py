@@ -8,7 +8,7 @@ from statistics import fmean
 
 from fedsim.record import paper
 from fedsim.record.metrics import Row
-from fedsim.record.tables import NOT_MEASURED, Table, duration, gibibytes, measured, number
+from fedsim.record.tables import NOT_MEASURED, Table, byte_size, duration, measured, number
 from fedsim.record.timers import top_level_seconds
 
 POINT_TITLES = {
@@ -125,7 +125,7 @@ def _speed(rows: Sequence[Row]) -> Section:
     if idle:
         lines.append(f"- idle share of the ranks while clients trained, mean over rounds: {100 * fmean(idle):.1f} %")
     if memory:
-        lines.append(f"- peak resident memory of all processes: {gibibytes(max(memory))}")
+        lines.append(f"- peak resident memory of all processes: {byte_size(max(memory))}")
     return ["\n".join(lines)] if lines else []
 
 

@@ -71,6 +71,9 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole // 60 % 60:02d} min"
 
 
-def gibibytes(num_bytes: float) -> str:
-    """Bytes as GiB."""
-    return f"{num_bytes / 2**30:.2f} GiB"
+def byte_size(num_bytes: float) -> str:
+    """Bytes in the largest unit that leaves one or more: ``512 bytes``, ``1.50 KiB``, ``96.00 MiB``, ``2.20 GiB``."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.2f} {unit}"
+    return f"{num_bytes:.0f} bytes"

@@ -21,7 +21,9 @@ def config(tmp_path: Path, *overrides: str) -> Config:
 
 
 def opened(tmp_path: Path, *overrides: str) -> RunRecord:
-    return RunRecord(config(tmp_path, *overrides), OneRank(), synchronize=False)
+    made = RunRecord(config(tmp_path, *overrides), OneRank(), synchronize=False)
+    made.claim()
+    return made
 
 
 def finish_round(record: RunRecord, round_idx: int, client_rounds: dict[int, int]) -> None:

@@ -1,0 +1,123 @@
+"""What a run will do, in words and tables: printed by ``launch/run.py --check`` before anything is computed."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from fedsim.config import Config
+from fedsim.data.prepare import PreparedData
+from fedsim.errors import ConfigError
+from fedsim.evaluate.suite import Suite
+from fedsim.parallel.planner import Plan, plan_round
+from fedsim.preflight import Preflight, cohort_size, steps_per_client
+from fedsim.record.tables import Table, byte_size
+
+_STATE_VECTORS = 3  # an adapter and at most two vectors of the server's own
+
+
+def plan_text(config: Config, data: PreparedData, suite: Suite, found: Preflight, num_ranks: int) -> str:
+    """The whole plan, ready to print."""
+    parts = [
+        _lines("Work", work(config, data, suite)),
+        _lines("Lanes", lanes(config, num_ranks)),
+        _lines("Models", models(found)),
+        f"Memory of each process, at the longest rows that the configuration allows\n{memory_table(found).plain()}",
+        _lines("Disk", disk(config, found)),
+    ]
+    tight = [need for need in found.needs if need.num_bytes > min(found.free_bytes)]
+    parts += [
+        f"Warning: {need.stage} may not fit into {byte_size(min(found.free_bytes))}; lower {need.key}" for need in tight
+    ]
+    return "\n\n".join(parts)
+
+
+def work(config: Config, data: PreparedData, suite: Suite) -> dict[str, str]:
+    """How much each stage has to do."""
+    federation, local, guard, cai = config.federation, config.local, config.guard, config.cai
+    num_rows = sum(map(len, data.shards))
+    facts = {}
+    if guard.kind == "llama_guard" and guard.tune_epochs > 0:
+        facts["guard fine-tuning"] = f"{guard.tune_epochs:g} epochs of {len(data.guard_rows):,} rows"
+    if guard.kind != "none":
+        facts["filter"] = f"{num_rows:,} rows by {guard.kind}, unsafe ones: {guard.action}"
+    if cai.iterations > 0:
+        facts["CAI conversations"] = f"{len(data.cai_rows):,} rows of three turns"
+    steps = steps_per_client(config)
+    facts["local training"] = (
+        f"{federation.num_rounds} rounds of {cohort_size(config)} client(s), {steps} steps of {local.batch_size} rows "
+        f"each: {federation.num_rounds * cohort_size(config) * steps * local.batch_size:,} rows in all"
+    )
+    if cai.iterations > 0:
+        facts["CAI"] = f"{federation.num_rounds} x {cai.iterations} iterations of {cai.batch_size} rows, SFT and DPO"
+    every, rounds = config.eval.every, federation.num_rounds
+    measured = len({rounds, *(range(every, rounds + 1, every) if every else ())})
+    points = 1 + measured * (2 if cai.iterations > 0 else 1)
+    items = ", ".join(f"{count:,} {name}" for name, count in suite.counts().items()) or "nothing"
+    facts["evaluation"] = f"{points} times {items}"
+    return facts
+
+
+def lanes(config: Config, num_ranks: int) -> dict[str, str]:
+    """How a round's clients would be placed if all were equal."""
+    num_micro_batches = -(-config.local.batch_size // config.local.micro_batch_size)
+    equal = dict.fromkeys(range(cohort_size(config)), 1)
+    plan: Plan = plan_round(equal, [1.0] * num_ranks, num_micro_batches, wide_lanes=config.parallel.wide_lanes)
+    wide = [job.width for job in plan.jobs if job.width > 1]
+    single = len(plan.jobs) - len(wide)
+    shared = f", {len(wide)} shared by {' and '.join(str(w) for w in sorted(set(wide)))} processes" if wide else ""
+    return {
+        "processes": str(num_ranks),
+        "clients of a round": f"{single} on one process each{shared}",
+        "a round takes": f"{plan.makespan_s:.3g} client times, {100 * plan.idle_share:.1f} % idle, if all are equal",
+    }
+
+
+def models(found: Preflight) -> dict[str, str]:
+    """Size of each model and its adapter."""
+    return {
+        role: f"{shape.architecture}, {shape.num_parameters:,} weights in {str(shape.dtype).removeprefix('torch.')}, "
+        f"adapter of {shape.adapter_size:,} numbers"
+        for role, shape in found.shapes.items()
+    }
+
+
+def memory_table(found: Preflight) -> Table:
+    """Need of each stage beside what the process with least has."""
+    least = min(found.free_bytes)
+    rows = [
+        [need.stage, byte_size(need.num_bytes), f"{100 * need.num_bytes / least:.3g} %", need.key]
+        for need in found.needs
+    ]
+    return Table(["stage", "at most", f"of {byte_size(least)} free", "lower it with"], rows)
+
+
+def disk(config: Config, found: Preflight) -> dict[str, str]:
+    """What checkpoints, control variates and adapters take, and what is free.
+
+    Raises:
+        ConfigError: it does not fit.
+    """
+    vector = 4 * found.shapes["model"].adapter_size
+    vectors = _STATE_VECTORS * (config.record.keep_checkpoints + 1) + 1
+    if config.federation.algorithm == "scaffold":
+        vectors += 2 * config.federation.num_clients
+    folder = _existing(Path(config.record.dir).expanduser())
+    free, needed = shutil.disk_usage(folder).free, vector * vectors
+    if needed > free:
+        raise ConfigError(
+            f"record.dir={config.record.dir!r}: the run keeps up to {byte_size(needed)} and {byte_size(free)} are free "
+            f"on the disk of {folder}; free space, or give a directory on another disk"
+        )
+    return {"checkpoints and client state": f"at most {byte_size(needed)}", "free": f"{byte_size(free)} at {folder}"}
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+
+
+def _lines(title: str, facts: Mapping[str, str]) -> str:
+    width = max(map(len, facts))
+    return "\n".join([title, *(f"  {name:<{width}}  {text}" for name, text in facts.items())])
