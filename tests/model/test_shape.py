@@ -31,7 +31,8 @@ SMALL: dict[str, Any] = {
 def test_the_8b_llama_has_the_published_sizes(tmp_path: Path) -> None:
     """8,030,261,248 weights (model card of Llama 3.1 8B); r 32 on q and v gives 13,631,488 adapter numbers."""
     LlamaConfig(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-                num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=131072).save_pretrained(tmp_path)  # fmt: skip
+                num_attention_heads=32, num_key_value_heads=8,
+                max_position_embeddings=131072).save_pretrained(tmp_path)  # fmt: skip
     shape = model_shape(
         tmp_path, LoraSettings(32, 64.0, 0.05, ("q_proj", "v_proj")), dtype="bfloat16", device=CPU, key="model.path"
     )
@@ -74,7 +75,7 @@ def test_the_tiny_models_adapter() -> None:
     [
         ("{", "guard.path"),
         ('{"model_type": "no-such-model"}', "no-such-model"),
-        ('{"model_type": "bert"}', "no causal language model"),
+        ('{"model_type": "t5"}', "no causal language model"),
     ],
 )
 def test_a_configuration_that_no_model_can_be_built_from(tmp_path: Path, text: str, words: str) -> None:

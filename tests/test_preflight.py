@@ -1,0 +1,199 @@
+"""Mistakes that are found before anything is computed, and the plan that ``--check`` prints."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from fedsim import preflight
+from fedsim.config import Config, load_config
+from fedsim.data.chat import ChatFormat
+from fedsim.data.world import square_rows
+from fedsim.errors import ConfigError, DataError, FedsimError, ModelError
+from fedsim.parallel.world import World
+from fedsim.plan import plan_text
+from fedsim.preflight import check_world_size
+from fedsim.preflight import preflight as run_preflight
+from fedsim.ranks import OneRank
+from fedsim.simulation import Simulation
+
+SMALL = Path(__file__).parent / "distributed" / "small.yaml"
+
+
+def world() -> World:
+    return World(OneRank(), torch.device("cpu"), exact=True)
+
+
+def config(*overrides: str) -> Config:
+    return load_config(SMALL, overrides)
+
+
+def error(*overrides: str) -> FedsimError:
+    """The one error of a configuration's checks."""
+    with pytest.raises(FedsimError) as caught:
+        run_preflight(config(*overrides), world())
+    assert "\n" not in str(caught.value), "an error is one line"
+    return caught.value
+
+
+@pytest.fixture()
+def model(tmp_path: Path, make_llama: Callable[..., LlamaForCausalLM], llama3_bytes_chat: ChatFormat) -> Path:
+    """A whole model directory that a test may spoil."""
+    folder = tmp_path / "model"
+    make_llama(max_position_embeddings=2048).save_pretrained(str(folder))
+    llama3_bytes_chat.tokenizer.save_pretrained(str(folder))
+    return folder
+
+
+def test_a_sound_configuration_passes(model: Path) -> None:
+    found = run_preflight(config(f"model.path={model}"), world())
+    assert set(found.shapes) == {"model", "guard"}
+    assert [need.stage for need in found.needs] == [
+        *("guard fine-tuning", "guard scoring", "local training", "CAI (DPO)", "generation")
+    ]
+    plain = run_preflight(config(f"model.path={model}", "guard.kind=none", "cai.iterations=0"), world())
+    assert set(plain.shapes) == {"model"} and len(plain.needs) == 2
+
+
+@pytest.mark.parametrize("role", ["model", "guard"])
+@pytest.mark.parametrize(
+    ("missing", "words"),
+    [("model.safetensors", "weights"), ("tokenizer.json", "tokenizer"), ("config.json", "config.json")],
+)
+def test_an_incomplete_model_directory(model: Path, role: str, missing: str, words: str) -> None:
+    (model / missing).unlink()
+    found = error(f"{role}.path={model}")
+    assert isinstance(found, ModelError)
+    assert all(part in str(found) for part in (f"{role}.path", str(model), words))
+
+
+def test_a_tokenizer_without_a_chat_template(model: Path) -> None:
+    (model / "chat_template.jinja").unlink()
+    found = error(f"model.path={model}")
+    assert isinstance(found, ModelError) and "chat template" in str(found) and "chat_template.jinja" in str(found)
+
+
+@pytest.mark.parametrize("text", ["{", '{"version": "1.0"}', ""])
+def test_a_damaged_tokenizer(model: Path, text: str) -> None:
+    (model / "tokenizer.json").write_text(text)
+    found = error(f"guard.path={model}")
+    assert isinstance(found, ModelError) and "guard.path" in str(found) and "tokenizer" in str(found)
+
+
+def test_safe_and_unsafe_that_begin_alike(
+    model: Path, make_bytes_chat: Callable[..., ChatFormat], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tokenizers import normalizers
+
+    chat = make_bytes_chat()
+    chat.tokenizer.backend_tokenizer.normalizer = normalizers.Prepend("_")  # as a tokenizer with word-start marks does
+    chat.tokenizer.save_pretrained(str(model))
+    found = error(f"guard.path={model}")
+    assert isinstance(found, ModelError)
+    assert all(part in str(found) for part in ("'safe'", "'unsafe'", "same token", "another guard"))
+    run_preflight(config(f"guard.path={model}", "guard.kind=oracle"), world())  # no guard model, no complaint
+
+
+def test_guard_prompts_that_cannot_fit_the_length(model: Path) -> None:
+    found = error(f"guard.path={model}", "guard.max_length=400")  # a byte a token: the instruction alone is longer
+    assert isinstance(found, ConfigError) and "guard.max_length=400" in str(found)
+
+
+def test_a_constitution_is_read_before_training(tmp_path: Path) -> None:
+    path = tmp_path / "constitution.json"
+    path.write_text('{"constitutions": [{"critic": "c"}]}')
+    found = error(f"cai.constitution={path}")
+    assert isinstance(found, DataError) and str(path) in str(found) and "'revision'" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "most"),
+    [
+        ((), 20),  # 5 clients of 4 micro-batches (7 rows in twos)
+        (("federation.clients_per_round=1",), 4),
+        (("parallel.wide_lanes=false",), 5),
+        (("federation.algorithm=centralised",), 4),
+        (("federation.algorithm=local", "local.micro_batch_size=7"), 1),
+    ],
+)
+def test_every_rank_must_have_a_part(overrides: tuple[str, ...], most: int) -> None:
+    made = config(*overrides)
+    check_world_size(made, most)
+    with pytest.raises(ConfigError, match=rf"{most + 1} processes: must be <= {most}\b.*start fewer"):
+        check_world_size(made, most + 1)
+
+
+def test_a_model_larger_than_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "free_memory", lambda device, num_ranks: 1_000_000)
+    found = error("model.dtype=float32")
+    assert isinstance(found, ConfigError)
+    assert all(part in str(found) for part in ("'embedded'", "1.66 MiB", "976.56 KiB", "fewer processes"))
+
+
+@pytest.fixture()
+def checked(tmp_path: Path) -> Callable[..., Simulation]:
+    """``checked(*overrides)``: a simulation on a small SQuARe file, made and checked."""
+
+    def made(*overrides: str) -> Simulation:
+        rows = square_rows()[:150]
+        (tmp_path / "square.json").write_text(json.dumps(rows), encoding="utf-8")
+        places = [f"data.square={tmp_path / 'square.json'}", f"record.dir={tmp_path / 'runs'}"]
+        simulation = Simulation(config(*places, f"record.artefacts={tmp_path / 'artefacts'}", *overrides), world())
+        simulation.check()
+        return simulation
+
+    return made
+
+
+def test_a_check_prints_the_plan_and_leaves_no_run(
+    checked: Callable[..., Simulation], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    checked("eval.every=2", "eval.hhh=")
+    shown = capsys.readouterr()
+    for words in (
+        "1 epochs of 16 rows",
+        "60 rows by llama_guard, unsafe ones: drop",
+        "12 rows of three turns",
+        "3 rounds of 5 client(s), 3 steps of 7 rows each: 315 rows in all",
+        "3 x 2 iterations of 4 rows",
+        "5 times 5 AdvBench, 5 MT-Bench",  # pretrained, rounds 2 and 3 before and after CAI
+        "LlamaForCausalLM, 435,552 weights in float32",
+    ):
+        assert words in shown.out, shown.out
+    assert "checked: nothing was trained" in shown.err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_stage_that_may_not_fit_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "free_memory", lambda device, num_ranks: 4_000_000)
+    made = config()
+    found = run_preflight(made, world())
+    data: Any = SimpleNamespace(shards=[[1]] * 6, guard_rows=[1], cai_rows=[1])
+    suite: Any = SimpleNamespace(counts=lambda: {})
+    text = plan_text(made, data, suite, found, 1)
+    (line,) = [line for line in text.splitlines() if line.startswith("Warning: generation")]
+    assert "may not fit into 3.81 MiB" in line and "eval.batch_size" in line
+
+
+def test_the_plan_of_the_papers_round_on_4_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """5 clients on 4 ranks: four alone, the fifth shared, 1.25 client times and nobody idle."""
+    from fedsim.plan import lanes
+
+    made = load_config(None, ["local.batch_size=16", "local.micro_batch_size=4"])
+    assert lanes(made, 4)["clients of a round"] == "4 on one process each, 1 shared by 4 processes"
+    assert lanes(made, 4)["a round takes"].startswith("1.25 client times, 0.0 % idle")
+    assert lanes(made, 1)["a round takes"].startswith("5 client times, 0.0 % idle")
+
+
+def test_a_disk_that_is_too_small(monkeypatch: pytest.MonkeyPatch, checked: Callable[..., Simulation]) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(ConfigError, match=r"record\.dir=.*1000 bytes are free.*another disk"):
+        checked("federation.algorithm=scaffold")
