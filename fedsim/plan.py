@@ -6,20 +6,34 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from fedsim.artefacts import file_digest
 from fedsim.config import Config
 from fedsim.data.prepare import PreparedData
 from fedsim.errors import ConfigError
 from fedsim.evaluate.suite import Suite
 from fedsim.parallel.planner import Plan, plan_round
 from fedsim.preflight import Preflight, cohort_size, steps_per_client
+from fedsim.record.sources import known_file
 from fedsim.record.tables import Table, byte_size
 
 _STATE_VECTORS = 3  # an adapter and at most two vectors of the server's own
 
 
-def plan_text(config: Config, data: PreparedData, suite: Suite, found: Preflight, num_ranks: int) -> str:
-    """The whole plan, ready to print."""
+def plan_text(
+    config: Config,
+    data: PreparedData,
+    suite: Suite,
+    inputs: Mapping[str, Path],
+    found: Preflight,
+    num_ranks: int,
+) -> str:
+    """The whole plan, ready to print.
+
+    Args:
+        inputs: the data files, by what they are.
+    """
     parts = [
+        _lines("Inputs", {name: _input(path) for name, path in inputs.items()}),
         _lines("Work", work(config, data, suite)),
         _lines("Lanes", lanes(config, num_ranks)),
         _lines("Models", models(found)),
@@ -113,11 +127,16 @@ def disk(config: Config, found: Preflight) -> dict[str, str]:
     return {"checkpoints and client state": f"at most {byte_size(needed)}", "free": f"{byte_size(free)} at {folder}"}
 
 
+def _input(path: Path) -> str:
+    known = known_file(file_digest(path))
+    return f"{path}, {byte_size(path.stat().st_size)}{f', the tested file of {known}' if known else ''}"
+
+
 def _existing(path: Path) -> Path:
     """The path, or the nearest folder above it that exists."""
     return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
 
 
 def _lines(title: str, facts: Mapping[str, str]) -> str:
-    width = max(map(len, facts))
+    width = max(map(len, facts), default=0)
     return "\n".join([title, *(f"  {name:<{width}}  {text}" for name, text in facts.items())])

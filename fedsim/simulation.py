@@ -65,8 +65,13 @@ class Simulation:
         record.header(self.world.size, self.world.device)
         record.check_directory()
         found = preflight(self.config, self.world)
-        data, suite, _ = self._read()
-        self.ranks.once(lambda: print(f"\n{plan_text(self.config, data, suite, found, self.world.size)}", flush=True))
+        data, suite, files = self._read()
+
+        def show() -> None:
+            text = plan_text(self.config, data, suite, self._inputs(data, files), found, self.world.size)
+            print(f"\n{text}", flush=True)
+
+        self.ranks.once(show)
         record.say("checked: nothing was trained")
 
     def run(self) -> None:
@@ -179,16 +184,20 @@ class Simulation:
         record = self.record
         data, suite, files = self._read()
         record.notes.extend(data.notes)
-        inputs = {"square": data.source, **files}
-        if self.config.cai.iterations > 0:
-            inputs["constitution"] = constitution_file(self.config.cai.constitution)
 
         def write() -> None:
             hashes = {name: model_digest(path) for name, path in models_in_use(self.config).items()}
-            write_manifest(record.folder, to_nested(self.config), inputs, hashes, self.world.size)
+            write_manifest(record.folder, to_nested(self.config), self._inputs(data, files), hashes, self.world.size)
 
         self.ranks.once(write)
         return data, suite
+
+    def _inputs(self, data: PreparedData, files: dict[str, Path]) -> dict[str, Path]:
+        """Every data file that the run depends on, by what it is."""
+        inputs = {"square": data.source, **files}
+        if self.config.cai.iterations > 0:
+            inputs["constitution"] = constitution_file(self.config.cai.constitution)
+        return inputs
 
     def _filter(self, data: PreparedData) -> tuple[Filtered, Filtered | None]:
         """Every client drops the rows that the guard calls unsafe (paper §4.1).

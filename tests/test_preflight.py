@@ -178,7 +178,7 @@ def test_a_stage_that_may_not_fit_is_a_warning(monkeypatch: pytest.MonkeyPatch) 
     found = run_preflight(made, world())
     data: Any = SimpleNamespace(shards=[[1]] * 6, guard_rows=[1], cai_rows=[1])
     suite: Any = SimpleNamespace(counts=lambda: {})
-    text = plan_text(made, data, suite, found, 1)
+    text = plan_text(made, data, suite, {}, found, 1)
     (line,) = [line for line in text.splitlines() if line.startswith("Warning: generation")]
     assert "may not fit into 3.81 MiB" in line and "eval.batch_size" in line
 

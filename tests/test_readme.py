@@ -11,13 +11,23 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def readme_tree() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("readme_tree", ROOT / "tools" / "readme_tree.py")
+def tool(name: str) -> ModuleType:
+    """A script of tools/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def readme_tree() -> ModuleType:
+    return tool("readme_tree")
+
+
+def test_the_table_of_sources_is_up_to_date() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert tool("readme_sources").updated(text) == text, "run: python tools/readme_sources.py"
 
 
 def test_the_tree_is_up_to_date(readme_tree: ModuleType) -> None:

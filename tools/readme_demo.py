@@ -6,20 +6,19 @@ The figures, the date, the machine and the versions come from the run directory;
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 from fedsim.config import load_config, to_flat
+from fedsim.record.blocks import replace_block
 from fedsim.record.metrics import MetricLog
 from fedsim.record.summary import arm_table, facts_from
 from fedsim.record.tables import duration
 from fedsim.record.timers import top_level_seconds
 
 ROOT = Path(__file__).parents[1]
-BEGIN, END = "<!-- demo: begin -->", "<!-- demo: end -->"
 PLOTS = ("safety.png", "helpfulness.png", "time.png")
 
 
@@ -55,12 +54,7 @@ def main() -> int:
     for name in PLOTS:
         shutil.copyfile(run / name, ROOT / "docs" / f"demo-{name}")
     readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    new, count = re.subn(rf"{BEGIN}.*{END}", lambda _: f"{BEGIN}\n{block}\n{END}", text, flags=re.DOTALL)
-    if count != 1:
-        print(f"error: README.md must hold one block between {BEGIN} and {END}, holds {count}", file=sys.stderr)
-        return 2
-    readme.write_text(new, encoding="utf-8")
+    readme.write_text(replace_block(readme.read_text(encoding="utf-8"), "demo", block), encoding="utf-8")
     return 0
 
 

@@ -7,8 +7,9 @@ import re
 import sys
 from pathlib import Path
 
+from fedsim.record.blocks import replace_block
+
 ROOT = Path(__file__).parents[1]
-BEGIN, END = "<!-- tree: begin -->", "<!-- tree: end -->"
 FOLDERS = ("launch", "configs", "fedsim", "kernels", "tools", "tests")
 WIDTH = 140
 
@@ -58,12 +59,7 @@ def updated(readme: str) -> str:
     Raises:
         ValueError: the README has not exactly one place for it.
     """
-    new, count = re.subn(
-        rf"{BEGIN}.*{END}", lambda _: f"{BEGIN}\n```text\n{tree()}\n```\n{END}", readme, flags=re.DOTALL
-    )
-    if count != 1:
-        raise ValueError(f"README.md must hold one block between {BEGIN} and {END}, holds {count}")
-    return new
+    return replace_block(readme, "tree", f"```text\n{tree()}\n```")
 
 
 def main() -> int:

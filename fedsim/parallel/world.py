@@ -26,6 +26,8 @@ from fedsim.ranks import OneRank, Ranks
 T = TypeVar("T")
 R = TypeVar("R")
 
+_GRACE_S = 3.0
+
 
 @dataclass(frozen=True)
 class Lane:
@@ -164,8 +166,8 @@ def portable(error: Exception, rank: int) -> FedsimError:
 def process_world(*, exact: bool, threads: int, timeout_s: float) -> Iterator[World]:
     """Join the processes that torchrun started (or run alone), and leave them in every case.
 
-    An error leaves on the first rank that fails. The others fail alike, or because they miss that rank: they end
-    quietly with exit status 2, so that a user reads one error, the cause.
+    An error leaves on rank 0, or on the first rank that fails alone. The others fail alike, or because they miss that
+    rank: they end quietly with exit status 2, so that a user reads one error, the cause.
 
     Args:
         exact: order-independent sums and deterministic kernels.
@@ -189,18 +191,32 @@ def process_world(*, exact: bool, threads: int, timeout_s: float) -> Iterator[Wo
     try:
         yield World(GroupRanks(), device, exact, timeout)
     except Exception as error:
-        if not _is_first_failure(store):
-            time.sleep(1.0)  # torchrun ends every rank when one exits: let the first one speak
+        if not _speaks(store, rank, size):
+            time.sleep(1.0)  # a launcher ends every rank when one exits: let the one that speaks be the first
             raise SystemExit(2) from error
         raise
     finally:
         dist.destroy_process_group()
 
 
-def _is_first_failure(store: dist.Store) -> bool:
-    """Whether no other rank has failed before; true where that cannot be asked, so that no error is lost."""
+def _speaks(store: dist.Store, rank: int, size: int) -> bool:
+    """Whether this failed rank reports its error: rank 0 where it has failed too, else the first that failed.
+
+    Ranks give each other :data:`_GRACE_S` seconds to fail. True where that cannot be asked, so that no error is lost.
+    """
+    deadline = time.monotonic() + _GRACE_S
     try:
-        return int(store.add("fedsim/failures", 1)) == 1
+        if rank == 0:
+            store.add("fedsim/rank_0_failed", 1)
+            while store.add("fedsim/asked", 0) < size - 1 and time.monotonic() < deadline:
+                time.sleep(0.02)  # rank 0 may be the one that keeps the store
+        else:
+            while store.add("fedsim/rank_0_failed", 0) == 0 and time.monotonic() < deadline:
+                time.sleep(0.02)
+            if store.add("fedsim/rank_0_failed", 0) > 0:
+                store.add("fedsim/asked", 1)
+                return False
+        return int(store.add("fedsim/spoken", 1)) == 1
     except RuntimeError:
         return True
 

@@ -1,0 +1,26 @@
+"""Write the README's table of public data sets and models: ``python tools/readme_sources.py``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from fedsim.record.blocks import replace_block
+from fedsim.record.sources import sources_table
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def updated(readme: str) -> str:
+    """The README's text with the table as it should be."""
+    return replace_block(readme, "sources", sources_table().markdown())
+
+
+def main() -> int:
+    """Rewrite the README."""
+    README.write_text(updated(README.read_text(encoding="utf-8")), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
