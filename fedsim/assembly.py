@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from fedsim.cohort import CohortRunner
 from fedsim.config import Config
 from fedsim.data.chat import ChatFormat, TokenRow, assistant_turn, user_turn
 from fedsim.data.square import SquareRow
-from fedsim.federation.algorithms import Algorithm, ServerState, build_algorithm
+from fedsim.federation.algorithms import Algorithm, ServerState
 from fedsim.federation.client_state import ClientStateStore
+from fedsim.federation.participation import Participation, can_train
+from fedsim.federation.registry import build_algorithm
 from fedsim.generate.engine import Engine
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.model.load import LoadedModel, LoraSettings, load_model
@@ -33,7 +33,8 @@ class Federation:
         trainer: takes optimizer steps on it.
         engine: generates and scores with it, over all ranks.
         algorithm: client and server rule.
-        shards: tokenised kept rows of every client.
+        participation: who trains in a round.
+        shards: tokenised kept rows of everyone who may train: of each client, or of all together.
         controls: control variates of clients.
         cohorts: trains a round's clients.
     """
@@ -43,6 +44,7 @@ class Federation:
     trainer: Trainer
     engine: Engine
     algorithm: Algorithm
+    participation: Participation
     shards: list[list[TokenRow]]
     controls: ClientStateStore
     cohorts: CohortRunner
@@ -53,15 +55,26 @@ class Federation:
         return self.loaded.chat
 
     def start(self, seed: int) -> ServerState:
-        """The state before the first round: an adapter that changes nothing, control variates of zero."""
-        adapter = self.flat.initial(seed)
-        return ServerState(adapter, torch.zeros_like(adapter) if self.algorithm.has_control else None)
+        """The state before the first round, around an adapter that changes nothing."""
+        return self.algorithm.start(self.flat.initial(seed))
 
     def to_device(self, state: ServerState) -> ServerState:
         """``state`` where the adapter lives."""
-        device = self.flat.values.device
-        control = None if state.control is None else state.control.to(device)
-        return ServerState(state.adapter.to(device), control)
+        return state.to(self.flat.values.device)
+
+    def check(self, state: ServerState) -> None:
+        """Whether a state from disk is one of this federation.
+
+        Raises:
+            CheckpointError: it is not.
+        """
+        self.algorithm.check(state, self.flat.size)
+
+    def cohort(self, round_idx: int) -> tuple[list[int], int]:
+        """Who trains in a round, and how many were drawn but sit out because they have no rows to train on."""
+        drawn = self.participation.drawn(round_idx)
+        able = [client for client in drawn if can_train(self.shards[client])]
+        return able, len(drawn) - len(able)
 
 
 def assemble(config: Config, world: World, shards: Sequence[Sequence[SquareRow]], client_state: Path) -> Federation:
@@ -78,7 +91,8 @@ def assemble(config: Config, world: World, shards: Sequence[Sequence[SquareRow]]
     local = config.local
     steps = StepSettings(local.micro_batch_size, local.max_grad_norm, local.weight_decay, config.seed)
     trainer = Trainer(loaded.base, flat, steps)
-    algorithm = build_algorithm(federation.algorithm, federation.scaffold_correction)
+    algorithm = build_algorithm(federation, config.server_optimizer)
+    participation = algorithm.participation(federation, config.seed)
     engine = Engine(
         loaded.base,
         loaded.chat,
@@ -88,11 +102,12 @@ def assemble(config: Config, world: World, shards: Sequence[Sequence[SquareRow]]
         seed=config.seed,
     )
     objective = SftObjective(loaded.chat.pad_id)
-    clients = ClientTrainer(trainer, algorithm, objective, local, federation.num_rounds, config.seed)
-    tokens = [[tokenise(loaded.chat, row, local.max_length) for row in shard] for shard in shards]
+    num_steps = participation.num_steps(local.steps)
+    clients = ClientTrainer(trainer, algorithm, objective, local, num_steps, federation.num_rounds, config.seed)
+    tokens = participation.shards([[tokenise(loaded.chat, row, local.max_length) for row in s] for s in shards])
     controls = ClientStateStore(client_state)
     cohorts = CohortRunner(world, clients, tokens, controls, wide_lanes=config.parallel.wide_lanes)
-    return Federation(loaded, flat, trainer, engine, algorithm, tokens, controls, cohorts)
+    return Federation(loaded, flat, trainer, engine, algorithm, participation, tokens, controls, cohorts)
 
 
 def tokenise(chat: ChatFormat, row: SquareRow, max_length: int) -> TokenRow:

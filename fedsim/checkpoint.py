@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from fedsim.artefacts import file_digest, sync_folder, write_json
 from fedsim.errors import CheckpointError
-from fedsim.federation.algorithms import ServerState
+from fedsim.federation.algorithms import ADAPTER, ServerState
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,12 +69,11 @@ class CheckpointStore:
     @staticmethod
     def _write(partial: Path, checkpoint: Checkpoint) -> None:
         partial.mkdir(parents=True)
-        tensors = {"adapter": checkpoint.state.adapter.detach().cpu().contiguous()}
-        if checkpoint.state.control is not None:
-            tensors["control"] = checkpoint.state.control.detach().cpu().contiguous()
+        tensors = {name: vector.detach().cpu().contiguous() for name, vector in checkpoint.state.named().items()}
         save_file(tensors, str(partial / "state.safetensors"))
         note = {
             "round_idx": checkpoint.round_idx,
+            "num_server_steps": checkpoint.state.num_steps,
             "client_rounds": {str(c): r for c, r in checkpoint.client_rounds.items()},
             "seconds_per_token": list(checkpoint.seconds_per_token),
             "files": {"state.safetensors": file_digest(partial / "state.safetensors")},
@@ -89,7 +88,8 @@ class CheckpointStore:
 
         Args:
             say: hears of damaged ones.
-            check: raises CheckpointError where something that the checkpoint names elsewhere is damaged.
+            check: raises CheckpointError where a checkpoint is whole but of no use: something that it names elsewhere
+                is damaged, or its vectors do not fit the algorithm.
 
         Raises:
             CheckpointError: there are checkpoints and all are damaged.
@@ -97,9 +97,7 @@ class CheckpointStore:
         folders = self._folders()
         for folder in reversed(folders):
             try:
-                found = _read(folder)
-                check(found)
-                return found
+                return _checked(folder, check)
             except CheckpointError as error:
                 say(f"{error}; the one before it is used")
         if folders:
@@ -130,6 +128,15 @@ class CheckpointStore:
         return sorted(self.folder.glob("round-*")) if self.folder.is_dir() else []
 
 
+def _checked(folder: Path, check: Callable[[Checkpoint], None]) -> Checkpoint:
+    found = _read(folder)
+    try:
+        check(found)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    return found
+
+
 def _read(folder: Path) -> Checkpoint:
     try:
         note = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
@@ -139,7 +146,7 @@ def _read(folder: Path) -> Checkpoint:
         tensors: dict[str, torch.Tensor] = load_file(str(folder / "state.safetensors"))
         return Checkpoint(
             int(note["round_idx"]),
-            ServerState(tensors["adapter"], tensors.get("control")),
+            ServerState(tensors.pop(ADAPTER), tensors, int(note["num_server_steps"])),
             {int(c): int(r) for c, r in note["client_rounds"].items()},
             tuple(float(s) for s in note["seconds_per_token"]),
         )

@@ -6,8 +6,6 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from fedsim.data.chat import TokenRow
 from fedsim.errors import RunError
 from fedsim.federation.algorithms import ServerState
@@ -123,7 +121,7 @@ class CohortRunner:
         """This rank's jobs in the plan's order. Every rank asks for every wide lane, in the same order."""
         lanes = {job: self.world.lane(job.first_rank, job.width) for job in plan.jobs}
         mine = [job for job in plan.jobs if self.world.rank in job.ranks]
-        steps = self.trainer.local.steps
+        steps = self.trainer.num_steps
         outcomes, reporting = [], []
         for index, job in enumerate(mine):
             done = index * steps
@@ -164,16 +162,23 @@ def learned_cost(
     return tuple(cost)
 
 
-def agreed_checksum(vector: torch.Tensor, ranks: Ranks) -> str:
-    """BLAKE2b of the vector's bytes (hex), after proof that every rank holds the same one.
+def agreed_checksums(state: ServerState, ranks: Ranks) -> dict[str, str]:
+    """BLAKE2b of each vector's bytes (hex) by the vector's name, after proof that every rank holds the same ones.
 
     Raises:
         RunError: ranks disagree.
     """
-    own = hashlib.blake2b(vector.detach().cpu().numpy().tobytes(), digest_size=16).hexdigest()
-    digests = ranks.gather(own)
-    if len(set(digests)) != 1:
-        raise RunError(f"ranks hold different global adapters (checksums {', '.join(digests)}); the run cannot go on")
+    own = {
+        name: hashlib.blake2b(vector.detach().cpu().numpy().tobytes(), digest_size=16).hexdigest()
+        for name, vector in state.named().items()
+    }
+    found = ranks.gather(own)
+    for name in own:
+        digests = [digest[name] for digest in found]
+        if len(set(digests)) != 1:
+            raise RunError(
+                f"ranks hold different vectors {name} (checksums {', '.join(digests)}); the run cannot go on"
+            )
     return own
 
 

@@ -11,12 +11,11 @@ from fedsim.config import Config
 from fedsim.data.prepare import PreparedData
 from fedsim.errors import ConfigError
 from fedsim.evaluate.suite import Suite
+from fedsim.federation.registry import build_algorithm
 from fedsim.parallel.planner import Plan, plan_round
-from fedsim.preflight import Preflight, cohort_size, steps_per_client
+from fedsim.preflight import Preflight, round_work
 from fedsim.record.sources import known_file
 from fedsim.record.tables import Table, byte_size
-
-_STATE_VECTORS = 3  # an adapter and at most two vectors of the server's own
 
 
 def plan_text(
@@ -58,10 +57,10 @@ def work(config: Config, data: PreparedData, suite: Suite) -> dict[str, str]:
         facts["filter"] = f"{num_rows:,} rows by {guard.kind}, unsafe ones: {guard.action}"
     if cai.iterations > 0:
         facts["CAI conversations"] = f"{len(data.cai_rows):,} rows of three turns"
-    steps = steps_per_client(config)
+    num_clients, steps = round_work(config)
     facts["local training"] = (
-        f"{federation.num_rounds} rounds of {cohort_size(config)} client(s), {steps} steps of {local.batch_size} rows "
-        f"each: {federation.num_rounds * cohort_size(config) * steps * local.batch_size:,} rows in all"
+        f"{federation.num_rounds} rounds of {num_clients} client(s), {steps} steps of {local.batch_size} rows "
+        f"each: {federation.num_rounds * num_clients * steps * local.batch_size:,} rows in all"
     )
     if cai.iterations > 0:
         facts["CAI"] = f"{federation.num_rounds} x {cai.iterations} iterations of {cai.batch_size} rows, SFT and DPO"
@@ -76,7 +75,7 @@ def work(config: Config, data: PreparedData, suite: Suite) -> dict[str, str]:
 def lanes(config: Config, num_ranks: int) -> dict[str, str]:
     """How a round's clients would be placed if all were equal."""
     num_micro_batches = -(-config.local.batch_size // config.local.micro_batch_size)
-    equal = dict.fromkeys(range(cohort_size(config)), 1)
+    equal = dict.fromkeys(range(round_work(config)[0]), 1)
     plan: Plan = plan_round(equal, [1.0] * num_ranks, num_micro_batches, wide_lanes=config.parallel.wide_lanes)
     wide = [job.width for job in plan.jobs if job.width > 1]
     single = len(plan.jobs) - len(wide)
@@ -114,8 +113,9 @@ def disk(config: Config, found: Preflight) -> dict[str, str]:
         ConfigError: it does not fit.
     """
     vector = 4 * found.shapes["model"].adapter_size
-    vectors = _STATE_VECTORS * (config.record.keep_checkpoints + 1) + 1
-    if config.federation.algorithm == "scaffold":
+    algorithm = build_algorithm(config.federation, config.server_optimizer)
+    vectors = (1 + len(algorithm.vector_names)) * (config.record.keep_checkpoints + 1) + 1
+    if algorithm.has_control:
         vectors += 2 * config.federation.num_clients
     folder = _existing(Path(config.record.dir).expanduser())
     free, needed = shutil.disk_usage(folder).free, vector * vectors

@@ -13,6 +13,7 @@ import torch
 
 from fedsim.config import Config
 from fedsim.errors import ConfigError
+from fedsim.federation.registry import build_algorithm
 from fedsim.model.load import LoraSettings, check_model_dir, load_chat
 from fedsim.model.memory import Need, free_memory, generation_need, training_need
 from fedsim.model.shape import ModelShape, model_shape
@@ -89,10 +90,11 @@ def check_world_size(config: Config, num_ranks: int) -> None:
     """
     local, wide = config.local, config.parallel.wide_lanes
     num_micro_batches = -(-local.batch_size // local.micro_batch_size)
-    most = useful_ranks(cohort_size(config), num_micro_batches, wide_lanes=wide)
+    num_clients, _ = round_work(config)
+    most = useful_ranks(num_clients, num_micro_batches, wide_lanes=wide)
     if num_ranks > most:
         raise ConfigError(
-            f"{num_ranks} processes: must be <= {most}, the lanes that a round of {cohort_size(config)} client(s) can "
+            f"{num_ranks} processes: must be <= {most}, the lanes that a round of {num_clients} client(s) can "
             f"use ({f'{num_micro_batches} micro-batches a client' if wide else 'parallel.wide_lanes=false'}); start "
             f"fewer, {'lower local.micro_batch_size' if wide else 'set parallel.wide_lanes=true'}, or raise "
             "federation.clients_per_round"
@@ -142,13 +144,8 @@ def memory_needs(config: Config, shapes: Mapping[str, ModelShape]) -> list[Need]
     return needs
 
 
-def steps_per_client(config: Config) -> int:
-    """Local steps of a client in a round; a centralised run takes as many as a whole cohort would."""
-    federation = config.federation
-    return config.local.steps * (federation.clients_per_round if federation.algorithm == "centralised" else 1)
-
-
-def cohort_size(config: Config) -> int:
-    """Clients that train in a round."""
-    alone = config.federation.algorithm in ("local", "centralised")
-    return 1 if alone else config.federation.clients_per_round
+def round_work(config: Config) -> tuple[int, int]:
+    """Participants of a round, and the local steps of each."""
+    algorithm = build_algorithm(config.federation, config.server_optimizer)
+    participation = algorithm.participation(config.federation, config.seed)
+    return len(participation.drawn(0)), participation.num_steps(config.local.steps)

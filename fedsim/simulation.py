@@ -12,14 +12,15 @@ from fedsim import figures
 from fedsim.artefacts import ArtefactStore
 from fedsim.assembly import Federation, assemble
 from fedsim.checkpoint import Checkpoint
-from fedsim.cohort import agreed_checksum
+from fedsim.cohort import agreed_checksums
 from fedsim.config import Config, to_nested
 from fedsim.data.prepare import PreparedData, prepare_data
 from fedsim.disk import explaining_full_disk
 from fedsim.errors import DataError
 from fedsim.evaluate.stage import load_suite, write_texts
 from fedsim.evaluate.suite import Suite, evaluate
-from fedsim.federation.sampling import cosine_by_round, sample_cohort
+from fedsim.federation.algorithms import ADAPTER
+from fedsim.federation.sampling import cosine_by_round
 from fedsim.model.load import model_digest
 from fedsim.parallel.world import World
 from fedsim.plan import plan_text
@@ -92,7 +93,7 @@ class Simulation:
         data, suite = self._data()
         filtered, untuned = self._filter(data)
         federation = self._assemble(filtered)
-        checkpoint = record.resume()
+        checkpoint = record.resume(federation.check)
         if checkpoint is None:
             state = federation.start(config.seed)
             self._record_preparation(filtered, untuned, federation)
@@ -126,10 +127,9 @@ class Simulation:
         """One round: cohort, local training, aggregation, CAI, evaluation, record, checkpoint."""
         record, settings = self.record, self.config.federation
         record.progress.round(round_idx, settings.num_rounds)
-        drawn = sample_cohort(settings.num_clients, settings.clients_per_round, round_idx, self.config.seed)
-        cohort = [client for client in drawn if federation.shards[client]]
+        cohort, num_sat_out = federation.cohort(round_idx)
         state, cost = before.state, self._cost(before)
-        metrics: dict[str, Any] = {"client/num_trained": len(cohort), "client/num_sat_out": len(drawn) - len(cohort)}
+        metrics: dict[str, Any] = {"client/num_trained": len(cohort), "client/num_sat_out": num_sat_out}
         if cohort:
             with record.phase("local training", "train", "steps") as phase:
                 work = federation.cohorts.train(cohort, round_idx, state, cost, phase.step)
@@ -159,9 +159,9 @@ class Simulation:
 
     def _close_round(self, federation: Federation, after: Checkpoint, metrics: dict[str, Any]) -> None:
         """Prove that the ranks agree, write the round's row, then the checkpoint that makes the round count."""
-        metrics["global/checksum"] = agreed_checksum(after.state.adapter, self.ranks)
-        if after.state.control is not None:
-            metrics["global/control_checksum"] = agreed_checksum(after.state.control, self.ranks)
+        checksums = agreed_checksums(after.state, self.ranks)
+        metrics["global/checksum"] = checksums.pop(ADAPTER)
+        metrics |= {f"global/{name}_checksum": digest for name, digest in checksums.items()}
         metrics["perf/peak_rss_bytes"] = sum(self.ranks.gather(figures.peak_rss_bytes()))
         self.record.append(after.round_idx, "round", metrics | self.record.timers.pop())
         self.ranks.once(lambda: self._save(federation, after))

@@ -8,36 +8,52 @@ import pytest
 import torch
 
 from fedsim.checkpoint import Checkpoint, CheckpointStore
+from fedsim.config import FederationConfig, ServerOptimizerConfig
 from fedsim.errors import CheckpointError
 from fedsim.federation.algorithms import ServerState
+from fedsim.federation.registry import build_algorithm
 
 
-def made(round_idx: int, control: bool = True) -> Checkpoint:
+def made(round_idx: int, names: tuple[str, ...] = ("control",)) -> Checkpoint:
     g = torch.Generator().manual_seed(round_idx)
-    adapter, c = torch.randn(2, 50, generator=g)
-    return Checkpoint(
-        round_idx, ServerState(adapter, c if control else None), {3: round_idx, 11: 0}, (1e-4 / 3, 2.5e-4)
-    )
+    adapter, *rest = torch.randn(1 + len(names), 50, generator=g)
+    state = ServerState(adapter, dict(zip(names, rest, strict=True)), num_steps=3 * round_idx)
+    return Checkpoint(round_idx, state, {3: round_idx, 11: 0}, (1e-4 / 3, 2.5e-4))
 
 
 def same(one: Checkpoint, two: Checkpoint | None) -> bool:
     assert two is not None
-    if one.state.control is None or two.state.control is None:
-        assert one.state.control is two.state.control is None
-    else:
-        assert torch.equal(one.state.control, two.state.control)
-    assert torch.equal(one.state.adapter, two.state.adapter)
+    first, second = one.state.named(), two.state.named()
+    assert first.keys() == second.keys() and one.state.num_steps == two.state.num_steps
+    assert all(torch.equal(vector, second[name]) for name, vector in first.items())
     facts = [(c.round_idx, dict(c.client_rounds), c.seconds_per_token) for c in (one, two)]
     return facts[0] == facts[1]
 
 
-@pytest.mark.parametrize("control", [True, False])
-def test_round_trip(tmp_path: Path, control: bool) -> None:
+@pytest.mark.parametrize("names", [(), ("control",), ("momentum", "second_moment")])
+def test_round_trip_of_whatever_vectors_there_are(tmp_path: Path, names: tuple[str, ...]) -> None:
     store = CheckpointStore(tmp_path / "checkpoints", keep=2)
     assert store.load(print) is None
-    store.save(made(0, control))
+    store.save(made(4, names))
     said: list[str] = []
-    assert same(made(0, control), store.load(said.append)) and said == []
+    assert same(made(4, names), store.load(said.append)) and said == []
+
+
+def test_one_that_does_not_fit_is_passed_over_and_named(tmp_path: Path) -> None:
+    """A whole checkpoint of another algorithm or of an adapter of another size is of no use to the run."""
+    adam = build_algorithm(FederationConfig(algorithm="fedadam"), ServerOptimizerConfig())
+    store = CheckpointStore(tmp_path, 3)
+    store.save(made(0, ("momentum", "second_moment")))
+    store.save(made(1, ("momentum",)))
+    store.save(made(2, ("momentum", "second_moment", "control")))
+    said: list[str] = []
+    found = store.load(said.append, lambda checkpoint: adam.check(checkpoint.state, 50))
+    assert same(made(0, ("momentum", "second_moment")), found)
+    assert "round-000002: the server's state has an unknown vector control; the one before it is used" in said[0]
+    assert "round-000001: the server's state lacks vector second_moment; the one before it is used" in said[1]
+    with pytest.raises(CheckpointError, match="every checkpoint is damaged"):
+        store.load(said.append, lambda checkpoint: adam.check(checkpoint.state, 51))
+    assert "vector adapter is torch.float32 [50], not torch.float32 [51]" in said[-1]
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
@@ -102,5 +118,5 @@ def test_a_save_that_was_cut_off_is_not_seen(tmp_path: Path) -> None:
     assert same(made(0), store.load(print))
     store.save(made(1))
     assert same(made(1), store.load(print)) and not partial.exists()
-    store.save(made(1, control=False))
-    assert same(made(1, control=False), store.load(print)), "a round may be saved again"
+    store.save(made(1, ()))
+    assert same(made(1, ()), store.load(print)), "a round may be saved again"

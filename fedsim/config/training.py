@@ -106,7 +106,8 @@ class ServerOptimizerConfig:
 
     variant: str = key("openfedllm", "openfedllm: as that code base computes it; reddi: as published",
                        choices=("openfedllm", "reddi"))  # fmt: skip
-    lr: float = key(1e-3, "server learning rate; not used by fedavgm in the openfedllm variant", above=0)
-    beta1: float = key(0.9, "decay of the first moment", low=0, below=1)
+    lr: float = key(1e-3, "server learning rate; fedavgm has none in the openfedllm variant, and wants about 1 in the "
+                    "reddi variant", above=0)  # fmt: skip
+    beta1: float = key(0.9, "decay of the first moment; fedadagrad has none in the openfedllm variant", low=0, below=1)
     beta2: float = key(0.99, "decay of the second moment: fedyogi, fedadam", low=0, below=1)
-    tau: float = key(1e-3, "adaptivity, added to the second moment's root", above=0)
+    tau: float = key(1e-3, "adaptivity, added to the second moment's root; that moment starts at its square", above=0)

@@ -1,17 +1,24 @@
-"""FedAvg and SCAFFOLD as pure functions on flat vectors.
+"""What a federated algorithm is, and FedAvg, as pure functions on flat vectors.
 
-An algorithm says what happens in a local step (:class:`Correction`), what a client reports beside its delta, and how
-the server turns the round's sums into the next state. Vectors are fp32 ``[size]``; sums arrive in fp64.
+An algorithm says who takes part, what happens in a local step (:class:`Correction`), what a client counts in the
+round's sums, what it reports beside its delta, and how the server turns the sums into the next state. Vectors are fp32
+``[size]``; sums arrive in fp64. The others are in ``proximal``, ``scaffold``, ``server_optimizers`` and ``baselines``;
+``registry`` builds them by name.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
-from fedsim.errors import ConfigError
+from fedsim.config import FederationConfig
+from fedsim.errors import CheckpointError
+from fedsim.federation.participation import Participation, SampledCohort
+
+ADAPTER = "adapter"
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,11 +27,23 @@ class ServerState:
 
     Attributes:
         adapter: the global adapter x.
-        control: the server's control variate c (SCAFFOLD), else None.
+        vectors: the algorithm's own vectors by name (control, momentum, second_moment), each as long as the adapter.
+        num_steps: server steps taken so far; rounds in which nobody trained do not count.
     """
 
     adapter: torch.Tensor
-    control: torch.Tensor | None = None
+    vectors: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    num_steps: int = 0
+
+    def named(self) -> dict[str, torch.Tensor]:
+        """All vectors by name, the adapter first."""
+        assert ADAPTER not in self.vectors
+        return {ADAPTER: self.adapter, **self.vectors}
+
+    def to(self, device: torch.device) -> ServerState:
+        """The same state on ``device``."""
+        vectors = {name: vector.to(device) for name, vector in self.vectors.items()}
+        return ServerState(self.adapter.to(device), vectors, self.num_steps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +52,7 @@ class RoundSums:
 
     Attributes:
         weighted_delta: Σ w_i · (y_i − x), fp64 ``[size]``.
-        weight: Σ w_i, with w_i the client's number of rows.
+        weight: Σ w_i, with w_i what the algorithm lets the client count (:meth:`Algorithm.client_weight`).
         control_delta: Σ (c_i⁺ − c_i), fp64 ``[size]``, for algorithms with control variates.
         num_clients: all clients of the federation, N.
     """
@@ -43,143 +62,96 @@ class RoundSums:
     control_delta: torch.Tensor | None
     num_clients: int
 
+    @property
+    def mean_delta(self) -> torch.Tensor:
+        """Σ w_i · (y_i − x) / Σ w_i, fp64 ``[size]``."""
+        return self.weighted_delta / self.weight
 
-class Correction(Protocol):
-    """What an algorithm does inside a local step; both may change their vector in place."""
+
+class Correction:
+    """What an algorithm does inside a local step: by default nothing. Each hook may change its vector in place."""
+
+    def on_loss_gradient(self, grad: torch.Tensor, values: torch.Tensor) -> None:
+        """Called before clipping, with the batch's gradient: a term of the loss adds its own gradient here."""
 
     def on_gradient(self, grad: torch.Tensor) -> None:
         """Called after clipping, before the optimizer."""
-        ...
 
     def on_values(self, values: torch.Tensor, lr: float) -> None:
         """Called after the optimizer."""
-        ...
 
 
-class NoCorrection:
-    """Plain local training."""
+class Algorithm(ABC):
+    """A federated optimisation algorithm.
 
-    def on_gradient(self, grad: torch.Tensor) -> None:
-        """Leaves the gradient as it is."""
+    Attributes:
+        vector_names: the server's vectors beside the adapter.
+        has_control: whether clients keep control variates.
+    """
 
-    def on_values(self, values: torch.Tensor, lr: float) -> None:
-        """Leaves the values as they are."""
-
-
-class GradientCorrection:
-    """SCAFFOLD as published: g + (c − c_i) (Karimireddy et al. 2020, algorithm 1, line 10)."""
-
-    def __init__(self, correction: torch.Tensor) -> None:
-        self.correction = correction
-
-    def on_gradient(self, grad: torch.Tensor) -> None:
-        """Adds c − c_i."""
-        grad.add_(self.correction)
-
-    def on_values(self, values: torch.Tensor, lr: float) -> None:
-        """Leaves the values as they are."""
-
-
-class ValueCorrection:
-    """SCAFFOLD as in OpenFedLLM: y ← y − lr · (c − c_i) after the optimizer's step."""
-
-    def __init__(self, correction: torch.Tensor) -> None:
-        self.correction = correction
-
-    def on_gradient(self, grad: torch.Tensor) -> None:
-        """Leaves the gradient as it is."""
-
-    def on_values(self, values: torch.Tensor, lr: float) -> None:
-        """Subtracts lr · (c − c_i)."""
-        values.sub_(self.correction, alpha=lr)
-
-
-class Algorithm(Protocol):
-    """A federated optimisation algorithm."""
-
-    has_control: bool
-
-    def correction(self, control: torch.Tensor | None, client_control: torch.Tensor | None) -> Correction:
-        """The local step's correction for a client with control variate c_i (None before its first round: zero)."""
-        ...
-
-    def client_control(
-        self, start: torch.Tensor, end: torch.Tensor, correction: torch.Tensor, num_steps: int, lr: float
-    ) -> torch.Tensor:
-        """The client's next control variate c_i⁺."""
-        ...
-
-    def server_step(self, state: ServerState, sums: RoundSums) -> ServerState:
-        """The next global state."""
-        ...
-
-
-class FedAvg:
-    """x⁺ = x + Σ w_i · delta_i / Σ w_i (McMahan et al. 2017)."""
-
+    vector_names: tuple[str, ...] = ()
     has_control = False
 
-    def correction(self, control: torch.Tensor | None, client_control: torch.Tensor | None) -> Correction:
-        """None."""
-        return NoCorrection()
+    def participation(self, federation: FederationConfig, seed: int) -> Participation:
+        """Who trains in each round, and on which rows: by default a cohort drawn anew."""
+        return SampledCohort(federation.num_clients, federation.clients_per_round, seed)
+
+    def start(self, adapter: torch.Tensor) -> ServerState:
+        """The state before the first round, around the initial adapter; the other vectors start at zero."""
+        return ServerState(adapter, {name: torch.zeros_like(adapter) for name in self.vector_names})
+
+    def check(self, state: ServerState, size: int) -> None:
+        """Whether ``state`` is one of this algorithm, for an adapter of ``size`` numbers.
+
+        Raises:
+            CheckpointError: it is not; names the vector.
+        """
+        wanted = {ADAPTER, *self.vector_names}
+        for name in sorted(wanted ^ state.named().keys()):
+            raise CheckpointError(f"the server's state {'lacks' if name in wanted else 'has an unknown'} vector {name}")
+        for name, vector in state.named().items():
+            if vector.shape != (size,) or vector.dtype != torch.float32:
+                raise CheckpointError(
+                    f"the server's vector {name} is {vector.dtype} {list(vector.shape)}, not torch.float32 [{size}]"
+                )
+
+    def client_weight(self, rows_weight: float) -> float:
+        """What a client counts in the mean of the deltas, given Σ of its rows' weights: by default just that."""
+        return rows_weight
+
+    def correction(self, state: ServerState, client_control: torch.Tensor | None) -> Correction:
+        """The algorithm's part in the local steps of a client that starts from ``state``.
+
+        Args:
+            client_control: c_i; None before the client's first round, and for algorithms without control variates.
+        """
+        return Correction()
 
     def client_control(
         self, start: torch.Tensor, end: torch.Tensor, correction: torch.Tensor, num_steps: int, lr: float
     ) -> torch.Tensor:
-        """FedAvg has no control variates."""
-        raise AssertionError("FedAvg has no control variates")
+        """The client's next control variate c_i⁺, for algorithms that have one.
+
+        Args:
+            start: the global adapter x.
+            end: the client's adapter y after ``num_steps`` steps at learning rate ``lr``.
+            correction: c − c_i.
+        """
+        raise AssertionError(f"{type(self).__name__} has no control variates")
+
+    @abstractmethod
+    def server_step(self, state: ServerState, sums: RoundSums) -> ServerState:
+        """The next global state, in new tensors. All arithmetic is in fp64; each vector is rounded once to fp32."""
+
+
+class FedAvg(Algorithm):
+    """x⁺ = x + Σ w_i · delta_i / Σ w_i (McMahan et al. 2017, arXiv 1602.05629)."""
 
     def server_step(self, state: ServerState, sums: RoundSums) -> ServerState:
         """Move by the weighted mean delta."""
-        return ServerState(moved(state.adapter, sums.weighted_delta / sums.weight), None)
-
-
-class Scaffold:
-    """SCAFFOLD with option II control variates (Karimireddy et al. 2020).
-
-    c_i⁺ = (x − y)/(K · lr) − (c − c_i); c⁺ = c + Σ (c_i⁺ − c_i) / N, uniform over all N clients; the model moves by the
-    mean delta weighted by rows (as OpenFedLLM does).
-
-    Args:
-        variant: "openfedllm" corrects the values after the optimizer's step, "gradient" the gradient before it.
-    """
-
-    has_control = True
-
-    def __init__(self, variant: str) -> None:
-        if variant not in ("openfedllm", "gradient"):
-            raise ConfigError(f"federation.scaffold_correction={variant!r}: must be openfedllm or gradient")
-        self.variant = variant
-
-    def correction(self, control: torch.Tensor | None, client_control: torch.Tensor | None) -> Correction:
-        """c − c_i, applied where the variant says."""
-        assert control is not None
-        difference = control if client_control is None else control - client_control
-        return GradientCorrection(difference) if self.variant == "gradient" else ValueCorrection(difference)
-
-    def client_control(
-        self, start: torch.Tensor, end: torch.Tensor, correction: torch.Tensor, num_steps: int, lr: float
-    ) -> torch.Tensor:
-        """c_i⁺ = (x − y)/(K · lr) − (c − c_i), formed in fp64."""
-        estimate = (start.double() - end.double()) / (num_steps * lr)
-        return (estimate - correction.double()).float()
-
-    def server_step(self, state: ServerState, sums: RoundSums) -> ServerState:
-        """Move the adapter by the weighted mean delta and c by the uniform mean of all clients' changes."""
-        assert state.control is not None and sums.control_delta is not None
-        adapter = moved(state.adapter, sums.weighted_delta / sums.weight)
-        return ServerState(adapter, moved(state.control, sums.control_delta / sums.num_clients))
+        return ServerState(moved(state.adapter, sums.mean_delta), num_steps=state.num_steps + 1)
 
 
 def moved(vector: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
     """``vector + by``, formed in fp64 and rounded once to fp32."""
     return (vector.double() + by).float()
-
-
-def build_algorithm(name: str, scaffold_variant: str) -> Algorithm:
-    """The algorithm that ``federation.algorithm`` names."""
-    if name == "fedavg":
-        return FedAvg()
-    if name == "scaffold":
-        return Scaffold(scaffold_variant)
-    raise ConfigError(f"federation.algorithm={name!r}: must be fedavg or scaffold")

@@ -13,7 +13,8 @@ class ClientOutcome:
 
     Attributes:
         client: its id.
-        num_rows: rows it holds after the filter: its weight.
+        num_rows: rows it holds after the filter.
+        weight: what it counts in the mean of the deltas (:meth:`Algorithm.client_weight`).
         delta: client adapter − global adapter, fp32 ``[size]``.
         control: c_i⁺, or None.
         control_delta: c_i⁺ − c_i, or None.
@@ -25,6 +26,7 @@ class ClientOutcome:
 
     client: int
     num_rows: int
+    weight: float
     delta: torch.Tensor
     control: torch.Tensor | None
     control_delta: torch.Tensor | None

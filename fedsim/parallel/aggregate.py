@@ -16,7 +16,7 @@ from fedsim.federation.outcome import ClientOutcome
 from fedsim.parallel.sums import Summer
 from fedsim.ranks import Term
 
-_CLIENT_FIELDS = ("num_rows", "loss", "first_loss", "num_tokens")
+_CLIENT_FIELDS = ("num_rows", "weight", "loss", "first_loss", "num_tokens")
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class ClientReport:
 
     client: int
     num_rows: int
+    weight: float
     loss: float
     first_loss: float
     num_tokens: int
@@ -69,7 +70,7 @@ def aggregate(
         size: length of the adapter.
         num_clients: clients of the federation, N.
     """
-    deltas = [Term(o.delta, float(o.num_rows)) for o in reporting]
+    deltas = [Term(o.delta, o.weight) for o in reporting]
     controls = [Term(o.control_delta) for o in reporting if o.control_delta is not None]
     table = torch.zeros(len(cohort), len(_CLIENT_FIELDS), dtype=torch.float64, device=device)
     for outcome in reporting:
@@ -86,9 +87,8 @@ def aggregate(
     delta, control, *rest = summer.sum(segments, sizes, count=len(cohort))
     figures = [column.tolist() for column in rest]
     clients = [
-        ClientReport(client, int(rows), loss, first, int(tokens))
-        for client, rows, loss, first, tokens in zip(cohort, *figures[:4], strict=True)
+        ClientReport(client, int(rows), weight, loss, first, int(tokens))
+        for client, rows, weight, loss, first, tokens in zip(cohort, *figures[:-2], strict=True)
     ]
-    weight = float(sum(c.num_rows for c in clients))
-    sums = RoundSums(delta, weight, control if has_control else None, num_clients)
-    return Aggregated(sums, clients, figures[4], figures[5])
+    sums = RoundSums(delta, sum(c.weight for c in clients), control if has_control else None, num_clients)
+    return Aggregated(sums, clients, figures[-2], figures[-1])

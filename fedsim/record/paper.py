@@ -15,6 +15,19 @@ Aggregation = Literal["fedavg", "scaffold"]
 
 PRETRAINED = "pretrained"
 
+#: Values of ``federation.algorithm`` as their papers write them.
+ALGORITHM_NAMES = {
+    "fedavg": "FedAvg",
+    "fedprox": "FedProx",
+    "fedavgm": "FedAvgM",
+    "fedadagrad": "FedAdagrad",
+    "fedyogi": "FedYogi",
+    "fedadam": "FedAdam",
+    "scaffold": "SCAFFOLD",
+    "local": "local",
+    "centralised": "centralised",
+}
+
 
 @dataclass(frozen=True)
 class SafetyRow:
@@ -100,8 +113,7 @@ def method_name(filtered: bool, cai: bool) -> str:
 
 def arm_name(aggregation: str, filtered: bool, cai: bool) -> str:
     """Aggregation and method, such as ``FedAvg, FL + filter + CAI``."""
-    names = {"fedavg": "FedAvg", "scaffold": "SCAFFOLD"}
-    return f"{names.get(aggregation, aggregation)}, {method_name(filtered, cai)}"
+    return f"{ALGORITHM_NAMES[aggregation]}, {method_name(filtered, cai)}"
 
 
 def paper_row(aggregation: str, filtered: bool, cai: bool) -> SafetyRow | None:

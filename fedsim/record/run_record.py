@@ -8,7 +8,7 @@ from __future__ import annotations
 import fcntl
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -20,7 +20,9 @@ import fedsim
 from fedsim.checkpoint import Checkpoint, CheckpointStore
 from fedsim.config import Config, load_config, to_flat, to_nested
 from fedsim.errors import CheckpointError, ConfigError
+from fedsim.federation.algorithms import ServerState
 from fedsim.federation.client_state import ClientStateStore
+from fedsim.federation.registry import build_algorithm
 from fedsim.ranks import Ranks
 from fedsim.record.metrics import MetricLog
 from fedsim.record.paper import arm_name
@@ -70,9 +72,13 @@ class RunRecord:
         """
         self.ranks.once(self._check_directory)
 
-    def resume(self) -> Checkpoint | None:
-        """The last whole checkpoint, the same on every rank; metric rows after it are dropped."""
-        newest = self.ranks.once(self._newest)
+    def resume(self, check: Callable[[ServerState], None]) -> Checkpoint | None:
+        """The last whole checkpoint, the same on every rank; metric rows after it are dropped.
+
+        Args:
+            check: raises CheckpointError for a state that the run cannot go on from.
+        """
+        newest = self.ranks.once(lambda: self._newest(check))
         if newest is None:
             return None
         return self.checkpoints.read(newest)
@@ -91,11 +97,12 @@ class RunRecord:
     def header(self, num_ranks: int, device: torch.device) -> None:
         """What runs, where, before anything happens."""
         config = self.config
+        who = build_algorithm(config.federation, config.server_optimizer).participation(config.federation, config.seed)
         facts = {
             "arm": arm_name(config.federation.algorithm, config.guard.kind != "none", config.cai.iterations > 0),
             "model": config.model.path,
-            "clients": f"{config.federation.clients_per_round} of {config.federation.num_clients} a round",
-            "schedule": f"{config.federation.num_rounds} rounds x {config.local.steps} local steps",
+            "clients": who.words(),
+            "schedule": f"{config.federation.num_rounds} rounds x {who.num_steps(config.local.steps)} local steps",
             "processes": f"{num_ranks} on {device.type}, {config.parallel.threads} thread(s) each",
             "sums": "exact (bit-identical for any number of processes)" if config.parallel.exact else "floating point",
             "directory": str(self.folder),
@@ -164,11 +171,12 @@ class RunRecord:
                 "another name (name=...), or remove the directory"
             )
 
-    def _check_clients(self, checkpoint: Checkpoint) -> None:
-        ClientStateStore(self.client_state).check(checkpoint.client_rounds)
+    def _newest(self, check: Callable[[ServerState], None]) -> int | None:
+        def check_all(checkpoint: Checkpoint) -> None:
+            check(checkpoint.state)
+            ClientStateStore(self.client_state).check(checkpoint.client_rounds)
 
-    def _newest(self) -> int | None:
-        checkpoint = self.checkpoints.load(self.say, self._check_clients)
+        checkpoint = self.checkpoints.load(self.say, check_all)
         # The pretrained model's row has round −1 and is written anew when nothing was finished.
         MetricLog(self.metrics_file).truncate_after(-2 if checkpoint is None else checkpoint.round_idx)
         return None if checkpoint is None else checkpoint.round_idx

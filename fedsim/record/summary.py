@@ -46,7 +46,7 @@ class RunFacts:
 
     Attributes:
         name: the run's name.
-        algorithm: ``fedavg`` or ``scaffold``.
+        algorithm: ``federation.algorithm``.
         guard: kind of the filter, ``none`` without.
         cai: whether CAI ran.
         embedded_model: the model is the tiny one that ships with fedsim.

@@ -12,6 +12,7 @@ from fedsim.data.chat import TokenRow
 from fedsim.federation.algorithms import Algorithm, ServerState
 from fedsim.federation.outcome import ClientOutcome
 from fedsim.federation.sampling import cosine_by_round, sample_rows
+from fedsim.federation.scaffold import CONTROL
 from fedsim.ranks import Lane
 from fedsim.train.loop import Trainer, TrainingPlan
 from fedsim.train.objectives import SftObjective
@@ -24,6 +25,7 @@ class ClientTrainer:
         trainer: model, flat adapter and optimizer.
         algorithm: the federated algorithm.
         local: the local-training configuration.
+        num_steps: optimizer steps of a client in a round.
         num_rounds: length of the run, for the learning rate.
         seed: the run's seed.
     """
@@ -34,6 +36,7 @@ class ClientTrainer:
         algorithm: Algorithm,
         objective: SftObjective,
         local: LocalConfig,
+        num_steps: int,
         num_rounds: int,
         seed: int,
     ) -> None:
@@ -41,13 +44,14 @@ class ClientTrainer:
         self.algorithm = algorithm
         self.objective = objective
         self.local = local
+        self.num_steps = num_steps
         self.num_rounds = num_rounds
         self.seed = seed
 
     def batches(self, client: int, rows: Sequence[TokenRow], round_idx: int) -> list[list[TokenRow]]:
         """The rows of each local step."""
         size = self.local.batch_size
-        drawn = sample_rows(len(rows), self.local.steps * size, round_idx, client, self.seed)
+        drawn = sample_rows(len(rows), self.num_steps * size, round_idx, client, self.seed)
         return [[rows[i] for i in drawn[start : start + size]] for start in range(0, len(drawn), size)]
 
     def num_tokens(self, client: int, rows: Sequence[TokenRow], round_idx: int) -> int:
@@ -76,20 +80,21 @@ class ClientTrainer:
             lr=lambda step: lr,
             key=("local", round_idx, client),
             what=f"client {client}, round {round_idx + 1}",
-            correction=self.algorithm.correction(state.control, client_control),
+            correction=self.algorithm.correction(state, client_control),
         )
         stats = self.trainer.run(plan, self.objective, lane, on_step)
         control = control_delta = None
         if self.algorithm.has_control:
-            assert state.control is not None
-            previous = torch.zeros_like(state.control) if client_control is None else client_control
+            known = state.vectors[CONTROL]
+            previous = torch.zeros_like(known) if client_control is None else client_control
             control = self.algorithm.client_control(
-                state.adapter, adapter.values, state.control - previous, len(plan.batches), lr
+                state.adapter, adapter.values, known - previous, len(plan.batches), lr
             )
             control_delta = control - previous
         return ClientOutcome(
             client=client,
             num_rows=len(rows),
+            weight=self.algorithm.client_weight(sum(row.weight for row in rows)),
             delta=adapter.values - state.adapter,
             control=control,
             control_delta=control_delta,

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from fedsim import keys
 from fedsim.errors import RunError
-from fedsim.federation.algorithms import Correction, NoCorrection
+from fedsim.federation.algorithms import Correction
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.ranks import Lane, Term
 from fedsim.train.objectives import Objective
@@ -55,7 +55,7 @@ class TrainingPlan(Generic[Item]):
     batches: Sequence[Sequence[Item]]
     lr: Callable[[int], float]
     key: tuple[keys.KeyPart, ...]
-    correction: Correction = field(default_factory=NoCorrection)
+    correction: Correction = field(default_factory=Correction)
     what: str = "training"
 
 
@@ -143,6 +143,7 @@ class Trainer:
         sizes = [grad.numel(), 1 + len(objective.stat_names)]
         total_grad, total_stats = lane.summer.sum([gradients, stats], sizes, count)
         grad.copy_(total_grad)
+        plan.correction.on_loss_gradient(grad, self.adapter.values)
         norm = torch.linalg.vector_norm(grad)
         if self.settings.max_grad_norm > 0:
             grad.mul_((self.settings.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))

@@ -31,6 +31,7 @@ def outcome(seed: int, client: int, has_control: bool) -> ClientOutcome:
     return ClientOutcome(
         client=client,
         num_rows=HELD[client],
+        weight=float(HELD[client]),
         delta=vector(seed, client, "delta"),
         control=control,
         control_delta=control,

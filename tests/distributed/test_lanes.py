@@ -87,10 +87,9 @@ def train_cohorts(
             federation.controls.advance(cohort, round_idx)
             widths.extend(job.width for job in work.plan.jobs)
         world.ranks.gather(None)
-        assert state.control is not None
         return {
             "adapter": state.adapter.numpy().tobytes(),
-            "control": state.control.numpy().tobytes(),
+            "control": state.vectors["control"].numpy().tobytes(),
             "client_state": {p.name: file_digest(p) for p in sorted(Path(folder, "client_state").iterdir())},
             "losses": [c.loss for c in result.aggregated.clients],
             "widths": widths,

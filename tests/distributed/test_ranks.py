@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fedsim.cohort import agreed_checksum
+from fedsim.cohort import agreed_checksums
 from fedsim.errors import DataError, FedsimError, RunError
+from fedsim.federation.algorithms import ServerState
 from fedsim.parallel.world import World, process_world
 
 SIZES = (1, 2, 3, 4)
@@ -142,22 +143,26 @@ def test_of_ranks_that_fail_alike_one_speaks(pool: Any) -> None:
 
 
 def checksums(changed_rank: int, bit: int) -> tuple[Any, Any]:
-    """The checksum of one vector on all ranks, and what happens if one rank's differs in one bit."""
+    """The checksums of a state on all ranks, and what happens if one rank's momentum differs in one bit."""
     with joined() as world:
         vector = torch.linspace(-1.0, 1.0, 1000)
-        agreed = agreed_checksum(vector, world.ranks)
+        state = ServerState(vector.clone(), {"momentum": vector, "second_moment": vector + 1})
+        agreed = agreed_checksums(state, world.ranks)
         if world.rank == changed_rank:
             vector.view(torch.int32)[617] ^= 1 << bit
-        return agreed, caught(lambda: agreed_checksum(vector, world.ranks))
+        return agreed, caught(lambda: agreed_checksums(state, world.ranks))
 
 
 @pytest.mark.parametrize("changed_rank", [0, 3])
-def test_ranks_with_different_adapters_stop_the_run(pool: Any, changed_rank: int) -> None:
+def test_ranks_with_different_states_stop_the_run(pool: Any, changed_rank: int) -> None:
     found = pool.run(4, checksums, changed_rank, 0)
-    assert len({agreed for agreed, _ in found}) == 1
+    agreed = found[0][0]
+    assert agreed.keys() == {"adapter", "momentum", "second_moment"}
+    assert agreed["adapter"] == agreed["momentum"] != agreed["second_moment"]
+    assert all(other == agreed for other, _ in found)
     for _, error in found:
         assert error is not None and error[0] == "RunError"
-        assert "ranks hold different global adapters" in error[1]
+        assert "ranks hold different vectors momentum" in error[1]
 
 
 def lanes_of(world: World) -> list[float]:

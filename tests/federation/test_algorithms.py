@@ -1,159 +1,46 @@
-"""FedAvg and SCAFFOLD: the two-quadratic oracle in closed form, and the update formulas on random vectors."""
+"""FedAvg against its closed form on quadratics, and what a server state must be."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
-from fedsim.errors import ConfigError
-from fedsim.federation.algorithms import (
-    Algorithm,
-    FedAvg,
-    GradientCorrection,
-    NoCorrection,
-    RoundSums,
-    Scaffold,
-    ServerState,
-    ValueCorrection,
-    build_algorithm,
-)
+from fedsim.errors import CheckpointError
+from fedsim.federation.algorithms import Correction, FedAvg, RoundSums, ServerState
 
-# Two clients f_i(w) = a_i/2 (w − b_i)², K local SGD steps.
-A, B, START, STEPS, LR = (1.0, 3.0), (0.0, 1.0), 2.0, 5, 0.05
+Vectors = Callable[..., list[torch.Tensor]]
 
 
-def run_quadratics(algorithm: Algorithm, num_rounds: int) -> tuple[float, list[float], list[float]]:
-    """Global w after each round, and the clients' control variates, through the algorithm's own rules."""
-    zero = torch.zeros(1)
-    state = ServerState(torch.tensor([START]), zero.clone() if algorithm.has_control else None)
-    controls: list[torch.Tensor | None] = [None, None]
-    path = []
-    for _ in range(num_rounds):
-        weighted, control_delta = zero.double(), zero.double()
-        for i, (a, b) in enumerate(zip(A, B, strict=True)):
-            correction = algorithm.correction(state.control, controls[i])
-            values = state.adapter.clone()
-            for _ in range(STEPS):
-                grad = a * (values - b)
-                correction.on_gradient(grad)
-                values -= LR * grad
-                correction.on_values(values, LR)
-            weighted = weighted + (values - state.adapter).double()
-            if algorithm.has_control:
-                assert state.control is not None
-                old = zero if controls[i] is None else controls[i]
-                new = algorithm.client_control(state.adapter, values, state.control - old, STEPS, LR)
-                control_delta = control_delta + (new - old).double()
-                controls[i] = new
-        sums = RoundSums(weighted, 2.0, control_delta if algorithm.has_control else None, 2)
-        state = algorithm.server_step(state, sums)
-        path.append(float(state.adapter))
-    return path[-1], [0.0 if c is None else float(c) for c in controls], path
-
-
-def fedavg_fixed_point() -> float:
-    """y_i = b_i + ρ_i (x − b_i) with ρ_i = (1 − lr·a_i)^K; x = mean y_i gives x = Σ(1 − ρ_i) b_i / Σ(1 − ρ_i)."""
-    pulls = [1 - (1 - LR * a) ** STEPS for a in A]
-    return sum(p * b for p, b in zip(pulls, B, strict=True)) / sum(pulls)
-
-
-OPTIMUM = sum(a * b for a, b in zip(A, B, strict=True)) / sum(A)
-
-
-def test_fedavg_stalls_at_its_fixed_point() -> None:
-    w, _, path = run_quadratics(FedAvg(), 100)
-    assert w == pytest.approx(fedavg_fixed_point(), abs=1e-6)
-    assert round(w, 3) == 0.711 and abs(w - OPTIMUM) > 0.03
-    want = START
+def test_fedavg_stalls_at_its_fixed_point(quadratics: Any) -> None:
+    problem = quadratics()
+    path = problem.run(FedAvg(), 100).values
+    assert path[-1] == pytest.approx(problem.fedavg_fixed_point(), abs=1e-6)
+    assert round(path[-1], 3) == 0.711 and abs(path[-1] - problem.optimum) > 0.03
+    want = problem.start
     for found in path[:10]:
-        want = sum(b + (1 - LR * a) ** STEPS * (want - b) for a, b in zip(A, B, strict=True)) / 2
+        want += sum(p * (b - want) for p, b in zip(problem.pulls, problem.b, strict=True)) / 2
         assert found == pytest.approx(want, abs=1e-5), "every round equals the closed form"
 
 
-@pytest.mark.parametrize("variant", ["gradient", "openfedllm"])
-def test_scaffold_reaches_the_optimum(variant: str) -> None:
-    """With plain SGD both variants take the same step, y − lr (g + c − c_i)."""
-    w, controls, _ = run_quadratics(Scaffold(variant), 100)
-    assert OPTIMUM == 0.75
-    assert w == pytest.approx(0.75, abs=1e-5)
-    assert controls == pytest.approx([a * (0.75 - b) for a, b in zip(A, B, strict=True)], abs=1e-4)
-    assert controls == pytest.approx([0.75, -0.75], abs=1e-4)
+def test_clients_count_by_their_weight(quadratics: Any) -> None:
+    """A client of weight 0.25 beside one of 1.5 is a client of one row beside one of six."""
+    few = quadratics(rows=(0.25, 1.5)).run(FedAvg(), 20).values
+    assert few == quadratics(rows=(1.0, 6.0)).run(FedAvg(), 20).values
+    assert few != quadratics().run(FedAvg(), 20).values
 
 
-def vectors(num: int, seed: int = 0, size: int = 1000) -> list[torch.Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    return [torch.randn(size, generator=g) for _ in range(num)]
-
-
-@pytest.mark.parametrize("name", ["fedavg", "scaffold"])
-def test_model_moves_by_the_mean_weighted_by_rows(name: str) -> None:
-    x, c, *rest = vectors(8)
-    ys, deltas_c = rest[:3], rest[3:]
+def test_the_model_moves_by_the_weighted_mean(vectors: Vectors) -> None:
+    x, *ys = vectors(4)
     rows = [10, 300, 45]
     weighted = sum(n * (y.double() - x.double()) for n, y in zip(rows, ys, strict=True))
-    changes = sum(d.double() for d in deltas_c)
-    algorithm = build_algorithm(name, "openfedllm")
-    control = c if algorithm.has_control else None
-    state = algorithm.server_step(
-        ServerState(x, control), RoundSums(weighted, 355.0, changes if algorithm.has_control else None, 20)
-    )
+    state = FedAvg().server_step(ServerState(x, num_steps=3), RoundSums(weighted, 355.0, None, 20))
     want = sum(n * y.double() for n, y in zip(rows, ys, strict=True)) / 355
-    assert state.adapter.dtype == torch.float32
+    assert state.adapter.dtype == torch.float32 and not state.vectors and state.num_steps == 4
     torch.testing.assert_close(state.adapter.double(), want, rtol=1e-6, atol=1e-7)
-    if algorithm.has_control:
-        assert state.control is not None
-        torch.testing.assert_close(state.control.double(), c.double() + changes / 20, rtol=1e-6, atol=1e-7)
-    else:
-        assert state.control is None
-
-
-def test_client_control_is_option_two() -> None:
-    x, y, c, c_i = vectors(4)
-    steps, lr = 25, 3e-5
-    got = Scaffold("openfedllm").client_control(x, y, c - c_i, steps, lr)
-    want = (x.double() - y.double()) / (steps * lr) - (c - c_i).double()
-    assert got.dtype == torch.float32
-    torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0)
-
-
-def test_option_two_under_sgd_is_the_mean_gradient() -> None:
-    """y = x − lr Σ (g_k + c − c_i) gives c_i⁺ = mean g_k, whatever c and c_i were."""
-    c, c_i, x, *grads = vectors(8)
-    y = x.double()
-    for g in grads:
-        y = y - 0.1 * (g + c - c_i).double()
-    got = Scaffold("gradient").client_control(x, y.float(), c - c_i, len(grads), 0.1)
-    torch.testing.assert_close(got, torch.stack(grads).mean(0), rtol=1e-4, atol=1e-5)
-
-
-def test_corrections_act_where_their_variant_says() -> None:
-    c, c_i, start = vectors(3)
-    for variant, kind in (("gradient", GradientCorrection), ("openfedllm", ValueCorrection)):
-        correction = Scaffold(variant).correction(c, c_i)
-        assert isinstance(correction, kind)
-        grad, values = start.clone(), start.clone()
-        correction.on_gradient(grad)
-        correction.on_values(values, 0.01)
-        want_grad = start + (c - c_i) if variant == "gradient" else start
-        want_values = start if variant == "gradient" else start - 0.01 * (c - c_i)
-        torch.testing.assert_close(grad, want_grad, rtol=1e-6, atol=1e-7)
-        torch.testing.assert_close(values, want_values, rtol=1e-6, atol=1e-7)
-    assert isinstance(FedAvg().correction(None, None), NoCorrection)
-
-
-def test_a_new_client_has_a_zero_control_variate() -> None:
-    (c,) = vectors(1)
-    correction = Scaffold("gradient").correction(c, None)
-    grad = torch.zeros_like(c)
-    correction.on_gradient(grad)
-    assert torch.equal(grad, c)
-
-
-def test_states_are_not_changed_in_place() -> None:
-    x, c, d = vectors(3)
-    before = (x.clone(), c.clone())
-    Scaffold("gradient").server_step(ServerState(x, c), RoundSums(d.double(), 2.0, d.double(), 5))
-    assert torch.equal(x, before[0]) and torch.equal(c, before[1])
 
 
 def test_small_moves_are_rounded_once() -> None:
@@ -164,8 +51,42 @@ def test_small_moves_are_rounded_once() -> None:
     assert float(state.adapter) == 1 + 2.0**-23
 
 
-def test_unknown_names_are_errors() -> None:
-    with pytest.raises(ConfigError, match=r"federation\.algorithm='fedprox': must be fedavg or scaffold"):
-        build_algorithm("fedprox", "gradient")
-    with pytest.raises(ConfigError, match=r"federation\.scaffold_correction='x': must be openfedllm or gradient"):
-        build_algorithm("scaffold", "x")
+def test_plain_training_is_not_corrected(vectors: Vectors) -> None:
+    (x,) = vectors(1)
+    correction = FedAvg().correction(ServerState(x), None)
+    assert type(correction) is Correction
+    grad, values = x.clone(), x.clone()
+    correction.on_loss_gradient(grad, values)
+    correction.on_gradient(grad)
+    correction.on_values(values, 0.1)
+    assert torch.equal(grad, x) and torch.equal(values, x)
+
+
+def test_a_state_moves_as_one(vectors: Vectors) -> None:
+    x, m = vectors(2)
+    state = ServerState(x, {"momentum": m}, 7).to(torch.device("meta"))
+    assert {v.device.type for v in state.named().values()} == {"meta"} and state.num_steps == 7
+    aligned = replace(ServerState(x, {"momentum": m}, 7), adapter=m)
+    assert list(aligned.named()) == ["adapter", "momentum"] and aligned.num_steps == 7
+
+
+@pytest.mark.parametrize(
+    ("vectors_of", "message"),
+    [
+        ({}, "lacks vector momentum"),
+        ({"momentum": torch.zeros(5), "control": torch.zeros(5)}, "has an unknown vector control"),
+        ({"momentum": torch.zeros(6)}, r"vector momentum is torch\.float32 \[6\], not torch\.float32 \[5\]"),
+        ({"momentum": torch.zeros(5, dtype=torch.float64)}, r"vector momentum is torch\.float64 \[5\]"),
+        ({"momentum": torch.zeros(1, 5)}, r"vector momentum is torch\.float32 \[1, 5\]"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_named(vectors_of: dict[str, torch.Tensor], message: str) -> None:
+    class WithMomentum(FedAvg):
+        vector_names = ("momentum",)
+
+    algorithm = WithMomentum()
+    algorithm.check(algorithm.start(torch.zeros(5)), 5)
+    with pytest.raises(CheckpointError, match=message):
+        algorithm.check(ServerState(torch.zeros(5), vectors_of), 5)
+    with pytest.raises(CheckpointError, match=r"vector adapter is torch\.float32 \[5\], not torch\.float32 \[4\]"):
+        FedAvg().check(ServerState(torch.zeros(5)), 4)

@@ -12,11 +12,12 @@ from fedsim.parallel.sums import Summer
 SIZE = 7
 
 
-def outcome(client: int, num_rows: int, control: bool = True) -> ClientOutcome:
+def outcome(client: int, num_rows: int, control: bool = True, weight: float | None = None) -> ClientOutcome:
     g = torch.Generator().manual_seed(client)
     delta, c, d = torch.randn(3, SIZE, generator=g)
+    counts = float(num_rows) if weight is None else weight
     return ClientOutcome(
-        client, num_rows, delta, c if control else None, d if control else None,
+        client, num_rows, counts, delta, c if control else None, d if control else None,
         loss=0.5 * client, first_loss=1.0 + client, num_tokens=100 * client + 7, seconds=2.0 + client,
     )  # fmt: skip
 
@@ -44,6 +45,18 @@ def test_sums_and_reports(exact: bool, control: bool) -> None:
         (2, 11, 1.0, 3.0, 207), (5, 0, 2.5, 6.0, 507), (9, 30, 4.5, 10.0, 907),
     ]  # fmt: skip
     assert got.busy_s == [22.0] and got.busy_tokens == [1621.0]
+
+
+def test_deltas_are_weighted_by_the_outcomes_weight_not_its_rows() -> None:
+    outcomes = [outcome(0, 30, weight=2.5), outcome(1, 9, weight=8.75), outcome(2, 4, weight=0.125)]
+    got = aggregate(
+        outcomes, outcomes, [0, 1, 2], size=SIZE, has_control=True, num_clients=3, summer=Summer(None, exact=True),
+        rank=0, world_size=1, device=torch.device("cpu"),
+    )  # fmt: skip
+    want = sum(o.weight * o.delta.double() for o in outcomes) / (2.5 + 8.75 + 0.125)
+    torch.testing.assert_close(got.sums.mean_delta, want, rtol=0, atol=1e-13)
+    assert got.sums.weight == 11.375
+    assert [(c.num_rows, c.weight) for c in got.clients] == [(30, 2.5), (9, 8.75), (4, 0.125)]
 
 
 def test_a_member_counts_its_time_but_reports_only_its_own_clients() -> None:

@@ -94,7 +94,7 @@ def test_an_arm_that_the_paper_did_not_run_has_no_paper_row(make_run: MakeRun, f
         "pretrained",
         "– in the paper",
         "round 8, before CAI",
-        "fedprox, FL + filter + CAI",
+        "FedProx, FL + filter + CAI",
     ]
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from fedsim.config import LocalConfig
+from fedsim.config import LocalConfig, ServerOptimizerConfig
 from fedsim.data.chat import TokenRow
-from fedsim.federation.algorithms import FedAvg, Scaffold, ServerState
+from fedsim.federation.algorithms import FedAvg, ServerState
 from fedsim.federation.outcome import ClientOutcome
+from fedsim.federation.proximal import FedProx
 from fedsim.federation.sampling import cosine_by_round, sample_rows
+from fedsim.federation.scaffold import CONTROL, Scaffold
+from fedsim.federation.server_optimizers import FedAdam, FedAvgM
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.model.load import LoadedModel
 from fedsim.train.client import ClientTrainer
@@ -24,14 +28,14 @@ Rows = Callable[..., list[TokenRow]]
 LOCAL = LocalConfig(steps=3, batch_size=4, micro_batch_size=2, lr=1e-3, lr_min=1e-4)
 
 
-def client_trainer(made: tuple[LoadedModel, FlatAdapter], algorithm: Any) -> ClientTrainer:
+def client_trainer(made: tuple[LoadedModel, FlatAdapter], algorithm: Any, num_steps: int = 3) -> ClientTrainer:
     trainer = Trainer(made[0].base, made[1], StepSettings(2, 1.0, 0.0, 7))
-    return ClientTrainer(trainer, algorithm, SftObjective(260), LOCAL, num_rounds=10, seed=7)
+    return ClientTrainer(trainer, algorithm, SftObjective(260), LOCAL, num_steps, num_rounds=10, seed=7)
 
 
 def bits(outcome: ClientOutcome) -> list[Any]:
     vectors = [outcome.delta, outcome.control, outcome.control_delta]
-    facts = [outcome.client, outcome.num_rows, outcome.loss, outcome.first_loss, outcome.num_tokens]
+    facts = [outcome.client, outcome.num_rows, outcome.weight, outcome.loss, outcome.first_loss, outcome.num_tokens]
     return [*facts, *(None if v is None else v.tolist() for v in vectors)]
 
 
@@ -59,6 +63,36 @@ def test_a_fedavg_client(make_adapted: Make, make_rows: Rows, one_lane: type) ->
     assert 1.5 * lr < largest < 3.1 * lr, "three AdamW steps of the round's learning rate"
 
 
+def test_a_fedprox_client_stays_nearer(make_adapted: Make, make_rows: Rows, one_lane: type) -> None:
+    """Without a pull it is a FedAvg client bit for bit; with one it ends nearer to where it started."""
+    made = make_adapted(std=0.1, dropout=0.1)
+    state, rows = ServerState(made[1].copy()), make_rows(9)
+    plain, free, held = (
+        client_trainer(made, algorithm, num_steps=8).train(3, rows, 5, state, None, one_lane())
+        for algorithm in (FedAvg(), FedProx(0.0), FedProx(1e5))
+    )
+    assert bits(free) == bits(plain)
+    assert float(held.delta.norm()) < 0.5 * float(plain.delta.norm())
+    assert held.first_loss == plain.first_loss, "the reported loss leaves the term out"
+
+
+def test_a_client_counts_by_its_rows_weights_or_once(make_adapted: Make, make_rows: Rows, one_lane: type) -> None:
+    made = make_adapted(std=0.1)
+    start = made[1].copy()
+    rows = [dataclasses.replace(row, weight=w) for row, w in zip(make_rows(4), (1, 0.25, 1, 0.5), strict=True)]
+    for algorithm, weight in ((FedAvg(), 2.75), (FedAvgM(ServerOptimizerConfig()), 2.75), (Scaffold("gradient"), 2.75),
+                              (FedAdam(ServerOptimizerConfig()), 1.0)):  # fmt: skip
+        outcome = client_trainer(made, algorithm, num_steps=1).train(
+            0, rows, 0, algorithm.start(start), None, one_lane()
+        )
+        assert (outcome.num_rows, outcome.weight) == (4, weight)
+
+
+def test_the_number_of_steps_is_the_participations(make_adapted: Make, make_rows: Rows) -> None:
+    trainer = client_trainer(make_adapted(), FedAvg(), num_steps=15)
+    assert [len(batch) for batch in trainer.batches(0, make_rows(7), 2)] == [4] * 15
+
+
 @pytest.mark.parametrize("variant", ["gradient", "openfedllm"])
 def test_a_clients_result_does_not_depend_on_who_trained_before(
     make_adapted: Make, make_rows: Rows, one_lane: type, variant: str
@@ -66,7 +100,7 @@ def test_a_clients_result_does_not_depend_on_who_trained_before(
     made = make_adapted(std=0.1, dropout=0.2)
     size = made[1].size
     g = torch.Generator().manual_seed(0)
-    state = ServerState(made[1].copy(), torch.randn(size, generator=g) * 0.01)
+    state = ServerState(made[1].copy(), {CONTROL: torch.randn(size, generator=g) * 0.01})
     c_i = torch.randn(size, generator=g) * 0.01
     shards = {client: make_rows(6, seed=client) for client in range(3)}
     trainer = client_trainer(made, Scaffold(variant))
@@ -87,7 +121,7 @@ def test_a_scaffold_client(make_adapted: Make, make_rows: Rows, one_lane: type, 
     loaded, flat = make_adapted(std=0.1)
     g = torch.Generator().manual_seed(1)
     c, c_i = (torch.randn(flat.size, generator=g) * 0.3 for _ in range(2))
-    state = ServerState(flat.copy(), c)
+    state = ServerState(flat.copy(), {CONTROL: c})
     rows = make_rows(6)
     outcome = client_trainer((loaded, flat), Scaffold(variant)).train(
         0, rows, 2, state, c_i if known else None, one_lane()

@@ -10,7 +10,9 @@ import torch
 
 from fedsim.data.chat import ChatFormat, TokenRow
 from fedsim.errors import RunError
-from fedsim.federation.algorithms import Correction, GradientCorrection, NoCorrection, ValueCorrection
+from fedsim.federation.algorithms import Correction
+from fedsim.federation.proximal import ProximalTerm
+from fedsim.federation.scaffold import GradientCorrection, ValueCorrection
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.model.load import LoadedModel
 from fedsim.train.loop import StepSettings, Trainer, TrainingPlan, TrainingStats
@@ -38,7 +40,7 @@ def train(
     correction: Correction | None = None,
 ) -> TrainingStats:
     loaded, flat = made
-    plan = TrainingPlan(batches, lambda step: lr * (step + 1), ("local", 0, 1), correction or NoCorrection())
+    plan = TrainingPlan(batches, lambda step: lr * (step + 1), ("local", 0, 1), correction or Correction())
     return Trainer(loaded.base, flat, StepSettings(micro, clip, decay, seed)).run(plan, SftObjective(PAD), lane)
 
 
@@ -51,11 +53,16 @@ def reference(
     decay: float,
     correction: torch.Tensor | None = None,
     where: str = "",
+    mu: float = 0.0,
 ) -> tuple[FlatAdapter, list[float]]:
-    """torch.optim.AdamW on PEFT's parameters, one unpadded row at a time, with torch's own clipping."""
+    """torch.optim.AdamW on PEFT's parameters, one unpadded row at a time, with torch's own clipping.
+
+    With ``mu`` the loss has FedProx's term, differentiated by autograd; the losses that are returned leave it out.
+    """
     loaded, flat = made
     parameters = [p for p in loaded.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=decay, foreach=False)
+    starts = [p.detach().clone() for p in parameters]
     losses = []
     for step, batch in enumerate(batches):
         flat.grad.zero_()
@@ -68,6 +75,8 @@ def reference(
             (-picked.sum() / count).backward()
             total -= float(picked.detach().double().sum()) / count
         losses.append(total)
+        if mu > 0:
+            (mu / 2 * sum((p - x).square().sum() for p, x in zip(parameters, starts, strict=True))).backward()
         if clip > 0:
             torch.nn.utils.clip_grad_norm_(parameters, clip)
         if where == "gradient":
@@ -123,6 +132,22 @@ def test_scaffold_corrections_in_the_step(make_adapted: Make, make_rows: Rows, o
     assert distance(plain[1].values, flat.values, start) > 0.1, "the correction matters"
 
 
+def test_the_proximal_term_is_part_of_the_loss_that_is_clipped(
+    make_adapted: Make, make_rows: Rows, one_lane: type
+) -> None:
+    """FedProx: autograd of data loss + μ/2 ‖y − x‖², then clipping, then AdamW; the reported loss is the data's."""
+    made, twin, plain = (make_adapted(std=0.1) for _ in range(3))
+    start, mu = made[1].copy(), 300.0
+    batches = batches_of(make_rows(32), 8)
+    stats = train(made, batches, one_lane(), clip=0.05, correction=ProximalTerm(start, mu))
+    flat, losses = reference(twin, batches, lr=1e-3, clip=0.05, decay=0.0, mu=mu)
+    assert distance(made[1].values, flat.values, start) < 1e-4
+    assert stats.losses == pytest.approx(losses, rel=1e-5)
+    assert float(made[1].grad.norm()) == pytest.approx(0.05, rel=1e-3), "the term is inside the clipped norm"
+    train(plain, batches, one_lane(), clip=0.05)
+    assert distance(plain[1].values, flat.values, start) > 0.1, "the term matters"
+
+
 def test_the_optimizer_starts_anew_in_every_run(make_adapted: Make, make_rows: Rows, one_lane: type) -> None:
     loaded, flat = make_adapted(std=0.1)
     start, batches = flat.copy(), batches_of(make_rows(16), 8)
@@ -157,19 +182,25 @@ def test_a_batch_gives_one_gradient_however_it_is_cut(
     assert float((made[1].grad - whole[1].grad).norm() / whole[1].grad.norm()) < 1e-6
 
 
-@pytest.mark.parametrize(("size", "num_rows"), [(2, 16), (3, 16), (4, 13), (4, 5)])
+@pytest.mark.parametrize(("size", "num_rows", "mu"), [(2, 16, 0.0), (3, 16, 9.0), (4, 13, 0.0), (4, 5, 9.0)])
 def test_exact_lanes_give_the_same_bits(
-    make_adapted: Make, make_rows: Rows, one_lane: type, on_members: Callable[..., Any], size: int, num_rows: int
-) -> None:
+    make_adapted: Make, make_rows: Rows, one_lane: type, on_members: Callable[..., Any],
+    size: int, num_rows: int, mu: float,
+) -> None:  # fmt: skip
     """With dropout on: a micro-batch's draws belong to it, and sums do not depend on who added first."""
     batches = batches_of(make_rows(2 * num_rows), num_rows)
     alone = make_adapted(std=0.1, dropout=0.2)
-    want = train(alone, batches, one_lane(), micro=4)
+    correction = ProximalTerm(alone[1].copy(), mu) if mu > 0 else None
+    want = train(alone, batches, one_lane(), micro=4, correction=correction)
     models = [make_adapted(std=0.1, dropout=0.2) for _ in range(size)]
     for seed in range(2):
         for _, flat in models:
             flat.load(make_adapted(std=0.1)[1].values)
-        stats = on_members(size, lambda lane: train(models[lane.index], batches, lane, micro=4), seed=seed)
+        stats = on_members(
+            size,
+            lambda lane: train(models[lane.index], batches, lane, micro=4, correction=correction),
+            seed=seed,
+        )
         assert all(s == want for s in stats)
         assert all(torch.equal(flat.values, alone[1].values) for _, flat in models)
 
@@ -235,7 +266,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(
     made = make_adapted(std=0.1)
     poison = torch.zeros(made[1].size)
 
-    class Poison(NoCorrection):
+    class Poison(Correction):
         num_calls = 0
 
         def on_values(self, values: torch.Tensor, lr: float) -> None:

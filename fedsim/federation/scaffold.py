@@ -1,0 +1,67 @@
+"""SCAFFOLD: control variates take each client's drift out of its local steps (Karimireddy et al. 2020)."""
+
+from __future__ import annotations
+
+import torch
+
+from fedsim.federation.algorithms import Algorithm, Correction, RoundSums, ServerState, moved
+
+CONTROL = "control"
+
+
+class GradientCorrection(Correction):
+    """SCAFFOLD as published: g + (c − c_i) (Karimireddy et al. 2020, arXiv 1910.06378, algorithm 1, line 10)."""
+
+    def __init__(self, correction: torch.Tensor) -> None:
+        self.correction = correction
+
+    def on_gradient(self, grad: torch.Tensor) -> None:
+        """Adds c − c_i."""
+        grad.add_(self.correction)
+
+
+class ValueCorrection(Correction):
+    """SCAFFOLD as in OpenFedLLM (``SCAFFOLD_Callback.on_step_end``): y ← y − lr · (c − c_i) after the optimizer."""
+
+    def __init__(self, correction: torch.Tensor) -> None:
+        self.correction = correction
+
+    def on_values(self, values: torch.Tensor, lr: float) -> None:
+        """Subtracts lr · (c − c_i)."""
+        values.sub_(self.correction, alpha=lr)
+
+
+class Scaffold(Algorithm):
+    """SCAFFOLD with option II control variates (Karimireddy et al. 2020).
+
+    c_i⁺ = (x − y)/(K · lr) − (c − c_i); c⁺ = c + Σ (c_i⁺ − c_i) / N, uniform over all N clients; the model moves by the
+    mean delta weighted by rows, with a server learning rate of 1 (both as OpenFedLLM's ``global_aggregate`` and
+    ``SFTTrainerSCAFFOLD.get_auxiliary_param`` do).
+
+    Args:
+        variant: "openfedllm" corrects the values after the optimizer's step, "gradient" the gradient before it.
+    """
+
+    vector_names = (CONTROL,)
+    has_control = True
+
+    def __init__(self, variant: str) -> None:
+        self._correct = {"openfedllm": ValueCorrection, "gradient": GradientCorrection}[variant]
+
+    def correction(self, state: ServerState, client_control: torch.Tensor | None) -> Correction:
+        """c − c_i, applied where the variant says; c_i is zero before the client's first round."""
+        control = state.vectors[CONTROL]
+        return self._correct(control if client_control is None else control - client_control)
+
+    def client_control(
+        self, start: torch.Tensor, end: torch.Tensor, correction: torch.Tensor, num_steps: int, lr: float
+    ) -> torch.Tensor:
+        """c_i⁺ = (x − y)/(K · lr) − (c − c_i), formed in fp64."""
+        estimate = (start.double() - end.double()) / (num_steps * lr)
+        return (estimate - correction.double()).float()
+
+    def server_step(self, state: ServerState, sums: RoundSums) -> ServerState:
+        """Move the adapter by the weighted mean delta and c by the uniform mean of all clients' changes."""
+        assert sums.control_delta is not None
+        control = moved(state.vectors[CONTROL], sums.control_delta / sums.num_clients)
+        return ServerState(moved(state.adapter, sums.mean_delta), {CONTROL: control}, state.num_steps + 1)

@@ -1,0 +1,121 @@
+"""The server as an optimizer whose gradient is −Δ, the round's mean delta: FedAvgM, FedAdagrad, FedYogi, FedAdam.
+
+Each exists as published (``reddi``) and as OpenFedLLM computes it (``openfedllm``: ``get_proxy_dict`` in
+``fed_utils.py``, ``global_aggregate`` in ``fed_global.py``). How the two differ, with m and v the moments:
+
+    =============  =======================================  =======================================
+    what           reddi                                    openfedllm
+    =============  =======================================  =======================================
+    fedavgm        m = β1 m + Δ, x += lr m                  m = β1 m + (1 − β1) Δ, x += m
+    first m        from m = 0                               Δ itself (m = Δ), in fedavgm too
+    fedadagrad m   β1 m + (1 − β1) Δ, as the other two      Δ: no momentum
+    v grows by     Δ²                                       m²
+    =============  =======================================  =======================================
+
+In both, v starts at τ², fedavgm counts clients by their rows, and the three adaptive ones count each client once.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+
+from fedsim.config import ServerOptimizerConfig
+from fedsim.federation.algorithms import Algorithm, RoundSums, ServerState, moved
+
+MOMENTUM, SECOND_MOMENT = "momentum", "second_moment"
+
+
+class ServerOptimizer(Algorithm):
+    """What the four have in common.
+
+    Args:
+        settings: variant, learning rate, decays and τ.
+    """
+
+    vector_names: tuple[str, ...] = (MOMENTUM,)
+
+    def __init__(self, settings: ServerOptimizerConfig) -> None:
+        self.settings = settings
+        self.is_published = settings.variant == "reddi"
+
+    def averaged(self, state: ServerState, delta: torch.Tensor) -> torch.Tensor:
+        """m = β1 m + (1 − β1) Δ in fp64; OpenFedLLM's first m is Δ."""
+        if state.num_steps == 0 and not self.is_published:
+            return delta
+        beta = self.settings.beta1
+        return beta * state.vectors[MOMENTUM].double() + (1 - beta) * delta
+
+
+class FedAvgM(ServerOptimizer):
+    """Server momentum (Hsu et al. 2019, arXiv 1909.06335): m = β1 m + Δ, x⁺ = x + lr · m.
+
+    lr = 1 and β1 = 0 give FedAvg. The ``openfedllm`` variant is an exponential mean without a learning rate.
+    """
+
+    def server_step(self, state: ServerState, sums: RoundSums) -> ServerState:
+        """Move by the momentum."""
+        if self.is_published:
+            momentum = self.settings.beta1 * state.vectors[MOMENTUM].double() + sums.mean_delta
+            step = self.settings.lr * momentum
+        else:
+            step = momentum = self.averaged(state, sums.mean_delta)
+        return ServerState(moved(state.adapter, step), {MOMENTUM: momentum.float()}, state.num_steps + 1)
+
+
+class AdaptiveServer(ServerOptimizer):
+    """x⁺ = x + lr · m / (√v + τ), without bias correction (Reddi et al. 2021, arXiv 2003.00295, algorithm 2)."""
+
+    vector_names = (MOMENTUM, SECOND_MOMENT)
+
+    def start(self, adapter: torch.Tensor) -> ServerState:
+        """m = 0, v = τ² (the least that algorithm 2 allows)."""
+        momentum, moment = torch.zeros_like(adapter), torch.full_like(adapter, self.settings.tau**2)
+        return ServerState(adapter, {MOMENTUM: momentum, SECOND_MOMENT: moment})
+
+    def client_weight(self, rows_weight: float) -> float:
+        """1: Δ is the plain mean over the cohort (algorithm 2: 1/|S| Σ Δ_i; OpenFedLLM alike)."""
+        return 1.0
+
+    def server_step(self, state: ServerState, sums: RoundSums) -> ServerState:
+        """Update m, then v, then x."""
+        delta = sums.mean_delta
+        momentum = self.averaged(state, delta)
+        squares = (delta if self.is_published else momentum) ** 2
+        moment = self.second_moment(state.vectors[SECOND_MOMENT].double(), squares)
+        adapter = moved(state.adapter, self.settings.lr * momentum / (moment.sqrt() + self.settings.tau))
+        vectors = {MOMENTUM: momentum.float(), SECOND_MOMENT: moment.float()}
+        return ServerState(adapter, vectors, state.num_steps + 1)
+
+    @abstractmethod
+    def second_moment(self, moment: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
+        """The next v from the last one and this round's squares, all fp64 ``[size]``."""
+
+
+class FedAdagrad(AdaptiveServer):
+    """v = v + Δ². OpenFedLLM's has no momentum (its misspelt name there keeps it from running)."""
+
+    def averaged(self, state: ServerState, delta: torch.Tensor) -> torch.Tensor:
+        """Algorithm 2's momentum; Δ itself in OpenFedLLM."""
+        return super().averaged(state, delta) if self.is_published else delta
+
+    def second_moment(self, moment: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
+        """The sum of all squares."""
+        return moment + squares
+
+
+class FedYogi(AdaptiveServer):
+    """v = v − (1 − β2) Δ² sign(v − Δ²): v grows as fast as Adam's but falls by less."""
+
+    def second_moment(self, moment: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
+        """A step of the squares' size towards them."""
+        return moment - (1 - self.settings.beta2) * squares * torch.sign(moment - squares)
+
+
+class FedAdam(AdaptiveServer):
+    """v = β2 v + (1 − β2) Δ²."""
+
+    def second_moment(self, moment: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
+        """The exponential mean of the squares."""
+        return self.settings.beta2 * moment + (1 - self.settings.beta2) * squares
