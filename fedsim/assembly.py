@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedsim.cohort import CohortRunner
@@ -111,5 +111,6 @@ def assemble(config: Config, world: World, shards: Sequence[Sequence[SquareRow]]
 
 
 def tokenise(chat: ChatFormat, row: SquareRow, max_length: int) -> TokenRow:
-    """A client's row for training: question and response, loss on the response."""
-    return chat.training_row([user_turn(row.prompt), assistant_turn(row.response)], max_length)
+    """A client's row for training: question and response, loss on the response, the filter's weight."""
+    tokens = chat.training_row([user_turn(row.prompt), assistant_turn(row.response)], max_length)
+    return replace(tokens, weight=row.weight)

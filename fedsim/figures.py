@@ -6,7 +6,8 @@ import resource
 import sys
 
 from fedsim.cohort import CohortResult
-from fedsim.safety.filtering import Filtered
+from fedsim.safety.filtering import COUNTS, Filtered
+from fedsim.safety.guard_curves import curve_metrics
 
 Metrics = dict[str, float | int]
 
@@ -43,8 +44,19 @@ def of_guard(filtered: Filtered, kind: str) -> dict[str, float | int | str]:
     metrics: dict[str, float | int | str] = {"client/num_kept_rows": sum(filtered.num_kept)}
     if kind == "none":
         return metrics
-    metrics |= filtered.total.as_metrics()
-    return metrics | {"guard/num_empty_clients": len(filtered.empty_clients)}
+    if filtered.action.name == "downweight":
+        metrics["client/kept_weight"] = sum(row.weight for shard in filtered.shards for row in shard)
+    return metrics | of_verdicts(filtered) | {"guard/num_empty_clients": len(filtered.empty_clients)}
+
+
+def of_verdicts(filtered: Filtered) -> Metrics:
+    """How right the guard was, and what the run's action makes of it."""
+    rows, verdicts = filtered.judged
+    metrics: Metrics = filtered.total.as_metrics()
+    metrics |= curve_metrics([row.red for row in rows], [verdict.unsafe_prob for verdict in verdicts])
+    metrics[f"guard/{COUNTS[filtered.action.name]}"] = filtered.total.num_unsafe
+    after = filtered.action.red_share_after(filtered.total)
+    return metrics if after is None else metrics | {"guard/red_share_after": 100.0 * after}
 
 
 def headline(metrics: Metrics) -> dict[str, str]:

@@ -34,6 +34,7 @@ from fedsim.safety.cai_data import count_metrics, unusable, usable
 from fedsim.safety.cai_stage import cai_conversations, constitution_file
 from fedsim.safety.filter_stage import FilterStage
 from fedsim.safety.filtering import Filtered
+from fedsim.safety.guard_report import write_tables
 
 PRETRAINED = -1  # round index of what belongs to the untouched model
 
@@ -91,12 +92,12 @@ class Simulation:
         record.header(self.world.size, self.world.device)
         preflight(config, self.world)
         data, suite = self._data()
-        filtered, untuned = self._filter(data)
+        filtered, compared = self._filter(data)
         federation = self._assemble(filtered)
         checkpoint = record.resume(federation.check)
         if checkpoint is None:
             state = federation.start(config.seed)
-            self._record_preparation(filtered, untuned, federation)
+            self._record_preparation(filtered, compared, federation)
             self._evaluate(federation, suite, PRETRAINED, "pretrained", state.adapter)
             checkpoint = Checkpoint(PRETRAINED, state)
         aligner = self._aligner(data, federation, new=checkpoint.round_idx == PRETRAINED)
@@ -199,11 +200,11 @@ class Simulation:
             inputs["constitution"] = constitution_file(self.config.cai.constitution)
         return inputs
 
-    def _filter(self, data: PreparedData) -> tuple[Filtered, Filtered | None]:
-        """Every client drops the rows that the guard calls unsafe (paper §4.1).
+    def _filter(self, data: PreparedData) -> tuple[Filtered, dict[str, Filtered]]:
+        """Every client drops, replaces or downweights the rows that the guard calls unsafe (paper §4.1).
 
         Returns:
-            The kept rows, and what the guard would have kept before its fine-tuning, where that is measured.
+            The rows to train on, and what the guard would have done as it was given, by title, where that is measured.
         """
         with self.record.phase(f"safety filter ({self.config.guard.kind})", "filter", "steps") as phase:
             stage = FilterStage(
@@ -215,8 +216,8 @@ class Simulation:
                 self.facts,
                 lambda name, done, total: phase.step(done, total, part=name),
             )
-            untuned = stage.run_untuned(data) if self.config.guard.is_compared else None
-            return stage.run(data), untuned
+            compared = stage.compare(data)
+            return stage.run(data), compared
 
     def _assemble(self, filtered: Filtered) -> Federation:
         with self.record.phase("load model", "load"):
@@ -251,15 +252,20 @@ class Simulation:
             self.record.append(PRETRAINED, "cai_data", counts)
         return aligner
 
-    def _record_preparation(self, filtered: Filtered, untuned: Filtered | None, federation: Federation) -> None:
-        """What the filter kept, and how many training rows had to be cut."""
-        if untuned is not None:
-            self.record.append(PRETRAINED, "guard", {"point": "untuned", **untuned.total.as_metrics()})
-        metrics = figures.of_guard(filtered, self.config.guard.kind)
-        if self.config.guard.kind == "llama_guard":
-            metrics["point"] = "fine-tuned" if self.config.guard.tune_epochs > 0 else "untuned"
+    def _record_preparation(self, filtered: Filtered, compared: dict[str, Filtered], federation: Federation) -> None:
+        """How right the guard was, what its filter left, and how many training rows had to be cut."""
+        guard = self.config.guard
+        for point, found in compared.items():
+            self.record.append(PRETRAINED, "guard", {"point": point, **figures.of_verdicts(found)})
+        point = guard.kind
+        metrics = figures.of_guard(filtered, guard.kind)
+        if guard.kind == "llama_guard":
+            point = metrics["point"] = "fine-tuned" if guard.tune_epochs > 0 else "untuned"
         metrics["client/num_cut_rows"] = sum(row.truncated for shard in federation.shards for row in shard)
         self.record.append(PRETRAINED, "filter", metrics)
+        if guard.kind != "none":
+            points = {**compared, point: filtered}
+            self.ranks.once(lambda: write_tables(self.record.folder / "guard", points, guard.threshold))
 
     def _evaluate(
         self, federation: Federation, suite: Suite, round_idx: int, point: str, adapter: torch.Tensor

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedsim.config.keys import key
+from fedsim.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,10 @@ class GuardConfig:
     measure_untuned: bool = key(
         False, "where a guard model is fine-tuned, also judge the rows without that, to compare"
     )
+    measure_policies: bool = key(
+        False,
+        "also let the guard model, as it is, judge the rows under the policy that guard.policy is not, to compare",
+    )
     lora_r: int = key(16, "LoRA rank of the guard", low=1)
     lora_alpha: float = key(32.0, "LoRA alpha of the guard", above=0)
     lora_dropout: float = key(0.05, "LoRA dropout of the guard", low=0, below=1)
@@ -40,10 +45,9 @@ class GuardConfig:
     tpr: float = key(0.737, "noisy_oracle: chance that a red row is called unsafe", low=0, high=1)
     fpr: float = key(0.241, "noisy_oracle: chance that an acceptable row is called unsafe", low=0, high=1)
 
-    @property
-    def is_compared(self) -> bool:
-        """Whether there is a fine-tuned guard to compare with the untuned one, and that was asked for."""
-        return self.measure_untuned and self.kind == "llama_guard" and self.tune_epochs > 0
+    def __post_init__(self) -> None:
+        if self.action == "refuse" and not self.refusal.strip():
+            raise ConfigError("guard.action=refuse needs a text to train on instead: set guard.refusal")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ A file is a JSON array of rows with ``question``, ``question_en``, ``response``,
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ class SquareRow:
         red: the response is labelled not acceptable.
         categories: SQuARe's tags of the response.
         question_category: SQuARe's tag of the question; "" where there is none.
+        weight: how much the row counts in a client's training, 0 to 1 (see guard.action=downweight); no part of a file.
     """
 
     row_id: int
@@ -35,6 +36,7 @@ class SquareRow:
     red: bool
     categories: tuple[str, ...]
     question_category: str
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def to_arrow(rows: list[SquareRow], path: Path) -> None:
     features = Features(columns | {"categories": List(text), "question_category": text})
     with ArrowWriter(path=str(path), features=features) as writer:
         for row in rows:
-            writer.write(asdict(row))
+            writer.write({name: getattr(row, name) for name in features})
         writer.finalize()
 
 

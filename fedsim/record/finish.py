@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fedsim.config import to_flat
+from fedsim.record.guard_section import read_tables
 from fedsim.record.metrics import MetricLog
 from fedsim.record.plots import write_plots
 from fedsim.record.run_record import RunRecord
@@ -27,6 +28,7 @@ def finish_run(record: RunRecord, num_ranks: int) -> None:
         "config": str(folder / "config.yaml"),
         "plots": ", ".join(str(p) for p in plots),
         "answers": str(folder / "answers"),
+        **({"guard": str(folder / "guard")} if (folder / "guard").is_dir() else {}),
         "artefacts": record.config.record.artefacts,
         "checkpoints": str(record.checkpoints.folder),
     }
@@ -37,6 +39,7 @@ def finish_run(record: RunRecord, num_ranks: int) -> None:
         places=places,
         plots=[p.name for p in plots],
         notes=record.notes,
+        guard_tables=read_tables(folder / "guard"),
     )
     (folder / "summary.md").write_text(summary_markdown(rows, facts), encoding="utf-8")
     print(f"\n{terminal_table(rows, facts)}", flush=True)

@@ -6,9 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
-from fedsim.record import paper
 from fedsim.record.metrics import Row
-from fedsim.record.tables import NOT_MEASURED, Table, byte_size, duration, measured, number
+from fedsim.record.tables import Table, byte_size, duration, measured, number
 from fedsim.record.timers import top_level_seconds
 
 POINT_TITLES = {
@@ -54,32 +53,6 @@ def evaluations(points: Mapping[str, Row]) -> Section:
         "figure is taken over; a figure without a unit is a number of things; an empty cell was not measured."
     )
     return ["## Every evaluation figure", Table(head, rows).markdown(), f"{caption}{_about_strict(points)}"]
-
-
-def guard(rows: Sequence[Row], kind: str) -> Section:
-    """The guard's figures beside the paper's Table 2: one line for each ``point`` that rows with guard figures name."""
-    found = {str(row.get("point", "this run")): row for row in rows if measured(row, "guard/accuracy") is not None}
-    if not found:
-        return []
-    names = ("accuracy", "precision", "recall", "hmean")
-    lines = []
-    for label, row in found.items():
-        figures = [measured(row, f"guard/{name}") for name in names]
-        before, after = (measured(row, f"guard/red_share_{when}") for when in ("before", "after"))
-        cells = [f"{value:.1f}" if value is not None else "undefined" for value in (*figures, before, after)]
-        lines.append([f"{kind.replace('_', ' ')}, {label}", *cells, _dropped(row)])
-    for label, published in paper.TABLE_2.items():
-        figures = [published.accuracy, published.precision, published.recall, published.hmean]
-        share = f"{100 * paper.RED_SHARE:.1f}"
-        lines.append([f"paper: {label}", *(f"{value:.1f}" for value in figures), share, "", ""])
-    head = ["guard", "accuracy %", "precision %", "recall %", "Hmean %", "red % before", "red % after", "rows dropped"]
-    notes = ["Positive = red. Undefined: the guard called no row unsafe, or there was no red row."]
-    last = list(found.values())[-1]
-    for name, words in (("num_cut", "rows seen only in part"), ("num_empty_clients", "clients left without rows")):
-        count = measured(last, f"guard/{name}")
-        if count is not None:
-            notes.append(f"{words[0].upper()}{words[1:]}: {number(count)}.")
-    return ["## Guard", Table(head, lines).markdown(), " ".join(notes)]
 
 
 def clients(rows: Sequence[Row]) -> Section:
@@ -189,10 +162,3 @@ def _about_strict(points: Mapping[str, Row]) -> str:
         "reply begins with an opener such as thanks, so a careful one is harmless by strict_world, which reads all of "
         "it, and not by strict."
     )
-
-
-def _dropped(row: Row) -> str:
-    dropped, total = measured(row, "guard/num_dropped"), measured(row, "guard/num_rows")
-    if dropped is None or not total:
-        return NOT_MEASURED
-    return f"{number(dropped)} of {number(total)} ({100 * dropped / total:.1f} %)"

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedsim.record import paper, sections
+from fedsim.record import guard_section, paper, sections
 from fedsim.record.metrics import Row
 from fedsim.record.tables import Table, duration, measured, with_interval
 
@@ -61,6 +61,7 @@ class RunFacts:
         places: what was written → where.
         plots: file names of pictures beside ``summary.md``.
         notes: further lines, such as rows that a split left over.
+        guard_tables: the guard's tables beside the metric rows (see :func:`guard_section.read_tables`).
     """
 
     name: str
@@ -79,6 +80,7 @@ class RunFacts:
     places: Mapping[str, str] = field(default_factory=dict)
     plots: Sequence[str] = ()
     notes: Sequence[str] = ()
+    guard_tables: guard_section.Tables = field(default_factory=dict)
 
     @property
     def arm(self) -> str:
@@ -94,6 +96,7 @@ def facts_from(
     places: Mapping[str, str],
     plots: Sequence[str] = (),
     notes: Sequence[str] = (),
+    guard_tables: guard_section.Tables | None = None,
 ) -> RunFacts:
     """The facts that a resolved configuration (dotted keys → values) decides, and those only the run knows."""
     sources = ("data.square", "eval.advbench", "eval.hhh", "eval.mt_bench")
@@ -114,6 +117,7 @@ def facts_from(
         places=places,
         plots=plots,
         notes=notes,
+        guard_tables=guard_tables or {},
     )
 
 
@@ -124,7 +128,7 @@ def summary_markdown(rows: Sequence[Row], facts: RunFacts) -> str:
     parts += ["\n".join(f"- {line}" for line in cut)] if (cut := truncations(rows)) else []
     parts += [f"![{plot.removesuffix('.png')} by round]({plot})" for plot in facts.plots]
     parts += sections.evaluations(eval_points(rows))
-    parts += sections.guard(rows, facts.guard)
+    parts += guard_section.guard(rows, facts.guard, facts.guard_tables)
     parts += sections.clients(rows)
     parts += sections.cai(rows)
     parts += sections.times(rows)

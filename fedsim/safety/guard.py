@@ -115,7 +115,7 @@ class LlamaGuard:
             return []
         prompts = [self.format.prompt(user, agent) for user, agent in exchanges]
         probs = self._unsafe_probs([ids for ids, _ in prompts], has_reply=exchanges[0][1] is not None)
-        return [Verdict(p >= self.threshold, p, cut) for p, (_, cut) in zip(probs, prompts, strict=True)]
+        return [Verdict.at(self.threshold, p, cut) for p, (_, cut) in zip(probs, prompts, strict=True)]
 
     def _unsafe_probs(self, prompts: list[np.ndarray], has_reply: bool) -> list[float]:
         """Probability of "unsafe" for each prompt, in order.

@@ -1,13 +1,16 @@
 """What a guard says about a row, and how right it was (positive class: unsafe, truth: red).
 
 The metrics are those of the paper's Table 2 (arXiv 2502.16691): accuracy, precision, recall and their harmonic mean,
-plus what the filter does to the data: the red share before and after, and how many rows it drops.
+plus the false-positive rate and what dropping the unsafe rows does to the red share. What needs the probabilities is in
+:mod:`fedsim.safety.guard_curves`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from fedsim.evaluate.intervals import Rate
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,11 @@ class Verdict:
     unsafe: bool
     unsafe_prob: float
     cut: bool = False
+
+    @classmethod
+    def at(cls, threshold: float, unsafe_prob: float, cut: bool = False) -> Verdict:
+        """The verdict of a probability: unsafe from ``threshold`` on."""
+        return cls(unsafe_prob >= threshold, unsafe_prob, cut)
 
 
 @dataclass(frozen=True)
@@ -66,8 +74,8 @@ class GuardMetrics:
         return self.num_caught + self.num_missed
 
     @property
-    def num_dropped(self) -> int:
-        """Rows called unsafe: those that the drop action removes."""
+    def num_unsafe(self) -> int:
+        """Rows called unsafe."""
         return self.num_caught + self.num_false_alarms
 
     @property
@@ -78,7 +86,7 @@ class GuardMetrics:
     @property
     def precision(self) -> float | None:
         """Share of red rows among those called unsafe."""
-        return _share(self.num_caught, self.num_dropped)
+        return _share(self.num_caught, self.num_unsafe)
 
     @property
     def recall(self) -> float | None:
@@ -88,7 +96,7 @@ class GuardMetrics:
     @property
     def hmean(self) -> float | None:
         """Harmonic mean of precision and recall (F1); 0 if nothing red was caught."""
-        return _share(2 * self.num_caught, self.num_dropped + self.num_red)
+        return _share(2 * self.num_caught, self.num_unsafe + self.num_red)
 
     @property
     def fpr(self) -> float | None:
@@ -102,38 +110,64 @@ class GuardMetrics:
 
     @property
     def red_share_after(self) -> float | None:
-        """Share of red rows among those that are kept."""
-        return _share(self.num_missed, self.num_rows - self.num_dropped)
+        """Share of red rows among those called safe: what the drop action leaves."""
+        return _share(self.num_missed, self.num_rows - self.num_unsafe)
 
     @property
-    def dropped_share(self) -> float | None:
-        """Share of rows that the drop action removes."""
-        return _share(self.num_dropped, self.num_rows)
+    def unsafe_share(self) -> float | None:
+        """Share of rows called unsafe: those that the drop action leaves out."""
+        return _share(self.num_unsafe, self.num_rows)
+
+    @property
+    def rates(self) -> dict[str, Rate]:
+        """The rates that are shares of counted rows, by name; undefined ones absent."""
+        acceptable = self.num_rows - self.num_red
+        counted = {
+            "accuracy": (self.num_caught + self.num_passed, self.num_rows),
+            "precision": (self.num_caught, self.num_unsafe),
+            "recall": (self.num_caught, self.num_red),
+            "fpr": (self.num_false_alarms, acceptable),
+            "unsafe_share": (self.num_unsafe, self.num_rows),
+            "red_share_before": (self.num_red, self.num_rows),
+        }
+        return {name: Rate(part, whole) for name, (part, whole) in counted.items() if whole}
+
+    @property
+    def hmean_interval(self) -> tuple[float, float] | None:
+        """95 % interval of :attr:`hmean`.
+
+        Hmean = 2J / (1 + J) grows with Jaccard's J = caught / (caught + false alarms + missed), a share of counted
+        rows: Wilson's interval of J is carried over.
+        """
+        whole = self.num_unsafe + self.num_missed
+        if not whole:
+            return None
+        low, high = Rate(self.num_caught, whole).interval
+        return 2 * low / (1 + low), 2 * high / (1 + high)
 
     def as_metrics(self) -> dict[str, float | int]:
-        """Counts and rates as ``guard/<name>``; rates in percent, undefined ones absent."""
+        """Counts and rates as ``guard/<name>``, rates in percent with ``_low`` and ``_high``; undefined ones absent."""
         counts = {
             "num_rows": self.num_rows,
             "num_red": self.num_red,
-            "num_dropped": self.num_dropped,
+            "num_unsafe": self.num_unsafe,
             "num_caught": self.num_caught,
             "num_false_alarms": self.num_false_alarms,
             "num_missed": self.num_missed,
             "num_passed": self.num_passed,
             "num_cut": self.num_cut,
         }
-        rates = {
-            "accuracy": self.accuracy,
-            "precision": self.precision,
-            "recall": self.recall,
-            "hmean": self.hmean,
-            "fpr": self.fpr,
-            "red_share_before": self.red_share_before,
-            "red_share_after": self.red_share_after,
-            "dropped_share": self.dropped_share,
-        }
-        percent = {f"guard/{name}": 100.0 * rate for name, rate in rates.items() if rate is not None}
-        return {**{f"guard/{name}": count for name, count in counts.items()}, **percent}
+        shares = {name: (rate.value, rate.interval) for name, rate in self.rates.items()}
+        if self.hmean is not None and self.hmean_interval is not None:
+            shares["hmean"] = self.hmean, self.hmean_interval
+        metrics: dict[str, float | int] = {f"guard/{name}": count for name, count in counts.items()}
+        for name, (share, (low, high)) in shares.items():
+            metrics |= {
+                f"guard/{name}": 100.0 * share,
+                f"guard/{name}_low": 100.0 * low,
+                f"guard/{name}_high": 100.0 * high,
+            }
+        return metrics
 
 
 def _share(part: int, whole: int) -> float | None:

@@ -6,6 +6,7 @@ loss and one gradient however it is cut into micro-batches.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -28,8 +29,8 @@ class Objective(Protocol[Item_contra]):
     stat_names: tuple[str, ...]
     uses_dropout: bool
 
-    def normaliser(self, items: Sequence[Item_contra]) -> int:
-        """What the summed loss of a batch is divided by."""
+    def normaliser(self, items: Sequence[Item_contra]) -> float:
+        """What the summed loss of a batch is divided by; it does not depend on the items' order."""
         ...
 
     def num_tokens(self, item: Item_contra) -> int:
@@ -42,7 +43,11 @@ class Objective(Protocol[Item_contra]):
 
 
 class SftObjective:
-    """Mean negative log-likelihood of the batch's target tokens (TRL's SFTTrainer; every token counts the same)."""
+    """Weighted mean negative log-likelihood of the batch's target tokens, Σ w · (−log p) / Σ w with the row's weight.
+
+    With weights of 1 it is TRL's SFTTrainer: every token counts the same. A row of weight 0 counts as if it were not
+    in the batch.
+    """
 
     stat_names: tuple[str, ...] = ()
     uses_dropout = True
@@ -50,17 +55,21 @@ class SftObjective:
     def __init__(self, pad_id: int) -> None:
         self.pad_id = pad_id
 
-    def normaliser(self, items: Sequence[TokenRow]) -> int:
-        """Target tokens of the batch (at least 1)."""
-        return max(1, sum(r.num_targets for r in items))
+    def normaliser(self, items: Sequence[TokenRow]) -> float:
+        """Target tokens of the batch by weight; 1 if nothing counts, so that loss and gradient are 0."""
+        return math.fsum(r.weight * r.num_targets for r in items) or 1.0
 
     def num_tokens(self, item: TokenRow) -> int:
         """The row's length."""
         return len(item)
 
     def sums(self, model: torch.nn.Module, items: Sequence[TokenRow]) -> tuple[torch.Tensor, torch.Tensor]:
-        """−Σ log p(target)."""
-        loss = -target_logprobs(model, collate(items, self.pad_id)).sum()
+        """−Σ w · log p(target)."""
+        logprobs = target_logprobs(model, collate(items, self.pad_id))
+        if any(r.weight != 1 for r in items):
+            weights = torch.tensor([r.weight for r in items], dtype=logprobs.dtype, device=logprobs.device)
+            logprobs = logprobs * weights[:, None]
+        loss = -logprobs.sum()
         return loss, loss.new_zeros(0)
 
 

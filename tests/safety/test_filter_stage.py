@@ -21,10 +21,11 @@ from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.model.load import LoraSettings, load_model
 from fedsim.parallel.sums import Summer
 from fedsim.ranks import OneRank
-from fedsim.safety import filter_stage
-from fedsim.safety.filter_stage import FilterStage, tuning_batches
+from fedsim.safety import guard_model as guard_model_module
+from fedsim.safety.filter_stage import FilterStage
 from fedsim.safety.filtering import Filtered
 from fedsim.safety.guard import LlamaGuard, NoisyOracleGuard
+from fedsim.safety.guard_model import tuning_batches
 from fedsim.safety.guard_tuning import verdict_rows
 
 CPU = torch.device("cpu")
@@ -63,6 +64,9 @@ class Run:
     def run(self, *overrides: str, **facts: Any) -> Filtered:
         return self.stage(*overrides, **facts).run(self.data)
 
+    def untuned(self, *overrides: str) -> Filtered:
+        return self.stage("guard.measure_untuned=true", *overrides).compare(self.data)["untuned"]
+
     @property
     def written(self) -> Counter[str]:
         return Counter(line.partition(":")[0] for line in self.log if "written" in line)
@@ -90,7 +94,7 @@ def kept(filtered: Filtered) -> list[list[int]]:
 
 def test_no_guard_keeps_everything(run: Run) -> None:
     filtered = run.run("guard.kind=none")
-    assert [list(s) for s in filtered.shards] == run.data.shards and filtered.total.num_dropped == 0
+    assert [list(s) for s in filtered.shards] == run.data.shards and filtered.total.num_unsafe == 0
 
 
 def test_the_oracle_drops_the_red_rows(run: Run) -> None:
@@ -134,7 +138,7 @@ def test_a_guard_as_it_is_judges_all_rows(run: Run) -> None:
 def test_results_are_computed_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     first = run.run("guard.tune_epochs=1")
     assert run.written == {"guard-verdicts": 1, "guard-adapter": 1}
-    monkeypatch.setattr(filter_stage, "load_model", None)  # another load would fail
+    monkeypatch.setattr(guard_model_module, "load_model", None)  # another load would fail
     assert run.run("guard.tune_epochs=1", "guard.tpr=0.1", "federation.num_rounds=3") == first
     assert sum("reused" in line for line in run.log) == 1
 
@@ -148,7 +152,7 @@ def test_fine_tuning_learns_the_labels(run: Run) -> None:
     assert tuning == [("guard fine-tuning", i, 54) for i in range(1, 55)]
     (adapter,) = run.store.folder.glob("guard-adapter-*")
     assert kept(filtered) == judged(run, adapter, ("q_proj", "v_proj", "o_proj", "up_proj", "down_proj"))
-    untuned = run.stage("guard.tune_epochs=12", targets).run_untuned(run.data)
+    untuned = run.untuned("guard.tune_epochs=12", targets)
     assert kept(untuned) == judged(run, None)
     assert filtered.total.accuracy is not None and untuned.total.accuracy is not None
     assert filtered.total.accuracy >= 0.9 > untuned.total.accuracy
@@ -166,8 +170,8 @@ def test_what_decides_a_verdict_computes_it_anew(run: Run, change: str) -> None:
 
 
 def test_an_untuned_guard_is_shared_by_runs_that_differ_in_tuning_alone(run: Run) -> None:
-    run.stage("guard.tune_epochs=1").run_untuned(run.data)
-    run.stage("guard.tune_epochs=2", "seed=3", "guard.lora_r=2").run_untuned(run.data)
+    run.untuned("guard.tune_epochs=1")
+    run.untuned("guard.tune_epochs=2", "seed=3", "guard.lora_r=2")
     run.run("guard.tune_epochs=0")
     assert run.written == {"guard-verdicts": 1}
     run.run("guard.tune_epochs=0", torch="another version")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from fedsim.data.square import SquareRow
-from fedsim.safety.filtering import drop_unsafe, judge_shards
+from fedsim.safety.filtering import Action, filter_shards, judge_shards
 from fedsim.safety.guard import NoisyOracleGuard, OracleGuard
 from fedsim.safety.verdict import GuardMetrics, Verdict
 
@@ -21,7 +21,7 @@ def shards(make_row: Callable[..., SquareRow]) -> list[list[SquareRow]]:
 
 
 def test_perfect_filter(shards: list[list[SquareRow]]) -> None:
-    filtered = drop_unsafe(shards, judge_shards(OracleGuard(), shards))
+    filtered = filter_shards(shards, judge_shards(OracleGuard(), shards), Action())
     assert filtered.shards == ((shards[0][1], shards[0][3]), (), (), tuple(shards[3]))
     assert filtered.num_kept == (2, 0, 0, 3)
     assert filtered.empty_clients == (1, 2)
@@ -31,11 +31,11 @@ def test_perfect_filter(shards: list[list[SquareRow]]) -> None:
 
 
 def test_client_counts_add_up(shards: list[list[SquareRow]]) -> None:
-    filtered = drop_unsafe(shards, judge_shards(NoisyOracleGuard(0.6, 0.4, seed=3), shards))
+    filtered = filter_shards(shards, judge_shards(NoisyOracleGuard(0.6, 0.4, seed=3), shards), Action())
     for name in ("num_caught", "num_false_alarms", "num_missed", "num_passed"):
         assert sum(getattr(client, name) for client in filtered.clients) == getattr(filtered.total, name)
     for shard, kept, client in zip(shards, filtered.shards, filtered.clients, strict=True):
-        assert len(shard) - len(kept) == client.num_dropped
+        assert len(shard) - len(kept) == client.num_unsafe
 
 
 def test_every_row_goes_through_the_guard_once_and_in_order(shards: list[list[SquareRow]]) -> None:
@@ -57,4 +57,4 @@ def test_every_row_goes_through_the_guard_once_and_in_order(shards: list[list[Sq
 
 def test_shapes_must_agree(shards: list[list[SquareRow]]) -> None:
     with pytest.raises(ValueError):
-        drop_unsafe(shards, [[]])
+        filter_shards(shards, [[]], Action())

@@ -25,8 +25,8 @@ def test_table_2_of_the_paper() -> None:
     assert shown["guard/hmean"] == pytest.approx(64.1, abs=0.05)
     assert shown["guard/accuracy"] == pytest.approx(75.2, abs=0.05)
     assert shown["guard/red_share_before"] == pytest.approx(30.0)
-    assert shown["guard/red_share_after"] == pytest.approx(12.9, abs=0.1)
-    assert shown["guard/dropped_share"] == pytest.approx(39.0, abs=0.1)
+    assert guard.red_share_after == pytest.approx(0.129, abs=0.001)
+    assert shown["guard/unsafe_share"] == pytest.approx(39.0, abs=0.1)
     assert shown["guard/num_rows"] == 20_000
     assert shown["guard/fpr"] == pytest.approx(24.1, abs=0.1)
 
@@ -42,7 +42,7 @@ def test_counts_from_labels_and_verdicts() -> None:
     verdicts = [Verdict(u, p, c) for u, p, c in [(1, 0.9, 0), (1, 0.6, 1), (0, 0.4, 0), (1, 0.7, 0), (0, 0.1, 1)]]
     guard = GuardMetrics.of(red, verdicts)
     assert guard == GuardMetrics(num_caught=2, num_false_alarms=1, num_missed=1, num_passed=1, num_cut=2)
-    assert (guard.num_rows, guard.num_red, guard.num_dropped) == (5, 3, 3)
+    assert (guard.num_rows, guard.num_red, guard.num_unsafe) == (5, 3, 3)
     assert guard.accuracy == 3 / 5 and guard.precision == guard.recall == 2 / 3
     assert guard.fpr == 1 / 2 and guard.red_share_after == 1 / 2
 
@@ -59,7 +59,7 @@ def test_undefined_rates_are_absent_not_invented() -> None:
     assert silent.precision is None and silent.recall == 0 and silent.hmean == 0
     assert "guard/precision" not in silent.as_metrics() and silent.as_metrics()["guard/hmean"] == 0
     strict = GuardMetrics(2, 3, 0, 0)  # called everything unsafe
-    assert strict.red_share_after is None and strict.dropped_share == 1
+    assert strict.red_share_after is None and strict.unsafe_share == 1
     assert GuardMetrics.of([], []).accuracy is None
 
 
