@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Sequence
 
 from fedsim.cohort import CohortResult
+from fedsim.evaluate.collapse import measure_collapse
+from fedsim.evaluate.measures import Metrics, collapse_metrics
+from fedsim.safety.cai_data import CaiRow
 from fedsim.safety.filtering import Filtered
-
-Metrics = dict[str, float | int]
 
 
 def of_training(result: CohortResult) -> Metrics:
@@ -45,6 +47,16 @@ def of_guard(filtered: Filtered, kind: str) -> dict[str, float | int | str]:
         return metrics
     metrics |= filtered.total.as_metrics()
     return metrics | {"guard/num_empty_clients": len(filtered.empty_clients)}
+
+
+def of_cai_texts(conversations: Sequence[CaiRow]) -> Metrics:
+    """``cai/response_…`` and ``cai/revision_…``: signs of collapse in DPO's rejected and chosen texts, in percent.
+
+    All rows count, the unusable ones too: a collapsed writer makes those.
+    """
+    responses = measure_collapse([row.init_response for row in conversations])
+    revisions = measure_collapse([row.revision_response for row in conversations])
+    return collapse_metrics("cai/response", responses) | collapse_metrics("cai/revision", revisions)
 
 
 def headline(metrics: Metrics) -> dict[str, str]:

@@ -19,6 +19,7 @@ from fedsim.errors import DataError
 from fedsim.evaluate.stage import load_suite, write_texts
 from fedsim.evaluate.suite import Suite, evaluate
 from fedsim.federation.sampling import cosine_by_round, sample_cohort
+from fedsim.generate.engine import Engine
 from fedsim.model.load import check_model_dir, model_digest
 from fedsim.parallel.world import World
 from fedsim.record.finish import finish_run
@@ -31,6 +32,7 @@ from fedsim.safety.cai_stage import cai_conversations, constitution_file
 from fedsim.safety.constitution import load_constitution
 from fedsim.safety.filter_stage import FilterStage
 from fedsim.safety.filtering import Filtered
+from fedsim.safety.guard import LlamaGuard
 
 PRETRAINED = -1  # round index of what belongs to the untouched model
 
@@ -70,7 +72,8 @@ class Simulation:
         record.header(self.world.size, self.world.device)
         models = self.ranks.once(self._check_paths)
         data, suite = self._data(models)
-        filtered, untuned = self._filter(data)
+        filtered, untuned, guard = self._filter(data)
+        suite = replace(suite, guard=guard)
         federation = self._assemble(filtered)
         checkpoint = record.resume()
         if checkpoint is None:
@@ -153,7 +156,7 @@ class Simulation:
     def _check_paths(self) -> dict[str, str]:
         """Find a wrong path before the first expensive stage; returns the models in use by role."""
         models = {"model": self.config.model.path}
-        if self.config.guard.kind == "llama_guard":
+        if self.config.guard.kind == "llama_guard" or self.config.eval.guard_judge != "none":
             models["guard"] = self.config.guard.path
         for role, path in models.items():
             check_model_dir(path, f"{role}.path")
@@ -181,11 +184,12 @@ class Simulation:
         self.ranks.once(write)
         return data, suite
 
-    def _filter(self, data: PreparedData) -> tuple[Filtered, Filtered | None]:
+    def _filter(self, data: PreparedData) -> tuple[Filtered, Filtered | None, LlamaGuard | None]:
         """Every client drops the rows that the guard calls unsafe (paper §4.1).
 
         Returns:
-            The kept rows, and what the guard would have kept before its fine-tuning, where that is measured.
+            The kept rows; what the guard would have kept before its fine-tuning, where that is measured; and the guard
+            that will judge replies, where there is to be one.
         """
         with self.record.phase(f"safety filter ({self.config.guard.kind})", "filter", "steps") as phase:
             stage = FilterStage(
@@ -198,7 +202,8 @@ class Simulation:
                 lambda name, done, total: phase.step(done, total, part=name),
             )
             untuned = stage.run_untuned(data) if self.config.guard.is_compared else None
-            return stage.run(data), untuned
+            filtered, judge = stage.run(data), self.config.eval.guard_judge
+            return filtered, untuned, None if judge == "none" else stage.load_guard(data, tuned=judge == "tuned")
 
     def _assemble(self, filtered: Filtered) -> Federation:
         with self.record.phase("load model", "load"):
@@ -226,10 +231,14 @@ class Simulation:
             raise DataError(unusable(conversations))
         aligner = Aligner(federation.trainer, rows, chat, cai, chat.pad_id, self.config.seed)
         if new:
-            counts = count_metrics(conversations) | {
-                "cai/num_cut_rows": aligner.num_truncated,
-                "cai/num_dropped_no_targets": aligner.num_without_targets,
-            }
+            counts = (
+                count_metrics(conversations)
+                | figures.of_cai_texts(conversations)
+                | {
+                    "cai/num_cut_rows": aligner.num_truncated,
+                    "cai/num_dropped_no_targets": aligner.num_without_targets,
+                }
+            )
             self.record.append(PRETRAINED, "cai_data", counts)
         return aligner
 
@@ -249,9 +258,12 @@ class Simulation:
         """Run the benchmarks on an adapter. Every point draws the same random numbers, so points compare."""
         federation.flat.load(adapter)
         with self.record.phase(f"evaluate, {POINT_TITLES[point]}", "evaluate", "batches") as phase:
-            federation.engine.on_progress = phase.step
+            workers = [w for w in (federation.engine, suite.guard) if isinstance(w, Engine | LlamaGuard)]
+            for worker in workers:
+                worker.on_progress = phase.step
             found = evaluate(federation.engine, suite, ("eval",))
-            federation.engine.on_progress = None
+            for worker in workers:
+                worker.on_progress = None
             phase.step(phase.total, phase.total, **figures.headline(found.metrics))
         self.record.append(round_idx, "eval", {"point": point, **found.metrics})
         folder, model_id = self.record.folder / "answers", f"{self.config.name}-round{round_idx + 1}-{point}"

@@ -94,27 +94,41 @@ class FilterStage:
         """What the guard model would keep as it is, to compare (the paper's Table 2, first row)."""
         return drop_unsafe(data.shards, self._model_verdicts(data, tuned=False))
 
-    def _model_verdicts(self, data: PreparedData, *, tuned: bool) -> list[list[Verdict]]:
-        rows = [row for shard in data.shards for row in shard]
+    def load_guard(self, data: PreparedData, *, tuned: bool) -> LlamaGuard:
+        """The guard model, ready to judge any exchanges, such as replies to attacks; whatever the filter's kind is.
+
+        It is valid until this stage judges rows or is asked for a guard again: both share one resident model.
+
+        Args:
+            tuned: fine-tuned, by the same artefact as the filter's (made if it is not there); else as it is.
+        """
+        self._read_digest()
+        model = self._guard_model()
+        adapter = FlatAdapter(model.model)
+        adapter.load(self._tuned(data, model, adapter) if tuned else adapter.initial(self.config.seed))
+        settings = self.config.guard
+        return LlamaGuard(
+            model.base,
+            model.chat,
+            self.ranks,
+            policy=settings.policy,
+            batch_size=settings.batch_size,
+            threshold=settings.threshold,
+            max_length=settings.max_length,
+        )
+
+    def _read_digest(self) -> None:
         if not self._model_sha256:
             self._model_sha256 = self.ranks.once(lambda: model_digest(self.config.guard.path))
+
+    def _model_verdicts(self, data: PreparedData, *, tuned: bool) -> list[list[Verdict]]:
+        rows = [row for shard in data.shards for row in shard]
+        self._read_digest()
         depends = self._depends(data, tuned=tuned) | {"rows": [row.row_id for row in rows]}
 
         def build() -> list[Verdict]:
-            model = self._guard_model()
-            adapter = FlatAdapter(model.model)
-            adapter.load(self._tuned(data, model, adapter) if tuned else adapter.initial(self.config.seed))
-            settings = self.config.guard
-            judge = LlamaGuard(
-                model.base,
-                model.chat,
-                self.ranks,
-                policy=settings.policy,
-                batch_size=settings.batch_size,
-                threshold=settings.threshold,
-                max_length=settings.max_length,
-                on_progress=lambda done, total: self.on_progress("guard scoring", done, total),
-            )
+            judge = self.load_guard(data, tuned=tuned)
+            judge.on_progress = lambda done, total: self.on_progress("guard scoring", done, total)
             return judge.judge(rows)
 
         artefact = self.store.get("guard-verdicts", depends, _CODE, build, _write_verdicts)
