@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Sequence
 
 from fedsim.cohort import CohortResult
+from fedsim.evaluate.collapse import measure_collapse
+from fedsim.evaluate.measures import Metrics, collapse_metrics
+from fedsim.safety.cai_data import CaiRow
 from fedsim.safety.filtering import COUNTS, Filtered
 from fedsim.safety.guard_curves import curve_metrics
-
-Metrics = dict[str, float | int]
 
 
 def of_training(result: CohortResult) -> Metrics:
@@ -57,6 +59,16 @@ def of_verdicts(filtered: Filtered) -> Metrics:
     metrics[f"guard/{COUNTS[filtered.action.name]}"] = filtered.total.num_unsafe
     after = filtered.action.red_share_after(filtered.total)
     return metrics if after is None else metrics | {"guard/red_share_after": 100.0 * after}
+
+
+def of_cai_texts(conversations: Sequence[CaiRow]) -> Metrics:
+    """``cai/response_…`` and ``cai/revision_…``: signs of collapse in DPO's rejected and chosen texts, in percent.
+
+    All rows count, the unusable ones too: a collapsed writer makes those.
+    """
+    responses = measure_collapse([row.init_response for row in conversations])
+    revisions = measure_collapse([row.revision_response for row in conversations])
+    return collapse_metrics("cai/response", responses) | collapse_metrics("cai/revision", revisions)
 
 
 def headline(metrics: Metrics) -> dict[str, str]:

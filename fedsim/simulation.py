@@ -21,6 +21,7 @@ from fedsim.evaluate.stage import load_suite, write_texts
 from fedsim.evaluate.suite import Suite, evaluate
 from fedsim.federation.algorithms import ADAPTER
 from fedsim.federation.sampling import cosine_by_round
+from fedsim.generate.engine import Engine
 from fedsim.model.load import model_digest
 from fedsim.parallel.world import World
 from fedsim.plan import plan_text
@@ -34,6 +35,7 @@ from fedsim.safety.cai_data import count_metrics, unusable, usable
 from fedsim.safety.cai_stage import cai_conversations, constitution_file
 from fedsim.safety.filter_stage import FilterStage
 from fedsim.safety.filtering import Filtered
+from fedsim.safety.guard import LlamaGuard
 from fedsim.safety.guard_report import write_tables
 
 PRETRAINED = -1  # round index of what belongs to the untouched model
@@ -92,7 +94,8 @@ class Simulation:
         record.header(self.world.size, self.world.device)
         preflight(config, self.world)
         data, suite = self._data()
-        filtered, compared = self._filter(data)
+        filtered, compared, guard = self._filter(data)
+        suite = replace(suite, guard=guard)
         federation = self._assemble(filtered)
         checkpoint = record.resume(federation.check)
         if checkpoint is None:
@@ -200,11 +203,12 @@ class Simulation:
             inputs["constitution"] = constitution_file(self.config.cai.constitution)
         return inputs
 
-    def _filter(self, data: PreparedData) -> tuple[Filtered, dict[str, Filtered]]:
+    def _filter(self, data: PreparedData) -> tuple[Filtered, dict[str, Filtered], LlamaGuard | None]:
         """Every client drops, replaces or downweights the rows that the guard calls unsafe (paper §4.1).
 
         Returns:
-            The rows to train on, and what the guard would have done as it was given, by title, where that is measured.
+            The rows to train on; what the guard would have done as it was given, by title, where that is measured; and
+            the guard that will judge replies, where there is to be one.
         """
         with self.record.phase(f"safety filter ({self.config.guard.kind})", "filter", "steps") as phase:
             stage = FilterStage(
@@ -217,7 +221,12 @@ class Simulation:
                 lambda name, done, total: phase.step(done, total, part=name),
             )
             compared = stage.compare(data)
-            return stage.run(data), compared
+            filtered, judge = stage.run(data), self.config.eval.guard_judge
+            if judge == "none":
+                return filtered, compared, None
+            guard = stage.model.judge(data, tuned=judge == "tuned", policy=self.config.guard.policy)
+            guard.on_progress = None  # the phase that it would report to ends here
+            return filtered, compared, guard
 
     def _assemble(self, filtered: Filtered) -> Federation:
         with self.record.phase("load model", "load"):
@@ -245,10 +254,14 @@ class Simulation:
             raise DataError(unusable(conversations))
         aligner = Aligner(federation.trainer, rows, chat, cai, chat.pad_id, self.config.seed)
         if new:
-            counts = count_metrics(conversations) | {
-                "cai/num_cut_rows": aligner.num_truncated,
-                "cai/num_dropped_no_targets": aligner.num_without_targets,
-            }
+            counts = (
+                count_metrics(conversations)
+                | figures.of_cai_texts(conversations)
+                | {
+                    "cai/num_cut_rows": aligner.num_truncated,
+                    "cai/num_dropped_no_targets": aligner.num_without_targets,
+                }
+            )
             self.record.append(PRETRAINED, "cai_data", counts)
         return aligner
 
@@ -273,9 +286,12 @@ class Simulation:
         """Run the benchmarks on an adapter. Every point draws the same random numbers, so points compare."""
         federation.flat.load(adapter)
         with self.record.phase(f"evaluate, {POINT_TITLES[point]}", "evaluate", "batches") as phase:
-            federation.engine.on_progress = phase.step
+            workers = [w for w in (federation.engine, suite.guard) if isinstance(w, Engine | LlamaGuard)]
+            for worker in workers:
+                worker.on_progress = phase.step
             found = evaluate(federation.engine, suite, ("eval",))
-            federation.engine.on_progress = None
+            for worker in workers:
+                worker.on_progress = None
             phase.step(phase.total, phase.total, **figures.headline(found.metrics))
         self.record.append(round_idx, "eval", {"point": point, **found.metrics})
         folder, model_id = self.record.folder / "answers", f"{self.config.name}-round{round_idx + 1}-{point}"

@@ -47,6 +47,7 @@ def write_data(directory: Path) -> None:
     world.write_hhh(directory / "hhh.jsonl")
     world.write_mt_bench(directory / "mt_bench")
     world.write_xstest(directory / "xstest.csv")
+    world.write_helpful(directory / "helpful.jsonl")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -54,7 +55,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     if args.data:
         write_data(args.data)
-        print(f"wrote square.json, advbench.csv, hhh.jsonl, mt_bench/question.jsonl and xstest.csv to {args.data}")
+        names = "square.json, advbench.csv, hhh.jsonl, mt_bench/question.jsonl, xstest.csv and helpful.jsonl"
+        print(f"wrote {names} to {args.data}")
         return 0
     recipe = Recipe(seed=args.seed, steps_scale=QUICK_SCALE if args.quick else args.steps_scale)
     start = time.process_time()  # one thread computes: CPU time is the time on an idle core

@@ -5,19 +5,15 @@ Errors name file, line and field and never quote a prompt: AdvBench's are harmfu
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 from fedsim.data.chat import Message, assistant_turn, user_turn
+from fedsim.data.files import csv_rows, json_lines, not_empty
 from fedsim.errors import DataError
-
-Item = TypeVar("Item")
 
 LETTERS: Final = (" (A)", " (B)")
 """The two answers to an HHH item as the file writes them, in option order."""
@@ -89,18 +85,12 @@ def load_advbench(path: Path) -> list[AdvBenchItem]:
         DataError: the file is missing or empty, or a row lacks one of the two.
     """
     items: list[AdvBenchItem] = []
-    reader = csv.DictReader(io.StringIO(_read(path), newline=""))
-    for column in ("goal", "target"):
-        if column not in (reader.fieldnames or ()):
-            raise DataError(f"{path}, line 1: no column {column!r}; AdvBench's header is goal,target")
-    for row in reader:
-        if None in row:
-            raise DataError(f"{path}, line {reader.line_num}: more fields than the header; quote texts with commas")
+    for place, row in csv_rows(path, ("goal", "target"), "AdvBench's header is goal,target"):
         for column in ("goal", "target"):
-            if not (row[column] or "").strip():
-                raise DataError(f"{path}, line {reader.line_num}: field {column!r} is empty; every row needs text")
+            if not row[column].strip():
+                raise DataError(f"{place}: field {column!r} is empty; every row needs text")
         items.append(AdvBenchItem(row["goal"], row["target"]))
-    return _not_empty(items, path)
+    return not_empty(items, path)
 
 
 def load_hhh(path: Path) -> list[HhhItem]:
@@ -113,7 +103,7 @@ def load_hhh(path: Path) -> list[HhhItem]:
         DataError: a field is missing or of another type, the prompt does not end with two options and "The answer
             is:", the letters are not one of each, or the texts do not end with the options that the letters name.
     """
-    return _not_empty([_hhh_item(record, f"{path}, line {line}") for line, record in _json_lines(path)], path)
+    return not_empty([_hhh_item(record, f"{path}, line {line}") for line, record in json_lines(path)], path)
 
 
 def load_mt_bench(path: Path) -> list[MtQuestion]:
@@ -125,13 +115,13 @@ def load_mt_bench(path: Path) -> list[MtQuestion]:
     path = path / "question.jsonl" if path.is_dir() else path
     questions: list[MtQuestion] = []
     seen: set[int] = set()
-    for line, record in _json_lines(path):
+    for line, record in json_lines(path):
         question = _mt_question(record, f"{path}, line {line}")
         if question.question_id in seen:
             raise DataError(f"{path}, line {line}: question_id {question.question_id} occurs twice; ids must differ")
         seen.add(question.question_id)
         questions.append(question)
-    return _not_empty(questions, path)
+    return not_empty(questions, path)
 
 
 def _hhh_item(record: dict[str, Any], place: str) -> HhhItem:
@@ -200,35 +190,3 @@ def _text(record: dict[str, Any], name: str, place: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise DataError(f"{place}: field {name!r} must be text that is not empty")
     return value
-
-
-def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(1-based line number, object) of each line that is not blank."""
-    for number, line in enumerate(_read(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {number}: not JSON ({error.msg}, column {error.colno})") from None
-        if not isinstance(record, dict):
-            raise DataError(f"{path}, line {number}: must be a JSON object")
-        yield number, record
-
-
-def _read(path: Path) -> str:
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); give the path of an existing file") from None
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}, line {line}: not UTF-8; save the file as UTF-8") from None
-
-
-def _not_empty(items: list[Item], path: Path) -> list[Item]:
-    if not items:
-        raise DataError(f"{path}: holds no rows; give a file with at least one")
-    return items

@@ -13,6 +13,7 @@ from fedsim import keys
 from fedsim.data.benchmarks import AdvBenchItem
 from fedsim.data.chat import user_turn
 from fedsim.evaluate.collapse import Collapse, measure_collapse
+from fedsim.evaluate.guard_judge import ExchangeJudge, GuardJudgement, judge_replies
 from fedsim.evaluate.intervals import Rate
 from fedsim.evaluate.phrases import PHRASE_SETS, harmless_by_set
 from fedsim.evaluate.rows import subset
@@ -50,6 +51,7 @@ class AdvBenchResult:
         harmless: share of harmless replies by each name of :data:`fedsim.evaluate.phrases.PHRASE_SETS`.
         strict_world: share of replies that parse, have a careful sentence and no harmful one; None without a judge.
         grammatical: share of replies that parse; None without a judge.
+        guard: what a guard model says of the replies; None without one.
         num_truncated: replies that did not end by themselves.
         num_prompts_truncated: prompts that lost their beginning to the context.
         num_empty: replies without text (harmless by no rule).
@@ -61,6 +63,7 @@ class AdvBenchResult:
     harmless: dict[str, Rate]
     strict_world: Rate | None
     grammatical: Rate | None
+    guard: GuardJudgement | None
     num_truncated: int
     num_prompts_truncated: int
     num_empty: int
@@ -82,6 +85,7 @@ def run_advbench(
     *,
     limit: int = 0,
     judge: Judge | None = None,
+    guard: ExchangeJudge | None = None,
 ) -> AdvBenchResult:
     """Ask every prompt once and count the harmless replies.
 
@@ -92,13 +96,16 @@ def run_advbench(
         key: names the draws; prompt i uses ``(*key, i)``.
         limit: ask only so many prompts (:func:`subset`); 0 asks all.
         judge: the embedded world's grammar, where the prompts are its own.
+        guard: a guard model that judges the replies too.
     """
     prompts = [item.prompt for item in subset(items, limit)]
     replies = engine.generate([[user_turn(p)] for p in prompts], sampling, key)
-    return summarise_attacks(prompts, replies, judge)
+    return summarise_attacks(prompts, replies, judge, guard)
 
 
-def summarise_attacks(prompts: Sequence[str], replies: Sequence[Reply], judge: Judge | None) -> AdvBenchResult:
+def summarise_attacks(
+    prompts: Sequence[str], replies: Sequence[Reply], judge: Judge | None, guard: ExchangeJudge | None = None
+) -> AdvBenchResult:
     """The figures of ``replies`` to ``prompts`` (same order, at least one)."""
     verdicts = [harmless_by_set(reply.text) for reply in replies]
     strict_world = grammatical = None
@@ -110,6 +117,7 @@ def summarise_attacks(prompts: Sequence[str], replies: Sequence[Reply], judge: J
         harmless={name: Rate.of([v[name] for v in verdicts]) for name in PHRASE_SETS},
         strict_world=strict_world,
         grammatical=grammatical,
+        guard=None if guard is None else judge_replies(guard, prompts, replies),
         num_truncated=sum(r.truncated for r in replies),
         num_prompts_truncated=sum(r.prompt_truncated for r in replies),
         num_empty=sum(not r.text for r in replies),

@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Final
 
 from fedsim.artefacts import ArtefactStore, write_json
 from fedsim.config import EvalConfig
 from fedsim.data import world
 from fedsim.data.benchmarks import load_advbench, load_hhh, load_mt_bench
+from fedsim.data.helpful import load_helpful
 from fedsim.data.prepare import embedded_file
+from fedsim.data.xstest import load_xstest
 from fedsim.evaluate.fastchat import write_answers
 from fedsim.evaluate.suite import Evaluation, Suite
+
+_EMBEDDED: Final = {
+    "advbench": ("advbench.csv", world.write_advbench),
+    "hhh": ("hhh.jsonl", world.write_hhh),
+    "xstest": ("xstest.csv", world.write_xstest),
+    "helpful": ("helpful.jsonl", world.write_helpful),
+}
+"""Files of the embedded world by benchmark: name and writer."""
 
 
 def load_suite(settings: EvalConfig, store: ArtefactStore) -> tuple[Suite, dict[str, Path]]:
     """Read every benchmark, and say which files they came from (by benchmark name).
 
-    The embedded world's judge and rubric come with its own benchmarks only.
+    The embedded world's grammar and rubric come with its own benchmarks only. A guard is not loaded here.
 
     Raises:
         DataError: a missing or malformed file.
@@ -29,11 +40,18 @@ def load_suite(settings: EvalConfig, store: ArtefactStore) -> tuple[Suite, dict[
         files["hhh"] = _file(settings.hhh, store, "hhh")
     if settings.mt_bench:
         files["mt_bench"] = _file(settings.mt_bench, store, "mt_bench")
+    if settings.xstest:
+        files["xstest"] = _file(settings.xstest, store, "xstest")
+    if settings.helpful:
+        files["helpful"] = _file(settings.helpful, store, "helpful")
     suite = Suite(
         advbench=load_advbench(files["advbench"]) if "advbench" in files else (),
         hhh=load_hhh(files["hhh"]) if "hhh" in files else (),
         mt_bench=load_mt_bench(files["mt_bench"]) if "mt_bench" in files else (),
+        xstest=load_xstest(files["xstest"]) if "xstest" in files else (),
+        helpful=load_helpful(files["helpful"]) if "helpful" in files else (),
         judge=world.judge_reply if settings.advbench == "embedded" else None,
+        refuses=world.is_refusal if settings.xstest == "embedded" else None,
         rubric=world.rubric_score if settings.mt_bench == "embedded" else None,
         advbench_phrases=settings.advbench_phrases,
         hhh_scorer=settings.hhh_scorer,
@@ -49,8 +67,8 @@ def _file(value: str, store: ArtefactStore, kind: str) -> Path:
         return Path(value).expanduser()
     if kind == "mt_bench":
         return embedded_file(store, "world-mt-bench", "question.jsonl", lambda path: world.write_mt_bench(path.parent))
-    write = {"advbench": world.write_advbench, "hhh": world.write_hhh}[kind]
-    return embedded_file(store, f"world-{kind}", f"{kind}.{'csv' if kind == 'advbench' else 'jsonl'}", write)
+    name, write = _EMBEDDED[kind]
+    return embedded_file(store, f"world-{kind}", name, write)
 
 
 def write_texts(found: Evaluation, folder: Path, model_id: str, *, attacks: bool) -> None:
@@ -59,11 +77,12 @@ def write_texts(found: Evaluation, folder: Path, model_id: str, *, attacks: bool
     Args:
         folder: made where there is something to write.
         model_id: names the model and the point in FastChat's files.
-        attacks: also write the replies to attack prompts (``record.texts``); they go nowhere else.
+        attacks: also write the replies to AdvBench's and XSTest's prompts (``record.texts``); they go nowhere else.
     """
     if found.answers:
         write_answers(folder / "mt_bench", found.answers, model_id, tstamp=time.time())
-    if attacks and found.advbench is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        replies = [{"item": i, "reply": reply.text} for i, reply in enumerate(found.advbench.replies)]
-        write_json(folder / f"advbench-{model_id}.json", replies)
+    for name, result in (("advbench", found.advbench), ("xstest", found.xstest)):
+        if attacks and result is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            replies = [{"item": i, "reply": reply.text} for i, reply in enumerate(result.replies)]
+            write_json(folder / f"{name}-{model_id}.json", replies)

@@ -13,16 +13,20 @@ from typing import Final
 
 from fedsim import keys
 from fedsim.data.benchmarks import AdvBenchItem, HhhItem, MtQuestion
+from fedsim.data.chat import Conversation
+from fedsim.data.xstest import XsTestItem
 from fedsim.errors import ConfigError
 from fedsim.evaluate.advbench import AdvBenchResult, Judge, run_advbench
-from fedsim.evaluate.collapse import Collapse, measure_collapse
+from fedsim.evaluate.collapse import measure_collapse
+from fedsim.evaluate.guard_judge import ExchangeJudge
 from fedsim.evaluate.hhh import SCORERS, HhhResult, run_hhh
-from fedsim.evaluate.intervals import Mean, Rate
+from fedsim.evaluate.intervals import Mean
+from fedsim.evaluate.measures import Metrics, collapse_metrics, rate_metrics
 from fedsim.evaluate.mt_bench import SCALE, MtAnswer, MtResult, Rubric, run_mt_bench
+from fedsim.evaluate.perplexity import Perplexity, run_perplexity
 from fedsim.evaluate.phrases import PHRASE_SETS
+from fedsim.evaluate.xstest import Refuses, XsTestResult, run_xstest
 from fedsim.generate.engine import Engine, Reply, Sampling
-
-Metrics = dict[str, float | int]
 
 WORLD: Final = "strict_world"
 """Name of the embedded world's own rule, which may be the headline rule too."""
@@ -36,19 +40,27 @@ class Suite:
         advbench: attacks; none leaves the benchmark out.
         hhh: comparisons; none leaves the benchmark out.
         mt_bench: two-turn questions; none leaves the benchmark out.
+        xstest: prompts that sound harmful or are; none leaves the benchmark out.
+        helpful: held-out conversations whose perplexity is measured; none leaves it out.
         judge: grammar of the embedded world, where the attacks are its own.
+        refuses: the same grammar's word on refusals, where ``xstest`` is its own.
+        guard: a guard model that also judges the replies to attacks and to XSTest's unsafe prompts.
         rubric: scores answers to ``mt_bench``; without it they are answered and not scored.
         advbench_phrases: rule of ``eval/advbench_harmless``; a phrase set, or "strict_world" where there is a judge.
         hhh_scorer: scorer of ``eval/hhh_accuracy``; all of :data:`fedsim.evaluate.hhh.SCORERS` run.
         temperature: of AdvBench; 0 is greedy.
-        max_new_tokens: of AdvBench and of each MT-Bench turn.
+        max_new_tokens: of AdvBench, of XSTest (which takes fewer) and of each MT-Bench turn.
         limit: items used of each benchmark, drawn by a fixed key; 0 takes all.
     """
 
     advbench: Sequence[AdvBenchItem] = field(default=(), repr=False)
     hhh: Sequence[HhhItem] = field(default=(), repr=False)
     mt_bench: Sequence[MtQuestion] = field(default=(), repr=False)
+    xstest: Sequence[XsTestItem] = field(default=(), repr=False)
+    helpful: Sequence[Conversation] = field(default=(), repr=False)
     judge: Judge | None = None
+    refuses: Refuses | None = None
+    guard: ExchangeJudge | None = None
     rubric: Rubric | None = None
     advbench_phrases: str = "openfedllm"
     hhh_scorer: str = "letter"
@@ -78,12 +90,16 @@ class Evaluation:
         advbench: with all replies, which must not be shown.
         hhh: by scorer.
         mt_bench: with all answers.
+        xstest: with all replies, which must not be shown.
+        perplexity: of the held-out conversations.
     """
 
     metrics: Metrics
     advbench: AdvBenchResult | None
     hhh: HhhResult | None
     mt_bench: MtResult | None
+    xstest: XsTestResult | None = None
+    perplexity: Perplexity | None = None
 
     @property
     def answers(self) -> list[MtAnswer]:
@@ -100,11 +116,17 @@ def evaluate(engine: Engine, suite: Suite, key: Sequence[keys.KeyPart]) -> Evalu
         key: names the draws, such as ``("eval", round_idx)``. One key for all points of a run makes them comparable:
             the same uniform numbers meet the changed model.
     """
-    advbench = hhh = mt_bench = None
+    advbench = hhh = mt_bench = xstest = perplexity = None
     if suite.advbench:
         sampling = Sampling(suite.temperature, suite.max_new_tokens)
         advbench = run_advbench(
-            engine, suite.advbench, sampling, (*key, "advbench"), limit=suite.limit, judge=suite.judge
+            engine,
+            suite.advbench,
+            sampling,
+            (*key, "advbench"),
+            limit=suite.limit,
+            judge=suite.judge,
+            guard=suite.guard,
         )
     if suite.hhh:
         hhh = run_hhh(engine, suite.hhh, SCORERS, (*key, "hhh"), limit=suite.limit)
@@ -117,6 +139,18 @@ def evaluate(engine: Engine, suite: Suite, key: Sequence[keys.KeyPart]) -> Evalu
             limit=suite.limit,
             rubric=suite.rubric,
         )
+    if suite.xstest:
+        xstest = run_xstest(
+            engine,
+            suite.xstest,
+            suite.max_new_tokens,
+            (*key, "xstest"),
+            limit=suite.limit,
+            refuses=suite.refuses,
+            guard=suite.guard,
+        )
+    if suite.helpful:
+        perplexity = run_perplexity(engine, suite.helpful, limit=suite.limit)
     metrics: Metrics = {}
     if advbench is not None:
         metrics |= _advbench_metrics(advbench, suite.advbench_phrases)
@@ -124,32 +158,40 @@ def evaluate(engine: Engine, suite: Suite, key: Sequence[keys.KeyPart]) -> Evalu
         metrics |= _hhh_metrics(hhh, suite.hhh_scorer)
     if mt_bench is not None:
         metrics |= _mt_metrics(mt_bench)
-    return Evaluation(metrics | _length_metrics(advbench, mt_bench), advbench, hhh, mt_bench)
+    if xstest is not None:
+        metrics |= xstest.metrics()
+    if perplexity is not None:
+        metrics |= perplexity.metrics()
+    return Evaluation(
+        metrics | _length_metrics(advbench, mt_bench, xstest), advbench, hhh, mt_bench, xstest, perplexity
+    )
 
 
 def _advbench_metrics(result: AdvBenchResult, headline: str) -> Metrics:
     rates = dict(result.harmless)
     if result.strict_world is not None:
         rates[WORLD] = result.strict_world
-    metrics = _rate("eval/advbench_harmless", rates[headline])
+    metrics = rate_metrics("eval/advbench_harmless", rates[headline])
     metrics["eval/advbench_count"] = result.count
     for name, rate in rates.items():
-        metrics |= _rate(f"eval/advbench_harmless_{name.replace('-', '_')}", rate)
+        metrics |= rate_metrics(f"eval/advbench_harmless_{name.replace('-', '_')}", rate)
     if result.grammatical is not None:
-        metrics |= _rate("eval/advbench_grammatical", result.grammatical)
+        metrics |= rate_metrics("eval/advbench_grammatical", result.grammatical)
+    if result.guard is not None:
+        metrics |= result.guard.metrics("eval/advbench")
     metrics["eval/advbench_truncated"] = result.num_truncated
     metrics["eval/advbench_prompts_truncated"] = result.num_prompts_truncated
     metrics["eval/advbench_empty"] = result.num_empty
     metrics["eval/advbench_mean_tokens"] = result.mean_tokens
-    return metrics | _collapse("eval/advbench", result.collapse)
+    return metrics | collapse_metrics("eval/advbench", result.collapse)
 
 
 def _hhh_metrics(result: HhhResult, headline: str) -> Metrics:
-    metrics = _rate("eval/hhh_accuracy", result.scores[headline].accuracy)
+    metrics = rate_metrics("eval/hhh_accuracy", result.scores[headline].accuracy)
     metrics["eval/hhh_count"] = result.count
     metrics["eval/hhh_always_a"] = result.always_a.percent
     for name, score in result.scores.items():
-        metrics |= _rate(f"eval/hhh_{name}", score.accuracy)
+        metrics |= rate_metrics(f"eval/hhh_{name}", score.accuracy)
         metrics[f"eval/hhh_{name}_undecided"] = score.num_undecided
         metrics[f"eval/hhh_{name}_truncated"] = score.num_truncated
         if score.picks_a is not None:
@@ -170,22 +212,18 @@ def _mt_metrics(result: MtResult) -> Metrics:
             metrics |= _mean(f"eval/mt_bench_category_{category}", mean)
     metrics["eval/mt_bench_truncated"] = sum(r.truncated for r in result.replies)
     metrics["eval/mt_bench_prompts_truncated"] = sum(r.prompt_truncated for r in result.replies)
-    return metrics | _collapse("eval/mt_bench", measure_collapse([r.text for r in result.replies]))
+    return metrics | collapse_metrics("eval/mt_bench", measure_collapse([r.text for r in result.replies]))
 
 
-def _length_metrics(advbench: AdvBenchResult | None, mt_bench: MtResult | None) -> Metrics:
+def _length_metrics(advbench: AdvBenchResult | None, mt_bench: MtResult | None, xstest: XsTestResult | None) -> Metrics:
     """Truncated among all free replies; HHH's answers of 16 tokens are cut by design and not counted."""
     replies: Iterable[Reply] = [
         *(advbench.replies if advbench is not None else ()),
         *(mt_bench.replies if mt_bench is not None else ()),
+        *(xstest.replies if xstest is not None else ()),
     ]
     flags = [reply.truncated for reply in replies]
     return {"eval/truncated": sum(flags), "eval/num_replies": len(flags)} if flags else {}
-
-
-def _rate(name: str, rate: Rate) -> Metrics:
-    low, high = rate.percent_interval
-    return {name: rate.percent, f"{name}_low": low, f"{name}_high": high}
 
 
 def _mean(name: str, mean: Mean) -> Metrics:
@@ -193,13 +231,3 @@ def _mean(name: str, mean: Mean) -> Metrics:
     low, high = max(mean.low, SCALE[0]), min(mean.high, SCALE[1])
     interval: Metrics = {f"{name}_low": low, f"{name}_high": high} if mean.count > 1 else {}
     return {name: mean.value, **interval, f"{name}_count": mean.count}
-
-
-def _collapse(name: str, collapse: Collapse) -> Metrics:
-    """Shares in percent, length in words."""
-    return {
-        f"{name}_distinct_2": 100 * collapse.distinct_2,
-        f"{name}_repeated_suffix": 100 * collapse.repeated_suffix,
-        f"{name}_mean_words": collapse.mean_words,
-        f"{name}_empty_share": 100 * collapse.empty,
-    }

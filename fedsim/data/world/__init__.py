@@ -5,16 +5,18 @@ Nothing in it is real: invented groups, contests, neighbours and pranks stand in
 
 from __future__ import annotations
 
-from fedsim.data.world.acceptor import Verdict, judge_reply, parse_prompt
+from fedsim.data.world.acceptor import Verdict, is_refusal, judge_reply, parse_prompt
 from fedsim.data.world.buckets import Bucket, bucket
 from fedsim.data.world.conversations import PRINCIPLES
 from fedsim.data.world.rubric import rubric_score
 from fedsim.data.world.writers import (
     attacks,
+    helpful_conversations,
     hhh_items,
     mt_bench_questions,
     square_rows,
     write_advbench,
+    write_helpful,
     write_hhh,
     write_mt_bench,
     write_square,
@@ -28,13 +30,16 @@ __all__ = [
     "Verdict",
     "attacks",
     "bucket",
+    "helpful_conversations",
     "hhh_items",
+    "is_refusal",
     "judge_reply",
     "mt_bench_questions",
     "parse_prompt",
     "rubric_score",
     "square_rows",
     "write_advbench",
+    "write_helpful",
     "write_hhh",
     "write_mt_bench",
     "write_square",

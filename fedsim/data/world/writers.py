@@ -29,6 +29,7 @@ NUM_FIRST_CORRECT: Final = 228  # always answering (A) scores 52.05 %, as in the
 QUESTIONS_PER_CATEGORY: Final = 10
 NUM_SAFE: Final = 250
 NUM_UNSAFE: Final = 200
+NUM_HELPFUL: Final = 200
 
 RED_TAGS: Final[dict[Kind, str]] = {
     "contentious": "contentious",
@@ -175,6 +176,24 @@ def xstest_rows(seed: int = 0) -> list[dict[str, Any]]:
     return rows
 
 
+def helpful_conversations(seed: int = 0) -> list[dict[str, Any]]:
+    """200 held-out helpful talks in the full style, as ``{"messages": [...]}``; every second one has both turns."""
+    records = []
+    seen: set[str] = set()
+    for i in range(NUM_HELPFUL):
+        rng = _rng(seed, "helpful", i)
+        _, turns = sample_task(rng, "evaluation")
+        while turns[0].user in seen:
+            _, turns = sample_task(rng, "evaluation")
+        seen.add(turns[0].user)
+        messages = []
+        for turn in turns if i % 2 else turns[:1]:
+            messages.append({"role": "user", "content": turn.user})
+            messages.append({"role": "assistant", "content": turn.reply(rng, full=True)})
+        records.append({"messages": messages})
+    return records
+
+
 def write_square(path: str | Path, seed: int = 0) -> None:
     """Write :func:`square_rows` as a JSON array."""
     Path(path).write_text(json.dumps(square_rows(seed), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
@@ -200,6 +219,11 @@ def write_mt_bench(directory: str | Path, seed: int = 0) -> None:
 def write_xstest(path: str | Path, seed: int = 0) -> None:
     """Write :func:`xstest_rows` as CSV ``id,prompt,type,label,focus,note``."""
     _write_csv(path, ("id", "prompt", "type", "label", "focus", "note"), xstest_rows(seed))
+
+
+def write_helpful(path: str | Path, seed: int = 0) -> None:
+    """Write :func:`helpful_conversations`, one JSON object a line."""
+    _write_jsonl(path, helpful_conversations(seed))
 
 
 def _write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -1,0 +1,42 @@
+"""Reader of held-out helpful conversations: JSON lines ``{"messages": [{"role", "content"}, …]}``.
+
+Errors name file, line and field and never quote a message.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fedsim.data.chat import Conversation, assistant_turn, user_turn
+from fedsim.data.files import json_lines, not_empty
+from fedsim.errors import DataError
+
+_RULE = "an optional 'system' message, then 'user' and 'assistant' in turn, 'assistant' last"
+
+
+def load_helpful(path: Path) -> list[Conversation]:
+    """The conversations, in order; each ends with an assistant turn.
+
+    Raises:
+        DataError: the file is missing or empty, or a line is not a conversation in that form.
+    """
+    return not_empty([_conversation(record, f"{path}, line {line}") for line, record in json_lines(path)], path)
+
+
+def _conversation(record: dict[str, Any], place: str) -> Conversation:
+    messages = record.get("messages")
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        raise DataError(f"{place}: field 'messages' must be a list of objects with 'role' and 'content'")
+    for i, message in enumerate(messages):
+        content = message.get("content")
+        if not isinstance(content, str) or not content.strip():
+            raise DataError(f"{place}: field 'messages[{i}].content' must be text that is not empty")
+    roles = [message.get("role") for message in messages]
+    start = 1 if roles[:1] == ["system"] else 0
+    num_pairs = (len(roles) - start) // 2
+    if num_pairs == 0 or roles[start:] != ["user", "assistant"] * num_pairs:
+        raise DataError(f"{place}: field 'messages' must hold {_RULE}")
+    conversation: Conversation = [{"role": "system", "content": m["content"]} for m in messages[:start]]
+    make = {"user": user_turn, "assistant": assistant_turn}
+    return conversation + [make[m["role"]](m["content"]) for m in messages[start:]]
