@@ -18,7 +18,8 @@ from fedsim.evaluate.advbench import AdvBenchResult, Judge, run_advbench
 from fedsim.evaluate.collapse import Collapse, measure_collapse
 from fedsim.evaluate.hhh import SCORERS, HhhResult, run_hhh
 from fedsim.evaluate.intervals import Mean, Rate
-from fedsim.evaluate.mt_bench import SCALE, MtAnswer, MtResult, Rubric, run_mt_bench
+from fedsim.evaluate.judge import Judged
+from fedsim.evaluate.mt_bench import SCALE, MtAnswer, MtMeans, MtResult, Rubric, mean_scores, run_mt_bench
 from fedsim.evaluate.phrases import PHRASE_SETS
 from fedsim.generate.engine import Engine, Reply, Sampling
 
@@ -157,15 +158,23 @@ def _hhh_metrics(result: HhhResult, headline: str) -> Metrics:
 
 def _mt_metrics(result: MtResult) -> Metrics:
     metrics: Metrics = {"eval/mt_bench_questions": len(result.answers)}
-    if result.score is not None and result.by_turn is not None:
-        metrics |= _mean("eval/mt_bench", result.score)
-        for turn, mean in enumerate(result.by_turn, start=1):
-            metrics |= _mean(f"eval/mt_bench_turn_{turn}", mean)
-        for category, mean in result.by_category.items():
-            metrics |= _mean(f"eval/mt_bench_category_{category}", mean)
+    metrics |= _mt_means(result.means)
     metrics["eval/mt_bench_truncated"] = sum(r.truncated for r in result.replies)
     metrics["eval/mt_bench_prompts_truncated"] = sum(r.prompt_truncated for r in result.replies)
     return metrics | _collapse("eval/mt_bench", measure_collapse([r.text for r in result.replies]))
+
+
+def _mt_means(means: MtMeans) -> Metrics:
+    named = {"eval/mt_bench": means.score}
+    named |= {f"eval/mt_bench_turn_{turn}": mean for turn, mean in enumerate(means.by_turn, start=1)}
+    named |= {f"eval/mt_bench_category_{category}": mean for category, mean in means.by_category.items()}
+    return {name: value for key, mean in named.items() if mean is not None for name, value in _mean(key, mean).items()}
+
+
+def judge_metrics(judged: Judged, questions: Sequence[MtQuestion]) -> Metrics:
+    """The figures that a judge adds to an evaluation: means of its scores, unrated turns, and turns left unjudged."""
+    counts: Metrics = {"eval/mt_bench_unrated": judged.num_unrated, "eval/mt_bench_judge_failed": judged.num_unjudged}
+    return _mt_means(mean_scores(questions, judged.scores)) | counts
 
 
 def _length_metrics(advbench: AdvBenchResult | None, mt_bench: MtResult | None) -> Metrics:
