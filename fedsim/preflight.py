@@ -13,6 +13,7 @@ import torch
 
 from fedsim.config import Config
 from fedsim.errors import ConfigError
+from fedsim.evaluate.judge_inputs import check_judge
 from fedsim.federation.registry import build_algorithm
 from fedsim.model.load import LoraSettings, check_model_dir, load_chat
 from fedsim.model.memory import Need, free_memory, generation_need, training_need
@@ -30,7 +31,7 @@ class Preflight:
     """What the checks found.
 
     Attributes:
-        shapes: sizes of the models in use, by role ("model", "guard").
+        shapes: sizes of the models in use, by role ("model", "guard", "judge").
         needs: memory of each stage on one rank, an upper bound.
         free_bytes: memory that each rank can have.
     """
@@ -50,6 +51,8 @@ def models_in_use(config: Config) -> dict[str, str]:
     models = {"model": config.model.path}
     if config.guard.kind == "llama_guard" or config.eval.guard_judge != "none":
         models["guard"] = config.guard.path
+    if config.judge.kind == "local":
+        models["judge"] = config.judge.path
     return models
 
 
@@ -79,6 +82,7 @@ def _check(config: Config, world: World) -> tuple[dict[str, ModelShape], int]:
     shapes = {role: _check_model(config, role, path, world.device) for role, path in models_in_use(config).items()}
     if config.cai.iterations > 0:
         load_constitution(constitution_file(config.cai.constitution))
+    check_judge(config)
     return shapes, free_memory(world.device, world.size)
 
 
@@ -106,8 +110,10 @@ def _check_model(config: Config, role: str, path: str, device: torch.device) -> 
     key = f"{role}.path"
     folder = check_model_dir(path, key)
     chat = load_chat(folder, key)
-    settings = config.model if role == "model" else config.guard
-    lora = LoraSettings(settings.lora_r, settings.lora_alpha, settings.lora_dropout, tuple(settings.lora_targets))
+    lora = None
+    if role in ("model", "guard"):
+        settings = config.model if role == "model" else config.guard
+        lora = LoraSettings(settings.lora_r, settings.lora_alpha, settings.lora_dropout, tuple(settings.lora_targets))
     if role == "guard":
         GuardFormat(chat, config.guard.policy, config.guard.max_length)
     return model_shape(folder, lora, dtype=config.model.dtype, device=device, key=key)
@@ -141,6 +147,13 @@ def memory_needs(config: Config, shapes: Mapping[str, ModelShape]) -> list[Need]
     needs.append(
         generation_need(model, "generation", "eval.batch_size", num_rows=judged.batch_size, num_tokens=context)
     )
+    if "judge" in shapes:
+        context = config.judge.max_new_tokens + 2 * judged.max_new_tokens + local.max_length
+        needs.append(
+            generation_need(
+                shapes["judge"], "judging", "eval.batch_size", num_rows=judged.batch_size, num_tokens=context
+            )
+        )
     return needs
 
 

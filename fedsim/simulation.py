@@ -17,8 +17,11 @@ from fedsim.config import Config, to_nested
 from fedsim.data.prepare import PreparedData, prepare_data
 from fedsim.disk import explaining_full_disk
 from fedsim.errors import DataError
+from fedsim.evaluate.judge import MtJudge
+from fedsim.evaluate.judge_inputs import judge_files
+from fedsim.evaluate.measures import Metrics
 from fedsim.evaluate.stage import load_suite, write_texts
-from fedsim.evaluate.suite import Suite, evaluate
+from fedsim.evaluate.suite import Evaluation, Suite, evaluate, judge_metrics
 from fedsim.federation.algorithms import ADAPTER
 from fedsim.federation.sampling import cosine_by_round
 from fedsim.generate.engine import Engine
@@ -55,6 +58,7 @@ class Simulation:
         self.ranks = world.ranks
         self.record = RunRecord(config, world.ranks, synchronize=world.device.type == "cuda")
         self.store = ArtefactStore(Path(config.record.artefacts).expanduser(), world.ranks, self.record.say)
+        self.judge: MtJudge | None = None
         self.facts: dict[str, Any] = {
             "device": world.device.type,
             "threads": config.parallel.threads,
@@ -179,6 +183,9 @@ class Simulation:
         with self.record.phase("data", "data"):
             data = prepare_data(self.config, self.store, self.ranks)
             suite, files = load_suite(self.config.eval, self.store)
+            if self.config.judge.kind != "none" and suite.mt_bench:
+                suite = replace(suite, rubric=None)  # the judge takes the rubric's place
+                self.judge = MtJudge(self.config, self.ranks, self.world.device)
         for note in data.notes:
             self.record.say(note)
         return data, suite, files
@@ -198,7 +205,7 @@ class Simulation:
 
     def _inputs(self, data: PreparedData, files: dict[str, Path]) -> dict[str, Path]:
         """Every data file that the run depends on, by what it is."""
-        inputs = {"square": data.source, **files}
+        inputs = {"square": data.source, **files, **judge_files(self.config)}
         if self.config.cai.iterations > 0:
             inputs["constitution"] = constitution_file(self.config.cai.constitution)
         return inputs
@@ -293,9 +300,24 @@ class Simulation:
             for worker in workers:
                 worker.on_progress = None
             phase.step(phase.total, phase.total, **figures.headline(found.metrics))
-        self.record.append(round_idx, "eval", {"point": point, **found.metrics})
         folder, model_id = self.record.folder / "answers", f"{self.config.name}-round{round_idx + 1}-{point}"
         self.ranks.once(lambda: write_texts(found, folder, model_id, attacks=self.config.record.texts))
+        judged = self._judge(found, folder / "mt_bench", model_id, point)
+        self.record.append(round_idx, "eval", {"point": point, **found.metrics, **judged})
+
+    def _judge(self, found: Evaluation, folder: Path, model_id: str, point: str) -> Metrics:
+        """Let the judge rate the MT-Bench answers. What it leaves unjudged is told, and ends no run."""
+        if self.judge is None or found.mt_bench is None:
+            return {}
+        with self.record.phase(f"judge MT-Bench, {POINT_TITLES[point]}", "judge", self.judge.unit) as phase:
+            judged = self.judge.judge(folder, model_id, found.mt_bench.texts, phase.step)
+            metrics = judge_metrics(judged, [answer.question for answer in found.mt_bench.answers])
+            if judged.error is None:
+                phase.step(phase.total, phase.total, **figures.headline(metrics))
+        if judged.error is not None:
+            finish = f"python tools/judge.py {self.record.folder}"
+            self.record.say(f"{judged.num_unjudged} turns stay unjudged: {judged.error}. To finish later: {finish}")
+        return metrics
 
     def _is_measured(self, round_idx: int) -> bool:
         every, num_rounds = self.config.eval.every, self.config.federation.num_rounds

@@ -116,12 +116,28 @@ def load_mt_bench(path: Path) -> list[MtQuestion]:
     questions: list[MtQuestion] = []
     seen: set[int] = set()
     for line, record in json_lines(path):
-        question = _mt_question(record, f"{path}, line {line}")
+        question = mt_question(record, f"{path}, line {line}")
         if question.question_id in seen:
             raise DataError(f"{path}, line {line}: question_id {question.question_id} occurs twice; ids must differ")
         seen.add(question.question_id)
         questions.append(question)
     return not_empty(questions, path)
+
+
+def mt_question(record: Mapping[str, Any], place: str) -> MtQuestion:
+    """The question that a JSON object describes; ``place`` is named in errors.
+
+    Raises:
+        DataError: see :func:`load_mt_bench`.
+    """
+    number = question_id(record, place)
+    turns = two_texts(record.get("turns"))
+    if turns is None or not all(turn.strip() for turn in turns):
+        raise DataError(f"{place}: field 'turns' must be a list of two messages")
+    reference = record.get("reference")
+    if reference and two_texts(reference) is None:
+        raise DataError(f"{place}: field 'reference' must be absent or a list of two answers")
+    return MtQuestion(number, _text(record, "category", place), turns, two_texts(reference), record)
 
 
 def _hhh_item(record: dict[str, Any], place: str) -> HhhItem:
@@ -166,26 +182,22 @@ def _letter(record: dict[str, Any], name: str, place: str) -> int:
     return LETTERS.index(value[0])
 
 
-def _mt_question(record: dict[str, Any], place: str) -> MtQuestion:
+def question_id(record: Mapping[str, Any], place: str) -> int:
+    """The whole number ``question_id`` of a JSON object; anything else is a :class:`DataError`."""
     number = record.get("question_id")
     if not isinstance(number, int) or isinstance(number, bool):
         raise DataError(f"{place}: field 'question_id' must be a whole number")
-    turns = _two_texts(record.get("turns"))
-    if turns is None or not all(turn.strip() for turn in turns):
-        raise DataError(f"{place}: field 'turns' must be a list of two messages")
-    reference = record.get("reference")
-    if reference and _two_texts(reference) is None:
-        raise DataError(f"{place}: field 'reference' must be absent or a list of two answers")
-    return MtQuestion(number, _text(record, "category", place), turns, _two_texts(reference), record)
+    return number
 
 
-def _two_texts(value: object) -> tuple[str, str] | None:
+def two_texts(value: object) -> tuple[str, str] | None:
+    """``value`` if it is a list of two texts, else None."""
     if isinstance(value, list) and len(value) == 2 and all(isinstance(v, str) for v in value):
         return value[0], value[1]
     return None
 
 
-def _text(record: dict[str, Any], name: str, place: str) -> str:
+def _text(record: Mapping[str, Any], name: str, place: str) -> str:
     value = record.get(name)
     if not isinstance(value, str) or not value.strip():
         raise DataError(f"{place}: field {name!r} must be text that is not empty")

@@ -1,18 +1,63 @@
-"""MT-Bench answers and judgments as FastChat's files, so that its own tools (show_result, the browser) read them."""
+"""FastChat's MT-Bench files: answers in and out, and the judgments that its show_result and browser read.
+
+Field names and folders are those of ``fastchat/llm_judge`` (``gen_model_answer.py``, ``gen_judgment.py``); judgments
+are sorted as its ``clean_judgment.py`` sorts them.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Final
 
-from fedsim.errors import ConfigError
+from fedsim.data.benchmarks import question_id, two_texts
+from fedsim.data.files import json_lines
+from fedsim.errors import ConfigError, DataError
 from fedsim.evaluate.mt_bench import MtAnswer
 
 Row = dict[str, Any]
+
+UNRATED: Final = -1
+"""Score of a judgment without a rating; FastChat leaves such rows out of every mean."""
+
+KINDS: Final = {
+    "question_id": int,
+    "model": str,
+    "judge": list,
+    "user_prompt": str,
+    "judgment": str,
+    "score": int | float,
+    "turn": int,
+}
+"""Fields of a judgment that are read, and their types."""
+
+RUBRIC: Final = "rubric"
+"""Name of the embedded world's rubric where FastChat has the judge's."""
+
+
+def read_answers(path: Path) -> dict[int, tuple[str, str]]:
+    """Both answers by ``question_id``, of a model or of the reference (FastChat's ``reference_answer/gpt-4.jsonl``).
+
+    Raises:
+        DataError: the file cannot be read, a field is missing or of another type, or an id occurs twice.
+    """
+    answers: dict[int, tuple[str, str]] = {}
+    for line, record in json_lines(path):
+        place = f"{path}, line {line}"
+        number, choices = question_id(record, place), record.get("choices")
+        first = choices[0] if isinstance(choices, list) and choices else None
+        turns = two_texts(first.get("turns")) if isinstance(first, dict) else None
+        if turns is None:
+            raise DataError(f"{place}: field 'choices' must begin with an object that has two texts as 'turns'")
+        if number in answers:
+            raise DataError(f"{place}: question_id {number} occurs twice; ids must differ")
+        answers[number] = turns
+    return answers
 
 
 def answer_rows(answers: Iterable[MtAnswer], model_id: str, tstamp: float) -> list[Row]:
@@ -39,53 +84,162 @@ def answer_rows(answers: Iterable[MtAnswer], model_id: str, tstamp: float) -> li
     return sorted(rows, key=lambda row: row["question_id"])
 
 
-def judgment_rows(answers: Iterable[MtAnswer], model_id: str, tstamp: float) -> list[Row]:
-    """FastChat ``model_judgment`` rows of judge ``rubric``, first of turn 1, then of turn 2; none without scores."""
-    scored = sorted((a for a in answers if a.scores is not None), key=lambda a: a.question.question_id)
+def judgment_row(
+    question: int,
+    model_id: str,
+    judge: tuple[str, str],
+    user_prompt: str,
+    judgment: str,
+    score: float,
+    turn: int,
+    tstamp: float,
+) -> Row:
+    """One FastChat ``model_judgment`` row, its fields in FastChat's order; ``judge`` is (judge, name of its prompt)."""
+    return {
+        "question_id": question,
+        "model": model_id,
+        "judge": list(judge),
+        "user_prompt": user_prompt,
+        "judgment": judgment,
+        "score": score,
+        "turn": turn,
+        "tstamp": tstamp,
+    }
+
+
+def rubric_rows(answers: Iterable[MtAnswer], model_id: str, tstamp: float) -> list[Row]:
+    """Judgments of the judge ``rubric``: one for each answer that has a score."""
     return [
-        {
-            "question_id": answer.question.question_id,
-            "model": model_id,
-            "judge": ["rubric", name],
-            "user_prompt": answer.question.turns[turn - 1],
-            "judgment": f"Rating: [[{answer.scores[turn - 1]!r}]]",
-            "score": answer.scores[turn - 1],
-            "turn": turn,
-            "tstamp": tstamp,
-        }
-        for turn, name in ((1, "rubric"), (2, "rubric-multi-turn"))
-        for answer in scored
-        if answer.scores is not None
+        judgment_row(
+            answer.question.question_id,
+            model_id,
+            (RUBRIC, RUBRIC if turn == 1 else f"{RUBRIC}-multi-turn"),
+            answer.question.turns[turn - 1],
+            f"Rating: [[{score!r}]]",
+            score,
+            turn,
+            tstamp,
+        )
+        for answer in answers
+        for turn, score in enumerate(answer.scores, start=1)
+        if score is not None
     ]
 
 
 def write_answers(directory: Path, answers: Sequence[MtAnswer], model_id: str, tstamp: float) -> list[Path]:
-    """Write ``model_answer/{model_id}.jsonl`` and, where there are scores, ``model_judgment/rubric_single.jsonl``.
+    """Write ``model_answer/{model_id}.jsonl`` and, where a rubric gave scores, ``model_judgment/rubric_single.jsonl``.
 
-    Judgments of other models that the file already holds are kept, as FastChat keeps all models in one file. Files are
-    replaced atomically. Returns their paths.
+    Files are replaced atomically. Returns their paths.
 
     Raises:
         ConfigError: ``model_id`` cannot name a file.
     """
     if "/" in model_id or not model_id:
         raise ConfigError(f"model id {model_id!r}: names a file, so it must have a character and no '/'")
-    answers_path = directory / "model_answer" / f"{model_id}.jsonl"
-    _write_lines(answers_path, answer_rows(answers, model_id, tstamp))
-    judgments = judgment_rows(answers, model_id, tstamp)
-    if not judgments:
-        return [answers_path]
-    path = directory / "model_judgment" / "rubric_single.jsonl"
-    held = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line] if path.exists() else []
-    _write_lines(path, [*(row for row in held if row["model"] != model_id), *judgments])
-    return [answers_path, path]
+    path = directory / "model_answer" / f"{model_id}.jsonl"
+    _write_lines(path, answer_rows(answers, model_id, tstamp))
+    judged = rubric_rows(answers, model_id, tstamp)
+    if not judged:
+        return [path]
+    judgments = JudgmentFile(directory, RUBRIC)
+    judgments.replace(model_id, judged)
+    return [path, judgments.path]
+
+
+class JudgmentFile:
+    """``model_judgment/{judge}_single.jsonl``: the judgments of one judge on all models of a directory.
+
+    Every change holds a lock beside the file for as long as it takes, so that a run and a tool that judge at the same
+    time lose nothing of each other's. A line that a crash cut short is left out.
+
+    Args:
+        directory: FastChat's ``data/mt_bench``; the folder in it is made by the first judgment.
+        judge: the judge's name; a ``/`` in it becomes ``--`` in the file's name.
+    """
+
+    def __init__(self, directory: Path, judge: str) -> None:
+        self.judge = judge
+        self.path = directory / "model_judgment" / f"{judge.replace('/', '--')}_single.jsonl"
+
+    def rows(self) -> list[Row]:
+        """Every judgment in the file.
+
+        Raises:
+            DataError: a line other than a torn last one is no judgment.
+        """
+        if not self.path.exists():
+            return []
+        *lines, last = self.path.read_text(encoding="utf-8").split("\n")
+        rows = [self._row(line, number) for number, line in enumerate(lines, start=1) if line.strip()]
+        return [*rows, self._row(last, len(lines) + 1)] if _is_whole(last) else rows
+
+    def append(self, row: Row) -> None:
+        """Add one judgment; it is on disk when this returns."""
+        with self._locked(), self.path.open("a+b") as file:
+            _end_line(file)
+            file.write(_line(row).encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def replace(self, model_id: str, rows: Iterable[Row]) -> None:
+        """Let ``rows`` be this judge's only judgments on ``model_id``; the file is sorted and replaced atomically."""
+        with self._locked():
+            others = [row for row in self.rows() if row["model"] != model_id or row["judge"][0] != self.judge]
+            _write_lines(self.path, sorted([*others, *rows], key=lambda r: (r["model"], r["question_id"], r["turn"])))
+
+    def _row(self, line: str, number: int) -> Row:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            row = None
+        if not isinstance(row, dict) or not row.get("judge"):
+            row = {}
+        if not all(isinstance(row.get(name), kind) for name, kind in KINDS.items()):
+            raise DataError(f"{self.path}, line {number}: is no FastChat judgment of a single answer; remove the line")
+        return row
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with (self.path.parent / f".{self.path.stem}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+
+def _is_whole(line: str) -> bool:
+    """Whether a last line without line end is a whole JSON value, as in a file that was edited by hand."""
+    try:
+        json.loads(line)
+    except json.JSONDecodeError:
+        return False
+    return True
+
+
+def _end_line(file: IO[bytes]) -> None:
+    """Make the file end with a line end: a whole last line gets one, a torn one is cut off."""
+    size = file.seek(0, os.SEEK_END)
+    if size == 0:
+        return
+    file.seek(size - 1)
+    if file.read(1) == b"\n":
+        return
+    file.seek(0)
+    last = file.read().rpartition(b"\n")[2]
+    if _is_whole(last.decode(errors="replace")):
+        file.write(b"\n")
+    else:
+        file.truncate(size - len(last))
+
+
+def _line(row: Row) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def _write_lines(path: Path, rows: Sequence[Row]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8") as handle:
-        handle.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        handle.writelines(_line(row) for row in rows)
         handle.flush()
         os.fsync(handle.fileno())
     partial.replace(path)

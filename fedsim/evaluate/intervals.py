@@ -90,6 +90,23 @@ class Mean:
         half = t_95(n - 1) * deviation / math.sqrt(n)
         return cls(mean, mean - half, mean + half, n)
 
+    @classmethod
+    def of_groups(cls, groups: Sequence[Sequence[float]]) -> Mean:
+        """Mean of all values of ``groups`` (one or more each), whose interval takes only the groups as independent.
+
+        The value is a ratio of two sums over groups, Σ values / Σ sizes, and its variance the ratio estimator's by
+        linearisation (Cochran 1977, section 6.3), with groups − 1 degrees of freedom. Groups of one size give
+        :meth:`of` of their means. ``count`` is the number of groups.
+        """
+        n, num_values = len(groups), sum(len(group) for group in groups)
+        assert n > 0 and all(groups), "a mean needs a value in each group"
+        mean = math.fsum(value for group in groups for value in group) / num_values
+        if n == 1:
+            return cls(mean, mean, mean, 1)
+        residuals = [math.fsum(value - mean for value in group) for group in groups]
+        half = t_95(n - 1) * math.sqrt(n / (n - 1) * math.fsum(r * r for r in residuals)) / num_values
+        return cls(mean, mean - half, mean + half, n)
+
 
 @lru_cache(maxsize=256)
 def t_95(freedom: int) -> float:

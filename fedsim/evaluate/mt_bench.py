@@ -1,7 +1,7 @@
-"""MT-Bench: two-turn answers, scored by a deterministic rubric where there is one.
+"""MT-Bench: two-turn answers, and the means of their scores from a deterministic rubric or a judge.
 
 Turn 2 sees turn 1's answer; temperatures per category are FastChat's (``fastchat/llm_judge/common.py``). Without a
-rubric the score is absent: it is never invented.
+rubric or a judge the score is absent: it is never invented.
 """
 
 from __future__ import annotations
@@ -37,37 +37,55 @@ SCALE: Final = (1.0, 10.0)
 Rubric = Callable[[Mapping[str, Any], int, str], float]
 """Score from 1 to 10 of (question record, turn 1 or 2, reply)."""
 
+TurnScores = tuple[float | None, float | None]
+"""Scores from 1 to 10 of a question's two answers; None for an answer without one."""
+
+UNSCORED: Final[TurnScores] = (None, None)
+
 
 @dataclass(frozen=True)
 class MtAnswer:
-    """One question's two answers and, where there is a rubric, their scores (1 to 10)."""
+    """One question's two answers and their scores."""
 
     question: MtQuestion
     replies: tuple[Reply, Reply] = field(repr=False)
-    scores: tuple[float, float] | None
+    scores: TurnScores = UNSCORED
+
+
+@dataclass(frozen=True)
+class MtMeans:
+    """Means of the scores that there are, as FastChat's show_result takes them: each rated turn counts once.
+
+    The two turns of a question depend on each other, so that intervals take only the questions as independent, and
+    counts are of questions with a score. A question with one rated turn counts half as much as one with two.
+
+    Attributes:
+        score: over both turns; None where nothing is scored.
+        by_turn: over turn 1 and over turn 2; None where none of the turn is scored.
+        by_category: over both turns of the category's questions; a category without a score is left out.
+    """
+
+    score: Mean | None
+    by_turn: tuple[Mean | None, Mean | None]
+    by_category: dict[str, Mean]
 
 
 @dataclass(frozen=True)
 class MtResult:
-    """Outcome over all questions.
-
-    Attributes:
-        answers: in the order of the questions.
-        score: mean of the questions' mean scores, 1 to 10, over questions as the two turns depend on each other; None
-            without a rubric.
-        by_turn: mean score of turn 1 and of turn 2; None without a rubric.
-        by_category: mean of the questions' mean scores by category; empty without a rubric.
-    """
+    """Outcome over all questions: their answers, in the order of the questions, and the means of the scores."""
 
     answers: list[MtAnswer] = field(repr=False)
-    score: Mean | None
-    by_turn: tuple[Mean, Mean] | None
-    by_category: dict[str, Mean]
+    means: MtMeans
 
     @property
     def replies(self) -> list[Reply]:
         """All replies: both turns of each question."""
         return [reply for answer in self.answers for reply in answer.replies]
+
+    @property
+    def texts(self) -> list[tuple[MtQuestion, tuple[str, str]]]:
+        """Each question with its two answers, as a judge takes them."""
+        return [(a.question, (a.replies[0].text, a.replies[1].text)) for a in self.answers]
 
 
 def run_mt_bench(
@@ -95,28 +113,34 @@ def run_mt_bench(
     for conversation, question, reply in zip(conversations, chosen, first, strict=True):
         conversation += [assistant_turn(reply.text), user_turn(question.turns[1])]
     second = _ask(engine, chosen, conversations, max_new_tokens, (*key, "turn", 2))
-    answers = [
-        MtAnswer(question, replies, None if rubric is None else _scores(rubric, question, replies))
-        for question, replies in zip(chosen, zip(first, second, strict=True), strict=True)
-    ]
-    return summarise_answers(answers)
+    return summarise_answers(
+        [
+            MtAnswer(question, replies, UNSCORED if rubric is None else _scores(rubric, question, replies))
+            for question, replies in zip(chosen, zip(first, second, strict=True), strict=True)
+        ]
+    )
 
 
 def summarise_answers(answers: list[MtAnswer]) -> MtResult:
-    """Means of the scores that the answers have (all of them, or none)."""
-    scores = [a.scores for a in answers if a.scores is not None]
-    if not scores:
-        return MtResult(answers, None, None, {})
-    assert len(scores) == len(answers), "either every answer has scores or none"
-    groups: dict[str, list[float]] = {}
-    for answer, (first, second) in zip(answers, scores, strict=True):
-        groups.setdefault(answer.question.category, []).append((first + second) / 2)
-    return MtResult(
-        answers=answers,
-        score=Mean.of([(first + second) / 2 for first, second in scores]),
-        by_turn=(Mean.of([s[0] for s in scores]), Mean.of([s[1] for s in scores])),
-        by_category={name: Mean.of(values) for name, values in groups.items()},
-    )
+    """The answers with the means of their scores."""
+    return MtResult(answers, mean_scores([a.question for a in answers], [a.scores for a in answers]))
+
+
+def mean_scores(questions: Sequence[MtQuestion], scores: Sequence[TurnScores]) -> MtMeans:
+    """Means over the scores of ``questions`` (same order)."""
+    rated = [[s for s in pair if s is not None] for pair in scores]
+    categories: dict[str, list[list[float]]] = {}
+    for question, values in zip(questions, rated, strict=True):
+        categories.setdefault(question.category, []).append(values)
+    first, second = (_mean([[pair[turn]] for pair in scores if pair[turn] is not None]) for turn in (0, 1))
+    by_category = {name: mean for name, groups in categories.items() if (mean := _mean(groups)) is not None}
+    return MtMeans(_mean(rated), (first, second), by_category)
+
+
+def _mean(groups: Sequence[Sequence[float | None]]) -> Mean | None:
+    """Mean over all numbers of the groups that have any."""
+    filled = [[v for v in group if v is not None] for group in groups if group]
+    return Mean.of_groups(filled) if filled else None
 
 
 def _ask(
@@ -137,7 +161,7 @@ def _ask(
     return [replies[i] for i in range(len(questions))]
 
 
-def _scores(rubric: Rubric, question: MtQuestion, replies: tuple[Reply, Reply]) -> tuple[float, float]:
+def _scores(rubric: Rubric, question: MtQuestion, replies: tuple[Reply, Reply]) -> TurnScores:
     first, second = (float(rubric(question.record, turn, reply.text)) for turn, reply in enumerate(replies, start=1))
     assert min(first, second) >= SCALE[0] and max(first, second) <= SCALE[1], "a rubric scores from 1 to 10"
     return first, second

@@ -21,8 +21,9 @@ from fedsim.evaluate.collapse import measure_collapse
 from fedsim.evaluate.guard_judge import ExchangeJudge
 from fedsim.evaluate.hhh import SCORERS, HhhResult, run_hhh
 from fedsim.evaluate.intervals import Mean
+from fedsim.evaluate.judge import Judged
 from fedsim.evaluate.measures import Metrics, collapse_metrics, rate_metrics
-from fedsim.evaluate.mt_bench import SCALE, MtAnswer, MtResult, Rubric, run_mt_bench
+from fedsim.evaluate.mt_bench import SCALE, MtAnswer, MtMeans, MtResult, Rubric, mean_scores, run_mt_bench
 from fedsim.evaluate.perplexity import Perplexity, run_perplexity
 from fedsim.evaluate.phrases import PHRASE_SETS
 from fedsim.evaluate.xstest import Refuses, XsTestResult, run_xstest
@@ -70,7 +71,13 @@ class Suite:
 
     def counts(self) -> dict[str, int]:
         """Items of each benchmark that is run, by its title."""
-        sizes = {"AdvBench": len(self.advbench), "HHH": len(self.hhh), "MT-Bench": len(self.mt_bench)}
+        sizes = {
+            "AdvBench": len(self.advbench),
+            "HHH": len(self.hhh),
+            "MT-Bench": len(self.mt_bench),
+            "XSTest": len(self.xstest),
+            "helpful conversations": len(self.helpful),
+        }
         return {name: min(size, self.limit or size) for name, size in sizes.items() if size}
 
     def __post_init__(self) -> None:
@@ -204,15 +211,23 @@ def _hhh_metrics(result: HhhResult, headline: str) -> Metrics:
 
 def _mt_metrics(result: MtResult) -> Metrics:
     metrics: Metrics = {"eval/mt_bench_questions": len(result.answers)}
-    if result.score is not None and result.by_turn is not None:
-        metrics |= _mean("eval/mt_bench", result.score)
-        for turn, mean in enumerate(result.by_turn, start=1):
-            metrics |= _mean(f"eval/mt_bench_turn_{turn}", mean)
-        for category, mean in result.by_category.items():
-            metrics |= _mean(f"eval/mt_bench_category_{category}", mean)
+    metrics |= _mt_means(result.means)
     metrics["eval/mt_bench_truncated"] = sum(r.truncated for r in result.replies)
     metrics["eval/mt_bench_prompts_truncated"] = sum(r.prompt_truncated for r in result.replies)
     return metrics | collapse_metrics("eval/mt_bench", measure_collapse([r.text for r in result.replies]))
+
+
+def _mt_means(means: MtMeans) -> Metrics:
+    named = {"eval/mt_bench": means.score}
+    named |= {f"eval/mt_bench_turn_{turn}": mean for turn, mean in enumerate(means.by_turn, start=1)}
+    named |= {f"eval/mt_bench_category_{category}": mean for category, mean in means.by_category.items()}
+    return {name: value for key, mean in named.items() if mean is not None for name, value in _mean(key, mean).items()}
+
+
+def judge_metrics(judged: Judged, questions: Sequence[MtQuestion]) -> Metrics:
+    """The figures that a judge adds to an evaluation: means of its scores, unrated turns, and turns left unjudged."""
+    counts: Metrics = {"eval/mt_bench_unrated": judged.num_unrated, "eval/mt_bench_judge_failed": judged.num_unjudged}
+    return _mt_means(mean_scores(questions, judged.scores)) | counts
 
 
 def _length_metrics(advbench: AdvBenchResult | None, mt_bench: MtResult | None, xstest: XsTestResult | None) -> Metrics:

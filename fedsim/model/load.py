@@ -50,7 +50,12 @@ class LoadedModel:
     @property
     def max_positions(self) -> int:
         """The longest context that the model's configuration allows, in tokens."""
-        return int(getattr(self.base.config, "max_position_embeddings", 1 << 30))
+        return max_positions(self.base)
+
+
+def max_positions(model: PreTrainedModel) -> int:
+    """The longest context that a model's configuration allows, in tokens."""
+    return int(getattr(model.config, "max_position_embeddings", 1 << 30))
 
 
 def model_dir(path: str) -> Path:
@@ -72,6 +77,14 @@ def load_model(
     Raises:
         ModelError: the directory lacks weights, config, tokenizer or chat template, or has no such LoRA target.
     """
+    base, chat = load_base(path, dtype=dtype, attention=attention, device=device, key=key)
+    return LoadedModel(attach_lora(base, lora, key), chat)
+
+
+def load_base(
+    path: str, *, dtype: str, attention: str, device: torch.device, key: str
+) -> tuple[PreTrainedModel, ChatFormat]:
+    """Load a frozen chat model without LoRA; arguments and errors as of :func:`load_model`."""
     folder = check_model_dir(path, key)
     chat = load_chat(folder, key)
     try:
@@ -86,7 +99,7 @@ def load_model(
         raise ModelError(f"{key}={path!r}: cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     base.requires_grad_(False)
     torch.nn.Module.to(base, device)
-    return LoadedModel(attach_lora(base, lora, key), chat)
+    return base, chat
 
 
 def load_chat(folder: Path, key: str) -> ChatFormat:

@@ -19,7 +19,7 @@ class ModelShape:
     Attributes:
         architecture: class name of the model.
         num_parameters: weights of the base model; tied ones count once.
-        adapter_size: numbers of one LoRA adapter.
+        adapter_size: numbers of one LoRA adapter; 0 without one.
         dtype: of the base weights as they would be loaded.
         num_layers: decoder layers.
         hidden_size: width d.
@@ -46,11 +46,12 @@ class ModelShape:
         return self.num_parameters * self.dtype.itemsize
 
 
-def model_shape(folder: Path, lora: LoraSettings, *, dtype: str, device: torch.device, key: str) -> ModelShape:
+def model_shape(folder: Path, lora: LoraSettings | None, *, dtype: str, device: torch.device, key: str) -> ModelShape:
     """Build the model without storage, LoRA included, and measure it.
 
     Args:
         folder: a Hugging Face model directory.
+        lora: None for a model without an adapter.
         dtype: as in :func:`fedsim.model.load.load_model`.
         key: the configuration key to name in errors.
 
@@ -76,7 +77,9 @@ def model_shape(folder: Path, lora: LoraSettings, *, dtype: str, device: torch.d
     num_parameters = sum(p.numel() for p in base.parameters())
     if tied and head is not None and head.weight is not base.get_input_embeddings().weight:
         num_parameters -= head.weight.numel()
-    adapter_size = sum(p.numel() for p in attach_lora(base, lora, key).parameters() if p.requires_grad)
+    adapter_size = 0
+    if lora is not None:
+        adapter_size = sum(p.numel() for p in attach_lora(base, lora, key).parameters() if p.requires_grad)
     return ModelShape(
         architecture=type(base).__name__,
         num_parameters=num_parameters,

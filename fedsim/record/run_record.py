@@ -31,7 +31,8 @@ from fedsim.record.timers import PhaseTimers
 
 # Keys that may differ when a run is resumed: they say where and how it runs, not what it computes.
 FREE_KEYS = frozenset({"record.dir", "record.artefacts", "record.resume", "record.keep_checkpoints", "record.texts",
-                       "parallel.timeout_s"})  # fmt: skip
+                       "parallel.timeout_s", "judge.base_url", "judge.workers", "judge.retries",
+                       "judge.timeout_s"})  # fmt: skip
 
 
 class RunRecord:

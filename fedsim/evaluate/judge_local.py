@@ -1,0 +1,79 @@
+"""A Hugging Face model as the judge of MT-Bench, over all ranks, greedy.
+
+A prompt that does not fit into the judge's context is not asked: its beginning, which is where the instruction stands,
+would be lost. It stays without a rating and is counted as such.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jinja2.exceptions import TemplateError
+
+from fedsim.config import Config
+from fedsim.errors import ModelError
+from fedsim.evaluate.judge_prompts import Match
+from fedsim.generate.engine import Engine, Sampling
+from fedsim.model.load import load_base, max_positions
+from fedsim.ranks import Ranks
+
+
+def judge_locally(
+    config: Config,
+    ranks: Ranks,
+    device: torch.device,
+    matches: Sequence[Match],
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[str]:
+    """One judgment per match, in order, the same on every rank. The model is loaded for this call alone.
+
+    Args:
+        config: ``judge.path`` and ``judge.max_new_tokens``; ``model.dtype`` and ``model.attention`` hold for the judge
+            too, and units have ``eval.batch_size`` rows.
+        ranks: who shares the work.
+        device: of this rank.
+        matches: at least one.
+        on_progress: called with (done, total) units of this rank.
+
+    Raises:
+        ModelError: the model cannot be loaded, or its chat template takes no system message.
+    """
+    model, chat = load_base(
+        config.judge.path, dtype=config.model.dtype, attention=config.model.attention, device=device, key="judge.path"
+    )
+    engine = Engine(
+        model,
+        chat,
+        ranks,
+        batch_size=config.eval.batch_size,
+        max_context=max_positions(model),
+        seed=config.seed,
+        on_progress=on_progress,
+    )
+    judgments = judge_with(engine, matches, config.judge.max_new_tokens)
+    del engine, model
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the model under test needs the room
+    return judgments
+
+
+def judge_with(engine: Engine, matches: Sequence[Match], max_new_tokens: int) -> list[str]:
+    """:func:`judge_locally` with a model that is loaded."""
+    num_new = min(max_new_tokens, engine.max_context // 2)
+    room = engine.max_context - num_new
+    try:
+        lengths = [len(engine.chat.prompt_ids(match.conversation)) for match in matches]
+    except TemplateError as error:
+        raise ModelError(
+            f"judge.path: the chat template refuses a judge's messages ({error}); use a model that "
+            "takes a system message"
+        ) from None
+    fitting = [i for i, length in enumerate(lengths) if length <= room]
+    conversations = [matches[i].conversation for i in fitting]
+    replies = engine.generate(conversations, Sampling(0.0, num_new), ("judge",)) if fitting else []
+    judged = {i: reply.text for i, reply in zip(fitting, replies, strict=True)}
+    return [
+        judged.get(i, f"Not asked: it has {length} tokens, and the judge's context leaves room for {room} of them.")
+        for i, length in enumerate(lengths)
+    ]

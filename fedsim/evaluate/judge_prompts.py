@@ -1,0 +1,150 @@
+"""What a judge of MT-Bench is asked, and how its rating is read: FastChat's single-answer grading (arXiv 2306.05685).
+
+The prompts come from FastChat's own ``judge_prompts.jsonl``. Which one a question gets, what is filled in and the two
+patterns of a rating follow ``fastchat/llm_judge/common.py`` and ``gen_judgment.py``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from string import Formatter
+from typing import Final
+
+from fedsim.data.benchmarks import MtQuestion
+from fedsim.data.chat import Conversation, Message, user_turn
+from fedsim.data.files import json_lines
+from fedsim.errors import DataError
+from fedsim.evaluate.fastchat import UNRATED
+from fedsim.evaluate.mt_bench import SCALE
+
+NEED_REFERENCE: Final = frozenset({"math", "reasoning", "coding", "arena-hard-200"})
+"""Categories whose judge sees a reference answer."""
+
+FILE_NAME: Final = "judge_prompts.jsonl"
+SOURCE: Final = "https://github.com/lm-sys/FastChat/tree/main/fastchat/llm_judge/data"
+
+#: The four prompts, and what FastChat fills into each.
+FIELDS: Final[Mapping[str, frozenset[str]]] = {
+    "single-v1": frozenset({"question", "answer"}),
+    "single-math-v1": frozenset({"question", "answer", "ref_answer_1"}),
+    "single-v1-multi-turn": frozenset({"question_1", "question_2", "answer_1", "answer_2"}),
+    "single-math-v1-multi-turn": frozenset(
+        {"question_1", "question_2", "answer_1", "answer_2", "ref_answer_1", "ref_answer_2"}
+    ),
+}
+
+_RATINGS: Final = (re.compile(r"\[\[([0-9]+\.?[0-9]*)\]\]"), re.compile(r"\[([0-9]+\.?[0-9]*)\]"))
+
+
+@dataclass(frozen=True)
+class JudgePrompt:
+    """One of FastChat's prompts: the system message and a template of the user's."""
+
+    name: str
+    system: str = field(repr=False)
+    template: str = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Match:
+    """One answer to be judged, ready to be asked.
+
+    Attributes:
+        question_id: of MT-Bench.
+        turn: 1 or 2; the judgment of turn 2 sees both turns.
+        prompt_name: the name of FastChat's prompt.
+        system: system message; empty for none.
+        user: the user's message, with question, answer and reference in it.
+    """
+
+    question_id: int
+    turn: int
+    prompt_name: str
+    system: str = field(repr=False)
+    user: str = field(repr=False)
+
+    @property
+    def conversation(self) -> Conversation:
+        """The messages as FastChat sends them: no system message if it is empty."""
+        system: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
+        return [*system, user_turn(self.user)]
+
+
+def load_judge_prompts(path: Path) -> dict[str, JudgePrompt]:
+    """The four prompts of single-answer grading by name; a file's other prompts are passed over.
+
+    Raises:
+        DataError: the file cannot be read, one of the four is missing, asks for another output than ``[[rating]]``, or
+            has a field that FastChat does not fill in.
+    """
+    prompts: dict[str, JudgePrompt] = {}
+    for line, record in json_lines(path):
+        name, place = record.get("name"), f"{path}, line {line}"
+        if not isinstance(name, str) or name not in FIELDS:
+            continue
+        system, template = record.get("system_prompt"), record.get("prompt_template")
+        if not isinstance(system, str) or not isinstance(template, str):
+            raise DataError(f"{place}: fields 'system_prompt' and 'prompt_template' must be text")
+        if record.get("output_format") != "[[rating]]":
+            raise DataError(f"{place}: field 'output_format' of {name} must be '[[rating]]'")
+        if unknown := sorted(_fields(template, place) - FIELDS[name]):
+            raise DataError(
+                f"{place}: the template of {name} has the field {unknown[0]!r}; it may have "
+                f"{', '.join(sorted(FIELDS[name]))}, and a literal brace is written twice"
+            )
+        prompts[name] = JudgePrompt(name, system, template)
+    if missing := [name for name in FIELDS if name not in prompts]:
+        raise DataError(f"{path}: holds no prompt {missing[0]!r}; take FastChat's {FILE_NAME} from {SOURCE}")
+    return prompts
+
+
+def make_matches(
+    prompts: Mapping[str, JudgePrompt],
+    answered: Sequence[tuple[MtQuestion, tuple[str, str]]],
+    references: Mapping[int, tuple[str, str]],
+) -> list[Match]:
+    """Both turns of every question, first all first turns, then all second ones.
+
+    Args:
+        prompts: see :func:`load_judge_prompts`.
+        answered: questions with the two answers to be judged.
+        references: by question id, at least for the categories of :data:`NEED_REFERENCE`.
+    """
+    matches = []
+    for turn in (1, 2):
+        for question, answers in answered:
+            needs = question.category in NEED_REFERENCE
+            name = ("single-math-v1" if needs else "single-v1") + ("-multi-turn" if turn == 2 else "")
+            values = {"question": question.turns[0], "answer": answers[0]}
+            for i in (0, 1):
+                values |= {f"question_{i + 1}": question.turns[i], f"answer_{i + 1}": answers[i]}
+                values |= {f"ref_answer_{i + 1}": references[question.question_id][i]} if needs else {}
+            prompt = prompts[name]
+            matches.append(Match(question.question_id, turn, name, prompt.system, prompt.template.format(**values)))
+    return matches
+
+
+def parse_rating(judgment: str) -> float:
+    """The first ``[[n]]`` of a judgment, else the first ``[n]``, else :data:`UNRATED`; a whole number stays one.
+
+    A number outside the scale of 1 to 10 is no rating. (FastChat would take it into its means as it stands.)
+    """
+    for pattern in _RATINGS:
+        if match := pattern.search(judgment):
+            value = float(match[1])
+            if not SCALE[0] <= value <= SCALE[1]:
+                return UNRATED
+            return value if "." in match[1] else int(value)
+    return UNRATED
+
+
+def _fields(template: str, place: str) -> set[str]:
+    try:
+        return {name for _, name, _, _ in Formatter().parse(template) if name is not None}
+    except ValueError as error:
+        raise DataError(
+            f"{place}: field 'prompt_template' is no template ({error}); write a literal brace twice"
+        ) from None
