@@ -24,6 +24,7 @@ from fedsim.record.wandb_file import read_history
 
 Figures = dict[str, float | int | bool]
 
+
 def steps_of(rows: Iterable[Row]) -> dict[int, Figures]:
     """The figures of each step, all rows of a round merged; texts (checksums, notes) are left out.
 
@@ -132,7 +133,7 @@ class Worker:
             self.next_step = int(self.run.starting_step)
         if self.next_step == 0:
             manifest = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
-            about = {name: manifest[name] for name in ("versions", "git", "seed")}
+            about = {name: manifest[name] for name in ("versions", "git")}
             self.run.config.update({**self.config, **about, "num_ranks": manifest["started"]["num_ranks"]})
 
     def _save_note(self, complete: str) -> None:
@@ -158,7 +159,9 @@ def main() -> int:
             summary = message.get("summary", summary)
             if "round" in message:
                 worker.stream(message["round"])
-        signal.setitimer(signal.ITIMER_REAL, worker.settings["limit_s"])  # also where the run is no more, ends this process
+        signal.setitimer(
+            signal.ITIMER_REAL, worker.settings["limit_s"]
+        )  # also where the run is no more, ends this process
         worker.finish(summary)
     except Exception as error:
         os.write(answer, f"{_why(error)}\n".encode())
