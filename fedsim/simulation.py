@@ -176,6 +176,7 @@ class Simulation:
 
     def _save(self, federation: Federation, after: Checkpoint) -> None:
         self.record.checkpoints.save(after)
+        self.record.counts(after.round_idx)
         federation.controls.drop_unused(self.record.checkpoints.kept_client_rounds())
 
     def _read(self) -> tuple[PreparedData, Suite, dict[str, Path]]:

@@ -25,7 +25,7 @@ from fedsim.simulation import Simulation
 
 SMALL = Path(__file__).parent / "distributed" / "small.yaml"
 BRIEF = ["guard.kind=none", "cai.iterations=0", "eval.limit=1", "eval.advbench=", "eval.mt_bench=", "eval.every=0",
-         "model.lora_r=64", "wandb.mode=disabled"]  # fmt: skip
+         "model.lora_r=64", "wandb.mode=off"]  # fmt: skip
 
 
 @pytest.fixture()

@@ -181,6 +181,8 @@ def _parse(value: str, name: str, *, is_text: bool) -> Any:
 
 def _checked(name: str, value: Any, kind: Any, declared: dataclasses.Field[Any]) -> Any:
     rule = rule_of(declared)
+    if value is False and "off" in (rule.choices or ()):  # how YAML reads off
+        value = "off"
     value = _coerced(name, value, kind, rule.words())
     broken = rule.broken_by(value)
     if broken is not None:

@@ -88,7 +88,7 @@ class WandbConfig:
     """Weights & Biases: per-round metrics, streamed from rank 0. No text of a prompt or reply is ever sent."""
 
     mode: str = key("offline", "offline = written to the run directory, for `wandb sync`; online = sent as it "
-                    "goes; disabled = neither", choices=("offline", "online", "disabled"))  # fmt: skip
+                    "goes; off", choices=("off", "offline", "online"))  # fmt: skip
     project: str = key("fedsim", "W&B project")
     entity: str = key("", "W&B user or team; '' = the account's default")
     group: str = key("", "W&B group, such as the arm of a table; '' = none")

@@ -1,13 +1,15 @@
-"""What ends a run: the plots, the summary and the closing table."""
+"""What ends a run: the plots, the summary, the end of the W&B stream and the closing table."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fedsim.config import to_flat
 from fedsim.record.guard_section import read_tables
-from fedsim.record.metrics import MetricLog
+from fedsim.record.metrics import MetricLog, Row
 from fedsim.record.plots import write_plots
 from fedsim.record.run_record import RunRecord
-from fedsim.record.summary import facts_from, summary_markdown, terminal_table
+from fedsim.record.summary import BENCHMARKS, RunFacts, eval_points, facts_from, summary_markdown, terminal_table
 from fedsim.record.timers import top_level_seconds
 
 
@@ -32,10 +34,15 @@ def finish_run(record: RunRecord, num_ranks: int) -> None:
         "artefacts": record.config.record.artefacts,
         "checkpoints": str(record.checkpoints.folder),
     }
+    total_s = sum(sum(top_level_seconds(row).values()) for row in rows)  # over all sessions of a resumed run
+    settings = to_flat(record.config)
+    record.stream.close(headline(rows, facts_from(settings, num_ranks=num_ranks, total_s=total_s, places={})))
+    if (streamed := record.stream.place) is not None:
+        places["W&B"] = streamed
     facts = facts_from(
-        to_flat(record.config),
+        settings,
         num_ranks=num_ranks,
-        total_s=sum(sum(top_level_seconds(row).values()) for row in rows),  # over all sessions of a resumed run
+        total_s=total_s,
         places=places,
         plots=[p.name for p in plots],
         notes=record.notes,
@@ -43,3 +50,23 @@ def finish_run(record: RunRecord, num_ranks: int) -> None:
     )
     (folder / "summary.md").write_text(summary_markdown(rows, facts), encoding="utf-8")
     print(f"\n{terminal_table(rows, facts)}", flush=True)
+
+
+def headline(rows: Sequence[Row], facts: RunFacts) -> dict[str, float | int | str]:
+    """The run in one row, as W&B's table of runs shows it: arm, time, and the benchmarks at every point of the run.
+
+    ``final/…`` is the global model after the last round, whatever has been done to it.
+    """
+    found: dict[str, float | int | str] = {
+        "arm": facts.arm,
+        "total_s": facts.total_s,
+        "num_rounds": facts.num_rounds,
+        "num_ranks": facts.num_ranks,
+    }
+    for point, row in eval_points(rows).items():
+        place = "final" if point in ("after_cai", "global") else point
+        for benchmark in BENCHMARKS:
+            for name in (benchmark.metric, f"{benchmark.metric}_low", f"{benchmark.metric}_high", benchmark.count):
+                if name in row:
+                    found[f"{place}/{name.removeprefix('eval/')}"] = row[name]
+    return found

@@ -28,11 +28,12 @@ from fedsim.record.metrics import MetricLog
 from fedsim.record.paper import arm_name
 from fedsim.record.progress import Phase, Progress
 from fedsim.record.timers import PhaseTimers
+from fedsim.record.wandb_stream import WandbStream
 
 # Keys that may differ when a run is resumed: they say where and how it runs, not what it computes.
 FREE_KEYS = frozenset({"record.dir", "record.artefacts", "record.resume", "record.keep_checkpoints", "record.texts",
-                       "parallel.timeout_s", "judge.base_url", "judge.workers", "judge.retries",
-                       "judge.timeout_s"})  # fmt: skip
+                       "parallel.timeout_s", "judge.base_url", "judge.workers", "judge.retries", "judge.timeout_s",
+                       "wandb.mode", "wandb.project", "wandb.entity", "wandb.group"})  # fmt: skip
 
 
 class RunRecord:
@@ -55,6 +56,7 @@ class RunRecord:
         self.client_state = self.folder / "client_state"
         self.metrics_file = self.folder / "metrics.jsonl"
         self.notes: list[str] = []
+        self.stream = WandbStream(self.folder, config, self.say)
         self._lock: IO[str] | None = None
 
     def claim(self) -> None:
@@ -82,7 +84,13 @@ class RunRecord:
         newest = self.ranks.once(lambda: self._newest(check))
         if newest is None:
             return None
+        self.counts(newest)
         return self.checkpoints.read(newest)
+
+    def counts(self, round_idx: int) -> None:
+        """Tell that a round's checkpoint is on disk, so that nothing takes its figures back: W&B may have them."""
+        if self.ranks.is_main:
+            self.stream.finished(round_idx)
 
     def append(self, round_idx: int, stage: str, metrics: Mapping[str, Any]) -> None:
         """One row of metrics.jsonl."""
@@ -129,6 +137,7 @@ class RunRecord:
         if path.is_file() and self.checkpoints.any():
             return
         (self.folder / "manifest.json").unlink(missing_ok=True)
+        self.stream.forget()
         partial = path.with_suffix(".partial")
         partial.write_text(yaml.safe_dump(to_nested(self.config), sort_keys=False), encoding="utf-8")
         os.replace(partial, path)
@@ -154,7 +163,8 @@ class RunRecord:
             ) from error
 
     def release(self) -> None:
-        """Let another process have the directory."""
+        """End what is still open and let another process have the directory."""
+        self.stream.close()
         if self._lock is not None:
             self._lock.close()
             self._lock = None

@@ -29,6 +29,14 @@ def test_defaults_and_overrides_in_order() -> None:
     assert config.local == Config().local
 
 
+def test_off_means_off_though_yaml_reads_false(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("wandb:\n  mode: off\n")
+    assert load_config(tmp_path / "run.yaml").wandb.mode == "off"
+    assert load_config(None, ["wandb.mode=off"]).wandb.mode == "off"
+    with pytest.raises(ConfigError, match=r"guard\.kind=False: must be text"):
+        load_config(None, ["guard.kind=off"])
+
+
 def test_the_papers_settings_are_the_defaults() -> None:
     config = Config()
     assert (config.federation.num_clients, config.federation.clients_per_round, config.federation.num_rounds) == (

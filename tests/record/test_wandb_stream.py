@@ -1,0 +1,457 @@
+"""W&B: every round's figures at the right step, exactly once, whatever stops the run or W&B itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from wandb.util import get_core_path
+
+from fedsim.checkpoint import Checkpoint
+from fedsim.config import Config, load_config, to_nested
+from fedsim.parallel.world import World
+from fedsim.ranks import OneRank
+from fedsim.record import finish, wandb_stream
+from fedsim.record.metrics import CLOCK_PREFIXES, MetricLog, Row, read_rows
+from fedsim.record.run_record import FREE_KEYS, RunRecord
+from fedsim.record.wandb_file import read_history
+from fedsim.record.wandb_stream import WandbStream
+from fedsim.record.wandb_worker import steps_of
+from fedsim.simulation import Simulation
+
+SMALL = Path(__file__).parents[1] / "distributed" / "small.yaml"
+SECRET = "a-secret-of-this-machine"
+OWN = ("_step", "_runtime", "_timestamp")  # fields that wandb adds
+
+Said = list[str]
+
+
+def made_config(*overrides: str) -> Config:
+    return load_config(None, ["name=tracked", "wandb.mode=offline", "wandb.group=arms", *overrides])
+
+
+def begin(folder: Path) -> MetricLog:
+    """A run directory with its manifest, and the rows of the preparation."""
+    folder.mkdir(exist_ok=True)
+    manifest = {"versions": {"fedsim": "1"}, "git": {"commit": "abc"}, "started": {"num_ranks": 2}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    log = MetricLog(folder / "metrics.jsonl")
+    log.append(-1, "guard", {"point": "untuned", "guard/f1": 1 / 3})
+    log.append(-1, "filter", {"point": "fine-tuned", "guard/f1": 2 / 3, "client/num_kept_rows": 7})
+    log.append(-1, "eval", {"point": "pretrained", "eval/hhh_accuracy": 100 / 7})
+    return log
+
+
+def add_round(log: MetricLog, round_idx: int, attempt: int = 0) -> None:
+    """A round's three rows; only the time depends on the attempt."""
+    figure = 0.1 + round_idx / 3
+    log.append(round_idx, "eval", {"point": "before_cai", "eval/hhh_accuracy": figure, "eval/mt_bench": None})
+    log.append(round_idx, "eval", {"point": "after_cai", "eval/hhh_accuracy": figure * 1e-300})
+    figures = {"client/loss": figure**0.5, "client/num_rows": 2**53 + round_idx, "time/train_s": 0.7 + attempt}
+    log.append(round_idx, "round", {"global/checksum": "0f", **figures})
+
+
+def opened(folder: Path, said: Said, *overrides: str) -> WandbStream:
+    return WandbStream(folder, made_config(*overrides), said.append)
+
+
+def history(folder: Path) -> list[tuple[int, dict[str, Any]]]:
+    """All history records of the run, wandb's own fields left out."""
+    run_id = json.loads((folder / "wandb.json").read_text())["id"]
+    found = list(read_history(folder / "wandb", run_id))
+    return [(step, {k: v for k, v in items.items() if k not in OWN}) for step, items in found]
+
+
+def wandbs_own(folder: Path) -> list[dict[str, Any]]:
+    """Every record of every session, as wandb's own inspector prints it."""
+    records = []
+    for session in sorted((folder / "wandb").glob("offline-run-*")):
+        (log,) = session.glob("*.wandb")
+        command = [get_core_path(), "leet", "inspect", "--no-observability", "--json"]
+        command += ["--run-file", str(log), str(folder / "wandb")]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+        records += [json.loads(line) for line in printed.splitlines()]
+    return records
+
+
+def wait_for_steps(folder: Path, count: int) -> None:
+    deadline = time.monotonic() + 30
+    while not (folder / "wandb.json").exists() or len(history(folder)) < count:
+        assert time.monotonic() < deadline, f"{count} steps were not written"
+        time.sleep(0.05)
+
+
+def kill_all(stream: WandbStream) -> None:
+    """SIGKILL to the child and to wandb's service below it, as when a job is ended with all its processes."""
+    assert stream._process is not None
+    pids = [stream._process.pid]
+    for pid in pids:
+        children = [p for t in Path(f"/proc/{pid}/task").iterdir() for p in (t / "children").read_text().split()]
+        pids.extend(int(child) for child in children)
+    assert len(pids) > 1, "wandb's service is a child of the child"
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    stream._process.wait()
+    stream._process = None
+
+
+def without_clock(figures: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in figures.items() if not k.startswith(CLOCK_PREFIXES)}
+
+
+def test_rows_of_a_round_are_merged_and_none_overwrites_another(tmp_path: Path) -> None:
+    log = begin(tmp_path / "run")
+    add_round(log, 0)
+    assert steps_of(log.rows()) == {
+        0: {"round": -1, "guard_untuned/f1": 1 / 3, "guard/f1": 2 / 3, "client/num_kept_rows": 7,
+            "eval/hhh_accuracy": 100 / 7},
+        1: {"round": 0, "eval_before_cai/hhh_accuracy": 0.1, "eval/hhh_accuracy": 0.1 * 1e-300,
+            "client/loss": 0.1**0.5, "client/num_rows": 2**53, "time/train_s": 0.7},
+    }  # fmt: skip
+
+
+def test_every_step_is_there_once_after_kills_cuts_and_resumes(tmp_path: Path, monkeypatch: Any) -> None:
+    """Five sessions of one run. What a step holds is what metrics.jsonl holds, bit for bit."""
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
+    monkeypatch.setenv("WANDB_MODE", "disabled")  # the configuration decides
+    folder, said = tmp_path / "run", Said()
+    log = begin(folder)
+
+    first = opened(folder, said)  # rounds 1 and 2, then everything is killed once they are on disk
+    for round_idx in (0, 1):
+        add_round(log, round_idx)
+        first.finished(round_idx)
+    add_round(log, 2)  # its rows are there, its checkpoint is not
+    wait_for_steps(folder, 3)
+    kill_all(first)
+    assert [step for step, _ in history(folder)] == [0, 1, 2]
+
+    log.truncate_after(1)
+    second = opened(folder, said)  # told of round 3, and killed before anything can be on disk
+    second.finished(1)
+    add_round(log, 2)
+    add_round(log, 3)  # round 4 has its checkpoint, and the run is killed before it is told
+    assert second._process is None or second._process.poll() is None
+    second.close()
+
+    third = opened(folder, said)  # back-fills rounds 3 and 4
+    third.finished(3)
+    third.close()  # an error ends the run
+    assert [step for step, _ in history(folder)] == [0, 1, 2, 3, 4]
+
+    log.truncate_after(2)  # checkpoint 4 is damaged: the round is done anew, with other times
+    fourth = opened(folder, said)
+    fourth.finished(2)
+    add_round(log, 3, attempt=1)
+    fourth.finished(3)
+    add_round(log, 4)
+    fourth.finished(4)
+    fourth.close({"arm": "FedAvg", "final/hhh_accuracy": 1 / 3})
+
+    before = sorted(p.name for p in (folder / "wandb").iterdir())
+    fifth = opened(folder, said)  # the finished run is started once more: there is nothing to say
+    fifth.finished(4)
+    fifth.close({"arm": "FedAvg"})
+    assert sorted(p.name for p in (folder / "wandb").iterdir()) == before
+
+    assert said == []
+    found, wanted = history(folder), steps_of(log.rows())
+    assert [step for step, _ in found] == [0, 1, 2, 3, 4, 5]
+    for step, figures in found:
+        assert without_clock(figures) == without_clock(wanted[step])
+        assert step == 4 or figures == wanted[step]  # round 4 was done twice
+    check_with_wandbs_own_reader(folder, found)
+
+
+def check_with_wandbs_own_reader(folder: Path, found: list[tuple[int, dict[str, Any]]]) -> None:
+    records = wandbs_own(folder)
+    seen = [r["history"] for r in records if r["type"] == "history"]
+    assert [(r["step"]["num"], {k: v for k, v in r["item"].items() if k not in OWN}) for r in seen] == found
+    runs = [r["run"] for r in records if r["type"] == "run"]
+    assert len({run["run_id"] for run in runs}) == 1 and len(runs) == 3  # the second session had nothing to log
+    assert {run["project"] for run in runs} == {"fedsim"} and {run["run_group"] for run in runs} == {"arms"}
+    assert all("host" not in run and "git" not in run for run in runs)
+    configs = [r["config"]["update"] for r in records if r["type"] == "config"]
+    (config,) = [c for c in configs if "federation" in c]  # once, in the first session
+    assert config["federation"] == to_nested(made_config())["federation"]
+    assert config["git"] == {"commit": "abc"} and config["num_ranks"] == 2
+    summary: dict[str, Any] = {}
+    for record in records:
+        summary |= record.get("summary", {}).get("update", {})
+    assert (summary["arm"], summary["final/hhh_accuracy"]) == ("FedAvg", 1 / 3)
+    written = b"".join(p.read_bytes() for p in (folder / "wandb").rglob("*") if p.is_file())
+    assert SECRET.encode() not in written
+
+
+def test_what_was_not_yet_on_disk_when_all_was_killed_is_streamed_again(tmp_path: Path) -> None:
+    """wandb acknowledges a step before it is written; a record of what was acknowledged would lose it."""
+    folder, said = tmp_path / "run", Said()
+    log = begin(folder)
+    add_round(log, 0)
+    first = opened(folder, said)
+    first.finished(0)
+    deadline = time.monotonic() + 30
+    while not list(folder.glob("wandb/offline-run-*/run-*.wandb")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    kill_all(first)
+    lost = 2 - len(history(folder))
+    second = opened(folder, said)
+    second.finished(0)
+    second.close({})
+    assert lost > 0 and [step for step, _ in history(folder)] == [0, 1]
+
+
+def test_a_file_that_is_cut_anywhere_gives_the_steps_before(tmp_path: Path) -> None:
+    """Also steps larger than a block of the file."""
+    folder, said = tmp_path / "run", Said()
+    log = begin(folder)
+    large = {f"client/loss_{i:05d}": i / 7 for i in range(3000)}
+    for round_idx in range(3):
+        log.append(round_idx, "round", large)
+    stream = opened(folder, said)
+    stream.finished(2)
+    stream.close({})
+    whole = history(folder)
+    assert [step for step, _ in whole] == [0, 1, 2, 3] and whole[3][1] == {"round": 2, **large}
+    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
+    content = path.read_bytes()
+    counts = []
+    for size in range(0, len(content), 4999):
+        path.write_bytes(content[:size])
+        found = history(folder)
+        assert found == whole[: len(found)]
+        counts.append(len(found))
+    assert counts == sorted(counts) and set(counts) >= {0, 1, 2, 3}
+    damaged = bytearray(content)
+    damaged[len(content) // 2] ^= 1
+    path.write_bytes(bytes(damaged))
+    assert 0 < len(history(folder)) < 4
+
+
+FAILURES = {
+    "not installed": ("raise ModuleNotFoundError('no', name='wandb')", "wandb is not installed"),
+    "init raises": ("FAKE.at_init = boom", "RuntimeError: the server said no"),
+    "log raises": ("FAKE.at_log = boom", "RuntimeError: the server said no"),
+    "finish raises": ("FAKE.at_finish = boom", "RuntimeError: the server said no"),
+    "init hangs": ("FAKE.at_init = hang", "did not end within 2 s"),
+    "log hangs": ("FAKE.at_log = hang", "did not end within 2 s"),
+    "finish hangs": ("FAKE.at_finish = hang", "(did not end within 2 s|status -14)"),
+    "it dies": ("FAKE.at_log = die", "its process ended with status 3"),
+    "exit": ("FAKE.at_log = leave", "its process ended with status 1"),
+}
+
+FAKE = """
+import json, os, sys, time
+def boom(): raise RuntimeError('the server\\nsaid no')
+def hang(): time.sleep(60)
+def die(): os._exit(3)
+def leave(): sys.exit(1)
+def nothing(): pass
+class FAKE:
+    at_init = at_log = at_finish = nothing
+def note(kind, value):
+    with open(os.environ['FAKE_LOG'], 'a') as file:
+        file.write(json.dumps([kind, value]) + '\\n')
+class Changed(dict):
+    def __init__(self, kind): self.kind = kind
+    def update(self, values): note(self.kind, values)
+class Run:
+    starting_step = int(os.environ.get('FAKE_STEP', '0'))
+    summary, config = Changed('summary'), Changed('config')
+    def log(self, figures, step, commit):
+        FAKE.at_log(); note('log', [step, figures, commit])
+    def finish(self, exit_code):
+        FAKE.at_finish(); note('finish', exit_code)
+def Settings(**settings):
+    note('settings', settings)
+    return 'settings'
+def init(**settings):
+    print('noise'); FAKE.at_init(); note('init', settings)
+    return Run()
+"""
+
+
+@pytest.fixture()
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """``fake(line)``: puts a made-up wandb in front of the real one; returns the file that its calls are noted in."""
+
+    def made(line: str) -> Path:
+        package = tmp_path / "fake" / "wandb"
+        package.mkdir(parents=True)
+        (package / "__init__.py").write_text(f"{FAKE}\n{line}\n")
+        monkeypatch.setenv("PYTHONPATH", str(package.parent))
+        monkeypatch.setenv("FAKE_LOG", str(tmp_path / "calls"))
+        return tmp_path / "calls"
+
+    return made
+
+
+def calls(file: Path, kind: str) -> list[Any]:
+    noted = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return [value for name, value in noted if name == kind]
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_failure_of_wandb_is_one_line_and_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake: Callable[[str], Path], capfd: Any, failure: str
+) -> None:
+    line, reason = FAILURES[failure]
+    fake(line)
+    monkeypatch.setattr(wandb_stream, "LIMIT_S", {"offline": 2.0, "online": 2.0})
+    folder, said = tmp_path / "run", Said()
+    log = begin(folder)
+    stream = opened(folder, said, "wandb.mode=online")  # offline would need wandb's reader
+    began = time.monotonic()
+    for round_idx in range(3):
+        add_round(log, round_idx)
+        stream.finished(round_idx)
+    assert time.monotonic() - began < 1.5, "rounds never wait"
+    stream.close({"arm": "FedAvg"})
+    stream.finished(2)
+    stream.close({"arm": "FedAvg"})
+    assert time.monotonic() - began < 10
+    assert len(said) == 1
+    assert re.search(reason, said[0]) and "goes on without it" in said[0]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_failure_is_said_at_the_next_round(tmp_path: Path, fake: Callable[[str], Path]) -> None:
+    fake("FAKE.at_init = boom")
+    folder, said = tmp_path / "run", Said()
+    add_round(begin(folder), 0)
+    stream = opened(folder, said, "wandb.mode=online")
+    stream.finished(0)
+    assert stream._process is not None
+    stream._process.wait(timeout=20)
+    stream.finished(0)
+    assert len(said) == 1
+    stream.finished(0)
+    stream.close({})
+    assert len(said) == 1 and stream.place is None
+
+
+def test_online_goes_on_where_the_server_is(
+    tmp_path: Path, fake: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two sessions: the id, the mode and the names stay; the server says which steps it has; config is sent once."""
+    noted = fake("")
+    folder, said = tmp_path / "run", Said()
+    log = begin(folder)
+    add_round(log, 0)
+    words = ["wandb.mode=online", "wandb.project=mine", "wandb.entity=team"]
+    first = opened(folder, said, *words)
+    first.finished(0)
+    first.close()
+    monkeypatch.setenv("FAKE_STEP", "2")
+    add_round(log, 1)
+    second = opened(folder, said, *words)
+    second.finished(1)
+    second.close({"arm": "FedAvg"})
+    assert said == []
+    one, two = calls(noted, "init")
+    assert one == two
+    kept = {name: one[name] for name in ("mode", "project", "entity", "group", "name", "resume", "dir")}
+    assert kept == {"mode": "online", "project": "mine", "entity": "team", "group": "arms", "name": "tracked",
+                    "resume": "allow", "dir": str(folder)}  # fmt: skip
+    assert one["id"] == json.loads((folder / "wandb.json").read_text())["id"]
+    wanted = steps_of(log.rows())
+    assert calls(noted, "log") == [[step, wanted[step], True] for step in (0, 1, 2)]
+    assert len(calls(noted, "config")) == 1
+    assert calls(noted, "finish") == [1, 0]
+    for settings in calls(noted, "settings"):
+        assert settings["silent"] and settings["console"] == "off" and not settings["save_code"]
+        assert settings["disable_git"] and settings["x_disable_stats"] and settings["x_disable_machine_info"]
+        assert settings["host"] == "" and settings["init_timeout"] == settings["finish_timeout"] == 60.0
+
+
+class Second(OneRank):
+    """Rank 1 of a world."""
+
+    rank = 1
+    is_main = False
+
+
+@pytest.mark.parametrize(("ranks", "mode"), [(Second(), "online"), (OneRank(), "off")], ids=["rank 1", "off"])
+def test_only_rank_0_streams_and_off_is_off(
+    tmp_path: Path, fake: Callable[[str], Path], ranks: OneRank, mode: str
+) -> None:
+    noted = fake("")
+    config = load_config(None, [f"record.dir={tmp_path}", "name=run", f"wandb.mode={mode}"])
+    record = RunRecord(config, ranks, synchronize=False)
+    begin(record.folder)
+    record.counts(-1)
+    assert record.stream._process is None and record.stream.place is None
+    record.release()
+    assert not noted.exists()
+
+
+def test_a_directory_that_starts_anew_gets_another_id(tmp_path: Path) -> None:
+    config = load_config(None, [f"record.dir={tmp_path}", "name=run"])
+    RunRecord(config, OneRank(), synchronize=False).release()
+    (tmp_path / "run" / "wandb.json").write_text('{"id": "old"}')
+    RunRecord(config, OneRank(), synchronize=False).release()
+    assert not (tmp_path / "run" / "wandb.json").exists()
+    assert {"wandb.mode", "wandb.project", "wandb.entity", "wandb.group"} <= FREE_KEYS
+
+
+class Stopped(Exception):
+    """The interruption that a test injects."""
+
+
+def test_a_real_run_that_is_stopped_and_resumed(tmp_path: Path, square: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped right after the second round's checkpoint, before W&B hears of it."""
+    monkeypatch.setattr(finish, "write_plots", lambda *_: [])
+    brief = ["guard.kind=noisy_oracle", "cai.iterations=1", "eval.limit=1", "local.steps=1"]
+    places = [f"data.square={square}", f"record.dir={tmp_path}", f"record.artefacts={tmp_path / 'artefacts'}"]
+
+    def simulation() -> Simulation:
+        config = load_config(SMALL, [*brief, *places, "wandb.mode=offline"])
+        return Simulation(config, World(OneRank(), torch.device("cpu"), exact=True))
+
+    stopped = simulation()
+    save = stopped.record.checkpoints.save
+
+    def stopping(checkpoint: Checkpoint) -> None:
+        save(checkpoint)
+        if checkpoint.round_idx == 1:
+            raise Stopped
+
+    stopped.record.checkpoints.save = stopping  # type: ignore[method-assign]
+    with pytest.raises(Stopped):
+        stopped.run()
+    folder = tmp_path / "small"
+    assert [step for step, _ in history(folder)] == [0, 1]
+    resumed = simulation()
+    resumed.run()
+    rows: list[Row] = read_rows(folder / "metrics.jsonl")
+    wanted = steps_of(rows)
+    assert history(folder) == [(step, wanted[step]) for step in (0, 1, 2, 3)]
+    assert "eval_before_cai/hhh_accuracy" in wanted[3] and "eval/hhh_accuracy" in wanted[0]
+    assert "W&B" in (folder / "summary.md").read_text(encoding="utf-8")
+    (summary,) = [r["summary"]["update"] for r in wandbs_own(folder) if "arm" in r.get("summary", {}).get("update", {})]
+    last = [row for row in rows if row.get("point") == "after_cai"][-1]
+    assert summary["final/hhh_accuracy"] == last["eval/hhh_accuracy"]
+    assert summary["arm"] == "FedAvg, FL + filter + CAI" and summary["total_s"] > 0
+
+
+@pytest.fixture()
+def square(tmp_path: Path) -> Path:
+    """A small SQuARe file of the embedded corpus."""
+    from fedsim.data.world import square_rows
+
+    rows = square_rows()
+    red = [row for row in rows if row["acceptable?"] == 0][:60]
+    acceptable = [row for row in rows if row["acceptable?"] == 1][:90]
+    path = tmp_path / "square.json"
+    path.write_text(json.dumps(red + acceptable), encoding="utf-8")
+    return path
