@@ -21,6 +21,7 @@ from fedsim.evaluate.suite import Suite, evaluate
 from fedsim.federation.sampling import cosine_by_round, sample_cohort
 from fedsim.model.load import check_model_dir, model_digest
 from fedsim.parallel.world import World
+from fedsim.parallel.zero_config import zero_settings
 from fedsim.record.finish import finish_run
 from fedsim.record.manifest import versions, write_manifest
 from fedsim.record.run_record import RunRecord
@@ -155,6 +156,8 @@ class Simulation:
         models = {"model": self.config.model.path}
         if self.config.guard.kind == "llama_guard":
             models["guard"] = self.config.guard.path
+            if self.config.guard.deepspeed:
+                zero_settings(self.config, self.world.size)
         for role, path in models.items():
             check_model_dir(path, f"{role}.path")
         if self.config.cai.iterations > 0:

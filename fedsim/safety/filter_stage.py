@@ -26,7 +26,9 @@ from fedsim.kernels import fixed_point
 from fedsim.model import flat_adapter, load, logprobs
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.model.load import LoadedModel, LoraSettings, load_model, model_digest
-from fedsim.parallel import sums
+from fedsim.parallel import sums, zero, zero_config
+from fedsim.parallel.zero import ZeroTrainer
+from fedsim.parallel.zero_config import zero_settings
 from fedsim.ranks import Lane, Ranks
 from fedsim.safety import guard, guard_format, guard_prompt, guard_tuning, verdict
 from fedsim.safety.filtering import Filtered, drop_unsafe, judge_shards
@@ -39,7 +41,7 @@ from fedsim.train.objectives import SftObjective
 
 _CODE = [
     *(batch, chat, square, prefix, flat_adapter, logprobs, sums, loop, objectives, keys, fixed_point),
-    *(guard, guard_format, guard_prompt, guard_tuning, verdict, load, sys.modules[__name__]),
+    *(guard, guard_format, guard_prompt, guard_tuning, verdict, load, zero, zero_config, sys.modules[__name__]),
 ]
 
 
@@ -139,7 +141,7 @@ class FilterStage:
                 ("guard_tuning",),
                 what="guard fine-tuning",
             )
-            Trainer(model.base, adapter, steps).run(
+            self._trainer(model, adapter, steps).run(
                 plan,
                 SftObjective(model.chat.pad_id),
                 self.lane,
@@ -149,6 +151,11 @@ class FilterStage:
 
         artefact = self.store.get("guard-adapter", depends, _CODE, build, adapter.save)
         return adapter.read(artefact.folder)
+
+    def _trainer(self, model: LoadedModel, adapter: FlatAdapter, steps: StepSettings) -> Trainer:
+        if not self.config.guard.deepspeed:
+            return Trainer(model.base, adapter, steps)
+        return ZeroTrainer(model.base, adapter, steps, zero_settings(self.config, self.ranks.size))
 
     def _guard_model(self) -> LoadedModel:
         if self._model is None:
@@ -161,7 +168,7 @@ class FilterStage:
         return self._model
 
     def _depends(self, data: PreparedData, *, tuned: bool) -> dict[str, Any]:
-        unrelated = {"kind", "path", "tpr", "fpr", "measure_untuned"}
+        unrelated = {"kind", "path", "tpr", "fpr", "measure_untuned", "deepspeed"}
         settings = {k: v for k, v in asdict(self.config.guard).items() if k not in unrelated}
         if not tuned:
             settings = {k: v for k, v in settings.items() if not k.startswith(("tune_", "lora_"))}
@@ -169,6 +176,8 @@ class FilterStage:
             settings["rows"] = [row.row_id for row in data.guard_rows]
             settings["micro_batch_size"] = self.config.local.micro_batch_size
             settings["seed"] = self.config.seed
+            if self.config.guard.deepspeed:  # its sums depend on the number of ranks
+                settings["deepspeed"] = [zero_settings(self.config, self.ranks.size), self.ranks.size]
         return {
             "guard": settings,
             "tuned": tuned,
