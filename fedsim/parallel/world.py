@@ -5,6 +5,7 @@ This file and its neighbours in ``fedsim/parallel`` are the only ones that touch
 
 from __future__ import annotations
 
+import atexit
 import os
 import time
 import traceback
@@ -145,15 +146,20 @@ def portable(error: Exception, rank: int) -> FedsimError:
 
 @contextmanager
 def process_world(*, exact: bool, threads: int, timeout_s: float) -> Iterator[World]:
-    """Join the processes that torchrun started (or run alone), and leave them in every case.
+    """Join the processes that a launcher started (or run alone), and leave them in every case.
 
-    An error leaves on the first rank that fails. The others fail alike, or because they miss that rank: they end
-    quietly with exit status 2, so that a user reads one error, the cause.
+    Any launcher will do that sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT: torchrun, deepspeed, or a
+    user's own, whether or not it ends the other processes when one fails. An error leaves on the first rank that fails.
+    The others fail alike, or because they miss that rank: they end quietly with exit status 2, so that a user reads
+    one error, the cause.
 
     Args:
         exact: order-independent sums and deterministic kernels.
         threads: CPU threads of this process.
         timeout_s: collectives that wait longer end the run.
+
+    Raises:
+        RunError: the processes cannot meet.
     """
     torch.set_num_threads(threads)
     if exact:
@@ -167,17 +173,41 @@ def process_world(*, exact: bool, threads: int, timeout_s: float) -> Iterator[Wo
     one_gpu_each = device.type == "cuda" and torch.cuda.device_count() >= size
     backend = "cpu:gloo,cuda:nccl" if one_gpu_each else "gloo"
     timeout = timedelta(seconds=timeout_s)
-    store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
+    store, rank = _meet(timeout)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     try:
         yield World(GroupRanks(), device, exact, timeout)
     except Exception as error:
-        if not _is_first_failure(store):
-            time.sleep(1.0)  # torchrun ends every rank when one exits: let the first one speak
+        is_first = _is_first_failure(store)
+        if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            atexit.register(_outlast, store, size)  # the store is in this process, and the others have yet to ask it
+        if not is_first:
+            time.sleep(1.0)  # launchers end every rank when one exits: let the first one speak
             raise SystemExit(2) from error
         raise
     finally:
         dist.destroy_process_group()
+
+
+def _meet(timeout: timedelta) -> tuple[dist.Store, int]:
+    """The store that all processes share, and this one's rank."""
+    try:
+        store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
+    except (RuntimeError, ValueError) as error:
+        given = {name: os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")}
+        values = ", ".join(f"{name}={value}" for name, value in given.items() if value is not None)
+        raise RunError(
+            f"the processes cannot meet ({values}): {' '.join(str(error).split())[:200]}; start them with torchrun or "
+            "deepspeed, and give each run on a machine a --master_port of its own"
+        ) from error
+    return store, rank
+
+
+def _outlast(store: dist.Store, size: int, patience_s: float = 10.0) -> None:
+    """Stay until every rank has asked whether it is the first that fails, or for ``patience_s``."""
+    deadline = time.monotonic() + patience_s
+    while time.monotonic() < deadline and int(store.add("fedsim/failures", 0)) < size:
+        time.sleep(0.05)
 
 
 def _is_first_failure(store: dist.Store) -> bool:
