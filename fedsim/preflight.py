@@ -20,6 +20,7 @@ from fedsim.model.memory import Need, free_memory, generation_need, training_nee
 from fedsim.model.shape import ModelShape, model_shape
 from fedsim.parallel.planner import useful_ranks
 from fedsim.parallel.world import World
+from fedsim.parallel.zero_config import zero_settings
 from fedsim.record.tables import byte_size
 from fedsim.safety.cai_stage import constitution_file
 from fedsim.safety.constitution import load_constitution
@@ -82,6 +83,8 @@ def _check(config: Config, world: World) -> tuple[dict[str, ModelShape], int]:
     shapes = {role: _check_model(config, role, path, world.device) for role, path in models_in_use(config).items()}
     if config.cai.iterations > 0:
         load_constitution(constitution_file(config.cai.constitution))
+    if config.guard.kind == "llama_guard" and config.guard.deepspeed:
+        zero_settings(config, world.size)
     check_judge(config)
     return shapes, free_memory(world.device, world.size)
 

@@ -29,8 +29,8 @@ class GuardConfig:
                              low=0)  # fmt: skip
     tune_lr: float = key(1e-4, "fine-tuning learning rate (AdamW, linear decay to 0)", above=0)
     tune_batch_size: int = key(16, "rows of one fine-tuning step", unit="rows", low=1)
-    deepspeed: str = key("", "fine-tune under DeepSpeed with this JSON file, such as configs/deepspeed/zero2.json; "
-                         "'' = fedsim's own loop, the only one with exact mode's bits")  # fmt: skip
+    deepspeed: str = key("", "fine-tune under DeepSpeed ZeRO-2 with this JSON file, or the name of one in "
+                         "configs/deepspeed (zero2); needs parallel.exact=false; '' = fedsim's own loop")  # fmt: skip
     measure_untuned: bool = key(
         False, "where a guard model is fine-tuned, also judge the rows without that, to compare"
     )

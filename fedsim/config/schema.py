@@ -37,6 +37,11 @@ class Config:
             raise ConfigError(
                 "guard.tune_epochs > 0 needs rows to tune on: set data.guard_rows, or guard.tune_epochs=0"
             )
+        if self.guard.deepspeed and self.parallel.exact:
+            raise ConfigError(
+                f"guard.deepspeed={self.guard.deepspeed!r}: DeepSpeed's sums depend on the number of processes, which "
+                "exact mode rules out; set parallel.exact=false, or guard.deepspeed='' for fedsim's own loop"
+            )
         if self.eval.guard_judge == "tuned" and (self.guard.tune_epochs == 0 or self.data.guard_rows == 0):
             raise ConfigError(
                 "eval.guard_judge=tuned needs a guard that is fine-tuned: set guard.tune_epochs and data.guard_rows, "

@@ -5,6 +5,7 @@ This file and its neighbours in ``fedsim/parallel`` are the only ones that touch
 
 from __future__ import annotations
 
+import atexit
 import os
 import time
 import traceback
@@ -164,15 +165,20 @@ def portable(error: Exception, rank: int) -> FedsimError:
 
 @contextmanager
 def process_world(*, exact: bool, threads: int, timeout_s: float) -> Iterator[World]:
-    """Join the processes that torchrun started (or run alone), and leave them in every case.
+    """Join the processes that a launcher started (or run alone), and leave them in every case.
 
-    An error leaves on rank 0, or on the first rank that fails alone. The others fail alike, or because they miss that
-    rank: they end quietly with exit status 2, so that a user reads one error, the cause.
+    Any launcher will do that sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT: torchrun, deepspeed, or a
+    user's own, whether or not it ends the other processes when one fails. An error leaves on rank 0, or on the first
+    rank that fails alone. The others fail alike, or because they miss that rank: they end quietly with exit status 2,
+    so that a user reads one error, the cause.
 
     Args:
         exact: order-independent sums and deterministic kernels.
         threads: CPU threads of this process.
         timeout_s: collectives that wait longer end the run.
+
+    Raises:
+        RunError: the processes cannot meet.
     """
     torch.set_num_threads(threads)
     if exact:
@@ -186,37 +192,58 @@ def process_world(*, exact: bool, threads: int, timeout_s: float) -> Iterator[Wo
     one_gpu_each = device.type == "cuda" and torch.cuda.device_count() >= size
     backend = "cpu:gloo,cuda:nccl" if one_gpu_each else "gloo"
     timeout = timedelta(seconds=timeout_s)
-    store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
+    store, rank = _meet(timeout)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     try:
         yield World(GroupRanks(), device, exact, timeout)
     except Exception as error:
-        if not _speaks(store, rank, size):
-            time.sleep(1.0)  # a launcher ends every rank when one exits: let the one that speaks be the first
+        speaks = _speaks(store, rank)
+        if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            atexit.register(_outlast, store, size)  # the store is in this process, and the others have yet to ask it
+        if not speaks:
+            time.sleep(1.0)  # launchers end every rank when one exits: let the one that speaks be the first
             raise SystemExit(2) from error
         raise
     finally:
         dist.destroy_process_group()
 
 
-def _speaks(store: dist.Store, rank: int, size: int) -> bool:
-    """Whether this failed rank reports its error: rank 0 where it has failed too, else the first that failed.
+def _meet(timeout: timedelta) -> tuple[dist.Store, int]:
+    """The store that all processes share, and this one's rank."""
+    try:
+        store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
+    except (RuntimeError, ValueError) as error:
+        given = {name: os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")}
+        values = ", ".join(f"{name}={value}" for name, value in given.items() if value is not None)
+        raise RunError(
+            f"the processes cannot meet ({values}): {' '.join(str(error).split())[:200]}; start them with torchrun or "
+            "deepspeed, and give each run on a machine a --master_port of its own"
+        ) from error
+    return store, rank
 
-    Ranks give each other :data:`_GRACE_S` seconds to fail. True where that cannot be asked, so that no error is lost.
+
+def _outlast(store: dist.Store, size: int, patience_s: float = 10.0) -> None:
+    """Stay until every rank has asked who speaks, or for ``patience_s``."""
+    deadline = time.monotonic() + patience_s
+    while time.monotonic() < deadline and int(store.add("fedsim/failures", 0)) < size:
+        time.sleep(0.05)
+
+
+def _speaks(store: dist.Store, rank: int) -> bool:
+    """Whether this failed rank reports its error: rank 0 where it fails too, else the first rank that failed.
+
+    The others give rank 0 :data:`_GRACE_S` seconds to fail. True where that cannot be asked, so that no error is lost.
     """
     deadline = time.monotonic() + _GRACE_S
     try:
         if rank == 0:
             store.add("fedsim/rank_0_failed", 1)
-            while store.add("fedsim/asked", 0) < size - 1 and time.monotonic() < deadline:
-                time.sleep(0.02)  # rank 0 may be the one that keeps the store
-        else:
-            while store.add("fedsim/rank_0_failed", 0) == 0 and time.monotonic() < deadline:
-                time.sleep(0.02)
-            if store.add("fedsim/rank_0_failed", 0) > 0:
-                store.add("fedsim/asked", 1)
-                return False
-        return int(store.add("fedsim/spoken", 1)) == 1
+        while rank != 0 and store.add("fedsim/rank_0_failed", 0) == 0 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        may_speak = rank == 0 or store.add("fedsim/rank_0_failed", 0) == 0
+        speaks = may_speak and store.add("fedsim/spoken", 1) == 1
+        store.add("fedsim/failures", 1)
+        return speaks
     except RuntimeError:
         return True
 

@@ -21,7 +21,9 @@ from fedsim.kernels import fixed_point
 from fedsim.model import flat_adapter, load, logprobs
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.model.load import LoadedModel, LoraSettings, load_model, model_digest
-from fedsim.parallel import sums
+from fedsim.parallel import sums, zero, zero_config
+from fedsim.parallel.zero import ZeroTrainer
+from fedsim.parallel.zero_config import zero_settings
 from fedsim.ranks import Lane, Ranks
 from fedsim.safety import guard, guard_format, guard_prompt, guard_tuning
 from fedsim.safety.guard import LlamaGuard
@@ -32,7 +34,7 @@ from fedsim.train.objectives import SftObjective
 
 CODE: Final = (
     *(batch, chat, square, prefix, flat_adapter, logprobs, sums, loop, objectives, keys, fixed_point),
-    *(guard, guard_format, guard_prompt, guard_tuning, load, sys.modules[__name__]),
+    *(guard, guard_format, guard_prompt, guard_tuning, load, zero, zero_config, sys.modules[__name__]),
 )
 """Modules that decide what a guard says about a row."""
 
@@ -49,6 +51,7 @@ _UNRELATED: Final = frozenset(
         "action",
         "refusal",
         "red_weight",
+        "deepspeed",
     }
 )
 
@@ -115,8 +118,10 @@ class GuardModel:
             settings["rows"] = [row.row_id for row in data.guard_rows]
             settings["micro_batch_size"] = self.config.local.micro_batch_size
             settings["seed"] = self.config.seed
+            if self.config.guard.deepspeed:  # its sums depend on the number of ranks
+                settings["deepspeed"] = [zero_settings(self.config, self.ranks.size), self.ranks.size]
         else:
-            settings = {k: v for k, v in settings.items() if not k.startswith(("tune_", "lora_", "deepspeed"))}
+            settings = {k: v for k, v in settings.items() if not k.startswith(("tune_", "lora_"))}
         if not self._sha256:
             self._sha256 = self.ranks.once(lambda: model_digest(self.config.guard.path))
         return {
@@ -147,7 +152,7 @@ class GuardModel:
                 ("guard_tuning",),
                 what="guard fine-tuning",
             )
-            Trainer(model.base, adapter, steps).run(
+            self._trainer(model, adapter, steps).run(
                 plan,
                 SftObjective(model.chat.pad_id),
                 self.lane,
@@ -157,6 +162,11 @@ class GuardModel:
 
         artefact = self.store.get("guard-adapter", depends, CODE, build, adapter.save)
         return adapter.read(artefact.folder)
+
+    def _trainer(self, model: LoadedModel, adapter: FlatAdapter, steps: StepSettings) -> Trainer:
+        if not self.config.guard.deepspeed:
+            return Trainer(model.base, adapter, steps)
+        return ZeroTrainer(model.base, adapter, steps, zero_settings(self.config, self.ranks.size))
 
     def _guard_model(self) -> tuple[LoadedModel, FlatAdapter]:
         if self._loaded is None:

@@ -1,0 +1,69 @@
+"""The command line of ``launch/run.py``: a config file, overrides, and what launchers add."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from fedsim.config.loading import help_text
+from fedsim.errors import ConfigError
+
+DEFAULT = Path(__file__).parents[1] / "configs" / "demo.yaml"
+EPILOG = """Without CONFIG.yaml, configs/demo.yaml is used, which sets many of these keys.
+A file may name another that it builds on (base: OTHER.yaml).
+Configuration keys, with the values that they have when neither a file nor the command line sets them:
+"""
+
+
+@dataclass(frozen=True)
+class Command:
+    """What a command line asks for.
+
+    Attributes:
+        file: the config file.
+        overrides: ``key=value`` words, in order.
+        local_rank: place among the processes of this machine, where the launcher names it here (deepspeed,
+            torch.distributed.launch).
+        check: check everything, print the plan of the run, and stop.
+    """
+
+    file: Path
+    overrides: list[str]
+    local_rank: int | None
+    check: bool
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are fedsim's, so that of several processes one tells them."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"command line: {message}; launch/run.py --help shows the form")
+
+
+def parse_command(arguments: Sequence[str]) -> Command:
+    """Read a command line, without the program's name.
+
+    Raises:
+        ConfigError: a word that is neither a config file nor key=value, a second file, an unknown option.
+    """
+    parser = _Parser(
+        prog="launch/run.py",
+        usage="[torchrun --nproc_per_node=N | deepspeed --num_gpus N] launch/run.py [--check] [CONFIG.yaml] [key=value ...]",
+        description="Run one simulation of responsible federated LLM training (arXiv 2502.16691).",
+        epilog=EPILOG + help_text(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("words", nargs="*", metavar="CONFIG.yaml | key=value", help="config file and overrides")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help="added by launchers; the same as LOCAL_RANK")
+    parser.add_argument("--check", action="store_true", help="check everything, print the plan of the run, and stop")
+    given = parser.parse_intermixed_args(arguments)
+    files = [word for word in given.words if "=" not in word]
+    if bad := [word for word in files if not word.endswith((".yaml", ".yml"))]:
+        raise ConfigError(f"argument {bad[0]!r}: must be a config file (*.yaml) or key=value")
+    if len(files) > 1:
+        raise ConfigError(f"command line: one config file at most, not {len(files)}: {' '.join(files)}")
+    overrides = [word for word in given.words if "=" in word]
+    return Command(Path(files[0]) if files else DEFAULT, overrides, given.local_rank, given.check)

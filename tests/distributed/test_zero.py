@@ -1,0 +1,169 @@
+"""Training under ZeRO-2 against the plain loop: the same batches, draws and optimizer, sums in another order."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedsim.artefacts import ArtefactStore
+from fedsim.config import load_config
+from fedsim.data.chat import TokenRow, assistant_turn, user_turn
+from fedsim.data.prepare import prepare_data
+from fedsim.errors import RunError
+from fedsim.model.flat_adapter import FlatAdapter
+from fedsim.model.load import LoraSettings, load_model
+from fedsim.parallel.world import process_world
+from fedsim.parallel.zero import ZeroTrainer
+from fedsim.parallel.zero_config import zero_settings
+from fedsim.safety.filter_stage import FilterStage
+from fedsim.train.loop import StepSettings, Trainer, TrainingPlan
+from fedsim.train.objectives import SftObjective
+
+SMALL = Path(__file__).parent / "small.yaml"
+ZERO = ["guard.deepspeed=zero2", "parallel.exact=false", "local.micro_batch_size=2", "guard.tune_batch_size=7"]
+BATCH_SIZES = [7, 5, 1, 7]  # 4, 3, 1 and 4 micro-batches of two rows: on 2 and 3 ranks some have none
+
+# Relative L2 distance of the adapter's change over four steps between ZeRO-2 on 1 to 3 ranks and the plain loop on the
+# same ranks; only the grouping of floating-point sums differs. Measured (DeepSpeed 0.19.8, torch 2.13): at most 5e-7.
+TOLERANCE = 1e-4
+
+
+def train(kind: str, lr: float) -> dict[str, Any]:
+    """Four steps from an adapter that is not zero, on all ranks of the world."""
+    config = load_config(None, [*ZERO, f"guard.tune_lr={lr}"])
+    with process_world(exact=False, threads=1, timeout_s=60) as world, _Captured() as captured:
+        lora = LoraSettings(4, 8.0, 0.1, ("q_proj", "v_proj"))
+        loaded = load_model("embedded", lora, dtype="float32", attention="sdpa", device=world.device)
+        flat = FlatAdapter(loaded.model)
+        start = flat.initial(0) + 0.01 * torch.sin(torch.arange(flat.size, dtype=torch.float32))
+        flat.load(start)
+
+        def row(i: int) -> TokenRow:
+            reply = assistant_turn("Yes, do it. " * (1 + i % 3) ** 2)
+            return loaded.chat.training_row([user_turn(f"May I fly kite {i}?"), reply], 200)
+
+        rows = [row(i) for i in range(sum(BATCH_SIZES))]
+        starts = [sum(BATCH_SIZES[:i]) for i in range(len(BATCH_SIZES))]
+        batches = [rows[begin : begin + size] for begin, size in zip(starts, BATCH_SIZES, strict=True)]
+        plan = TrainingPlan(batches, lambda t: lr * (1 - t / len(batches)), ("test",), what="test")
+        settings = StepSettings(2, 1.0, 0.0, seed=3)
+        trainer = (
+            Trainer(loaded.base, flat, settings)
+            if kind == "plain"
+            else ZeroTrainer(loaded.base, flat, settings, zero_settings(config, world.size))
+        )
+        try:
+            stats = trainer.run(plan, SftObjective(loaded.chat.pad_id), world.everyone())
+        except RunError as error:
+            return {"error": str(error)}
+        parameters = dict(loaded.model.named_parameters())
+        held = torch.cat([parameters[slot.name].detach().flatten() for slot in flat.slots])
+        return {
+            "change": (flat.copy() - start).double().numpy(),
+            "model": (held - start).double().numpy(),
+            "is_view": all(parameters[s.name].data_ptr() == flat.values[s.start :].data_ptr() for s in flat.slots),
+            "training": loaded.model.training,
+            "losses": stats.losses,
+            "num_tokens": stats.num_tokens,
+            "printed": captured.text(),
+        }
+
+
+class _Captured:
+    """What this process prints, libraries' handlers included."""
+
+    def __enter__(self) -> _Captured:
+        self._file = tempfile.TemporaryFile()
+        self._kept = [os.dup(1), os.dup(2)]
+        for target in (1, 2):
+            os.dup2(self._file.fileno(), target)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for target, kept in zip((1, 2), self._kept, strict=True):
+            os.dup2(kept, target)
+            os.close(kept)
+
+    def text(self) -> str:
+        sys.stdout.flush()
+        self._file.seek(0)
+        return self._file.read().decode()
+
+
+def distance(found: np.ndarray, wanted: np.ndarray) -> float:
+    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
+
+
+@pytest.fixture(scope="module")
+def trained(pool: Any) -> dict[tuple[str, int], list[dict[str, Any]]]:
+    """Results by rank of both loops on 1 to 3 ranks; each world trains twice, since DeepSpeed keeps state."""
+    cases = [(kind, size) for size in (1, 2, 3) for kind in ("plain", "zero", "again")]
+    return dict(zip(cases, pool.run_all([(size, train, kind, 5e-3) for kind, size in cases]), strict=True))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_zero2_equals_the_plain_loop(trained: Any, size: int) -> None:
+    plain = trained["plain", size][0]
+    measured = []
+    for kind in ("zero", "again"):
+        for rank in trained[kind, size]:
+            assert np.array_equal(rank["change"], trained[kind, size][0]["change"]), "all ranks hold the same adapter"
+            assert rank["losses"] == pytest.approx(plain["losses"], rel=1e-5)
+            assert rank["num_tokens"] == plain["num_tokens"]
+            measured.append(distance(rank["change"], plain["change"]))
+    print(f"{size} ranks: relative L2 {max(measured):.1e}")
+    assert max(measured) < TOLERANCE
+
+
+def test_the_tolerance_tells_trainings_apart(trained: Any, pool: Any) -> None:
+    (other,) = pool.run(1, train, "plain", 5.005e-3)
+    assert distance(other["change"], trained["plain", 1][0]["change"]) > TOLERANCE
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_the_model_holds_the_result_in_its_flat_adapter(trained: Any, size: int) -> None:
+    for rank in trained["zero", size]:
+        assert np.array_equal(rank["model"], rank["change"]) and rank["is_view"]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_nothing_is_printed(trained: Any, size: int) -> None:
+    assert [rank["printed"] for rank in trained["zero", size]] == [""] * size
+
+
+def test_a_loss_that_is_not_finite_is_one_error(pool: Any) -> None:
+    for rank in pool.run(2, train, "zero", 1e30):
+        assert "test: the loss or gradient became NaN or infinite in step" in rank["error"]
+
+
+def filtered(square_file: str, folder: str, overrides: list[str]) -> dict[str, Any]:
+    """A fine-tuned guard's verdicts on the clients' rows, and the artefacts that it left."""
+    config = load_config(SMALL, [f"data.square={square_file}", "parallel.exact=false", *overrides])
+    log: list[str] = []
+    with process_world(exact=False, threads=1, timeout_s=60) as world:
+        store = ArtefactStore(Path(folder), world.ranks, log.append)
+        data = prepare_data(config, store, world.ranks)
+        stage = FilterStage(config, world.ranks, world.everyone(), world.device, store, {}, lambda *_: None)
+        verdicts = stage._model_verdicts(data, tuned=True)
+    adapter = next(line.rpartition("/")[2] for line in log if line.startswith("guard-adapter: written"))
+    return {"probs": [v.unsafe_prob for shard in verdicts for v in shard], "adapter": adapter}
+
+
+def test_the_guards_artefact_names_deepspeed_and_the_number_of_ranks(
+    pool: Any, square_file: Path, tmp_path: Path
+) -> None:
+    """One store: each run must tune for itself, and judge alike."""
+    runs = [
+        pool.run(size, filtered, str(square_file), str(tmp_path), overrides)[0]
+        for size, overrides in ((1, []), (1, ["guard.deepspeed=zero2"]), (2, ["guard.deepspeed=zero2"]))
+    ]
+    assert len({run["adapter"] for run in runs}) == 3
+    assert runs[1]["probs"] == pytest.approx(runs[0]["probs"], abs=1e-3)
+    assert runs[2]["probs"] == pytest.approx(runs[0]["probs"], abs=1e-3)
