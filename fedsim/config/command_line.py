@@ -51,7 +51,8 @@ def parse_command(arguments: Sequence[str]) -> Command:
     """
     parser = _Parser(
         prog="launch/run.py",
-        usage="[torchrun --nproc_per_node=N | deepspeed --num_gpus N] launch/run.py [--check] [CONFIG.yaml] [key=value ...]",
+        usage="[torchrun --nproc_per_node=N | deepspeed --num_gpus N] launch/run.py [--check] [CONFIG.yaml] "
+        "[key=value ...]",
         description="Run one simulation of responsible federated LLM training (arXiv 2502.16691).",
         epilog=EPILOG + help_text(),
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from fedsim import keys
 from fedsim.errors import ConfigError
-from fedsim.federation.algorithms import NoCorrection
+from fedsim.federation.algorithms import Correction
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.ranks import Lane, Term
 from fedsim.train.loop import Item, StepSettings, Trainer, TrainingPlan, TrainingStats
@@ -61,7 +61,7 @@ class ZeroTrainer(Trainer):
             ConfigError: DeepSpeed refuses its settings.
             RunError: a loss or gradient was not finite.
         """
-        assert isinstance(plan.correction, NoCorrection), "federated corrections have no place here"
+        assert type(plan.correction) is Correction, "federated corrections have no place here"
         replica = _Replica(self.model, self.adapter, objective)
         with _deepspeed_engine(replica, self.config, lane) as self._engine:
             return super().run(plan, objective, lane, on_step)
