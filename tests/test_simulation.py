@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import torch
 from fedsim.config import load_config
 from fedsim.data.world import square_rows
 from fedsim.errors import DataError
+from fedsim.federation.algorithms import ServerState
 from fedsim.parallel.world import World
 from fedsim.ranks import OneRank
-from fedsim.record.metrics import Row, read_rows
+from fedsim.record import finish
+from fedsim.record.metrics import Row, decided, read_rows
 from fedsim.simulation import Simulation
 
 SMALL = Path(__file__).parent / "distributed" / "small.yaml"
@@ -24,8 +27,9 @@ Make = Callable[..., Simulation]
 
 
 @pytest.fixture()
-def make(tmp_path: Path) -> Make:
-    """``make(num_red, num_acceptable, *overrides)``: a brief run on a SQuARe file of so many rows."""
+def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
+    """``make(num_red, num_acceptable, *overrides)``: a brief run on a SQuARe file of so many rows, without plots."""
+    monkeypatch.setattr(finish, "write_plots", lambda *_: [])
 
     def made(num_red: int, num_acceptable: int, *overrides: str) -> Simulation:
         rows = square_rows()
@@ -45,11 +49,16 @@ def rows_of(simulation: Simulation, stage: str) -> list[Row]:
     return [row for row in read_rows(simulation.record.metrics_file) if row["stage"] == stage]
 
 
-def final_adapter(simulation: Simulation) -> torch.Tensor:
-    """The adapter of the last checkpoint."""
+def final_state(simulation: Simulation) -> ServerState:
+    """The server's state in the last checkpoint."""
     checkpoint = simulation.record.checkpoints.load(lambda text: None)
     assert checkpoint is not None
-    return checkpoint.state.adapter
+    return checkpoint.state
+
+
+def final_adapter(simulation: Simulation) -> torch.Tensor:
+    """The adapter of the last checkpoint."""
+    return final_state(simulation).adapter
 
 
 def watched(simulation: Simulation) -> list[Any]:
@@ -86,7 +95,7 @@ def test_a_client_without_rows_sits_out_and_is_counted(make: Make) -> None:
     assert (simulation.record.folder / "adapter" / "adapter_model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("algorithm", ["fedavg", "scaffold"])
+@pytest.mark.parametrize("algorithm", ["fedavg", "scaffold", "fedadam"])
 def test_a_round_without_any_client_leaves_the_adapter_as_it_is(make: Make, algorithm: str) -> None:
     overrides = ["data.federated_red_share=1.0", f"federation.algorithm={algorithm}"]
     simulation = make(6, 0, *ONE_ROW_EACH, *overrides)
@@ -117,6 +126,124 @@ def test_a_round_is_the_row_weighted_mean_of_its_clients(make: Make) -> None:
     torch.testing.assert_close(final_adapter(simulation).double(), start.adapter.double() + mean, rtol=0, atol=1e-7)
     by_hand = sum(w * o.loss for w, o in zip(weights, outcomes, strict=True)) / sum(weights)
     assert row["client/loss"] == pytest.approx(by_hand, rel=1e-12)
+
+
+ONE_CLIENT = ["federation.num_clients=1", "federation.clients_per_round=1", "federation.num_rounds=2"]
+
+
+def test_a_federation_of_one_client_is_local_and_centralised_training(make: Make, tmp_path: Path) -> None:
+    """FedAvg with a cohort of one, that client alone, and its rows in one place: one and the same, bit for bit."""
+    adapters, rows = [], []
+    for algorithm in ("fedavg", "local", "centralised"):
+        simulation = make(40, 60, *ONE_CLIENT, f"federation.algorithm={algorithm}", f"name={algorithm}")
+        simulation.run()
+        adapters.append(final_adapter(simulation))
+        rows.append([decided(row) for row in rows_of(simulation, "round")])
+    assert torch.equal(adapters[0], adapters[1]) and torch.equal(adapters[0], adapters[2])
+    assert rows[0] == rows[1] == rows[2] and len(rows[0]) == 2
+    assert rows[0][0]["client/num_trained"] == 1 and rows[0][0]["client/num_rows"] == 60
+
+
+def test_local_training_is_one_clients_own(make: Make) -> None:
+    """Only the client trains, in every round on from where it stood; the server takes its adapter."""
+    simulation = make(40, 60, "federation.algorithm=local", "federation.local_client=4", "federation.num_rounds=2")
+    found = watched(simulation)
+    simulation.run()
+    federation = found[0]
+    state, lane = federation.start(simulation.config.seed), simulation.world.everyone()
+    rows = rows_of(simulation, "round")
+    assert len(rows) == 2
+    for round_idx, row in enumerate(rows):
+        outcome = federation.cohorts.trainer.train(4, federation.shards[4], round_idx, state, None, lane)
+        adapter = (state.adapter.double() + outcome.delta.double()).float()
+        state = replace(state, adapter=adapter)
+        assert (row["client/num_trained"], row["client/num_sat_out"], row["client/num_rows"]) == (1, 0, 10)
+        assert {name for name in row if name.startswith("client/loss_")} == {"client/loss_004"}
+        assert row["client/loss"] == pytest.approx(outcome.loss, rel=1e-12)
+    torch.testing.assert_close(final_adapter(simulation), state.adapter, rtol=0, atol=1e-7)
+
+
+def test_centralised_training_has_all_rows_and_a_cohorts_budget(make: Make) -> None:
+    """As many tokens' worth of rows a round as a cohort of 5 sees, drawn from the rows of all 6 clients."""
+    simulation = make(40, 60, "federation.algorithm=centralised", "guard.kind=noisy_oracle", "federation.num_rounds=1")
+    found = watched(simulation)
+    simulation.run()
+    federation = found[0]
+    (kept,) = rows_of(simulation, "filter")
+    (row,) = rows_of(simulation, "round")
+    assert row["client/num_rows"] == kept["client/num_kept_rows"] == len(federation.shards[0]) > 20
+    assert len(federation.shards) == 1 and (row["client/num_trained"], row["client/num_sat_out"]) == (1, 0)
+    batches = federation.cohorts.trainer.batches(0, federation.shards[0], 0)
+    assert [len(batch) for batch in batches] == [7] * (3 * 5)
+    assert row["client/num_tokens"] == sum(len(item) for batch in batches for item in batch)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "message"),
+    [
+        ("local", r"federation\.local_client=\d: this client has no rows left .*give one that has: \d"),
+        ("centralised", r"federation\.algorithm=centralised: no client has rows left"),
+    ],
+)
+def test_a_baseline_without_rows_is_an_error(make: Make, algorithm: str, message: str) -> None:
+    red = 2 if algorithm == "local" else 6
+    overrides = [*ONE_ROW_EACH, f"data.federated_red_share={red / 6}", f"federation.algorithm={algorithm}"]
+    empty = 0
+    if algorithm == "local":
+        plain = make(red, 6 - red, *ONE_ROW_EACH, f"data.federated_red_share={red / 6}", "name=plain")
+        found = watched(plain)
+        plain.run()
+        empty = [len(shard) for shard in found[0].shards].index(0)
+    with pytest.raises(DataError, match=message):
+        make(red, 6 - red, *overrides, f"federation.local_client={empty}").run()
+
+
+@pytest.mark.parametrize("variant", ["openfedllm", "reddi"])
+def test_a_server_optimizer_steps_once_a_round_from_its_own_moments(make: Make, variant: str) -> None:
+    """FedAdam by hand from the clients' deltas: each client once in the mean, moments carried on to the next round."""
+    settings = ["federation.algorithm=fedadam", f"server_optimizer.variant={variant}", "server_optimizer.lr=0.01"]
+    simulation = make(40, 60, *settings, "guard.kind=noisy_oracle", "federation.num_rounds=2")
+    found = watched(simulation)
+    simulation.run()
+    federation, lane = found[0], simulation.world.everyone()
+    x = federation.start(simulation.config.seed).adapter.double()
+    m, v = torch.zeros_like(x), torch.full_like(x, 1e-6)
+    rows = rows_of(simulation, "round")
+    for round_idx, row in enumerate(rows):
+        cohort = sorted(int(name.rpartition("_")[2]) for name in row if name.startswith("client/loss_"))
+        start = ServerState(x.float())
+        train = federation.cohorts.trainer.train
+        deltas = [train(c, federation.shards[c], round_idx, start, None, lane).delta.double() for c in cohort]
+        delta = torch.stack(deltas).mean(0)
+        m = delta if variant == "openfedllm" and round_idx == 0 else 0.9 * m + 0.1 * delta
+        v = 0.99 * v + 0.01 * (m if variant == "openfedllm" else delta) ** 2
+        x = x + 0.01 * m / (v.sqrt() + 1e-3)
+    state = final_state(simulation)
+    assert state.num_steps == 2
+    moved = x - federation.start(simulation.config.seed).adapter.double()
+    assert float((state.adapter.double() - x).norm() / moved.norm()) < 1e-3
+    torch.testing.assert_close(state.vectors["momentum"].double(), m, rtol=1e-2, atol=1e-5)
+    for name in ("momentum", "second_moment"):
+        assert len({row[f"global/{name}_checksum"] for row in rows}) == 2
+    assert "global/control_checksum" not in rows[0]
+
+
+def test_a_state_of_another_algorithm_is_not_resumed(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    """The newest checkpoint has lost a vector: the run says which, and goes on from the one before, to the same end."""
+    overrides = ["federation.algorithm=fedyogi", "federation.num_rounds=3"]
+    make(40, 60, *overrides).run()
+    again = make(40, 60, *overrides)
+    store = again.record.checkpoints
+    whole = store.load(lambda text: None)
+    assert whole is not None and whole.round_idx == 2
+    store.save(replace(whole, state=ServerState(whole.state.adapter, {"momentum": whole.state.vectors["momentum"]})))
+    capsys.readouterr()
+    again.run()
+    said = " ".join(capsys.readouterr().err.split())
+    assert "round-000002: the server's state lacks vector second_moment; the one before it is used" in said
+    one, two = whole.state.named(), final_state(again).named()
+    assert one.keys() == two.keys() and all(torch.equal(vector, two[name]) for name, vector in one.items())
+    assert final_state(again).num_steps == 3
 
 
 def test_conversations_that_are_all_unusable_are_an_error_with_a_fix(make: Make) -> None:

@@ -52,6 +52,20 @@ GRADIENT = [
     "eval.mt_bench=''",
 ]
 
+# Only the clients' training and the server's step, for the other algorithms.
+BRIEF = [
+    "federation.num_rounds=2",
+    "guard.kind=none",
+    "cai.iterations=0",
+    "eval.every=0",
+    "eval.limit=1",
+    "eval.advbench=",
+    "eval.mt_bench=",
+]
+FEDPROX = ["federation.algorithm=fedprox", "federation.prox_mu=5.0", *BRIEF]
+FEDADAM = ["federation.algorithm=fedadam", "server_optimizer.lr=0.01", *BRIEF]
+CENTRALISED = ["federation.algorithm=centralised", *BRIEF]
+
 # In the order in which a run makes them.
 PARTS = ("artefacts", "rows", "client_state", "client_rounds", "last", "state", "adapter", "replies", "answers")
 
@@ -141,10 +155,10 @@ def straight(
     """Outcomes of uninterrupted runs of a configuration by number of processes; each is run once."""
     known: dict[tuple[str, ...], dict[int, dict[str, Any]]] = {}
 
-    def run(overrides: list[str]) -> dict[int, dict[str, Any]]:
+    def run(overrides: list[str], sizes: tuple[int, ...] = (1, 3, 2, 4)) -> dict[int, dict[str, Any]]:
         key = tuple(overrides)
         if key not in known:
-            folders = {size: tmp_path_factory.mktemp(f"straight{size}") for size in (1, 3, 2, 4)}
+            folders = {size: tmp_path_factory.mktemp(f"straight{size}") for size in sizes}
             jobs = [(n, simulate, [*overrides, *places(f, square_file)], None) for n, f in folders.items()]
             widths = dict(zip(folders, pool.run_all(jobs), strict=True))
             known[key] = {n: outcome(f) | {"widths": widths[n]} for n, f in folders.items()}
@@ -162,6 +176,17 @@ def test_a_run_is_the_same_on_1_to_4_processes(straight: Any, overrides: list[st
     for size in (2, 4) if overrides is SCAFFOLD else (2, 3, 4):
         assert max(runs[size]["widths"][0]) > 1, f"no lane was wide on {size} processes"
     assert set(runs[1]["widths"][0]) == {1}
+
+
+@pytest.mark.parametrize("overrides", [FEDPROX, FEDADAM, CENTRALISED], ids=["fedprox", "fedadam", "centralised"])
+def test_other_algorithms_are_the_same_on_1_and_4_processes(straight: Any, overrides: list[str]) -> None:
+    runs = straight(overrides, (1, 4))
+    assert_same(runs[4], runs[1], "4 processes against 1")
+    assert max(runs[4]["widths"][0]) > 1, "no lane was wide on 4 processes"
+    rounds = [row for row in map(json.loads, runs[1]["rows"]) if row["stage"] == "round"]
+    moments = ["global/momentum_checksum", "global/second_moment_checksum"] if overrides is FEDADAM else []
+    for name in ("global/checksum", *moments):
+        assert len({row[name] for row in rounds}) == 2
 
 
 def test_the_runs_that_are_compared_did_something(straight: Any) -> None:
@@ -190,8 +215,9 @@ def test_the_runs_that_are_compared_did_something(straight: Any) -> None:
         (SCAFFOLD, ("after", 0), (2, 3)),  # the checkpoint is there: the next round follows, on other ranks
         (SCAFFOLD, ("before", 1), (4, 1)),  # rows and control variates of a round without a checkpoint: done anew
         (FEDAVG, ("before", 0), (1, 4)),  # nothing is finished: the pretrained model is measured anew
+        (FEDADAM, ("after", 0), (4, 1)),  # the moments and the count of server steps come from the checkpoint
     ],
-    ids=["after-checkpoint", "before-checkpoint", "before-the-first"],
+    ids=["after-checkpoint", "before-checkpoint", "before-the-first", "moments"],
 )
 def test_a_stopped_run_that_is_resumed_equals_one_that_was_not(
     pool: Any, square_file: Path, tmp_path: Path, straight: Any,
