@@ -278,7 +278,7 @@ class Simulation:
         guard = self.config.guard
         for point, found in compared.items():
             self.record.append(PRETRAINED, "guard", {"point": point, **figures.of_verdicts(found)})
-        point = guard.kind
+        point = guard.kind.replace("_", " ")
         metrics = figures.of_guard(filtered, guard.kind)
         if guard.kind == "llama_guard":
             point = metrics["point"] = "fine-tuned" if guard.tune_epochs > 0 else "untuned"

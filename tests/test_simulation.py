@@ -246,6 +246,35 @@ def test_a_state_of_another_algorithm_is_not_resumed(make: Make, capsys: pytest.
     assert final_state(again).num_steps == 3
 
 
+@pytest.mark.parametrize(
+    ("action", "count"), [("drop", "num_dropped"), ("refuse", "num_refused"), ("downweight", "num_downweighted")]
+)
+def test_the_guard_s_action_reaches_training_and_the_record(make: Make, action: str, count: str) -> None:
+    overrides = ["guard.kind=noisy_oracle", "guard.tpr=0.8", "guard.fpr=0.4", "data.federated_red_share=0.4"]
+    simulation = make(40, 60, *overrides, f"guard.action={action}", "guard.red_weight=0.25", "federation.num_rounds=1")
+    found = watched(simulation)
+    simulation.run()
+    (row,) = rows_of(simulation, "filter")
+    assert row["guard/num_unsafe"] == row[f"guard/{count}"]
+    assert sum(name in row for name in ("guard/num_dropped", "guard/num_refused", "guard/num_downweighted")) == 1
+    shards = found[0].shards
+    left = 60 - row["guard/num_unsafe"] if action == "drop" else 60
+    assert row["client/num_kept_rows"] == sum(map(len, shards)) == left
+    chat, refusal = found[0].chat, simulation.config.guard.refusal
+    texts = [chat.decode(tokens.input_ids[tokens.loss_mask]) for shard in shards for tokens in shard]
+    light = [tokens.weight for shard in shards for tokens in shard if tokens.weight != 1]
+    assert texts.count(refusal) == (row["guard/num_unsafe"] if action == "refuse" else 0)
+    assert light == [0.25] * (row["guard/num_unsafe"] if action == "downweight" else 0)
+    if action == "downweight":
+        assert row["client/kept_weight"] == 60 - 0.75 * row["guard/num_unsafe"]
+    assert row["guard/red_share_after"] < row["guard/red_share_before"] == 40.0
+    summary = (simulation.record.folder / "summary.md").read_text(encoding="utf-8")
+    assert "### Response categories" in summary and "noisy oracle" in summary
+    assert {p.stem for p in (simulation.record.folder / "guard").iterdir()} == {
+        "sweep", "calibration", "categories", "clients",
+    }  # fmt: skip
+
+
 def test_conversations_that_are_all_unusable_are_an_error_with_a_fix(make: Make) -> None:
     simulation = make(30, 40, "data.federated_rows=30", "cai.iterations=1", "cai.max_new_tokens=1")
     with pytest.raises(DataError, match=r"none of the 12 conversations .*raise cai\.max_new_tokens"):

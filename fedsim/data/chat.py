@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, TypedDict
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from fedsim.data.markers import Markers, template_markers, token_markers
 from fedsim.errors import ModelError
 
 
@@ -82,9 +84,7 @@ class ChatFormat:
         if tokenizer.eos_token_id is None:
             raise ModelError(f"tokenizer {tokenizer.name_or_path!r} has no eos_token: add one to tokenizer_config.json")
         self.tokenizer = tokenizer
-        self._markers = sorted({str(t) for t in tokenizer.all_special_tokens} | _added_specials(tokenizer), key=len)[
-            ::-1
-        ]
+        self._tokens = Markers(token_markers(tokenizer))
 
     @property
     def pad_id(self) -> int:
@@ -94,16 +94,28 @@ class ChatFormat:
 
     def defuse(self, text: str) -> str:
         """``text`` with every chat marker broken by a space after its first character (``< |eot_id|>``)."""
-        for marker in self._markers:
-            if marker in text:
-                text = text.replace(marker, f"{marker[0]} {marker[1:]}")
-        return text
+        return self._markers.break_in(text)
+
+    def defuse_tokens(self, text: str) -> str:
+        """As :meth:`defuse`, for text that goes into a turn which the template does not write: tokens alone count."""
+        return self._tokens.break_in(text)
 
     def render(self, conversation: Sequence[Message], *, reply_follows: bool) -> str:
         """The conversation as the template writes it; ``reply_follows`` adds the assistant header."""
-        safe = [{"role": m["role"], "content": self.defuse(m["content"])} for m in conversation]
+        return self._write(
+            [{"role": m["role"], "content": self.defuse(m["content"])} for m in conversation], reply_follows
+        )
+
+    @cached_property
+    def _markers(self) -> Markers:
+        found = template_markers(
+            lambda conversation: self._write(conversation, True), self._tokens.texts, self.tokenizer.name_or_path
+        )
+        return Markers({*self._tokens.texts, *found})
+
+    def _write(self, conversation: list[dict[str, str]], reply_follows: bool) -> str:
         text = self.tokenizer.apply_chat_template(
-            safe,
+            conversation,
             tokenize=False,
             add_generation_prompt=reply_follows,
             chat_template=_undated(self.tokenizer),
@@ -162,7 +174,3 @@ def _undated(tokenizer: PreTrainedTokenizerBase) -> str:
     if "strftime_now" not in template:
         return template
     return f"{{%- macro strftime_now(format) -%}}{_DATE}{{%- endmacro %}}{template}"
-
-
-def _added_specials(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    return {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}

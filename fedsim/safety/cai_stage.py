@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 from fedsim import keys
 from fedsim.artefacts import ArtefactStore, file_digest
 from fedsim.config import Config
-from fedsim.data import chat, square
+from fedsim.data import chat, markers, square
 from fedsim.data.square import SquareRow
 from fedsim.errors import ConfigError
 from fedsim.generate import decode, engine
@@ -20,7 +20,7 @@ from fedsim.safety import cai_data, constitution
 from fedsim.safety.cai_data import CaiRow, generate_conversations, load_conversations, save_conversations
 
 CONSTITUTIONS = Path(__file__).parents[1] / "configs" / "constitution"
-_CODE = [chat, square, decode, engine, cai_data, constitution, keys, load, sys.modules[__name__]]
+_CODE = [chat, markers, square, decode, engine, cai_data, constitution, keys, load, sys.modules[__name__]]
 
 
 def cai_conversations(

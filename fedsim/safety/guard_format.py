@@ -59,7 +59,9 @@ class GuardFormat:
 
     def __init__(self, chat: ChatFormat, policy: str, max_length: int) -> None:
         self.chat, self.policy = chat, policy
-        self._before, self._after, closing = _turn_texts(chat)
+        own_turn = {str(token) for token in chat.tokenizer.added_tokens_decoder.values()} >= _LLAMA3_TOKENS
+        self._defuse = chat.defuse_tokens if own_turn else chat.defuse
+        self._before, self._after, closing = _llama3_turn(chat) if own_turn else _template_turn(chat)
         self._lead = chat.encode("\n\n")
         self._safe, self._unsafe = chat.encode("safe"), chat.encode("unsafe")
         self._closing = chat.encode(closing)
@@ -104,18 +106,21 @@ class GuardFormat:
         return words + self._closing
 
     def _ids(self, user: str, agent: str | None) -> list[int]:
-        text = self.chat.defuse(render_guard_prompt(user, agent, self.policy))
+        text = render_guard_prompt(self._defuse(user), None if agent is None else self._defuse(agent), self.policy)
         return self.chat.encode(f"{self._before}{text}{self._after}")
 
     def _fits(self, user: str, agent: str | None) -> bool:
         return len(self._ids(user, agent)) <= self._room
 
 
-def _turn_texts(chat: ChatFormat) -> tuple[str, str, str]:
+def _llama3_turn(chat: ChatFormat) -> tuple[str, str, str]:
     """What stands before the user's text, between it and the reply, and after the reply."""
-    if {str(token) for token in chat.tokenizer.added_tokens_decoder.values()} >= _LLAMA3_TOKENS:
-        before = f"{chat.tokenizer.bos_token or ''}<|start_header_id|>user<|end_header_id|>\n\n"
-        return before, "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>"
+    before = f"{chat.tokenizer.bos_token or ''}<|start_header_id|>user<|end_header_id|>\n\n"
+    return before, "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>"
+
+
+def _template_turn(chat: ChatFormat) -> tuple[str, str, str]:
+    """The same, as the tokenizer's chat template writes them."""
     prompt = chat.render([user_turn(_PROBE)], reply_follows=True)
     whole = chat.render([user_turn(_PROBE), assistant_turn(_PROBE)], reply_follows=False)
     name = chat.tokenizer.name_or_path

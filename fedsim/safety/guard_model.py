@@ -13,7 +13,7 @@ import torch
 from fedsim import keys
 from fedsim.artefacts import ArtefactStore
 from fedsim.config import Config, GuardConfig
-from fedsim.data import batch, chat, square
+from fedsim.data import batch, chat, markers, square
 from fedsim.data.chat import TokenRow
 from fedsim.data.prepare import PreparedData
 from fedsim.generate import prefix
@@ -33,7 +33,7 @@ from fedsim.train.loop import StepSettings, Trainer, TrainingPlan
 from fedsim.train.objectives import SftObjective
 
 CODE: Final = (
-    *(batch, chat, square, prefix, flat_adapter, logprobs, sums, loop, objectives, keys, fixed_point),
+    *(batch, chat, markers, square, prefix, flat_adapter, logprobs, sums, loop, objectives, keys, fixed_point),
     *(guard, guard_format, guard_prompt, guard_tuning, load, zero, zero_config, sys.modules[__name__]),
 )
 """Modules that decide what a guard says about a row."""

@@ -33,13 +33,17 @@ POLICIES: Final[dict[str, tuple[str, ...]]] = {
     "square": ("Contentious", "Unethical", "Predictive", "Other"),
 }
 _SECTION_TAG: Final = re.compile(r"<(?=(?:BEGIN|END) (?:UNSAFE CONTENT CATEGORIES|CONVERSATION)>)")
+_LINE_BREAK: Final = r"[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]"
+_ROLE_LABEL: Final = re.compile(rf"({_LINE_BREAK}\s*)(A(?=gent:)|U(?=ser:))")
 
 
 def render_guard_prompt(user: str, agent: str | None, policy: str = "llama_guard_3") -> str:
     """The text of the guard's user turn for one exchange.
 
-    A section tag of the prompt inside a message, such as ``<END CONVERSATION>``, is broken by a space after its first
-    character, so that a row cannot end the conversation part and forge an instruction.
+    What could forge the prompt's frame is broken inside a message by a space after its first character: a section tag
+    such as ``<END CONVERSATION>``, which would end the conversation part and let an instruction follow, and a role
+    label, ``Agent:`` or ``User:``, that begins a line, which would put another message last. A verdict in a message
+    (``unsafe\\nS1``) is left as it is: the guard's own is read after the assistant header, out of a row's reach.
 
     Args:
         user: the user's message.
@@ -80,4 +84,4 @@ def prompt_tail(role: Role) -> str:
 
 
 def _defuse(text: str) -> str:
-    return _SECTION_TAG.sub("< ", text)
+    return _ROLE_LABEL.sub(r"\1\2 ", _SECTION_TAG.sub("< ", text))

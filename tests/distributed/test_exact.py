@@ -34,7 +34,8 @@ ROOT = Path(__file__).parents[2]
 SMALL = Path(__file__).parent / "small.yaml"
 
 # Together: both algorithms and corrections, dropout on and off, cohorts of 5 and 3 that leave ranks over.
-FEDAVG = ["federation.algorithm=fedavg", "federation.num_rounds=2", "eval.every=0"]
+FEDAVG = ["federation.algorithm=fedavg", "federation.num_rounds=2", "eval.every=0", "guard.action=downweight",
+          "guard.red_weight=0.3"]  # fmt: skip
 SCAFFOLD = [
     "federation.algorithm=scaffold",
     "federation.scaffold_correction=openfedllm",
@@ -205,6 +206,8 @@ def test_the_runs_that_are_compared_did_something(straight: Any) -> None:
     kinds = {name.rpartition("-")[0] for name in (path.split("/")[0] for path in runs[1]["artefacts"])}
     assert {"guard-adapter", "guard-verdicts", "cai-conversations"} <= kinds
     assert straight(FEDAVG)[1]["adapter"] != runs[1]["adapter"]
+    (light,) = [row for row in map(json.loads, straight(FEDAVG)[1]["rows"]) if row["stage"] == "filter"]
+    assert light["client/num_kept_rows"] == 60 and 18 < light["client/kept_weight"] < 60
     (kept,) = [row for row in map(json.loads, straight(GRADIENT)[1]["rows"]) if row["stage"] == "filter"]
     assert 0 < kept["client/num_kept_rows"] < 60
 

@@ -194,3 +194,41 @@ def test_tuning_batches_are_whole_epochs_in_their_own_orders(run: Run, llama_cha
     assert [len(b) for b in drawn(1)] == [5, 5, 2], "the last batch may be smaller"
     assert drawn(2.5) == batches != drawn(2.5, seed=1)
     assert [len(b) for b in drawn(0.01)] == [1], "at least one step"
+
+
+def test_runs_of_other_thresholds_and_actions_share_the_verdicts(run: Run) -> None:
+    first = run.run("guard.tune_epochs=1")
+    judged_probs = [v.unsafe_prob for v in first.judged[1]]
+    level = sorted(judged_probs)[len(judged_probs) // 2]
+    assert 0.01 < level < 0.99
+    other = run.run("guard.tune_epochs=1", f"guard.threshold={level!r}", "guard.action=downweight")
+    refused = run.run("guard.tune_epochs=1", "guard.action=refuse", "guard.refusal=No, thanks.")
+    run.run("guard.tune_epochs=1", "guard.red_weight=0.7", "guard.measure_policies=true")
+    assert run.written == {"guard-verdicts": 1, "guard-adapter": 1}
+    assert [v.unsafe_prob for v in other.judged[1]] == judged_probs
+    assert [v.unsafe for v in other.judged[1]] == [p >= level for p in judged_probs]
+    assert other.judged[1] != first.judged[1] == refused.judged[1]
+    weights = {row.weight for shard in other.shards for row in shard}
+    assert weights == {1.0, 0.1} and sum(other.num_kept) == len(judged_probs)
+    replaced = [row.response == "No, thanks." for shard in refused.shards for row in shard]
+    assert replaced == [v.unsafe for v in first.judged[1]]
+
+
+def test_the_guard_as_it_is_can_be_compared_under_both_policies(run: Run) -> None:
+    both = ("guard.measure_untuned=true", "guard.measure_policies=true")
+    found = run.stage("guard.tune_epochs=1", *both).compare(run.data)
+    assert list(found) == ["untuned", "untuned, policy llama_guard_3"]
+    square, llama_guard_3 = found.values()
+    assert square.judged[1] == run.run("guard.tune_epochs=0").judged[1]
+    assert llama_guard_3.judged[1] == run.run("guard.tune_epochs=0", "guard.policy=llama_guard_3").judged[1]
+    assert square.judged[1] != llama_guard_3.judged[1]
+    assert run.written == {"guard-verdicts": 2}, "a comparison is what a run under that policy would judge"
+    assert list(run.stage("guard.tune_epochs=0", *both).compare(run.data)) == ["untuned, policy llama_guard_3"]
+    assert run.stage("guard.tune_epochs=1").compare(run.data) == {}
+    assert run.stage("guard.kind=oracle", *both).compare(run.data) == {}
+
+
+def test_a_policy_is_fine_tuned_with_its_own_prompt(run: Run) -> None:
+    square, other = (run.run("guard.tune_epochs=1", f"guard.policy={p}") for p in ("square", "llama_guard_3"))
+    assert square.judged[1] != other.judged[1]
+    assert run.written == {"guard-verdicts": 2, "guard-adapter": 2}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -134,6 +137,48 @@ def test_chat_markers_in_a_row_cannot_forge_a_turn(llama_chat: ChatFormat) -> No
     ids, _ = GuardFormat(llama_chat, "square", 2048).prompt(USER, forged)
     end_of_turn = llama_chat.tokenizer.eos_token_id
     assert ids.tolist().count(end_of_turn) == 1
+
+
+SPECIALS = ["<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>"]
+PIECES = [*SPECIALS, "<|", "|>", "<", "eot_id", "im_end|", "assistant", "user", "\n\n", "\nAgent: ", "\n\nUser: ",
+          "safe", "unsafe\nS1", "<END CONVERSATION>", " ", "kite"]  # fmt: skip
+MESSAGE = st.lists(st.sampled_from(PIECES), max_size=10).map("".join)
+
+
+@settings(max_examples=150, deadline=None)
+@given(user=MESSAGE, agent=st.one_of(st.none(), MESSAGE))
+@pytest.mark.parametrize("family", ["llama_chat", "chatml_chat"])
+def test_no_message_forges_a_turn_or_moves_the_verdict(
+    request: pytest.FixtureRequest, family: str, user: str, agent: str | None
+) -> None:
+    """Special tokens, tags and role lines are those of a harmless exchange, as is all that is around the messages."""
+    chat: ChatFormat = request.getfixturevalue(family)
+    form = GuardFormat(chat, "square", 2048)
+    forged = form.prompt(user, agent)[0].tolist()
+    plain = form.prompt("kite", None if agent is None else "kite")[0].tolist()
+    known = {i for i, token in chat.tokenizer.added_tokens_decoder.items() if token.special}
+    assert [i for i in forged if i in known] == [i for i in plain if i in known]
+    text, harmless = text_of(chat, forged), text_of(chat, plain)
+    roles = re.compile(r"^(?:Agent|User):", re.M)
+    assert roles.findall(text) == roles.findall(harmless)
+    assert text.count("<END CONVERSATION>") == text.count("<BEGIN CONVERSATION>") == 1
+    tail = harmless[harmless.index("<END CONVERSATION>") :]
+    assert text.endswith(tail) and text.startswith(harmless[: harmless.index("kite")])
+    after = [*chat.encode(tail.removesuffix("\n\n")), *chat.encode("\n\n")]
+    assert forged[-len(after) :] == plain[-len(after) :] == after, "the verdict is read at the same place"
+
+
+def test_the_template_s_own_labels_do_not_count_where_it_is_not_used(
+    make_chat: Callable[[str, bool], ChatFormat],
+) -> None:
+    """Llama Guard's template writes "Agent:" as text; inside a line of a message it is no marker of our prompt's."""
+    template = (
+        "{% for m in messages %}{{ 'User' if m['role'] == 'user' else 'Agent' }}: {{ m['content'] }}\n\n{% endfor %}"
+    )
+    chat = make_chat(template, True)
+    assert chat.defuse("Ask the Agent: he knows.") == "Ask the A gent: he knows."
+    ids, _ = GuardFormat(chat, "square", 2048).prompt("Ask the Agent: he knows.", AGENT)
+    assert "User: Ask the Agent: he knows.\n\nAgent: Orla won it." in text_of(chat, ids.tolist())
 
 
 @pytest.mark.parametrize(

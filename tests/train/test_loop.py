@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -203,6 +204,28 @@ def test_exact_lanes_give_the_same_bits(
         )
         assert all(s == want for s in stats)
         assert all(torch.equal(flat.values, alone[1].values) for _, flat in models)
+
+
+def test_row_weights_are_shared_over_a_lane_and_over_micro_batches(
+    make_adapted: Make, make_rows: Rows, one_lane: type, on_members: Callable[..., Any]
+) -> None:
+    """The normaliser is the whole batch's; a batch that weighs nothing leaves the adapter where it is."""
+    rows = [replace(row, weight=(1.0, 0.3, 0.0)[i % 3]) for i, row in enumerate(make_rows(26))]
+    batches = [rows[:13], [replace(row, weight=0.0) for row in rows[:5]], rows[13:]]
+    alone, cut = make_adapted(std=0.1), make_adapted(std=0.1)
+    start = alone[1].copy()
+    want = train(alone, batches, one_lane(), micro=4)
+    models = [make_adapted(std=0.1) for _ in range(3)]
+    stats = on_members(3, lambda lane: train(models[lane.index], batches, lane, micro=4))
+    assert all(s == want for s in stats) and want.losses[1] == 0.0
+    assert all(torch.equal(flat.values, alone[1].values) for _, flat in models)
+    assert train(cut, batches, one_lane(), micro=1000).losses == pytest.approx(want.losses, rel=1e-5)
+    kept, dropped = make_adapted(std=0.1), make_adapted(std=0.1)
+    train(kept, batches[1:2], one_lane(), micro=4)
+    assert torch.equal(kept[1].values, start)
+    train(dropped, [[row for row in batch if row.weight > 0] for batch in batches[::2]], one_lane(), micro=4)
+    train(kept, batches[::2], one_lane(), micro=4)
+    assert distance(kept[1].values, dropped[1].values, start) < 1e-4, "a weight of 0 is as good as being left out"
 
 
 def test_exact_dpo_lanes_give_the_same_bits(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -174,3 +175,68 @@ def test_dpo_counts_accuracy_and_tokens(make_adapted: Make) -> None:
 def test_normalisers_are_never_zero(llama3_bytes_chat: ChatFormat) -> None:
     sft = SftObjective(llama3_bytes_chat.pad_id)
     assert sft.normaliser([]) == 1 and sft.normaliser([ChatFormat.join([1, 2, 3], [], 9)]) == 1
+
+
+def weighted(rows: list[TokenRow], weights: list[float]) -> list[TokenRow]:
+    return [replace(row, weight=weight) for row, weight in zip(rows, weights, strict=True)]
+
+
+def sft(loaded: LoadedModel, flat: FlatAdapter, rows: list[TokenRow]) -> tuple[float, torch.Tensor]:
+    """Loss and gradient of a batch."""
+    flat.grad.zero_()
+    objective = SftObjective(loaded.chat.pad_id)
+    total, _ = objective.sums(loaded.base, rows)
+    loss = total / objective.normaliser(rows)
+    loss.backward()
+    return float(loss.detach()), flat.grad.clone()
+
+
+def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm())
+
+
+def test_row_weights_make_a_weighted_mean(make_adapted: Make) -> None:
+    """Σ w·(−log p) / Σ w over target tokens, put together from the rows alone."""
+    loaded, flat = make_adapted(std=0.1)
+    rows, weights = sft_rows(loaded.chat), [0.1, 1.0, 0.25, 0.7]
+    loss, gradient = sft(loaded, flat, weighted(rows, weights))
+    mass = [w * r.num_targets for w, r in zip(weights, rows, strict=True)]
+    alone = [sft(loaded, flat, [row]) for row in rows]
+    assert loss == pytest.approx(sum(m * a for m, (a, _) in zip(mass, alone, strict=True)) / sum(mass), rel=1e-5)
+    want = sum(m * g for m, (_, g) in zip(mass, alone, strict=True)) / sum(mass)
+    assert isinstance(want, torch.Tensor) and distance(gradient, want) < 1e-5
+    assert distance(gradient, sft(loaded, flat, rows)[1]) > 0.05, "the oracle must be able to tell"
+
+
+def test_a_row_of_weight_0_is_as_if_it_were_not_there(make_adapted: Make) -> None:
+    loaded, flat = make_adapted(std=0.1)
+    rows = sft_rows(loaded.chat)
+    loss, gradient = sft(loaded, flat, weighted(rows, [1.0, 0.0, 1.0, 0.0]))
+    want, wanted = sft(loaded, flat, [rows[0], rows[2]])
+    assert loss == pytest.approx(want, rel=1e-6) and distance(gradient, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.3])
+def test_weights_that_are_all_equal_change_nothing(make_adapted: Make, weight: float) -> None:
+    loaded, flat = make_adapted(std=0.1)
+    rows = sft_rows(loaded.chat)
+    want, wanted = sft(loaded, flat, rows)
+    loss, gradient = sft(loaded, flat, weighted(rows, [weight] * 4))
+    if weight == 1:
+        assert loss == want and torch.equal(gradient, wanted), "bit for bit"
+    assert loss == pytest.approx(want, rel=1e-6) and distance(gradient, wanted) < 1e-6
+
+
+def test_a_batch_that_weighs_nothing_teaches_nothing(make_adapted: Make) -> None:
+    loaded, flat = make_adapted(std=0.1)
+    loss, gradient = sft(loaded, flat, weighted(sft_rows(loaded.chat), [0.0] * 4))
+    assert loss == 0.0 and not gradient.any() and not gradient.isnan().any()
+
+
+def test_a_light_batch_is_still_divided_by_its_own_weight(llama3_bytes_chat: ChatFormat) -> None:
+    """Weights that add up to less than one token must not be rounded up to one."""
+    row = ChatFormat.join([1, 2], [3], 9)
+    objective = SftObjective(llama3_bytes_chat.pad_id)
+    assert objective.normaliser([replace(row, weight=0.1)]) == 0.1
+    many = [replace(row, weight=w) for w in (0.1, 0.2, 0.3, 1.0) * 5]
+    assert objective.normaliser(many) == objective.normaliser(many[::-1]) == 8.0, "in any order"

@@ -1,0 +1,104 @@
+"""Chat markers: the texts that open or close a turn, found for any tokenizer and template, and broken inside content.
+
+A marker is broken by a space after its first character (``< |eot_id|>``), so that content stays readable and can
+neither become a special token nor spell what the template writes between turns.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable
+from typing import Final
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from fedsim.errors import ModelError
+
+_PROBES: Final = ("PROBE0", "PROBE1", "PROBE2")
+
+
+class Markers:
+    """Breaks given markers in content.
+
+    Args:
+        texts: markers of two or more characters; shorter ones cannot be broken and are left out.
+    """
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self.texts = frozenset(text for text in texts if len(text) > 1)
+        tails: dict[str, list[str]] = {}
+        for text in sorted(self.texts):
+            tails.setdefault(text[0], []).append(re.escape(text[1:]))
+        heads = [f"{re.escape(first)}(?={'|'.join(rest)})" for first, rest in tails.items()]
+        self._first = re.compile("|".join(heads)) if heads else None
+
+    def break_in(self, text: str) -> str:
+        """``text`` without any marker. Only first characters are consumed, so overlapping markers are all broken.
+
+        A space may complete a marker that holds one; the loop breaks it too, and ends because gaps only widen.
+        """
+        if self._first is None:
+            return text
+        while (broken := self._first.sub(r"\g<0> ", text)) != text:
+            text = broken
+        return text
+
+
+def token_markers(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """Special tokens, and other added tokens that the chat template writes (DeepSeek's role tokens are not special).
+
+    Further added tokens are texts that a tokenizer happens to know whole, such as runs of spaces or HTML tags.
+    """
+    template = tokenizer.get_chat_template()
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    written = [str(token) for token in tokenizer.added_tokens_decoder.values() if str(token) in template]
+    return {*map(str, tokenizer.all_special_tokens), *added, *(text for text in written if _is_marker(text))}
+
+
+def template_markers(write: Callable[[list[dict[str, str]]], str], tokens: Collection[str], name: str) -> set[str]:
+    """Markers that a template writes as plain text, such as Llama 2's ``[INST]`` or Alpaca's ``### Response:``.
+
+    They are read off rendered conversations of probes: each line between two messages, without the tokens in it, that
+    has both a letter and a sign (``user`` alone is a word). Of what stands before the first message, which may be a
+    whole system prompt, only lines without a space count.
+
+    Args:
+        write: renders a conversation with the assistant header at its end.
+        tokens: markers that are known already.
+        name: of the tokenizer, for the error.
+
+    Raises:
+        ModelError: the template refuses a conversation of user, assistant, user.
+    """
+    user, reply, again = (
+        {"role": r, "content": p} for r, p in zip(("user", "assistant", "user"), _PROBES, strict=True)
+    )
+    try:
+        found = _between(write([user, reply, again]), tokens)
+    except TemplateError as error:
+        raise ModelError(
+            f"chat template of {name!r} refuses a conversation of user, assistant, user ({error}): use a model "
+            "whose template writes several turns"
+        ) from error
+    try:
+        return found | _between(write([{"role": "system", "content": _PROBES[1]}, user]), {*tokens, *found})
+    except TemplateError:  # no system turn, so it has no markers
+        return found
+
+
+def _between(text: str, known: Collection[str]) -> set[str]:
+    opening, *frames = re.split("|".join(_PROBES), text)
+    lines = {line for frame in frames for line in _lines(frame, known)}
+    lines |= {line for line in _lines(opening, known) if not re.search(r"\s", line)}
+    return {line for line in lines if _is_marker(line)}
+
+
+def _lines(text: str, known: Collection[str]) -> list[str]:
+    ends = sorted(map(re.escape, known), key=len, reverse=True)
+    return [line.strip() for line in re.split("|".join([*ends, "\n"]), text)]
+
+
+def _is_marker(text: str) -> bool:
+    """Whether breaking ``text`` in content is called for: a letter, and a sign that ordinary words do not have."""
+    return re.search(r"[^\W\d_]", text) is not None and re.search(r"[^\w\s]", text) is not None and text == text.strip()
