@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -124,4 +128,126 @@ def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("llama")
     random_llama().save_pretrained(str(folder))
     bytes_chat().tokenizer.save_pretrained(str(folder))
+    return folder
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What an endpoint sends back, byte for byte; ``cut`` closes the connection after so many bytes of the body."""
+
+    body: bytes
+    status: int = 200
+    headers: Mapping[str, str] = field(default_factory=dict)
+    cut: int | None = None
+
+
+class Endpoint:
+    """A server on this machine that speaks OpenAI's chat protocol, or worse.
+
+    Attributes:
+        answer: called with the number of the request (from 0) and its JSON; a text is the content of a chat completion,
+            a number an HTTP error, :class:`Answer` anything else.
+        requests: JSON of all requests so far.
+        keys: their Authorization headers.
+    """
+
+    Answer = Answer
+
+    def __init__(self) -> None:
+        self.answer: Callable[[int, dict[str, Any]], str | int | Answer] = lambda number, request: "Rating: [[5]]"
+        self.requests: list[dict[str, Any]] = []
+        self.keys: list[str] = []
+        self.lock = threading.Lock()
+        endpoint = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                request = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                with endpoint.lock:
+                    number = len(endpoint.requests)
+                    endpoint.requests.append({"path": self.path, **request})
+                    endpoint.keys.append(self.headers["authorization"])
+                self.reply(endpoint.completed(endpoint.answer(number, request)))
+
+            def reply(self, answer: Answer) -> None:
+                self.send_response(answer.status)
+                length = {"content-type": "application/json", "content-length": str(len(answer.body))}
+                for name, value in {**length, **answer.headers}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(answer.body[: answer.cut])
+                self.close_connection = answer.cut is not None
+
+            def log_message(self, *_: Any) -> None:
+                """Nothing."""
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        """What ``judge.base_url`` takes."""
+        return f"http://127.0.0.1:{self.server.server_port}/v1"
+
+    @staticmethod
+    def completed(answer: str | int | Answer) -> Answer:
+        """The answer in full."""
+        if isinstance(answer, int):
+            return Answer(json.dumps({"error": {"message": "the reason given", "code": None}}).encode(), answer)
+        if isinstance(answer, str):
+            message = {"role": "assistant", "content": answer}
+            choice = {"index": 0, "finish_reason": "stop", "message": message}
+            whole = {"id": "c", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}
+            return Answer(json.dumps(whole).encode())
+        return answer
+
+
+@pytest.fixture()
+def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
+    """A local chat endpoint that rates 5 until told otherwise; no key is set, and no proxy stands between."""
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    made = Endpoint()
+    yield made
+    made.server.shutdown()
+    made.server.server_close()
+
+
+JUDGE_PROMPTS = {
+    "single-v1": ("You are fair.", "Rate the kite answer.\n[Q] {question}\n[A] {answer}\n{{so}}"),
+    "single-math-v1": ("You are fair.", "Rate it.\n[Q] {question}\n[R] {ref_answer_1}\n[A] {answer}"),
+    "single-v1-multi-turn": (
+        "Rate the second answer.\n\n",
+        "[Q1] {question_1} [A1] {answer_1} [Q2] {question_2} [A2] {answer_2}",
+    ),
+    "single-math-v1-multi-turn": (
+        "",
+        "[Q1] {question_1} [R1] {ref_answer_1} [Q2] {question_2} [R2] {ref_answer_2} [A1] {answer_1} [A2] {answer_2}",
+    ),
+}
+
+
+@pytest.fixture()
+def mt_folder(tmp_path: Path) -> Path:
+    """A folder as FastChat has it: four questions (81 to 84; 82 is math), judge prompts above, a reference answer."""
+    folder = tmp_path / "data" / "mt_bench"
+    (folder / "reference_answer").mkdir(parents=True)
+    questions = [
+        {"question_id": 81 + i, "category": category, "turns": [f"Ask {i}?", f"Again {i}?"]}
+        for i, category in enumerate(["writing", "math", "stem", "writing"])
+    ]
+    reference = {"question_id": 82, "choices": [{"index": 0, "turns": ["It is {2}.", "It is 3."]}]}
+    prompts = [{"name": "pair-v2", "type": "pairwise", "output_format": "[[A]]"}] + [
+        {"name": name, "system_prompt": system, "prompt_template": template, "output_format": "[[rating]]"}
+        for name, (system, template) in JUDGE_PROMPTS.items()
+    ]
+    for path, rows in (
+        (folder / "question.jsonl", questions),
+        (folder / "reference_answer" / "gpt-4.jsonl", [reference]),
+        (folder.parent / "judge_prompts.jsonl", prompts),
+    ):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return folder

@@ -57,6 +57,8 @@ class JudgeConfig:
     timeout_s: float = key(120.0, "openai: longest wait for an answer", unit="s", above=0)
 
     def __post_init__(self) -> None:
+        if self.kind == "openai" and not self.model:
+            raise ConfigError("judge.kind=openai needs a model: set judge.model to a name that the endpoint knows")
         if self.kind == "local" and not self.path:
             raise ConfigError("judge.kind=local needs a model: set judge.path to its directory")
 

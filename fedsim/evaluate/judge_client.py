@@ -65,7 +65,10 @@ def check_client(settings: JudgeConfig) -> None:
             f"judge.base_url={settings.base_url!r}: must begin with http:// or https://, such as "
             "http://localhost:8000/v1"
         )
-    if not settings.base_url and not os.environ.get(KEY_VARIABLE):
+    key = _key()
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError(f"{KEY_VARIABLE}: holds a character that no key has; export it anew")
+    if not settings.base_url and not key:
         raise ConfigError(
             f"judge.kind=openai needs a key: export {KEY_VARIABLE}, or set judge.base_url to an endpoint of your own"
         )
@@ -87,9 +90,9 @@ class OpenAiClient:
 
         self.settings = settings
         self._errors = openai
-        self._key = os.environ.get(KEY_VARIABLE) or NO_KEY
+        self._key = _key()
         self._client = openai.OpenAI(
-            api_key=self._key,
+            api_key=self._key or NO_KEY,
             base_url=settings.base_url or OPENAI_URL,
             timeout=settings.timeout_s,
             max_retries=0,  # ask() retries, so that its bounds are known and its failures counted once
@@ -154,7 +157,13 @@ class OpenAiClient:
 
     def _short(self, text: object) -> str:
         """One short line without the key."""
-        return " ".join(str(text).replace(self._key, "***").split())[:200]
+        shown = str(text).replace(self._key, "***") if self._key else str(text)
+        return " ".join(shown.split())[:200]
+
+
+def _key() -> str:
+    """The key, without the line end that a file may have given it; empty for none."""
+    return os.environ.get(KEY_VARIABLE, "").strip()
 
 
 def wait_s(attempt: int, asked_s: float | None, name: str) -> float:

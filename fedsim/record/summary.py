@@ -39,6 +39,12 @@ TRUNCATIONS = (
     ("MT-Bench", "eval/mt_bench_truncated", "eval/mt_bench_questions", 2),
 )
 
+#: MT-Bench answers that a judge did not rate: metric → what they are called.
+UNRATED = {
+    "eval/mt_bench_unrated": "judged without a rating and left out of the means",
+    "eval/mt_bench_judge_failed": "left unjudged, as the judge failed (python tools/judge.py RUN_DIR judges them)",
+}
+
 
 @dataclass(frozen=True)
 class RunFacts:
@@ -52,6 +58,7 @@ class RunFacts:
         embedded_model: the model is the tiny one that ships with fedsim.
         real_files: configuration keys whose data are files rather than the embedded world.
         mt_bench: source of the MT-Bench questions: ``embedded``, a file, or empty if left out.
+        judge: name of the judge of MT-Bench; empty if there is none.
         advbench_rule: rule behind the headline figure, a phrase set or ``strict_world``.
         hhh_scorer: scorer behind the headline figure.
         num_rounds: rounds that were configured.
@@ -71,6 +78,7 @@ class RunFacts:
     embedded_model: bool
     real_files: tuple[str, ...]
     mt_bench: str
+    judge: str
     advbench_rule: str
     hhh_scorer: str
     num_rounds: int
@@ -108,6 +116,7 @@ def facts_from(
         embedded_model=config["model.path"] == "embedded",
         real_files=tuple(name for name in sources if config[name] not in ("embedded", "")),
         mt_bench=config["eval.mt_bench"],
+        judge={"none": "", "openai": config["judge.model"], "local": config["judge.path"]}[config["judge.kind"]],
         advbench_rule=config["eval.advbench_phrases"],
         hhh_scorer=config["eval.hhh_scorer"],
         num_rounds=config["federation.num_rounds"],
@@ -125,7 +134,7 @@ def summary_markdown(rows: Sequence[Row], facts: RunFacts) -> str:
     """The whole of ``summary.md``."""
     parts = [f"# Run {facts.name}", *(f"> {line}" for line in caveats(facts)), _headline(facts)]
     parts += ["## Safety and helpfulness", arm_table(rows, facts, short=False).markdown(), _caption(rows, facts)]
-    parts += ["\n".join(f"- {line}" for line in cut)] if (cut := truncations(rows)) else []
+    parts += ["\n".join(f"- {line}" for line in cut)] if (cut := truncations(rows) + unrated(rows)) else []
     parts += [f"![{plot.removesuffix('.png')} by round]({plot})" for plot in facts.plots]
     parts += sections.evaluations(eval_points(rows))
     parts += guard_section.guard(rows, facts.guard, facts.guard_tables)
@@ -144,7 +153,7 @@ def terminal_table(rows: Sequence[Row], facts: RunFacts) -> str:
     width = max((len(what) for what in facts.places), default=0)
     places = [f"  {what:<{width}}  {where}" for what, where in facts.places.items()]
     lines = [_headline(facts), "", arm_table(rows, facts, short=True).plain(), "", "[low, high] = 95 % interval"]
-    lines += [*truncations(rows), *caveats(facts)]
+    lines += [*truncations(rows), *unrated(rows), *caveats(facts)]
     return "\n".join([*lines, *(["", "Written:", *places] if places else [])])
 
 
@@ -187,9 +196,12 @@ def caveats(facts: RunFacts) -> list[str]:
             "The model is the tiny one that ships with fedsim: the run shows the paper's mechanisms, not its numbers."
         )
     if facts.mt_bench == "embedded":
-        lines.append("MT-Bench is the embedded world's two-turn benchmark, scored by a rubric; the paper's by GPT-4.")
-    elif facts.mt_bench:
+        scored = f"judged by {facts.judge}" if facts.judge else "scored by a rubric"
+        lines.append(f"MT-Bench is the embedded world's two-turn benchmark, {scored}; the paper's by GPT-4.")
+    elif facts.mt_bench and not facts.judge:
         lines.append("MT-Bench answers were written, not judged: the score needs a judge.")
+    elif facts.mt_bench and facts.judge != "gpt-4":
+        lines.append(f"MT-Bench is judged by {facts.judge}, the paper's by GPT-4: the two scores do not compare.")
     return lines
 
 
@@ -244,6 +256,20 @@ def truncations(rows: Sequence[Row]) -> list[str]:
             counts.append(f"in all {cut:,.0f} of {total:,.0f}")
         if counts:
             lines.append(f"{benchmark} replies truncated: {', '.join(counts)}.")
+    return lines
+
+
+def unrated(rows: Sequence[Row]) -> list[str]:
+    """``MT-Bench answers ...: pretrained 2 of 160, ...``, where the judge left any without a rating."""
+    lines = []
+    for name, words in UNRATED.items():
+        counts = [
+            f"{sections.POINT_TITLES[point]} {count:,.0f} of {2 * row['eval/mt_bench_questions']}"
+            for point, row in eval_points(rows).items()
+            if (count := measured(row, name))
+        ]
+        if counts:
+            lines.append(f"MT-Bench answers {words}: {', '.join(counts)}.")
     return lines
 
 

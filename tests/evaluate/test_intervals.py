@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import astuple
 
 import pytest
 from hypothesis import given
@@ -66,3 +67,22 @@ def test_mean_with_its_interval() -> None:
     assert Mean.of([7.0]) == Mean(7.0, 7.0, 7.0, 1)
     assert Mean.of([4.0] * 9) == Mean(4.0, 4.0, 4.0, 9)
     assert Mean.of([0.1] * 3 + [0.2] * 3) == Mean.of([0.2, 0.1] * 3)  # the order does not matter
+
+
+def test_groups_of_one_size_are_as_wide_as_their_means() -> None:
+    groups = [[1.0, 2.0], [5.0, 4.0], [9.0, 3.0], [7.0, 7.0]]
+    found, expected = Mean.of_groups(groups), Mean.of([1.5, 4.5, 6.0, 7.0])
+    assert astuple(found) == pytest.approx(astuple(expected), rel=1e-12)
+    copies = Mean.of_groups([[v] * 3 for v in (1.0, 4.0, 6.0)])  # repeating what is known narrows nothing
+    assert astuple(copies) == pytest.approx(astuple(Mean.of([1, 4, 6])), rel=1e-12)
+
+
+def test_groups_of_different_sizes_by_hand() -> None:
+    """Ratio estimator: mean 12/3 = 4, residual sums (2 − 4) + (4 − 4) and 6 − 4, variance 2/1 · ((−2)² + 2²) / 3²."""
+    mean = Mean.of_groups([[2.0, 4.0], [6.0]])
+    half = 12.7062047 * math.sqrt(2 * 8) / 3
+    assert astuple(mean) == pytest.approx((4.0, 4 - half, 4 + half, 2), rel=1e-7)
+    assert Mean.of_groups([[3.0, 5.0]]) == Mean(4.0, 4.0, 4.0, 1)
+    for nothing in ([], [[1.0], []]):
+        with pytest.raises(AssertionError):
+            Mean.of_groups(nothing)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import astuple
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from fedsim.data.benchmarks import MtQuestion
 from fedsim.data.chat import ChatFormat, Conversation, assistant_turn, user_turn
 from fedsim.evaluate.intervals import Mean
-from fedsim.evaluate.mt_bench import run_mt_bench
+from fedsim.evaluate.mt_bench import MtMeans, mean_scores, run_mt_bench
 
 CATEGORIES = ["writing", "math", "stem", "math", "kites"]
 
@@ -34,6 +35,12 @@ def rubric(record: Mapping[str, Any], turn: int, reply: str) -> float:
     """1 + worth for turn 1, 2 + worth for turn 2; checks that the reply is that turn's."""
     assert reply.endswith(record["turns"][turn - 1])
     return float(turn + record["worth"])
+
+
+def near(mean: Mean | None) -> Any:
+    """Equal to a mean but for the last bits."""
+    assert mean is not None
+    return pytest.approx(astuple(mean), rel=1e-12)
 
 
 def test_turn_two_sees_turn_one(chat: ChatFormat, stub_engine: type) -> None:
@@ -61,21 +68,41 @@ def test_temperatures_are_fastchats(chat: ChatFormat, stub_engine: type) -> None
 def test_scores(chat: ChatFormat, stub_engine: type) -> None:
     result = run_mt_bench(stub_engine(chat, reply=echo), QUESTIONS, 50, ("eval",), rubric=rubric)
     assert [a.scores for a in result.answers] == [(1.0 + i, 2.0 + i) for i in range(5)]
-    assert result.score == Mean.of([1.5, 2.5, 3.5, 4.5, 5.5])  # over questions: two turns are not independent
-    assert result.by_turn == (Mean.of([1, 2, 3, 4, 5]), Mean.of([2, 3, 4, 5, 6]))
-    assert result.by_category == {
-        "writing": Mean.of([1.5]),
-        "math": Mean.of([2.5, 4.5]),
-        "stem": Mean.of([3.5]),
-        "kites": Mean.of([5.5]),
+    means = result.means
+    assert near(means.score) == astuple(Mean.of([1.5, 2.5, 3.5, 4.5, 5.5]))  # over questions: their turns are related
+    assert near(means.by_turn[0]) == astuple(Mean.of([1, 2, 3, 4, 5]))
+    assert near(means.by_turn[1]) == astuple(Mean.of([2, 3, 4, 5, 6]))
+    assert {name: mean.value for name, mean in means.by_category.items()} == {
+        "writing": 1.5,
+        "math": 3.5,
+        "stem": 3.5,
+        "kites": 5.5,
     }
+    assert near(means.by_category["math"]) == astuple(Mean.of([2.5, 4.5]))
 
 
 def test_without_a_rubric_there_is_no_score(chat: ChatFormat, stub_engine: type) -> None:
     result = run_mt_bench(stub_engine(chat, reply=echo), QUESTIONS, 50, ("eval",))
-    assert result.score is None and result.by_turn is None and result.by_category == {}
-    assert all(a.scores is None for a in result.answers)
+    assert result.means == MtMeans(None, (None, None), {})
+    assert all(a.scores == (None, None) for a in result.answers)
     assert len(result.replies) == 10
+    assert result.texts[3] == (QUESTIONS[3], ("1: First 3?", "3: Second 3?"))
+
+
+def test_a_turn_without_a_score_is_left_out_of_the_means() -> None:
+    """Each rated turn counts once, as in FastChat's show_result; a question without any is not counted."""
+    scores = [(8.0, None), (2.0, 4.0), (None, 6.0), (None, None), (5.0, None)]
+    means = mean_scores(QUESTIONS, scores)
+    assert means.score is not None and means.score.value == 25 / 5 and means.score.count == 4
+    assert means.score == Mean.of_groups([[8], [2, 4], [6], [5]])
+    assert [near(mean) for mean in means.by_turn] == [astuple(Mean.of([8, 2, 5])), astuple(Mean.of([4, 6]))]
+    assert means.by_category == {
+        "writing": Mean.of([8]),
+        "math": Mean.of([3]),
+        "stem": Mean.of([6]),
+        "kites": Mean.of([5]),
+    }
+    assert mean_scores(QUESTIONS[:1], [(None, 3.0)]).by_turn == (None, Mean.of([3.0]))
 
 
 def test_a_rubric_must_stay_between_1_and_10(chat: ChatFormat, stub_engine: type) -> None:

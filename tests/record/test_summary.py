@@ -35,6 +35,7 @@ def facts() -> RunFacts:
         embedded_model=True,
         real_files=(),
         mt_bench="embedded",
+        judge="",
         advbench_rule="openfedllm",
         hhh_scorer="letter",
         num_rounds=8,

@@ -1,0 +1,255 @@
+"""The judge on answers: FastChat's file, what is asked again and what is not, failures, and the means of pandas."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas
+import pytest
+import torch
+
+from fedsim.config import Config, load_config
+from fedsim.data.benchmarks import MtQuestion, load_mt_bench
+from fedsim.errors import JudgeError
+from fedsim.evaluate.fastchat import JudgmentFile, judgment_row
+from fedsim.evaluate.judge import Judged, MtJudge
+from fedsim.evaluate.judge_inputs import load_questions
+from fedsim.evaluate.mt_bench import run_mt_bench
+from fedsim.evaluate.suite import judge_metrics
+from fedsim.generate.engine import Engine
+from fedsim.model.load import load_base
+from fedsim.ranks import OneRank
+
+CPU = torch.device("cpu")
+Answered = list[tuple[MtQuestion, tuple[str, str]]]
+
+
+@pytest.fixture()
+def config(mt_folder: Path, endpoint: Any) -> Config:
+    """A judge named kites/judge at the local endpoint."""
+    return load_config(
+        None,
+        [
+            "judge.kind=openai",
+            "judge.model=kites/judge",
+            f"judge.base_url={endpoint.url}",
+            f"eval.mt_bench={mt_folder / 'question.jsonl'}",
+            f"eval.mt_bench_references={mt_folder / 'reference_answer' / 'gpt-4.jsonl'}",
+        ],
+    )
+
+
+@pytest.fixture()
+def answered(config: Config) -> Answered:
+    """Two answers to each of four questions."""
+    return [(q, (f"first {q.question_id}", f"second {q.question_id}")) for q in load_questions(config)]
+
+
+def judge(
+    config: Config,
+    folder: Path,
+    answered: Answered,
+    model_id: str = "fed-1",
+    report: Callable[[int, int], None] | None = None,
+) -> Judged:
+    """Judge without waiting anywhere."""
+    return MtJudge(config, OneRank(), CPU, pause=lambda seconds: False).judge(folder, model_id, answered, report)
+
+
+def rating(request: dict[str, Any]) -> str:
+    """A judgment that depends on what is judged; none on the second answer to 83."""
+    text = request["messages"][-1]["content"]
+    if "second 83" in text:
+        return "I cannot say."
+    turn, number = ("second" in text), int(text[text.index("first ") + 6 :][:2])
+    return f"Rating: [[{number - 79 + turn}]]"
+
+
+SCORES = [(2.0, 3.0), (3.0, 4.0), (4.0, None), (5.0, 6.0)]
+
+
+def test_all_is_judged_and_written_as_fastchat_does(
+    config: Config, answered: Answered, endpoint: Any, tmp_path: Path
+) -> None:
+    endpoint.answer = lambda number, request: rating(request)
+    seen: list[tuple[int, int]] = []
+    judged = judge(config, tmp_path, answered, report=lambda done, total: seen.append((done, total)))
+    assert judged == Judged("kites/judge", SCORES, num_unrated=1, num_unjudged=0, error=None)
+    assert seen[-1] == (8, 8) and len(endpoint.requests) == 8
+    path = tmp_path / "model_judgment" / "kites--judge_single.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [(r["question_id"], r["turn"], r["score"]) for r in rows] == [
+        (81, 1, 2), (81, 2, 3), (82, 1, 3), (82, 2, 4), (83, 1, 4), (83, 2, -1), (84, 1, 5), (84, 2, 6),
+    ]  # fmt: skip
+    assert list(rows[2]) == ["question_id", "model", "judge", "user_prompt", "judgment", "score", "turn", "tstamp"]
+    assert rows[2]["model"] == "fed-1" and rows[2]["judge"] == ["kites/judge", "single-math-v1"]
+    assert rows[2]["user_prompt"] == "Rate it.\n[Q] Ask 1?\n[R] It is {2}.\n[A] first 82"
+    assert rows[2]["judgment"] == "Rating: [[3]]"
+    sent = {request["messages"][-1]["content"] for request in endpoint.requests}
+    assert sent == {row["user_prompt"] for row in rows}
+
+
+def test_the_figures_are_those_of_pandas_on_our_file(
+    config: Config, answered: Answered, endpoint: Any, tmp_path: Path
+) -> None:
+    """FastChat's show_result: read_json, drop score −1, mean by model and turn, and by model."""
+    endpoint.answer = lambda number, request: rating(request)
+    JudgmentFile(tmp_path, "kites/judge").append(
+        judgment_row(81, "another", ("kites/judge", "single-v1"), "Rate.", "Rating: [[9]]", 9, 1, 0.0)
+    )
+    judged = judge(config, tmp_path, answered)
+    table = pandas.read_json(tmp_path / "model_judgment" / "kites--judge_single.jsonl", lines=True)
+    assert len(table) == 9
+    table = table[["model", "score", "turn"]]
+    table = table[table["score"] != -1]
+    means = table[["model", "score"]].groupby(["model"]).mean()["score"]
+    by_turn = table.groupby(["model", "turn"]).mean()["score"]
+    metrics = judge_metrics(judged, [question for question, _ in answered])
+    assert metrics["eval/mt_bench"] == pytest.approx(means["fed-1"]) == pytest.approx(27 / 7)
+    assert metrics["eval/mt_bench_turn_1"] == pytest.approx(by_turn["fed-1", 1]) == 3.5
+    assert metrics["eval/mt_bench_turn_2"] == pytest.approx(by_turn["fed-1", 2]) == pytest.approx(13 / 3)
+    assert metrics["eval/mt_bench_category_stem"] == 4.0 and metrics["eval/mt_bench_category_writing"] == 4.0
+    assert [metrics[f"eval/mt_bench{name}_count"] for name in ("", "_turn_1", "_turn_2")] == [4, 4, 3]
+    assert (metrics["eval/mt_bench_unrated"], metrics["eval/mt_bench_judge_failed"]) == (1, 0)
+    assert means["another"] == 9.0
+
+
+def test_nothing_is_asked_twice(config: Config, answered: Answered, endpoint: Any, tmp_path: Path) -> None:
+    endpoint.answer = lambda number, request: rating(request)
+    first = judge(config, tmp_path, answered)
+    assert judge(config, tmp_path, answered) == first and len(endpoint.requests) == 8
+    judge(config, tmp_path, answered, "fed-2")
+    assert len(endpoint.requests) == 16  # another model, if it says the same
+    changed = [*answered[:2], (answered[2][0], ("first 83", "other 83")), answered[3]]
+    again = judge(config, tmp_path, changed)
+    assert len(endpoint.requests) == 17 and again.scores[2] == (4.0, 4.0)
+    changed[0] = (answered[0][0], ("first 91", "second 81"))  # the judge of turn 2 sees the answer of turn 1
+    judge(config, tmp_path, changed)
+    assert len(endpoint.requests) == 19
+    rows = JudgmentFile(tmp_path, "kites/judge").rows()
+    assert len(rows) == 16 and len({(r["model"], r["question_id"], r["turn"]) for r in rows}) == 16
+
+
+def test_another_judge_has_a_file_of_its_own(config: Config, answered: Answered, endpoint: Any, tmp_path: Path) -> None:
+    judge(config, tmp_path, answered)
+    judge(replace(config, judge=replace(config.judge, model="other")), tmp_path, answered)
+    assert len(endpoint.requests) == 16
+    assert sorted(p.name for p in (tmp_path / "model_judgment").glob("*.jsonl")) == [
+        "kites--judge_single.jsonl",
+        "other_single.jsonl",
+    ]
+
+
+def test_what_fastchats_own_requests_failed_at_is_asked(
+    config: Config, answered: Answered, endpoint: Any, tmp_path: Path
+) -> None:
+    file = JudgmentFile(tmp_path, "kites/judge")
+    judge(config, tmp_path, answered)
+    rows = file.rows()
+    rows[0] |= {"judgment": "$ERROR$", "score": -1}
+    rows[1] |= {"judgment": "Rating: [[70]]", "score": 70}  # as FastChat would have it
+    file.replace("fed-1", rows)
+    judged = judge(config, tmp_path, answered)
+    assert len(endpoint.requests) == 9 and judged.scores[0] == (5.0, None) and judged.num_unrated == 1
+
+
+def test_a_failing_endpoint_leaves_no_score_and_keeps_what_it_gave(
+    config: Config, answered: Answered, endpoint: Any, tmp_path: Path
+) -> None:
+    """Five judgments, then nothing but errors: a second attempt asks for the other three alone."""
+    config = replace(config, judge=replace(config.judge, workers=1, retries=2))
+    endpoint.answer = lambda number, request: rating(request) if number < 5 else 503
+    judged = judge(config, tmp_path, answered)
+    assert judged.num_unjudged == 3 and judged.scores == [(None, None)] * 4
+    assert isinstance(judged.error, JudgeError) and "HTTP 503" in str(judged.error)
+    assert len(endpoint.requests) == 8  # five, and three attempts at the sixth
+    metrics = judge_metrics(judged, [question for question, _ in answered])
+    assert metrics == {"eval/mt_bench_unrated": 0, "eval/mt_bench_judge_failed": 3}
+    assert len(JudgmentFile(tmp_path, "kites/judge").rows()) == 5
+    endpoint.requests.clear()
+    endpoint.answer = lambda number, request: rating(request)
+    seen: list[tuple[int, int]] = []
+    assert judge(config, tmp_path, answered, report=lambda *done: seen.append(done)).scores == SCORES
+    assert len(endpoint.requests) == 3 and seen[-1] == (8, 8) and min(done for done, _ in seen) >= 5
+
+
+def test_a_crash_loses_no_judgment(config: Config, answered: Answered, endpoint: Any, tmp_path: Path) -> None:
+    """The process ends while a judgment is being written: the torn line goes, the others stay."""
+    endpoint.answer = lambda number, request: rating(request)
+    judge(config, tmp_path, answered)
+    path = JudgmentFile(tmp_path, "kites/judge").path
+    whole = path.read_bytes()
+    path.write_bytes(whole[: whole.rindex(b'"score"')])
+    assert judge(config, tmp_path, answered).scores == SCORES and len(endpoint.requests) == 9
+    assert len(JudgmentFile(tmp_path, "kites/judge").rows()) == 8
+
+
+def test_junk_now_and_then_changes_nothing(config: Config, answered: Answered, endpoint: Any, tmp_path: Path) -> None:
+    junk = [
+        endpoint.Answer(b'{"choices": [', cut=5),
+        endpoint.Answer(b"<html>", headers={"content-type": "text/html"}),
+        endpoint.Answer(b"slow down", 429, {"retry-after": "2"}),
+        500,
+        endpoint.Answer(b'{"choices": []}'),
+        "  ",
+        endpoint.Answer(b"{"),
+    ]
+    endpoint.answer = lambda number, request: rating(request) if number % 2 else junk[number // 2 % len(junk)]
+    judged = judge(config, tmp_path, answered)
+    assert judged.scores == SCORES and judged.error is None
+    assert len(endpoint.requests) > 8
+
+
+def test_a_local_judge_is_all_or_nothing(
+    config: Config, answered: Answered, llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which rows share a batch may show in the last bits, so that a half-judged model is judged anew as a whole."""
+    local = replace(config.judge, kind="local", path=str(llama_dir), max_new_tokens=4)
+    config = replace(config, judge=local)
+    judged = judge(config, tmp_path, answered)
+    assert judged.judge == llama_dir.name and judged.num_unjudged == 0
+    assert judged.num_unrated == sum(score is None for pair in judged.scores for score in pair)
+    file = JudgmentFile(tmp_path, llama_dir.name)
+    rows = file.rows()
+    assert len(rows) == 8
+    asked: list[int] = []
+    monkeypatch.setattr(
+        "fedsim.evaluate.judge.judge_locally",
+        lambda config, ranks, device, matches, report: asked.append(len(matches)) or ["[[5]]"] * len(matches),
+    )
+    judge(config, tmp_path, answered)
+    assert asked == []
+    file.replace("fed-1", rows[:5])
+    assert judge(config, tmp_path, answered).scores == [(5.0, 5.0)] * 4
+    assert asked == [8]
+
+
+def test_the_160_real_turns_are_answered_and_judged(real_data: Path, endpoint: Any, tmp_path: Path) -> None:
+    """The published question, prompt and reference files through the model that ships with fedsim."""
+    folder = real_data / "mt_bench"
+    config = load_config(
+        None,
+        [
+            "judge.kind=openai",
+            f"judge.base_url={endpoint.url}",
+            f"eval.mt_bench={folder / 'question.jsonl'}",
+            f"eval.mt_bench_references={folder / 'reference_answer_gpt-4.jsonl'}",
+        ],
+    )
+    questions = load_mt_bench(folder / "question.jsonl")
+    model, chat = load_base("embedded", dtype="float32", attention="sdpa", device=CPU, key="model.path")
+    engine = Engine(model, chat, OneRank(), batch_size=8, max_context=2048, seed=0)
+    result = run_mt_bench(engine, questions, 4, ("eval",))
+    assert len(result.replies) == 160
+    endpoint.answer = lambda number, request: "no rating" if number % 10 == 0 else "Rating: [[6]]"
+    judged = judge(config, tmp_path, result.texts)
+    assert len(endpoint.requests) == 160 and (judged.num_unrated, judged.num_unjudged) == (16, 0)
+    metrics = judge_metrics(judged, questions)
+    assert metrics["eval/mt_bench"] == 6.0
+    assert sum(name.startswith("eval/mt_bench_category_") and name.endswith("_count") for name in metrics) == 8
+    with_reference = [r for r in endpoint.requests if "Reference" in r["messages"][-1]["content"]]
+    assert len(with_reference) == 60

@@ -1,0 +1,72 @@
+"""A local model as the judge: greedy, in order, and no judgment of a prompt that does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedsim.config import load_config
+from fedsim.data.chat import ChatFormat, Conversation
+from fedsim.errors import ModelError
+from fedsim.evaluate.judge_local import judge_locally, judge_with
+from fedsim.evaluate.judge_prompts import Match, parse_rating
+from fedsim.ranks import OneRank
+
+
+def match(number: int, user: str, system: str = "Be fair.") -> Match:
+    """A match with a text of its own."""
+    return Match(number, 1, "single-v1", system, user)
+
+
+def test_what_fits_is_asked_greedily_and_what_does_not_is_not(chat: ChatFormat, stub_engine: type) -> None:
+    def reply(conversation: Conversation) -> str:
+        return f"{conversation[-1]['content']}: Rating: [[{len(conversation)}]]"
+
+    engine = stub_engine(chat, reply=reply, max_context=400)
+    matches = [match(81, "short"), match(82, "x" * 500), match(83, "no system", system="")]
+    judgments = judge_with(engine, matches, 100)
+    assert [parse_rating(j) for j in judgments] == [2, -1, 1]
+    assert judgments[0].startswith("short: ") and judgments[2].startswith("no system: ")
+    assert "leaves room for 300 of them" in judgments[1]
+    ((conversations, sampling, _),) = engine.calls
+    assert conversations == [matches[0].conversation, matches[2].conversation]
+    assert (sampling.temperature, sampling.max_new_tokens) == (0.0, 100)
+
+
+def test_the_reply_has_at_most_half_of_the_context(chat: ChatFormat, stub_engine: type) -> None:
+    engine = stub_engine(chat, reply=lambda c: "[[5]]", max_context=400)
+    length = len(chat.prompt_ids(match(81, "").conversation))
+    fits, too_long = match(81, "x" * (200 - length)), match(82, "x" * (201 - length))
+    assert [parse_rating(j) for j in judge_with(engine, [fits, too_long], 2048)] == [5, -1]
+    assert engine.calls[0][1].max_new_tokens == 200
+    assert parse_rating(judge_with(engine, [too_long], 2048)[0]) == -1 and len(engine.calls) == 1
+
+
+def test_a_template_without_system_messages_is_an_error(
+    make_bytes_chat: Callable[..., ChatFormat], stub_engine: type
+) -> None:
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "{{ m['content'] }}{% endfor %}"
+    )
+    engine = stub_engine(make_bytes_chat(template), reply=lambda c: "[[5]]")
+    assert judge_with(engine, [match(81, "x", system="")], 10) == ["[[5]]"]
+    with pytest.raises(ModelError, match=r"judge\.path: .*no system role.*takes a system message"):
+        judge_with(engine, [match(81, "x")], 10)
+
+
+def test_a_model_from_its_directory(llama_dir: Path) -> None:
+    words = ["judge.kind=local", f"judge.path={llama_dir}", "judge.max_new_tokens=8", "eval.batch_size=2"]
+    config = load_config(None, words)
+    matches = [match(81 + i, "Rate this kite. " * i) for i in range(4)]
+    seen: list[tuple[int, int]] = []
+    cpu = torch.device("cpu")
+    judgments = judge_locally(config, OneRank(), cpu, matches, lambda done, total: seen.append((done, total)))
+    assert len(judgments) == 4 and seen == [(1, 2), (2, 2)]
+    assert judge_locally(config, OneRank(), cpu, matches) == judgments
+    with pytest.raises(ModelError, match=r"judge\.path='absent': "):
+        absent = load_config(None, [*words, "judge.path=absent"])
+        judge_locally(absent, OneRank(), cpu, matches)

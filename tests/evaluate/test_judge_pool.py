@@ -1,0 +1,97 @@
+"""Threads that ask: everything once, one judgment kept at a time, and an end at the first failure."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from fedsim.errors import JudgeError
+from fedsim.evaluate.judge_client import Pause, StoppedError
+from fedsim.evaluate.judge_pool import RequestPool
+from fedsim.evaluate.judge_prompts import Match
+
+MATCHES = [Match(81 + i, 1, "single-v1", "", f"Rate {i}.") for i in range(12)]
+
+
+def test_every_match_is_asked_once_by_as_many_as_allowed() -> None:
+    together = threading.Barrier(3, timeout=5.0)  # passes only if three ask at the same time
+    kept: list[str] = []
+    inside = threading.Lock()
+
+    def ask(match: Match, pause: Pause) -> str:
+        together.wait()
+        return match.user
+
+    def keep(match: Match, judgment: str) -> None:
+        assert inside.acquire(blocking=False), "one judgment is kept at a time"
+        time.sleep(0.001)
+        kept.append(judgment)
+        inside.release()
+
+    pool = RequestPool(MATCHES, ask, keep, workers=3)
+    assert pool.wait(10.0) == (12, True) and pool.failure is None
+    assert sorted(kept) == sorted(m.user for m in MATCHES)
+
+
+def test_progress_can_be_watched() -> None:
+    gate = threading.Event()
+    pool = RequestPool(
+        MATCHES[:2], lambda m, p: "x" if m is MATCHES[0] or gate.wait(5.0) else "y", lambda m, j: None, 2
+    )
+    deadline = time.monotonic() + 5
+    while pool.wait(0.001) != (1, False) and time.monotonic() < deadline:
+        pass
+    assert pool.wait(0.0) == (1, False)
+    gate.set()
+    assert pool.wait(5.0) == (2, True)
+
+
+def test_the_first_failure_ends_it_and_what_is_under_way_is_kept() -> None:
+    started = threading.Event()
+    failed = threading.Event()
+    asked: list[int] = []
+    kept: list[int] = []
+
+    def ask(match: Match, pause: Pause) -> str:
+        asked.append(match.question_id)
+        if match.question_id == 82:
+            started.wait(5.0)
+            failed.set()
+            raise JudgeError("down")
+        started.set()
+        failed.wait(5.0)
+        pause(0.0) or pause(5.0)  # until the failure is known: it wakes the pause
+        return "fine"
+
+    begun = time.monotonic()
+    pool = RequestPool(MATCHES, ask, lambda match, judgment: kept.append(match.question_id), workers=2)
+    assert pool.wait(10.0) == (1, True)
+    assert time.monotonic() - begun < 4.0
+    assert str(pool.failure) == "down" and sorted(asked) == [81, 82] and kept == [81]
+
+
+def test_a_request_that_waits_is_given_up() -> None:
+    def ask(match: Match, pause: Pause) -> str:
+        if match is MATCHES[0]:
+            raise JudgeError("down")
+        if pause(30.0):
+            raise StoppedError
+        return "late"
+
+    pool = RequestPool(MATCHES[:2], ask, lambda match, judgment: None, workers=2)
+    assert pool.wait(10.0) == (0, True) and str(pool.failure) == "down"
+
+
+def test_an_error_of_ones_own_is_raised_where_it_is_watched() -> None:
+    def keep(match: Match, judgment: str) -> None:
+        raise OSError("disk full")
+
+    pool = RequestPool(MATCHES, lambda match, pause: "x", keep, workers=2)
+    with pytest.raises(OSError, match="disk full"):
+        pool.wait(10.0)
+
+
+def test_nothing_to_ask() -> None:
+    assert RequestPool([], lambda match, pause: "x", lambda match, judgment: None, workers=4).wait(1.0) == (0, True)

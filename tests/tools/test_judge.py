@@ -1,0 +1,135 @@
+"""The tool as a user meets it: exit codes, one line for an error, what a second call asks, and the table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fedsim.config import load_config, to_nested
+from fedsim.data.benchmarks import load_mt_bench
+from fedsim.evaluate.fastchat import JudgmentFile, write_answers
+from fedsim.evaluate.mt_bench import MtAnswer
+from fedsim.generate.engine import Reply
+from tools.judge import main
+
+
+@pytest.fixture()
+def run(mt_folder: Path, tmp_path: Path) -> Path:
+    """A run without a judge that has answered four questions at two points."""
+    folder = tmp_path / "runs" / "kites"
+    words = [f"eval.mt_bench={mt_folder / 'question.jsonl'}", "name=kites"]
+    references = f"eval.mt_bench_references={mt_folder / 'reference_answer' / 'gpt-4.jsonl'}"
+    config = load_config(None, [*words, references])
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(to_nested(config)), encoding="utf-8")
+    for point in ("before", "after"):
+        answers = [
+            MtAnswer(q, (Reply(f"{point} 1", 2, False), Reply(f"{point} 2 {q.question_id}", 2, False)))
+            for q in load_mt_bench(mt_folder)
+        ]
+        write_answers(folder / "answers" / "mt_bench", answers, f"kites-{point}", 1.0)
+    return folder
+
+
+def words(endpoint: Any, *more: str) -> list[str]:
+    """Overrides that name a judge at the local endpoint."""
+    return ["judge.kind=openai", "judge.model=kite-judge", f"judge.base_url={endpoint.url}", "judge.workers=1", *more]
+
+
+def rating(number: int, request: dict[str, Any]) -> str:
+    """6 before and 8 after for turn 2, 4 for turn 1; none for one answer."""
+    text = request["messages"][-1]["content"]
+    if "after 2 83" in text:
+        return "no idea"
+    return f"[[{4 if ' 2 8' not in text else 6 if 'before' in text else 8}]]"
+
+
+def row(out: str, name: str) -> list[str]:
+    """The cells of a line of the table."""
+    (line,) = [line for line in out.splitlines() if line.startswith(f"{name} ")]
+    return [cell.strip() for cell in line[len(name) :].split("  ") if cell.strip()]
+
+
+def test_a_run_is_judged_and_shown(run: Path, endpoint: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    endpoint.answer = rating
+    assert main([str(run), *words(endpoint)]) == 0
+    out, err = capsys.readouterr()
+    assert len(endpoint.requests) == 16
+    assert row(out, "MT-Bench, 1–10") == ["kites-before", "kites-after"]
+    assert row(out, "mean")[0] == "5.00 [5.00, 5.00] of 4" and row(out, "mean")[1].startswith("5.71 [4.69, 6.74] of 4")
+    assert row(out, "turn 1") == ["4.00 [4.00, 4.00] of 4"] * 2
+    assert row(out, "turn 2") == ["6.00 [6.00, 6.00] of 4", "8.00 [8.00, 8.00] of 3"]
+    assert row(out, "math") == ["5.00 of 1", "6.00 of 1"] and row(out, "stem")[1] == "4.00 of 1"
+    assert row(out, "turns judged") == ["8", "8"] and row(out, "turns without a rating") == ["0", "1"]
+    assert "95 % interval" in out and "kite-judge_single.jsonl" in out
+    assert "kites-before · 8/8 turns" in err and "kites-after · 8/8 turns" in err
+
+
+def test_a_second_call_finishes_what_a_failed_one_left(
+    run: Path, endpoint: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    endpoint.answer = lambda number, request: rating(number, request) if number < 11 else 500
+    assert main([str(run), *words(endpoint, "judge.retries=0")]) == 2
+    out, err = capsys.readouterr()
+    assert row(out, "MT-Bench, 1–10") == ["kites-before"]  # whole; the other is not
+    errors = [line for line in err.splitlines() if "error" in line]
+    assert len(errors) == 1 and errors[0].startswith("error: judge 'kite-judge' at ")
+    assert errors[0].endswith(
+        "Not finished: kites-after; what was judged is kept, and the same command goes on from it"
+    )
+    assert len(JudgmentFile(run / "answers" / "mt_bench", "kite-judge").rows()) == 11
+    endpoint.requests.clear()
+    endpoint.answer = rating
+    assert main([str(run), *words(endpoint)]) == 0
+    assert len(endpoint.requests) == 5
+    assert main([str(run), *words(endpoint)]) == 0
+    assert len(endpoint.requests) == 5
+
+
+def test_only_some_models(run: Path, endpoint: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(run), "--only", "kites-after", *words(endpoint)]) == 0
+    assert len(endpoint.requests) == 8 and "kites-before" not in capsys.readouterr().out
+    assert main([str(run), *words(endpoint), "--only", "kites-never"]) == 2
+    assert "--only kites-never: has no answers in" in capsys.readouterr().err
+
+
+def test_a_local_judge(run: Path, llama_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    local = ["judge.kind=local", f"judge.path={llama_dir}", "judge.max_new_tokens=4"]
+    assert main([str(run), *local]) == 0
+    assert len(JudgmentFile(run / "answers" / "mt_bench", llama_dir.name).rows()) == 16
+    assert row(capsys.readouterr().out, "turns judged") == ["8", "8"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["judge.kind=none"], "judge.kind=none: the run has no judge; add judge.kind=openai"),
+        (["federation.num_rounds=2"], "override 'federation.num_rounds=2': only the judge may be changed here"),
+        (["judge.prompts=absent.jsonl"], "absent.jsonl: cannot be read"),
+        (["eval.mt_bench_references="], "question 82 (math) has no reference"),
+        (["eval.mt_bench="], "nothing to judge"),
+    ],
+)
+def test_mistakes_are_one_line(
+    run: Path, endpoint: Any, more: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(run), *words(endpoint, *more)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and message in err and err.count("\n") == 1
+    assert endpoint.requests == []
+
+
+def test_a_folder_that_is_no_run(run: Path, endpoint: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(run.parent), *words(endpoint)]) == 2
+    assert "holds no config.yaml" in capsys.readouterr().err
+    questions = run.parents[1] / "data" / "mt_bench" / "question.jsonl"
+    questions.write_text("\n".join(questions.read_text(encoding="utf-8").splitlines()[:3]), encoding="utf-8")
+    assert main([str(run), *words(endpoint)]) == 2
+    assert "answers question 84, which eval.mt_bench does not have" in capsys.readouterr().err
+    for path in (run / "answers" / "mt_bench" / "model_answer").iterdir():
+        path.unlink()
+    assert main([str(run), *words(endpoint)]) == 2
+    assert "holds no answers yet" in capsys.readouterr().err

@@ -1,0 +1,166 @@
+"""Let a judge rate the MT-Bench answers of a run, or finish what a judge that failed has left.
+
+Usage: python tools/judge.py RUN_DIR [--only MODEL_ID ...] [judge.kind=openai judge.model=... judge.base_url=... ...]
+
+The run may be finished or under way. Its config.yaml says which judge rates and where question file, prompts and
+references are; overrides of judge.*, eval.mt_bench and eval.mt_bench_references come after it. Judgments that are there
+already are not asked for again. With judge.kind=local it may run under torchrun. The run's own records stay as they
+are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from fedsim.config import Config, load_config
+from fedsim.data.benchmarks import MtQuestion
+from fedsim.errors import ConfigError, DataError, FedsimError, JudgeError
+from fedsim.evaluate.fastchat import JudgmentFile, read_answers
+from fedsim.evaluate.intervals import Mean
+from fedsim.evaluate.judge import Judged, MtJudge
+from fedsim.evaluate.judge_inputs import check_judge, judge_name
+from fedsim.evaluate.mt_bench import SCALE, mean_scores
+from fedsim.parallel.world import World, process_world
+from fedsim.record.progress import Progress
+from fedsim.record.tables import Table
+
+Answered = list[tuple[MtQuestion, tuple[str, str]]]
+
+FREE = ("judge.", "eval.mt_bench=", "eval.mt_bench_references=", "eval.batch_size=", "model.dtype=", "model.attention=")
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Command-line arguments."""
+    parser = argparse.ArgumentParser(
+        prog="tools/judge.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="a run's directory")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the run's configuration")
+    parser.add_argument(
+        "--only", action="append", metavar="MODEL_ID", help="judge only this file of answers; repeatable"
+    )
+    return parser.parse_intermixed_args(argv)
+
+
+def load(run: Path, overrides: Sequence[str]) -> Config:
+    """The run's configuration with the judge that is to rate.
+
+    Raises:
+        ConfigError: no run, an override of something else, or no judge.
+    """
+    if wrong := [text for text in overrides if not text.startswith(FREE)]:
+        raise ConfigError(f"override {wrong[0]!r}: only the judge may be changed here: {', '.join(FREE)}")
+    if not (run / "config.yaml").is_file():
+        raise ConfigError(f"{run}: holds no config.yaml; give the directory of a run (record.dir/name)")
+    config = load_config(run / "config.yaml", overrides)
+    if config.judge.kind == "none":
+        raise ConfigError(
+            "judge.kind=none: the run has no judge; add judge.kind=openai or judge.kind=local to the command"
+        )
+    if not config.eval.mt_bench:
+        raise ConfigError("eval.mt_bench='': the run has left MT-Bench out, so that there is nothing to judge")
+    check_judge(config)
+    return config
+
+
+def read_run(run: Path, questions: Sequence[MtQuestion], only: Sequence[str] | None) -> dict[str, Answered]:
+    """The answers by model id, oldest first, each with its question.
+
+    Raises:
+        DataError: there are none, one that is asked for is missing, or an answer's question is not in the file.
+    """
+    folder = run / "answers" / "mt_bench" / "model_answer"
+    files = {path.stem: path for path in sorted(folder.glob("*.jsonl"), key=lambda p: (p.stat().st_mtime, p.name))}
+    if not files:
+        raise DataError(f"{folder}: holds no answers yet; a run writes them with its first evaluation")
+    if unknown := [name for name in only or () if name not in files]:
+        raise DataError(f"--only {unknown[0]}: has no answers in {folder}; there are {', '.join(files)}")
+    by_id = {question.question_id: question for question in questions}
+    found: dict[str, Answered] = {}
+    for name in only or files:
+        answers = read_answers(files[name])
+        if strangers := [number for number in answers if number not in by_id]:
+            raise DataError(
+                f"{files[name]}: answers question {strangers[0]}, which eval.mt_bench does not have; give the question "
+                "file of the run"
+            )
+        found[name] = [(by_id[number], answers[number]) for number in answers]
+    return found
+
+
+def judge_all(
+    judge: MtJudge, folder: Path, answered: Mapping[str, Answered], progress: Progress
+) -> tuple[dict[str, Judged], JudgeError | None]:
+    """Judge one model after the other, until a request fails for good."""
+    done: dict[str, Judged] = {}
+    for model_id, answers in answered.items():
+        with progress.phase(model_id, 0, judge.unit) as phase:
+            judged = judge.judge(folder, model_id, answers, phase.step)
+        if judged.error is not None:
+            return done, judged.error
+        done[model_id] = judged
+    return done, None
+
+
+def table(judged: Mapping[str, Judged], answered: Mapping[str, Answered]) -> Table:
+    """Scores of every model: mean, turns and categories with 95 % intervals and counts."""
+    columns: list[dict[str, str]] = []
+    for model_id, outcome in judged.items():
+        means = mean_scores([question for question, _ in answered[model_id]], outcome.scores)
+        cells: dict[str, Mean | None] = {"mean": means.score, "turn 1": means.by_turn[0], "turn 2": means.by_turn[1]}
+        columns.append({name: _cell(mean) for name, mean in (cells | means.by_category).items()})
+        columns[-1]["turns judged"] = str(2 * len(answered[model_id]))
+        columns[-1]["turns without a rating"] = str(outcome.num_unrated)
+    counts = ("turns judged", "turns without a rating")
+    names = [*dict.fromkeys(name for column in columns for name in column if name not in counts), *counts]
+    return Table(["MT-Bench, 1–10", *judged], [[name, *(c.get(name, "none") for c in columns)] for name in names])
+
+
+def _cell(mean: Mean | None) -> str:
+    """``5.81 [5.32, 6.30] of 80``; one question has no interval."""
+    if mean is None:
+        return "none"
+    low, high = max(mean.low, SCALE[0]), min(mean.high, SCALE[1])
+    return f"{mean.value:.2f}" + (f" [{low:.2f}, {high:.2f}]" if mean.count > 1 else "") + f" of {mean.count}"
+
+
+def run_tool(config: Config, world: World, run: Path, only: Sequence[str] | None) -> None:
+    """Judge and show.
+
+    Raises:
+        JudgeError: some answers are left unjudged.
+    """
+    judge = MtJudge(config, world.ranks, world.device)
+    answered = world.ranks.once(lambda: read_run(run, judge.questions, only))
+    folder = run / "answers" / "mt_bench"
+    done, error = judge_all(judge, folder, answered, Progress(sys.stderr, enabled=world.ranks.is_main))
+    if done and world.ranks.is_main:
+        print(table(done, answered).plain())
+        print("[low, high] = 95 % interval; of = questions with a rating")
+        print(f"judgments: {JudgmentFile(folder, judge_name(config)).path}", flush=True)
+    if error is not None:
+        left = ", ".join(name for name in answered if name not in done)
+        raise JudgeError(
+            f"{error}. Not finished: {left}; what was judged is kept, and the same command goes on from it"
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool; returns the exit status."""
+    args = parse_args(argv)
+    try:
+        config = load(args.run, args.overrides)
+        parallel = config.parallel
+        with process_world(exact=parallel.exact, threads=parallel.threads, timeout_s=parallel.timeout_s) as world:
+            run_tool(config, world, args.run, args.only)
+    except FedsimError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
