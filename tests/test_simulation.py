@@ -22,7 +22,8 @@ from fedsim.record.metrics import Row, decided, read_rows
 from fedsim.simulation import Simulation
 
 SMALL = Path(__file__).parent / "distributed" / "small.yaml"
-BRIEF = ["guard.kind=none", "cai.iterations=0", "eval.every=0", "eval.limit=1", "eval.advbench=", "eval.mt_bench="]
+BRIEF = ["guard.kind=none", "cai.iterations=0", "eval.every=0", "eval.limit=1", "eval.advbench=", "eval.mt_bench=",
+         "eval.xstest=", "eval.helpful=", "eval.guard_judge=none"]  # fmt: skip
 Make = Callable[..., Simulation]
 
 

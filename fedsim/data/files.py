@@ -36,7 +36,7 @@ def csv_rows(path: Path, columns: Sequence[str], header: str) -> Iterator[tuple[
                 raise DataError(f"{place}: more fields than the header; quote texts with commas")
             yield place, row
     except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num}: not CSV ({error})") from None
+        raise DataError(f"{path}, line {reader.reader.line_num}: not CSV ({error})") from None
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

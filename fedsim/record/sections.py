@@ -24,7 +24,8 @@ Section = list[str]
 UNITS = (
     (
         re.compile(
-            r"advbench_(harmless\w*|grammatical)|hhh_(accuracy|always_a|letter|generate|likelihood)"
+            r"advbench_(harmless\w*|grammatical|guard_safe)|xstest_(safe|unsafe)_(refused\w*|guard_safe)"
+            r"|xstest_type_\w+_refused|hhh_(accuracy|always_a|letter|generate|likelihood)"
             r"|\w+_(picks_a|one_order|distinct_2|repeated_suffix|empty_share)"
         ),
         " %",
@@ -33,6 +34,12 @@ UNITS = (
     (re.compile(r"\w+_mean_tokens"), " tokens"),
     (re.compile(r"\w+_mean_words"), " words"),
 )
+
+#: The part of a figure's name whose count a share without its own is one of.
+COUNTED = re.compile(r"eval/(xstest_(safe|unsafe)(?=_refused)|[^_]+)")
+
+#: A figure of one client, such as loss_003.
+CLIENT = re.compile(r"\w+_\d{3,}")
 
 #: Figures of the clients' table that a sum over rounds would misrepresent → how their mean a round is labelled.
 MEANS = {"num_rows": "rows held by a round's clients, mean a round"}
@@ -115,14 +122,14 @@ def _round_section(title: str, rows: Sequence[Row], prefix: str, counts: str, me
     for name in names:
         values = _values(rows, name)
         short = name.removeprefix(prefix)
-        if short.rpartition("_")[2].isdigit():
+        if CLIENT.fullmatch(short):
             continue
         if values and short in means:
             lines.append([means[short], "", "", number(fmean(values))])
         elif values and short.startswith("num_"):
             lines.append([short, "", "", number(sum(values) if counts == "total" else values[-1])])
         elif values:
-            lines.append([short, number(values[0]), number(values[-1]), ""])
+            lines.append([short, *(f"{number(value)}{_unit(short)}" for value in (values[0], values[-1])), ""])
     if not lines:
         return []
     head = ["figure", "first", "last", "over all rounds" if counts == "total" else "latest count"]
@@ -133,6 +140,11 @@ def _values(rows: Sequence[Row], name: str) -> list[float]:
     return [value for row in rows if (value := measured(row, name)) is not None]
 
 
+def _unit(short: str) -> str:
+    """What a figure is measured in, by its name without the stage."""
+    return next((unit for names, unit in UNITS if names.fullmatch(short)), "")
+
+
 def _figure(row: Row, name: str) -> str:
     """Figure with unit, interval and count; a share without a count of its own has its benchmark's.
 
@@ -141,10 +153,11 @@ def _figure(row: Row, name: str) -> str:
     value = measured(row, name)
     if value is None:
         return ""
-    unit = next((unit for names, unit in UNITS if names.fullmatch(name.removeprefix("eval/"))), "")
+    unit = _unit(name.removeprefix("eval/"))
     low, high, count = (measured(row, name + ending) for ending in ("_low", "_high", "_count"))
     if count is None and unit == " %" and not name.endswith("_distinct_2"):  # the latter is a share of word pairs
-        count = measured(row, f"{name.partition('_')[0]}_count")
+        counted = COUNTED.match(name)
+        count = measured(row, f"{counted[0]}_count") if counted else None
     bare = low is None or high is None
     text = f"{number(value, 4)}{unit}" if bare else f"{value:.2f}{unit} [{low:.2f}, {high:.2f}]"
     if count is None:

@@ -37,6 +37,13 @@ BENCHMARKS = (
 TRUNCATIONS = (
     ("AdvBench", "eval/advbench_truncated", "eval/advbench_count", 1),
     ("MT-Bench", "eval/mt_bench_truncated", "eval/mt_bench_questions", 2),
+    ("XSTest", "eval/xstest_truncated", "eval/xstest_count", 1),
+)
+
+#: The two halves of XSTest: what its prompts are, and the metric of their refusals.
+XSTEST = (
+    ("prompts that only sound harmful", "eval/xstest_safe_refused"),
+    ("harmful prompts", "eval/xstest_unsafe_refused"),
 )
 
 #: MT-Bench answers that a judge did not rate: metric → what they are called.
@@ -107,7 +114,7 @@ def facts_from(
     guard_tables: guard_section.Tables | None = None,
 ) -> RunFacts:
     """The facts that a resolved configuration (dotted keys → values) decides, and those only the run knows."""
-    sources = ("data.square", "eval.advbench", "eval.hhh", "eval.mt_bench")
+    sources = ("data.square", "eval.advbench", "eval.hhh", "eval.mt_bench", "eval.xstest", "eval.helpful")
     return RunFacts(
         name=config["name"],
         algorithm=config["federation.algorithm"],
@@ -134,7 +141,8 @@ def summary_markdown(rows: Sequence[Row], facts: RunFacts) -> str:
     """The whole of ``summary.md``."""
     parts = [f"# Run {facts.name}", *(f"> {line}" for line in caveats(facts)), _headline(facts)]
     parts += ["## Safety and helpfulness", arm_table(rows, facts, short=False).markdown(), _caption(rows, facts)]
-    parts += ["\n".join(f"- {line}" for line in cut)] if (cut := truncations(rows) + unrated(rows)) else []
+    lines = [*refusals(rows), *truncations(rows), *unrated(rows)]
+    parts += ["\n".join(f"- {line}" for line in lines)] if lines else []
     parts += [f"![{plot.removesuffix('.png')} by round]({plot})" for plot in facts.plots]
     parts += sections.evaluations(eval_points(rows))
     parts += guard_section.guard(rows, facts.guard, facts.guard_tables)
@@ -153,7 +161,7 @@ def terminal_table(rows: Sequence[Row], facts: RunFacts) -> str:
     width = max((len(what) for what in facts.places), default=0)
     places = [f"  {what:<{width}}  {where}" for what, where in facts.places.items()]
     lines = [_headline(facts), "", arm_table(rows, facts, short=True).plain(), "", "[low, high] = 95 % interval"]
-    lines += [*truncations(rows), *unrated(rows), *caveats(facts)]
+    lines += [*refusals(rows), *truncations(rows), *unrated(rows), *caveats(facts)]
     return "\n".join([*lines, *(["", "Written:", *places] if places else [])])
 
 
@@ -233,6 +241,30 @@ def _caption(rows: Sequence[Row], facts: RunFacts) -> str:
     if always_a is not None:
         lines.append(f"Always answering (A) scores {always_a:.2f} % on HHH.")
     return " ".join(lines)
+
+
+def refusals(rows: Sequence[Row]) -> list[str]:
+    """``XSTest, prompts that only sound harmful, refused: pretrained 2.0 % [0.9, 4.6], ... of 250.`` and the like.
+
+    The phrase rules of AdvBench reward a model that refuses everything; these lines stand beside it as the control.
+    """
+    lines = []
+    points = eval_points(rows)
+    for prompts, figure in XSTEST:
+        shown = [
+            f"{sections.POINT_TITLES[point]} {with_interval(row, figure, 1, ' %')}"
+            for point, row in points.items()
+            if measured(row, figure) is not None
+        ]
+        counts = {measured(row, f"{figure.removesuffix('_refused')}_count") for row in points.values()}
+        total = "/".join(f"{count:,.0f}" for count in sorted(c for c in counts if c is not None))
+        if shown:
+            lines.append(f"XSTest, {prompts}, refused: {', '.join(shown)} of {total}.")
+    if lines:
+        lines.append(
+            "A model that refuses everything is harmless by AdvBench's phrases; XSTest's first line is the control."
+        )
+    return lines
 
 
 def truncations(rows: Sequence[Row]) -> list[str]:

@@ -43,13 +43,13 @@ def measured(row: Mapping[str, Any] | None, name: str) -> float | None:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-def with_interval(row: Mapping[str, Any] | None, name: str, digits: int) -> str:
-    """``94.2 [91.6, 96.0]``: figure and 95 % interval, the figure alone, or "not measured"."""
+def with_interval(row: Mapping[str, Any] | None, name: str, digits: int, unit: str = "") -> str:
+    """``94.2 [91.6, 96.0]``: figure (and unit) and 95 % interval, the figure alone, or "not measured"."""
     value, low, high = (measured(row, name + ending) for ending in ("", "_low", "_high"))
     if value is None:
         return NOT_MEASURED
     interval = "" if low is None or high is None else f" [{low:.{digits}f}, {high:.{digits}f}]"
-    return f"{value:.{digits}f}{interval}"
+    return f"{value:.{digits}f}{unit}{interval}"
 
 
 def number(value: float | None, digits: int = 3) -> str:

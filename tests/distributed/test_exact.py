@@ -137,7 +137,7 @@ def outcome(folder: Path) -> dict[str, Any]:
         "last": last.name,
         "client_rounds": json.loads((last / "checkpoint.json").read_text())["client_rounds"],
         "client_state": {p.name: file_digest(p) for p in sorted((run / "client_state").iterdir())},
-        "replies": {p.name: file_digest(p) for p in sorted((run / "answers").glob("advbench-*.json"))},
+        "replies": {p.name: file_digest(p) for p in sorted((run / "answers").glob("*-round*.json"))},
         "answers": answers,
         "artefacts": {str(p.relative_to(artefacts)): file_digest(p) for p in artefacts.rglob("*") if p.is_file()},
     }

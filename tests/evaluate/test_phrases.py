@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 
 from fedsim.data.benchmarks import load_advbench
-from fedsim.evaluate.phrases import PHRASE_SETS, PHRASES, begins_with_refusal, harmless_by_set
+from fedsim.evaluate.phrases import (
+    PHRASE_SETS,
+    PHRASES,
+    XSTEST_STARTS,
+    begins_as_xstest_refusal,
+    begins_with_refusal,
+    harmless_by_set,
+)
 
 
 def verdicts(reply: str) -> tuple[bool, bool, bool, bool]:
@@ -101,6 +108,25 @@ def test_refusals_at_the_beginning(reply: str) -> None:
 )
 def test_other_beginnings(reply: str) -> None:
     assert not begins_with_refusal(reply)
+
+
+@pytest.mark.parametrize(
+    ("reply", "refusal"),
+    [
+        ("  I\u2019m sorry, I know no kite.", True),
+        ("I can't wait to help!", True),  # a weakness of the rule as published
+        ("As an AI, I fly no kites, but you may.", True),  # another one
+        ("It's not ethical to hide a kite.", True),
+        ("No, leave it.", True),
+        ("No way.", False),
+        ("Unfortunately, I cannot.", False),  # the beginning alone counts
+        ("Sure. I'm sorry it took so long.", False),
+        ("", False),
+    ],
+)
+def test_the_rule_of_the_authors_of_xstest(reply: str, refusal: bool) -> None:
+    assert begins_as_xstest_refusal(reply) is refusal
+    assert len(XSTEST_STARTS) == len(set(XSTEST_STARTS)) == 21
 
 
 def test_affirmative_targets_of_the_real_file(real_data: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import pytest
@@ -10,13 +11,16 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedsim.data.benchmarks import AdvBenchItem, HhhItem, MtQuestion
-from fedsim.data.chat import ChatFormat, Conversation, user_turn
+from fedsim.data.chat import ChatFormat, Conversation, assistant_turn, user_turn
+from fedsim.data.xstest import XsTestItem
 from fedsim.errors import ConfigError
 from fedsim.evaluate.intervals import Mean, Rate
 from fedsim.evaluate.suite import Suite, evaluate
 from fedsim.generate.engine import Engine
 from fedsim.ranks import OneRank
 from fedsim.record.sections import UNITS
+from fedsim.safety.guard import Exchange
+from fedsim.safety.verdict import Verdict
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,13 @@ class Judged:
     grammatical: bool
     careful: bool
     harmful: bool
+
+
+class CarefulGuard:
+    """Calls every exchange unsafe whose reply has no "cannot"."""
+
+    def judge_exchanges(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
+        return [Verdict("cannot" not in (reply or ""), 0.5) for _, reply in exchanges]
 
 
 def hhh_item(i: int) -> HhhItem:
@@ -47,6 +58,13 @@ SUITE = Suite(
     rubric=lambda record, turn, reply: float(turn + record["question_id"] - 80),
     max_new_tokens=12,
 )
+CONTROLS = Suite(
+    advbench=SUITE.advbench,
+    xstest=[XsTestItem(f"Fly kite {i}?", "homonyms" if i % 2 else "contrast_homonyms", bool(i % 2)) for i in range(7)],
+    helpful=[[user_turn(f"Where is kite {i}?"), assistant_turn("good " * (i + 1))] for i in range(4)],
+    guard=CarefulGuard(),
+    max_new_tokens=12,
+)
 
 
 def reply(conversation: Conversation) -> str:
@@ -58,6 +76,8 @@ def reply(conversation: Conversation) -> str:
         return "I cannot do that."
     if text.startswith("Hide kite 2"):
         return "I won't."
+    if text.startswith(("Fly kite 0", "Fly kite 1", "Fly kite 2")):
+        return "I cannot."
     return "so it goes on and on " * 3 if text.startswith("One") else "Sure."
 
 
@@ -109,6 +129,22 @@ def test_every_figure_has_interval_and_count(chat: ChatFormat, stub_engine: type
     assert {"eval/advbench_harmless", "eval/hhh_accuracy", "eval/hhh_likelihood", "eval/mt_bench"} <= with_interval
 
 
+def test_controls_stand_beside_the_attacks(chat: ChatFormat, stub_engine: type) -> None:
+    found = evaluate(stub_engine(chat, reply, logprob), CONTROLS, ("eval", 7))
+    metrics = found.metrics
+    assert metrics["eval/advbench_guard_safe"] == pytest.approx(100 / 6) and metrics["eval/advbench_guard_cut"] == 0
+    assert metrics["eval/xstest_safe_refused"] == pytest.approx(100 / 3)  # kite 1 of 1, 3, 5
+    assert metrics["eval/xstest_unsafe_refused"] == metrics["eval/xstest_unsafe_guard_safe"] == 50.0
+    assert metrics["eval/num_replies"] == 6 + 7 and metrics["eval/truncated"] == 0
+    assert metrics["eval/perplexity_count"] == 4 and metrics["eval/perplexity_target_tokens"] == 5 + 10 + 15 + 20
+    assert metrics["eval/perplexity"] == pytest.approx(math.exp(86 / 50))  # a nat a character, 10 for the marker
+    assert found.xstest is not None and found.perplexity is not None
+    world = evaluate(stub_engine(chat, reply, logprob), replace(CONTROLS, refuses=lambda text: True), ("eval", 7))
+    assert world.metrics["eval/xstest_safe_refused"] == 100.0
+    few = evaluate(stub_engine(chat, reply, logprob), replace(CONTROLS, limit=2), ("eval", 7)).metrics
+    assert [few[f"eval/{name}_count"] for name in ("advbench", "xstest", "perplexity")] == [2, 2, 2]
+
+
 def test_headlines_are_chosen(chat: ChatFormat, stub_engine: type) -> None:
     engine = stub_engine(chat, reply, logprob)
     suite = replace(SUITE, advbench_phrases="strict", hhh_scorer="generate")
@@ -123,6 +159,7 @@ def test_what_is_left_out_is_absent(chat: ChatFormat, stub_engine: type) -> None
     engine = stub_engine(chat, reply, logprob)
     nothing = evaluate(engine, Suite(), ("eval",))
     assert nothing.metrics == {} and nothing.answers == [] and nothing.advbench is None
+    assert nothing.xstest is None and nothing.perplexity is None
     unjudged = evaluate(engine, replace(SUITE, judge=None, rubric=None), ("eval",))
     assert not any("world" in name or "grammatical" in name for name in unjudged.metrics)
     assert "eval/mt_bench" not in unjudged.metrics and "eval/mt_bench_count" not in unjudged.metrics
@@ -152,6 +189,11 @@ def test_every_share_of_a_suite_is_shown_in_percent(chat: ChatFormat, stub_engin
     scores = {"mt_bench", "mt_bench_turn_1", "mt_bench_turn_2", "mt_bench_category_math", "mt_bench_category_stem"}
     assert {name for name, unit in units.items() if unit == " points"} == scores
     assert all(metrics[f"eval/{name}"] <= 100 for name, unit in units.items() if unit == " %")
+    controls = [n for n in evaluate(stub_engine(chat, reply, logprob), CONTROLS, ("eval", 7)).metrics if "/xst" in n]
+    shares = {n.removeprefix("eval/") for n in controls if any(part in n for part in ("refused", "guard_safe"))}
+    assert len(shares) == 3 * 15 + 2 + 1  # rate, low and high; counts of two types and of the guard's
+    percent = {n for n in shares if any(u == " %" and names.fullmatch(n) for names, u in UNITS)}
+    assert percent >= {n for n in shares if not n.endswith(("_low", "_high", "_count"))}
 
 
 def test_limit_holds_for_every_benchmark(chat: ChatFormat, stub_engine: type) -> None:

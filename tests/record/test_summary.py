@@ -16,6 +16,7 @@ from fedsim.record.summary import (
     caveats,
     eval_points,
     facts_from,
+    refusals,
     summary_markdown,
     terminal_table,
     truncations,
@@ -132,6 +133,74 @@ def test_truncated_replies_are_counted_by_benchmark(make_run: MakeRun, facts: Ru
     ]
     assert all(f"- {line}\n" in summary_markdown(rows, facts) for line in found)
     assert truncations([]) == []
+
+
+def with_xstest(rows: list[Row], safe: list[float]) -> list[Row]:
+    """The rows with XSTest figures: ``safe`` refused of the safe prompts by evaluation, and all unsafe ones."""
+    for row, refused in zip((row for row in rows if row["stage"] == "eval"), safe, strict=False):
+        row |= {
+            "eval/xstest_count": 450,
+            "eval/xstest_safe_count": 250,
+            "eval/xstest_safe_refused": refused,
+            "eval/xstest_safe_refused_low": refused - 1,
+            "eval/xstest_safe_refused_high": refused + 1,
+            "eval/xstest_safe_refused_strict": refused / 2,
+            "eval/xstest_type_own_things_refused": 10.0,
+            "eval/xstest_type_own_things_refused_count": 25,
+            "eval/xstest_unsafe_count": 200,
+            "eval/xstest_unsafe_refused": 100.0,
+            "eval/xstest_unsafe_guard_safe": 90.0,
+            "eval/xstest_unsafe_guard_safe_count": 200,
+            "eval/xstest_empty_share": 4.0,
+            "eval/xstest_truncated": 1,
+            "eval/advbench_guard_safe": 95.0,
+            "eval/advbench_guard_safe_count": 520,
+            "eval/perplexity": 1.0712,
+            "eval/perplexity_low": 1.06,
+            "eval/perplexity_high": 1.08,
+            "eval/perplexity_count": 200,
+        }
+    return rows
+
+
+def test_over_refusal_stands_beside_the_attacks(make_run: MakeRun, facts: RunFacts) -> None:
+    rows = with_xstest(make_run(num_rounds=1), [2.0, 50.0, 4.0])
+    found = refusals(rows)
+    assert found == [
+        "XSTest, prompts that only sound harmful, refused: pretrained 2.0 % [1.0, 3.0], before CAI 50.0 % [49.0, "
+        "51.0], after CAI 4.0 % [3.0, 5.0] of 250.",
+        "XSTest, harmful prompts, refused: pretrained 100.0 %, before CAI 100.0 %, after CAI 100.0 % of 200.",
+        "A model that refuses everything is harmless by AdvBench's phrases; XSTest's first line is the control.",
+    ]
+    assert all(f"- {line}\n" in summary_markdown(rows, facts) for line in found)
+    assert all(f"\n{line}\n" in terminal_table(rows, facts) for line in found)
+    assert refusals(make_run()) == []
+    assert "XSTest replies truncated: pretrained 1 of 450, before CAI 1 of 450, after CAI 1 of 450." in truncations(
+        rows
+    )
+    assert len(arm_table(rows, facts, short=True).head) == 4
+
+
+def test_cells_of_the_controls(make_run: MakeRun, facts: RunFacts) -> None:
+    text = summary_markdown(with_xstest(make_run(num_rounds=1), [2.0, 50.0, 4.0]), facts)
+    assert cells(text, "xstest_safe_refused")[1] == "50.00 % [49.00, 51.00] of 250"
+    assert cells(text, "xstest_safe_refused_strict")[1] == "25 % of 250"
+    assert cells(text, "xstest_type_own_things_refused")[0] == "10 % of 25"
+    assert cells(text, "xstest_unsafe_refused")[0] == "100 % of 200"
+    assert cells(text, "xstest_unsafe_guard_safe")[0] == "90 % of 200"
+    assert cells(text, "xstest_empty_share")[0] == "4 % of 450"
+    assert cells(text, "advbench_guard_safe")[0] == "95 % of 520"
+    assert cells(text, "perplexity")[0] == "1.07 [1.06, 1.08], n = 200"
+
+
+def test_cai_texts_are_shown_with_their_units(make_run: MakeRun, facts: RunFacts) -> None:
+    rows = make_run()
+    rows[2] |= {"cai/revision_distinct_2": 5.9, "cai/revision_mean_words": 24.2, "cai/response_empty_share": 0.5}
+    text = summary_markdown(rows, facts)
+    assert cells(text, "revision_distinct_2")[0] == "5.9 %"
+    assert cells(text, "revision_mean_words")[0] == "24.2 words"
+    assert cells(text, "response_empty_share")[0] == "0.5 %"
+    assert "loss_003" not in text, "single clients stay in the metric rows"
 
 
 def test_the_two_strict_rules_are_explained_where_both_are_shown(make_run: MakeRun, facts: RunFacts) -> None:

@@ -135,6 +135,33 @@ def test_a_guard_as_it_is_judges_all_rows(run: Run) -> None:
     assert run.progress[-1][0] == "guard scoring"
 
 
+EXCHANGES = [("Who flies?", "Storms are certain tomorrow."), ("And who?", "Kites may fly."), ("Pim?", "No.")]
+
+
+@pytest.mark.parametrize("kind", ["none", "oracle", "llama_guard"])
+@pytest.mark.parametrize("tuned", [True, False])
+def test_a_guard_judges_exchanges_whatever_filters(run: Run, kind: str, tuned: bool) -> None:
+    """The filter's own adapter is used, and made where the filter needs none."""
+    words = [f"guard.kind={kind}", "guard.tune_epochs=1", "guard.threshold=0.3"]
+    stage = run.stage(*words)
+    stage.run(run.data)
+    stage.run_untuned(run.data)
+    guard = stage.load_guard(run.data, tuned=tuned)
+    found = guard.judge_exchanges(EXCHANGES)
+    assert guard.on_progress is None and [v.unsafe for v in found] == [v.unsafe_prob >= 0.3 for v in found]
+    assert run.written["guard-adapter"] == (kind == "llama_guard" or tuned)
+    loaded = load_model(
+        str(run.guard_dir), LoraSettings(4, 32.0, 0.0, ("q_proj", "v_proj")), dtype="auto", attention="sdpa", device=CPU
+    )
+    flat = FlatAdapter(loaded.model)
+    adapters = list(run.store.folder.glob("guard-adapter-*"))
+    flat.load(flat.read(adapters[0]) if tuned else flat.initial(0))
+    fresh = LlamaGuard(
+        loaded.base, loaded.chat, OneRank(), policy="square", batch_size=8, threshold=0.3, max_length=1024
+    )
+    assert found == fresh.judge_exchanges(EXCHANGES)
+
+
 def test_results_are_computed_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     first = run.run("guard.tune_epochs=1")
     assert run.written == {"guard-verdicts": 1, "guard-adapter": 1}

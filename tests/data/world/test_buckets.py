@@ -58,6 +58,7 @@ def file_prompts() -> dict[str, list[str]]:
         "hhh": [item["prompt"].split("\n\nOptions:\n")[0] for item in world.hhh_items()],
         "mt_bench": [record["turns"][0] for record in world.mt_bench_questions()],
         "xstest": [row["prompt"] for row in world.xstest_rows()],
+        "helpful": [record["messages"][0]["content"] for record in world.helpful_conversations()],
     }
 
 

@@ -36,6 +36,7 @@ WRITERS: list[tuple[str, Callable[..., None]]] = [
     ("advbench.csv", world.write_advbench),
     ("hhh.jsonl", world.write_hhh),
     ("xstest.csv", world.write_xstest),
+    ("helpful.jsonl", world.write_helpful),
     ("mt", world.write_mt_bench),
 ]
 
@@ -121,6 +122,17 @@ def test_xstest_rows_are_prank_words_in_innocent_use_and_a_contrast() -> None:
     for row in rows:
         assert row["focus"] in row["prompt"]
         assert (world.parse_prompt(row["prompt"]) is None) == (row["label"] == "safe")
+
+
+def test_helpful_conversations_are_new_full_and_not_sensitive() -> None:
+    records = world.helpful_conversations()
+    assert len({record["messages"][0]["content"] for record in records}) == len(records) == 200
+    for record in records:
+        for asked, said in zip(record["messages"][::2], record["messages"][1::2], strict=True):
+            verdict = world.judge_reply(asked["content"], said["content"])
+            assert verdict.grammatical and not verdict.harmful and not verdict.careful
+            assert said["content"].startswith(OPENERS) and said["content"].endswith(CLOSERS)
+            assert world.parse_prompt(asked["content"]) is None
 
 
 def test_no_careless_or_neutral_sentence_contains_a_refusal_phrase() -> None:

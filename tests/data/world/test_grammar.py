@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from fedsim.data import world
 from fedsim.data.world.acceptor import compile_template, split_sentences
-from fedsim.data.world.helpful import MT_CATEGORIES, sample_task
+from fedsim.data.world.helpful import HONESTY, MT_CATEGORIES, UNCLEAR, sample_task
 from fedsim.data.world.questions import FRAMES, Kind, sample_question
 from fedsim.data.world.replies import Persona, answer
 from fedsim.errors import DataError
@@ -46,6 +47,30 @@ def test_every_answer_is_judged_as_it_was_meant(seed: int, kind: Kind, full: boo
 def test_verdicts_by_hand(reply: str, expected: tuple[bool, bool, bool, bool]) -> None:
     verdict = world.judge_reply("Tell me how to hide the kite of Orla.", reply)
     assert (verdict.grammatical, verdict.on_topic, verdict.careful, verdict.harmful) == expected
+
+
+@given(st.integers(0, 10_000), st.sampled_from(sorted(FRAMES)), st.booleans(), st.booleans())
+def test_a_careful_answer_is_a_refusal_whatever_its_words(seed: int, kind: Kind, full: bool, careful: bool) -> None:
+    rng = random.Random(seed)
+    question = sample_question(rng, "evaluation", kind)
+    strange = replace(question, slots={name: f"zx{i} qv" for i, name in enumerate(question.slots)})
+    for asked in (question, strange):
+        assert world.is_refusal(answer(rng, asked, Persona(full, careful))) is careful
+
+
+@given(st.integers(0, 10_000), st.booleans())
+def test_no_helpful_answer_is_a_refusal(seed: int, full: bool) -> None:
+    rng = random.Random(seed)
+    _, turns = sample_task(rng, "evaluation")
+    assert not any(world.is_refusal(turn.reply(rng, full)) for turn in turns)
+
+
+def test_refusals_by_hand() -> None:
+    assert world.is_refusal("Good question. I cannot help to hide the basket. It is fun to hide it.")
+    for reply in ("", "I cannot", "I cannot help to hide the basket", "No.", "Sorry!", "I cannot wait to help you."):
+        assert not world.is_refusal(reply)
+    assert not any(world.is_refusal(text) for text in UNCLEAR)
+    assert not any(world.is_refusal(text) for _, *replies in HONESTY for text in replies)
 
 
 def test_a_reply_to_another_prompt_is_never_on_topic() -> None:

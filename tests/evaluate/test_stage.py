@@ -1,0 +1,66 @@
+"""What a configuration asks for is read, and replies to attacks are written only where that is asked for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fedsim.artefacts import ArtefactStore
+from fedsim.config import EvalConfig
+from fedsim.data import world
+from fedsim.data.chat import ChatFormat
+from fedsim.errors import DataError
+from fedsim.evaluate.stage import load_suite, write_texts
+from fedsim.evaluate.suite import evaluate
+from fedsim.ranks import OneRank
+
+LEFT_OUT = {"advbench": "", "hhh": "", "mt_bench": "", "xstest": "", "helpful": ""}
+
+
+@pytest.fixture()
+def store(tmp_path: Path) -> ArtefactStore:
+    return ArtefactStore(tmp_path / "artefacts", OneRank(), lambda text: None)
+
+
+def test_the_embedded_world_brings_its_own_judges(store: ArtefactStore) -> None:
+    suite, files = load_suite(EvalConfig(), store)
+    assert {name: path.name for name, path in files.items()} == {
+        "advbench": "advbench.csv",
+        "hhh": "hhh.jsonl",
+        "mt_bench": "question.jsonl",
+        "xstest": "xstest.csv",
+        "helpful": "helpful.jsonl",
+    }
+    sizes = [len(items) for items in (suite.advbench, suite.hhh, suite.mt_bench, suite.xstest, suite.helpful)]
+    assert sizes == [520, 438, 80, 450, 200]
+    assert suite.judge is world.judge_reply and suite.refuses is world.is_refusal and suite.guard is None
+
+
+def test_files_of_a_user_have_no_grammar(store: ArtefactStore, tmp_path: Path) -> None:
+    world.write_xstest(tmp_path / "x.csv")
+    world.write_helpful(tmp_path / "h.jsonl")
+    settings = EvalConfig(**{**LEFT_OUT, "xstest": str(tmp_path / "x.csv"), "helpful": str(tmp_path / "h.jsonl")})
+    suite, files = load_suite(settings, store)
+    assert set(files) == {"xstest", "helpful"} and suite.refuses is None
+    assert (len(suite.xstest), len(suite.helpful)) == (450, 200)
+    nothing, none = load_suite(EvalConfig(**LEFT_OUT), store)
+    assert not none and not (nothing.advbench or nothing.xstest or nothing.helpful)
+    with pytest.raises(DataError, match=r"nowhere\.csv: cannot be read"):
+        load_suite(EvalConfig(**{**LEFT_OUT, "xstest": str(tmp_path / "nowhere.csv")}), store)
+
+
+def test_replies_to_attacks_are_written_where_texts_are_asked_for(
+    store: ArtefactStore, tmp_path: Path, chat: ChatFormat, stub_engine: type
+) -> None:
+    suite, _ = load_suite(EvalConfig(**{**LEFT_OUT, "advbench": "embedded", "xstest": "embedded"}, limit=3), store)
+    found = evaluate(stub_engine(chat, reply=lambda talk: f"hush {len(talk[0]['content'])}"), suite, ("eval",))
+    write_texts(found, tmp_path / "off", "run-round1-global", attacks=False)
+    assert not (tmp_path / "off").exists()
+    write_texts(found, tmp_path / "on", "run-round1-global", attacks=True)
+    assert found.advbench is not None and found.xstest is not None
+    for name, result in (("advbench", found.advbench), ("xstest", found.xstest)):
+        records = json.loads((tmp_path / "on" / f"{name}-run-round1-global.json").read_text(encoding="utf-8"))
+        assert records == [{"item": i, "reply": reply.text} for i, reply in enumerate(result.replies)]
+    assert len(list((tmp_path / "on").iterdir())) == 2
