@@ -19,10 +19,13 @@ from fedsim.errors import DataError
 from fedsim.evaluate.stage import load_suite, write_texts
 from fedsim.evaluate.suite import Suite, evaluate
 from fedsim.federation.sampling import cosine_by_round, sample_cohort
+from fedsim.meter import Meter
+from fedsim.model.cost import ModelCost
 from fedsim.model.load import check_model_dir, model_digest
 from fedsim.parallel.world import World
 from fedsim.record.finish import finish_run
 from fedsim.record.manifest import versions, write_manifest
+from fedsim.record.peak import run_peak
 from fedsim.record.run_record import RunRecord
 from fedsim.record.sections import POINT_TITLES
 from fedsim.safety.alignment import Aligner
@@ -82,7 +85,8 @@ class Simulation:
         checkpoint = replace(checkpoint, state=federation.to_device(checkpoint.state))
         federation.controls.index.update(checkpoint.client_rounds)
         if checkpoint.round_idx == PRETRAINED:
-            record.append(PRETRAINED, "prepare", record.timers.pop())
+            seconds = record.timers.pop()
+            record.append(PRETRAINED, "prepare", seconds | self.meter.pop(seconds))
         self._say_start(checkpoint.round_idx + 1)
         for round_idx in range(checkpoint.round_idx + 1, config.federation.num_rounds):
             checkpoint = self._round(federation, round_idx, checkpoint, aligner, suite)
@@ -106,6 +110,7 @@ class Simulation:
         """One round: cohort, local training, aggregation, CAI, evaluation, record, checkpoint."""
         record, settings = self.record, self.config.federation
         record.progress.round(round_idx, settings.num_rounds)
+        self.meter.begin()
         drawn = sample_cohort(settings.num_clients, settings.clients_per_round, round_idx, self.config.seed)
         cohort = [client for client in drawn if federation.shards[client]]
         state, cost = before.state, self._cost(before)
@@ -121,6 +126,7 @@ class Simulation:
             local = self.config.local
             metrics["client/lr"] = cosine_by_round(round_idx, settings.num_rounds, local.lr, local.lr_min)
             metrics |= figures.of_training(result)
+            self.meter.trained(federation.cohorts, cohort, round_idx, result)
             federation.controls.advance(cohort if federation.algorithm.has_control else (), round_idx)
         measured = self._is_measured(round_idx)
         if aligner is not None:
@@ -130,6 +136,7 @@ class Simulation:
                 aligned = aligner.align(state.adapter, round_idx, self.world.everyone(), phase.step)
             state = replace(state, adapter=aligned.adapter)
             metrics |= aligned.metrics
+            self.meter.aligned(aligner, round_idx)
         if measured:
             point = "global" if aligner is None else "after_cai"
             self._evaluate(federation, suite, round_idx, point, state.adapter)
@@ -142,8 +149,8 @@ class Simulation:
         metrics["global/checksum"] = agreed_checksum(after.state.adapter, self.ranks)
         if after.state.control is not None:
             metrics["global/control_checksum"] = agreed_checksum(after.state.control, self.ranks)
-        metrics["perf/peak_rss_bytes"] = sum(self.ranks.gather(figures.peak_rss_bytes()))
-        self.record.append(after.round_idx, "round", metrics | self.record.timers.pop())
+        seconds = self.record.timers.pop()
+        self.record.append(after.round_idx, "round", metrics | seconds | self.meter.pop(seconds))
         self.ranks.once(lambda: self._save(federation, after))
 
     def _save(self, federation: Federation, after: Checkpoint) -> None:
@@ -203,7 +210,11 @@ class Simulation:
 
     def _assemble(self, filtered: Filtered) -> Federation:
         with self.record.phase("load model", "load"):
-            return assemble(self.config, self.world, filtered.shards, self.record.client_state)
+            federation = assemble(self.config, self.world, filtered.shards, self.record.client_state)
+            base = federation.loaded.base
+            peak = run_peak(self.ranks, self.world.device, base.dtype)
+            self.meter = Meter(ModelCost.of(base), peak, self.world)
+            return federation
 
     def _aligner(self, data: PreparedData, federation: Federation, *, new: bool) -> Aligner | None:
         """The pretrained model writes the CAI conversations (once, shared by runs); None if CAI is off."""
@@ -221,6 +232,7 @@ class Simulation:
             federation.engine.on_progress = phase.step
             conversations = cai_conversations(self.config, federation.engine, data.cai_rows, self.store, facts)
             federation.engine.on_progress = None
+        self.meter.generated("cai_generate", federation.engine)
         chat = federation.chat
         rows = usable(conversations)
         if not rows:
@@ -254,6 +266,7 @@ class Simulation:
             found = evaluate(federation.engine, suite, ("eval",))
             federation.engine.on_progress = None
             phase.step(phase.total, phase.total, **figures.headline(found.metrics))
+        self.meter.generated("evaluate", federation.engine)
         self.record.append(round_idx, "eval", {"point": point, **found.metrics})
         folder, model_id = self.record.folder / "answers", f"{self.config.name}-round{round_idx + 1}-{point}"
         self.ranks.once(lambda: write_texts(found, folder, model_id, attacks=self.config.record.texts))
