@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 from collections.abc import Sequence
 
 from fedsim.cohort import CohortResult
@@ -25,13 +23,11 @@ def of_training(result: CohortResult) -> Metrics:
         "client/num_tokens": sum(c.num_tokens for c in clients),
     }
     metrics |= {f"client/loss_{c.client:03d}": c.loss for c in clients}
-    busy = max(result.aggregated.busy_s)
     return metrics | {
-        "perf/tokens_per_s": metrics["client/num_tokens"] / busy if busy > 0 else 0.0,
         "parallel/idle_share": result.idle_share,
         "parallel/planned_idle_share": result.plan.idle_share,
         "parallel/planned_makespan_s": result.plan.makespan_s,
-        "parallel/makespan_s": busy,
+        "parallel/makespan_s": max(result.aggregated.busy_s),
     }
 
 
@@ -79,9 +75,3 @@ def headline(metrics: Metrics) -> dict[str, str]:
         "MT": ("eval/mt_bench", ""),
     }
     return {name: f"{metrics[key]:.1f}{unit}" for name, (key, unit) in names.items() if key in metrics}
-
-
-def peak_rss_bytes() -> int:
-    """Largest resident memory of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

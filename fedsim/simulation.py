@@ -25,12 +25,15 @@ from fedsim.evaluate.suite import Evaluation, Suite, evaluate, judge_metrics
 from fedsim.federation.algorithms import ADAPTER
 from fedsim.federation.sampling import cosine_by_round
 from fedsim.generate.engine import Engine
+from fedsim.meter import Meter
+from fedsim.model.cost import ModelCost
 from fedsim.model.load import model_digest
 from fedsim.parallel.world import World
 from fedsim.plan import plan_text
 from fedsim.preflight import models_in_use, preflight
 from fedsim.record.finish import finish_run
 from fedsim.record.manifest import versions, write_manifest
+from fedsim.record.peak import run_peak
 from fedsim.record.run_record import RunRecord
 from fedsim.record.sections import POINT_TITLES
 from fedsim.safety.alignment import Aligner
@@ -111,7 +114,8 @@ class Simulation:
         checkpoint = replace(checkpoint, state=federation.to_device(checkpoint.state))
         federation.controls.index.update(checkpoint.client_rounds)
         if checkpoint.round_idx == PRETRAINED:
-            record.append(PRETRAINED, "prepare", record.timers.pop())
+            seconds = record.timers.pop()
+            record.append(PRETRAINED, "prepare", seconds | self.meter.pop(seconds))
         self._say_start(checkpoint.round_idx + 1)
         for round_idx in range(checkpoint.round_idx + 1, config.federation.num_rounds):
             checkpoint = self._round(federation, round_idx, checkpoint, aligner, suite)
@@ -136,6 +140,7 @@ class Simulation:
         record, settings = self.record, self.config.federation
         record.progress.round(round_idx, settings.num_rounds)
         cohort, num_sat_out = federation.cohort(round_idx)
+        self.meter.begin()
         state, cost = before.state, self._cost(before)
         metrics: dict[str, Any] = {"client/num_trained": len(cohort), "client/num_sat_out": num_sat_out}
         if cohort:
@@ -149,6 +154,7 @@ class Simulation:
             local = self.config.local
             metrics["client/lr"] = cosine_by_round(round_idx, settings.num_rounds, local.lr, local.lr_min)
             metrics |= figures.of_training(result)
+            self.meter.trained(federation.cohorts, cohort, round_idx, result)
             federation.controls.advance(cohort if federation.algorithm.has_control else (), round_idx)
         measured = self._is_measured(round_idx)
         if aligner is not None:
@@ -158,6 +164,7 @@ class Simulation:
                 aligned = aligner.align(state.adapter, round_idx, self.world.everyone(), phase.step)
             state = replace(state, adapter=aligned.adapter)
             metrics |= aligned.metrics
+            self.meter.aligned(aligner, round_idx)
         if measured:
             point = "global" if aligner is None else "after_cai"
             self._evaluate(federation, suite, round_idx, point, state.adapter)
@@ -170,8 +177,8 @@ class Simulation:
         checksums = agreed_checksums(after.state, self.ranks)
         metrics["global/checksum"] = checksums.pop(ADAPTER)
         metrics |= {f"global/{name}_checksum": digest for name, digest in checksums.items()}
-        metrics["perf/peak_rss_bytes"] = sum(self.ranks.gather(figures.peak_rss_bytes()))
-        self.record.append(after.round_idx, "round", metrics | self.record.timers.pop())
+        seconds = self.record.timers.pop()
+        self.record.append(after.round_idx, "round", metrics | seconds | self.meter.pop(seconds))
         self.ranks.once(lambda: self._save(federation, after))
 
     def _save(self, federation: Federation, after: Checkpoint) -> None:
@@ -238,7 +245,11 @@ class Simulation:
 
     def _assemble(self, filtered: Filtered) -> Federation:
         with self.record.phase("load model", "load"):
-            return assemble(self.config, self.world, filtered.shards, self.record.client_state)
+            federation = assemble(self.config, self.world, filtered.shards, self.record.client_state)
+            base = federation.loaded.base
+            peak = run_peak(self.ranks, self.world.device, base.dtype)
+            self.meter = Meter(ModelCost.of(base), peak, self.world)
+            return federation
 
     def _aligner(self, data: PreparedData, federation: Federation, *, new: bool) -> Aligner | None:
         """The pretrained model writes the CAI conversations (once, shared by runs); None if CAI is off."""
@@ -256,6 +267,7 @@ class Simulation:
             federation.engine.on_progress = phase.step
             conversations = cai_conversations(self.config, federation.engine, data.cai_rows, self.store, facts)
             federation.engine.on_progress = None
+        self.meter.generated("cai_generate", federation.engine)
         chat = federation.chat
         rows = usable(conversations)
         if not rows:
@@ -301,6 +313,7 @@ class Simulation:
             for worker in workers:
                 worker.on_progress = None
             phase.step(phase.total, phase.total, **figures.headline(found.metrics))
+        self.meter.generated("evaluate", federation.engine)
         folder, model_id = self.record.folder / "answers", f"{self.config.name}-round{round_idx + 1}-{point}"
         self.ranks.once(lambda: write_texts(found, folder, model_id, attacks=self.config.record.texts))
         judged = self._judge(found, folder / "mt_bench", model_id, point)

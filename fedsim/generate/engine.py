@@ -16,6 +16,7 @@ from fedsim import keys
 from fedsim.data.chat import ChatFormat, Conversation, TokenRow
 from fedsim.generate.decode import decode_unit
 from fedsim.generate.score import score_unit
+from fedsim.model.cost import Work, decode_work, rows_work
 from fedsim.ranks import Ranks
 
 T = TypeVar("T")
@@ -76,6 +77,9 @@ class Engine:
         max_context: prompt and reply together may have this many tokens.
         seed: the run's seed; with the call's key it fixes every draw.
         on_progress: called with (done, total) units of this rank.
+
+    Attributes:
+        work: what all ranks together have computed since :meth:`pop_work` was last called.
     """
 
     def __init__(
@@ -96,6 +100,12 @@ class Engine:
         self.max_context = max_context
         self.seed = seed
         self.on_progress = on_progress
+        self.work = Work()
+
+    def pop_work(self) -> Work:
+        """What all ranks have computed since the last call."""
+        done, self.work = self.work, Work()
+        return done
 
     def generate(
         self, conversations: Sequence[Conversation], sampling: Sampling, key: Sequence[keys.KeyPart]
@@ -125,6 +135,7 @@ class Engine:
             )
 
         rows = self._run(compute, units, [float(sum(len(kept[i]) for i in u)) for u in units], len(prompts))
+        self.work += decode_work([[(len(kept[i]), len(rows[i][0])) for i in unit] for unit in units])
         return [
             Reply(self.chat.decode(ids), len(ids), not ended, len(prompts[i]) > room)
             for i, (ids, ended) in enumerate(rows)
@@ -138,6 +149,7 @@ class Engine:
             return score_unit(self.model, [rows[i] for i in unit], self.chat.pad_id)
 
         sums = self._run(compute, units, [float(sum(len(rows[i]) for i in u)) for u in units], len(rows))
+        self.work += rows_work(rows, passes=len(units))
         return [RowScore(value, row.num_targets) for value, row in zip(sums, rows, strict=True)]
 
     def _units(self, lengths: Sequence[int]) -> list[list[int]]:

@@ -7,12 +7,34 @@ gradient. One MAX all-reduce fixes the scales and one SUM all-reduce adds all se
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from fedsim.kernels import fixed_point
 from fedsim.ranks import Term
+
+
+@dataclass
+class Traffic:
+    """Bytes that this process has handed to collectives: what it contributes, whatever the algorithm below sends.
+
+    An all-reduce counts the whole vector on every member, a gathered object its pickle on every rank, and one that
+    rank 0 sends out its pickle there alone. Barriers and the set-up of groups are not counted.
+    """
+
+    num_bytes: int = 0
+
+    def add(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Count a tensor that is about to be reduced; returns it."""
+        self.num_bytes += tensor.numel() * tensor.element_size()
+        return tensor
+
+    def pop(self) -> int:
+        """Bytes since the last call."""
+        taken, self.num_bytes = self.num_bytes, 0
+        return taken
 
 
 class Summer:
@@ -22,10 +44,19 @@ class Summer:
         group: the members; None means this process alone.
         exact: order-independent sums, bit-identical however the terms are spread over members.
         device: where the members' terms are; a member without terms joins the reduction from there.
+        traffic: counts what this member contributes.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None, *, exact: bool, device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        *,
+        exact: bool,
+        device: torch.device | None = None,
+        traffic: Traffic | None = None,
+    ) -> None:
         self.group = group
+        self.traffic = Traffic() if traffic is None else traffic
         self.exact = exact
         self.device = torch.device("cpu") if device is None else device
 
@@ -48,7 +79,7 @@ class Summer:
     ) -> list[torch.Tensor]:
         bounds = torch.stack([_bound(terms, device) for terms in segments])
         if self.group is not None:
-            dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=self.group)
+            dist.all_reduce(self.traffic.add(bounds), op=dist.ReduceOp.MAX, group=self.group)
         exponents = fixed_point.shared_exponent(bounds, count)
         flat = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
         parts = flat.split(list(sizes))
@@ -56,7 +87,7 @@ class Summer:
             for term in terms:
                 fixed_point.accumulate(part, term.vector, exponent, term.weight)
         if self.group is not None:
-            dist.all_reduce(flat, op=dist.ReduceOp.SUM, group=self.group)
+            dist.all_reduce(self.traffic.add(flat), op=dist.ReduceOp.SUM, group=self.group)
         sums = [fixed_point.restore(part, exponent) for part, exponent in zip(parts, exponents, strict=True)]
         return [torch.where(torch.isfinite(b), s, torch.nan) for s, b in zip(sums, bounds, strict=True)]
 
@@ -68,7 +99,7 @@ class Summer:
             for term in terms:
                 part.add_(term.vector, alpha=term.weight)
         if self.group is not None:
-            dist.all_reduce(flat, op=dist.ReduceOp.SUM, group=self.group)
+            dist.all_reduce(self.traffic.add(flat), op=dist.ReduceOp.SUM, group=self.group)
         return [part.double() for part in flat.split(list(sizes))]
 
 

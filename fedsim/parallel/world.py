@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import atexit
 import os
+import pickle
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -21,7 +22,7 @@ import torch.distributed as dist
 from fedsim.disk import is_disk_full
 from fedsim.errors import DiskFullError, FedsimError, RunError
 from fedsim.parallel.planner import deal_units
-from fedsim.parallel.sums import Summer
+from fedsim.parallel.sums import Summer, Traffic
 from fedsim.ranks import OneRank, Ranks
 
 T = TypeVar("T")
@@ -48,12 +49,14 @@ class World:
         device: where this process computes.
         exact: whether sums are order-independent.
         timeout: a collective of a lane that waits longer ends the run.
+        traffic: bytes that this process has handed to collectives.
     """
 
     ranks: Ranks
     device: torch.device
     exact: bool
     timeout: timedelta = timedelta(minutes=30)
+    traffic: Traffic = field(default_factory=Traffic)
     _groups: dict[tuple[int, int], dist.ProcessGroup | None] = field(default_factory=dict)
 
     @property
@@ -77,7 +80,8 @@ class World:
                 members = list(range(first_rank, first_rank + width))
                 self._groups[(first_rank, width)] = dist.new_group(members, timeout=self.timeout)
             group = self._groups[(first_rank, width)]
-        return Lane(self.rank - first_rank, width, Summer(group, exact=self.exact, device=self.device))
+        summer = Summer(group, exact=self.exact, device=self.device, traffic=self.traffic)
+        return Lane(self.rank - first_rank, width, summer)
 
     def everyone(self) -> Lane:
         """One lane of all ranks."""
@@ -85,9 +89,14 @@ class World:
 
 
 class GroupRanks:
-    """:class:`fedsim.ranks.Ranks` over the default process group."""
+    """:class:`fedsim.ranks.Ranks` over the default process group.
 
-    def __init__(self) -> None:
+    Args:
+        traffic: counts what this rank contributes.
+    """
+
+    def __init__(self, traffic: Traffic) -> None:
+        self.traffic = traffic
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
         self.is_main = self.rank == 0
@@ -120,17 +129,21 @@ class GroupRanks:
 
     def once(self, compute: Callable[[], R]) -> R:
         """Compute on rank 0 and send the result, or the error, to all."""
-        box: list[Any] = [None, None]
+        result: R | None = None
+        failure: FedsimError | None = None
+        box: list[bytes | None] = [None]
         if self.is_main:
             try:
-                box[0] = compute()
+                result = compute()
             except Exception as error:
-                box[1] = portable(error, 0)
+                failure = portable(error, 0)
+            box[0] = self._pickled((result, failure))
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
-        if box[1] is not None:
-            raise box[1]
-        result: R = box[0]
-        return result
+        if not self.is_main:
+            result, failure = pickle.loads(cast(bytes, box[0]))
+        if failure is not None:
+            raise failure
+        return cast(R, result)
 
     def each(self, compute: Callable[[], R]) -> list[R]:
         """Compute on every rank and exchange results and errors."""
@@ -148,9 +161,15 @@ class GroupRanks:
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value, by rank; it must pickle."""
-        out: list[T | None] = [None] * self.size
-        dist.all_gather_object(out, value)
-        return cast(list[T], out)
+        out: list[bytes | None] = [None] * self.size
+        dist.all_gather_object(out, self._pickled(value))
+        return [cast(T, pickle.loads(cast(bytes, data))) for data in out]
+
+    def _pickled(self, value: object) -> bytes:
+        """A value as it travels, counted."""
+        data = pickle.dumps(value)
+        self.traffic.num_bytes += len(data)
+        return data
 
 
 def portable(error: Exception, rank: int) -> FedsimError:
@@ -195,7 +214,8 @@ def process_world(*, exact: bool, threads: int, timeout_s: float) -> Iterator[Wo
     store, rank = _meet(timeout)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     try:
-        yield World(GroupRanks(), device, exact, timeout)
+        traffic = Traffic()
+        yield World(GroupRanks(traffic), device, exact, timeout, traffic)
     except Exception as error:
         speaks = _speaks(store, rank)
         if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":

@@ -15,6 +15,8 @@ class PhaseTimers:
     Phases nest: inside ``phase("cai")`` a ``phase("dpo")`` counts under ``cai/dpo``, and its seconds are part of
     ``cai``'s as well, so that top-level phases add up to the round. Names use letters, digits and ``_``.
 
+    A phase is also a range of that name in a ``torch.profiler`` trace.
+
     Args:
         synchronize: wait for the GPU's queue at both ends of a phase, so that a phase is charged for its own kernels.
         clock: seconds from a fixed, arbitrary start.
@@ -34,7 +36,8 @@ class PhaseTimers:
         self._open.append(name)
         start = self._now()
         try:
-            yield
+            with torch.profiler.record_function(f"phase: {path}"):
+                yield
         finally:
             self._seconds[path] = self._seconds.get(path, 0.0) + self._now() - start
             self._open.pop()

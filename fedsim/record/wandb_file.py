@@ -27,12 +27,13 @@ def read_history(folder: Path, run_id: str) -> Iterator[tuple[int, dict[str, Any
         folder: the directory that holds ``offline-run-…`` and ``run-…`` folders.
         run_id: whose; a resumed run has several folders.
     """
-    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.proto import wandb_internal_pb2
 
+    messages: Any = wandb_internal_pb2  # its classes are made at import
     paths = folder.glob(f"*run-*-{run_id}/run-{run_id}.wandb")
     for path in sorted(paths, key=lambda p: p.parent.name.removeprefix("offline-")):
         for data in _records(path.read_bytes()):
-            record = Record.FromString(data)
+            record = messages.Record.FromString(data)
             if record.WhichOneof("record_type") == "history":
                 items = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
                 yield record.history.step.num, {name: json.loads(value) for name, value in items.items()}

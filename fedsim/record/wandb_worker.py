@@ -66,7 +66,7 @@ class Worker:
         self.folder = folder
         self.settings = settings
         self.config = config
-        self.mode: str = settings["mode"]
+        self.mode: Any = settings["mode"]
         self.note = folder / "wandb.json"
         known = json.loads(self.note.read_text(encoding="utf-8")) if self.note.exists() else {}
         self.run_id: str = known.get("id") or secrets.token_hex(4)

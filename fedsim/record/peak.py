@@ -1,0 +1,118 @@
+"""What the devices of a run can do at most: published figures of known GPUs, else measured.
+
+The CPU's are measured on all ranks at the same time, as they compute: ranks that share cores share their peak.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from fedsim.ranks import Ranks
+
+_MEASURE_S = 0.06
+
+
+@dataclass(frozen=True)
+class Peak:
+    """FLOP/s of dense matrix products and bytes/s of memory, and where they are from."""
+
+    flops: float
+    bytes_per_s: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One line of a data sheet: TFLOP/s without sparsity, and TB/s.
+
+    Attributes:
+        words: all of them are in the device's name.
+    """
+
+    words: tuple[str, ...]
+    bfloat16: float
+    float32: float
+    memory: float
+
+
+# NVIDIA's data sheets of A100 (2021), H100 (2023), H200 (2024) and L40S (2023); where they print tensor-core figures
+# with sparsity, half of those. The first line that matches counts.
+GPUS = (
+    Gpu(("H200", "NVL"), 835.5, 60.0, 4.8),
+    Gpu(("H200",), 989.5, 67.0, 4.8),
+    Gpu(("H100", "NVL"), 835.5, 60.0, 3.9),
+    Gpu(("H100", "PCIe"), 756.5, 51.0, 2.0),
+    Gpu(("H100", "HBM3"), 989.5, 67.0, 3.35),
+    Gpu(("A100", "SXM4-80GB"), 312.0, 19.5, 2.039),
+    Gpu(("A100", "80GB PCIe"), 312.0, 19.5, 1.935),
+    Gpu(("A100", "40GB"), 312.0, 19.5, 1.555),
+    Gpu(("L40S",), 362.05, 91.6, 0.864),
+)
+
+
+def run_peak(ranks: Ranks, device: torch.device, dtype: torch.dtype) -> Peak:
+    """Peak of all devices of the run together; a GPU that several processes share counts once.
+
+    Every rank must call it at the same point.
+    """
+    ranks.gather(None)  # measure side by side
+    mine = device_peak(device, dtype, torch.get_num_threads())
+    place = ranks.rank if device.type == "cpu" else str(torch.cuda.get_device_properties(device).uuid)
+    each = dict(ranks.gather((place, mine)))
+    flops = sum(peak.flops for peak in each.values())
+    return Peak(flops, sum(peak.bytes_per_s for peak in each.values()), f"{len(each)} x {mine.source}")
+
+
+@functools.cache
+def device_peak(device: torch.device, dtype: torch.dtype, threads: int) -> Peak:
+    """Peak of one device, of a CPU with so many threads; it is measured once in a process."""
+    kind = str(dtype).removeprefix("torch.")
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        found = published(name)
+        if found is not None and dtype in (torch.bfloat16, torch.float32):
+            flops = found.bfloat16 if dtype == torch.bfloat16 else found.float32
+            return Peak(flops * 1e12, found.memory * 1e12, f"{name} {kind}, data sheet")
+        return _measured(device, dtype, 8192, f"{name} {kind}, measured")
+    return _measured(device, dtype, 512, f"CPU {kind} on {threads} thread{'s' if threads > 1 else ''}, measured")
+
+
+def published(name: str) -> Gpu | None:
+    """The data sheet's line for a device name as CUDA gives it; None for one that is not known, or a part of one."""
+    if "MIG" in name:
+        return None
+    return next((gpu for gpu in GPUS if all(word in name for word in gpu.words)), None)
+
+
+def _measured(device: torch.device, dtype: torch.dtype, size: int, source: str) -> Peak:
+    """Best of several square matrix products, and of several copies."""
+    left, right = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
+    out = torch.empty_like(left)
+    product_s = _best(lambda: torch.mm(left, right, out=out), device)
+    source_buffer = torch.ones(2**25, dtype=torch.uint8, device=device)
+    copy = torch.empty_like(source_buffer)
+    copy_s = _best(lambda: copy.copy_(source_buffer), device)
+    return Peak(2 * size**3 / product_s, 2 * source_buffer.numel() / copy_s, source)
+
+
+def _best(run: Callable[[], object], device: torch.device) -> float:
+    """Shortest seconds of a call, the first one left out."""
+    best, began = float("inf"), time.perf_counter()
+    run()
+    while time.perf_counter() - began < _MEASURE_S or best == float("inf"):
+        _wait(device)
+        start = time.perf_counter()
+        run()
+        _wait(device)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,227 @@
+"""Where a round's time goes: ``[torchrun --nproc_per_node=N] python tools/profile_round.py CONFIG.yaml [key=value …]``.
+
+The run is simulated up to the chosen round (``--round``, 2 by default: the first after warm-up) in a directory of its
+own. The table's figures are that round's metric row, measured without a profiler; the round is then done once more,
+under ``torch.profiler``, for the Chrome trace (open it in https://ui.perfetto.dev). Both are the same work; the last
+line says how much longer the profiled one took.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedsim.checkpoint import Checkpoint
+from fedsim.config import Config, load_config
+from fedsim.errors import ConfigError, FedsimError
+from fedsim.parallel.world import World, process_world
+from fedsim.record.metrics import Row, read_rows
+from fedsim.record.paper import arm_name
+from fedsim.record.tables import Table, byte_size, duration, measured
+from fedsim.record.timers import top_level_seconds
+from fedsim.simulation import Simulation
+
+TITLES = {
+    "train": "local training",
+    "aggregate": "aggregation",
+    "cai": "constitutional AI",
+    "evaluate": "evaluation",
+}
+NONE = "–"
+SUFFIX = "-profile"
+
+
+class Enough(Exception):
+    """The chosen round is done."""
+
+
+class ProfiledSimulation(Simulation):
+    """A simulation that does its chosen round twice, the second time under the profiler, and ends there.
+
+    Args:
+        chosen: index of the round.
+        trace: where the trace is written.
+
+    Attributes:
+        seconds: of the chosen round, without and with the profiler.
+    """
+
+    def __init__(self, config: Config, world: World, chosen: int, trace: Path) -> None:
+        super().__init__(config, world)
+        self.chosen = chosen
+        self.trace = trace
+        self.seconds: list[float] = []
+
+    def _round(self, federation: Any, round_idx: int, before: Checkpoint, *rest: Any) -> Checkpoint:
+        if round_idx < self.chosen:
+            return super()._round(federation, round_idx, before, *rest)
+        self._timed(federation, round_idx, before, *rest)
+        self.record.say("the same round once more, for the trace")
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if self.world.device.type == "cuda":
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        if not self.ranks.is_main:
+            self._timed(federation, round_idx, before, *rest)
+        else:
+            with torch.profiler.profile(activities=activities) as profiler:
+                self._timed(federation, round_idx, before, *rest)
+            profiler.export_chrome_trace(str(self.trace))
+        raise Enough
+
+    def _timed(self, federation: Any, round_idx: int, before: Checkpoint, *rest: Any) -> None:
+        began = time.perf_counter()
+        super()._round(federation, round_idx, before, *rest)
+        self.seconds.append(time.perf_counter() - began)
+
+    def _evaluate(self, federation: Any, suite: Any, round_idx: int, *rest: Any) -> None:
+        """Evaluations before the chosen round are not looked at."""
+        if round_idx >= self.chosen:
+            super()._evaluate(federation, suite, round_idx, *rest)
+
+
+def phase_table(row: Mapping[str, Any]) -> Table:
+    """One line a phase of a round's metric row, the rest of the round, and the whole."""
+    timed = top_level_seconds(row)
+    seconds = {phase: timed[phase] for phase in [*TITLES, *timed] if phase in timed}
+    if "train" in seconds:  # waiting for the slowest rank is part of its training, as in MFU
+        both = seconds["train"] + seconds["aggregate"]
+        seconds["train"] = min(row["parallel/makespan_s"], both)
+        seconds["aggregate"] = both - seconds["train"]
+    total = max(row["perf/round_s"], sum(seconds.values()))
+    lines = [_line(row, phase, spent, total) for phase, spent in seconds.items()]
+    rest = total - sum(seconds.values())
+    lines.append(["everything else", f"{rest:.3f}", f"{100 * rest / total:.1f} %", *[NONE] * 5])
+    work = {name: _total(row, seconds, name) for name in ("tokens", "flops")}
+    least = sum((measured(row, f"{_prefix(phase)}roofline") or 0.0) * spent for phase, spent in seconds.items())
+    lines.append(
+        ["whole round", f"{total:.3f}", "100.0 %", f"{work['tokens']:,.0f}", f"{work['tokens'] / total:,.0f}",
+         _rate(work["flops"] / total, "FLOP/s"), f"{100 * least / total:.1f} %", NONE]
+    )  # fmt: skip
+    head = ["phase", "seconds", "share", "tokens", "tokens/s", "achieved", "of roofline", "bound by"]
+    widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
+    right = [[line[0], *(cell.rjust(widths[i]) for i, cell in enumerate(line[1:], start=1))] for line in [head, *lines]]
+    return Table(right[0], right[1:])
+
+
+def _line(row: Mapping[str, Any], phase: str, spent: float, total: float) -> list[str]:
+    prefix = _prefix(phase)
+    tokens, flops, fraction = (measured(row, prefix + name) for name in ("tokens", "flops", "roofline"))
+    bound = NONE
+    if fraction is not None:
+        memory_s = row[f"{prefix}bytes"] / row["perf/peak_memory_bytes_per_s"]
+        bound = "memory" if memory_s > (flops or 0.0) / row["perf/peak_flops_per_s"] else "compute"
+    return [
+        TITLES.get(phase, phase),
+        f"{spent:.3f}",
+        f"{100 * spent / total:.1f} %",
+        NONE if tokens is None else f"{tokens:,.0f}",
+        NONE if tokens is None else f"{tokens / spent:,.0f}",
+        NONE if flops is None else _rate(flops / spent, "FLOP/s"),
+        NONE if fraction is None else f"{100 * fraction:.1f} %",
+        bound,
+    ]
+
+
+def _prefix(phase: str) -> str:
+    return "perf/" if phase == "train" else f"perf/{phase}_"
+
+
+def _total(row: Mapping[str, Any], phases: Iterable[str], name: str) -> float:
+    return sum(measured(row, _prefix(phase) + name) or 0.0 for phase in phases)
+
+
+def totals(row: Mapping[str, Any], num_ranks: int) -> dict[str, str]:
+    """The figures of the round as a whole, by what they are."""
+    flops, memory = (row[f"perf/peak_{name}"] for name in ("flops_per_s", "memory_bytes_per_s"))
+    found = {"peak of all devices": f"{_rate(flops, 'FLOP/s')}, {_rate(memory, 'B/s')} ({row['perf/peak_source']})"}
+    for title, name in (("MFU, local training", "perf/mfu"), ("MFU, constitutional AI", "perf/cai_mfu")):
+        if (mfu := measured(row, name)) is not None:
+            found[title] = f"{100 * mfu:.1f} %"
+    found["peak memory"] = f"{byte_size(row['perf/peak_rss_bytes'])} resident, all processes together"
+    if "perf/peak_gpu_bytes" in row:
+        found["peak GPU memory"] = f"{byte_size(row['perf/peak_gpu_bytes'])} allocated by the process that has most"
+    if (idle := measured(row, "parallel/idle_share")) is not None:
+        planned = 100 * row["parallel/planned_idle_share"]
+        found["idle while training"] = f"{100 * idle:.1f} % of {_processes(num_ranks)}, {planned:.1f} % planned"
+    sent = row["parallel/comm_bytes"]
+    found["communicated"] = f"{sent / 1e6:,.2f} MB ({sent:,} bytes handed to collectives by all processes)"
+    return found
+
+
+def _rate(value: float, unit: str) -> str:
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if value >= size:
+            return f"{value / size:.3g} {letter}{unit}"
+    return f"{value:.3g} {unit}"
+
+
+def _processes(num_ranks: int) -> str:
+    return "1 process" if num_ranks == 1 else f"{num_ranks} processes"
+
+
+def report(simulation: ProfiledSimulation, row: Row) -> str:
+    """Everything that is printed."""
+    config, world = simulation.config, simulation.world
+    arm = arm_name(config.federation.algorithm, config.guard.kind != "none", config.cai.iterations > 0)
+    place = f"{_processes(world.size)} on {world.device.type}, {config.parallel.threads} thread(s) each"
+    plain, profiled = simulation.seconds
+    found = totals(row, world.size)
+    found["trace of rank 0"] = f"{simulation.trace} ({duration(profiled)}, {profiled / plain:.2f} x the measured pass)"
+    title = f"Round {row['round'] + 1} of {config.name.removesuffix(SUFFIX)}: {arm}; {place}"
+    lines = [f"{what:<22}  {figure}" for what, figure in found.items()]
+    return "\n".join([title, "", phase_table(row).plain(), "", *lines])
+
+
+def parse(arguments: list[str]) -> tuple[Config, int, Path | None]:
+    """The configuration, the index of the chosen round, and the trace's path if one is given."""
+    parser = argparse.ArgumentParser(prog="tools/profile_round.py", description=__doc__)
+    parser.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--round", type=int, default=2, help="which round, counted from 1")
+    parser.add_argument("--trace", type=Path, help="Chrome trace to write, *.json or *.json.gz")
+    found = parser.parse_args(arguments)
+    config = load_config(found.config, [*found.overrides, "wandb.mode=off"])
+    if not 1 <= found.round <= config.federation.num_rounds:
+        raise ConfigError(f"--round {found.round}: must be >= 1 and <= federation.num_rounds (now "
+                          f"{config.federation.num_rounds}); choose another round")  # fmt: skip
+    return replace(config, name=config.name + SUFFIX), found.round - 1, found.trace
+
+
+def profile(config: Config, chosen: int, trace: Path | None) -> None:
+    """Simulate, trace and print."""
+    parallel = config.parallel
+    folder = Path(config.record.dir).expanduser() / config.name
+    target = trace or folder / f"trace-round{chosen + 1}.json.gz"
+    with process_world(exact=parallel.exact, threads=parallel.threads, timeout_s=parallel.timeout_s) as world:
+        world.ranks.once(lambda: shutil.rmtree(folder, ignore_errors=True))  # an earlier profile would be resumed
+        simulation = ProfiledSimulation(config, world, chosen, target)
+        try:
+            simulation.run()
+        except Enough:
+            rows = read_rows(simulation.record.metrics_file) if world.ranks.is_main else []
+            for row in [r for r in rows if r["stage"] == "round" and r["round"] == chosen][:1]:
+                print(f"\n{report(simulation, row)}", flush=True)
+
+
+def main() -> int:
+    """Profile one round; a user's error is one line."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler's own notes on standard error
+    try:
+        profile(*parse(sys.argv[1:]))
+    except FedsimError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
