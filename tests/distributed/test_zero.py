@@ -162,7 +162,7 @@ def test_the_guards_artefact_names_deepspeed_and_the_number_of_ranks(
     """One store: each run must tune for itself, and judge alike."""
     runs = [
         pool.run(size, filtered, str(square_file), str(tmp_path), overrides)[0]
-        for size, overrides in ((1, []), (1, ["guard.deepspeed=zero2"]), (2, ["guard.deepspeed=zero2"]))
+        for size, overrides in ((1, []), (3, ["guard.deepspeed=zero2"]), (4, ["guard.deepspeed=zero2"]))
     ]
     assert len({run["adapter"] for run in runs}) == 3
     assert runs[1]["probs"] == pytest.approx(runs[0]["probs"], abs=1e-3)
