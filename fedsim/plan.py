@@ -14,26 +14,16 @@ from fedsim.evaluate.suite import Suite
 from fedsim.federation.registry import build_algorithm
 from fedsim.parallel.planner import Plan, plan_round
 from fedsim.preflight import Preflight, round_work
+from fedsim.preparation import Inputs
 from fedsim.record.sources import known_file
 from fedsim.record.tables import Table, byte_size
 
 
-def plan_text(
-    config: Config,
-    data: PreparedData,
-    suite: Suite,
-    inputs: Mapping[str, Path],
-    found: Preflight,
-    num_ranks: int,
-) -> str:
-    """The whole plan, ready to print.
-
-    Args:
-        inputs: the data files, by what they are.
-    """
+def plan_text(config: Config, inputs: Inputs, found: Preflight, num_ranks: int) -> str:
+    """The whole plan, ready to print."""
     parts = [
-        _lines("Inputs", {name: _input(path) for name, path in inputs.items()}),
-        _lines("Work", work(config, data, suite)),
+        _lines("Inputs", {name: _input(path) for name, path in inputs.files.items()}),
+        _lines("Work", work(config, inputs.data, inputs.suite)),
         _lines("Lanes", lanes(config, num_ranks)),
         _lines("Models", models(found)),
         f"Memory of each process, at the longest rows that the configuration allows\n{memory_table(found).plain()}",

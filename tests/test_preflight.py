@@ -22,6 +22,7 @@ from fedsim.parallel.world import World
 from fedsim.plan import plan_text
 from fedsim.preflight import check_world_size
 from fedsim.preflight import preflight as run_preflight
+from fedsim.preparation import Inputs
 from fedsim.ranks import OneRank
 from fedsim.simulation import Simulation
 
@@ -178,7 +179,7 @@ def test_a_stage_that_may_not_fit_is_a_warning(monkeypatch: pytest.MonkeyPatch) 
     found = run_preflight(made, world())
     data: Any = SimpleNamespace(shards=[[1]] * 6, guard_rows=[1], cai_rows=[1])
     suite: Any = SimpleNamespace(counts=lambda: {})
-    text = plan_text(made, data, suite, {}, found, 1)
+    text = plan_text(made, Inputs(data, suite, {}), found, 1)
     (line,) = [line for line in text.splitlines() if line.startswith("Warning: generation")]
     assert "may not fit into 3.81 MiB" in line and "eval.batch_size" in line
 

@@ -1,0 +1,86 @@
+"""Measures the model at a point of the run: benchmarks, judge, texts, and the row that records them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from fedsim import figures
+from fedsim.assembly import Federation
+from fedsim.config import Config
+from fedsim.evaluate.judge import MtJudge
+from fedsim.evaluate.measures import Metrics
+from fedsim.evaluate.stage import write_texts
+from fedsim.evaluate.suite import Evaluation, Suite, evaluate, judge_metrics
+from fedsim.generate.engine import Engine
+from fedsim.meter import Meter
+from fedsim.parallel.world import World
+from fedsim.record.run_record import RunRecord
+from fedsim.record.sections import POINT_TITLES
+from fedsim.safety.guard import LlamaGuard
+
+
+class Measurement:
+    """The benchmarks of a run, ready to be taken at any point.
+
+    Args:
+        config: what is run.
+        world: the processes that run it.
+        record: where figures go.
+        federation: whose model is measured.
+        suite: the benchmarks.
+        meter: told how much was generated.
+    """
+
+    def __init__(
+        self, config: Config, world: World, record: RunRecord, federation: Federation, suite: Suite, meter: Meter
+    ) -> None:
+        self.config = config
+        self.ranks = world.ranks
+        self.record = record
+        self.federation = federation
+        self.meter = meter
+        self.judge: MtJudge | None = None
+        if config.judge.kind != "none" and suite.mt_bench:
+            suite = replace(suite, rubric=None)  # the judge takes the rubric's place
+            self.judge = MtJudge(config, world.ranks, world.device)
+        self.suite = suite
+
+    def is_due(self, round_idx: int) -> bool:
+        """Whether the configuration asks for a measurement in this round; in the last one always."""
+        every, num_rounds = self.config.eval.every, self.config.federation.num_rounds
+        return round_idx == num_rounds - 1 or (every > 0 and (round_idx + 1) % every == 0)
+
+    def take(self, round_idx: int, point: str, adapter: torch.Tensor) -> None:
+        """Run the benchmarks on an adapter. Every point draws the same random numbers, so points compare."""
+        federation, suite = self.federation, self.suite
+        federation.flat.load(adapter)
+        with self.record.phase(f"evaluate, {POINT_TITLES[point]}", "evaluate", "batches") as phase:
+            workers = [w for w in (federation.engine, suite.guard) if isinstance(w, Engine | LlamaGuard)]
+            for worker in workers:
+                worker.on_progress = phase.step
+            found = evaluate(federation.engine, suite, ("eval",))
+            for worker in workers:
+                worker.on_progress = None
+            phase.step(phase.total, phase.total, **figures.headline(found.metrics))
+        self.meter.generated("evaluate", federation.engine)
+        folder, model_id = self.record.folder / "answers", f"{self.config.name}-round{round_idx + 1}-{point}"
+        self.ranks.once(lambda: write_texts(found, folder, model_id, attacks=self.config.record.texts))
+        judged = self._judge(found, model_id, point)
+        self.record.append(round_idx, "eval", {"point": point, **found.metrics, **judged})
+
+    def _judge(self, found: Evaluation, model_id: str, point: str) -> Metrics:
+        """Let the judge rate the MT-Bench answers. What it leaves unjudged is told, and ends no run."""
+        if self.judge is None or found.mt_bench is None:
+            return {}
+        folder = self.record.folder / "answers" / "mt_bench"
+        with self.record.phase(f"judge MT-Bench, {POINT_TITLES[point]}", "judge", self.judge.unit) as phase:
+            judged = self.judge.judge(folder, model_id, found.mt_bench.texts, phase.step)
+            metrics = judge_metrics(judged, [answer.question for answer in found.mt_bench.answers])
+            if judged.error is None:
+                phase.step(phase.total, phase.total, **figures.headline(metrics))
+        if judged.error is not None:
+            finish = f"python tools/judge.py {self.record.folder}"
+            self.record.say(f"{judged.num_unjudged} turns stay unjudged: {judged.error}. To finish later: {finish}")
+        return metrics

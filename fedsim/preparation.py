@@ -1,0 +1,183 @@
+"""What happens once, before the first round: read the data, filter the clients' rows, write the CAI conversations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedsim import figures
+from fedsim.artefacts import ArtefactStore
+from fedsim.assembly import Federation
+from fedsim.config import Config, to_nested
+from fedsim.data.prepare import PreparedData, prepare_data
+from fedsim.errors import DataError
+from fedsim.evaluate.judge_inputs import judge_files
+from fedsim.evaluate.stage import load_suite
+from fedsim.evaluate.suite import Suite
+from fedsim.model.load import model_digest
+from fedsim.parallel.world import World
+from fedsim.preflight import models_in_use
+from fedsim.record.manifest import versions, write_manifest
+from fedsim.record.run_record import RunRecord
+from fedsim.safety.alignment import Aligner
+from fedsim.safety.cai_data import count_metrics, unusable, usable
+from fedsim.safety.cai_stage import cai_conversations, constitution_file
+from fedsim.safety.filter_stage import FilterStage
+from fedsim.safety.filtering import Filtered
+from fedsim.safety.guard import LlamaGuard
+from fedsim.safety.guard_report import write_tables
+
+PRETRAINED = -1  # round index of what belongs to the untouched model
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What was read.
+
+    Attributes:
+        data: the clients', the guard's and CAI's rows.
+        suite: the benchmarks.
+        files: every data file that the run depends on, by what it is.
+    """
+
+    data: PreparedData
+    suite: Suite
+    files: dict[str, Path]
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """What the filter stage did.
+
+    Attributes:
+        filtered: the rows to train on.
+        compared: what the guard would have done as it was given, by title, where that is measured.
+        judge: the guard that will judge replies, where there is to be one.
+    """
+
+    filtered: Filtered
+    compared: dict[str, Filtered]
+    judge: LlamaGuard | None
+
+
+class Preparation:
+    """The stages before the first round; their expensive results are artefacts that runs share.
+
+    Args:
+        config: what to run.
+        world: the processes that run it.
+        record: where it is written down.
+        store: artefacts.
+    """
+
+    def __init__(self, config: Config, world: World, record: RunRecord, store: ArtefactStore) -> None:
+        self.config = config
+        self.world = world
+        self.ranks = world.ranks
+        self.record = record
+        self.store = store
+        self.facts: dict[str, Any] = {
+            "device": world.device.type,
+            "threads": config.parallel.threads,
+            "exact": config.parallel.exact,
+            "versions": versions(),
+            "gpu": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else None,
+        }
+
+    def read(self) -> Inputs:
+        """Read and split the rows, and read the benchmarks."""
+        with self.record.phase("data", "data"):
+            data = prepare_data(self.config, self.store, self.ranks)
+            suite, files = load_suite(self.config.eval, self.store)
+        for note in data.notes:
+            self.record.say(note)
+        files = {"square": data.source, **files, **judge_files(self.config)}
+        if self.config.cai.iterations > 0:
+            files["constitution"] = constitution_file(self.config.cai.constitution)
+        return Inputs(data, suite, files)
+
+    def write_manifest(self, inputs: Inputs) -> None:
+        """Write down what the run's figures depend on.
+
+        Raises:
+            CheckpointError: a resumed run's files or models are no longer those that it began with.
+        """
+        self.record.notes.extend(inputs.data.notes)
+
+        def write() -> None:
+            hashes = {name: model_digest(path) for name, path in models_in_use(self.config).items()}
+            write_manifest(self.record.folder, to_nested(self.config), inputs.files, hashes, self.world.size)
+
+        self.ranks.once(write)
+
+    def filter(self, data: PreparedData) -> Guarded:
+        """Every client drops, replaces or downweights the rows that the guard calls unsafe (paper §4.1)."""
+        with self.record.phase(f"safety filter ({self.config.guard.kind})", "filter", "steps") as phase:
+            stage = FilterStage(
+                self.config,
+                self.ranks,
+                self.world.everyone(),
+                self.world.device,
+                self.store,
+                self.facts,
+                lambda name, done, total: phase.step(done, total, part=name),
+            )
+            compared = stage.compare(data)
+            filtered, wanted = stage.run(data), self.config.eval.guard_judge
+            judge = None
+            if wanted != "none":
+                judge = stage.model.judge(data, tuned=wanted == "tuned", policy=self.config.guard.policy)
+                judge.on_progress = None  # the phase that it would report to ends here
+            return Guarded(filtered, compared, judge)
+
+    def record_filter(self, guarded: Guarded, federation: Federation) -> None:
+        """How right the guard was, what its filter left, and how many training rows had to be cut."""
+        guard = self.config.guard
+        for point, found in guarded.compared.items():
+            self.record.append(PRETRAINED, "guard", {"point": point, **figures.of_verdicts(found)})
+        point = guard.kind.replace("_", " ")
+        metrics = figures.of_guard(guarded.filtered, guard.kind)
+        if guard.kind == "llama_guard":
+            point = metrics["point"] = "fine-tuned" if guard.tune_epochs > 0 else "untuned"
+        metrics["client/num_cut_rows"] = sum(row.truncated for shard in federation.shards for row in shard)
+        self.record.append(PRETRAINED, "filter", metrics)
+        if guard.kind != "none":
+            points = {**guarded.compared, point: guarded.filtered}
+            self.ranks.once(lambda: write_tables(self.record.folder / "guard", points, guard.threshold))
+
+    def aligner(self, data: PreparedData, federation: Federation, *, new: bool) -> Aligner | None:
+        """The pretrained model writes the CAI conversations (once, shared by runs); None if CAI is off.
+
+        Args:
+            new: the run begins here; figures of the conversations are recorded.
+
+        Raises:
+            DataError: no conversation can be trained on.
+        """
+        cai, model = self.config.cai, self.config.model
+        if cai.iterations == 0:
+            return None
+        federation.flat.load(federation.flat.initial(self.config.seed))
+        facts = self.facts | {
+            "model": self.ranks.once(lambda: model_digest(model.path)),
+            "data": data.source_sha256,
+            "dtype": model.dtype,
+            "attention": model.attention,
+        }
+        with self.record.phase("CAI conversations", "cai_generate", "batches") as phase:
+            federation.engine.on_progress = phase.step
+            conversations = cai_conversations(self.config, federation.engine, data.cai_rows, self.store, facts)
+            federation.engine.on_progress = None
+        rows = usable(conversations)
+        if not rows:
+            raise DataError(unusable(conversations))
+        aligner = Aligner(federation.trainer, rows, federation.chat, cai, federation.chat.pad_id, self.config.seed)
+        if new:
+            counts = {"cai/num_cut_rows": aligner.num_truncated}
+            counts["cai/num_dropped_no_targets"] = aligner.num_without_targets
+            figures_of_texts = count_metrics(conversations) | figures.of_cai_texts(conversations)
+            self.record.append(PRETRAINED, "cai_data", figures_of_texts | counts)
+        return aligner
