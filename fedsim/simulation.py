@@ -13,6 +13,7 @@ from fedsim.checkpoint import Checkpoint
 from fedsim.cohort import agreed_checksums
 from fedsim.config import Config
 from fedsim.disk import explaining_full_disk
+from fedsim.evaluate.suite import Suite
 from fedsim.federation.algorithms import ADAPTER
 from fedsim.federation.sampling import cosine_by_round
 from fedsim.measurement import Measurement
@@ -76,8 +77,7 @@ class Simulation:
         prepare.write_manifest(inputs)
         guarded = prepare.filter(inputs.data)
         federation = self._assemble(guarded.filtered)
-        suite = replace(inputs.suite, guard=guarded.judge)
-        measurement = Measurement(config, self.world, record, federation, suite, self.meter)
+        measurement = self._measurement(federation, replace(inputs.suite, guard=guarded.judge))
         checkpoint = record.resume(federation.check)
         is_new = checkpoint is None
         if checkpoint is None:
@@ -105,6 +105,9 @@ class Simulation:
             peak = run_peak(self.ranks, self.world.device, base.dtype)
             self.meter = Meter(ModelCost.of(base), peak, self.world)
             return federation
+
+    def _measurement(self, federation: Federation, suite: Suite) -> Measurement:
+        return Measurement(self.config, self.world, self.record, federation, suite, self.meter)
 
     def _say_start(self, num_done: int) -> None:
         """A run that is resumed says where it goes on."""

@@ -23,6 +23,7 @@ import torch
 from fedsim.checkpoint import Checkpoint
 from fedsim.config import Config, load_config
 from fedsim.errors import ConfigError, FedsimError
+from fedsim.measurement import Measurement
 from fedsim.parallel.world import World, process_world
 from fedsim.record.metrics import Row, read_rows
 from fedsim.record.paper import arm_name
@@ -82,10 +83,17 @@ class ProfiledSimulation(Simulation):
         super()._round(federation, round_idx, before, *rest)
         self.seconds.append(time.perf_counter() - began)
 
-    def _evaluate(self, federation: Any, suite: Any, round_idx: int, *rest: Any) -> None:
+    def _measurement(self, *given: Any) -> Measurement:
         """Evaluations before the chosen round are not looked at."""
-        if round_idx >= self.chosen:
-            super()._evaluate(federation, suite, round_idx, *rest)
+        measurement, chosen = super()._measurement(*given), self.chosen
+        take = measurement.take
+
+        def late(round_idx: int, point: str, adapter: torch.Tensor) -> None:
+            if round_idx >= chosen:
+                take(round_idx, point, adapter)
+
+        measurement.take = late  # type: ignore[method-assign]
+        return measurement
 
 
 def phase_table(row: Mapping[str, Any]) -> Table:
