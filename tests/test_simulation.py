@@ -15,6 +15,7 @@ from fedsim.config import load_config
 from fedsim.data.world import square_rows
 from fedsim.errors import DataError
 from fedsim.federation.algorithms import ServerState
+from fedsim.federation.sampling import sample_cohort
 from fedsim.parallel.world import World
 from fedsim.ranks import OneRank
 from fedsim.record import finish
@@ -211,7 +212,8 @@ def test_a_server_optimizer_steps_once_a_round_from_its_own_moments(make: Make, 
     m, v = torch.zeros_like(x), torch.full_like(x, 1e-6)
     rows = rows_of(simulation, "round")
     for round_idx, row in enumerate(rows):
-        cohort = sorted(int(name.rpartition("_")[2]) for name in row if name.startswith("client/loss_"))
+        cohort = sample_cohort(6, 5, round_idx, simulation.config.seed)
+        assert {f"client/loss_{client:03d}" for client in cohort} == {n for n in row if n.startswith("client/loss_")}
         start = ServerState(x.float())
         train = federation.cohorts.trainer.train
         deltas = [train(c, federation.shards[c], round_idx, start, None, lane).delta.double() for c in cohort]
