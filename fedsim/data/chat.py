@@ -6,11 +6,13 @@ is used. Chat markers inside user text are defused before rendering: data can ne
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypedDict
 
 import numpy as np
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from fedsim.errors import ModelError
@@ -25,6 +27,8 @@ class Message(TypedDict):
 
 Conversation = list[Message]
 
+_PROBE = "probe"
+_TEXT_MARKER = re.compile(r"\[/?[A-Z_]{2,}\]|</?[a-z_]+>|<\|[^|<>\s]+\|>")
 _DATE = "26 Jul 2024"  # the default of Llama 3.1's template
 
 
@@ -69,8 +73,12 @@ class ChatFormat:
     Args:
         tokenizer: a Hugging Face tokenizer with a chat template.
 
+    Attributes:
+        end_ids: tokens that end a reply: the tokenizer's end of sequence, and what the template writes after a reply
+            where that is another one (Gemma's).
+
     Raises:
-        ModelError: the tokenizer has no chat template or no end-of-sequence token.
+        ModelError: the tokenizer has no end-of-sequence token, or no chat template that works.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -82,9 +90,14 @@ class ChatFormat:
         if tokenizer.eos_token_id is None:
             raise ModelError(f"tokenizer {tokenizer.name_or_path!r} has no eos_token: add one to tokenizer_config.json")
         self.tokenizer = tokenizer
-        self._markers = sorted({str(t) for t in tokenizer.all_special_tokens} | _added_specials(tokenizer), key=len)[
-            ::-1
-        ]
+        specials = {str(t) for t in tokenizer.all_special_tokens} | _added_specials(tokenizer)
+        self._markers = sorted(specials, key=len)[::-1]
+        exchange = self.render([user_turn(_PROBE), assistant_turn(_PROBE)], reply_follows=False)
+        # Older Mistral tokenizers have no tokens for the markers that their template writes.
+        self._markers = sorted(specials | set(_TEXT_MARKER.findall(exchange)), key=len)[::-1]
+        closing = self.encode(exchange.rpartition(_PROBE)[2].strip())[:1]
+        last = {i for i in closing if self.tokenizer.convert_ids_to_tokens(i) in specials}
+        self.end_ids = frozenset({int(tokenizer.eos_token_id)} | last)
 
     @property
     def pad_id(self) -> int:
@@ -102,13 +115,21 @@ class ChatFormat:
     def render(self, conversation: Sequence[Message], *, reply_follows: bool) -> str:
         """The conversation as the template writes it; ``reply_follows`` adds the assistant header."""
         safe = [{"role": m["role"], "content": self.defuse(m["content"])} for m in conversation]
-        text = self.tokenizer.apply_chat_template(
-            safe,
-            tokenize=False,
-            add_generation_prompt=reply_follows,
-            chat_template=_undated(self.tokenizer),
-            date_string=_DATE,  # what Llama's templates take in the place of today's date
-        )
+        try:
+            text = self.tokenizer.apply_chat_template(
+                safe,
+                tokenize=False,
+                add_generation_prompt=reply_follows,
+                chat_template=_undated(self.tokenizer),
+                date_string=_DATE,  # what Llama's templates take in the place of today's date
+                enable_thinking=False,  # Qwen 3 and others: the reply itself is what is trained and measured
+            )
+        except TemplateError as error:
+            roles = ", ".join(m["role"] for m in conversation)
+            raise ModelError(
+                f"chat template of {self.tokenizer.name_or_path!r} cannot write a conversation of the roles {roles}: "
+                f"{error.message}; use a model whose template can"
+            ) from error
         assert isinstance(text, str)
         return text
 

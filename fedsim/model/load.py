@@ -6,12 +6,15 @@ Only local files are read, only safetensors, and no code from the model director
 from __future__ import annotations
 
 import hashlib
+import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -20,6 +23,7 @@ from fedsim.errors import ModelError
 
 transformers_logging.disable_progress_bar()  # fedsim shows its own progress
 
+_INDEX = "model.safetensors.index.json"
 EMBEDDED = Path(__file__).parent / "tiny"
 
 
@@ -50,7 +54,7 @@ class LoadedModel:
     @property
     def max_positions(self) -> int:
         """The longest context that the model's configuration allows, in tokens."""
-        return int(getattr(self.base.config, "max_position_embeddings", 1 << 30))
+        return int(getattr(self.base.config.get_text_config(), "max_position_embeddings", 1 << 30))
 
 
 def model_dir(path: str) -> Path:
@@ -70,23 +74,55 @@ def load_model(
         key: the configuration key to name in errors.
 
     Raises:
-        ModelError: the directory lacks weights, config, tokenizer or chat template, or has no such LoRA target.
+        ModelError: the directory lacks weights, config, tokenizer or chat template, one of them is damaged, or the
+            model has no such LoRA target or attention.
     """
     folder = check_model_dir(path, key)
+    tokenizer, base = _read(folder, key, _dtype(dtype, device), attention)
+    base.requires_grad_(False)
+    torch.nn.Module.to(base, device)
+    chat = ChatFormat(tokenizer)
+    embeddings = base.get_input_embeddings()
+    assert isinstance(embeddings, torch.nn.Embedding)
+    if unknown := [i for i in {chat.pad_id, *chat.end_ids} if i >= embeddings.num_embeddings]:
+        raise ModelError(
+            f"{key}={path!r}: the tokenizer's {tokenizer.convert_ids_to_tokens(unknown[0])!r} is token {unknown[0]}, but "
+            f"the model has {embeddings.num_embeddings} embeddings; give the tokenizer that belongs to the model"
+        )
+    return LoadedModel(attach_lora(base, lora, key), chat)
+
+
+def _read(
+    folder: Path, key: str, dtype: torch.dtype, attention: str
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """Tokenizer and whole model; transformers itself would fill in missing weights with random numbers."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # what it would report is an error below
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        base = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(folder),
-            dtype=_dtype(dtype, device),
+            dtype=dtype,
             attn_implementation=attention,
             use_safetensors=True,
             local_files_only=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"{key}={path!r}: cannot be loaded: {' '.join(str(error).split())[:300]}") from error
-    base.requires_grad_(False)
-    torch.nn.Module.to(base, device)
-    return LoadedModel(attach_lora(base, lora, key), ChatFormat(tokenizer))
+    except Exception as error:  # the tokenizers library raises nothing more specific
+        what = "cannot be loaded"
+        if "attention" in str(error).lower():
+            what += f" with model.attention={attention!r}; try eager or another one"
+        raise ModelError(f"{key}={str(folder)!r}: {what}: {' '.join(str(error).split())[:300]}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    base, report = loaded
+    if lacking := sorted(report["missing_keys"]) + sorted(name for name, *_ in report["mismatched_keys"]):
+        raise ModelError(
+            f"{key}={str(folder)!r}: its weight files lack {len(lacking)} tensors of the shapes that config.json asks "
+            f"for, such as {lacking[0]}; give a complete Hugging Face model directory"
+        )
+    return tokenizer, base
 
 
 def attach_lora(base: PreTrainedModel, lora: LoraSettings, key: str = "model.path") -> PeftModel:
@@ -129,10 +165,10 @@ def model_digest(path: str) -> str:
 
 
 def check_model_dir(path: str, key: str) -> Path:
-    """The model's directory, with config, weights and tokenizer in it; nothing is loaded.
+    """The model's directory, with whole config, weights and tokenizer in it; nothing is loaded.
 
     Raises:
-        ModelError: it is no directory, or one of them is missing.
+        ModelError: it is no directory, or a file in it is missing, cut short or not valid JSON.
     """
     folder = model_dir(path)
     if not folder.is_dir():
@@ -147,7 +183,34 @@ def check_model_dir(path: str, key: str) -> Path:
     for what, patterns in needed.items():
         if not any(next(folder.glob(p), None) for p in patterns):
             raise ModelError(f"{key}={str(folder)!r}: holds no {what}; give a complete Hugging Face model directory")
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json", _INDEX):
+        _check_json(folder / name, key)
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(str(file), "pt"):  # reads the header, and compares it with the file's length
+                pass
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{key}: {file} is damaged or cut short ({error}); download it again") from error
     return folder
+
+
+def _check_json(file: Path, key: str) -> None:
+    """A file that is there holds a JSON object; the weight files that an index names are there too."""
+    if not file.is_file():
+        return
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{key}: {file} is not valid JSON ({error}); download it again") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{key}: {file} must be a JSON object, is a {type(content).__name__}; download it again")
+    if file.name == _INDEX:
+        named = sorted(set(map(str, content.get("weight_map", {}).values())))
+        if lacking := [name for name in named if not (file.parent / name).is_file()]:
+            raise ModelError(
+                f"{key}={str(file.parent)!r}: {len(lacking)} of the {len(named)} weight files that {_INDEX} names are "
+                f"not there, such as {lacking[0]}; download them too"
+            )
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:
