@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Literal, TypedDict
 
 import numpy as np
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from fedsim.data.markers import Markers, template_markers, token_markers
@@ -27,6 +28,7 @@ class Message(TypedDict):
 
 Conversation = list[Message]
 
+_PROBE = "probe"
 _DATE = "26 Jul 2024"  # the default of Llama 3.1's template
 
 
@@ -71,8 +73,12 @@ class ChatFormat:
     Args:
         tokenizer: a Hugging Face tokenizer with a chat template.
 
+    Attributes:
+        end_ids: tokens that end a reply: the tokenizer's end of sequence, and what the template writes after a reply
+            where that is another one (Gemma's).
+
     Raises:
-        ModelError: the tokenizer has no chat template or no end-of-sequence token.
+        ModelError: the tokenizer has no end-of-sequence token, or no chat template that works.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -85,6 +91,7 @@ class ChatFormat:
             raise ModelError(f"tokenizer {tokenizer.name_or_path!r} has no eos_token: add one to tokenizer_config.json")
         self.tokenizer = tokenizer
         self._tokens = Markers(token_markers(tokenizer))
+        self.end_ids = frozenset({int(tokenizer.eos_token_id), *self._closing_ids()})
 
     @property
     def pad_id(self) -> int:
@@ -102,25 +109,35 @@ class ChatFormat:
 
     def render(self, conversation: Sequence[Message], *, reply_follows: bool) -> str:
         """The conversation as the template writes it; ``reply_follows`` adds the assistant header."""
-        return self._write(
-            [{"role": m["role"], "content": self.defuse(m["content"])} for m in conversation], reply_follows
-        )
+        safe: list[Message] = [{"role": m["role"], "content": self.defuse(m["content"])} for m in conversation]
+        return self._write(safe, reply_follows)
 
     @cached_property
     def _markers(self) -> Markers:
-        found = template_markers(
-            lambda conversation: self._write(conversation, True), self._tokens.texts, self.tokenizer.name_or_path
-        )
-        return Markers({*self._tokens.texts, *found})
+        return Markers({*self._tokens.texts, *template_markers(self._write, self._tokens.texts)})
 
-    def _write(self, conversation: list[dict[str, str]], reply_follows: bool) -> str:
-        text = self.tokenizer.apply_chat_template(
-            conversation,
-            tokenize=False,
-            add_generation_prompt=reply_follows,
-            chat_template=_undated(self.tokenizer),
-            date_string=_DATE,  # what Llama's templates take in the place of today's date
-        )
+    def _closing_ids(self) -> list[int]:
+        """The special token that the template writes after a reply; none where it writes none."""
+        exchange = self._write([user_turn(_PROBE), assistant_turn(_PROBE)], reply_follows=False)
+        closing = self.encode(exchange.rpartition(_PROBE)[2].strip())[:1]
+        return [i for i in closing if self.tokenizer.convert_ids_to_tokens(i) in self._tokens.texts]
+
+    def _write(self, conversation: Sequence[Message], reply_follows: bool) -> str:
+        try:
+            text = self.tokenizer.apply_chat_template(
+                [{"role": m["role"], "content": m["content"]} for m in conversation],
+                tokenize=False,
+                add_generation_prompt=reply_follows,
+                chat_template=_undated(self.tokenizer),
+                date_string=_DATE,  # what Llama's templates take in the place of today's date
+                enable_thinking=False,  # Qwen 3 and others: the reply itself is what is trained and measured
+            )
+        except TemplateError as error:
+            roles = ", ".join(m["role"] for m in conversation)
+            raise ModelError(
+                f"chat template of {self.tokenizer.name_or_path!r} cannot write a conversation of the roles {roles}: "
+                f"{error.message}; use a model whose template can"
+            ) from error
         assert isinstance(text, str)
         return text
 

@@ -7,10 +7,9 @@ neither become a special token nor spell what the template writes between turns.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable
-from typing import Final
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any, Final
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from fedsim.errors import ModelError
@@ -56,7 +55,11 @@ def token_markers(tokenizer: PreTrainedTokenizerBase) -> set[str]:
     return {*map(str, tokenizer.all_special_tokens), *added, *(text for text in written if _is_marker(text))}
 
 
-def template_markers(write: Callable[[list[dict[str, str]]], str], tokens: Collection[str], name: str) -> set[str]:
+Write = Callable[[Sequence[Any], bool], str]
+"""Renders messages, with the assistant header at their end or without; ModelError where the template refuses them."""
+
+
+def template_markers(write: Write, tokens: Collection[str]) -> set[str]:
     """Markers that a template writes as plain text, such as Llama 2's ``[INST]`` or Alpaca's ``### Response:``.
 
     They are read off rendered conversations of probes: each line between two messages, without the tokens in it, that
@@ -64,9 +67,8 @@ def template_markers(write: Callable[[list[dict[str, str]]], str], tokens: Colle
     whole system prompt, only lines without a space count.
 
     Args:
-        write: renders a conversation with the assistant header at its end.
+        write: the template.
         tokens: markers that are known already.
-        name: of the tokenizer, for the error.
 
     Raises:
         ModelError: the template refuses a conversation of user, assistant, user.
@@ -74,16 +76,10 @@ def template_markers(write: Callable[[list[dict[str, str]]], str], tokens: Colle
     user, reply, again = (
         {"role": r, "content": p} for r, p in zip(("user", "assistant", "user"), _PROBES, strict=True)
     )
+    found = _between(write([user, reply, again], True), tokens)
     try:
-        found = _between(write([user, reply, again]), tokens)
-    except TemplateError as error:
-        raise ModelError(
-            f"chat template of {name!r} refuses a conversation of user, assistant, user ({error}): use a model "
-            "whose template writes several turns"
-        ) from error
-    try:
-        return found | _between(write([{"role": "system", "content": _PROBES[1]}, user]), {*tokens, *found})
-    except TemplateError:  # no system turn, so it has no markers
+        return found | _between(write([{"role": "system", "content": _PROBES[1]}, user], True), {*tokens, *found})
+    except ModelError:  # no system turn, so it has no markers
         return found
 
 

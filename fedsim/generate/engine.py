@@ -179,8 +179,8 @@ class Engine:
         return lambda done: report(done, share)
 
     def _eos_ids(self) -> frozenset[int]:
-        """End-of-turn ids: the tokenizer's and all that the model's generation config names (Llama 3 has three)."""
+        """End-of-turn ids: the chat format's and all that the model's generation config names (Llama 3 has three)."""
         named = getattr(self.model, "generation_config", None)
         ids = getattr(named, "eos_token_id", None)
         extra = [ids] if isinstance(ids, int) else list(ids or [])
-        return frozenset({int(self.chat.tokenizer.eos_token_id), *map(int, extra)})
+        return self.chat.end_ids | frozenset(map(int, extra))

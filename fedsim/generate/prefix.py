@@ -50,7 +50,7 @@ def read_head(model: nn.Module, ids: np.ndarray) -> Head:
     """Compute the keys and values of the common head.
 
     Args:
-        model: a Llama-architecture causal LM, PEFT-wrapped or not, in eval mode. Weights or adapter must not change
+        model: a causal LM, PEFT-wrapped or not, in eval mode. Weights or adapter must not change
             while the head is in use.
         ids: int ``[length]``, may be empty.
     """
@@ -108,11 +108,16 @@ def _causal_lm(model: nn.Module) -> PreTrainedModel:
 
 
 def _project(causal: PreTrainedModel, hidden: torch.Tensor, candidates: Sequence[int]) -> torch.Tensor:
-    """Candidate logits of ``hidden [rows, width]``; a head that carries an adapter is applied as a whole."""
+    """Candidate logits of ``hidden [rows, width]``; a head that carries an adapter is applied as a whole.
+
+    The architecture's own soft-capping follows (Gemma 2, arXiv 2408.00118 §2: ``cap · tanh(logits / cap)``).
+    """
     lm_head: nn.Module = causal.get_output_embeddings()
-    if not isinstance(lm_head, nn.Linear):
-        logits: torch.Tensor = lm_head(hidden)[:, list(candidates)]
-        return logits
-    rows = lm_head.weight[list(candidates)].float()
-    bias = None if lm_head.bias is None else lm_head.bias[list(candidates)].float()
-    return nn.functional.linear(hidden.float(), rows, bias)
+    if isinstance(lm_head, nn.Linear):
+        rows = lm_head.weight[list(candidates)].float()
+        bias = None if lm_head.bias is None else lm_head.bias[list(candidates)].float()
+        logits = nn.functional.linear(hidden.float(), rows, bias)
+    else:
+        logits = lm_head(hidden)[:, list(candidates)]
+    cap = getattr(causal.config.get_text_config(), "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)

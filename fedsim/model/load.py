@@ -6,12 +6,15 @@ Only local files are read, only safetensors, and no code from the model director
 from __future__ import annotations
 
 import hashlib
+import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -20,6 +23,7 @@ from fedsim.errors import ModelError
 
 transformers_logging.disable_progress_bar()  # fedsim shows its own progress
 
+_INDEX = "model.safetensors.index.json"
 EMBEDDED = Path(__file__).parent / "tiny"
 
 
@@ -55,7 +59,7 @@ class LoadedModel:
 
 def max_positions(model: PreTrainedModel) -> int:
     """The longest context that a model's configuration allows, in tokens."""
-    return int(getattr(model.config, "max_position_embeddings", 1 << 30))
+    return int(getattr(model.config.get_text_config(), "max_position_embeddings", 1 << 30))
 
 
 def model_dir(path: str) -> Path:
@@ -75,7 +79,8 @@ def load_model(
         key: the configuration key to name in errors.
 
     Raises:
-        ModelError: the directory lacks weights, config, tokenizer or chat template, or has no such LoRA target.
+        ModelError: the directory lacks weights, config, tokenizer or chat template, one of them is damaged, or the
+            model has no such LoRA target or attention.
     """
     base, chat = load_base(path, dtype=dtype, attention=attention, device=device, key=key)
     return LoadedModel(attach_lora(base, lora, key), chat)
@@ -87,18 +92,17 @@ def load_base(
     """Load a frozen chat model without LoRA; arguments and errors as of :func:`load_model`."""
     folder = check_model_dir(path, key)
     chat = load_chat(folder, key)
-    try:
-        base = AutoModelForCausalLM.from_pretrained(
-            str(folder),
-            dtype=compute_dtype(dtype, device),
-            attn_implementation=attention,
-            use_safetensors=True,
-            local_files_only=True,
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"{key}={path!r}: cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    base = _read(folder, key, compute_dtype(dtype, device), attention)
     base.requires_grad_(False)
     torch.nn.Module.to(base, device)
+    embeddings = base.get_input_embeddings()
+    assert isinstance(embeddings, torch.nn.Embedding)
+    if unknown := [i for i in {chat.pad_id, *chat.end_ids} if i >= embeddings.num_embeddings]:
+        raise ModelError(
+            f"{key}={path!r}: the tokenizer's {chat.tokenizer.convert_ids_to_tokens(unknown[0])!r} is token "
+            f"{unknown[0]}, but the model has {embeddings.num_embeddings} embeddings; give the tokenizer that belongs "
+            "to the model"
+        )
     return base, chat
 
 
@@ -106,14 +110,45 @@ def load_chat(folder: Path, key: str) -> ChatFormat:
     """The tokenizer of a model directory with its chat template.
 
     Raises:
-        ModelError: it cannot be read, or has no chat template or end-of-sequence token.
+        ModelError: it cannot be read, or has no end-of-sequence token or no chat template that works.
     """
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare exceptions
         reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"{key}={str(folder)!r}: its tokenizer cannot be read: {reason}") from error
+        raise ModelError(f"{key}={str(folder)!r}: its tokenizer cannot be loaded: {reason}") from error
     return ChatFormat(tokenizer)
+
+
+def _read(folder: Path, key: str, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    """The whole model; transformers itself would fill in missing weights with random numbers."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # what it would report is an error below
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            dtype=dtype,
+            attn_implementation=attention,
+            use_safetensors=True,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # the tokenizers library raises nothing more specific
+        what = "cannot be loaded"
+        if "attention" in str(error).lower():
+            what += f" with model.attention={attention!r}; try eager or another one"
+        raise ModelError(f"{key}={str(folder)!r}: {what}: {' '.join(str(error).split())[:300]}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    base, report = loaded
+    if lacking := sorted(report["missing_keys"]) + sorted(name for name, *_ in report["mismatched_keys"]):
+        raise ModelError(
+            f"{key}={str(folder)!r}: its weight files lack {len(lacking)} tensors of the shapes that config.json asks "
+            f"for, such as {lacking[0]}; give a complete Hugging Face model directory"
+        )
+    assert isinstance(base, PreTrainedModel)
+    return base
 
 
 def attach_lora(base: PreTrainedModel, lora: LoraSettings, key: str = "model.path") -> PeftModel:
@@ -156,10 +191,10 @@ def model_digest(path: str) -> str:
 
 
 def check_model_dir(path: str, key: str) -> Path:
-    """The model's directory, with config, weights and tokenizer in it; nothing is loaded.
+    """The model's directory, with whole config, weights and tokenizer in it; nothing is loaded.
 
     Raises:
-        ModelError: it is no directory, or one of them is missing.
+        ModelError: it is no directory, or a file in it is missing, cut short or not valid JSON.
     """
     folder = model_dir(path)
     if not folder.is_dir():
@@ -174,7 +209,34 @@ def check_model_dir(path: str, key: str) -> Path:
     for what, patterns in needed.items():
         if not any(next(folder.glob(p), None) for p in patterns):
             raise ModelError(f"{key}={str(folder)!r}: holds no {what}; give a complete Hugging Face model directory")
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json", _INDEX):
+        _check_json(folder / name, key)
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(str(file), "pt"):  # reads the header, and compares it with the file's length
+                pass
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{key}: {file} is damaged or cut short ({error}); download it again") from error
     return folder
+
+
+def _check_json(file: Path, key: str) -> None:
+    """A file that is there holds a JSON object; the weight files that an index names are there too."""
+    if not file.is_file():
+        return
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{key}: {file} is not valid JSON ({error}); download it again") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{key}: {file} must be a JSON object, is a {type(content).__name__}; download it again")
+    if file.name == _INDEX:
+        named = sorted(set(map(str, content.get("weight_map", {}).values())))
+        if lacking := [name for name in named if not (file.parent / name).is_file()]:
+            raise ModelError(
+                f"{key}={str(file.parent)!r}: {len(lacking)} of the {len(named)} weight files that {_INDEX} names are "
+                f"not there, such as {lacking[0]}; download them too"
+            )
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:

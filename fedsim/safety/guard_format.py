@@ -129,10 +129,11 @@ def _template_turn(chat: ChatFormat) -> tuple[str, str, str]:
             f"chat template of {name!r} writes more than the turn itself, as the templates of older Llama Guards do: "
             "use a guard with Llama 3's header tokens or a plain chat template"
         )
-    if not whole.startswith(prompt + _PROBE):
+    reply = whole.removeprefix(prompt).lstrip()  # Mistral's writes a space before it; the verdict has its own lead
+    if not whole.startswith(prompt) or not reply.startswith(_PROBE):
         raise ModelError(f"chat template of {name!r} writes a finished reply unlike the prompt that asks for it")
     before, after = prompt.split(_PROBE)
-    return before, after, whole[len(prompt) + len(_PROBE) :].rstrip()
+    return before, after, reply.removeprefix(_PROBE).rstrip()
 
 
 def _longest(text: str, fits: Callable[[str], bool]) -> str:

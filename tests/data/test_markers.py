@@ -148,5 +148,5 @@ def test_an_added_token_that_the_template_writes_is_a_marker_though_it_is_not_sp
 
 def test_a_template_that_refuses_a_second_turn_is_an_error(make_bytes_chat: Make) -> None:
     template = "{% if messages | length > 1 %}{{ raise_exception('one turn') }}{% endif %}{{ messages[0]['content'] }}"
-    with pytest.raises(ModelError, match=r"refuses a conversation of user, assistant, user \(one turn\): use a model"):
-        plain_chat(make_bytes_chat, template).defuse("hello")
+    with pytest.raises(ModelError, match=r"cannot write a conversation of the roles user, assistant: one turn; use a"):
+        plain_chat(make_bytes_chat, template)

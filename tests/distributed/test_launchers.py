@@ -96,7 +96,7 @@ def test_under_deepspeeds_launcher_an_error_is_said_once() -> None:
 # Two processes that nobody watches over, as a user's own script may start them; arguments: a port, who fails, files for
 # what they say. They are forked, so that the imports are paid for once.
 FAIL = """
-import os, sys
+import os, sys, time
 import torch, torch.distributed as dist
 from fedsim.errors import RunError
 from fedsim.parallel.world import process_world
@@ -106,6 +106,7 @@ def work(bad):
         with process_world(exact=False, threads=1, timeout_s=60) as world:
             if bad in (str(world.rank), "both"):
                 raise RunError("the loss became NaN")
+            time.sleep(1.0)  # busy while the other leaves
             dist.all_reduce(torch.zeros(3))
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)

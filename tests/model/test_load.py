@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaForCausalLM
 
 from fedsim.data.chat import ChatFormat
 from fedsim.errors import ModelError
@@ -77,6 +80,95 @@ def test_an_incomplete_directory_is_an_error(llama_dir: Path, tmp_path: Path, re
         file.unlink()
     with pytest.raises(ModelError, match=rf"guard\.path=.*holds no {words}.*complete Hugging Face model directory"):
         load(folder, key="guard.path")
+
+
+@pytest.fixture(scope="module")
+def sharded_dir(make_llama: Callable[..., LlamaForCausalLM], llama_dir: Path, tmp_path_factory: Any) -> Path:
+    """The same model in several weight files."""
+    folder: Path = tmp_path_factory.mktemp("sharded")
+    shutil.copytree(llama_dir, folder, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
+    make_llama().save_pretrained(str(folder), max_shard_size="20KB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    return folder
+
+
+def cut(file: Path, share: float = 0.5) -> None:
+    whole = file.read_bytes()
+    file.write_bytes(whole[: int(len(whole) * share)])
+
+
+def drop_a_layer(folder: Path) -> None:
+    """Files and index agree, but a layer's weights are in none of them."""
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    for file in folder.glob("*.safetensors"):
+        kept = {n: t for n, t in load_file(str(file)).items() if "layers.1.mlp" not in n}
+        save_file(kept, str(file), metadata={"format": "pt"})
+    index["weight_map"] = {n: f for n, f in index["weight_map"].items() if "layers.1.mlp" not in n}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def widen(folder: Path) -> None:
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"intermediate_size": 50}))
+
+
+def shrink_vocabulary(folder: Path) -> None:
+    """A model whose embeddings end before the tokenizer's special tokens."""
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"vocab_size": 257, "pad_token_id": None}))
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(str(file))
+        short = {n: t[:257].clone() if n in ("lm_head.weight", "model.embed_tokens.weight") else t
+                 for n, t in tensors.items()}  # fmt: skip
+        save_file(short, str(file), metadata={"format": "pt"})
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a shard is missing": (
+        lambda d: min(d.glob("*.safetensors")).unlink(),
+        r"1 of the \d weight files .* not there, such as model-00001-of-0000\d\.safetensors; download",
+    ),
+    "a shard is cut short": (lambda d: cut(max(d.glob("*.safetensors"))), r"-of-0000\d\.safetensors is damaged or cut"),
+    "a shard has no header": (lambda d: cut(max(d.glob("*.safetensors")), 0.01), r"safetensors is damaged or cut"),
+    "the index is not JSON": (lambda d: cut(d / "model.safetensors.index.json"), r"index\.json is not valid JSON"),
+    "the config is not JSON": (lambda d: cut(d / "config.json"), r"config\.json is not valid JSON .*download it again"),
+    "the tokenizer is cut short": (lambda d: cut(d / "tokenizer.json"), r"tokenizer\.json is not valid JSON"),
+    "the tokenizer is empty": (lambda d: (d / "tokenizer.json").write_text("{}"), r"cannot be loaded"),
+    "the tokenizer is a list": (
+        lambda d: (d / "tokenizer.json").write_text("[]"),
+        r"tokenizer\.json must be a JSON obj",
+    ),
+    "the template is cut short": (lambda d: cut(d / "chat_template.jinja"), r"chat template of .* cannot write"),
+    "a layer has no weights": (drop_a_layer, r"lack 3 tensors .* such as model\.layers\.1\.mlp\.\w+\.weight"),
+    "weights of another shape": (widen, r"lack 6 tensors .* such as model\.layers\.0\.mlp"),
+    "a larger tokenizer": (shrink_vocabulary, r"is token 2(59|60), but the model has 257 embeddings"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_directory_is_one_error(
+    sharded_dir: Path, tmp_path: Path, damage: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(sharded_dir, folder)
+    load(folder)
+    change, words = DAMAGES[damage]
+    change(folder)
+    with pytest.raises(ModelError, match=words) as caught:
+        load(folder, key="guard.path")
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", ""), "one error, and no report of transformers' beside it"
+
+
+def test_an_attention_that_the_model_lacks_is_named(llama_dir: Path, tmp_path: Path) -> None:
+    """Gemma 2 caps its scores, which torch's fused attention cannot do; it is not dropped in silence."""
+    folder = tmp_path / "gemma"
+    shutil.copytree(llama_dir, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    settings = Gemma2Config(vocab_size=261, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                            num_attention_heads=2, num_key_value_heads=1, head_dim=8)  # fmt: skip
+    AutoModelForCausalLM.from_config(settings).save_pretrained(str(folder))
+    with pytest.raises(ModelError, match=r"with model\.attention='sdpa'; try eager"):
+        load(folder)
 
 
 def test_other_errors_name_the_key(llama_dir: Path, tmp_path: Path) -> None:
