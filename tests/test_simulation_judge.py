@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,14 @@ SMALL = Path(__file__).parent / "distributed" / "small.yaml"
 BRIEF = ["guard.kind=none", "cai.iterations=0", "federation.num_rounds=1", "eval.every=0", "eval.advbench=",
          "eval.hhh=", "data.federated_rows=40", "data.guard_rows=0", "data.cai_rows=0"]  # fmt: skip
 Make = Callable[..., Simulation]
+
+
+@pytest.fixture(autouse=True)
+def leave_torch_as_it_was() -> Iterator[None]:
+    """The tool makes torch deterministic for its process."""
+    before = torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.use_deterministic_algorithms(before)
 
 
 @pytest.fixture()

@@ -264,6 +264,27 @@ def test_caveats_follow_the_model_and_the_data(facts: RunFacts) -> None:
     )
     assert caveats(real) == ["MT-Bench answers were written, not judged: the score needs a judge."]
     assert caveats(dataclasses.replace(real, mt_bench="")) == []
+    assert caveats(dataclasses.replace(real, judge="gpt-4")) == []
+    by_another = "MT-Bench is judged by kite-judge, the paper's by GPT-4: the two scores do not compare."
+    assert caveats(dataclasses.replace(real, judge="kite-judge")) == [by_another]
+    assert caveats(dataclasses.replace(real, judge="kite-judge", mt_bench="")) == []
+    assert any("scored by a rubric; the paper's by GPT-4" in line for line in caveats(facts))
+    assert any("judged by kite-judge; the paper's by GPT-4" in line
+               for line in caveats(dataclasses.replace(facts, judge="kite-judge")))  # fmt: skip
+
+
+def test_what_a_judge_did_not_rate_is_said(make_run: MakeRun, facts: RunFacts) -> None:
+    rows = make_run()
+    assert "without a rating" not in summary_markdown(rows, facts)
+    for row in rows:
+        if row["stage"] == "eval":
+            row |= {"eval/mt_bench_unrated": 0, "eval/mt_bench_judge_failed": 0}
+    assert "without a rating" not in summary_markdown(rows, facts) and "unjudged" not in summary_markdown(rows, facts)
+    rows[-1] |= {"eval/mt_bench_unrated": 3, "eval/mt_bench_judge_failed": 12}
+    for text in (summary_markdown(rows, facts), terminal_table(rows, facts)):
+        assert "MT-Bench answers judged without a rating and left out of the means: after CAI 3 of 160." in text
+        assert "MT-Bench answers left unjudged, as the judge failed (python tools/judge.py RUN_DIR judges them)" in text
+        assert ": after CAI 12 of 160." in text
 
 
 def test_the_terminal_gets_table_caveats_and_places(make_run: MakeRun, facts: RunFacts) -> None:
@@ -289,6 +310,9 @@ def test_the_summary_names_places_pictures_and_notes(make_run: MakeRun, facts: R
         ({}, {"embedded_model": True, "real_files": (), "cai": False, "guard": "none", "num_ranks": 2}),
         ({"data.square": "x.json", "eval.hhh": ""}, {"real_files": ("data.square",), "mt_bench": "embedded"}),
         ({"eval.mt_bench": "q.jsonl", "model.path": "m"}, {"real_files": ("eval.mt_bench",), "embedded_model": False}),
+        ({}, {"judge": ""}),
+        ({"judge.kind": "openai", "judge.model": "kite-judge"}, {"judge": "kite-judge"}),
+        ({"judge.kind": "local", "judge.path": "models/kite"}, {"judge": "models/kite"}),
         ({"cai.iterations": 50, "guard.kind": "oracle"}, {"arm": "FedAvg, FL + filter + CAI"}),
     ],
 )
