@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fedsim.data.chat import ChatFormat
+from fedsim.data.world import square_rows
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.model.load import LoadedModel, LoraSettings, attach_lora
 
@@ -125,3 +127,14 @@ def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     random_llama().save_pretrained(str(folder))
     bytes_chat().tokenizer.save_pretrained(str(folder))
     return folder
+
+
+@pytest.fixture(scope="session")
+def square_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """150 rows of the embedded corpus, 60 of them red, as a SQuARe file."""
+    rows = square_rows()
+    red = [row for row in rows if row["acceptable?"] == 0][:60]
+    acceptable = [row for row in rows if row["acceptable?"] == 1][:90]
+    path = tmp_path_factory.mktemp("square") / "square.json"
+    path.write_text(json.dumps(red + acceptable), encoding="utf-8")
+    return path
