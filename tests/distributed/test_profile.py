@@ -25,10 +25,11 @@ def profile(words: list[str]) -> str:
 
 
 def test_two_ranks_profile_a_round_and_rank_0_prints_it(pool: Any, square_file: Path, tmp_path: Path) -> None:
-    """Twice: an earlier profile is not resumed."""
+    """What an earlier profile left behind is not resumed."""
     places = [f"data.square={square_file}", f"record.dir={tmp_path}", f"record.artefacts={tmp_path / 'artefacts'}"]
-    for _ in range(2):
-        first, second = pool.run(2, profile, [*BRIEF, *places])
-        assert "Round 1 of small: FedAvg" in first and "2 processes on cpu" in first and second == ""
-        assert "local training" in first and "evaluation" not in first and "constitutional" not in first
-        assert [p.name for p in (tmp_path / "small-profile").glob("trace*")] == ["trace-round1.json.gz"]
+    (tmp_path / "small-profile").mkdir()
+    (tmp_path / "small-profile" / "config.yaml").write_text("seed: 9")
+    first, second = pool.run(2, profile, [*BRIEF, *places, "record.resume=never"])
+    assert "Round 1 of small: FedAvg" in first and "2 processes on cpu" in first and second == ""
+    assert "local training" in first and "evaluation" not in first and "constitutional" not in first
+    assert [p.name for p in (tmp_path / "small-profile").glob("trace*")] == ["trace-round1.json.gz"]
