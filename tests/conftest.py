@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fedsim.data.chat import ChatFormat
+from fedsim.data.world import square_rows
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.model.load import LoadedModel, LoraSettings, attach_lora
 
@@ -251,3 +252,14 @@ def mt_folder(tmp_path: Path) -> Path:
     ):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return folder
+
+
+@pytest.fixture(scope="session")
+def square_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """150 rows of the embedded corpus, 60 of them red, as a SQuARe file."""
+    rows = square_rows()
+    red = [row for row in rows if row["acceptable?"] == 0][:60]
+    acceptable = [row for row in rows if row["acceptable?"] == 1][:90]
+    path = tmp_path_factory.mktemp("square") / "square.json"
+    path.write_text(json.dumps(red + acceptable), encoding="utf-8")
+    return path

@@ -8,8 +8,11 @@ line says how much longer the profiled one took.
 
 from __future__ import annotations
 
-import argparse
 import os
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's own notes on standard error; read when torch is loaded
+
+import argparse
 import shutil
 import sys
 import time
@@ -166,7 +169,7 @@ def totals(row: Mapping[str, Any], num_ranks: int) -> dict[str, str]:
 
 
 def _rate(value: float, unit: str) -> str:
-    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
+    for size, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
         if value >= size:
             return f"{value / size:.3g} {letter}{unit}"
     return f"{value:.3g} {unit}"
@@ -222,7 +225,6 @@ def profile(config: Config, chosen: int, trace: Path | None) -> None:
 
 def main() -> int:
     """Profile one round; a user's error is one line."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler's own notes on standard error
     try:
         profile(*parse(sys.argv[1:]))
     except FedsimError as error:

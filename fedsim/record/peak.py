@@ -102,15 +102,15 @@ def _measured(device: torch.device, dtype: torch.dtype, size: int, source: str) 
 
 def _best(run: Callable[[], object], device: torch.device) -> float:
     """Shortest seconds of a call, the first one left out."""
-    best, began = float("inf"), time.perf_counter()
     run()
-    while time.perf_counter() - began < _MEASURE_S or best == float("inf"):
+    seconds: list[float] = []
+    while len(seconds) < 5 or sum(seconds) < _MEASURE_S:
         _wait(device)
         start = time.perf_counter()
         run()
         _wait(device)
-        best = min(best, time.perf_counter() - start)
-    return best
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def _wait(device: torch.device) -> None:

@@ -56,7 +56,7 @@ class RunRecord:
         self.client_state = self.folder / "client_state"
         self.metrics_file = self.folder / "metrics.jsonl"
         self.notes: list[str] = []
-        self.stream = WandbStream(self.folder, config, self.say)
+        self.stream = WandbStream(self.folder, config, self.progress.note)
         self._lock: IO[str] | None = None
 
     def claim(self) -> None:

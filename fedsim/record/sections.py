@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 
 from fedsim.record.metrics import Row
@@ -96,17 +96,25 @@ def times(rows: Sequence[Row]) -> Section:
 
 
 def _speed(rows: Sequence[Row]) -> Section:
-    idle = _values(rows, "parallel/idle_share")
-    tokens = _values(rows, "perf/tokens_per_s")
-    memory = _values(rows, "perf/peak_rss_bytes")
-    lines = []
-    if tokens:
-        lines.append(f"- training speed, mean over rounds: {number(fmean(tokens))} tokens/s")
-    if idle:
-        lines.append(f"- idle share of the ranks while clients trained, mean over rounds: {100 * fmean(idle):.1f} %")
-    if memory:
-        lines.append(f"- peak resident memory of all processes: {byte_size(max(memory))}")
+    """Means over rounds of what was measured; memory is the most that any round took, traffic the sum."""
+    shown: Mapping[str, tuple[str, Callable[[Sequence[float]], str]]] = {
+        "perf/tokens_per_s": ("training speed, mean over rounds", lambda v: f"{number(fmean(v))} tokens/s"),
+        "perf/mfu": ("model FLOPs utilisation of local training, mean over rounds", _percent),
+        "perf/cai_mfu": ("model FLOPs utilisation of constitutional AI, mean over rounds", _percent),
+        "parallel/idle_share": ("idle share of the ranks while clients trained, mean over rounds", _percent),
+        "perf/peak_rss_bytes": ("peak resident memory of all processes", lambda v: byte_size(max(v))),
+        "perf/peak_gpu_bytes": ("peak memory of the fullest GPU", lambda v: byte_size(max(v))),
+        "parallel/comm_bytes": ("handed to collectives by all processes", lambda v: byte_size(sum(v))),
+    }
+    lines = [f"- {title}: {shape(v)}" for name, (title, shape) in shown.items() if (v := _values(rows, name))]
+    sources = dict.fromkeys(str(row["perf/peak_source"]) for row in rows if "perf/peak_source" in row)
+    if sources:  # several where a run was resumed on other devices
+        lines.append(f"- peak that utilisation refers to: {'; '.join(sources)}")
     return ["\n".join(lines)] if lines else []
+
+
+def _percent(shares: Sequence[float]) -> str:
+    return f"{100 * fmean(shares):.1f} %"
 
 
 def _round_section(title: str, rows: Sequence[Row], prefix: str, counts: str, means: Mapping[str, str]) -> Section:

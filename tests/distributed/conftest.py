@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import signal
@@ -18,8 +17,6 @@ from typing import Any
 
 import pytest
 from torch.distributed import TCPStore
-
-from fedsim.data.world import square_rows
 
 ROOT = Path(__file__).parents[2]
 SMALL = Path(__file__).parent / "small.yaml"
@@ -156,14 +153,3 @@ def pool() -> Iterator[WorkerPool]:
     made = WorkerPool()
     yield made
     made.close()
-
-
-@pytest.fixture(scope="session")
-def square_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """150 rows of the embedded corpus, 60 of them red, as a SQuARe file."""
-    rows = square_rows()
-    red = [row for row in rows if row["acceptable?"] == 0][:60]
-    acceptable = [row for row in rows if row["acceptable?"] == 1][:90]
-    path = tmp_path_factory.mktemp("square") / "square.json"
-    path.write_text(json.dumps(red + acceptable), encoding="utf-8")
-    return path

@@ -251,6 +251,11 @@ def test_times_add_up_and_nested_phases_are_not_counted_twice(make_run: MakeRun,
     assert cells(text, "– cai/dpo") == ["28.0 s", f"{100 * 28 / total:.1f} %"]
     assert "idle share of the ranks while clients trained, mean over rounds: 4.0 %" in text
     assert "peak resident memory of all processes: 2.00 GiB" in text
+    assert "model FLOPs utilisation of local training, mean over rounds: 25.0 %" in text
+    assert "model FLOPs utilisation of constitutional AI" not in text
+    assert "peak memory of the fullest GPU: 3.00 GiB" in text
+    assert "handed to collectives by all processes: 4.00 GiB" in text  # eight rounds
+    assert "peak that utilisation refers to: 4 x made up" in text
 
 
 def test_caveats_follow_the_model_and_the_data(facts: RunFacts) -> None:

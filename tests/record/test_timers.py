@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from fedsim.record.timers import PhaseTimers, top_level_seconds
 
@@ -71,3 +72,12 @@ def test_synchronize_waits_for_the_gpu_at_both_ends(monkeypatch: pytest.MonkeyPa
     with PhaseTimers(synchronize=True).phase("train"):
         assert len(waits) == 1
     assert len(waits) == 2
+
+
+def test_a_phase_is_a_range_in_a_trace() -> None:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        timers = PhaseTimers()
+        with timers.phase("cai"), timers.phase("dpo"):
+            torch.ones(3).sum()
+    names = {event.key for event in profiler.key_averages()}
+    assert {"phase: cai", "phase: cai/dpo", "aten::sum"} <= names

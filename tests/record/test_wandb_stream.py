@@ -408,11 +408,13 @@ class Stopped(Exception):
     """The interruption that a test injects."""
 
 
-def test_a_real_run_that_is_stopped_and_resumed(tmp_path: Path, square: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_real_run_that_is_stopped_and_resumed(
+    tmp_path: Path, square_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Stopped right after the second round's checkpoint, before W&B hears of it."""
     monkeypatch.setattr(finish, "write_plots", lambda *_: [])
     brief = ["guard.kind=noisy_oracle", "cai.iterations=1", "eval.limit=1", "local.steps=1"]
-    places = [f"data.square={square}", f"record.dir={tmp_path}", f"record.artefacts={tmp_path / 'artefacts'}"]
+    places = [f"data.square={square_file}", f"record.dir={tmp_path}", f"record.artefacts={tmp_path / 'artefacts'}"]
 
     def simulation() -> Simulation:
         config = load_config(SMALL, [*brief, *places, "wandb.mode=offline"])
@@ -442,16 +444,3 @@ def test_a_real_run_that_is_stopped_and_resumed(tmp_path: Path, square: Path, mo
     last = [row for row in rows if row.get("point") == "after_cai"][-1]
     assert summary["final/hhh_accuracy"] == last["eval/hhh_accuracy"]
     assert summary["arm"] == "FedAvg, FL + filter + CAI" and summary["total_s"] > 0
-
-
-@pytest.fixture()
-def square(tmp_path: Path) -> Path:
-    """A small SQuARe file of the embedded corpus."""
-    from fedsim.data.world import square_rows
-
-    rows = square_rows()
-    red = [row for row in rows if row["acceptable?"] == 0][:60]
-    acceptable = [row for row in rows if row["acceptable?"] == 1][:90]
-    path = tmp_path / "square.json"
-    path.write_text(json.dumps(red + acceptable), encoding="utf-8")
-    return path
