@@ -12,7 +12,7 @@ import torch
 
 from fedsim.config import load_config
 from fedsim.data.world import square_rows
-from fedsim.errors import DataError
+from fedsim.errors import DataError, FedsimError
 from fedsim.parallel.world import World
 from fedsim.ranks import OneRank
 from fedsim.record.metrics import Row, read_rows
@@ -118,6 +118,13 @@ def test_a_round_is_the_row_weighted_mean_of_its_clients(make: Make) -> None:
     torch.testing.assert_close(final_adapter(simulation).double(), start.adapter.double() + mean, rtol=0, atol=1e-7)
     by_hand = sum(w * o.loss for w, o in zip(weights, outcomes, strict=True)) / sum(weights)
     assert row["client/loss"] == pytest.approx(by_hand, rel=1e-12)
+
+
+def test_a_guard_that_only_judges_is_looked_for_before_anything_runs(make: Make, tmp_path: Path) -> None:
+    simulation = make(30, 40, "eval.guard_judge=untuned", f"guard.path={tmp_path / 'nowhere'}")
+    with pytest.raises(FedsimError, match=r"guard\.path=.*nowhere"):
+        simulation.run()
+    assert not (simulation.record.folder / "manifest.json").exists()
 
 
 def test_conversations_that_are_all_unusable_are_an_error_with_a_fix(make: Make) -> None:
