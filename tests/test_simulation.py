@@ -13,7 +13,7 @@ import torch
 
 from fedsim.config import load_config
 from fedsim.data.world import square_rows
-from fedsim.errors import DataError
+from fedsim.errors import DataError, FedsimError
 from fedsim.federation.algorithms import ServerState
 from fedsim.federation.sampling import sample_cohort
 from fedsim.parallel.world import World
@@ -276,6 +276,13 @@ def test_the_guard_s_action_reaches_training_and_the_record(make: Make, action: 
     assert {p.stem for p in (simulation.record.folder / "guard").iterdir()} == {
         "sweep", "calibration", "categories", "clients",
     }  # fmt: skip
+
+
+def test_a_guard_that_only_judges_is_looked_for_before_anything_runs(make: Make, tmp_path: Path) -> None:
+    simulation = make(30, 40, "eval.guard_judge=untuned", f"guard.path={tmp_path / 'nowhere'}")
+    with pytest.raises(FedsimError, match=r"guard\.path=.*nowhere"):
+        simulation.run()
+    assert not (simulation.record.folder / "manifest.json").exists()
 
 
 def test_conversations_that_are_all_unusable_are_an_error_with_a_fix(make: Make) -> None:

@@ -16,6 +16,7 @@ from fedsim.data.xstest import load_xstest
 from fedsim.parallel.world import World
 from fedsim.ranks import OneRank
 from fedsim.record import finish
+from fedsim.record.metrics import read_rows
 from fedsim.simulation import Simulation
 
 SMALL = Path(__file__).parent / "distributed" / "small.yaml"
@@ -42,6 +43,8 @@ def test_texts_of_attacks_stay_where_they_belong(
     monkeypatch.setattr(finish, "write_plots", lambda *_: [])  # slow, and drawn from figures
     caplog.set_level(logging.DEBUG)
     shown, hidden = simulate(tmp_path, "shown", texts=True), simulate(tmp_path, "hidden", texts=False)
+    points = [row for row in read_rows(hidden / "metrics.jsonl") if row["stage"] == "eval"]
+    assert [row["eval/advbench_guard_safe_count"] for row in points] == [6, 6], "the guard has judged them too"
     replies = {
         (path.name.partition("-")[0], record["reply"])
         for path in (shown / "answers").glob("*.json")

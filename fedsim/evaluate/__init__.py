@@ -1,1 +1,1 @@
-"""Safety and helpfulness of the model as it stands: AdvBench, HHH, MT-Bench, with counts and 95 % intervals."""
+"""Safety and helpfulness of the model as it stands, with counts and 95 % intervals; AdvBench, HHH, MT-Bench, XSTest."""

@@ -203,6 +203,8 @@ def test_the_runs_that_are_compared_did_something(straight: Any) -> None:
     points = [(row["round"], row["point"]) for row in rows if row["stage"] == "eval"]
     assert points == [(-1, "pretrained"), (1, "before_cai"), (1, "after_cai"), (2, "before_cai"), (2, "after_cai")]
     assert len(set(runs[1]["replies"].values())) > 1  # training changed what the model says
+    controls = {"eval/xstest_count", "eval/perplexity", "eval/advbench_guard_safe", "eval/hhh_count"}
+    assert all(controls <= row.keys() for row in rows if row["stage"] == "eval")
     kinds = {name.rpartition("-")[0] for name in (path.split("/")[0] for path in runs[1]["artefacts"])}
     assert {"guard-adapter", "guard-verdicts", "cai-conversations"} <= kinds
     assert straight(FEDAVG)[1]["adapter"] != runs[1]["adapter"]
