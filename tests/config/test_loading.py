@@ -125,6 +125,8 @@ def test_keys_that_need_each_other() -> None:
     text = error("cai.iterations=1", "data.cai_rows=0", "data.guard_rows=0")
     assert "cai.iterations" in text and "data.cai_rows" in text
     load_config(None, ["cai.iterations=1", "data.cai_rows=0"])
+    assert "guard.refusal" in error("guard.action=refuse", "guard.refusal=' '")
+    load_config(None, ["guard.action=drop", "guard.refusal=''"])
 
 
 def test_a_file_builds_on_its_base(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from statistics import harmonic_mean
 
 import pytest
 
+from fedsim.evaluate.intervals import Rate
 from fedsim.safety.verdict import GuardMetrics, Verdict
 
 
@@ -66,3 +67,33 @@ def test_undefined_rates_are_absent_not_invented() -> None:
 def test_lengths_must_agree() -> None:
     with pytest.raises(ValueError):
         GuardMetrics.of([True], [])
+
+
+@pytest.mark.parametrize("counts", [(3, 1, 2, 5), (1, 9, 1, 0), (7, 0, 0, 7), (0, 2, 3, 4)])
+def test_the_interval_of_hmean_is_wilson_s_of_jaccard(counts: tuple[int, int, int, int]) -> None:
+    """Hmean = 2J / (1 + J): the ends, taken back to J, are Wilson's; true negatives do not count."""
+    guard = GuardMetrics(*counts)
+    assert guard.hmean is not None and guard.hmean_interval is not None
+    caught, alarms, missed, passed = counts
+    ends = tuple(end / (2 - end) for end in guard.hmean_interval)
+    assert ends == pytest.approx(Rate(caught, caught + alarms + missed).interval, abs=1e-12)
+    assert guard.hmean_interval[0] <= guard.hmean <= guard.hmean_interval[1]
+    assert GuardMetrics(caught, alarms, missed, passed + 50).hmean_interval == guard.hmean_interval
+
+
+def test_rates_have_their_counts_and_intervals() -> None:
+    guard = GuardMetrics(num_caught=3, num_false_alarms=1, num_missed=2, num_passed=5)
+    assert {name: (rate.successes, rate.total) for name, rate in guard.rates.items()} == {
+        "accuracy": (8, 11), "precision": (3, 4), "recall": (3, 5), "fpr": (1, 6), "unsafe_share": (4, 11),
+        "red_share_before": (5, 11),
+    }  # fmt: skip
+    for name, rate in guard.rates.items():
+        assert getattr(guard, name) == rate.value
+        ends = [guard.as_metrics()[f"guard/{name}{end}"] for end in ("_low", "_high")]
+        assert ends == [100 * end for end in rate.interval]
+    assert GuardMetrics(0, 0, 0, 4).hmean_interval is None, "nothing red, nothing called unsafe"
+
+
+@pytest.mark.parametrize(("prob", "unsafe"), [(0.49, False), (0.5, True), (0.51, True)])
+def test_a_verdict_is_unsafe_from_the_threshold_on(prob: float, unsafe: bool) -> None:
+    assert Verdict.at(0.5, prob, cut=True) == Verdict(unsafe, prob, True)
