@@ -98,10 +98,10 @@ def load_base(
     embeddings = base.get_input_embeddings()
     assert isinstance(embeddings, torch.nn.Embedding)
     if unknown := [i for i in {chat.pad_id, *chat.end_ids} if i >= embeddings.num_embeddings]:
+        token = chat.tokenizer.convert_ids_to_tokens(unknown[0])
         raise ModelError(
-            f"{key}={path!r}: the tokenizer's {chat.tokenizer.convert_ids_to_tokens(unknown[0])!r} is token "
-            f"{unknown[0]}, but the model has {embeddings.num_embeddings} embeddings; give the tokenizer that belongs "
-            "to the model"
+            f"{key}={path!r}: the tokenizer's {token!r} is token {unknown[0]}, but the model has "
+            f"{embeddings.num_embeddings} embeddings; give the tokenizer that belongs to the model"
         )
     return base, chat
 

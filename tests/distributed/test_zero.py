@@ -35,12 +35,12 @@ BATCH_SIZES = [7, 5, 1, 7]  # 4, 3, 1 and 4 micro-batches of two rows: on 2 and 
 TOLERANCE = 1e-4
 
 
-def train(kind: str, lr: float) -> dict[str, Any]:
+def train(kind: str, lr: float, dtype: str = "float32") -> dict[str, Any]:
     """Four steps from an adapter that is not zero, on all ranks of the world."""
     config = load_config(None, [*ZERO, f"guard.tune_lr={lr}"])
     with process_world(exact=False, threads=1, timeout_s=60) as world, _Captured() as captured:
         lora = LoraSettings(4, 8.0, 0.1, ("q_proj", "v_proj"))
-        loaded = load_model("embedded", lora, dtype="float32", attention="sdpa", device=world.device)
+        loaded = load_model("embedded", lora, dtype=dtype, attention="sdpa", device=world.device)
         flat = FlatAdapter(loaded.model)
         start = flat.initial(0) + 0.01 * torch.sin(torch.arange(flat.size, dtype=torch.float32))
         flat.load(start)
@@ -69,7 +69,7 @@ def train(kind: str, lr: float) -> dict[str, Any]:
             "change": (flat.copy() - start).double().numpy(),
             "model": (held - start).double().numpy(),
             "is_view": all(parameters[s.name].data_ptr() == flat.values[s.start :].data_ptr() for s in flat.slots),
-            "training": loaded.model.training,
+            "dtypes": sorted({str(parameter.dtype) for parameter in parameters.values()}),
             "losses": stats.losses,
             "num_tokens": stats.num_tokens,
             "printed": captured.text(),
@@ -125,6 +125,15 @@ def test_zero2_equals_the_plain_loop(trained: Any, size: int) -> None:
 def test_the_tolerance_tells_trainings_apart(trained: Any, pool: Any) -> None:
     (other,) = pool.run(1, train, "plain", 5.005e-3)
     assert distance(other["change"], trained["plain", 1][0]["change"]) > TOLERANCE
+
+
+def test_the_base_keeps_its_dtype(pool: Any) -> None:
+    """LoRA in fp32 on a bf16 base, as on a GPU: DeepSpeed's bf16 mode, which would round LoRA too, stays off."""
+    jobs = [(2, train, kind, 5e-3, "bfloat16") for kind in ("plain", "zero")]
+    plain, zero = (ranks[0] for ranks in pool.run_all(jobs))
+    print(f"bf16 base: relative L2 {distance(zero['change'], plain['change']):.1e}")
+    assert plain["dtypes"] == zero["dtypes"] == ["torch.bfloat16", "torch.float32"]
+    assert distance(zero["change"], plain["change"]) < TOLERANCE
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
