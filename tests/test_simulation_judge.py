@@ -116,7 +116,7 @@ def test_what_is_missing_ends_the_run_before_anything_is_computed(make: Make, mt
     simulation = make()
     with pytest.raises(DataError, match=r"judge\.prompts"):
         simulation.run()
-    assert not simulation.record.metrics_file.exists() and endpoint.requests == []
+    assert not Path(simulation.config.record.artefacts).exists() and endpoint.requests == []
 
 
 def test_an_endpoint_may_move_and_the_prompts_may_not(make: Make, mt_folder: Path, endpoint: Any) -> None:

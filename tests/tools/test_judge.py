@@ -121,6 +121,7 @@ def test_a_local_judge(run: Path, llama_dir: Path, capsys: pytest.CaptureFixture
         (["judge.prompts=absent.jsonl"], "absent.jsonl: cannot be read"),
         (["eval.mt_bench_references="], "question 82 (math) has no reference"),
         (["eval.mt_bench="], "nothing to judge"),
+        (["judge.base_url="], "export OPENAI_API_KEY"),
     ],
 )
 def test_mistakes_are_one_line(
