@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,7 +17,20 @@ from fedsim.data.benchmarks import load_mt_bench
 from fedsim.evaluate.fastchat import JudgmentFile, write_answers
 from fedsim.evaluate.mt_bench import MtAnswer
 from fedsim.generate.engine import Reply
-from tools.judge import main
+
+ROOT = Path(__file__).parents[2]
+
+
+def _load_tool() -> ModuleType:
+    """tools/judge.py; ``tools`` is no package."""
+    spec = importlib.util.spec_from_file_location("judge_tool", ROOT / "tools" / "judge.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+main = _load_tool().main
 
 
 @pytest.fixture(autouse=True)
