@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,12 +20,24 @@ from fedsim.parallel.world import World
 from fedsim.ranks import OneRank
 from fedsim.record.metrics import Row, read_rows
 from fedsim.simulation import Simulation
-from tools.judge import main as judge_tool
 
-SMALL = Path(__file__).parent / "distributed" / "small.yaml"
+ROOT = Path(__file__).parents[1]
+SMALL = ROOT / "tests" / "distributed" / "small.yaml"
 BRIEF = ["guard.kind=none", "cai.iterations=0", "federation.num_rounds=1", "eval.every=0", "eval.advbench=",
          "eval.hhh=", "data.federated_rows=40", "data.guard_rows=0", "data.cai_rows=0"]  # fmt: skip
 Make = Callable[..., Simulation]
+
+
+def _load_tool() -> ModuleType:
+    """tools/judge.py; ``tools`` is no package."""
+    spec = importlib.util.spec_from_file_location("judge_tool", ROOT / "tools" / "judge.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+judge_tool = _load_tool().main
 
 
 @pytest.fixture(autouse=True)
@@ -116,7 +130,7 @@ def test_what_is_missing_ends_the_run_before_anything_is_computed(make: Make, mt
     simulation = make()
     with pytest.raises(DataError, match=r"judge\.prompts"):
         simulation.run()
-    assert not simulation.record.metrics_file.exists() and endpoint.requests == []
+    assert not Path(simulation.config.record.artefacts).exists() and endpoint.requests == []
 
 
 def test_an_endpoint_may_move_and_the_prompts_may_not(make: Make, mt_folder: Path, endpoint: Any) -> None:

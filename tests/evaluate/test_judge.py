@@ -177,6 +177,21 @@ def test_a_failing_endpoint_leaves_no_score_and_keeps_what_it_gave(
     assert len(endpoint.requests) == 3 and seen[-1] == (8, 8) and min(done for done, _ in seen) >= 5
 
 
+def test_every_judgment_is_on_disk_before_the_next_is_asked(
+    config: Config, answered: Answered, endpoint: Any, tmp_path: Path
+) -> None:
+    config = replace(config, judge=replace(config.judge, workers=1))
+    on_disk: list[int] = []
+
+    def answer(number: int, request: dict[str, Any]) -> str:
+        on_disk.append(len(JudgmentFile(tmp_path, "kites/judge").rows()))
+        return rating(request)
+
+    endpoint.answer = answer
+    judge(config, tmp_path, answered)
+    assert on_disk == list(range(8))
+
+
 def test_a_crash_loses_no_judgment(config: Config, answered: Answered, endpoint: Any, tmp_path: Path) -> None:
     """The process ends while a judgment is being written: the torn line goes, the others stay."""
     endpoint.answer = lambda number, request: rating(request)

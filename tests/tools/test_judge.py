@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,7 +17,20 @@ from fedsim.data.benchmarks import load_mt_bench
 from fedsim.evaluate.fastchat import JudgmentFile, write_answers
 from fedsim.evaluate.mt_bench import MtAnswer
 from fedsim.generate.engine import Reply
-from tools.judge import main
+
+ROOT = Path(__file__).parents[2]
+
+
+def _load_tool() -> ModuleType:
+    """tools/judge.py; ``tools`` is no package."""
+    spec = importlib.util.spec_from_file_location("judge_tool", ROOT / "tools" / "judge.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+main = _load_tool().main
 
 
 @pytest.fixture(autouse=True)
@@ -121,6 +136,7 @@ def test_a_local_judge(run: Path, llama_dir: Path, capsys: pytest.CaptureFixture
         (["judge.prompts=absent.jsonl"], "absent.jsonl: cannot be read"),
         (["eval.mt_bench_references="], "question 82 (math) has no reference"),
         (["eval.mt_bench="], "nothing to judge"),
+        (["judge.base_url="], "export OPENAI_API_KEY"),
     ],
 )
 def test_mistakes_are_one_line(
