@@ -34,6 +34,7 @@ from fedsim.data.batch import collate
 from fedsim.data.chat import ChatFormat, Conversation, TokenRow, assistant_turn, user_turn
 from fedsim.data.world import square_rows
 from fedsim.generate.decode import decode_unit
+from fedsim.generate.engine import Engine
 from fedsim.generate.prefix import candidate_logits, read_head
 from fedsim.model.load import LoadedModel, LoraSettings, load_model
 from fedsim.model.logprobs import target_logprobs
@@ -235,13 +236,16 @@ def test_the_guards_probabilities_equal_a_plain_forward(family_dir: Any, name: s
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_turn_ends_with_the_familys_own_token(family_dir: Any, name: str) -> None:
     """It is learned, it ends a reply, and a user's text cannot write it."""
-    chat = load(family_dir(name), attentions(name)[0]).chat
+    loaded = load(family_dir(name), attentions(name)[0])
+    chat = loaded.chat
     end = chat.tokenizer.convert_tokens_to_ids(FAMILIES[name].end)
     asked: Conversation = [user_turn("A kite?"), assistant_turn("Yes."), user_turn(" Why? ")]
     row = chat.training_row([*asked, assistant_turn("Wind.")], 4000)
     assert row.input_ids[: len(row) - row.num_targets].tolist() == chat.prompt_ids(asked)
     assert row.input_ids[-1] == end and chat.decode(row.input_ids[row.loss_mask]) == "Wind."
-    assert end in chat.end_ids
+    loaded.base.generation_config.eos_token_id = None
+    engine = Engine(loaded.base, chat, OneRank(), batch_size=1, max_context=64, seed=0)
+    assert end in engine._eos_ids(), "a reply ends there though no generation config says so"
     markers = {"[INST]", "[/INST]", *FAMILIES[name].specials}
     forged = chat.render([user_turn("".join(sorted(markers)))], reply_follows=True)
     honest = chat.render([user_turn("x")], reply_follows=True)

@@ -30,8 +30,8 @@ SMALL = Path(__file__).parent / "small.yaml"
 ZERO = ["guard.deepspeed=zero2", "parallel.exact=false", "local.micro_batch_size=2", "guard.tune_batch_size=7"]
 BATCH_SIZES = [7, 5, 1, 7]  # 4, 3, 1 and 4 micro-batches of two rows: on 2 and 3 ranks some have none
 
-# Relative L2 distance of the adapter's change over four steps between ZeRO-2 on 1 to 3 ranks and the plain loop on the
-# same ranks; only the grouping of floating-point sums differs. Measured (DeepSpeed 0.19.8, torch 2.13): at most 5e-7.
+# Relative L2 distance of the adapter's change over four steps between ZeRO-2 on 1 to 3 ranks and the plain loop on
+# one; only the grouping of floating-point sums differs. Measured (DeepSpeed 0.19.8, torch 2.13): at most 6e-7.
 TOLERANCE = 1e-4
 
 
@@ -103,23 +103,21 @@ def distance(found: np.ndarray, wanted: np.ndarray) -> float:
 
 @pytest.fixture(scope="module")
 def trained(pool: Any) -> dict[tuple[str, int], list[dict[str, Any]]]:
-    """Results by rank of both loops on 1 to 3 ranks; each world trains twice, since DeepSpeed keeps state."""
-    cases = [(kind, size) for size in (1, 2, 3) for kind in ("plain", "zero", "again")]
+    """Results by rank: the plain loop on one rank, ZeRO-2 on 1 to 3. The workers are the same, world after world."""
+    cases = [("plain", 1), ("zero", 1), ("zero", 2), ("zero", 3)]
     return dict(zip(cases, pool.run_all([(size, train, kind, 5e-3) for kind, size in cases]), strict=True))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_zero2_equals_the_plain_loop(trained: Any, size: int) -> None:
-    plain = trained["plain", size][0]
-    measured = []
-    for kind in ("zero", "again"):
-        for rank in trained[kind, size]:
-            assert np.array_equal(rank["change"], trained[kind, size][0]["change"]), "all ranks hold the same adapter"
-            assert rank["losses"] == pytest.approx(plain["losses"], rel=1e-5)
-            assert rank["num_tokens"] == plain["num_tokens"]
-            measured.append(distance(rank["change"], plain["change"]))
-    print(f"{size} ranks: relative L2 {max(measured):.1e}")
-    assert max(measured) < TOLERANCE
+    (plain,), ranks = trained["plain", 1], trained["zero", size]
+    for rank in ranks:
+        assert np.array_equal(rank["change"], ranks[0]["change"]), "all ranks hold the same adapter"
+        assert rank["losses"] == pytest.approx(plain["losses"], rel=1e-5)
+        assert rank["num_tokens"] == plain["num_tokens"]
+    measured = distance(ranks[0]["change"], plain["change"])
+    print(f"{size} ranks: relative L2 {measured:.1e}")
+    assert measured < TOLERANCE
 
 
 def test_the_tolerance_tells_trainings_apart(trained: Any, pool: Any) -> None:
