@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from fedsim.cohort import CohortRunner
 from fedsim.config import Config
 from fedsim.data.chat import ChatFormat, TokenRow, assistant_turn, user_turn
 from fedsim.data.square import SquareRow
-from fedsim.federation.algorithms import Algorithm, ServerState
+from fedsim.errors import RunError
+from fedsim.federation.algorithms import Algorithm, RoundSums, ServerState
 from fedsim.federation.client_state import ClientStateStore
 from fedsim.federation.participation import Participation, can_train
 from fedsim.federation.registry import build_algorithm
@@ -69,6 +72,21 @@ class Federation:
             CheckpointError: it is not.
         """
         self.algorithm.check(state, self.flat.size)
+
+    def step(self, state: ServerState, sums: RoundSums) -> ServerState:
+        """The server's step.
+
+        Raises:
+            RunError: a vector is no longer finite; the same on every rank.
+        """
+        after = self.algorithm.server_step(state, sums)
+        for name, vector in after.named().items():
+            if not torch.isfinite(vector).all():
+                raise RunError(
+                    f"the server's vector {name} became NaN or infinite in step {after.num_steps}; lower "
+                    "server_optimizer.lr or local.lr"
+                )
+        return after
 
     def cohort(self, round_idx: int) -> tuple[list[int], int]:
         """Who trains in a round, and how many were drawn but sit out because they have no rows to train on."""

@@ -139,7 +139,7 @@ class Simulation:
                 work = federation.cohorts.train(cohort, round_idx, state, cost, phase.step)
             with record.phase("aggregation", "aggregate") as phase:
                 result = federation.cohorts.reduce(work, state, cost)
-                state = federation.algorithm.server_step(state, result.aggregated.sums)
+                state = federation.step(state, result.aggregated.sums)
                 phase.update(0, loss=figures.mean_loss(result))
             cost = result.seconds_per_token
             local = self.config.local

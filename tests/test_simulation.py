@@ -13,7 +13,7 @@ import torch
 
 from fedsim.config import load_config
 from fedsim.data.world import square_rows
-from fedsim.errors import DataError, FedsimError
+from fedsim.errors import DataError, FedsimError, RunError
 from fedsim.federation.algorithms import ServerState
 from fedsim.federation.sampling import sample_cohort
 from fedsim.parallel.world import World
@@ -229,6 +229,14 @@ def test_a_server_optimizer_steps_once_a_round_from_its_own_moments(make: Make, 
     for name in ("momentum", "second_moment"):
         assert len({row[f"global/{name}_checksum"] for row in rows}) == 2
     assert "global/control_checksum" not in rows[0]
+
+
+def test_a_server_step_that_is_too_long_ends_the_run(make: Make) -> None:
+    keys = ["federation.algorithm=fedavgm", "server_optimizer.variant=reddi", "server_optimizer.lr=1e45"]
+    simulation = make(40, 60, *keys)
+    with pytest.raises(RunError, match=r"vector adapter became NaN or infinite in step 1; lower server_optimizer\.lr"):
+        simulation.run()
+    assert not simulation.record.checkpoints.any()
 
 
 def test_a_state_of_another_algorithm_is_not_resumed(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
