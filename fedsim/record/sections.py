@@ -124,7 +124,7 @@ def _speed(rows: Sequence[Row]) -> Section:
         "parallel/idle_share": ("idle share of the ranks while clients trained, mean over rounds", _percent),
         "perf/peak_rss_bytes": ("peak resident memory of all processes", lambda v: gibibytes(max(v))),
         "perf/peak_gpu_bytes": ("peak memory of the fullest GPU", lambda v: gibibytes(max(v))),
-        "parallel/comm_bytes": ("handed to collectives by all processes", lambda v: gibibytes(sum(v))),
+        "parallel/comm_bytes": ("handed to collectives by all processes", lambda v: f"{sum(v) / 1e6:,.1f} MB"),
     }
     lines = [f"- {title}: {shape(v)}" for name, (title, shape) in shown.items() if (v := _values(rows, name))]
     sources = dict.fromkeys(str(row["perf/peak_source"]) for row in rows if "perf/peak_source" in row)
