@@ -24,7 +24,8 @@ from fedsim.simulation import Simulation
 ROOT = Path(__file__).parents[1]
 SMALL = ROOT / "tests" / "distributed" / "small.yaml"
 BRIEF = ["guard.kind=none", "cai.iterations=0", "federation.num_rounds=1", "eval.every=0", "eval.advbench=",
-         "eval.hhh=", "data.federated_rows=40", "data.guard_rows=0", "data.cai_rows=0"]  # fmt: skip
+         "eval.hhh=", "data.federated_rows=40", "data.guard_rows=0", "data.cai_rows=0", "eval.xstest=", "eval.helpful=",
+         "eval.guard_judge=none"]  # fmt: skip
 Make = Callable[..., Simulation]
 
 

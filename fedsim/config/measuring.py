@@ -89,7 +89,11 @@ class RecordConfig:
 
 @dataclass(frozen=True)
 class WandbConfig:
-    """Weights & Biases: per-round metrics, streamed from rank 0. No text of a prompt or reply is ever sent."""
+    """Weights & Biases: per-round metrics, streamed from rank 0. No text of a prompt or reply is ever sent.
+
+    These keys decide, not WANDB_MODE or WANDB_PROJECT in the environment; the login and the server (WANDB_API_KEY,
+    WANDB_BASE_URL) are wandb's own affair.
+    """
 
     mode: str = key("offline", "offline = written to the run directory, for `wandb sync`; online = sent as it "
                     "goes; off", choices=("off", "offline", "online"))  # fmt: skip

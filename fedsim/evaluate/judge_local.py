@@ -9,10 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from jinja2.exceptions import TemplateError
 
 from fedsim.config import Config
-from fedsim.errors import ModelError
 from fedsim.evaluate.judge_prompts import Match
 from fedsim.generate.engine import Engine, Sampling
 from fedsim.model.load import load_base, max_positions
@@ -62,13 +60,7 @@ def judge_with(engine: Engine, matches: Sequence[Match], max_new_tokens: int) ->
     """:func:`judge_locally` with a model that is loaded."""
     num_new = min(max_new_tokens, engine.max_context // 2)
     room = engine.max_context - num_new
-    try:
-        lengths = [len(engine.chat.prompt_ids(match.conversation)) for match in matches]
-    except TemplateError as error:
-        raise ModelError(
-            f"judge.path: the chat template refuses a judge's messages ({error}); use a model that "
-            "takes a system message"
-        ) from None
+    lengths = [len(engine.chat.prompt_ids(match.conversation)) for match in matches]
     fitting = [i for i, length in enumerate(lengths) if length <= room]
     conversations = [matches[i].conversation for i in fitting]
     replies = engine.generate(conversations, Sampling(0.0, num_new), ("judge",)) if fitting else []

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -74,7 +75,7 @@ class WandbStream:
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
-            self._fail(f"did not end within {limit:.0f} s")
+            self._fail(f"did not end in time ({limit:.0f} s)")
             return
         if process.returncode != 0:
             self._fail(_reason(answer, process.returncode))
@@ -131,5 +132,7 @@ class WandbStream:
 
 
 def _reason(answer: str, code: int) -> str:
+    if code == -signal.SIGALRM:  # its own limit, which began a moment before ours
+        return "did not end in time"
     lines = answer.strip().splitlines()
     return lines[-1] if lines else f"its process ended with status {code}"

@@ -11,11 +11,13 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import queue
 import secrets
 import signal
 import sys
+import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,19 +151,16 @@ def main() -> int:
     os.environ["WANDB_ERROR_REPORTING"] = "false"  # wandb's own reports of its errors to its maker
     try:
         first = json.loads(sys.stdin.readline())
+        messages = _listen(first["settings"]["limit_s"])
         folder = Path(sys.argv[1])
         lock = (folder / ".wandb.lock").open("w")
         fcntl.flock(lock, fcntl.LOCK_EX)  # the child of a run that was killed may still be writing
         worker = Worker(folder, first["settings"], first["config"])
         summary = None
-        for line in sys.stdin:
-            message = json.loads(line)
+        for message in messages:
             summary = message.get("summary", summary)
             if "round" in message:
                 worker.stream(message["round"])
-        signal.setitimer(
-            signal.ITIMER_REAL, worker.settings["limit_s"]
-        )  # also where the run is no more, ends this process
         worker.finish(summary)
     except Exception as error:
         os.write(answer, f"{_why(error)}\n".encode())
@@ -169,10 +168,24 @@ def main() -> int:
     os._exit(0)
 
 
+def _listen(limit_s: float) -> Iterator[dict[str, Any]]:
+    """The messages. Once the run has hung up, or is no more, this process ends within the limit, come what may."""
+    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def read() -> None:
+        for line in sys.stdin:
+            lines.put(line)
+        signal.setitimer(signal.ITIMER_REAL, limit_s)  # its alarm ends the process
+        lines.put("")
+
+    threading.Thread(target=read, daemon=True).start()
+    return (json.loads(line) for line in iter(lines.get, ""))
+
+
 def _why(error: Exception) -> str:
     if isinstance(error, ImportError) and (error.name or "").partition(".")[0] == "wandb":
         return "wandb is not installed (pip install wandb, or set wandb.mode=off)"
-    text = " ".join(str(error).split())[:200]
+    text = " ".join(str(error).split())[:200].rstrip(".")
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 

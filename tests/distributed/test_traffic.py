@@ -18,7 +18,8 @@ from fedsim.simulation import Simulation
 
 SMALL = Path(__file__).parent / "small.yaml"
 BRIEF = ["guard.kind=none", "cai.iterations=0", "eval.every=0", "eval.limit=1", "eval.advbench=", "eval.mt_bench=",
-         "parallel.wide_lanes=false", "local.steps=1"]  # fmt: skip
+         "eval.xstest=", "eval.helpful=", "eval.guard_judge=none", "parallel.wide_lanes=false",
+         "local.steps=1"]  # fmt: skip
 PAYLOAD = "x" * 1000
 
 
@@ -75,12 +76,13 @@ def simulate(overrides: list[str]) -> int:
 def test_a_round_is_one_reduction_and_some_agreement(
     pool: Any, square_file: Path, tmp_path: Path, algorithm: str, num_vectors: int
 ) -> None:
-    """Σ over 2 ranks of 8 bytes · (8 scales + the vectors + 4 figures of 5 clients + seconds and tokens by rank)."""
+    """Σ over 2 ranks of 8 bytes · (9 scales + the vectors + 5 figures of 5 clients + seconds and tokens by rank)."""
     places = [f"data.square={square_file}", f"record.dir={tmp_path}", f"record.artefacts={tmp_path / 'artefacts'}"]
     size, _ = pool.run(2, simulate, [*BRIEF, *places, f"federation.algorithm={algorithm}"])
     rounds = [row for row in read_rows(tmp_path / "small" / "metrics.jsonl") if row["stage"] == "round"]
-    reduction = 2 * 8 * (8 + num_vectors * size + 4 * 5 + 2 * 2)
-    agreement = num_vectors * 2 * len(pickle.dumps("0" * 32)) + len(pickle.dumps((None, None)))
+    reduction = 2 * 8 * (9 + num_vectors * size + 5 * 5 + 2 * 2)
+    checksums = {name: str(i) * 32 for i, name in enumerate(["adapter", "control"][:num_vectors])}
+    agreement = 2 * len(pickle.dumps(checksums)) + len(pickle.dumps((None, None)))
     for row in rounds[:2]:  # the last one is evaluated too
         rest = row["parallel/comm_bytes"] - reduction - agreement  # what the row itself gathers: three whole numbers
         assert 0 < rest <= 2 * 60 if row is rounds[1] else rest > -len(pickle.dumps((None, None)))

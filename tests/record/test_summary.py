@@ -254,7 +254,7 @@ def test_times_add_up_and_nested_phases_are_not_counted_twice(make_run: MakeRun,
     assert "model FLOPs utilisation of local training, mean over rounds: 25.0 %" in text
     assert "model FLOPs utilisation of constitutional AI" not in text
     assert "peak memory of the fullest GPU: 3.00 GiB" in text
-    assert "handed to collectives by all processes: 4.00 GiB" in text  # eight rounds
+    assert "handed to collectives by all processes: 4.00 GiB" in text  # eight rounds of half a GiB
     assert "peak that utilisation refers to: 4 x made up" in text
 
 

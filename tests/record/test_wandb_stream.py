@@ -238,14 +238,15 @@ def test_a_file_that_is_cut_anywhere_gives_the_steps_before(tmp_path: Path) -> N
     assert 0 < len(history(folder)) < 4
 
 
+HUNG = "did not end in time"
 FAILURES = {
     "not installed": ("raise ModuleNotFoundError('no', name='wandb')", "wandb is not installed"),
     "init raises": ("FAKE.at_init = boom", "RuntimeError: the server said no"),
     "log raises": ("FAKE.at_log = boom", "RuntimeError: the server said no"),
     "finish raises": ("FAKE.at_finish = boom", "RuntimeError: the server said no"),
-    "init hangs": ("FAKE.at_init = hang", "did not end within 2 s"),
-    "log hangs": ("FAKE.at_log = hang", "did not end within 2 s"),
-    "finish hangs": ("FAKE.at_finish = hang", "(did not end within 2 s|status -14)"),
+    "init hangs": ("FAKE.at_init = hang", HUNG),
+    "log hangs": ("FAKE.at_log = hang", HUNG),
+    "finish hangs": ("FAKE.at_finish = hang", HUNG),
     "it dies": ("FAKE.at_log = die", "its process ended with status 3"),
     "exit": ("FAKE.at_log = leave", "its process ended with status 1"),
 }
@@ -315,11 +316,11 @@ def test_a_failure_of_wandb_is_one_line_and_bounded(
     for round_idx in range(3):
         add_round(log, round_idx)
         stream.finished(round_idx)
-    assert time.monotonic() - began < 1.5, "rounds never wait"
+    assert time.monotonic() - began < 10, "rounds never wait: what hangs here hangs for a minute"
     stream.close({"arm": "FedAvg"})
     stream.finished(2)
     stream.close({"arm": "FedAvg"})
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 30
     assert len(said) == 1
     assert re.search(reason, said[0]) and "goes on without it" in said[0]
     assert capfd.readouterr() == ("", "")
@@ -340,6 +341,22 @@ def test_a_failure_is_said_at_the_next_round(tmp_path: Path, fake: Callable[[str
     assert len(said) == 1 and stream.place is None
 
 
+def test_a_child_that_hangs_does_not_outlive_its_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake: Callable[[str], Path]
+) -> None:
+    """The run is killed while W&B's start hangs: nobody is left to end the child."""
+    fake("FAKE.at_init = hang")
+    monkeypatch.setattr(wandb_stream, "LIMIT_S", {"online": 0.5})
+    folder = tmp_path / "run"
+    add_round(begin(folder), 0)
+    stream = opened(folder, Said(), "wandb.mode=online")
+    stream.finished(0)
+    child = stream._process
+    assert child is not None and child.stdin is not None
+    child.stdin.close()  # what a parent's end does
+    assert child.wait(timeout=30) == -signal.SIGALRM
+
+
 def test_online_goes_on_where_the_server_is(
     tmp_path: Path, fake: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -357,6 +374,9 @@ def test_online_goes_on_where_the_server_is(
     second = opened(folder, said, *words)
     second.finished(1)
     second.close({"arm": "FedAvg"})
+    third = opened(folder, said, *words)  # the finished run is started once more
+    third.finished(1)
+    third.close({"arm": "FedAvg"})
     assert said == []
     one, two = calls(noted, "init")
     assert one == two
@@ -395,11 +415,17 @@ def test_only_rank_0_streams_and_off_is_off(
     assert not noted.exists()
 
 
+def claimed(config: Config) -> RunRecord:
+    made = RunRecord(config, OneRank(), synchronize=False)
+    made.claim()
+    return made
+
+
 def test_a_directory_that_starts_anew_gets_another_id(tmp_path: Path) -> None:
     config = load_config(None, [f"record.dir={tmp_path}", "name=run"])
-    RunRecord(config, OneRank(), synchronize=False).release()
+    claimed(config).release()
     (tmp_path / "run" / "wandb.json").write_text('{"id": "old"}')
-    RunRecord(config, OneRank(), synchronize=False).release()
+    claimed(config).release()
     assert not (tmp_path / "run" / "wandb.json").exists()
     assert {"wandb.mode", "wandb.project", "wandb.entity", "wandb.group"} <= FREE_KEYS
 

@@ -145,10 +145,10 @@ def test_a_guard_judges_exchanges_whatever_filters(run: Run, kind: str, tuned: b
     words = [f"guard.kind={kind}", "guard.tune_epochs=1", "guard.threshold=0.3"]
     stage = run.stage(*words)
     stage.run(run.data)
-    stage.run_untuned(run.data)
-    guard = stage.load_guard(run.data, tuned=tuned)
+    stage.compare(run.data)
+    guard = stage.model.judge(run.data, tuned=tuned, policy="square")
     found = guard.judge_exchanges(EXCHANGES)
-    assert guard.on_progress is None and [v.unsafe for v in found] == [v.unsafe_prob >= 0.3 for v in found]
+    assert [v.unsafe for v in found] == [v.unsafe_prob >= 0.3 for v in found]
     assert run.written["guard-adapter"] == (kind == "llama_guard" or tuned)
     loaded = load_model(
         str(run.guard_dir), LoraSettings(4, 32.0, 0.0, ("q_proj", "v_proj")), dtype="auto", attention="sdpa", device=CPU
