@@ -30,7 +30,7 @@ def read_history(folder: Path, run_id: str) -> Iterator[tuple[int, dict[str, Any
     from wandb.proto import wandb_internal_pb2
 
     messages: Any = wandb_internal_pb2  # its classes are made at import
-    paths = folder.glob(f"*run-*-{run_id}/run-{run_id}.wandb")
+    paths = folder.glob(f"*run-*-{run_id}*/run-{run_id}.wandb")  # a second session in one second ends in -1
     for path in sorted(paths, key=lambda p: p.parent.name.removeprefix("offline-")):
         for data in _records(path.read_bytes()):
             record = messages.Record.FromString(data)

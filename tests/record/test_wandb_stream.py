@@ -223,7 +223,9 @@ def test_a_file_that_is_cut_anywhere_gives_the_steps_before(tmp_path: Path) -> N
     stream.close({})
     whole = history(folder)
     assert [step for step, _ in whole] == [0, 1, 2, 3] and whole[3][1] == {"round": 2, **large}
-    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
+    (session,) = folder.glob("wandb/offline-run-*")
+    session.rename(f"{session}-1")  # as wandb names a second session that began in the same second
+    (path,) = folder.glob("wandb/offline-run-*-1/*.wandb")
     content = path.read_bytes()
     counts = []
     for size in range(0, len(content), 4999):
