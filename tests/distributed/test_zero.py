@@ -158,7 +158,7 @@ def filtered(square_file: str, folder: str, overrides: list[str]) -> dict[str, A
         store = ArtefactStore(Path(folder), world.ranks, log.append)
         data = prepare_data(config, store, world.ranks)
         stage = FilterStage(config, world.ranks, world.everyone(), world.device, store, {}, lambda *_: None)
-        verdicts = stage._model_verdicts(data, tuned=True)
+        verdicts = stage._model_verdicts(data, tuned=True, policy="square")
     adapter = next(line.rpartition("/")[2] for line in log if line.startswith("guard-adapter: written"))
     return {"probs": [v.unsafe_prob for shard in verdicts for v in shard], "adapter": adapter}
 
