@@ -6,14 +6,14 @@ import sys
 from pathlib import Path
 
 from fedsim.record.blocks import replace_block
-from fedsim.record.sources import sources_table
+from fedsim.record.sources import sources_markdown
 
 README = Path(__file__).parents[1] / "README.md"
 
 
 def updated(readme: str) -> str:
     """The README's text with the table as it should be."""
-    return replace_block(readme, "sources", sources_table().markdown())
+    return replace_block(readme, "sources", sources_markdown())
 
 
 def main() -> int:

@@ -17,6 +17,7 @@ class Source:
         place: where it is published; a repository and the path in it.
         licence: its licence.
         rows: what the tested file holds; empty where none was tested.
+        file: its name.
         sha256: of the tested file; empty where none was tested.
     """
 
@@ -25,6 +26,7 @@ class Source:
     place: str
     licence: str
     rows: str = ""
+    file: str = ""
     sha256: str = ""
 
 
@@ -32,10 +34,10 @@ SOURCES = (
     Source(
         "data.square",
         "SQuARe, responses (arXiv 2305.17696)",
-        "github.com/naver-ai/korean-safety-benchmarks: data/SQuARe/ (the train split for the paper's runs; tested on "
-        "response_test_ood.json)",
+        "github.com/naver-ai/korean-safety-benchmarks: data/SQuARe/ (the train split for the paper's runs)",
         "MIT",
         "480 responses, 265 red",
+        "response_test_ood.json",
         "db75284aebfe4573c9dd542b8dde48c7c656b7a07bc333d894d6af9392266b95",
     ),
     Source(
@@ -44,6 +46,7 @@ SOURCES = (
         "github.com/llm-attacks/llm-attacks: data/advbench/harmful_behaviors.csv",
         "MIT",
         "520 attacks",
+        "harmful_behaviors.csv",
         "6cd1a5c63c07610d7eb67307772ee5606017ee950b5770ab288a2c487489d3e1",
     ),
     Source(
@@ -52,6 +55,7 @@ SOURCES = (
         "github.com/anthropics/ConstitutionalHarmlessnessPaper: evals/438HHHEvaluations.jsonl",
         "none stated",
         "438 items, always (A) scores 52.05 %",
+        "438HHHEvaluations.jsonl",
         "d1ee180289d3eeeb314ad862344cbd9af07f19c6d52a77524f9a1a21e7373c10",
     ),
     Source(
@@ -60,6 +64,7 @@ SOURCES = (
         "github.com/lm-sys/FastChat: fastchat/llm_judge/data/mt_bench/question.jsonl",
         "Apache-2.0",
         "80 questions of two turns",
+        "question.jsonl",
         "119565adbab82227089cefdb44c8d7e2cf04dc0a0ec233634c82e7d4e2a944f7",
     ),
     Source(
@@ -68,6 +73,7 @@ SOURCES = (
         "github.com/lm-sys/FastChat: fastchat/llm_judge/data/mt_bench/reference_answer/gpt-4.jsonl",
         "Apache-2.0",
         "30 answers",
+        "gpt-4.jsonl",
         "f957a5bc977badb66885ec970e6cd08527845780313f0995764260e5777b9b3f",
     ),
     Source(
@@ -76,6 +82,7 @@ SOURCES = (
         "github.com/lm-sys/FastChat: fastchat/llm_judge/data/judge_prompts.jsonl",
         "Apache-2.0",
         "8 prompts, of which 4 are used",
+        "judge_prompts.jsonl",
         "fd283293406d024f44c174b094ef48031d0687a4682fd3a56b29b138f80281b6",
     ),
     Source(
@@ -84,6 +91,7 @@ SOURCES = (
         "github.com/paul-rottger/exaggerated-safety: xstest_prompts.csv",
         "CC-BY-4.0",
         "250 safe and 200 unsafe prompts",
+        "xstest_prompts.csv",
         "11783fb294ed017473ee53c207d71f2161c7672c8d0b037501e78387f801cb5a",
     ),
     Source(
@@ -92,6 +100,7 @@ SOURCES = (
         "github.com/huggingface/llm-swarm: examples/constitutional-ai/ (the constitution named anthropic)",
         "MIT",
         "16 principles",
+        "constitution_anthropic.json",
         "5129a36a404770ce5a103d8ffba7c476214f64b22a1095bd59f782f053d1639b",
     ),
     Source("model.path", "Llama 3.1 8B Instruct", "huggingface.co/meta-llama/Llama-3.1-8B-Instruct", "Llama 3.1"),
@@ -104,10 +113,9 @@ def known_file(sha256: str) -> str | None:
     return next((source.name for source in SOURCES if source.sha256 and source.sha256 == sha256), None)
 
 
-def sources_table() -> Table:
-    """The README's table."""
-    rows = [
-        [f"`{s.key}`", s.name, s.place, s.licence, s.rows or "–", f"`{s.sha256}`" if s.sha256 else "not tested"]
-        for s in SOURCES
-    ]
-    return Table(["key", "what", "where", "licence", "tested file holds", "SHA-256 of the tested file"], rows)
+def sources_markdown() -> str:
+    """The README's table, and the hashes as ``sha256sum`` writes them."""
+    head = ["key", "what", "where", "licence", "the tested file"]
+    rows = [[f"`{s.key}`", s.name, s.place, s.licence, s.rows or "not tested"] for s in SOURCES]
+    hashes = "\n".join(f"{s.sha256}  {s.file}" for s in SOURCES if s.sha256)
+    return f"{Table(head, rows, num_text=len(head)).markdown()}\n\n```text\n{hashes}\n```"

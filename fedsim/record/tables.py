@@ -11,17 +11,18 @@ NOT_MEASURED = "not measured"
 
 @dataclass(frozen=True)
 class Table:
-    """A head and rows of equally many cells; the first column is text, the others are figures."""
+    """A head and rows of equally many cells; the first ``num_text`` columns are text, the others are figures."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
+    num_text: int = 1
 
     def __post_init__(self) -> None:
         assert all(len(row) == len(self.head) for row in self.rows), "every row needs a cell for each column"
 
     def markdown(self) -> str:
         """A GitHub-style table; figures are set to the right."""
-        rule = ["---", *("---:" for _ in self.head[1:])]
+        rule = ["---" if i < self.num_text else "---:" for i in range(len(self.head))]
         lines = [self.head, rule, *([cell.replace("|", "\\|") for cell in row] for row in self.rows)]
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
