@@ -15,8 +15,11 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
-def explaining_full_disk(folders: Sequence[Path]) -> Iterator[None]:
-    """Turn an error of a full disk inside the block into a :class:`DiskFullError` that names ``folders``."""
+def explaining_full_disk(folders: Sequence[Path], kept: str = "the last finished round") -> Iterator[None]:
+    """Turn an error of a full disk inside the block into a :class:`DiskFullError` that names ``folders``.
+
+    ``kept`` says after what the same command would go on.
+    """
     try:
         yield
     except Exception as error:
@@ -24,8 +27,7 @@ def explaining_full_disk(folders: Sequence[Path]) -> Iterator[None]:
             raise
         free = ", ".join(f"{shutil.disk_usage(f).free:,} bytes free at {f}" for f in folders if f.exists())
         raise DiskFullError(
-            f"the disk is full ({free}): free space and start the same command again; it goes on after the last "
-            "finished round"
+            f"the disk is full ({free}): free space and start the same command again; it goes on after {kept}"
         ) from error
 
 

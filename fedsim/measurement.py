@@ -78,8 +78,10 @@ class Measurement:
         with self.record.phase(f"judge MT-Bench, {POINT_TITLES[point]}", "judge", self.judge.unit) as phase:
             judged = self.judge.judge(folder, model_id, found.mt_bench.texts, phase.step)
             metrics = judge_metrics(judged, [answer.question for answer in found.mt_bench.answers])
-            if judged.error is None:
+            if judged.complete:
                 phase.step(phase.total, phase.total, **figures.headline(metrics))
+        for line in judged.news:
+            self.record.say(line)
         if judged.error is not None:
             finish = f"python tools/judge.py {self.record.folder}"
             self.record.say(f"{judged.num_unjudged} turns stay unjudged: {judged.error}. To finish later: {finish}")

@@ -17,26 +17,33 @@ from pathlib import Path
 
 from fedsim.config import Config, load_config
 from fedsim.data.benchmarks import MtQuestion
-from fedsim.errors import ConfigError, DataError, FedsimError, JudgeError
+from fedsim.disk import explaining_full_disk
+from fedsim.errors import ConfigError, DataError, JudgeError
 from fedsim.evaluate.fastchat import JudgmentFile, read_answers
 from fedsim.evaluate.intervals import Mean
 from fedsim.evaluate.judge import Judged, MtJudge
 from fedsim.evaluate.judge_inputs import check_judge, judge_name
 from fedsim.evaluate.mt_bench import SCALE, mean_scores
+from fedsim.launching import Parser, launched
 from fedsim.parallel.world import World, process_world
 from fedsim.record.progress import Progress
 from fedsim.record.tables import Table
 
 Answered = list[tuple[MtQuestion, tuple[str, str]]]
 
+JUDGED, UNRATED = "turns judged", "turns without a rating"
+NOT_ASKED, UNJUDGED = "turns too long for the judge", "turns that the judge failed at"
+
 FREE = ("judge.", "eval.mt_bench=", "eval.mt_bench_references=", "eval.batch_size=", "model.dtype=", "model.attention=")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Command-line arguments."""
-    parser = argparse.ArgumentParser(
-        prog="tools/judge.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Command-line arguments.
+
+    Raises:
+        ConfigError: they are not of the form.
+    """
+    parser = Parser(prog="tools/judge.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN_DIR", help="a run's directory")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the run's configuration")
     parser.add_argument(
@@ -60,8 +67,6 @@ def load(run: Path, overrides: Sequence[str]) -> Config:
         raise ConfigError(
             "judge.kind=none: the run has no judge; add judge.kind=openai or judge.kind=local to the command"
         )
-    if not config.eval.mt_bench:
-        raise ConfigError("eval.mt_bench='': the run has left MT-Bench out, so that there is nothing to judge")
     check_judge(config)
     return config
 
@@ -93,16 +98,23 @@ def read_run(run: Path, questions: Sequence[MtQuestion], only: Sequence[str] | N
 
 def judge_all(
     judge: MtJudge, folder: Path, answered: Mapping[str, Answered], progress: Progress
-) -> tuple[dict[str, Judged], JudgeError | None]:
-    """Judge one model after the other, until a request fails for good."""
+) -> tuple[dict[str, Judged], list[str], JudgeError | None]:
+    """Judge one model after the other, until one cannot be finished.
+
+    Returns:
+        What was made of the models whose every turn was tried, the names of those to be judged again, and why.
+    """
     done: dict[str, Judged] = {}
+    left, failure = [], None
     for model_id, answers in answered.items():
         with progress.phase(model_id, 0, judge.unit) as phase:
             judged = judge.judge(folder, model_id, answers, phase.step)
-        if judged.error is not None:
-            return done, judged.error
+        if judged.gave_up:
+            left, failure = [*left, model_id], judged.error
+        if not judged.complete:
+            return done, [*left, *(name for name in answered if name not in (*done, model_id))], judged.error
         done[model_id] = judged
-    return done, None
+    return done, left, failure
 
 
 def table(judged: Mapping[str, Judged], answered: Mapping[str, Answered]) -> Table:
@@ -112,11 +124,15 @@ def table(judged: Mapping[str, Judged], answered: Mapping[str, Answered]) -> Tab
         means = mean_scores([question for question, _ in answered[model_id]], outcome.scores)
         cells: dict[str, Mean | None] = {"mean": means.score, "turn 1": means.by_turn[0], "turn 2": means.by_turn[1]}
         columns.append({name: _cell(mean) for name, mean in (cells | means.by_category).items()})
-        columns[-1]["turns judged"] = str(2 * len(answered[model_id]))
-        columns[-1]["turns without a rating"] = str(outcome.num_unrated)
-    counts = ("turns judged", "turns without a rating")
+        num_left = outcome.num_not_asked + outcome.num_unjudged
+        columns[-1][JUDGED] = str(2 * len(answered[model_id]) - num_left)
+        columns[-1][UNRATED] = str(outcome.num_unrated)
+        columns[-1] |= {NOT_ASKED: str(outcome.num_not_asked)} if outcome.num_not_asked else {}
+        columns[-1] |= {UNJUDGED: str(outcome.num_unjudged)} if outcome.num_unjudged else {}
+    counts = (JUDGED, UNRATED, *(n for n in (NOT_ASKED, UNJUDGED) if any(n in column for column in columns)))
     names = [*dict.fromkeys(name for column in columns for name in column if name not in counts), *counts]
-    return Table(["MT-Bench, 1–10", *judged], [[name, *(c.get(name, "none") for c in columns)] for name in names])
+    lines = [[name, *(c.get(name, "0" if name in counts else "none") for c in columns)] for name in names]
+    return Table(["MT-Bench, 1–10", *judged], lines)
 
 
 def _cell(mean: Mean | None) -> str:
@@ -136,30 +152,38 @@ def run_tool(config: Config, world: World, run: Path, only: Sequence[str] | None
     judge = MtJudge(config, world.ranks, world.device)
     answered = world.ranks.once(lambda: read_run(run, judge.questions, only))
     folder = run / "answers" / "mt_bench"
-    done, error = judge_all(judge, folder, answered, Progress(sys.stderr, enabled=world.ranks.is_main))
+    with explaining_full_disk([folder], "the last judgment"):
+        done, left, error = judge_all(judge, folder, answered, Progress(sys.stderr, enabled=world.ranks.is_main))
+    if world.ranks.is_main:
+        for model_id, judged in done.items():
+            left_out = judged.error is not None and not judged.gave_up
+            said = [f"{judged.num_unjudged} turns stay unjudged: {judged.error}"] if left_out else []
+            for line in (*judged.news, *said):
+                print(f"note: {model_id}: {line}", file=sys.stderr, flush=True)
     if done and world.ranks.is_main:
         print(table(done, answered).plain())
         print("[low, high] = 95 % interval; of = questions with a rating")
         print(f"judgments: {JudgmentFile(folder, judge_name(config)).path}", flush=True)
     if error is not None:
-        left = ", ".join(name for name in answered if name not in done)
         raise JudgeError(
-            f"{error}. Not finished: {left}; what was judged is kept, and the same command goes on from it"
+            f"{error}. Not finished: {', '.join(left)}; what was judged is kept, and the same command goes on from it"
         )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns the exit status."""
-    args = parse_args(argv)
-    try:
-        config = load(args.run, args.overrides)
+
+    def read() -> tuple[argparse.Namespace, Config]:
+        args = parse_args(argv)
+        return args, load(args.run, args.overrides)
+
+    def work(asked: tuple[argparse.Namespace, Config]) -> None:
+        args, config = asked
         parallel = config.parallel
         with process_world(exact=parallel.exact, threads=parallel.threads, timeout_s=parallel.timeout_s) as world:
             run_tool(config, world, args.run, args.only)
-    except FedsimError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    return 0
+
+    return launched(read, work)
 
 
 if __name__ == "__main__":

@@ -6,10 +6,10 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 from fedsim.config.loading import help_text
 from fedsim.errors import ConfigError
+from fedsim.launching import Parser
 
 DEFAULT = Path(__file__).parents[1] / "configs" / "demo.yaml"
 EPILOG = """Without CONFIG.yaml, configs/demo.yaml is used, which sets many of these keys.
@@ -36,20 +36,13 @@ class Command:
     check: bool
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are fedsim's, so that of several processes one tells them."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"command line: {message}; launch/run.py --help shows the form")
-
-
 def parse_command(arguments: Sequence[str]) -> Command:
     """Read a command line, without the program's name.
 
     Raises:
         ConfigError: a word that is neither a config file nor key=value, a second file, an unknown option.
     """
-    parser = _Parser(
+    parser = Parser(
         prog="launch/run.py",
         usage="[torchrun --nproc_per_node=N | deepspeed --num_gpus N] launch/run.py [--check] [CONFIG.yaml] "
         "[key=value ...]",

@@ -56,13 +56,18 @@ class JudgeConfig:
     max_new_tokens: int = key(2048, "longest judgment", unit="tokens", low=1)
     workers: int = key(4, "openai: requests under way at once", low=1)
     retries: int = key(5, "openai: further attempts after a failed request, with growing pauses", low=0)
-    timeout_s: float = key(120.0, "openai: longest wait for an answer", unit="s", above=0)
+    timeout_s: float = key(120.0, "openai: longest wait for a whole answer", unit="s", above=0)
 
     def __post_init__(self) -> None:
         if self.kind == "openai" and not self.model:
             raise ConfigError("judge.kind=openai needs a model: set judge.model to a name that the endpoint knows")
         if self.kind == "local" and not self.path:
             raise ConfigError("judge.kind=local needs a model: set judge.path to its directory")
+        if "@" in self.base_url:  # not repeated: a password may stand before it
+            raise ConfigError(
+                "judge.base_url: must not hold '@', as a user's name and password would be written to config.yaml; "
+                "take them out, and export OPENAI_API_KEY for an endpoint that wants a key"
+            )
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Final
@@ -22,8 +22,17 @@ from fedsim.evaluate.mt_bench import MtAnswer
 
 Row = dict[str, Any]
 
+Place = tuple[int, int]
+"""Question and turn, which name a judgment among those of one model."""
+
 UNRATED: Final = -1
 """Score of a judgment without a rating; FastChat leaves such rows out of every mean."""
+
+FAILED: Final = "$ERROR$"
+"""FastChat's judgment where its requests failed."""
+
+NOT_ASKED: Final = "Not asked: "
+"""What the judgment begins with where a local judge's context has no room for the prompt."""
 
 KINDS: Final = {
     "question_id": int,
@@ -107,6 +116,11 @@ def judgment_row(
     }
 
 
+def pending(row: Row) -> bool:
+    """Whether the row says that there is no judgment yet, so that it is asked for again."""
+    return row["judgment"] == FAILED or row["judgment"].startswith(NOT_ASKED)
+
+
 def rubric_rows(answers: Iterable[MtAnswer], model_id: str, tstamp: float) -> list[Row]:
     """Judgments of the judge ``rubric``: one for each answer that has a score."""
     return [
@@ -183,9 +197,36 @@ class JudgmentFile:
 
     def replace(self, model_id: str, rows: Iterable[Row]) -> None:
         """Let ``rows`` be this judge's only judgments on ``model_id``; the file is sorted and replaced atomically."""
+        self.merge(model_id, {(row["question_id"], row["turn"]): row for row in rows}, lambda row: False)
+
+    def merge(self, model_id: str, own: Mapping[Place, Row], holds: Callable[[Row], bool]) -> dict[Place, Row]:
+        """Add ``own`` to this judge's judgments on ``model_id`` that hold, whoever wrote them; its others leave.
+
+        Reading and replacing happen under one lock, so that two writers on one model lose nothing of each other's. One
+        row is left of each question and turn: a judgment before a row that is :func:`pending`, then one's own before
+        the file's, then the file's last.
+
+        Args:
+            model_id: FastChat's name of the model.
+            own: rows to add.
+            holds: whether a row of the file may stay.
+
+        Returns:
+            The model's judgments, as the file has them now.
+        """
         with self._locked():
-            others = [row for row in self.rows() if row["model"] != model_id or row["judge"][0] != self.judge]
-            _write_lines(self.path, sorted([*others, *rows], key=lambda r: (r["model"], r["question_id"], r["turn"])))
+            rows = self.rows()
+            mine = [row for row in rows if row["model"] == model_id and row["judge"][0] == self.judge]
+            others = [row for row in rows if row["model"] != model_id or row["judge"][0] != self.judge]
+            merged: dict[Place, Row] = {}
+            for row in [*filter(holds, mine), *own.values()]:
+                place = (row["question_id"], row["turn"])
+                if place not in merged or pending(merged[place]) or not pending(row):
+                    merged[place] = row
+            if own or len(merged) != len(mine):
+                kept = sorted([*others, *merged.values()], key=lambda r: (r["model"], r["question_id"], r["turn"]))
+                _write_lines(self.path, kept)
+            return merged
 
     def _row(self, line: str, number: int) -> Row:
         try:

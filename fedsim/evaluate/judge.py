@@ -17,7 +17,7 @@ import torch
 from fedsim.config import Config
 from fedsim.data.benchmarks import MtQuestion
 from fedsim.errors import JudgeError
-from fedsim.evaluate.fastchat import UNRATED, JudgmentFile, Row, judgment_row
+from fedsim.evaluate.fastchat import FAILED, NOT_ASKED, UNRATED, JudgmentFile, Place, Row, judgment_row, pending
 from fedsim.evaluate.judge_client import OpenAiClient, Pause
 from fedsim.evaluate.judge_inputs import judge_files, judge_name, load_questions, load_references
 from fedsim.evaluate.judge_local import judge_locally
@@ -38,17 +38,34 @@ class Judged:
 
     Attributes:
         judge: its name.
-        scores: of every question, in order; all without a score if any turn was left unjudged.
+        scores: of every question, in order; all without a score unless ``complete``.
         num_unrated: judgments without a rating.
-        num_unjudged: turns without a judgment.
+        num_not_asked: turns for which a local judge's context has no room.
+        num_unjudged: turns without a judgment because the judge failed.
+        complete: every turn was tried, so that the scores are of all that could be judged.
         error: why some were left unjudged; None if none was.
+        gave_up: this attempt ended early, as the judge seems to fail for every turn.
+        news: what a user should know about how the judge was asked.
     """
 
     judge: str
     scores: list[TurnScores]
     num_unrated: int
+    num_not_asked: int
     num_unjudged: int
+    complete: bool
     error: JudgeError | None
+    gave_up: bool = False
+    news: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What asking an endpoint came to, beside the rows: see :class:`Judged`."""
+
+    error: JudgeError | None = None
+    gave_up: bool = False
+    news: tuple[str, ...] = ()
 
 
 class MtJudge:
@@ -73,6 +90,7 @@ class MtJudge:
         self.questions = load_questions(config)
         self.prompts: dict[str, JudgePrompt] = load_judge_prompts(judge_files(config)["judge_prompts"])
         self.references = load_references(config, self.questions)
+        self._client: OpenAiClient | None = None  # rank 0's; kept, as it learns what the endpoint takes
 
     @property
     def unit(self) -> str:
@@ -97,95 +115,104 @@ class MtJudge:
         name = judge_name(self.config)
         file = JudgmentFile(folder, name)
         matches = make_matches(self.prompts, answered, self.references)
-        held = self.ranks.once(lambda: _take_over(file, model_id, matches))
-        missing = [match for match in matches if (match.question_id, match.turn) not in held]
+        holds = _holds(name, matches)
+        found = self.ranks.once(lambda: file.merge(model_id, {}, holds))
+        held = {
+            place: {**row, "score": parse_rating(row["judgment"])} for place, row in found.items() if not pending(row)
+        }
+        missing = [match for match in matches if match.place not in held]
+        missing.sort(key=lambda match: match.place in found)  # first what was never tried, so that all is in the end
 
-        def keep(match: Match, judgment: str) -> None:
+        def keep(match: Match, judgment: str | None) -> None:
+            text = FAILED if judgment is None else judgment
+            who = (name, match.prompt_name)
             row = judgment_row(
-                match.question_id,
-                model_id,
-                (name, match.prompt_name),
-                match.user,
-                judgment,
-                parse_rating(judgment),
-                match.turn,
-                time.time(),
+                match.question_id, model_id, who, match.user, text, parse_rating(text), match.turn, time.time()
             )
             file.append(row)
-            held[match.question_id, match.turn] = row
+            held[match.place] = row
 
-        def settle() -> dict[tuple[int, int], float]:
-            file.replace(model_id, held.values())
-            return {place: row["score"] for place, row in held.items()}
-
-        error = None
+        outcome = _Outcome()
         if missing and self.config.judge.kind == "openai":
-            error = self._ask(missing, keep, report, len(held))
+            outcome = self._ask(missing, keep, report, len(held))
         elif missing:
-            self._judge_locally(matches, keep, report)
-        return _summary(name, answered, self.ranks.once(settle), error)
+            self._judge_locally(matches, missing, keep, report)
+        rows = self.ranks.once(lambda: file.merge(model_id, held, holds))
+        return _summary(name, answered, rows, outcome)
 
-    def _judge_locally(self, matches: Sequence[Match], keep: Keep, report: Report | None) -> None:
+    def _judge_locally(
+        self, matches: Sequence[Match], missing: Sequence[Match], keep: Keep, report: Report | None
+    ) -> None:
         """All of the model's answers, even if some are judged: which rows share a batch may show in the last bits."""
-        judgments = judge_locally(self.config, self.ranks, self.device, matches, report)
+        places = {match.place for match in missing}
+        wanted = [i for i, match in enumerate(matches) if match.place in places]
+        judgments = judge_locally(self.config, self.ranks, self.device, matches, wanted, report)
 
         def keep_all() -> None:
             for match, judgment in zip(matches, judgments, strict=True):
-                keep(match, judgment)
+                if judgment is not None:
+                    keep(match, judgment)
 
         self.ranks.once(keep_all)
 
-    def _ask(self, missing: Sequence[Match], keep: Keep, report: Report | None, num_held: int) -> JudgeError | None:
-        """Rank 0 sends the requests; all ranks meet every few seconds. Returns what ended it early."""
+    def _ask(self, missing: Sequence[Match], keep: Keep, report: Report | None, num_held: int) -> _Outcome:
+        """Rank 0 sends the requests; all ranks meet every few seconds."""
         pools: list[RequestPool] = []
+        settings = self.config.judge
 
-        def poll() -> tuple[int, bool, JudgeError | None]:
+        def poll() -> tuple[int, _Outcome | None]:
+            if self._client is None:
+                self._client = OpenAiClient(settings)
             if not pools:
-                client, settings = OpenAiClient(self.config.judge), self.config.judge
-                pools.append(RequestPool(missing, client.ask, keep, settings.workers, self.pause))
+                pools.append(RequestPool(missing, self._client.ask, keep, settings.workers, self.pause))
             done, over = pools[0].wait(POLL_S)
-            return done, over, pools[0].failure if over else None
+            outcome = _Outcome(pools[0].failure, pools[0].gave_up, self._client.news()) if over else None
+            return done, outcome
 
         while True:
-            done, over, error = self.ranks.once(poll)
+            done, outcome = self.ranks.once(poll)
             if report is not None:
                 report(num_held + done, num_held + len(missing))
-            if over:
-                return error
+            if outcome is not None:
+                return outcome
 
 
-def _take_over(file: JudgmentFile, model_id: str, matches: Sequence[Match]) -> dict[tuple[int, int], Row]:
-    """The model's judgments that still hold, by (question, turn); its others leave the file."""
-    asked = {(m.question_id, m.turn): m for m in matches}
-    held: dict[tuple[int, int], Row] = {}
-    rows = [row for row in file.rows() if row["model"] == model_id and row["judge"][0] == file.judge]
-    for row in rows:
+def _holds(judge: str, matches: Sequence[Match]) -> Callable[[Row], bool]:
+    """Whether a row is of one of the matches as they stand."""
+    asked = {match.place: match for match in matches}
+
+    def holds(row: Row) -> bool:
         match = asked.get((row["question_id"], row["turn"]))
-        if match is None or [row["judge"], row["user_prompt"]] != [[file.judge, match.prompt_name], match.user]:
-            continue
-        if row["judgment"] != "$ERROR$":  # what FastChat writes where its requests failed
-            held[row["question_id"], row["turn"]] = {**row, "score": parse_rating(row["judgment"])}
-    if len(held) != len(rows):
-        file.replace(model_id, held.values())
-    return held
+        return match is not None and [row["judge"], row["user_prompt"]] == [[judge, match.prompt_name], match.user]
+
+    return holds
 
 
 def _summary(
     name: str,
     answered: Sequence[tuple[MtQuestion, tuple[str, str]]],
-    scores: Mapping[tuple[int, int], float],
-    error: JudgeError | None,
+    rows: Mapping[Place, Row],
+    outcome: _Outcome,
 ) -> Judged:
-    num_unjudged = 2 * len(answered) - len(scores)
-    assert (error is None) == (num_unjudged == 0), "what is left unjudged has a reason"
+    judged = {place: parse_rating(row["judgment"]) for place, row in rows.items() if not pending(row)}
+    num_not_asked = sum(row["judgment"].startswith(NOT_ASKED) for row in rows.values())
+    num_unjudged = 2 * len(answered) - len(judged) - num_not_asked
+    complete = len(rows) == 2 * len(answered)
+    assert outcome.error is not None or num_unjudged == 0, "what is left unjudged has a reason"
 
     def score(number: int, turn: int) -> float | None:
-        value = scores[number, turn]
+        value = judged.get((number, turn), UNRATED)
         return None if value == UNRATED else float(value)
 
     numbers = [question.question_id for question, _ in answered]
-    pairs: list[TurnScores] = [(None, None)] * len(answered)
-    if num_unjudged == 0:
-        pairs = [(score(number, 1), score(number, 2)) for number in numbers]
-    num_unrated = sum(value == UNRATED for value in scores.values())
-    return Judged(name, pairs, num_unrated, num_unjudged, error)
+    return Judged(
+        name,
+        [(score(number, 1), score(number, 2)) if complete else (None, None) for number in numbers],
+        num_unrated=sum(value == UNRATED for value in judged.values()),
+        num_not_asked=num_not_asked,
+        num_unjudged=num_unjudged,
+        complete=complete,
+        error=outcome.error if num_unjudged else None,  # another process may have judged the rest
+        gave_up=outcome.gave_up and num_unjudged > 0,
+        news=outcome.news,
+    )

@@ -1,26 +1,33 @@
 """Asks an OpenAI-compatible endpoint for judgments, and waits and asks again where a failure may pass.
 
 The key is taken from ``OPENAI_API_KEY`` alone and never shown. Back-off grows from 1 s to 60 s, with jitter; a
-``Retry-After`` is honoured up to 5 minutes.
+``Retry-After`` is honoured up to 5 minutes. Requests run on one event loop, which can end an attempt at its deadline
+whatever the endpoint is doing, such as sending a byte now and then.
 """
 
 from __future__ import annotations
 
+import asyncio
 import email.utils
+import functools
 import math
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import urlsplit
 
 from fedsim import keys
 from fedsim.config import JudgeConfig
 from fedsim.errors import ConfigError, JudgeError
+from fedsim.evaluate import judge_replies
 from fedsim.evaluate.judge_prompts import Match
+from fedsim.evaluate.judge_replies import PassingError, StoppedError, TurnError
 
 if TYPE_CHECKING:
-    from openai import APIStatusError
+    from openai import APIStatusError, AsyncOpenAI
 
 OPENAI_URL: Final = "https://api.openai.com/v1"
 KEY_VARIABLE: Final = "OPENAI_API_KEY"
@@ -31,40 +38,24 @@ FIRST_WAIT_S: Final = 1.0
 LONGEST_WAIT_S: Final = 60.0
 LONGEST_RETRY_AFTER_S: Final = 300.0
 
+OF_THE_TURN: Final = (400, 413, 422)
+"""Refusals that may be about one turn's text, such as a content filter's."""
+
 Pause = Callable[[float], bool]
 """Waits so many seconds; True if the work was given up meanwhile."""
 
 
-class PassingError(Exception):
-    """A failure that may pass.
-
-    Args:
-        reason: without the key or any text of a prompt.
-        retry_after_s: how long the endpoint asks to wait; None if it does not say.
-    """
-
-    def __init__(self, reason: str, retry_after_s: float | None = None) -> None:
-        super().__init__(reason)
-        self.retry_after_s = retry_after_s
-
-
-class StoppedError(Exception):
-    """The work was given up while a request waited for its next attempt."""
-
-
-def check_client(settings: JudgeConfig) -> None:
-    """Find out without a request whether the endpoint could be asked.
+def check_client(settings: JudgeConfig) -> AsyncOpenAI:
+    """Find out without a request whether the endpoint could be asked; returns the client that would ask it.
 
     Raises:
-        ConfigError: the ``openai`` package or the key is missing, or ``judge.base_url`` is no address.
+        ConfigError: the ``openai`` package or the key is missing, ``judge.base_url`` is no address, or the environment
+            names a proxy that cannot be used.
     """
     if find_spec("openai") is None:
         raise ConfigError("judge.kind=openai needs the openai package: pip install 'fedsim[judge]'")
-    if settings.base_url and not settings.base_url.startswith(("http://", "https://")):
-        raise ConfigError(
-            f"judge.base_url={settings.base_url!r}: must begin with http:// or https://, such as "
-            "http://localhost:8000/v1"
-        )
+    if settings.base_url:
+        _check_address(settings.base_url)
     key = _key()
     if not (key.isascii() and key.isprintable()):
         raise ConfigError(f"{KEY_VARIABLE}: holds a character that no key has; export it anew")
@@ -72,6 +63,20 @@ def check_client(settings: JudgeConfig) -> None:
         raise ConfigError(
             f"judge.kind=openai needs a key: export {KEY_VARIABLE}, or set judge.base_url to an endpoint of your own"
         )
+    import openai
+
+    try:
+        return openai.AsyncOpenAI(
+            api_key=key or NO_KEY,
+            base_url=settings.base_url or OPENAI_URL,
+            timeout=None,  # OpenAiClient has a deadline of its own: this one begins anew with every byte
+            max_retries=0,  # OpenAiClient.ask() retries, so that its bounds are known and its failures counted once
+        )
+    except Exception as error:  # the address is sound: it is the proxy, and its text may hold a password
+        raise ConfigError(
+            f"judge.kind=openai: no client can be made with the proxy of ALL_PROXY, HTTPS_PROXY or HTTP_PROXY "
+            f"({type(error).__name__}); correct or unset it (a socks5:// one needs: pip install socksio)"
+        ) from None
 
 
 class OpenAiClient:
@@ -85,29 +90,33 @@ class OpenAiClient:
     """
 
     def __init__(self, settings: JudgeConfig) -> None:
-        check_client(settings)
+        self._client = check_client(settings)
         import openai
 
         self.settings = settings
-        self._errors = openai
         self._key = _key()
-        self._client = openai.OpenAI(
-            api_key=self._key or NO_KEY,
-            base_url=settings.base_url or OPENAI_URL,
-            timeout=settings.timeout_s,
-            max_retries=0,  # ask() retries, so that its bounds are known and its failures counted once
-        )
+        self._errors = openai
+        self._form: dict[str, Any] = {"temperature": 0, "max_tokens": settings.max_new_tokens}
+        self._changing = threading.Lock()
+        self._news: list[str] = []
 
     @property
     def place(self) -> str:
         """The endpoint and the model, as errors name them."""
         return f"judge {self.settings.model!r} at {self.settings.base_url or OPENAI_URL}"
 
+    def news(self) -> tuple[str, ...]:
+        """What a user should know about how the endpoint is asked; each is told once."""
+        with self._changing:
+            told, self._news = tuple(self._news), []
+        return told
+
     def ask(self, match: Match, pause: Pause) -> str:
         """The judgment, after as many attempts as it takes and ``judge.retries`` allows.
 
         Raises:
-            JudgeError: the endpoint refuses the request, or every attempt failed.
+            TurnError: the endpoint refuses this turn, or gives no usable answer to it in any attempt.
+            JudgeError: the endpoint refuses every request, or cannot be reached in any attempt.
             StoppedError: ``pause`` says that the work was given up.
         """
         name = f"question {match.question_id}, turn {match.turn}"
@@ -118,47 +127,95 @@ class OpenAiClient:
                 failure = error
             if attempt < self.settings.retries and pause(wait_s(attempt, failure.retry_after_s, name)):
                 raise StoppedError
-        raise JudgeError(
-            f"{self.place}: no judgment of {name} in {self.settings.retries + 1} attempts (the last: {failure}); see "
-            "that the endpoint answers, or raise judge.retries or judge.timeout_s"
-        )
+        text = f"no judgment of {name} in {self.settings.retries + 1} attempts (the last: {failure}); {failure.fix}"
+        raise JudgeError(f"{self.place}: {text}") if failure.is_away else TurnError(f"{self.place}: {text}")
 
     def _attempt(self, match: Match) -> str:
+        form, hidden = self._form, f"{match.system} {match.user} {self._key}"
         try:
-            reply: Any = self._client.chat.completions.create(
-                model=self.settings.model,
-                messages=match.conversation,  # type: ignore[arg-type]
-                temperature=0,
-                max_tokens=self.settings.max_new_tokens,
-            )
-        except self._errors.APITimeoutError:
+            return judge_replies.content(self._reply(match, form), hidden)
+        except PassingError:
+            raise
+        except TimeoutError:
             raise PassingError(f"no answer within {self.settings.timeout_s:g} s") from None
         except self._errors.APIConnectionError as error:
-            raise PassingError(f"the connection failed: {self._short(error.__cause__ or error)}") from None
+            raise PassingError(f"the connection failed: {judge_replies.cause(error)}", is_away=True) from None
         except self._errors.APIStatusError as error:
-            raise self._refused(error) from None
-        except (self._errors.OpenAIError, ValueError) as error:  # a body that is no JSON, or no chat completion
+            if not self._adapts(error, hidden, form):
+                raise self._refused(error, judge_replies.told(error, hidden), match) from None
+        except Exception as error:  # whatever parsing a body can end with, such as RecursionError
             raise PassingError(f"the answer is no chat completion ({type(error).__name__})") from None
-        return _content(reply)
+        return self._attempt(match)  # in another form; there are only so many
 
-    def _refused(self, error: APIStatusError) -> PassingError | JudgeError:
+    def _reply(self, match: Match, form: Mapping[str, Any]) -> Any:
+        """The endpoint's answer.
+
+        Raises:
+            TimeoutError: it is not whole within ``judge.timeout_s``.
+        """
+        messages: Any = match.conversation
+        request = self._client.chat.completions.create(model=self.settings.model, messages=messages, **form)
+        limited = asyncio.wait_for(request, self.settings.timeout_s)
+        return asyncio.run_coroutine_threadsafe(limited, _loop()).result()
+
+    def _adapts(self, error: APIStatusError, hidden: str, form: Mapping[str, Any]) -> bool:
+        """Whether the endpoint wants another form of request than ``form``, which is used from now on."""
+        if error.status_code not in OF_THE_TURN:
+            return False
+        changed = dict(form)
+        if "max_tokens" in form and judge_replies.wants_other_limit(error, hidden):
+            changed["max_completion_tokens"] = changed.pop("max_tokens")
+        elif "temperature" in form and judge_replies.refuses_temperature(error, hidden):
+            del changed["temperature"]
+        else:
+            return False
+        with self._changing:
+            if self._form == form:  # no other thread was faster
+                self._form = changed
+                if "temperature" in form and "temperature" not in changed:
+                    self._news.append(
+                        f"{self.place} refuses temperature=0 and is asked without it: its judgments are drawn, and "
+                        "differ from one time to the next"
+                    )
+        return True
+
+    def _refused(self, error: APIStatusError, said: str, match: Match) -> PassingError | TurnError | JudgeError:
         """What an HTTP error means: 408, 409, 429 and 5xx may pass, unless the account's quota is used up."""
-        status, said = error.status_code, self._short(_message(error.body))
-        said = f"{status}: {said}" if said else str(status)
+        status = error.status_code
         if (status in (408, 409, 429) or status >= 500) and error.code != "insufficient_quota":
-            return PassingError(f"HTTP {said}", retry_after_s(error.response.headers))
+            wait = retry_after_s(error.response.headers)
+            return PassingError(said, wait, is_away=status != 500)  # 500 may be what one prompt does to it
+        if status in OF_THE_TURN:
+            name = f"question {match.question_id}, turn {match.turn}"
+            return TurnError(f"{self.place}: refuses {name} with {said}; the endpoint's own log may say why")
         if status in (401, 403):
             fix = f"set {KEY_VARIABLE} to a key that this endpoint takes"
-            return JudgeError(f"{self.place}: refuses the key with HTTP {status}; {fix}")
+            return JudgeError(f"{self.place}: refuses the key with {said}; {fix}")
         if status == 404:
-            return JudgeError(f"{self.place}: HTTP {said}; set judge.base_url (it usually ends in /v1) and judge.model")
+            return JudgeError(f"{self.place}: {said}; set judge.base_url (it usually ends in /v1) and judge.model")
         fix = "the account has no quota left" if status == 429 else "the same request would fail again"
-        return JudgeError(f"{self.place}: refuses the request with HTTP {said}; {fix}: change judge.* or the endpoint")
+        return JudgeError(f"{self.place}: refuses the request with {said}; {fix}: change judge.* or the endpoint")
 
-    def _short(self, text: object) -> str:
-        """One short line without the key."""
-        shown = str(text).replace(self._key, "***") if self._key else str(text)
-        return " ".join(shown.split())[:200]
+
+@functools.cache
+def _loop() -> asyncio.AbstractEventLoop:
+    """The event loop of all clients; its thread dies with the process."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="judge-requests", daemon=True).start()
+    return loop
+
+
+def _check_address(url: str) -> None:
+    try:
+        parts = urlsplit(url)
+        sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # of the port, or of an IPv6 address
+        sound = False
+    if not sound:
+        raise ConfigError(
+            f"judge.base_url={url!r}: must be an address with host and, if need be, port, such as "
+            "http://localhost:8000/v1"
+        )
 
 
 def _key() -> str:
@@ -189,24 +246,3 @@ def retry_after_s(headers: Mapping[str, str]) -> float | None:
         except (TypeError, ValueError):
             return None
     return max(0.0, seconds) if math.isfinite(seconds) else None
-
-
-def _content(reply: Any) -> str:
-    """The text of a chat completion.
-
-    Raises:
-        PassingError: it has no choice or no text.
-    """
-    choices = getattr(reply, "choices", None)
-    if not isinstance(choices, list) or not choices:
-        raise PassingError("the answer has no choices")
-    content = getattr(getattr(choices[0], "message", None), "content", None)
-    if not isinstance(content, str) or not content.strip():
-        raise PassingError(f"the answer has no text (finish_reason {getattr(choices[0], 'finish_reason', None)})")
-    return content.encode("utf-8", "replace").decode()  # half a surrogate pair can come as JSON, but not go to a file
-
-
-def _message(body: object) -> str:
-    """What an error's body says; empty if it is not of OpenAI's form."""
-    said = body.get("message") if isinstance(body, dict) else None
-    return said if isinstance(said, str) else ""

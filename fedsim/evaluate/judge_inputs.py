@@ -19,18 +19,19 @@ def check_judge(config: Config) -> None:
     """Find out without a request and without loading a model whether answers could be judged.
 
     Raises:
-        ConfigError: the ``openai`` package or its key is missing.
-        DataError: the judge's prompts or a reference answer are missing or malformed.
+        ConfigError: see :func:`fedsim.evaluate.judge_client.check_client`.
+        DataError: the questions, the judge's prompts or a reference answer are missing or malformed.
         ModelError: ``judge.path`` is no model directory.
     """
-    if config.judge.kind == "none" or not config.eval.mt_bench:
+    if config.judge.kind == "none":
         return
     if config.judge.kind == "openai":
         check_client(config.judge)
     else:
         check_model_dir(config.judge.path, "judge.path")
+    questions = load_questions(config)  # first: the prompts are looked for beside them
     load_judge_prompts(judge_files(config)["judge_prompts"])
-    load_references(config, load_questions(config))
+    load_references(config, questions)
 
 
 def judge_name(config: Config) -> str:
@@ -46,7 +47,7 @@ def judge_files(config: Config) -> dict[str, Path]:
     Raises:
         DataError: ``judge.prompts`` is not set, and the file is not where FastChat has it.
     """
-    if config.judge.kind == "none" or not config.eval.mt_bench:
+    if config.judge.kind == "none":
         return {}
     files = {"judge_prompts": _prompts_file(config)}
     if config.eval.mt_bench_references:

@@ -17,7 +17,7 @@ from fedsim.data.benchmarks import MtQuestion
 from fedsim.data.chat import Conversation, Message, user_turn
 from fedsim.data.files import json_lines
 from fedsim.errors import DataError
-from fedsim.evaluate.fastchat import UNRATED
+from fedsim.evaluate.fastchat import UNRATED, Place
 from fedsim.evaluate.mt_bench import SCALE
 
 NEED_REFERENCE: Final = frozenset({"math", "reasoning", "coding", "arena-hard-200"})
@@ -65,6 +65,11 @@ class Match:
     prompt_name: str
     system: str = field(repr=False)
     user: str = field(repr=False)
+
+    @property
+    def place(self) -> Place:
+        """Question and turn."""
+        return self.question_id, self.turn
 
     @property
     def conversation(self) -> Conversation:

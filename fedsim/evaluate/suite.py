@@ -225,8 +225,12 @@ def _mt_means(means: MtMeans) -> Metrics:
 
 
 def judge_metrics(judged: Judged, questions: Sequence[MtQuestion]) -> Metrics:
-    """The figures that a judge adds to an evaluation: means of its scores, unrated turns, and turns left unjudged."""
-    counts: Metrics = {"eval/mt_bench_unrated": judged.num_unrated, "eval/mt_bench_judge_failed": judged.num_unjudged}
+    """The figures that a judge adds to an evaluation: means of its scores, and the turns that are not in them."""
+    counts: Metrics = {
+        "eval/mt_bench_unrated": judged.num_unrated,
+        "eval/mt_bench_not_asked": judged.num_not_asked,
+        "eval/mt_bench_judge_failed": judged.num_unjudged,
+    }
     return _mt_means(mean_scores(questions, judged.scores)) | counts
 
 

@@ -49,6 +49,7 @@ XSTEST = (
 #: MT-Bench answers that a judge did not rate: metric → what they are called.
 UNRATED = {
     "eval/mt_bench_unrated": "judged without a rating and left out of the means",
+    "eval/mt_bench_not_asked": "not judged, as they do not fit into the judge's context, and left out of the means",
     "eval/mt_bench_judge_failed": "left unjudged, as the judge failed (python tools/judge.py RUN_DIR judges them)",
 }
 

@@ -1,0 +1,114 @@
+"""What an endpoint's answer to a judge prompt means: a judgment, a failure that may pass, one that stays, or the end.
+
+An endpoint may echo the prompt in its error. Nothing of its free text is therefore shown: only the status, and names
+such as ``context_length_exceeded`` that do not occur in the prompt. ``hidden`` is the prompt and the key everywhere.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from openai import APIStatusError
+
+ASK_LATER: Final = "see that the endpoint answers, or raise judge.retries or judge.timeout_s"
+
+_NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
+_TOO_LONG: Final = re.compile(r"context (length|window|size)|maximum context|max_model_len|too long|too many tokens")
+_UNSUPPORTED: Final = re.compile(r"unsupported|not support|only the default")
+
+
+class PassingError(Exception):
+    """A failure that may pass.
+
+    Args:
+        reason: without the key or any text of a prompt.
+        retry_after_s: how long the endpoint asks to wait; None if it does not say.
+        is_away: the endpoint answers nobody now, so that other turns would fail like this one.
+        fix: what to do where it does not pass.
+    """
+
+    def __init__(
+        self, reason: str, retry_after_s: float | None = None, *, is_away: bool = False, fix: str = ASK_LATER
+    ) -> None:
+        super().__init__(reason)
+        self.retry_after_s = retry_after_s
+        self.is_away = is_away
+        self.fix = fix
+
+
+class TurnError(Exception):
+    """One turn gets no judgment; others may. The message is without the key or any text of a prompt."""
+
+
+class StoppedError(Exception):
+    """The work was given up while a request waited for its next attempt."""
+
+
+def content(reply: Any, hidden: str) -> str:
+    """The text of a chat completion, whose content may be a list of text parts.
+
+    Raises:
+        PassingError: it has no choice or no text.
+    """
+    choices = getattr(reply, "choices", None)
+    if not isinstance(choices, list) or not choices:
+        raise PassingError("the answer has no choices")
+    found = getattr(getattr(choices[0], "message", None), "content", None)
+    if isinstance(found, list):
+        found = "".join(part["text"] for part in found if isinstance(part, dict) and isinstance(part.get("text"), str))
+    if not isinstance(found, str) or not found.strip():
+        reason = _name(getattr(choices[0], "finish_reason", None), hidden)
+        fix = "raise judge.max_new_tokens" if reason == "length" else ASK_LATER
+        raise PassingError(f"the answer has no text{reason and f' (finish_reason {reason})'}", fix=fix)
+    return found.encode("utf-8", "replace").decode()  # half a surrogate pair can come as JSON, but not go to a file
+
+
+def told(error: APIStatusError, hidden: str) -> str:
+    """``HTTP 400 (invalid_request_error, messages)``: the status and what names the error gives beside its message."""
+    names = [_name(value, hidden) for value in (error.code, error.type, error.param)]
+    shown = [name for name in dict.fromkeys(names) if name]
+    if _TOO_LONG.search(_message(error)):
+        shown.append("the request does not fit into the judge's context")
+    return f"HTTP {error.status_code}" + (f" ({', '.join(shown)})" if shown else "")
+
+
+def wants_other_limit(error: APIStatusError, hidden: str) -> bool:
+    """Whether the endpoint asks for ``max_completion_tokens`` in the place of ``max_tokens``."""
+    unsupported = error.param == "max_tokens" and "unsupported" in str(error.code)
+    return unsupported or _mentions(error, hidden, "max_completion_tokens")
+
+
+def refuses_temperature(error: APIStatusError, hidden: str) -> bool:
+    """Whether the endpoint refuses ``temperature=0``."""
+    unsupported = _UNSUPPORTED.search(_message(error)) is not None
+    return error.param == "temperature" or (unsupported and _mentions(error, hidden, "temperature"))
+
+
+def cause(error: BaseException) -> str:
+    """Why a connection failed: what the system says, or else the error's kind (its text may hold what was received)."""
+    chain, inner = [error], error.__cause__ or error.__context__
+    while inner is not None:
+        chain.append(inner)
+        inner = inner.__cause__ or inner.__context__
+    said = [link.strerror for link in chain if isinstance(link, OSError) and link.strerror]
+    return said[-1] if said else type(chain[min(1, len(chain) - 1)]).__name__
+
+
+def _mentions(error: APIStatusError, hidden: str, parameter: str) -> bool:
+    """Whether the message names a parameter, of itself and not because it echoes the prompt."""
+    return parameter in _message(error) and parameter not in hidden.lower()
+
+
+def _message(error: APIStatusError) -> str:
+    """What the error's body says, in lower case; empty if it is not of OpenAI's form. Never to be shown."""
+    said = error.body.get("message") if isinstance(error.body, dict) else None
+    return said.lower() if isinstance(said, str) else ""
+
+
+def _name(value: object, hidden: str) -> str:
+    """The value if it is a name that neither comes from what is hidden nor holds a long word of it, else empty."""
+    if not isinstance(value, str) or not _NAME.fullmatch(value) or value in hidden:
+        return ""
+    return "" if any(len(word) >= 12 and word in value for word in hidden.split()) else value
