@@ -115,6 +115,24 @@ def test_a_judge_that_fails_ends_no_run(make: Make, endpoint: Any, capsys: pytes
     assert "kites" not in capsys.readouterr().err
 
 
+def test_a_turn_that_the_judge_never_answers_is_said(
+    make: Make, endpoint: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It takes the turn's score alone; and an endpoint that refuses temperature=0 is told of."""
+    error = json.dumps({"error": {"message": "no", "param": "temperature"}}).encode()
+    endpoint.answer = lambda number, request: (
+        endpoint.Answer(error, 400) if "temperature" in request else " " if number == 1 else "Rating: [[7]]"
+    )
+    simulation = make("judge.workers=1")
+    simulation.run()
+    first, last = evaluations(simulation)
+    assert first["eval/mt_bench"] == last["eval/mt_bench"] == 7.0
+    assert (first["eval/mt_bench_judge_failed"], last["eval/mt_bench_judge_failed"]) == (1, 0)
+    err = capsys.readouterr().err
+    assert err.count("refuses temperature=0") == 1
+    assert err.count("1 turns stay unjudged: ") == 1 and "the answer has no text" in err
+
+
 def test_the_judge_takes_the_rubrics_place(make: Make, mt_folder: Path, endpoint: Any) -> None:
     prompts = f"judge.prompts={mt_folder.parent / 'judge_prompts.jsonl'}"
     simulation = make("eval.mt_bench=embedded", "eval.mt_bench_references=", prompts, "eval.limit=3")

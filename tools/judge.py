@@ -105,14 +105,19 @@ def judge_all(
         What was made of the models whose every turn was tried, the names of those to be judged again, and why.
     """
     done: dict[str, Judged] = {}
-    left, failure = [], None
-    for model_id, answers in answered.items():
+    left: list[str] = []
+    failure: JudgeError | None = None
+    for i, (model_id, answers) in enumerate(answered.items(), start=1):
         with progress.phase(model_id, 0, judge.unit) as phase:
             judged = judge.judge(folder, model_id, answers, phase.step)
+        for line in judged.news:
+            progress.note(line)
         if judged.gave_up:
             left, failure = [*left, model_id], judged.error
+        elif judged.error is not None:
+            progress.note(f"{model_id}: {judged.num_unjudged} turns stay unjudged: {judged.error}")
         if not judged.complete:
-            return done, [*left, *(name for name in answered if name not in (*done, model_id))], judged.error
+            return done, [*left, *list(answered)[i:]], failure
         done[model_id] = judged
     return done, left, failure
 
@@ -154,12 +159,6 @@ def run_tool(config: Config, world: World, run: Path, only: Sequence[str] | None
     folder = run / "answers" / "mt_bench"
     with explaining_full_disk([folder], "the last judgment"):
         done, left, error = judge_all(judge, folder, answered, Progress(sys.stderr, enabled=world.ranks.is_main))
-    if world.ranks.is_main:
-        for model_id, judged in done.items():
-            left_out = judged.error is not None and not judged.gave_up
-            said = [f"{judged.num_unjudged} turns stay unjudged: {judged.error}"] if left_out else []
-            for line in (*judged.news, *said):
-                print(f"note: {model_id}: {line}", file=sys.stderr, flush=True)
     if done and world.ranks.is_main:
         print(table(done, answered).plain())
         print("[low, high] = 95 % interval; of = questions with a rating")

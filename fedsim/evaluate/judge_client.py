@@ -96,6 +96,7 @@ class OpenAiClient:
         self.settings = settings
         self._key = _key()
         self._errors = openai
+        self._loop = _loop()  # here and not in the threads that ask: they would race to make one each
         self._form: dict[str, Any] = {"temperature": 0, "max_tokens": settings.max_new_tokens}
         self._changing = threading.Lock()
         self._news: list[str] = []
@@ -156,7 +157,7 @@ class OpenAiClient:
         messages: Any = match.conversation
         request = self._client.chat.completions.create(model=self.settings.model, messages=messages, **form)
         limited = asyncio.wait_for(request, self.settings.timeout_s)
-        return asyncio.run_coroutine_threadsafe(limited, _loop()).result()
+        return asyncio.run_coroutine_threadsafe(limited, self._loop).result()
 
     def _adapts(self, error: APIStatusError, hidden: str, form: Mapping[str, Any]) -> bool:
         """Whether the endpoint wants another form of request than ``form``, which is used from now on."""

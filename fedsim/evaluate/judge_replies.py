@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 ASK_LATER: Final = "see that the endpoint answers, or raise judge.retries or judge.timeout_s"
 
+_FINISH_REASONS: Final = ("stop", "length", "content_filter", "tool_calls", "function_call")
+"""OpenAI's own, which are shown even where an answer has the same word."""
+
 _NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
 _TOO_LONG: Final = re.compile(r"context (length|window|size)|maximum context|max_model_len|too long|too many tokens")
 _UNSUPPORTED: Final = re.compile(r"unsupported|not support|only the default")
@@ -59,7 +62,8 @@ def content(reply: Any, hidden: str) -> str:
     if isinstance(found, list):
         found = "".join(part["text"] for part in found if isinstance(part, dict) and isinstance(part.get("text"), str))
     if not isinstance(found, str) or not found.strip():
-        reason = _name(getattr(choices[0], "finish_reason", None), hidden)
+        given = getattr(choices[0], "finish_reason", None)
+        reason = given if given in _FINISH_REASONS else _name(given, hidden)
         fix = "raise judge.max_new_tokens" if reason == "length" else ASK_LATER
         raise PassingError(f"the answer has no text{reason and f' (finish_reason {reason})'}", fix=fix)
     return found.encode("utf-8", "replace").decode()  # half a surrogate pair can come as JSON, but not go to a file

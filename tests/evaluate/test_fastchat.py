@@ -13,6 +13,8 @@ import pytest
 from fedsim.data.benchmarks import MtQuestion
 from fedsim.errors import ConfigError, DataError
 from fedsim.evaluate.fastchat import (
+    FAILED,
+    UNRATED,
     JudgmentFile,
     answer_rows,
     judgment_row,
@@ -177,6 +179,36 @@ def test_a_line_that_is_no_judgment_is_an_error(tmp_path: Path, line: str) -> No
     file.path.write_text(f"{file.path.read_text(encoding='utf-8')}{line}\n\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"kite--judge_single\.jsonl, line 2: is no FastChat judgment"):
         file.rows()
+
+
+def test_merging_keeps_what_holds(tmp_path: Path) -> None:
+    """One's own before the file's, a judgment before a row that says there is none, and one row of each turn."""
+    file = JudgmentFile(tmp_path, "kite/judge")
+    failed = {"judgment": FAILED, "score": UNRATED}
+    file.append(judgment(81) | {"judgment": "old"})
+    for row in (judgment(82), judgment(83) | failed, judgment(84), judgment(84), judgment(85), judgment(81, "other")):
+        file.append(row)
+    own = [judgment(81) | {"judgment": "new"}, judgment(82) | failed, judgment(83), judgment(86) | failed]
+    merged = file.merge("fed-1", {(r["question_id"], 1): r for r in own}, lambda row: row["question_id"] != 85)
+    assert list(merged.values()) == [own[0], judgment(82), own[2], judgment(84), own[3]]
+    assert file.rows() == [*merged.values(), judgment(81, "other")]
+    stamp = file.path.stat().st_mtime_ns
+    assert file.merge("fed-1", {}, lambda row: True) == merged and file.path.stat().st_mtime_ns == stamp
+
+
+def test_two_mergers_of_one_model_lose_nothing_of_each_others(tmp_path: Path) -> None:
+    def merges(first: int) -> None:
+        file = JudgmentFile(tmp_path, "kite/judge")
+        for number in range(first, first + 30):
+            file.merge("fed-1", {(number, 1): judgment(number)}, lambda row: True)
+
+    threads = [threading.Thread(target=merges, args=(first,)) for first in (0, 100)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    numbers = [row["question_id"] for row in JudgmentFile(tmp_path, "kite/judge").rows()]
+    assert numbers == [*range(30), *range(100, 130)]
 
 
 def test_two_writers_lose_nothing_of_each_others(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from fedsim.config import Config, load_config
 from fedsim.data.benchmarks import MtQuestion, load_mt_bench
 from fedsim.errors import JudgeError
-from fedsim.evaluate.fastchat import JudgmentFile, judgment_row
+from fedsim.evaluate.fastchat import NOT_ASKED, JudgmentFile, judgment_row
 from fedsim.evaluate.judge import Judged, MtJudge
 from fedsim.evaluate.judge_inputs import load_questions
 from fedsim.evaluate.mt_bench import run_mt_bench
@@ -78,7 +78,9 @@ def test_all_is_judged_and_written_as_fastchat_does(
     endpoint.answer = lambda number, request: rating(request)
     seen: list[tuple[int, int]] = []
     judged = judge(config, tmp_path, answered, report=lambda done, total: seen.append((done, total)))
-    assert judged == Judged("kites/judge", SCORES, num_unrated=1, num_unjudged=0, error=None)
+    assert judged == Judged(
+        "kites/judge", SCORES, num_unrated=1, num_not_asked=0, num_unjudged=0, complete=True, error=None
+    )
     assert seen[-1] == (8, 8) and len(endpoint.requests) == 8
     path = tmp_path / "model_judgment" / "kites--judge_single.jsonl"
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -168,7 +170,8 @@ def test_a_failing_endpoint_leaves_no_score_and_keeps_what_it_gave(
     assert isinstance(judged.error, JudgeError) and "HTTP 503" in str(judged.error)
     assert len(endpoint.requests) == 8  # five, and three attempts at the sixth
     metrics = judge_metrics(judged, [question for question, _ in answered])
-    assert metrics == {"eval/mt_bench_unrated": 0, "eval/mt_bench_judge_failed": 3}
+    assert metrics == {"eval/mt_bench_unrated": 0, "eval/mt_bench_not_asked": 0, "eval/mt_bench_judge_failed": 3}
+    assert judged.gave_up and not judged.complete
     assert len(JudgmentFile(tmp_path, "kites/judge").rows()) == 5
     endpoint.requests.clear()
     endpoint.answer = lambda number, request: rating(request)
@@ -234,13 +237,128 @@ def test_a_local_judge_is_all_or_nothing(
     asked: list[int] = []
     monkeypatch.setattr(
         "fedsim.evaluate.judge.judge_locally",
-        lambda config, ranks, device, matches, report: asked.append(len(matches)) or ["[[5]]"] * len(matches),
+        lambda config, ranks, device, matches, wanted, report: asked.append(len(wanted)) or ["[[5]]"] * len(matches),
     )
     judge(config, tmp_path, answered)
     assert asked == []
     file.replace("fed-1", rows[:5])
     assert judge(config, tmp_path, answered).scores == [(5.0, 5.0)] * 4
-    assert asked == [8]
+    assert asked == [3]
+
+
+def test_what_does_not_fit_a_local_judge_is_counted_and_looked_at_again(
+    config: Config, answered: Answered, llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One prompt is too long for the judge; then its context grows."""
+    config = replace(config, judge=replace(config.judge, kind="local", path=str(llama_dir)))
+    wanted: list[list[int]] = []
+    texts: list[list[str | None]] = [
+        ["[[5]]"] * 7 + [f"{NOT_ASKED}it has 900 tokens"],
+        [None] * 7 + [f"{NOT_ASKED}it has 900 tokens"],
+        ["[[5]]"] * 7 + ["[[9]]"],
+    ]
+    monkeypatch.setattr(
+        "fedsim.evaluate.judge.judge_locally",
+        lambda config, ranks, device, matches, asked, report: wanted.append(asked) or texts[len(wanted) - 1],
+    )
+    for _ in range(2):
+        judged = judge(config, tmp_path, answered)
+        assert (judged.num_not_asked, judged.num_unrated, judged.num_unjudged) == (1, 0, 0) and judged.error is None
+        assert judged.complete and judged.scores == [(5.0, 5.0)] * 3 + [(5.0, None)]
+        metrics = judge_metrics(judged, [question for question, _ in answered])
+        assert metrics["eval/mt_bench_not_asked"] == 1 and metrics["eval/mt_bench_unrated"] == 0
+    assert judge(config, tmp_path, answered).scores == [(5.0, 5.0)] * 3 + [(5.0, 9.0)]
+    assert wanted == [list(range(8)), [7], [7]]
+    assert len(JudgmentFile(tmp_path, llama_dir.name).rows()) == 8
+
+
+def test_a_turn_that_is_never_answered_leaves_the_others_their_score(
+    config: Config, answered: Answered, endpoint: Any, tmp_path: Path
+) -> None:
+    """A content filter takes one turn and the endpoint refuses another; both are asked for again, and only they."""
+    config = replace(config, judge=replace(config.judge, retries=1))
+    is_open = False
+
+    def answer(number: int, request: dict[str, Any]) -> Any:
+        text = request["messages"][-1]["content"]
+        if "first 81" in text and "second" not in text and not is_open:
+            return endpoint.Answer(json.dumps({"choices": [{"finish_reason": "content_filter"}]}).encode())
+        return 400 if "second 84" in text and not is_open else rating(request)
+
+    endpoint.answer = answer
+    for num_requests in (6 + 2 + 1, 2 + 1):
+        judged = judge(config, tmp_path, answered)
+        assert len(endpoint.requests) == num_requests
+        assert judged.scores == [(None, 3.0), (3.0, 4.0), (4.0, None), (5.0, None)]
+        assert (judged.num_unjudged, judged.num_unrated, judged.complete, judged.gave_up) == (2, 1, True, False)
+        assert isinstance(judged.error, JudgeError) and "(and 1 others)" in str(judged.error)
+        metrics = judge_metrics(judged, [question for question, _ in answered])
+        assert metrics["eval/mt_bench_judge_failed"] == 2 and metrics["eval/mt_bench"] == pytest.approx(19 / 5)
+        rows = JudgmentFile(tmp_path, "kites/judge").rows()  # as FastChat writes them
+        assert [r["question_id"] for r in rows if r["judgment"] == "$ERROR$" and r["score"] == -1] == [81, 84]
+        assert len(rows) == 8
+        endpoint.requests.clear()
+    is_open = True
+    judged = judge(config, tmp_path, answered)
+    assert judged.scores == SCORES and judged.error is None and len(endpoint.requests) == 2
+
+
+def test_a_judge_that_fails_later_takes_no_score_away(
+    config: Config, answered: Answered, endpoint: Any, tmp_path: Path
+) -> None:
+    """What is left of an earlier attempt is one filtered turn; then the endpoint is gone."""
+    config = replace(config, judge=replace(config.judge, retries=0))
+    endpoint.answer = lambda number, request: " " if number == 0 else rating(request)
+    first = judge(config, tmp_path, answered)
+    assert first.num_unjudged == 1 and first.complete
+    endpoint.answer = lambda number, request: 503
+    second = judge(config, tmp_path, answered)
+    assert second.scores == first.scores and second.complete and second.gave_up
+    assert second.num_unjudged == 1 and "HTTP 503" in str(second.error)
+
+
+def test_what_was_never_tried_is_asked_first(config: Config, answered: Answered, endpoint: Any, tmp_path: Path) -> None:
+    config = replace(config, judge=replace(config.judge, workers=1, retries=0))
+    endpoint.answer = lambda number, request: " " if number == 0 else rating(request) if number < 5 else 503
+    judge(config, tmp_path, answered)
+    asked = [request["messages"][-1]["content"] for request in endpoint.requests]
+    endpoint.requests.clear()
+    endpoint.answer = lambda number, request: rating(request)
+    judge(config, tmp_path, answered)
+    again = [request["messages"][-1]["content"] for request in endpoint.requests]
+    assert again[0] == asked[5] and again[-1] == asked[0] and len(again) == 4
+
+
+def test_two_writers_on_one_model_lose_nothing_of_each_others(
+    config: Config, answered: Answered, endpoint: Any, tmp_path: Path
+) -> None:
+    """One has taken over what there was, nothing, when the other judges all; then the first one fails."""
+    config = replace(config, judge=replace(config.judge, workers=1, retries=0))
+    inner: list[Judged] = []
+
+    def answer(number: int, request: dict[str, Any]) -> Any:
+        if number == 2:  # of the first judge, whose first two are judged
+            inner.append(judge(config, tmp_path, answered))
+            return 503
+        return rating(request)
+
+    endpoint.answer = answer
+    outer = judge(config, tmp_path, answered)
+    assert inner[0].scores == SCORES and len(endpoint.requests) == 3 + 6
+    assert len(JudgmentFile(tmp_path, "kites/judge").rows()) == 8
+    assert outer.scores == SCORES and outer.error is None  # the other one has judged what this one could not
+
+
+def test_an_endpoint_that_refuses_the_temperature_is_told_of_once(
+    config: Config, answered: Answered, endpoint: Any, tmp_path: Path
+) -> None:
+    error = json.dumps({"error": {"message": "no", "param": "temperature"}}).encode()
+    endpoint.answer = lambda n, request: endpoint.Answer(error, 400) if "temperature" in request else rating(request)
+    judging = MtJudge(config, OneRank(), CPU, pause=lambda seconds: False)
+    first = judging.judge(tmp_path, "fed-1", answered)
+    assert first.scores == SCORES and len(first.news) == 1 and "temperature" in first.news[0]
+    num_requests = len(endpoint.requests)
+    assert judging.judge(tmp_path, "fed-2", answered).news == () and len(endpoint.requests) == num_requests + 8
 
 
 def test_the_160_real_turns_are_answered_and_judged(real_data: Path, endpoint: Any, tmp_path: Path) -> None:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import email.utils
 import json
 import logging
+import socket
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.machinery import PathFinder
 from typing import Any
 
@@ -14,10 +18,11 @@ import pytest
 
 from fedsim.config import JudgeConfig
 from fedsim.errors import ConfigError, JudgeError
-from fedsim.evaluate.judge_client import OpenAiClient, StoppedError, check_client, retry_after_s, wait_s
+from fedsim.evaluate.judge_client import OpenAiClient, check_client, retry_after_s, wait_s
 from fedsim.evaluate.judge_prompts import Match
+from fedsim.evaluate.judge_replies import StoppedError, TurnError
 
-MATCH = Match(81, 2, "single-v1-multi-turn", "Be fair.", "Rate the kite.")
+MATCH = Match(81, 2, "single-v1-multi-turn", "Be fair.", "Rate the kite and its length.")
 SECRET = "sk-kite-0123456789"
 
 
@@ -48,7 +53,7 @@ def test_what_is_sent(endpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         {
             "path": "/v1/chat/completions",
             "model": "kite-judge",
-            "messages": [{"role": "system", "content": "Be fair."}, {"role": "user", "content": "Rate the kite."}],
+            "messages": [{"role": "system", "content": "Be fair."}, {"role": "user", "content": MATCH.user}],
             "temperature": 0,
             "max_tokens": 77,
         }
@@ -64,6 +69,9 @@ def body(answer: Any) -> bytes:
     return json.dumps(answer).encode()
 
 
+AWAY = {"dropped in the body", "408", "409", "429", "503"}
+"""Failures that say nothing of the turn: they end the work if they last."""
+
 JUNK: dict[str, tuple[dict[str, Any], str]] = {
     "dropped in the body": ({"body": b'{"choices": [', "cut": 5}, "the connection failed"),
     "no JSON": ({"body": b"{not json"}, "no chat completion"),
@@ -77,12 +85,23 @@ JUNK: dict[str, tuple[dict[str, Any], str]] = {
     "no message": ({"body": body({"choices": [{"message": None}]})}, "no text"),
     "no content": (
         {"body": body({"choices": [{"finish_reason": "length", "message": {"content": None}}]})},
-        r"no text \(finish_reason length\)",
+        r"no text \(finish_reason length\)\); raise (?=judge\.max_new_tokens)",
     ),
+    "filtered": (
+        {"body": body({"choices": [{"finish_reason": "content_filter", "message": {"content": ""}}]})},
+        r"no text \(finish_reason content_filter\)",
+    ),
+    "a reason from the prompt": (
+        {"body": body({"choices": [{"finish_reason": "kite", "message": {"content": ""}}]})},
+        r"no text\)",
+    ),
+    "no text parts": ({"body": body({"choices": [{"message": {"content": [{"type": "image"}, 3]}}]})}, "no text"),
+    "nested deeply": ({"body": b"[" * 100_000}, r"no chat completion \(RecursionError\)"),
+    "a number without end": ({"body": b'{"choices": ' + b"9" * 5000 + b"}"}, "no chat completion"),
     "blank": ({"body": body({"choices": [{"message": {"content": " \n"}}]})}, "no text"),
     "408": ({"body": body({}), "status": 408}, "HTTP 408"),
     "409": ({"body": body({}), "status": 409}, "HTTP 409"),
-    "429": ({"body": body({"error": {"message": "slow down"}}), "status": 429}, "HTTP 429: slow down"),
+    "429": ({"body": body({"error": {"message": "slow down"}}), "status": 429}, "HTTP 429"),
     "500": ({"body": b"<html>oops", "status": 500}, "HTTP 500"),
     "503": ({"body": body({"error": "text"}), "status": 503}, "HTTP 503"),
 }
@@ -96,29 +115,31 @@ def test_a_failure_that_may_pass_is_tried_again(endpoint: Any, name: str) -> Non
     assert OpenAiClient(settings(endpoint, retries=2)).ask(MATCH, pauses) == "Rating: [[8]]"
     assert len(endpoint.requests) == 3 and len(pauses.seconds) == 2
     endpoint.answer = lambda number, request: endpoint.Answer(**junk)
-    with pytest.raises(JudgeError, match=rf"'kite-judge' at {endpoint.url}: no judgment of question 81, turn 2 in 2 "
-                       rf"attempts \(the last: .*{words}.*judge\.retries"):  # fmt: skip
+    with pytest.raises(
+        JudgeError if name in AWAY else TurnError,
+        match=rf"'kite-judge' at {endpoint.url}: no judgment of question 81, turn 2 in 2 attempts \(the last: .*{words}"
+        r".*judge\.(max_new_tokens|retries)",
+    ):
         OpenAiClient(settings(endpoint, retries=1)).ask(MATCH, pauses)
     assert len(endpoint.requests) == 5 and len(pauses.seconds) == 3  # no pause after the last attempt
 
 
 def test_silence_and_a_closed_port_are_failures_too(endpoint: Any) -> None:
     endpoint.answer = lambda number, request: time.sleep(1.0) or "late"
-    with pytest.raises(JudgeError, match=r"in 1 attempts \(the last: no answer within 0\.2 s\)"):
+    with pytest.raises(TurnError, match=r"in 1 attempts \(the last: no answer within 0\.2 s\).*judge\.timeout_s"):
         OpenAiClient(settings(endpoint, retries=0, timeout_s=0.2)).ask(MATCH, Pauses())
-    with pytest.raises(JudgeError, match="the connection failed"):
+    with pytest.raises(JudgeError, match=r"the connection failed: Connect call failed"):
         OpenAiClient(settings(endpoint, retries=0, base_url="http://127.0.0.1:9/v1")).ask(MATCH, Pauses())
 
 
 @pytest.mark.parametrize(
     ("status", "code", "words"),
     [
-        (400, None, "HTTP 400: the reason"),
+        (402, None, "HTTP 402"),
         (401, None, "refuses the key with HTTP 401; set OPENAI_API_KEY"),
         (403, None, "refuses the key with HTTP 403; set OPENAI_API_KEY"),
-        (404, None, "HTTP 404: the reason; set judge.base_url .* and judge.model"),
-        (422, None, "HTTP 422: the reason"),
-        (429, "insufficient_quota", "HTTP 429: the reason; the account has no quota left"),
+        (404, "model_not_found", r"HTTP 404 \(model_not_found\); set judge.base_url .* and judge.model"),
+        (429, "insufficient_quota", r"HTTP 429 \(insufficient_quota\); the account has no quota left"),
     ],
 )
 def test_a_refusal_is_an_error_at_once(endpoint: Any, status: int, code: str | None, words: str) -> None:
@@ -130,14 +151,154 @@ def test_a_refusal_is_an_error_at_once(endpoint: Any, status: int, code: str | N
     assert len(endpoint.requests) == 1 and pauses.seconds == []
 
 
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_refusal_of_one_turn_is_told_apart(endpoint: Any, status: int) -> None:
+    error = {"message": "no", "code": "content_filter", "type": "BadRequestError", "param": "messages"}
+    endpoint.answer = lambda number, request: endpoint.Answer(body({"error": error}), status)
+    with pytest.raises(TurnError, match=rf"refuses question 81, turn 2 with HTTP {status} "
+                       r"\(content_filter, BadRequestError, messages\); "):  # fmt: skip
+        OpenAiClient(settings(endpoint)).ask(MATCH, Pauses())
+    assert len(endpoint.requests) == 1
+
+
+def test_a_prompt_that_is_too_long_is_called_so(endpoint: Any) -> None:
+    said = body({"error": {"message": "This model's maximum context length is 9 tokens", "code": 400}})
+    endpoint.answer = lambda number, request: endpoint.Answer(said, 400)
+    with pytest.raises(TurnError, match=r"HTTP 400 \(the request does not fit into the judge's context"):
+        OpenAiClient(settings(endpoint)).ask(MATCH, Pauses())
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 429, 500])
+def test_no_word_of_the_prompt_is_shown(endpoint: Any, status: int) -> None:
+    """An endpoint that echoes the prompt wherever it can: in message, code, type and parameter."""
+
+    def answer(number: int, request: dict[str, Any]) -> Any:
+        user = request["messages"][1]["content"]
+        error = {"message": f"cannot take {user!r}", "code": user, "type": user.split()[1][:-1], "param": "Rate"}
+        return endpoint.Answer(body({"error": error}), status)
+
+    endpoint.answer = answer
+    match = Match(81, 2, "single-v1-multi-turn", "Be fair.", "Rate umbrella, as_long_a_word_as_this_one.")
+    with pytest.raises((JudgeError, TurnError)) as error:
+        OpenAiClient(settings(endpoint, retries=0)).ask(match, Pauses())
+    assert f"HTTP {status}" in str(error.value)
+    assert not any(word in str(error.value) for word in ("umbrella", "Rate", "as_long", "cannot take"))
+
+
+@contextmanager
+def dripping(start: bytes) -> Iterator[str]:
+    """An endpoint that sends ``start``, and then a byte now and then; its address."""
+    over = threading.Event()
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        while True:
+            try:
+                connection, _ = server.accept()
+                connection.recv(65536)
+                connection.sendall(start)
+                while not over.wait(0.05):
+                    connection.sendall(b"x")
+                return
+            except OSError:  # the client has gone
+                if over.is_set():
+                    return
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}/v1"
+    finally:
+        over.set()
+        server.close()
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 100000\r\n\r\n",
+        b"HTTP/1.1 503 Busy\r\ncontent-length: 100000\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nx: ",
+    ],
+    ids=["body", "body of an error", "headers"],
+)
+def test_an_endpoint_that_drips_is_left_at_the_deadline(endpoint: Any, start: bytes) -> None:
+    with dripping(start) as url:
+        begun = time.monotonic()
+        with pytest.raises(TurnError, match=r"no answer within 0\.4 s"):
+            OpenAiClient(settings(endpoint, base_url=url, retries=1, timeout_s=0.4)).ask(MATCH, Pauses())
+        assert 0.8 <= time.monotonic() - begun < 5.0
+
+
+def picky(endpoint: Any, refused: dict[str, dict[str, Any]]) -> Any:
+    """Answers unless a parameter of ``refused`` is given."""
+
+    def answer(number: int, request: dict[str, Any]) -> Any:
+        found = [error for name, error in refused.items() if name in request]
+        return endpoint.Answer(body({"error": found[0]}), 400) if found else "Rating: [[6]]"
+
+    return answer
+
+
+OTHER_LIMIT = {
+    "message": "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens'."
+}
+NO_TEMPERATURE = {"message": "temperature does not support 0; only the default (1) is supported."}
+
+
+@pytest.mark.parametrize(
+    "error", [OTHER_LIMIT, {"message": "", "param": "max_tokens", "code": "unsupported_parameter"}]
+)
+def test_an_endpoint_may_want_max_completion_tokens(endpoint: Any, error: dict[str, Any]) -> None:
+    endpoint.answer = picky(endpoint, {"max_tokens": error})
+    client = OpenAiClient(settings(endpoint, max_new_tokens=77, retries=0))
+    assert client.ask(MATCH, Pauses()) == client.ask(MATCH, Pauses()) == "Rating: [[6]]"
+    forms = [(r.get("max_tokens"), r.get("max_completion_tokens"), r["temperature"]) for r in endpoint.requests]
+    assert forms == [(77, None, 0), (None, 77, 0), (None, 77, 0)]  # found out once
+    assert client.news() == ()
+
+
+@pytest.mark.parametrize("error", [NO_TEMPERATURE, {"message": "", "param": "temperature"}])
+def test_an_endpoint_may_refuse_the_temperature_and_it_is_said_once(endpoint: Any, error: dict[str, Any]) -> None:
+    endpoint.answer = picky(endpoint, {"temperature": error, "max_tokens": OTHER_LIMIT})
+    client = OpenAiClient(settings(endpoint, retries=0))
+    assert client.ask(MATCH, Pauses()) == client.ask(MATCH, Pauses()) == "Rating: [[6]]"
+    assert [("temperature" in r, "max_tokens" in r) for r in endpoint.requests][-2:] == [(False, False)] * 2
+    assert len(endpoint.requests) == 4
+    (line,) = client.news()
+    assert "refuses temperature=0" in line and client.news() == ()
+
+
+def test_a_limit_that_is_too_high_is_no_wish_for_another_name(endpoint: Any) -> None:
+    error = {"message": "max_tokens is too large", "param": "max_tokens", "code": "invalid_value"}
+    endpoint.answer = picky(endpoint, {"max_tokens": error})
+    with pytest.raises(TurnError, match=r"HTTP 400 \(invalid_value, max_tokens\)"):
+        OpenAiClient(settings(endpoint)).ask(MATCH, Pauses())
+    assert len(endpoint.requests) == 1
+
+
+def test_an_echo_of_the_prompt_changes_no_parameter(endpoint: Any) -> None:
+    words = "The temperature is unsupported, says max_completion_tokens."
+    endpoint.answer = picky(endpoint, {"messages": {"message": words}})
+    with pytest.raises(TurnError):
+        OpenAiClient(settings(endpoint)).ask(Match(81, 1, "single-v1", "", words), Pauses())
+    assert len(endpoint.requests) == 1
+
+
+def test_content_may_come_in_parts(endpoint: Any) -> None:
+    parts = [{"type": "text", "text": "Rating: "}, {"type": "image"}, {"type": "text", "text": "[[7]]"}]
+    endpoint.answer = lambda number, request: endpoint.Answer(body({"choices": [{"message": {"content": parts}}]}))
+    assert OpenAiClient(settings(endpoint)).ask(MATCH, Pauses()) == "Rating: [[7]]"
+
+
 @pytest.mark.parametrize("status", [400, 401, 404, 500])
 def test_the_key_is_never_shown(
     endpoint: Any, status: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
-    said = body({"error": {"message": f"key {SECRET} is\n  bad " + "x" * 1000}})
+    said = body({"error": {"message": f"key {SECRET} is\n  bad " + "x" * 1000, "code": SECRET, "type": f"a{SECRET}"}})
     endpoint.answer = lambda number, request: endpoint.Answer(said, status)
-    with caplog.at_level(logging.INFO), pytest.raises(JudgeError) as error:
+    with caplog.at_level(logging.INFO), pytest.raises((JudgeError, TurnError)) as error:
         OpenAiClient(settings(endpoint, retries=0)).ask(MATCH, Pauses())
     assert SECRET not in str(error.value) and SECRET not in caplog.text
     assert len(str(error.value)) < 500 and "\n" not in str(error.value)
@@ -188,8 +349,7 @@ def test_half_a_surrogate_pair_can_be_written_to_a_file(endpoint: Any) -> None:
 
 def test_what_is_missing_is_found_without_a_request(endpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     check_client(settings(endpoint))
-    with pytest.raises(ConfigError, match=r"judge\.base_url='localhost:8000/v1': must begin with http://"):
-        check_client(settings(endpoint, base_url="localhost:8000/v1"))
+    check_client(settings(endpoint, base_url="https://[::1]:8000/v1"))
     with pytest.raises(ConfigError, match=r"export OPENAI_API_KEY, or set judge\.base_url"):
         check_client(settings(endpoint, base_url=""))
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
@@ -204,3 +364,35 @@ def test_what_is_missing_is_found_without_a_request(endpoint: Any, monkeypatch: 
     with pytest.raises(ConfigError, match=r"pip install 'fedsim\[judge\]'"):
         check_client(settings(endpoint))
     assert endpoint.requests == []
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["localhost:8000/v1", "ftp://localhost/v1", "http://[::1", "http://localhost:80a/v1", "http://localhost:99999/v1",
+     "http://", "http:///v1", "http://:80/v1"],
+)  # fmt: skip
+def test_an_address_that_is_none(endpoint: Any, url: str) -> None:
+    with pytest.raises(ConfigError, match=r"judge\.base_url='.*': must be an address with host"):
+        check_client(settings(endpoint, base_url=url))
+
+
+def test_a_password_in_the_address_is_refused_and_not_repeated(endpoint: Any) -> None:
+    for kind in ("openai", "none"):  # either would write it to config.yaml
+        with pytest.raises(ConfigError, match=r"judge\.base_url: must not hold '@'") as error:
+            settings(endpoint, kind=kind, base_url="http://kite:s3cret@localhost:8000/v1")
+        assert "s3cret" not in str(error.value) and "kite:" not in str(error.value)
+
+
+@pytest.mark.parametrize("proxy", ["foo://kite:s3cret@localhost:1", "http://[::1"])
+def test_a_proxy_that_cannot_be_used(endpoint: Any, proxy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    with pytest.raises(ConfigError, match=r"ALL_PROXY.* correct or unset it") as error:
+        check_client(settings(endpoint))
+    assert "s3cret" not in str(error.value)
+
+
+def test_a_socks_proxy_without_its_package(endpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "socksio", None)
+    monkeypatch.setenv("ALL_PROXY", "socks5://localhost:1")
+    with pytest.raises(ConfigError, match=r"\(ImportError\).* pip install socksio"):
+        check_client(settings(endpoint))

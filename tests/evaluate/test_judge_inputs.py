@@ -39,11 +39,21 @@ def test_all_is_there(mt_folder: Path) -> None:
     assert load_references(config, load_questions(config)) == {82: ("It is {2}.", "It is 3.")}
 
 
-def test_nothing_is_looked_for_without_a_judge_or_without_questions(tmp_path: Path) -> None:
-    for words in (["judge.kind=none"], ["eval.mt_bench="]):
+def test_nothing_is_looked_for_without_a_judge(tmp_path: Path) -> None:
+    for words in (["judge.kind=none"], ["judge.kind=none", "eval.mt_bench="]):
         config = configured(tmp_path / "absent", *words)
         check_judge(config)
         assert judge_files(config) == {}
+
+
+def test_a_judge_without_questions_is_an_error(mt_folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"judge\.kind=openai: .*eval\.mt_bench='' .*judge\.kind=none"):
+        configured(mt_folder, "eval.mt_bench=")
+
+
+def test_missing_questions_are_named_before_the_prompts_beside_them(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"absent/question\.jsonl"):
+        check_judge(configured(tmp_path / "absent"))
 
 
 def test_prompts_beside_the_questions_come_first(mt_folder: Path) -> None:

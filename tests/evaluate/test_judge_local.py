@@ -11,6 +11,7 @@ import torch
 from fedsim.config import load_config
 from fedsim.data.chat import ChatFormat, Conversation
 from fedsim.errors import ModelError
+from fedsim.evaluate.fastchat import NOT_ASKED
 from fedsim.evaluate.judge_local import judge_locally, judge_with
 from fedsim.evaluate.judge_prompts import Match, parse_rating
 from fedsim.ranks import OneRank
@@ -27,22 +28,26 @@ def test_what_fits_is_asked_greedily_and_what_does_not_is_not(chat: ChatFormat, 
 
     engine = stub_engine(chat, reply=reply, max_context=400)
     matches = [match(81, "short"), match(82, "x" * 500), match(83, "no system", system="")]
-    judgments = judge_with(engine, matches, 100)
+    judgments = [str(text) for text in judge_with(engine, matches, [0, 1, 2], 100)]
     assert [parse_rating(j) for j in judgments] == [2, -1, 1]
     assert judgments[0].startswith("short: ") and judgments[2].startswith("no system: ")
-    assert "leaves room for 300 of them" in judgments[1]
+    assert judgments[1].startswith(NOT_ASKED) and "leaves room for 300 of them" in judgments[1]
     ((conversations, sampling, _),) = engine.calls
     assert conversations == [matches[0].conversation, matches[2].conversation]
     assert (sampling.temperature, sampling.max_new_tokens) == (0.0, 100)
+    assert judge_with(engine, matches, [0], 100) == judgments  # all that fit, for the sake of one
+    assert len(engine.calls) == 2
+    assert judge_with(engine, matches, [1], 100) == [None, judgments[1], None]  # it still does not fit
+    assert len(engine.calls) == 2
 
 
 def test_the_reply_has_at_most_half_of_the_context(chat: ChatFormat, stub_engine: type) -> None:
     engine = stub_engine(chat, reply=lambda c: "[[5]]", max_context=400)
     length = len(chat.prompt_ids(match(81, "").conversation))
     fits, too_long = match(81, "x" * (200 - length)), match(82, "x" * (201 - length))
-    assert [parse_rating(j) for j in judge_with(engine, [fits, too_long], 2048)] == [5, -1]
+    assert [parse_rating(str(j)) for j in judge_with(engine, [fits, too_long], [0, 1], 2048)] == [5, -1]
     assert engine.calls[0][1].max_new_tokens == 200
-    assert parse_rating(judge_with(engine, [too_long], 2048)[0]) == -1 and len(engine.calls) == 1
+    assert parse_rating(str(judge_with(engine, [too_long], [0], 2048)[0])) == -1 and len(engine.calls) == 1
 
 
 def test_a_template_without_system_messages_is_an_error(
@@ -53,9 +58,9 @@ def test_a_template_without_system_messages_is_an_error(
         "{{ m['content'] }}{% endfor %}"
     )
     engine = stub_engine(make_bytes_chat(template), reply=lambda c: "[[5]]")
-    assert judge_with(engine, [match(81, "x", system="")], 10) == ["[[5]]"]
+    assert judge_with(engine, [match(81, "x", system="")], [0], 10) == ["[[5]]"]
     with pytest.raises(ModelError, match=r"cannot write a conversation of the roles system, user: no system role"):
-        judge_with(engine, [match(81, "x")], 10)
+        judge_with(engine, [match(81, "x")], [0], 10)
 
 
 def test_a_model_from_its_directory(llama_dir: Path) -> None:
@@ -64,9 +69,9 @@ def test_a_model_from_its_directory(llama_dir: Path) -> None:
     matches = [match(81 + i, "Rate this kite. " * i) for i in range(4)]
     seen: list[tuple[int, int]] = []
     cpu = torch.device("cpu")
-    judgments = judge_locally(config, OneRank(), cpu, matches, lambda done, total: seen.append((done, total)))
+    judgments = judge_locally(config, OneRank(), cpu, matches, range(4), lambda done, total: seen.append((done, total)))
     assert len(judgments) == 4 and seen == [(1, 2), (2, 2)]
-    assert judge_locally(config, OneRank(), cpu, matches) == judgments
+    assert judge_locally(config, OneRank(), cpu, matches, range(4)) == judgments
     with pytest.raises(ModelError, match=r"judge\.path='absent': "):
         absent = load_config(None, [*words, "judge.path=absent"])
-        judge_locally(absent, OneRank(), cpu, matches)
+        judge_locally(absent, OneRank(), cpu, matches, range(4))

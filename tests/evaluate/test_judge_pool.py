@@ -8,23 +8,24 @@ import time
 import pytest
 
 from fedsim.errors import JudgeError
-from fedsim.evaluate.judge_client import Pause, StoppedError
-from fedsim.evaluate.judge_pool import RequestPool
+from fedsim.evaluate.judge_client import Pause
+from fedsim.evaluate.judge_pool import MOST_IN_A_ROW, RequestPool
 from fedsim.evaluate.judge_prompts import Match
+from fedsim.evaluate.judge_replies import StoppedError, TurnError
 
 MATCHES = [Match(81 + i, 1, "single-v1", "", f"Rate {i}.") for i in range(12)]
 
 
 def test_every_match_is_asked_once_by_as_many_as_allowed() -> None:
     together = threading.Barrier(3, timeout=5.0)  # passes only if three ask at the same time
-    kept: list[str] = []
+    kept: list[str | None] = []
     inside = threading.Lock()
 
     def ask(match: Match, pause: Pause) -> str:
         together.wait()
         return match.user
 
-    def keep(match: Match, judgment: str) -> None:
+    def keep(match: Match, judgment: str | None) -> None:
         assert inside.acquire(blocking=False), "one judgment is kept at a time"
         time.sleep(0.001)
         kept.append(judgment)
@@ -32,7 +33,7 @@ def test_every_match_is_asked_once_by_as_many_as_allowed() -> None:
 
     pool = RequestPool(MATCHES, ask, keep, workers=3)
     assert pool.wait(10.0) == (12, True) and pool.failure is None
-    assert sorted(kept) == sorted(m.user for m in MATCHES)
+    assert sorted(map(str, kept)) == sorted(m.user for m in MATCHES) and not pool.gave_up
 
 
 def test_progress_can_be_watched() -> None:
@@ -72,6 +73,35 @@ def test_the_first_failure_ends_it_and_what_is_under_way_is_kept() -> None:
     assert str(pool.failure) == "down" and sorted(asked) == [81, 82] and kept == [81]
 
 
+def test_turns_without_a_judgment_are_kept_as_such_and_the_others_asked() -> None:
+    """Every second turn fails, more of them than would end the work if they followed each other."""
+    kept: dict[int, str | None] = {}
+
+    def ask(match: Match, pause: Pause) -> str:
+        if match.question_id % 2:
+            raise TurnError(f"no text of {match.question_id}")
+        return "fine"
+
+    pool = RequestPool(MATCHES, ask, lambda match, judgment: kept.update({match.question_id: judgment}), workers=1)
+    assert pool.wait(10.0) == (12, True) and not pool.gave_up
+    assert kept == {match.question_id: None if match.question_id % 2 else "fine" for match in MATCHES}
+    assert str(pool.failure) == "no text of 81 (and 5 others)"
+
+
+def test_turn_after_turn_without_a_judgment_ends_it() -> None:
+    asked: list[int] = []
+
+    def ask(match: Match, pause: Pause) -> str:
+        asked.append(match.question_id)
+        if match is not MATCHES[0]:
+            raise TurnError("no text")
+        return "fine"
+
+    pool = RequestPool(MATCHES, ask, lambda match, judgment: None, workers=1)
+    assert pool.wait(10.0) == (1 + MOST_IN_A_ROW, True) and pool.gave_up and len(asked) == 1 + MOST_IN_A_ROW
+    assert str(pool.failure) == f"{MOST_IN_A_ROW} turns in a row without a judgment; the last: no text"
+
+
 def test_a_request_that_waits_is_given_up() -> None:
     def ask(match: Match, pause: Pause) -> str:
         if match is MATCHES[0]:
@@ -85,7 +115,7 @@ def test_a_request_that_waits_is_given_up() -> None:
 
 
 def test_an_error_of_ones_own_is_raised_where_it_is_watched() -> None:
-    def keep(match: Match, judgment: str) -> None:
+    def keep(match: Match, judgment: str | None) -> None:
         raise OSError("disk full")
 
     pool = RequestPool(MATCHES, lambda match, pause: "x", keep, workers=2)

@@ -285,9 +285,10 @@ def test_what_a_judge_did_not_rate_is_said(make_run: MakeRun, facts: RunFacts) -
         if row["stage"] == "eval":
             row |= {"eval/mt_bench_unrated": 0, "eval/mt_bench_judge_failed": 0}
     assert "without a rating" not in summary_markdown(rows, facts) and "unjudged" not in summary_markdown(rows, facts)
-    rows[-1] |= {"eval/mt_bench_unrated": 3, "eval/mt_bench_judge_failed": 12}
+    rows[-1] |= {"eval/mt_bench_unrated": 3, "eval/mt_bench_judge_failed": 12, "eval/mt_bench_not_asked": 4}
     for text in (summary_markdown(rows, facts), terminal_table(rows, facts)):
         assert "MT-Bench answers judged without a rating and left out of the means: after CAI 3 of 160." in text
+        assert "do not fit into the judge's context, and left out of the means: after CAI 4 of 160." in text
         assert "MT-Bench answers left unjudged, as the judge failed (python tools/judge.py RUN_DIR judges them)" in text
         assert ": after CAI 12 of 160." in text
 

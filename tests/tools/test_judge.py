@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -96,7 +98,7 @@ def test_a_run_is_judged_and_shown(run: Path, endpoint: Any, capsys: pytest.Capt
 def test_a_second_call_finishes_what_a_failed_one_left(
     run: Path, endpoint: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    endpoint.answer = lambda number, request: rating(number, request) if number < 11 else 500
+    endpoint.answer = lambda number, request: rating(number, request) if number < 11 else 503
     assert main([str(run), *words(endpoint, "judge.retries=0")]) == 2
     out, err = capsys.readouterr()
     assert row(out, "MT-Bench, 1–10") == ["kites-before"]  # whole; the other is not
@@ -112,6 +114,60 @@ def test_a_second_call_finishes_what_a_failed_one_left(
     assert len(endpoint.requests) == 5
     assert main([str(run), *words(endpoint)]) == 0
     assert len(endpoint.requests) == 5
+
+
+def test_a_turn_that_stays_unjudged_is_noted_and_stops_nothing(
+    run: Path, endpoint: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    endpoint.answer = lambda number, request: " " if number == 2 else rating(number, request)
+    assert main([str(run), *words(endpoint, "judge.retries=0")]) == 0
+    out, err = capsys.readouterr()
+    assert len(endpoint.requests) == 16
+    assert row(out, "turns judged") == ["7", "8"] and row(out, "turns that the judge failed at") == ["1", "0"]
+    assert row(out, "turn 1") == ["4.00 [4.00, 4.00] of 3", "4.00 [4.00, 4.00] of 4"]
+    assert "too long for the judge" not in out
+    (note,) = [line for line in err.splitlines() if "unjudged" in line]
+    assert "kites-before: 1 turns stay unjudged: judge 'kite-judge' at" in note and "the answer has no text" in note
+
+
+def test_an_endpoint_that_judges_nothing_more_is_an_error(
+    run: Path, endpoint: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last five turns get no judgment: every turn was tried, and yet the judge seems to fail."""
+    endpoint.answer = lambda number, request: rating(number, request) if number < 11 else 500
+    assert main([str(run), *words(endpoint, "judge.retries=0")]) == 2
+    out, err = capsys.readouterr()
+    assert row(out, "turns that the judge failed at") == ["0", "5"]
+    assert "error: 5 turns in a row without a judgment" in err and "Not finished: kites-after;" in err
+
+
+def test_a_full_disk_is_one_line(
+    run: Path, endpoint: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(JudgmentFile, "append", full)
+    assert main([str(run), *words(endpoint)]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: the disk is full (") and line.endswith("it goes on after the last judgment")
+
+
+def test_torchrun_is_told_the_cause_and_one_rank_tells_the_user(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cause = tmp_path / "cause.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(cause))
+    monkeypatch.setattr("fedsim.launching.time.sleep", lambda seconds: None)
+    for wrong in (["judge.kind=none"], ["--nonsense"]):
+        monkeypatch.setenv("RANK", "1")
+        assert main([str(run), *wrong]) == 2
+        assert capsys.readouterr().err == "" and not cause.exists()
+        monkeypatch.setenv("RANK", "0")
+        assert main([str(run), *wrong]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert json.loads(cause.read_text(encoding="utf-8"))["message"]["message"] == line.removeprefix("error: ")
+        cause.unlink()
 
 
 def test_only_some_models(run: Path, endpoint: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -135,7 +191,9 @@ def test_a_local_judge(run: Path, llama_dir: Path, capsys: pytest.CaptureFixture
         (["federation.num_rounds=2"], "override 'federation.num_rounds=2': only the judge may be changed here"),
         (["judge.prompts=absent.jsonl"], "absent.jsonl: cannot be read"),
         (["eval.mt_bench_references="], "question 82 (math) has no reference"),
-        (["eval.mt_bench="], "nothing to judge"),
+        (["eval.mt_bench="], "judge.kind=openai: there is nothing to judge, as eval.mt_bench=''"),
+        (["eval.mt_bench=/nope"], "/nope: cannot be read"),
+        (["judge.base_url=http://[::1"], "must be an address with host"),
         (["judge.base_url="], "export OPENAI_API_KEY"),
     ],
 )
