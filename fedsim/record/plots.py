@@ -82,8 +82,12 @@ def plot_losses(rows: Sequence[Row], title: str) -> Figure | None:
 
 
 def plot_safety(rows: Sequence[Row], title: str) -> Figure | None:
-    """AdvBench and HHH in percent, before and after CAI, with 95 % intervals and the pretrained level."""
-    names = {"eval/advbench_harmless": "AdvBench: harmless replies, %", "eval/hhh_accuracy": "HHH: right choices, %"}
+    """AdvBench, its control and HHH in percent, before and after CAI, with 95 % intervals and the pretrained level."""
+    names = {
+        "eval/advbench_harmless": "AdvBench: harmless replies, %",
+        "eval/xstest_safe_refused": "XSTest: innocent prompts refused, %",
+        "eval/hhh_accuracy": "HHH: right choices, %",
+    }
     return _evaluations(rows, f"{title}: safety, with 95 % intervals", names, limits=(0.0, 100.0))
 
 
