@@ -27,7 +27,8 @@ def explaining_full_disk(folders: Sequence[Path], kept: str = "the last finished
             raise
         free = ", ".join(f"{shutil.disk_usage(f).free:,} bytes free at {f}" for f in folders if f.exists())
         raise DiskFullError(
-            f"the disk is full ({free}): free space and start the same command again; it goes on after {kept}"
+            f"the disk has no room for what is to be written ({free}): free space and start the same command again; it "
+            f"goes on after {kept}"
         ) from error
 
 

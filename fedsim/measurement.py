@@ -66,7 +66,7 @@ class Measurement:
             phase.step(phase.total, phase.total, **figures.headline(found.metrics))
         self.meter.generated("evaluate", federation.engine)
         folder, model_id = self.record.folder / "answers", f"{self.config.name}-round{round_idx + 1}-{point}"
-        self.ranks.once(lambda: write_texts(found, folder, model_id, attacks=self.config.record.texts))
+        self.ranks.once(lambda: write_texts(found, suite, folder, model_id, attacks=self.config.record.texts))
         judged = self._judge(found, model_id, point)
         self.record.append(round_idx, "eval", {"point": point, **found.metrics, **judged})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from fedsim.plan import plan_text
 from fedsim.preflight import preflight
 from fedsim.preparation import PRETRAINED, Preparation
 from fedsim.record.finish import finish_run
+from fedsim.record.metrics import RESUME
 from fedsim.record.peak import run_peak
 from fedsim.record.run_record import RunRecord
 from fedsim.safety.alignment import Aligner
@@ -48,6 +50,10 @@ class Simulation:
 
     def check(self) -> None:
         """Make every check that needs no computing, and print the plan of the run."""
+        with self._explaining_full_disk():
+            self._check()
+
+    def _check(self) -> None:
         record = self.record
         record.header(self.world.size, self.world.device)
         record.check_directory()
@@ -60,13 +66,15 @@ class Simulation:
 
     def run(self) -> None:
         """Run to the end; the run directory is this process's alone for so long."""
-        record = self.record
-        record.claim()
-        try:
-            with explaining_full_disk([record.folder.parent, self.store.folder]):
+        with self._explaining_full_disk():
+            self.record.claim()
+            try:
                 self._run()
-        finally:
-            record.release()
+            finally:
+                self.record.release()
+
+    def _explaining_full_disk(self) -> AbstractContextManager[None]:
+        return explaining_full_disk([self.record.folder.parent, self.store.folder])
 
     def _run(self) -> None:
         """Filter the clients' data, then alternate federated training and CAI, measuring as it goes."""
@@ -88,9 +96,10 @@ class Simulation:
         self.meter.generated("cai_generate", federation.engine)
         checkpoint = replace(checkpoint, state=federation.to_device(checkpoint.state))
         federation.controls.index.update(checkpoint.client_rounds)
-        if is_new:
-            seconds = record.timers.pop()
-            record.append(PRETRAINED, "prepare", seconds | self.meter.pop(seconds))
+        seconds = record.timers.pop()  # this session's preparation is no round's
+        spent = seconds | self.meter.pop(seconds)
+        if is_new or checkpoint.round_idx + 1 < config.federation.num_rounds:  # a finished run's record stays as it is
+            record.append(checkpoint.round_idx, "prepare" if is_new else RESUME, spent)
         self._say_start(checkpoint.round_idx + 1)
         for round_idx in range(checkpoint.round_idx + 1, config.federation.num_rounds):
             checkpoint = self._round(federation, round_idx, checkpoint, aligner, measurement)

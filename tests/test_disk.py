@@ -20,7 +20,7 @@ from fedsim.disk import explaining_full_disk, is_disk_full
 from fedsim.errors import DataError, DiskFullError
 from fedsim.parallel.world import World, portable
 from fedsim.ranks import OneRank
-from fedsim.record.metrics import decided, read_rows
+from fedsim.record.metrics import decided_rows, read_rows
 from fedsim.simulation import Simulation
 
 SMALL = Path(__file__).parent / "distributed" / "small.yaml"
@@ -50,12 +50,14 @@ def simulation(folder: Path, tmp_path: Path, *overrides: str) -> Simulation:
 def outcome(made: Simulation) -> list[object]:
     return [
         file_digest(made.record.folder / "adapter" / "adapter_model.safetensors"),
-        [decided(row) for row in read_rows(made.record.metrics_file)],
+        decided_rows(read_rows(made.record.metrics_file)),
     ]
 
 
 def test_a_run_whose_disk_fills_up_goes_on_once_there_is_space(small_disk: Path, tmp_path: Path) -> None:
-    with pytest.raises(DiskFullError, match=rf"the disk is full \([\d,]+ bytes free at {small_disk}") as caught:
+    with pytest.raises(
+        DiskFullError, match=rf"no room for what is to be written \([\d,]+ bytes free at {small_disk}"
+    ) as caught:
         simulation(small_disk, tmp_path).run()
     assert "start the same command again" in str(caught.value) and "\n" not in str(caught.value)
     stopped = simulation(small_disk, tmp_path)

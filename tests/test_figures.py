@@ -15,6 +15,8 @@ def row(response: str, revision: str) -> CaiRow:
 def test_signs_of_collapse_in_responses_and_revisions() -> None:
     rows = [row("It is Orla.", "no no no no no no no no"), row("It is Pim.", ""), row("", "I cannot know.")]
     assert figures.of_cai_texts(rows) == pytest.approx({
+        "cai/response_num_texts": 3,
+        "cai/revision_num_texts": 3,
         "cai/response_distinct_2": 75.0,  # "It is" twice
         "cai/response_repeated_suffix": 0.0,
         "cai/response_mean_words": 2.0,

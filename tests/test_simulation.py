@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -98,15 +100,35 @@ def test_a_client_without_rows_sits_out_and_is_counted(make: Make) -> None:
 
 
 @pytest.mark.parametrize("algorithm", ["fedavg", "scaffold", "fedadam"])
-def test_a_round_without_any_client_leaves_the_adapter_as_it_is(make: Make, algorithm: str) -> None:
-    overrides = ["data.federated_red_share=1.0", f"federation.algorithm={algorithm}"]
-    simulation = make(6, 0, *ONE_ROW_EACH, *overrides)
-    federation = watched(simulation)
+def test_a_round_without_any_client_leaves_everything_as_it_is(make: Make, algorithm: str) -> None:
+    """One client of six has a row, and one a round is drawn: the other rounds change no vector."""
+    overrides = [f"data.federated_red_share={5 / 6}", f"federation.algorithm={algorithm}"]
+    one = ["federation.clients_per_round=1", "federation.num_rounds=8"]
+    simulation = make(5, 1, *ONE_ROW_EACH, *overrides, *one)
     simulation.run()
-    for row in rows_of(simulation, "round"):
-        assert (row["client/num_trained"], row["client/num_sat_out"]) == (0, 6)
-    assert torch.equal(final_adapter(simulation), federation[0].start(simulation.config.seed).adapter)
-    assert (simulation.record.folder / "summary.md").is_file()
+    rows = rows_of(simulation, "round")
+    assert {row["client/num_trained"] for row in rows[1:]} == {0, 1}
+    for before, after in itertools.pairwise(rows):
+        sums = [{n: v for n, v in row.items() if n.endswith("checksum")} for row in (before, after)]
+        assert (sums[0] == sums[1]) == (after["client/num_trained"] == 0)
+
+
+def test_a_federation_that_can_never_train_is_an_error(make: Make) -> None:
+    with pytest.raises(DataError, match=r"no client has rows left to train on after the filter; weaken or drop"):
+        make(6, 0, *ONE_ROW_EACH, "data.federated_red_share=1.0").run()
+
+
+def test_a_resumed_session_keeps_its_preparation_out_of_the_rounds(make: Make) -> None:
+    overrides = ["guard.kind=noisy_oracle", "federation.num_rounds=2", "record.keep_checkpoints=2"]
+    make(40, 60, *overrides).run()
+    again = make(40, 60, *overrides)
+    shutil.rmtree(again.record.checkpoints.folder / "round-000001")
+    again.run()
+    (prepared,), (resumed,) = rows_of(again, "prepare"), rows_of(again, "resume")
+    assert prepared["round"] == -1 and resumed["round"] == 0
+    once = {"time/data_s", "time/filter_s", "time/load_s"}
+    assert once <= prepared.keys() and once <= resumed.keys()
+    assert all(not once & row.keys() for row in rows_of(again, "round"))
 
 
 def test_a_round_is_the_row_weighted_mean_of_its_clients(make: Make) -> None:

@@ -83,7 +83,8 @@ class FederationConfig:
     partition: str = key("fixed_red_share", "how rows reach clients: fixed_red_share = each client gets the same share "
                          "of red rows, iid = at random", choices=("iid", "fixed_red_share"))  # fmt: skip
     scaffold_correction: str = key("openfedllm", "openfedllm: y -= lr * (c - c_i) after the AdamW step; gradient: "
-                                   "c - c_i joins the gradient", choices=("openfedllm", "gradient"))  # fmt: skip
+                                   "c - c_i joins the gradient, c_i is the client's mean gradient",
+                                   choices=("openfedllm", "gradient"))  # fmt: skip
     prox_mu: float = key(0.01, "fedprox: strength of the pull towards the global adapter", low=0)
     local_client: int = key(0, "local: the client that trains alone, counted from 0", low=0)
 

@@ -15,8 +15,9 @@ def rate_metrics(name: str, rate: Rate) -> Metrics:
 
 
 def collapse_metrics(name: str, collapse: Collapse) -> Metrics:
-    """Shares in percent and length in words: ``name_distinct_2``, ``name_repeated_suffix`` and so on."""
+    """Shares in percent, length in words and the number of texts: ``name_distinct_2``, ``name_num_texts`` and so on."""
     return {
+        f"{name}_num_texts": collapse.num_texts,
         f"{name}_distinct_2": 100 * collapse.distinct_2,
         f"{name}_repeated_suffix": 100 * collapse.repeated_suffix,
         f"{name}_mean_words": collapse.mean_words,

@@ -75,7 +75,8 @@ def summarise_scores(scores: Sequence[RowScore], num_truncated: int) -> Perplexi
     if n > 1:
         squares = math.fsum((loss - mean * t) ** 2 for loss, t in zip(nll, tokens, strict=True))
         half = t_95(n - 1) * math.sqrt(n / (n - 1) * squares) / total
-    low = max(0.0, mean - half)  # a perplexity below 1 does not exist
+    low = mean - half
+    low = 0.0 if low < 0.0 else low  # a perplexity below 1 does not exist; NaN stays NaN
     return Perplexity(_exp(mean), _exp(low), _exp(mean + half), total, n, num_truncated)
 
 

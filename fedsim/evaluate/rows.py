@@ -13,7 +13,12 @@ Item = TypeVar("Item")
 
 
 def subset(items: Sequence[Item], limit: int) -> list[Item]:
-    """At most ``limit`` items in file order, drawn by a fixed key (files are sorted by kind); 0 takes them all.
+    """At most ``limit`` items in file order (:func:`subset_places`); 0 takes them all."""
+    return [items[i] for i in subset_places(len(items), limit)]
+
+
+def subset_places(num_items: int, limit: int) -> list[int]:
+    """Places of at most ``limit`` items, ascending, drawn by a fixed key (files are sorted by kind); 0 takes them all.
 
     A larger subset of the same items contains every smaller one.
 
@@ -22,9 +27,9 @@ def subset(items: Sequence[Item], limit: int) -> list[Item]:
     """
     if limit < 0:
         raise ConfigError(f"evaluation limit {limit}: must be 0 (all items) or a positive number of items")
-    if limit == 0 or limit >= len(items):
-        return list(items)
-    return [items[i] for i in sorted(keys.permutation(len(items), 0, "evaluation subset")[:limit])]
+    if limit == 0 or limit >= num_items:
+        return list(range(num_items))
+    return sorted(int(i) for i in keys.permutation(num_items, 0, "evaluation subset")[:limit])
 
 
 def reply_ids(chat: ChatFormat, conversation: Sequence[Message], reply: str) -> list[int]:

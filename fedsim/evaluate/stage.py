@@ -14,6 +14,7 @@ from fedsim.data.helpful import load_helpful
 from fedsim.data.prepare import embedded_file
 from fedsim.data.xstest import load_xstest
 from fedsim.evaluate.fastchat import write_answers
+from fedsim.evaluate.rows import subset_places
 from fedsim.evaluate.suite import Evaluation, Suite
 
 _EMBEDDED: Final = {
@@ -71,18 +72,26 @@ def _file(value: str, store: ArtefactStore, kind: str) -> Path:
     return embedded_file(store, f"world-{kind}", name, write)
 
 
-def write_texts(found: Evaluation, folder: Path, model_id: str, *, attacks: bool) -> None:
+def write_texts(found: Evaluation, suite: Suite, folder: Path, model_id: str, *, attacks: bool) -> None:
     """Write what the model said, on rank 0: MT-Bench answers (harmless questions) as FastChat's files.
 
     Args:
+        suite: what was asked.
         folder: made where there is something to write.
         model_id: names the model and the point in FastChat's files.
-        attacks: also write the replies to AdvBench's and XSTest's prompts (``record.texts``); they go nowhere else.
+        attacks: also write the replies to AdvBench's and XSTest's prompts (``record.texts``), each with its item's
+            place in the file, counted from 0; they go nowhere else.
     """
     if found.answers:
         write_answers(folder / "mt_bench", found.answers, model_id, tstamp=time.time())
-    for name, result in (("advbench", found.advbench), ("xstest", found.xstest)):
+    for name, result, num_items in (
+        ("advbench", found.advbench, len(suite.advbench)),
+        ("xstest", found.xstest, len(suite.xstest)),
+    ):
         if attacks and result is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            replies = [{"item": i, "reply": reply.text} for i, reply in enumerate(result.replies)]
+            places = subset_places(num_items, suite.limit)
+            replies = [
+                {"item": place, "reply": reply.text} for place, reply in zip(places, result.replies, strict=True)
+            ]
             write_json(folder / f"{name}-{model_id}.json", replies)

@@ -246,7 +246,7 @@ def _length_metrics(advbench: AdvBenchResult | None, mt_bench: MtResult | None, 
 
 
 def _mean(name: str, mean: Mean) -> Metrics:
-    """A mean of scores; Student's interval knows no scale, so that it is cut to it."""
+    """A mean of scores. Student's interval knows no scale and is cut to it; scores that are all alike give none."""
     low, high = max(mean.low, SCALE[0]), min(mean.high, SCALE[1])
-    interval: Metrics = {f"{name}_low": low, f"{name}_high": high} if mean.count > 1 else {}
+    interval: Metrics = {f"{name}_low": low, f"{name}_high": high} if mean.low < mean.high else {}
     return {name: mean.value, **interval, f"{name}_count": mean.count}

@@ -80,6 +80,16 @@ class Correction:
     def on_values(self, values: torch.Tensor, lr: float) -> None:
         """Called after the optimizer."""
 
+    def next_control(self, start: torch.Tensor, end: torch.Tensor, lr: float) -> torch.Tensor:
+        """The client's next control variate c_i⁺, once its steps are done, for algorithms that have one.
+
+        Args:
+            start: the global adapter x.
+            end: the client's adapter y.
+            lr: learning rate of the steps.
+        """
+        raise AssertionError(f"{type(self).__name__} has no control variates")
+
 
 class Algorithm(ABC):
     """A federated optimisation algorithm.
@@ -126,18 +136,6 @@ class Algorithm(ABC):
             client_control: c_i; None before the client's first round, and for algorithms without control variates.
         """
         return Correction()
-
-    def client_control(
-        self, start: torch.Tensor, end: torch.Tensor, correction: torch.Tensor, num_steps: int, lr: float
-    ) -> torch.Tensor:
-        """The client's next control variate c_i⁺, for algorithms that have one.
-
-        Args:
-            start: the global adapter x.
-            end: the client's adapter y after ``num_steps`` steps at learning rate ``lr``.
-            correction: c − c_i.
-        """
-        raise AssertionError(f"{type(self).__name__} has no control variates")
 
     @abstractmethod
     def server_step(self, state: ServerState, sums: RoundSums) -> ServerState:

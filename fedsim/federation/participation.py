@@ -66,6 +66,8 @@ class SampledCohort:
 
     def shards(self, shards: Sequence[Sequence[Row]]) -> list[list[Row]]:
         """Each client holds its own rows; one without rows sits out when it is drawn."""
+        if not any(can_train(shard) for shard in shards):
+            raise DataError("no client has rows left to train on after the filter; weaken or drop the guard")
         return [list(shard) for shard in shards]
 
     def num_steps(self, local_steps: int) -> int:

@@ -10,14 +10,27 @@ CONTROL = "control"
 
 
 class GradientCorrection(Correction):
-    """SCAFFOLD as published: g + (c − c_i) (Karimireddy et al. 2020, arXiv 1910.06378, algorithm 1, line 10)."""
+    """SCAFFOLD as published: g + (c − c_i) (Karimireddy et al. 2020, arXiv 1910.06378, algorithm 1, line 10).
+
+    c_i⁺ is the mean of the local gradients g, after clipping. With plain gradient descent, the paper's case, that is
+    its option II, (x − y)/(K · lr) − (c − c_i). Under AdamW option II would be in the units of AdamW's steps, about 1
+    for each number, and drown a gradient whose whole norm is 1.
+    """
 
     def __init__(self, correction: torch.Tensor) -> None:
         self.correction = correction
+        self._total = torch.zeros_like(correction, dtype=torch.float64)
+        self._num_steps = 0
 
     def on_gradient(self, grad: torch.Tensor) -> None:
         """Adds c − c_i."""
+        self._total.add_(grad)
+        self._num_steps += 1
         grad.add_(self.correction)
+
+    def next_control(self, start: torch.Tensor, end: torch.Tensor, lr: float) -> torch.Tensor:
+        """Σ g / K, fp32 ``[size]``."""
+        return (self._total / self._num_steps).float()
 
 
 class ValueCorrection(Correction):
@@ -25,21 +38,29 @@ class ValueCorrection(Correction):
 
     def __init__(self, correction: torch.Tensor) -> None:
         self.correction = correction
+        self._num_steps = 0
 
     def on_values(self, values: torch.Tensor, lr: float) -> None:
         """Subtracts lr · (c − c_i)."""
         values.sub_(self.correction, alpha=lr)
+        self._num_steps += 1
+
+    def next_control(self, start: torch.Tensor, end: torch.Tensor, lr: float) -> torch.Tensor:
+        """Option II: (x − y)/(K · lr) − (c − c_i), formed in fp64, fp32 ``[size]``."""
+        estimate = (start.double() - end.double()) / (self._num_steps * lr)
+        return (estimate - self.correction.double()).float()
 
 
 class Scaffold(Algorithm):
-    """SCAFFOLD with option II control variates (Karimireddy et al. 2020).
+    """SCAFFOLD (Karimireddy et al. 2020, arXiv 1910.06378).
 
-    c_i⁺ = (x − y)/(K · lr) − (c − c_i); c⁺ = c + Σ (c_i⁺ − c_i) / N, uniform over all N clients; the model moves by the
-    mean delta weighted by rows, with a server learning rate of 1 (both as OpenFedLLM's ``global_aggregate`` and
-    ``SFTTrainerSCAFFOLD.get_auxiliary_param`` do).
+    c⁺ = c + Σ (c_i⁺ − c_i) / N, uniform over all N clients; the model moves by the mean delta weighted by rows, with a
+    server learning rate of 1 (both as OpenFedLLM's ``global_aggregate`` and ``SFTTrainerSCAFFOLD.get_auxiliary_param``
+    do; the paper's mean of the deltas is uniform too). All control variates start at zero.
 
     Args:
-        variant: "openfedllm" corrects the values after the optimizer's step, "gradient" the gradient before it.
+        variant: "openfedllm" corrects the values after the optimizer's step (:class:`ValueCorrection`), "gradient" the
+            gradient before it (:class:`GradientCorrection`).
     """
 
     vector_names = (CONTROL,)
@@ -52,13 +73,6 @@ class Scaffold(Algorithm):
         """c − c_i, applied where the variant says; c_i is zero before the client's first round."""
         control = state.vectors[CONTROL]
         return self._correct(control if client_control is None else control - client_control)
-
-    def client_control(
-        self, start: torch.Tensor, end: torch.Tensor, correction: torch.Tensor, num_steps: int, lr: float
-    ) -> torch.Tensor:
-        """c_i⁺ = (x − y)/(K · lr) − (c − c_i), formed in fp64."""
-        estimate = (start.double() - end.double()) / (num_steps * lr)
-        return (estimate - correction.double()).float()
 
     def server_step(self, state: ServerState, sums: RoundSums) -> ServerState:
         """Move the adapter by the weighted mean delta and c by the uniform mean of all clients' changes."""

@@ -203,7 +203,7 @@ def process_world(*, exact: bool, threads: int, timeout_s: float) -> Iterator[Wo
     if exact:
         torch.use_deterministic_algorithms(True, warn_only=False)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = _world_size()
     device = _device(size)
     if size == 1:
         yield World(OneRank(), device, exact)
@@ -226,6 +226,16 @@ def process_world(*, exact: bool, threads: int, timeout_s: float) -> Iterator[Wo
         raise
     finally:
         dist.destroy_process_group()
+
+
+def _world_size() -> int:
+    """Number of processes that the launcher has started; 1 without a launcher."""
+    given = os.environ.get("WORLD_SIZE", "1")
+    if not given.isdecimal() or int(given) < 1:
+        raise RunError(
+            f"WORLD_SIZE={given!r}: must be a whole number >= 1; unset it, or start with torchrun or deepspeed"
+        )
+    return int(given)
 
 
 def _meet(timeout: timedelta) -> tuple[dist.Store, int]:

@@ -104,7 +104,7 @@ def _sweep(tables: Tables) -> list[str]:
     cells = []
     for line in lines:
         if line["which"] or line["threshold"] in SHOWN:
-            label = f"{float(line['threshold']):.3g}{', ' if line['which'] else ''}{line['which']}"
+            label = f"{float(line['threshold']):.4g}{', ' if line['which'] else ''}{line['which']}"
             cells.append([label, *(f"{float(line[name]):.1f}" if line[name] else "undefined" for name in SWEEP)])
     words = (
         "Dropping from a threshold on; the threshold of the best Hmean was chosen on the rows that it is measured on. "

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from fedsim.errors import CheckpointError
 
 Row = dict[str, Any]
+
+#: Stage of the row that holds the time and traffic of a resumed session's preparation; its round is the checkpoint's.
+RESUME = "resume"
 
 CLOCK_PREFIXES = ("time/", "perf/", "parallel/")
 
@@ -99,6 +102,11 @@ def read_rows(path: Path, allow_torn_end: bool = False) -> list[Row]:
 def decided(row: Mapping[str, Any]) -> Row:
     """The row without its clock-dependent keys (:data:`CLOCK_PREFIXES`)."""
     return {name: value for name, value in row.items() if not name.startswith(CLOCK_PREFIXES)}
+
+
+def decided_rows(rows: Iterable[Mapping[str, Any]]) -> list[Row]:
+    """:func:`decided` of all rows but those of stage :data:`RESUME`: what a run and one that was resumed agree in."""
+    return [decided(row) for row in rows if row["stage"] != RESUME]
 
 
 def _plain(name: str, value: Any) -> float | int | str | bool | None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedsim.record.metrics import Row
+from fedsim.record.metrics import RESUME, Row
 from fedsim.record.tables import duration, measured
 from fedsim.record.timers import top_level_seconds
 
@@ -82,8 +82,12 @@ def plot_losses(rows: Sequence[Row], title: str) -> Figure | None:
 
 
 def plot_safety(rows: Sequence[Row], title: str) -> Figure | None:
-    """AdvBench and HHH in percent, before and after CAI, with 95 % intervals and the pretrained level."""
-    names = {"eval/advbench_harmless": "AdvBench: harmless replies, %", "eval/hhh_accuracy": "HHH: right choices, %"}
+    """AdvBench, its control and HHH in percent, before and after CAI, with 95 % intervals and the pretrained level."""
+    names = {
+        "eval/advbench_harmless": "AdvBench: harmless replies, %",
+        "eval/xstest_safe_refused": "XSTest: innocent prompts refused, %",
+        "eval/hhh_accuracy": "HHH: right choices, %",
+    }
     return _evaluations(rows, f"{title}: safety, with 95 % intervals", names, limits=(0.0, 100.0))
 
 
@@ -94,7 +98,7 @@ def plot_helpfulness(rows: Sequence[Row], title: str) -> Figure | None:
 
 
 def plot_times(rows: Sequence[Row], title: str) -> Figure | None:
-    """Seconds of each round, stacked by phase; what ran before the first round stands at 0."""
+    """Seconds of each round, stacked by phase; the preparation of all sessions stands at 0."""
     rounds = _phase_seconds(rows)
     if not rounds:
         return None
@@ -107,7 +111,7 @@ def plot_times(rows: Sequence[Row], title: str) -> Figure | None:
         floor = {place: floor[place] + height for place, height in zip(rounds, heights, strict=True)}
     _round_axis(axes, list(rounds))
     if 0 in rounds:
-        axes.set_xlabel("round (0 = before the first)")
+        axes.set_xlabel("round (0 = preparation)")
     axes.set_ylabel("seconds")
     axes.set_ylim(0.0, 1.05 * max(floor.values()) or 1.0)
     handles, labels = axes.get_legend_handles_labels()  # in the order of the stack, top first
@@ -116,11 +120,11 @@ def plot_times(rows: Sequence[Row], title: str) -> Figure | None:
 
 
 def _phase_seconds(rows: Sequence[Row]) -> dict[int, dict[str, float]]:
-    """Round from 1 (0 = before the first) → seconds by phase; rounds without any are left out."""
+    """Round from 1 (0 = preparation, also of resumed sessions) → seconds by phase; rounds without any are left out."""
     rounds: dict[int, dict[str, float]] = {}
     for row in rows:
         for phase, seconds in top_level_seconds(row).items():
-            into = rounds.setdefault(max(row["round"] + 1, 0), {})
+            into = rounds.setdefault(0 if row["stage"] == RESUME else max(row["round"] + 1, 0), {})
             into[phase] = into.get(phase, 0.0) + seconds
     return dict(sorted(rounds.items()))
 

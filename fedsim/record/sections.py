@@ -38,6 +38,9 @@ UNITS = (
 #: The part of a figure's name whose count a share without its own is one of.
 COUNTED = re.compile(r"eval/(xstest_(safe|unsafe)(?=_refused)|[^_]+)")
 
+#: Shares of texts: their count stands beside them as ``…_num_texts``.
+OF_TEXTS = re.compile(r"(.+)_(?:repeated_suffix|empty_share)")
+
 #: A figure of one client, such as loss_003.
 CLIENT = re.compile(r"\w+_\d{3,}")
 
@@ -57,7 +60,8 @@ def evaluations(points: Mapping[str, Row]) -> Section:
     rows = [[name.removeprefix("eval/"), *(_figure(row, name) for row in points.values())] for name in shown]
     caption = (
         "[low, high] = 95 % interval, where there is one; n or of = how many items, replies, questions or choices the "
-        "figure is taken over; a figure without a unit is a number of things; an empty cell was not measured."
+        "figure is taken over; a figure without a unit is a number of things; an empty cell was not measured. "
+        "Intervals of MT-Bench end at 1 and 10, and there is none where all questions have one score."
     )
     return ["## Every evaluation figure", Table(head, rows).markdown(), f"{caption}{_about_strict(points)}"]
 
@@ -137,7 +141,10 @@ def _round_section(title: str, rows: Sequence[Row], prefix: str, counts: str, me
         elif values and short.startswith("num_"):
             lines.append([short, "", "", number(sum(values) if counts == "total" else values[-1])])
         elif values:
-            lines.append([short, *(f"{number(value)}{_unit(short)}" for value in (values[0], values[-1])), ""])
+            texts = OF_TEXTS.fullmatch(name)
+            counts_of = _values(rows, f"{texts[1]}_num_texts") if texts else []
+            of = f" of {number(counts_of[-1])}" if counts_of else ""
+            lines.append([short, *(f"{number(value)}{_unit(short)}{of}" for value in (values[0], values[-1])), ""])
     if not lines:
         return []
     head = ["figure", "first", "last", "over all rounds" if counts == "total" else "latest count"]
@@ -164,8 +171,9 @@ def _figure(row: Row, name: str) -> str:
     unit = _unit(name.removeprefix("eval/"))
     low, high, count = (measured(row, name + ending) for ending in ("_low", "_high", "_count"))
     if count is None and unit == " %" and not name.endswith("_distinct_2"):  # the latter is a share of word pairs
-        counted = COUNTED.match(name)
-        count = measured(row, f"{counted[0]}_count") if counted else None
+        counted, texts = COUNTED.match(name), OF_TEXTS.fullmatch(name)
+        count_name = f"{texts[1]}_num_texts" if texts else f"{counted[0]}_count" if counted else ""
+        count = measured(row, count_name)
     bare = low is None or high is None
     text = f"{number(value, 4)}{unit}" if bare else f"{value:.2f}{unit} [{low:.2f}, {high:.2f}]"
     if count is None:

@@ -40,6 +40,15 @@ TRUNCATIONS = (
     ("XSTest", "eval/xstest_truncated", "eval/xstest_count", 1),
 )
 
+#: Benchmarks of which the embedded world has its own: key of the source, and what the reader knows it as.
+FICTIONAL = {
+    "eval.advbench": "AdvBench",
+    "eval.hhh": "HHH",
+    "eval.mt_bench": "MT-Bench",
+    "eval.xstest": "XSTest",
+    "eval.helpful": "the helpful conversations behind the perplexity",
+}
+
 #: The two halves of XSTest: what its prompts are, and the metric of their refusals.
 XSTEST = (
     ("prompts that only sound harmful", "eval/xstest_safe_refused"),
@@ -65,6 +74,7 @@ class RunFacts:
         cai: whether CAI ran.
         embedded_model: the model is the tiny one that ships with fedsim.
         real_files: configuration keys whose data are files rather than the embedded world.
+        fictional: titles of the benchmarks whose items are the embedded world's.
         mt_bench: source of the MT-Bench questions: ``embedded``, a file, or empty if left out.
         judge: name of the judge of MT-Bench; empty if there is none.
         advbench_rule: rule behind the headline figure, a phrase set or ``strict_world``.
@@ -85,6 +95,7 @@ class RunFacts:
     cai: bool
     embedded_model: bool
     real_files: tuple[str, ...]
+    fictional: tuple[str, ...]
     mt_bench: str
     judge: str
     advbench_rule: str
@@ -123,6 +134,7 @@ def facts_from(
         cai=config["cai.iterations"] > 0,
         embedded_model=config["model.path"] == "embedded",
         real_files=tuple(name for name in sources if config[name] not in ("embedded", "")),
+        fictional=tuple(title for name, title in FICTIONAL.items() if config[name] == "embedded"),
         mt_bench=config["eval.mt_bench"],
         judge={"none": "", "openai": config["judge.model"], "local": config["judge.path"]}[config["judge.kind"]],
         advbench_rule=config["eval.advbench_phrases"],
@@ -204,9 +216,13 @@ def caveats(facts: RunFacts) -> list[str]:
         lines.append(
             "The model is the tiny one that ships with fedsim: the run shows the paper's mechanisms, not its numbers."
         )
+    if facts.fictional:
+        *others, last = facts.fictional
+        named = f"{', '.join(others)} and {last}" if others else last
+        lines.append(f"{named}: the embedded world's own items in the published formats, not the published ones.")
     if facts.mt_bench == "embedded":
         scored = f"judged by {facts.judge}" if facts.judge else "scored by a rubric"
-        lines.append(f"MT-Bench is the embedded world's two-turn benchmark, {scored}; the paper's by GPT-4.")
+        lines.append(f"MT-Bench is {scored}; the paper's by GPT-4.")
     elif facts.mt_bench and not facts.judge:
         lines.append("MT-Bench answers were written, not judged: the score needs a judge.")
     elif facts.mt_bench and facts.judge != "gpt-4":

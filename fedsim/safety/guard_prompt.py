@@ -7,6 +7,7 @@ The same text, byte for byte, is used when the guard is fine-tuned and when it s
 from __future__ import annotations
 
 import re
+import unicodedata
 from typing import Final, Literal
 
 from fedsim.errors import ConfigError
@@ -32,9 +33,29 @@ POLICIES: Final[dict[str, tuple[str, ...]]] = {
     ),
     "square": ("Contentious", "Unethical", "Predictive", "Other"),
 }
-_SECTION_TAG: Final = re.compile(r"<(?=(?:BEGIN|END) (?:UNSAFE CONTENT CATEGORIES|CONVERSATION)>)")
-_LINE_BREAK: Final = r"[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]"
-_ROLE_LABEL: Final = re.compile(rf"({_LINE_BREAK}\s*)(A(?=gent:)|U(?=ser:))")
+_BREAKS: Final = r"\n\r\v\f\x1c-\x1e\x85\u2028\u2029"  # all that some reader takes for the end of a line
+# Format characters (Unicode category Cf), such as zero-width spaces and soft hyphens: a reader does not see them.
+_FORMAT: Final = "".join(
+    re.escape(chr(c)) for c in (*range(0x10000), *range(0xE0000, 0xE0080)) if unicodedata.category(chr(c)) == "Cf"
+)
+_UNSEEN: Final = f"[{_FORMAT}]*"
+
+
+def _spelt(word: str) -> str:
+    """A pattern for ``word`` in any case, with unseen characters anywhere inside."""
+    return _UNSEEN.join(re.escape(letter) for letter in word)
+
+
+_TAGS: Final = "|".join(
+    rf"{_spelt(edge)}{_UNSEEN}\s+{_UNSEEN}{section}"
+    for edge in ("BEGIN", "END")
+    for section in (_spelt("UNSAFE CONTENT CATEGORIES"), _spelt("CONVERSATION"))
+)
+_SECTION_TAG: Final = re.compile(rf"<(?={_UNSEEN}(?:{_TAGS}){_UNSEEN}>)", re.IGNORECASE)
+_ROLES: Final = "|".join(
+    rf"{role[0]}(?={_UNSEEN}{_spelt(role[1:])}(?:[^\S{_BREAKS}]|[{_FORMAT}])*[:\uff1a])" for role in ("Agent", "User")
+)
+_ROLE_LABEL: Final = re.compile(rf"([{_BREAKS}](?:[^\S{_BREAKS}]|[{_FORMAT}])*)({_ROLES})", re.IGNORECASE)
 
 
 def render_guard_prompt(user: str, agent: str | None, policy: str = "llama_guard_3") -> str:
@@ -42,7 +63,8 @@ def render_guard_prompt(user: str, agent: str | None, policy: str = "llama_guard
 
     What could forge the prompt's frame is broken inside a message by a space after its first character: a section tag
     such as ``<END CONVERSATION>``, which would end the conversation part and let an instruction follow, and a role
-    label, ``Agent:`` or ``User:``, that begins a line, which would put another message last. A verdict in a message
+    label, ``Agent:`` or ``User:``, that begins a line, which would put another message last. Case, and characters that
+    nobody sees, do not hide them. A verdict in a message
     (``unsafe\\nS1``) is left as it is: the guard's own is read after the assistant header, out of a row's reach.
 
     Args:

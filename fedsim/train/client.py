@@ -75,21 +75,20 @@ class ClientTrainer:
         adapter.load(state.adapter)
         if client_control is not None:
             client_control = client_control.to(adapter.values.device)
+        correction = self.algorithm.correction(state, client_control)
         plan = TrainingPlan(
             batches=self.batches(client, rows, round_idx),
             lr=lambda step: lr,
             key=("local", round_idx, client),
             what=f"client {client}, round {round_idx + 1}",
-            correction=self.algorithm.correction(state, client_control),
+            correction=correction,
         )
         stats = self.trainer.run(plan, self.objective, lane, on_step)
         control = control_delta = None
         if self.algorithm.has_control:
             known = state.vectors[CONTROL]
             previous = torch.zeros_like(known) if client_control is None else client_control
-            control = self.algorithm.client_control(
-                state.adapter, adapter.values, known - previous, len(plan.batches), lr
-            )
+            control = correction.next_control(state.adapter, adapter.values, lr)
             control_delta = control - previous
         return ClientOutcome(
             client=client,

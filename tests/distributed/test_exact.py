@@ -27,7 +27,7 @@ from fedsim.config import load_config
 from fedsim.errors import RunError
 from fedsim.parallel.world import process_world
 from fedsim.record import finish
-from fedsim.record.metrics import decided, read_rows
+from fedsim.record.metrics import decided_rows, read_rows
 from fedsim.simulation import Simulation
 
 ROOT = Path(__file__).parents[2]
@@ -131,7 +131,7 @@ def outcome(folder: Path) -> dict[str, Any]:
         answers[path.name] = hashlib.sha256(json.dumps(turns).encode()).hexdigest()
     artefacts = folder / "artefacts"
     return {
-        "rows": [json.dumps(decided(row)) for row in read_rows(run / "metrics.jsonl")],
+        "rows": [json.dumps(row) for row in decided_rows(read_rows(run / "metrics.jsonl"))],
         "adapter": file_digest(run / "adapter" / "adapter_model.safetensors"),
         "state": file_digest(last / "state.safetensors"),
         "last": last.name,

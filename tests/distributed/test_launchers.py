@@ -23,7 +23,7 @@ from fedsim.config import load_config
 from fedsim.errors import RunError
 from fedsim.parallel.world import process_world
 from fedsim.record import finish
-from fedsim.record.metrics import decided, read_rows
+from fedsim.record.metrics import decided_rows, read_rows
 from fedsim.simulation import Simulation
 
 ROOT = Path(__file__).parents[2]
@@ -69,7 +69,7 @@ def reference(overrides: list[str]) -> None:
 def outcome(folder: Path) -> tuple[list[Any], str]:
     """Decided metrics and the final adapter of a run."""
     adapter = folder / "small" / "adapter" / "adapter_model.safetensors"
-    return [decided(row) for row in read_rows(folder / "small" / "metrics.jsonl")], file_digest(adapter)
+    return decided_rows(read_rows(folder / "small" / "metrics.jsonl")), file_digest(adapter)
 
 
 def test_a_run_under_deepspeeds_launcher_is_the_same_run(pool: Any, square_file: Path, tmp_path: Path) -> None:

@@ -56,11 +56,16 @@ def test_replies_to_attacks_are_written_where_texts_are_asked_for(
 ) -> None:
     suite, _ = load_suite(EvalConfig(**{**LEFT_OUT, "advbench": "embedded", "xstest": "embedded"}, limit=3), store)
     found = evaluate(stub_engine(chat, reply=lambda talk: f"hush {len(talk[0]['content'])}"), suite, ("eval",))
-    write_texts(found, tmp_path / "off", "run-round1-global", attacks=False)
+    write_texts(found, suite, tmp_path / "off", "run-round1-global", attacks=False)
     assert not (tmp_path / "off").exists()
-    write_texts(found, tmp_path / "on", "run-round1-global", attacks=True)
+    write_texts(found, suite, tmp_path / "on", "run-round1-global", attacks=True)
     assert found.advbench is not None and found.xstest is not None
     for name, result in (("advbench", found.advbench), ("xstest", found.xstest)):
         records = json.loads((tmp_path / "on" / f"{name}-run-round1-global.json").read_text(encoding="utf-8"))
-        assert records == [{"item": i, "reply": reply.text} for i, reply in enumerate(result.replies)]
+        assert [record["reply"] for record in records] == [reply.text for reply in result.replies]
+        # The stub tells the length of what it was asked.
+        items = {"advbench": suite.advbench, "xstest": suite.xstest}[name]
+        asked = [len(items[record["item"]].prompt) for record in records]
+        assert [record["reply"] for record in records] == [f"hush {length}" for length in asked]
+        assert [record["item"] for record in records] != [0, 1, 2]
     assert len(list((tmp_path / "on").iterdir())) == 2

@@ -184,7 +184,7 @@ def test_every_share_of_a_suite_is_shown_in_percent(chat: ChatFormat, stub_engin
     units = {}
     for name in (n.removeprefix("eval/") for n in metrics if not n.endswith(("_low", "_high", "_count"))):
         units[name] = next((unit for names, unit in UNITS if names.fullmatch(name)), "")
-    counts = ("truncated", "advbench_empty", "undecided", "questions", "num_replies")
+    counts = ("truncated", "advbench_empty", "undecided", "questions", "num_replies", "num_texts")
     assert {name for name, unit in units.items() if not unit} == {n for n in units if n.endswith(counts)}
     scores = {"mt_bench", "mt_bench_turn_1", "mt_bench_turn_2", "mt_bench_category_math", "mt_bench_category_stem"}
     assert {name for name, unit in units.items() if unit == " points"} == scores

@@ -55,8 +55,7 @@ class Quadratics:
                 weighted += weights[i] * (values - state.adapter).double()
                 if algorithm.has_control:
                     old = controls[i] if controls[i] is not None else torch.zeros(1)
-                    c = state.vectors["control"]
-                    controls[i] = algorithm.client_control(state.adapter, values, c - old, self.steps, self.lr)
+                    controls[i] = correction.next_control(state.adapter, values, self.lr)
                     control_delta += (controls[i] - old).double()
             sums = RoundSums(weighted, sum(weights), control_delta if algorithm.has_control else None, len(self.a))
             state = algorithm.server_step(state, sums)

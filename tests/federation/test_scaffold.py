@@ -41,23 +41,36 @@ def test_the_server_moves_model_and_control(vectors: Vectors) -> None:
     assert torch.equal(x, before[0]) and torch.equal(c, before[1]), "states are not changed in place"
 
 
-def test_client_control_is_option_two(vectors: Vectors) -> None:
+def test_openfedllms_control_is_option_two(vectors: Vectors) -> None:
     x, y, c, c_i = vectors(4)
     steps, lr = 25, 3e-5
-    got = Scaffold("openfedllm").client_control(x, y, c - c_i, steps, lr)
+    correction = Scaffold("openfedllm").correction(ServerState(x, {"control": c}), c_i)
+    values = x.clone()
+    for _ in range(steps):
+        correction.on_values(values, lr)
+    got = correction.next_control(x, y, lr)
     want = (x.double() - y.double()) / (steps * lr) - (c - c_i).double()
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0)
 
 
-def test_option_two_under_sgd_is_the_mean_gradient(vectors: Vectors) -> None:
-    """y = x − lr Σ (g_k + c − c_i) gives c_i⁺ = mean g_k, whatever c and c_i were."""
+@pytest.mark.parametrize("variant", ["gradient", "openfedllm"])
+def test_under_sgd_both_variants_are_option_two_and_the_mean_gradient(vectors: Vectors, variant: str) -> None:
+    """y = x − lr Σ (g_k + c − c_i) gives c_i⁺ = mean g_k = (x − y)/(K lr) − (c − c_i), whatever c and c_i were."""
     c, c_i, x, *grads = vectors(8)
+    correction = Scaffold(variant).correction(ServerState(x, {"control": c}), c_i)
     y = x.double()
     for g in grads:
-        y = y - 0.1 * (g + c - c_i).double()
-    got = Scaffold("gradient").client_control(x, y.float(), c - c_i, len(grads), 0.1)
-    torch.testing.assert_close(got, torch.stack(grads).mean(0), rtol=1e-4, atol=1e-5)
+        step = g.clone()
+        correction.on_gradient(step)
+        y = y - 0.1 * step.double()
+        moved = y.float()
+        correction.on_values(moved, 0.1)
+        y = moved.double()
+    got = correction.next_control(x, y.float(), 0.1)
+    torch.testing.assert_close(got, torch.stack(grads).mean(0), rtol=1e-3, atol=1e-4)
+    option_two = (x.double() - y) / (len(grads) * 0.1) - (c - c_i).double()
+    torch.testing.assert_close(got.double(), option_two, rtol=1e-3, atol=1e-4)
 
 
 def test_corrections_act_where_their_variant_says(vectors: Vectors) -> None:

@@ -40,7 +40,7 @@ def test_the_sweep_is_that_of_the_guard_that_filtered(make_run: MakeRun, tmp_pat
     write(tmp_path)
     head, *rows = lines_of(guard(make_run(), "llama_guard", read_tables(tmp_path)), "### Threshold sweep")
     assert head[0] == "threshold" and head[-1] == "red % after" and len(head) == 8
-    assert [row[0] for row in rows] == ["0.1", "0.5, of the run", "0.9", "0.123, best Hmean on these rows"]
+    assert [row[0] for row in rows] == ["0.1", "0.5, of the run", "0.9", "0.1235, best Hmean on these rows"]
     assert rows[0][1:] == ["61.0", "50.0", "40.0", "45.0", "20.0", "10.0", "25.0"]
     assert rows[-1][-1] == "undefined"
 

@@ -71,6 +71,19 @@ def test_safety_has_points_intervals_and_the_pretrained_level(make_run: MakeRun)
     assert ends == [pytest.approx([value - 3, value + 3]) for value in values]
 
 
+def test_the_control_stands_beside_advbench(make_run: MakeRun) -> None:
+    rows = make_run(3)
+    for row in rows:
+        if row["stage"] == "eval":
+            row |= {"eval/xstest_safe_refused": 12.0 + row["round"], "eval/xstest_safe_refused_low": 0.0,
+                    "eval/xstest_safe_refused_high": 40.0}  # fmt: skip
+    figure = drawn(plot_safety(rows, "run"))
+    assert [axes.get_ylabel().partition(":")[0] for axes in figure.axes] == ["AdvBench", "XSTest", "HHH"]
+    assert line(figure, 1, "before CAI")[1] == [12.0, 13.0, 14.0]
+    low, high = figure.axes[1].get_ylim()
+    assert low <= 0.0 and high >= 40.0
+
+
 def test_points_stay_inside_the_picture(make_run: MakeRun) -> None:
     for figure in (plot_safety(make_run(5), "run"), plot_helpfulness(make_run(5), "run")):
         for axes in drawn(figure).axes:

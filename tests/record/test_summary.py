@@ -35,6 +35,7 @@ def facts() -> RunFacts:
         cai=True,
         embedded_model=True,
         real_files=(),
+        fictional=("AdvBench", "HHH"),
         mt_bench="embedded",
         judge="",
         advbench_rule="openfedllm",
@@ -152,6 +153,7 @@ def with_xstest(rows: list[Row], safe: list[float]) -> list[Row]:
             "eval/xstest_unsafe_guard_safe": 90.0,
             "eval/xstest_unsafe_guard_safe_count": 200,
             "eval/xstest_empty_share": 4.0,
+            "eval/xstest_num_texts": 450,
             "eval/xstest_truncated": 1,
             "eval/advbench_guard_safe": 95.0,
             "eval/advbench_guard_safe_count": 520,
@@ -195,11 +197,12 @@ def test_cells_of_the_controls(make_run: MakeRun, facts: RunFacts) -> None:
 
 def test_cai_texts_are_shown_with_their_units(make_run: MakeRun, facts: RunFacts) -> None:
     rows = make_run()
-    rows[2] |= {"cai/revision_distinct_2": 5.9, "cai/revision_mean_words": 24.2, "cai/response_empty_share": 0.5}
+    rows[2] |= {"cai/revision_distinct_2": 5.9, "cai/revision_mean_words": 24.2, "cai/response_empty_share": 0.5,
+                "cai/response_num_texts": 400}  # fmt: skip
     text = summary_markdown(rows, facts)
     assert cells(text, "revision_distinct_2")[0] == "5.9 %"
     assert cells(text, "revision_mean_words")[0] == "24.2 words"
-    assert cells(text, "response_empty_share")[0] == "0.5 %"
+    assert cells(text, "response_empty_share")[0] == "0.5 % of 400"
     assert "loss_003" not in text, "single clients stay in the metric rows"
 
 
@@ -265,7 +268,7 @@ def test_caveats_follow_the_model_and_the_data(facts: RunFacts) -> None:
     assert any("(data.square)" in line and "its figures mean nothing" in line for line in caveats(mixed))
     assert not any("mechanisms" in line for line in caveats(mixed))
     real = dataclasses.replace(
-        facts, embedded_model=False, real_files=("data.square", "eval.mt_bench"), mt_bench="q.jsonl"
+        facts, embedded_model=False, real_files=("data.square", "eval.mt_bench"), fictional=(), mt_bench="q.jsonl"
     )
     assert caveats(real) == ["MT-Bench answers were written, not judged: the score needs a judge."]
     assert caveats(dataclasses.replace(real, mt_bench="")) == []
@@ -273,6 +276,11 @@ def test_caveats_follow_the_model_and_the_data(facts: RunFacts) -> None:
     by_another = "MT-Bench is judged by kite-judge, the paper's by GPT-4: the two scores do not compare."
     assert caveats(dataclasses.replace(real, judge="kite-judge")) == [by_another]
     assert caveats(dataclasses.replace(real, judge="kite-judge", mt_bench="")) == []
+    real_model = dataclasses.replace(real, fictional=("AdvBench",), mt_bench="")
+    assert caveats(real_model) == [
+        "AdvBench: the embedded world's own items in the published formats, not the published ones."
+    ]
+    assert any(line.startswith("AdvBench and HHH: the embedded world's own items") for line in caveats(facts))
     assert any("scored by a rubric; the paper's by GPT-4" in line for line in caveats(facts))
     assert any("judged by kite-judge; the paper's by GPT-4" in line
                for line in caveats(dataclasses.replace(facts, judge="kite-judge")))  # fmt: skip
