@@ -150,7 +150,9 @@ def test_a_full_disk_is_one_line(
     monkeypatch.setattr(JudgmentFile, "append", full)
     assert main([str(run), *words(endpoint)]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("error: the disk has no room for what is to be written (") and line.endswith("it goes on after the last judgment")
+    assert line.startswith("error: the disk has no room for what is to be written (") and line.endswith(
+        "it goes on after the last judgment"
+    )
 
 
 def test_torchrun_is_told_the_cause_and_one_rank_tells_the_user(
