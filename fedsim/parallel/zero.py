@@ -24,6 +24,7 @@ from fedsim import keys
 from fedsim.errors import ConfigError
 from fedsim.federation.algorithms import Correction
 from fedsim.model.flat_adapter import FlatAdapter
+from fedsim.parallel.zero_config import import_deepspeed
 from fedsim.ranks import Lane, Term
 from fedsim.train.loop import Item, StepSettings, Trainer, TrainingPlan, TrainingStats
 from fedsim.train.objectives import Objective
@@ -137,15 +138,8 @@ class _Sums(nn.Module):
 def _deepspeed_engine(replica: _Replica, config: dict[str, Any], lane: Lane) -> Iterator[Any]:
     """DeepSpeed's engine over all ranks; everything that DeepSpeed keeps of it is given back at the end."""
     device = replica.vector.device
-    os.environ.setdefault("DS_ACCELERATOR", device.type)  # else it looks for hardware, and says what it found
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # it insists
-    import deepspeed
-    from deepspeed.accelerator import get_accelerator
-
-    if get_accelerator().device_name() != device.type:
-        raise ConfigError(
-            f"DS_ACCELERATOR={os.environ['DS_ACCELERATOR']!r}: the run computes on {device.type}; unset this variable"
-        )
+    deepspeed = import_deepspeed(device.type)
     # A shared-memory reduction for inference on CPU, compiled on the spot; ZeRO does not use it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     with _process_group(lane, device):
