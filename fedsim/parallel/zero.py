@@ -24,6 +24,7 @@ from fedsim import keys
 from fedsim.errors import ConfigError
 from fedsim.federation.algorithms import Correction
 from fedsim.model.flat_adapter import FlatAdapter
+from fedsim.parallel.sums import Summer
 from fedsim.parallel.zero_config import import_deepspeed
 from fedsim.ranks import Lane, Term
 from fedsim.train.loop import Item, StepSettings, Trainer, TrainingPlan, TrainingStats
@@ -92,9 +93,16 @@ class ZeroTrainer(Trainer):
             group["lr"] = plan.lr(step)
         engine.step()
         self.adapter.load(engine.module.vector.detach())
+        self._count(num_passes, lane)
         (total,) = lane.summer.sum([[Term(sums)]], [sums.numel()], lane.size)
         norm = torch.as_tensor(engine.get_global_grad_norm(), dtype=torch.float64, device=sums.device)
         return torch.cat([norm[None], total.to(sums.device)])
+
+    def _count(self, num_passes: int, lane: Lane) -> None:
+        """Count what DeepSpeed sends in a step: the gradient in every pass, and this rank's share of the new adapter."""
+        assert isinstance(lane.summer, Summer)
+        if lane.size > 1:
+            lane.summer.traffic.num_bytes += 4 * (num_passes * self.adapter.size + -(-self.adapter.size // lane.size))
 
 
 class _Replica(nn.Module):
