@@ -99,7 +99,7 @@ class ZeroTrainer(Trainer):
         return torch.cat([norm[None], total.to(sums.device)])
 
     def _count(self, num_passes: int, lane: Lane) -> None:
-        """Count what DeepSpeed sends in a step: the gradient in every pass, and this rank's share of the new adapter."""
+        """Count what DeepSpeed sends in a step: the gradient in every pass, and a rank's share of the new adapter."""
         assert isinstance(lane.summer, Summer)
         if lane.size > 1:
             lane.summer.traffic.num_bytes += 4 * (num_passes * self.adapter.size + -(-self.adapter.size // lane.size))

@@ -42,7 +42,7 @@ class WandbStream:
     """The run's end of the stream; rank 0 holds it.
 
     The configuration decides whether and where to: of the environment's ``WANDB_…`` only :data:`LOGIN` reaches wandb,
-    and ``WANDB_ENTITY`` counts only where ``wandb.entity`` is empty. A run under a sweep's agent is no part of the sweep.
+    and ``WANDB_ENTITY`` counts only where ``wandb.entity`` is empty. A run under a sweep's agent is not in the sweep.
 
     W&B takes no step back: where a round that it has is done anew (its checkpoint was damaged), it keeps the first
     version's figures, while ``metrics.jsonl`` has the second's; outside exact mode they may differ by more than times.

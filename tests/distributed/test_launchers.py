@@ -28,7 +28,7 @@ from fedsim.simulation import Simulation
 
 ROOT = Path(__file__).parents[2]
 SMALL = Path(__file__).parent / "small.yaml"
-ZERO = ["guard.kind=llama_guard", "guard.deepspeed=zero2", "parallel.exact=false"]
+ZERO = ["guard.kind=llama_guard", "eval.guard_judge=none", "guard.deepspeed=zero2", "parallel.exact=false"]
 SHORT = ["federation.num_rounds=1", "guard.kind=noisy_oracle", "cai.iterations=0", "eval.limit=2", "eval.mt_bench="]
 
 
@@ -77,7 +77,13 @@ def test_a_run_under_deepspeeds_launcher_is_the_same_run(pool: Any, square_file:
     """Its guard is fine-tuned under ZeRO-2; one round, before anything measured decides a placement."""
 
     def words(folder: Path) -> list[str]:
-        return [*SHORT, *ZERO, f"data.square={square_file}", f"record.dir={folder}", f"record.artefacts={folder}/artefacts"]
+        return [
+            *SHORT,
+            *ZERO,
+            f"data.square={square_file}",
+            f"record.dir={folder}",
+            f"record.artefacts={folder}/artefacts",
+        ]
 
     ended = deepspeed([str(SMALL), *words(tmp_path / "deepspeed")])
     assert ended.returncode == 0, ended.stderr[-2000:]

@@ -60,8 +60,6 @@ def test_a_measurement_is_the_better_of_two_and_says_how_far_they_are_apart(monk
     assert found.spread == pytest.approx(0.5)
 
 
-
-
 class Several(OneRank):
     """Ranks that all say what ``others`` says, beside this one."""
 
