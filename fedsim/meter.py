@@ -115,6 +115,7 @@ class Meter:
             "perf/peak_flops_per_s": self.peak.flops,
             "perf/peak_memory_bytes_per_s": self.peak.bytes_per_s,
             "perf/peak_source": self.peak.source,
+            "perf/peak_spread": self.peak.spread,
         }
 
     def _add(self, phase: str, effort: Effort) -> None:

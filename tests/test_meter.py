@@ -25,7 +25,7 @@ SMALL = Path(__file__).parent / "distributed" / "small.yaml"
 
 
 def metered(flops: float = 1e6, bytes_per_s: float = 1e6) -> Meter:
-    peak = Peak(flops, bytes_per_s, "made up")
+    peak = Peak(flops, bytes_per_s, "made up", 0.125)
     return Meter(COST, peak, World(OneRank(), torch.device("cpu"), exact=True))
 
 
@@ -71,6 +71,7 @@ def test_training_is_charged_the_slowest_ranks_time() -> None:
     assert found["perf/aggregate_roofline"] == pytest.approx(2 * (2 * 4 + 8) * 50 / 0.5 / 1e6)
     assert "perf/aggregate_mfu" not in found
     assert (found["perf/peak_flops_per_s"], found["perf/peak_source"]) == (1e6, "made up")
+    assert found["perf/peak_spread"] == 0.125
 
 
 def test_the_roofline_is_the_longer_of_compute_and_memory() -> None:

@@ -1,9 +1,10 @@
-"""Where a round's time goes: ``[torchrun --nproc_per_node=N] python tools/profile_round.py CONFIG.yaml [key=value …]``.
+"""Where a round's time goes: ``tools/profile_round.py CONFIG.yaml [key=value …]`` under plain python or torchrun.
 
 The run is simulated up to the chosen round (``--round``, 2 by default: the first after warm-up) in a directory of its
-own. The table's figures are that round's metric row, measured without a profiler; the round is then done once more,
-under ``torch.profiler``, for the Chrome trace (open it in https://ui.perfetto.dev). Both are the same work; the last
-line says how much longer the profiled one took.
+own, ``NAME-profile`` under ``record.dir``, which the next profile of that run clears. The table's figures are that
+round's metric row, measured without a profiler; the round is then done once more, under ``torch.profiler``, for the
+Chrome trace (open it in https://ui.perfetto.dev). Both are the same work; the last line says how much longer the
+profiled one took.
 """
 
 from __future__ import annotations
@@ -13,19 +14,22 @@ import os
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's own notes on standard error; read when torch is loaded
 
 import argparse
+import fcntl
+import json
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from fedsim.checkpoint import Checkpoint
 from fedsim.config import Config, load_config
-from fedsim.errors import ConfigError, FedsimError
+from fedsim.errors import ConfigError, FedsimError, RunError
 from fedsim.measurement import Measurement
 from fedsim.parallel.world import World, process_world
 from fedsim.record.metrics import Row, read_rows
@@ -42,6 +46,8 @@ TITLES = {
 }
 NONE = "–"
 SUFFIX = "-profile"
+MARK = ".profile"  # in a directory that profiles use; whoever profiles holds its lock
+STEADY = 0.2  # two measurements of a peak that are further apart say nothing about what binds
 
 
 class Enough(Exception):
@@ -53,7 +59,7 @@ class ProfiledSimulation(Simulation):
 
     Args:
         chosen: index of the round.
-        trace: where the trace is written.
+        trace: where the trace is written, ``*.json`` or ``*.json.gz``.
 
     Attributes:
         seconds: of the chosen round, without and with the profiler.
@@ -73,13 +79,18 @@ class ProfiledSimulation(Simulation):
         activities = [torch.profiler.ProfilerActivity.CPU]
         if self.world.device.type == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
-        if not self.ranks.is_main:
+        with torch.profiler.profile(activities=activities) if self.ranks.is_main else nullcontext() as profiler:
             self._timed(federation, round_idx, before, *rest)
-        else:
-            with torch.profiler.profile(activities=activities) as profiler:
-                self._timed(federation, round_idx, before, *rest)
-            profiler.export_chrome_trace(str(self.trace))
+        self.ranks.once(lambda: self._export(profiler))
         raise Enough
+
+    def _export(self, profiler: Any) -> None:
+        """Write the trace; torch's exporter only notes on a log that it could not."""
+        partial = partial_trace(self.trace)
+        profiler.export_chrome_trace(str(partial))
+        if not partial.is_file() or partial.stat().st_size == 0:
+            raise RunError(f"--trace {self.trace}: nothing was written; look for room on that disk")
+        partial.replace(self.trace)
 
     def _timed(self, federation: Any, round_idx: int, before: Checkpoint, *rest: Any) -> None:
         began = time.perf_counter()
@@ -127,7 +138,7 @@ def _line(row: Mapping[str, Any], phase: str, spent: float, total: float) -> lis
     prefix = _prefix(phase)
     tokens, flops, fraction = (measured(row, prefix + name) for name in ("tokens", "flops", "roofline"))
     bound = NONE
-    if fraction is not None:
+    if fraction is not None and row["perf/peak_spread"] <= STEADY:
         memory_s = row[f"{prefix}bytes"] / row["perf/peak_memory_bytes_per_s"]
         bound = "memory" if memory_s > (flops or 0.0) / row["perf/peak_flops_per_s"] else "compute"
     return [
@@ -153,7 +164,9 @@ def _total(row: Mapping[str, Any], phases: Iterable[str], name: str) -> float:
 def totals(row: Mapping[str, Any], num_ranks: int) -> dict[str, str]:
     """The figures of the round as a whole, by what they are."""
     flops, memory = (row[f"perf/peak_{name}"] for name in ("flops_per_s", "memory_bytes_per_s"))
-    found = {"peak of all devices": f"{_rate(flops, 'FLOP/s')}, {_rate(memory, 'B/s')} ({row['perf/peak_source']})"}
+    source, spread = row["perf/peak_source"], row["perf/peak_spread"]
+    apart = f", two measurements {100 * spread:.0f} % apart" if spread > 0 else ""
+    found = {"peak of all devices": f"{_rate(flops, 'FLOP/s')}, {_rate(memory, 'B/s')} ({source}{apart})"}
     for title, name in (("MFU, local training", "perf/mfu"), ("MFU, constitutional AI", "perf/cai_mfu")):
         if (mfu := measured(row, name)) is not None:
             found[title] = f"{100 * mfu:.1f} %"
@@ -179,7 +192,7 @@ def _processes(num_ranks: int) -> str:
     return "1 process" if num_ranks == 1 else f"{num_ranks} processes"
 
 
-def report(simulation: ProfiledSimulation, row: Row) -> str:
+def page(simulation: ProfiledSimulation, row: Row) -> str:
     """Everything that is printed."""
     config, world = simulation.config, simulation.world
     arm = arm_name(config.federation.algorithm, config.guard.kind != "none", config.cai.iterations > 0)
@@ -192,19 +205,88 @@ def report(simulation: ProfiledSimulation, row: Row) -> str:
     return "\n".join([title, "", phase_table(row).plain(), "", *lines])
 
 
-def parse(arguments: list[str]) -> tuple[Config, int, Path | None]:
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are fedsim's, so that of several processes one tells them."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"command line: {message}; tools/profile_round.py --help shows the form")
+
+
+def parse(arguments: Sequence[str]) -> tuple[Config, int, Path | None]:
     """The configuration, the index of the chosen round, and the trace's path if one is given."""
-    parser = argparse.ArgumentParser(prog="tools/profile_round.py", description=__doc__)
+    parser = _Parser(
+        prog="tools/profile_round.py",
+        usage="[torchrun --nproc_per_node=N] tools/profile_round.py [--round N] [--trace FILE] CONFIG.yaml "
+        "[key=value ...]",
+        description=(__doc__ or "").partition("\n\n")[2],
+    )
     parser.add_argument("config", type=Path, metavar="CONFIG.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--round", type=int, default=2, help="which round, counted from 1")
     parser.add_argument("--trace", type=Path, help="Chrome trace to write, *.json or *.json.gz")
-    found = parser.parse_args(arguments)
+    parser.add_argument("--local_rank", "--local-rank", type=int, help="added by launchers; the same as LOCAL_RANK")
+    found = parser.parse_intermixed_args(arguments)
     config = load_config(found.config, [*found.overrides, "wandb.mode=off"])
     if not 1 <= found.round <= config.federation.num_rounds:
         raise ConfigError(f"--round {found.round}: must be >= 1 and <= federation.num_rounds (now "
                           f"{config.federation.num_rounds}); choose another round")  # fmt: skip
+    if found.trace is not None and not found.trace.name.endswith((".json", ".json.gz")):
+        raise ConfigError(f"--trace {found.trace}: must end in .json or .json.gz, which trace viewers read")
+    if found.local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(found.local_rank))
     return replace(config, name=config.name + SUFFIX), found.round - 1, found.trace
+
+
+@contextmanager
+def own_directory(folder: Path) -> Iterator[None]:
+    """A profile's directory, emptied (an earlier profile would be resumed), and this process's alone for so long.
+
+    Raises:
+        ConfigError: another process profiles in it, it holds something else than profiles, or it cannot be made.
+    """
+    try:
+        if folder.is_dir() and not (folder / MARK).is_file() and any(folder.iterdir()):
+            raise ConfigError(
+                f"{folder}: exists and was not made by a profile; move it, or give the profiled run another name "
+                "(name=...)"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / MARK).open("a")
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be made or written ({error.strerror}); give another record.dir") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"{folder}: another process is profiling this very run; wait for it, or give this one another name "
+                "(name=...)"
+            ) from error
+        for path in folder.iterdir():
+            if path.name != MARK:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        yield
+
+
+def partial_trace(trace: Path) -> Path:
+    """Where a trace is written before it is whole; the ending decides the format."""
+    return trace.with_name(f".partial-{trace.name}")
+
+
+def check_trace(trace: Path) -> None:
+    """Make the trace's directory, and find out whether the trace can be written.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    try:
+        trace.parent.mkdir(parents=True, exist_ok=True)
+        if trace.is_dir():
+            raise IsADirectoryError(0, "a directory has this name")
+        partial_trace(trace).touch()
+        partial_trace(trace).unlink()
+    except OSError as error:
+        raise ConfigError(f"--trace {trace}: cannot be written ({error.strerror}); give another path") from error
 
 
 def profile(config: Config, chosen: int, trace: Path | None) -> None:
@@ -212,23 +294,43 @@ def profile(config: Config, chosen: int, trace: Path | None) -> None:
     parallel = config.parallel
     folder = Path(config.record.dir).expanduser() / config.name
     target = trace or folder / f"trace-round{chosen + 1}.json.gz"
-    with process_world(exact=parallel.exact, threads=parallel.threads, timeout_s=parallel.timeout_s) as world:
-        world.ranks.once(lambda: shutil.rmtree(folder, ignore_errors=True))  # an earlier profile would be resumed
+    with (
+        ExitStack() as held,
+        process_world(exact=parallel.exact, threads=parallel.threads, timeout_s=parallel.timeout_s) as world,
+    ):
+        world.ranks.once(lambda: held.enter_context(own_directory(folder)))
+        world.ranks.once(lambda: check_trace(target))
         simulation = ProfiledSimulation(config, world, chosen, target)
         try:
             simulation.run()
         except Enough:
             rows = read_rows(simulation.record.metrics_file) if world.ranks.is_main else []
             for row in [r for r in rows if r["stage"] == "round" and r["round"] == chosen][:1]:
-                print(f"\n{report(simulation, row)}", flush=True)
+                print(f"\n{page(simulation, row)}", flush=True)
+
+
+def report(error: FedsimError) -> None:
+    """The error as one line; torchrun, whose own report follows, is told the cause, so that it also ends with it."""
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        cause = {"message": str(error), "extraInfo": {"timestamp": int(time.time()) - 1}}  # earliest = root cause
+        Path(path).write_text(json.dumps({"message": cause}), encoding="utf-8")
 
 
 def main() -> int:
-    """Profile one round; a user's error is one line."""
+    """Profile one round; a user's error is one line, from rank 0 or from the only rank that it concerns."""
     try:
-        profile(*parse(sys.argv[1:]))
-    except FedsimError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        given = parse(sys.argv[1:])
+    except FedsimError as error:  # the same on every rank: rank 0 speaks, and the launcher ends the others with it
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(10)
+            return 2
+        report(error)
+        return 2
+    try:
+        profile(*given)
+    except FedsimError as error:  # leaves profile() on the first rank that fails; the others end quietly
+        report(error)
         return 2
     return 0
 

@@ -96,8 +96,8 @@ class RecordConfig:
 class WandbConfig:
     """Weights & Biases: per-round metrics, streamed from rank 0. No text of a prompt or reply is ever sent.
 
-    These keys decide, not WANDB_MODE or WANDB_PROJECT in the environment; the login and the server (WANDB_API_KEY,
-    WANDB_BASE_URL) are wandb's own affair.
+    These keys decide, not WANDB_MODE, WANDB_PROJECT or a sweep's agent in the environment; the login and the server
+    (WANDB_API_KEY, WANDB_BASE_URL) are wandb's own affair.
     """
 
     mode: str = key("offline", "offline = written to the run directory, for `wandb sync`; online = sent as it "

@@ -21,7 +21,8 @@ class Traffic:
     """Bytes that this process has handed to collectives: what it contributes, whatever the algorithm below sends.
 
     An all-reduce counts the whole vector on every member, a gathered object its pickle on every rank, and one that
-    rank 0 sends out its pickle there alone. Barriers and the set-up of groups are not counted.
+    rank 0 sends out its pickle there alone. Of DeepSpeed's collectives the gradients and the adapter's shares count, by
+    their sizes. Barriers, the set-up of groups, and DeepSpeed's scalars and padding do not.
     """
 
     num_bytes: int = 0

@@ -24,6 +24,8 @@ from fedsim import keys
 from fedsim.errors import ConfigError
 from fedsim.federation.algorithms import Correction
 from fedsim.model.flat_adapter import FlatAdapter
+from fedsim.parallel.sums import Summer
+from fedsim.parallel.zero_config import import_deepspeed
 from fedsim.ranks import Lane, Term
 from fedsim.train.loop import Item, StepSettings, Trainer, TrainingPlan, TrainingStats
 from fedsim.train.objectives import Objective
@@ -91,9 +93,16 @@ class ZeroTrainer(Trainer):
             group["lr"] = plan.lr(step)
         engine.step()
         self.adapter.load(engine.module.vector.detach())
+        self._count(num_passes, lane)
         (total,) = lane.summer.sum([[Term(sums)]], [sums.numel()], lane.size)
         norm = torch.as_tensor(engine.get_global_grad_norm(), dtype=torch.float64, device=sums.device)
         return torch.cat([norm[None], total.to(sums.device)])
+
+    def _count(self, num_passes: int, lane: Lane) -> None:
+        """Count what DeepSpeed sends in a step: the gradient in every pass, and a rank's share of the new adapter."""
+        assert isinstance(lane.summer, Summer)
+        if lane.size > 1:
+            lane.summer.traffic.num_bytes += 4 * (num_passes * self.adapter.size + -(-self.adapter.size // lane.size))
 
 
 class _Replica(nn.Module):
@@ -137,15 +146,8 @@ class _Sums(nn.Module):
 def _deepspeed_engine(replica: _Replica, config: dict[str, Any], lane: Lane) -> Iterator[Any]:
     """DeepSpeed's engine over all ranks; everything that DeepSpeed keeps of it is given back at the end."""
     device = replica.vector.device
-    os.environ.setdefault("DS_ACCELERATOR", device.type)  # else it looks for hardware, and says what it found
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # it insists
-    import deepspeed
-    from deepspeed.accelerator import get_accelerator
-
-    if get_accelerator().device_name() != device.type:
-        raise ConfigError(
-            f"DS_ACCELERATOR={os.environ['DS_ACCELERATOR']!r}: the run computes on {device.type}; unset this variable"
-        )
+    deepspeed = import_deepspeed(device.type)
     # A shared-memory reduction for inference on CPU, compiled on the spot; ZeRO does not use it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     with _process_group(lane, device):

@@ -1,20 +1,32 @@
 """DeepSpeed settings of guard fine-tuning: the user's JSON, in which fedsim fills in what its configuration decides.
 
-A key that fedsim decides may be left out, be "auto", or say the same; anything else is an error that names both.
+A key that fedsim decides may be left out, be "auto", or say the same; anything else is an error that names both. The
+user's own are the keys of :data:`FREE`, which decide memory and speed; no other key of DeepSpeed's may stand in the
+file: it could change results, write somewhere, or print.
 """
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import json
 import math
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
+
+import torch
 
 from fedsim.config import Config
 from fedsim.errors import ConfigError
 
 SHIPPED: Final = Path(__file__).parents[1] / "configs" / "deepspeed"
+
+FREE: Final = frozenset(f"zero_optimization.{name}" for name in (
+    "contiguous_gradients", "overlap_comm", "reduce_scatter", "reduce_bucket_size", "allgather_partitions",
+    "allgather_bucket_size", "round_robin_gradients", "use_multi_rank_bucket_allreduce"))  # fmt: skip
+"""Keys that the file may set as it likes; DeepSpeed checks their values."""
 
 
 def zero_settings(config: Config, num_ranks: int) -> dict[str, Any]:
@@ -29,13 +41,13 @@ def zero_settings(config: Config, num_ranks: int) -> dict[str, Any]:
     """
     path = config.guard.deepspeed
     settings = _read(path)
-    for name, (wanted, source) in _decided(config, num_ranks).items():
+    decided = _decided(config, num_ranks)
+    _check_names(path, settings, decided)
+    for name, (wanted, source) in decided.items():
         *groups, leaf = name.split(".")
         place = settings
         for group in groups:
             place = place.setdefault(group, {})
-            if not isinstance(place, dict):
-                raise ConfigError(f"guard.deepspeed={path!r}: {group} must be an object, is {place!r}")
         given = place.get(leaf, wanted)
         if given not in (wanted, "auto"):
             raise ConfigError(
@@ -45,7 +57,61 @@ def zero_settings(config: Config, num_ranks: int) -> dict[str, Any]:
         place[leaf] = wanted
     del settings["scheduler"]
     del settings["train_batch_size"]  # DeepSpeed's own is passes × rows × ranks, more where they do not divide
+    _check_zero(path, settings["zero_optimization"])
     return settings
+
+
+def import_deepspeed(device_type: str) -> Any:
+    """The package, made to compute on ``device_type``; left alone, it looks for hardware and says what it found.
+
+    Raises:
+        ConfigError: ``DS_ACCELERATOR`` names something else.
+    """
+    named = os.environ.setdefault("DS_ACCELERATOR", device_type)
+    if named != device_type:
+        raise ConfigError(f"DS_ACCELERATOR={named!r}: the run computes on {device_type}; unset this variable")
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    assert get_accelerator().device_name() == device_type
+    return deepspeed
+
+
+def _check_names(path: str, settings: Mapping[str, Any], decided: Mapping[str, Any]) -> None:
+    """Every key of the file is fedsim's to decide or the user's, and groups are objects."""
+    known = [*decided, *sorted(FREE)]
+    groups = {name[:i] for name in known for i, letter in enumerate(name) if letter == "."}
+    for name, value in _walk(settings, groups):
+        if name in groups and not isinstance(value, dict):
+            raise ConfigError(f"guard.deepspeed={path!r}: {name} must be an object, is {value!r}")
+        if name not in groups and name not in known:
+            near = difflib.get_close_matches(name, [*known, *groups], n=1, cutoff=0.6)
+            hint = f"did you mean {near[0]}?" if near else "remove it from the file"
+            raise ConfigError(
+                f"guard.deepspeed={path!r}: {name} is not a key that the file may have; {hint} "
+                f"(it may have {', '.join(known)})"
+            )
+
+
+def _walk(settings: Mapping[str, Any], groups: set[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        yield f"{prefix}{key}", value
+        if f"{prefix}{key}" in groups and isinstance(value, dict):
+            yield from _walk(value, groups, f"{prefix}{key}.")
+
+
+def _check_zero(path: str, values: Mapping[str, Any]) -> None:
+    """DeepSpeed takes the values of zero_optimization."""
+    import_deepspeed("cuda" if torch.cuda.is_available() else "cpu")
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    try:
+        DeepSpeedZeroConfig(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(["zero_optimization", *map(str, first["loc"])])
+        raise ConfigError(f"guard.deepspeed={path!r}: {name}={first['input']!r}: {first['msg']}") from error
 
 
 def _decided(config: Config, num_ranks: int) -> dict[str, tuple[Any, str]]:

@@ -1,4 +1,4 @@
-"""What ends a run: the plots, the summary, the end of the W&B stream and the closing table."""
+"""What ends a run: the plots, the summary, the closing table and the end of the W&B stream."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedsim.record.timers import top_level_seconds
 
 
 def finish_run(record: RunRecord, num_ranks: int) -> None:
-    """Write plots and summary of a finished run, and print its table (rank 0 only).
+    """Write plots and summary of a finished run, print its table and end its stream (rank 0 only).
 
     Args:
         num_ranks: processes of the run.
@@ -36,7 +36,6 @@ def finish_run(record: RunRecord, num_ranks: int) -> None:
     }
     total_s = sum(sum(top_level_seconds(row).values()) for row in rows)  # over all sessions of a resumed run
     settings = to_flat(record.config)
-    record.stream.close(headline(rows, facts_from(settings, num_ranks=num_ranks, total_s=total_s, places={})))
     if (streamed := record.stream.place) is not None:
         places["W&B"] = streamed
     facts = facts_from(
@@ -50,6 +49,7 @@ def finish_run(record: RunRecord, num_ranks: int) -> None:
     )
     (folder / "summary.md").write_text(summary_markdown(rows, facts), encoding="utf-8")
     print(f"\n{terminal_table(rows, facts)}", flush=True)
+    record.stream.close(headline(rows, facts))  # last: a server that does not answer takes nothing from the run
 
 
 def headline(rows: Sequence[Row], facts: RunFacts) -> dict[str, float | int | str]:

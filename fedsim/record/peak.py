@@ -6,6 +6,7 @@ The CPU's are measured on all ranks at the same time, as they compute: ranks tha
 from __future__ import annotations
 
 import functools
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,16 +15,22 @@ import torch
 
 from fedsim.ranks import Ranks
 
-_MEASURE_S = 0.06
+_SERIES_S = 0.12  # of a series of measurements; there are two, so that one says how far the other can be trusted
+_BUFFER_BYTES = 2**28  # more than a process has of a cache that it shares with others
 
 
 @dataclass(frozen=True)
 class Peak:
-    """FLOP/s of dense matrix products and bytes/s of memory, and where they are from."""
+    """FLOP/s of dense matrix products and bytes/s of memory, and where they are from.
+
+    Attributes:
+        spread: how much less the worse of two measurements gave than the better, as a share of it; 0 if published.
+    """
 
     flops: float
     bytes_per_s: float
     source: str
+    spread: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -31,7 +38,7 @@ class Gpu:
     """One line of a data sheet: TFLOP/s without sparsity, and TB/s.
 
     Attributes:
-        words: all of them are in the device's name.
+        words: all of them are words of the device's name.
     """
 
     words: tuple[str, ...]
@@ -48,8 +55,8 @@ GPUS = (
     Gpu(("H100", "NVL"), 835.5, 60.0, 3.9),
     Gpu(("H100", "PCIe"), 756.5, 51.0, 2.0),
     Gpu(("H100", "HBM3"), 989.5, 67.0, 3.35),
-    Gpu(("A100", "SXM4-80GB"), 312.0, 19.5, 2.039),
-    Gpu(("A100", "80GB PCIe"), 312.0, 19.5, 1.935),
+    Gpu(("A100", "SXM4", "80GB"), 312.0, 19.5, 2.039),
+    Gpu(("A100", "80GB", "PCIe"), 312.0, 19.5, 1.935),
     Gpu(("A100", "40GB"), 312.0, 19.5, 1.555),
     Gpu(("L40S",), 362.05, 91.6, 0.864),
 )
@@ -65,7 +72,8 @@ def run_peak(ranks: Ranks, device: torch.device, dtype: torch.dtype) -> Peak:
     place = ranks.rank if device.type == "cpu" else str(torch.cuda.get_device_properties(device).uuid)
     each = dict(ranks.gather((place, mine)))
     flops = sum(peak.flops for peak in each.values())
-    return Peak(flops, sum(peak.bytes_per_s for peak in each.values()), f"{len(each)} x {mine.source}")
+    memory = sum(peak.bytes_per_s for peak in each.values())
+    return Peak(flops, memory, f"{len(each)} x {mine.source}", max(peak.spread for peak in each.values()))
 
 
 @functools.cache
@@ -83,28 +91,37 @@ def device_peak(device: torch.device, dtype: torch.dtype, threads: int) -> Peak:
 
 
 def published(name: str) -> Gpu | None:
-    """The data sheet's line for a device name as CUDA gives it; None for one that is not known, or a part of one."""
-    if "MIG" in name:
+    """The data sheet's line for a device name as CUDA gives it; None for one that is not known, or a part of one.
+
+    Parts are MIG instances ("MIG 1g.10gb") and virtual GPUs, whose names end with their memory and NVIDIA's letter for
+    what they are licensed for ("L40S-24Q").
+    """
+    words = set(re.split("[ -]", name))
+    if "MIG" in words or any(re.fullmatch(r"\d+[ABCQ]", word) for word in words):
         return None
-    return next((gpu for gpu in GPUS if all(word in name for word in gpu.words)), None)
+    return next((gpu for gpu in GPUS if words.issuperset(gpu.words)), None)
 
 
 def _measured(device: torch.device, dtype: torch.dtype, size: int, source: str) -> Peak:
-    """Best of several square matrix products, and of several copies."""
+    """Best of many square matrix products, and of many passes that read and write a buffer, in two series of each."""
     left, right = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty_like(left)
-    product_s = _best(lambda: torch.mm(left, right, out=out), device)
-    source_buffer = torch.ones(2**25, dtype=torch.uint8, device=device)
-    copy = torch.empty_like(source_buffer)
-    copy_s = _best(lambda: copy.copy_(source_buffer), device)
-    return Peak(2 * size**3 / product_s, 2 * source_buffer.numel() / copy_s, source)
+    buffer = torch.ones(_BUFFER_BYTES // 4, device=device)
+
+    def product() -> object:
+        return torch.mm(left, right, out=out)
+
+    series = [(_best(product, device), _best(buffer.neg_, device)) for _ in range(2)]
+    products, passes = zip(*series, strict=True)
+    spread = max(1 - min(seconds) / max(seconds) for seconds in (products, passes))
+    return Peak(2 * size**3 / min(products), 2 * _BUFFER_BYTES / min(passes), source, spread)
 
 
 def _best(run: Callable[[], object], device: torch.device) -> float:
     """Shortest seconds of a call, the first one left out."""
     run()
     seconds: list[float] = []
-    while len(seconds) < 5 or sum(seconds) < _MEASURE_S:
+    while len(seconds) < 5 or sum(seconds) < _SERIES_S:
         _wait(device)
         start = time.perf_counter()
         run()

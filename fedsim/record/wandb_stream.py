@@ -20,17 +20,32 @@ from typing import Any
 from fedsim.config import Config, to_nested
 
 LIMIT_S = {"offline": 20.0, "online": 60.0}
-"""Longest wait at the end of a run for what was not written or sent so far; also W&B's own limit for its start."""
+"""Longest wait at the end of a run for what was not written or sent so far; also W&B's own limit for its start.
+
+Never more than half of ``parallel.timeout_s``: the other ranks wait for rank 0 in a collective with that limit.
+"""
 
 ABORT_S = 5.0
 """The same where the run was stopped by an error."""
+
+LOGIN = frozenset(f"WANDB_{name}" for name in (
+    "API_KEY", "BASE_URL", "ENTITY", "IDENTITY_TOKEN_FILE", "CREDENTIALS_FILE", "INSECURE_DISABLE_SSL", "HTTP_PROXY",
+    "HTTPS_PROXY", "CACHE_DIR", "CONFIG_DIR", "DATA_DIR"))  # fmt: skip
+"""Variables of wandb's that reach it: who is logged in, how to get to the server, and where wandb keeps its own files.
+
+wandb takes any of its settings from ``WANDB_…``: the id and project of the run (those of a sweep's agent go before what
+the program says), its mode, group, name, tags and notes. Those would put the run where its configuration does not.
+"""
 
 
 class WandbStream:
     """The run's end of the stream; rank 0 holds it.
 
-    The configuration decides whether and where to: ``WANDB_MODE`` and ``WANDB_PROJECT`` in the environment do not.
-    ``WANDB_API_KEY``, ``WANDB_BASE_URL`` and, where ``wandb.entity`` is empty, ``WANDB_ENTITY`` keep their meaning.
+    The configuration decides whether and where to: of the environment's ``WANDB_…`` only :data:`LOGIN` reaches wandb,
+    and ``WANDB_ENTITY`` counts only where ``wandb.entity`` is empty. A run under a sweep's agent is not in the sweep.
+
+    W&B takes no step back: where a round that it has is done anew (its checkpoint was damaged), it keeps the first
+    version's figures, while ``metrics.jsonl`` has the second's; outside exact mode they may differ by more than times.
 
     Args:
         folder: the run directory.
@@ -43,16 +58,20 @@ class WandbStream:
         self.config = config
         self._say = say
         self._enabled = config.wandb.mode != "off"
+        self._limit_s = min(LIMIT_S.get(config.wandb.mode, 0.0), config.parallel.timeout_s / 2)
         self._process: subprocess.Popen[str] | None = None
 
     @property
     def place(self) -> str | None:
-        """Where the run is, and how it gets to the server; None where nothing was streamed."""
+        """Where the run is, and how it gets to the server; None where nothing is streamed."""
         runs = self.folder / "wandb"
-        if not self._enabled or not runs.is_dir():
+        if not self._enabled or (self._process is None and not runs.is_dir()):
             return None
-        online = self.config.wandb.mode == "online"
-        return f"{runs} (sent as it went)" if online else f"{runs} (to send it: wandb sync {runs}/offline-run-*)"
+        if self.config.wandb.mode == "online":
+            return f"{runs} (sent as it goes)"
+        if any(runs.glob("run-*")):  # of an online session; whether all of it was sent, W&B knows
+            return f"{runs} (to send it, with what was online: cd {self.folder} && wandb sync --include-online)"
+        return f"{runs} (to send it: wandb sync {runs}/offline-run-*)"
 
     def forget(self) -> None:
         """The run directory is used for a new run: it gets an id of its own."""
@@ -69,13 +88,13 @@ class WandbStream:
         process, self._process = self._process, None
         if process is None:
             return
-        limit = ABORT_S if summary is None else LIMIT_S[self.config.wandb.mode]
+        limit = min(ABORT_S, self._limit_s) if summary is None else self._limit_s
         try:
             answer, _ = process.communicate(timeout=limit)
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
-            self._fail(f"did not end in time ({limit:.0f} s)")
+            self._fail(f"did not end in time ({limit:g} s)")
             return
         if process.returncode != 0:
             self._fail(_reason(answer, process.returncode))
@@ -104,7 +123,8 @@ class WandbStream:
     def _start(self) -> subprocess.Popen[str]:
         root = str(Path(__file__).parents[2])
         known = os.environ.get("PYTHONPATH")
-        environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{known}" if known else root}
+        environment = {name: v for name, v in os.environ.items() if name in LOGIN or not name.startswith("WANDB_")}
+        environment["PYTHONPATH"] = f"{root}{os.pathsep}{known}" if known else root
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "fedsim.record.wandb_worker", str(self.folder)],
             stdin=subprocess.PIPE,
@@ -116,7 +136,7 @@ class WandbStream:
         )
         assert process.stdin is not None
         os.set_blocking(process.stdin.fileno(), False)  # a child that hangs may fill the pipe: no reason to wait
-        settings = {**asdict(self.config.wandb), "name": self.config.name, "limit_s": LIMIT_S[self.config.wandb.mode]}
+        settings = {**asdict(self.config.wandb), "name": self.config.name, "limit_s": self._limit_s}
         self._write(process, {"settings": settings, "config": to_nested(self.config)})
         return process
 

@@ -76,7 +76,7 @@ class Worker:
         self.run: Any = None
         self.next_step = 0
         if self.mode == "offline":
-            self.next_step = 1 + max((step for step, _ in read_history(folder / "wandb", self.run_id)), default=-1)
+            self.next_step = self._written_steps()
 
     def stream(self, round_idx: int) -> None:
         """Log every step up to the round's that W&B does not have."""
@@ -99,7 +99,8 @@ class Worker:
             return
         self.run.summary.update(dict(summary or {}))
         self.run.finish(exit_code=0 if summary is not None else 1)
-        self._save_note(self.mode if summary is not None else "")
+        is_whole = self.mode == "online" or self._written_steps() == self.next_step
+        self._save_note(self.mode if summary is not None and is_whole else "")
 
     def _begin(self) -> None:
         import wandb
@@ -131,12 +132,18 @@ class Worker:
             dir=str(self.folder),
             settings=settings,
         )
+        if self.run.id != self.run_id:  # a second run, in which every step would come again
+            raise RuntimeError(f"wandb gives the run the id {self.run.id!r} instead of {self.run_id!r}")
         if self.mode == "online":
             self.next_step = int(self.run.starting_step)
         if self.next_step == 0:
             manifest = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
             about = {name: manifest[name] for name in ("versions", "git")}
             self.run.config.update({**self.config, **about, "num_ranks": manifest["started"]["num_ranks"]})
+
+    def _written_steps(self) -> int:
+        """Number of steps up to the last that is on disk."""
+        return 1 + max((step for step, _ in read_history(self.folder / "wandb", self.run_id)), default=-1)
 
     def _save_note(self, complete: str) -> None:
         new = self.note.with_suffix(".json.new")

@@ -28,6 +28,7 @@ def test_two_ranks_profile_a_round_and_rank_0_prints_it(pool: Any, square_file: 
     """What an earlier profile left behind is not resumed."""
     places = [f"data.square={square_file}", f"record.dir={tmp_path}", f"record.artefacts={tmp_path / 'artefacts'}"]
     (tmp_path / "small-profile").mkdir()
+    (tmp_path / "small-profile" / ".profile").touch()
     (tmp_path / "small-profile" / "config.yaml").write_text("seed: 9")
     first, second = pool.run(2, profile, [*BRIEF, *places, "record.resume=never"])
     assert "Round 1 of small: FedAvg" in first and "2 processes on cpu" in first and second == ""

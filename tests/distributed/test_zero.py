@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from fedsim.artefacts import ArtefactStore
 from fedsim.config import load_config
@@ -59,8 +61,10 @@ def train(kind: str, lr: float, dtype: str = "float32") -> dict[str, Any]:
             if kind == "plain"
             else ZeroTrainer(loaded.base, flat, settings, zero_settings(config, world.size))
         )
+        world.traffic.pop()
         try:
-            stats = trainer.run(plan, SftObjective(loaded.chat.pad_id), world.everyone())
+            with _Handed() as handed:
+                stats = trainer.run(plan, SftObjective(loaded.chat.pad_id), world.everyone())
         except RunError as error:
             return {"error": str(error)}
         parameters = dict(loaded.model.named_parameters())
@@ -72,8 +76,34 @@ def train(kind: str, lr: float, dtype: str = "float32") -> dict[str, Any]:
             "dtypes": sorted({str(parameter.dtype) for parameter in parameters.values()}),
             "losses": stats.losses,
             "num_tokens": stats.num_tokens,
+            "counted": world.traffic.pop(),
+            "handed": handed.num_bytes,
+            "size": flat.size,
             "printed": captured.text(),
         }
+
+
+class _Handed:
+    """Bytes that anyone in this process hands to reductions and gatherings, seen where torch takes them."""
+
+    def __enter__(self) -> _Handed:
+        self.num_bytes = 0
+        self._kept = {name: getattr(dist, name) for name in dir(dist) if re.match("all_|reduce|gather", name)}
+        for name, function in self._kept.items():
+            setattr(dist, name, self._seeing(name, function))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name, function in self._kept.items():
+            setattr(dist, name, function)
+
+    def _seeing(self, name: str, function: Any) -> Any:
+        def seeing(*args: Any, **kwargs: Any) -> Any:
+            tensors = [value for value in [*args, *kwargs.values()] if isinstance(value, torch.Tensor)]
+            self.num_bytes += tensors[-1].nbytes  # what comes in is named before what goes out
+            return function(*args, **kwargs)
+
+        return seeing
 
 
 class _Captured:
@@ -118,6 +148,17 @@ def test_zero2_equals_the_plain_loop(trained: Any, size: int) -> None:
     measured = distance(ranks[0]["change"], plain["change"])
     print(f"{size} ranks: relative L2 {measured:.1e}")
     assert measured < TOLERANCE
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_what_deepspeed_sends_is_counted(trained: Any, size: int) -> None:
+    """All but scalars: DeepSpeed's norms and flags, three of up to 8 bytes a step."""
+    for rank in trained["zero", size]:
+        if size == 1:
+            assert rank["counted"] == 0
+        else:
+            assert 0 <= rank["handed"] - rank["counted"] <= 24 * len(BATCH_SIZES)
+            assert rank["counted"] > 4 * rank["size"] * len(BATCH_SIZES)
 
 
 def test_the_tolerance_tells_trainings_apart(trained: Any, pool: Any) -> None:

@@ -74,6 +74,21 @@ def test_an_empty_file_and_one_full_of_auto_say_the_same(write: Any) -> None:
         ({"zero_optimization": {"stage": 3}}, r"zero_optimization\.stage=3 contradicts 2"),
         ({"bf16": {"enabled": True}}, r"bf16\.enabled=True contradicts False.*fp32"),
         ({"scheduler": {"type": "WarmupLR"}}, r"scheduler=.*contradicts None.*tune_lr"),
+        ({"wandb": {"enabled": True}}, r"wandb is not a key that the file may have; remove it"),
+        ({"tensorboard": {"enabled": True}}, r"tensorboard is not a key"),
+        ({"csv_monitor": {"enabled": True}}, r"csv_monitor is not a key"),
+        ({"communication_data_type": "fp16"}, r"communication_data_type is not a key"),
+        ({"wall_clock_breakdown": True}, r"wall_clock_breakdown is not a key"),
+        ({"steps_per_print": 1}, r"steps_per_print is not a key"),
+        ({"zero_optimisation": {}}, r"zero_optimisation is not a key.*did you mean zero_optimization\?"),
+        ({"zero_optimization": {"reduce_bucket_sise": 1}}, r"did you mean zero_optimization\.reduce_bucket_size\?"),
+        ({"zero_optimization": {"zero_quantized_gradients": True}}, r"zero_optimization\.zero_quantized_gradients is"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, r"zero_optimization\.offload_optimizer is"),
+        ({"zero_optimization": {"reduce_bucket_size": -1}}, r"reduce_bucket_size=-1: .*greater than 0"),
+        ({"zero_optimization": {"overlap_comm": "maybe"}}, r"zero_optimization\.overlap_comm='maybe': "),
+        ({"zero_optimization": 2}, r"zero_optimization must be an object, is 2"),
+        ({"optimizer": {"params": {"amsgrad": True}}}, r"optimizer\.params\.amsgrad is not a key"),
+        ({"optimizer": {"params": 3}}, r"optimizer\.params must be an object"),
         ("[1]", r"must be a JSON object, is a list"),
         ("{", r"is not valid JSON"),
     ],
@@ -86,6 +101,19 @@ def test_what_cannot_be_used_is_named(write: Any, content: Any, message: str) ->
 def test_a_missing_file_names_those_that_ship() -> None:
     with pytest.raises(ConfigError, match=r"guard\.deepspeed='zero9'.*cannot be read.*\(zero2\)"):
         zero_settings(config("zero9"), 1)
+
+
+def test_the_users_own_keys_reach_deepspeed(write: Any) -> None:
+    own = {"overlap_comm": True, "reduce_bucket_size": 1000, "allgather_bucket_size": "auto"}
+    settings = zero_settings(config(write({"zero_optimization": own})), 2)
+    assert settings["zero_optimization"] == {**own, "stage": 2}
+
+
+@pytest.mark.parametrize("name", ["xyz", "xpu", "mps"])
+def test_an_accelerator_that_the_run_does_not_use_is_an_error(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", name)
+    with pytest.raises(ConfigError, match=rf"DS_ACCELERATOR='{name}': the run computes on c.*; unset this variable"):
+        zero_settings(config("zero2"), 1)
 
 
 def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from fedsim.checkpoint import Checkpoint
 from fedsim.config import Config, load_config, to_nested
 from fedsim.parallel.world import World
 from fedsim.ranks import OneRank
-from fedsim.record import finish, wandb_stream
+from fedsim.record import finish, wandb_stream, wandb_worker
 from fedsim.record.metrics import CLOCK_PREFIXES, MetricLog, Row, read_rows
 from fedsim.record.run_record import FREE_KEYS, RunRecord
 from fedsim.record.wandb_file import read_history
@@ -30,6 +31,16 @@ from fedsim.simulation import Simulation
 
 SMALL = Path(__file__).parents[1] / "distributed" / "small.yaml"
 SECRET = "a-secret-of-this-machine"
+
+# What a shell, a notebook or a sweep's agent may have set; the first group ends wandb's start, the second is obeyed.
+ODD = {
+    "WANDB_MODE": "garbage", "WANDB_PROJECT": "a/b", "WANDB_CONSOLE": "loud", "WANDB_SILENT": "perhaps",
+    "WANDB_RESUME_FROM": "x?_step=3", "WANDB_FORK_FROM": "x?_step=3", "WANDB_SERVICE": "3-1-tcp-localhost-1-2",
+    "WANDB_INIT_TIMEOUT": "soon", "WANDB_RESUME": "never",
+    "WANDB_SWEEP_ID": "theirsweep", "WANDB_RUN_ID": "theirs", "WANDB_RUN_GROUP": "theirs", "WANDB_NAME": "theirs",
+    "WANDB_TAGS": "theirs", "WANDB_NOTES": "theirs", "WANDB_JOB_TYPE": "theirs", "WANDB_HOST": "theirs",
+    "WANDB_DIR": "/theirs", "WANDB_DISABLED": "true",
+}  # fmt: skip
 OWN = ("_step", "_runtime", "_timestamp")  # fields that wandb adds
 
 Said = list[str]
@@ -121,8 +132,9 @@ def test_rows_of_a_round_are_merged_and_none_overwrites_another(tmp_path: Path) 
 
 def test_every_step_is_there_once_after_kills_cuts_and_resumes(tmp_path: Path, monkeypatch: Any) -> None:
     """Five sessions of one run. What a step holds is what metrics.jsonl holds, bit for bit."""
+    for name, value in ODD.items():  # the configuration decides
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
-    monkeypatch.setenv("WANDB_MODE", "disabled")  # the configuration decides
     folder, said = tmp_path / "run", Said()
     log = begin(folder)
 
@@ -189,7 +201,30 @@ def check_with_wandbs_own_reader(folder: Path, found: list[tuple[int, dict[str, 
         summary |= record.get("summary", {}).get("update", {})
     assert (summary["arm"], summary["final/hhh_accuracy"]) == ("FedAvg", 1 / 3)
     written = b"".join(p.read_bytes() for p in (folder / "wandb").rglob("*") if p.is_file())
-    assert SECRET.encode() not in written
+    assert SECRET.encode() not in written and b"theirs" not in written
+
+
+def test_a_run_whose_last_step_is_not_on_disk_is_not_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "run"
+    add_round(begin(folder), 0)
+    settings = {"mode": "offline", "project": "p", "entity": "", "group": "", "name": "n", "limit_s": 20.0}
+    for lost, complete in ((1, ""), (0, "offline")):
+        worker = wandb_worker.Worker(folder, settings, {})
+        worker.run = SimpleNamespace(summary={}, finish=lambda exit_code: None)
+        worker.next_step = 2
+        monkeypatch.setattr(wandb_worker, "read_history", lambda *_, lost=lost: [(i, {}) for i in range(2 - lost)])
+        worker.finish({})
+        assert json.loads((folder / "wandb.json").read_text())["complete"] == complete
+
+
+def test_the_place_says_how_to_send_what_is_there(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    (folder / "wandb" / "offline-run-20260101_000000-ab").mkdir(parents=True)
+    place = opened(folder, Said()).place
+    assert place is not None and place.endswith(f"(to send it: wandb sync {folder}/wandb/offline-run-*)")
+    (folder / "wandb" / "run-20260101_000000-ab").mkdir()  # it was online, then offline
+    place = opened(folder, Said()).place
+    assert place is not None and f"cd {folder} && wandb sync --include-online" in place
 
 
 def test_what_was_not_yet_on_disk_when_all_was_killed_is_streamed_again(tmp_path: Path) -> None:
@@ -249,6 +284,7 @@ FAILURES = {
     "init hangs": ("FAKE.at_init = hang", HUNG),
     "log hangs": ("FAKE.at_log = hang", HUNG),
     "finish hangs": ("FAKE.at_finish = hang", HUNG),
+    "another id": ("Run.id = 'theirs'", r"wandb gives the run the id 'theirs' instead of '[0-9a-f]{8}'"),
     "it dies": ("FAKE.at_log = die", "its process ended with status 3"),
     "exit": ("FAKE.at_log = leave", "its process ended with status 1"),
 }
@@ -270,6 +306,7 @@ class Changed(dict):
     def update(self, values): note(self.kind, values)
 class Run:
     starting_step = int(os.environ.get('FAKE_STEP', '0'))
+    id = None
     summary, config = Changed('summary'), Changed('config')
     def log(self, figures, step, commit):
         FAKE.at_log(); note('log', [step, figures, commit])
@@ -280,6 +317,7 @@ def Settings(**settings):
     return 'settings'
 def init(**settings):
     print('noise'); FAKE.at_init(); note('init', settings)
+    Run.id = Run.id or settings['id']
     return Run()
 """
 
@@ -341,6 +379,18 @@ def test_a_failure_is_said_at_the_next_round(tmp_path: Path, fake: Callable[[str
     stream.finished(0)
     stream.close({})
     assert len(said) == 1 and stream.place is None
+
+
+def test_the_wait_at_the_end_leaves_the_other_ranks_time(tmp_path: Path, fake: Callable[[str], Path]) -> None:
+    """They wait in a broadcast that ends the run after ``parallel.timeout_s``."""
+    fake("FAKE.at_init = hang")
+    folder, said = tmp_path / "run", Said()
+    add_round(begin(folder), 0)
+    stream = opened(folder, said, "wandb.mode=online", "parallel.timeout_s=2")
+    stream.finished(0)
+    began = time.monotonic()
+    stream.close({"arm": "FedAvg"})
+    assert time.monotonic() - began < 1.8 and len(said) == 1 and HUNG in said[0]
 
 
 def test_a_child_that_hangs_does_not_outlive_its_run(
@@ -437,7 +487,7 @@ class Stopped(Exception):
 
 
 def test_a_real_run_that_is_stopped_and_resumed(
-    tmp_path: Path, square_file: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, square_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Stopped right after the second round's checkpoint, before W&B hears of it."""
     monkeypatch.setattr(finish, "write_plots", lambda *_: [])
@@ -462,7 +512,15 @@ def test_a_real_run_that_is_stopped_and_resumed(
     folder = tmp_path / "small"
     assert [step for step, _ in history(folder)] == [0, 1]
     resumed = simulation()
+    close, seen = resumed.record.stream.close, []
+
+    def closing(summary: Any = None) -> None:
+        seen.append((summary is not None, (folder / "summary.md").exists(), "Written:" in capsys.readouterr().out))
+        close(summary)
+
+    resumed.record.stream.close = closing  # type: ignore[method-assign]
     resumed.run()
+    assert seen[0] == (True, True, True), "the summary is written and the table printed before W&B is waited for"
     rows: list[Row] = read_rows(folder / "metrics.jsonl")
     wanted = steps_of(rows)
     assert history(folder) == [(step, wanted[step]) for step in (0, 1, 2, 3)]

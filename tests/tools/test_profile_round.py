@@ -10,11 +10,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from fedsim.errors import ConfigError
+from fedsim.errors import ConfigError, RunError
 from fedsim.record.metrics import read_rows
 
 ROOT = Path(__file__).parents[2]
@@ -94,6 +95,77 @@ def test_a_round_that_does_not_exist_is_an_error(tool: Any) -> None:
         tool.parse([str(ROOT / SMALL), "--round", "4"])
 
 
+def test_a_directory_that_is_no_profiles_is_left_alone(tool: Any, tmp_path: Path) -> None:
+    kept = tmp_path / "small-profile" / "summary.md"
+    kept.parent.mkdir()
+    kept.write_text("a user's run")
+    with pytest.raises(ConfigError, match="was not made by a profile"), tool.own_directory(kept.parent):
+        pass
+    assert kept.read_text() == "a user's run"
+
+
+def test_one_profile_at_a_time_and_the_next_one_clears(tool: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "small-profile"
+    with tool.own_directory(folder):
+        (folder / ".lock").touch()
+        (folder / "checkpoints").mkdir()
+        with pytest.raises(ConfigError, match="another process is profiling this very run"), tool.own_directory(folder):
+            pass
+        assert sorted(p.name for p in folder.iterdir()) == [".lock", ".profile", "checkpoints"]
+    with tool.own_directory(folder):
+        assert [p.name for p in folder.iterdir()] == [".profile"]
+
+
+def test_a_trace_that_cannot_be_written_is_an_error_before_the_run(tool: Any, tmp_path: Path) -> None:
+    for wrong in ("trace", "trace.gz", "trace.json.zip"):
+        with pytest.raises(ConfigError, match=rf"--trace {wrong}: must end in"):
+            tool.parse([str(ROOT / SMALL), "--trace", wrong])
+    (tmp_path / "file").touch()
+    (tmp_path / "t.json").mkdir()
+    for place in (tmp_path / "file" / "t.json", tmp_path / "t.json", Path("/proc/none/t.json")):
+        with pytest.raises(ConfigError, match=rf"--trace {place}: cannot be written"):
+            tool.check_trace(place)
+    tool.check_trace(tmp_path / "made" / "t.json")
+    assert list((tmp_path / "made").iterdir()) == []
+
+
+@pytest.mark.parametrize("writes", [lambda path: None, lambda path: Path(path).touch()], ids=["no file", "empty"])
+def test_a_trace_that_was_not_written_is_not_claimed(tool: Any, tmp_path: Path, writes: Any) -> None:
+    (tmp_path / "t.json").write_text("an earlier one")
+    simulation = SimpleNamespace(trace=tmp_path / "t.json")
+    with pytest.raises(RunError, match="nothing was written"):
+        tool.ProfiledSimulation._export(simulation, SimpleNamespace(export_chrome_trace=writes))
+    assert (tmp_path / "t.json").read_text() == "an earlier one"
+
+
+def test_options_may_stand_anywhere_and_launchers_may_add_theirs(tool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for spelling in ("--local_rank=1", "--local-rank=1"):
+        monkeypatch.delenv("LOCAL_RANK", raising=False)
+        config, chosen, _ = tool.parse([spelling, str(ROOT / SMALL), "--round", "2", "seed=3"])
+        assert (config.seed, chosen, os.environ["LOCAL_RANK"]) == (3, 1, "1")
+    monkeypatch.delenv("LOCAL_RANK")
+    with pytest.raises(ConfigError, match=r"command line: .*--rond"):
+        tool.parse([str(ROOT / SMALL), "--rond=2"])
+
+
+def test_the_form_names_no_python_after_torchrun(tool: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        tool.parse(["--help"])
+    assert "[torchrun --nproc_per_node=N] tools/profile_round.py" in " ".join(capsys.readouterr().out.split())
+
+
+def test_of_two_processes_one_tells_a_users_error_and_torchrun_ends_with_it() -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [sys.executable, *torchrun, "tools/profile_round.py", SMALL, "--round", "9"], cwd=ROOT, env=environment,
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    said = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert done.returncode != 0 and len(said) == 1 and said[0].startswith("error: --round 9: must be >= 1")
+    assert "Root Cause" in done.stderr and done.stderr.count("--round 9: must be") >= 2
+
+
 def test_the_profile_has_a_name_of_its_own_and_is_not_streamed(tool: Any, tmp_path: Path) -> None:
     words = [str(ROOT / SMALL), "seed=3", "wandb.mode=online", "--round", "3", "--trace", str(tmp_path / "t.json")]
     config, chosen, trace = tool.parse(words)
@@ -109,7 +181,7 @@ def test_a_row_of_a_gpu_run_is_laid_out(tool: Any) -> None:
         "perf/mfu": 0.27, "perf/roofline": 0.27, "perf/aggregate_roofline": 1e-4, "perf/aggregate_bytes": 3e8,
         "perf/peak_flops_per_s": 7.9e15, "perf/peak_memory_bytes_per_s": 2.7e13, "perf/peak_source": "8 x H100",
         "perf/peak_rss_bytes": 2**35, "perf/peak_gpu_bytes": 3 * 2**34, "parallel/comm_bytes": 10**9,
-        "parallel/idle_share": 0.04, "parallel/planned_idle_share": 0.02,
+        "parallel/idle_share": 0.04, "parallel/planned_idle_share": 0.02, "perf/peak_spread": 0.0,
     }  # fmt: skip
     lines = tool.phase_table(row).plain().splitlines()
     assert cells(lines, "local training")[1:] == ["3.000", "66.7 %", "220,000", "73,333", "2.13 PFLOP/s", "27.0 %",
@@ -118,4 +190,8 @@ def test_a_row_of_a_gpu_run_is_laid_out(tool: Any) -> None:
     found = tool.totals(row, 8)
     assert found["peak GPU memory"].startswith("48.00 GiB") and found["communicated"].startswith("1,000.00 MB")
     assert found["idle while training"] == "4.0 % of 8 processes, 2.0 % planned"
-    assert "MFU, constitutional AI" not in found
+    assert "MFU, constitutional AI" not in found and found["peak of all devices"].endswith("(8 x H100)")
+    shaky = row | {"perf/peak_spread": 0.25}
+    lines = tool.phase_table(shaky).plain().splitlines()
+    assert cells(lines, "local training")[-1] == cells(lines, "aggregation")[-1] == "–"
+    assert tool.totals(shaky, 8)["peak of all devices"].endswith("(8 x H100, two measurements 25 % apart)")
