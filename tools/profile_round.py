@@ -13,9 +13,7 @@ import os
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's own notes on standard error; read when torch is loaded
 
-import argparse
 import fcntl
-import json
 import shutil
 import sys
 import time
@@ -23,13 +21,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 from fedsim.checkpoint import Checkpoint
 from fedsim.config import Config, load_config
-from fedsim.errors import ConfigError, FedsimError, RunError
+from fedsim.errors import ConfigError, RunError
+from fedsim.launching import Parser, launched
 from fedsim.measurement import Measurement
 from fedsim.parallel.world import World, process_world
 from fedsim.record.metrics import Row, read_rows
@@ -205,16 +204,9 @@ def page(simulation: ProfiledSimulation, row: Row) -> str:
     return "\n".join([title, "", phase_table(row).plain(), "", *lines])
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are fedsim's, so that of several processes one tells them."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"command line: {message}; tools/profile_round.py --help shows the form")
-
-
 def parse(arguments: Sequence[str]) -> tuple[Config, int, Path | None]:
     """The configuration, the index of the chosen round, and the trace's path if one is given."""
-    parser = _Parser(
+    parser = Parser(
         prog="tools/profile_round.py",
         usage="[torchrun --nproc_per_node=N] tools/profile_round.py [--round N] [--trace FILE] CONFIG.yaml "
         "[key=value ...]",
@@ -309,30 +301,9 @@ def profile(config: Config, chosen: int, trace: Path | None) -> None:
                 print(f"\n{page(simulation, row)}", flush=True)
 
 
-def report(error: FedsimError) -> None:
-    """The error as one line; torchrun, whose own report follows, is told the cause, so that it also ends with it."""
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        cause = {"message": str(error), "extraInfo": {"timestamp": int(time.time()) - 1}}  # earliest = root cause
-        Path(path).write_text(json.dumps({"message": cause}), encoding="utf-8")
-
-
 def main() -> int:
     """Profile one round; a user's error is one line, from rank 0 or from the only rank that it concerns."""
-    try:
-        given = parse(sys.argv[1:])
-    except FedsimError as error:  # the same on every rank: rank 0 speaks, and the launcher ends the others with it
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(10)
-            return 2
-        report(error)
-        return 2
-    try:
-        profile(*given)
-    except FedsimError as error:  # leaves profile() on the first rank that fails; the others end quietly
-        report(error)
-        return 2
-    return 0
+    return launched(lambda: parse(sys.argv[1:]), lambda given: profile(*given))
 
 
 if __name__ == "__main__":
