@@ -34,7 +34,7 @@ def test_the_8b_llama_has_the_published_sizes(tmp_path: Path) -> None:
                 num_attention_heads=32, num_key_value_heads=8,
                 max_position_embeddings=131072).save_pretrained(tmp_path)  # fmt: skip
     shape = model_shape(
-        tmp_path, LoraSettings(32, 64.0, 0.05, ("q_proj", "v_proj")), dtype="bfloat16", device=CPU, key="model.path"
+        tmp_path, LoraSettings(32, 64.0, 0.05, ("q_proj", "v_proj")), dtype="bfloat16", attention="eager", device=CPU, key="model.path"
     )
     assert (shape.num_parameters, shape.adapter_size) == (8_030_261_248, 13_631_488)
     assert shape.weight_bytes == 2 * 8_030_261_248
@@ -55,7 +55,7 @@ def test_the_8b_llama_has_the_published_sizes(tmp_path: Path) -> None:
 def test_sizes_equal_the_built_models(tmp_path: Path, config: PretrainedConfig) -> None:
     built = AutoModelForCausalLM.from_config(config)
     config.save_pretrained(tmp_path)
-    shape = model_shape(tmp_path, LORA, dtype="float32", device=CPU, key="model.path")
+    shape = model_shape(tmp_path, LORA, dtype="float32", attention="eager", device=CPU, key="model.path")
     assert shape.architecture == type(built).__name__
     assert shape.num_parameters == sum(p.numel() for p in built.parameters())
     assert shape.num_layers == 2 and shape.hidden_size == 48 and shape.intermediate_size == 80
@@ -64,7 +64,7 @@ def test_sizes_equal_the_built_models(tmp_path: Path, config: PretrainedConfig) 
 
 
 def test_the_tiny_models_adapter() -> None:
-    shape = model_shape(EMBEDDED, LORA, dtype="auto", device=CPU, key="model.path")
+    shape = model_shape(EMBEDDED, LORA, dtype="auto", attention="eager", device=CPU, key="model.path")
     loaded = load_model("embedded", LORA, dtype="auto", attention="sdpa", device=CPU)
     assert shape.adapter_size == FlatAdapter(loaded.model).size
     assert shape.dtype == torch.float32 and shape.max_positions == loaded.max_positions
@@ -81,10 +81,10 @@ def test_the_tiny_models_adapter() -> None:
 def test_a_configuration_that_no_model_can_be_built_from(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ModelError, match=words) as caught:
-        model_shape(tmp_path, LORA, dtype="auto", device=CPU, key="guard.path")
+        model_shape(tmp_path, LORA, dtype="auto", attention="eager", device=CPU, key="guard.path")
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_an_unknown_lora_target_is_found_without_weights() -> None:
     with pytest.raises(ModelError, match=r"guard\.lora_targets=.*query"):
-        model_shape(EMBEDDED, LoraSettings(4, 8.0, 0.0, ("query",)), dtype="auto", device=CPU, key="guard.path")
+        model_shape(EMBEDDED, LoraSettings(4, 8.0, 0.0, ("query",)), dtype="auto", attention="eager", device=CPU, key="guard.path")
