@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from dataclasses import dataclass
@@ -45,12 +46,15 @@ def check_folder(folder: Path, setting: str) -> None:
         ConfigError: it cannot.
     """
     try:
-        folder.stat()  # also fails where a folder above it is a file, or its name is too long
+        folder.stat()  # also fails where a folder above it is a file
     except FileNotFoundError:
         pass
     except OSError as error:
         raise _unusable(folder, setting, error.strerror or type(error).__name__) from error
     above = nearest_existing(folder)
+    new = folder.absolute().relative_to(above).parts
+    if any(len(os.fsencode(part)) > os.pathconf(above, "PC_NAME_MAX") for part in new):
+        raise _unusable(folder, setting, os.strerror(errno.ENAMETOOLONG))
     if not above.is_dir():
         raise _unusable(folder, setting, f"{above} is not a directory")
     if not os.access(above, os.W_OK | os.X_OK):
@@ -62,7 +66,7 @@ def check_disk(config: Config, adapter_size: int, cohort: int) -> DiskRoom:
 
     Each checkpoint has the adapter and the server's vectors; one more than is kept is there while the oldest goes.
     Control variates: every client's newest, those that older checkpoints name, and a round's own before it counts,
-    which are num_clients + cohort · keep_checkpoints at most.
+    which are num_clients + cohort · keep_checkpoints at most. A short run has fewer.
 
     Args:
         adapter_size: numbers of the adapter, in fp32.
@@ -72,10 +76,10 @@ def check_disk(config: Config, adapter_size: int, cohort: int) -> DiskRoom:
         ConfigError: it does not fit.
     """
     algorithm = build_algorithm(config.federation, config.server_optimizer)
-    keep = config.record.keep_checkpoints
-    vectors = (1 + len(algorithm.vector_names)) * (keep + 1) + 1
+    keep, rounds = config.record.keep_checkpoints, config.federation.num_rounds
+    vectors = (1 + len(algorithm.vector_names)) * min(keep + 1, rounds) + 1
     if algorithm.has_control:
-        vectors += config.federation.num_clients + cohort * keep
+        vectors += config.federation.num_clients + cohort * min(keep, rounds)
     run, folder = run_folder(config), nearest_existing(run_folder(config))
     room = DiskRoom(4 * adapter_size * vectors, _written(run), shutil.disk_usage(folder).free, folder)
     if room.needed - room.there > room.free:
@@ -92,8 +96,10 @@ def nearest_existing(path: Path) -> Path:
 
 
 def _written(run: Path) -> int:
-    """Bytes of the checkpoints and control variates that are there."""
-    files = [file for part in ("checkpoints", "client_state") for file in (run / part).rglob("*.safetensors")]
+    """Bytes of the checkpoints, control variates and final adapter that are there."""
+    files = [
+        file for part in ("checkpoints", "client_state", "adapter") for file in (run / part).rglob("*.safetensors")
+    ]
     return sum(file.stat().st_size for file in files)
 
 
