@@ -20,11 +20,12 @@ from fedsim.config import Config, load_config
 from fedsim.data.chat import ChatFormat
 from fedsim.data.world import square_rows
 from fedsim.errors import ConfigError, DataError, FedsimError, ModelError
+from fedsim.model.memory import Need
 from fedsim.model.shape import ModelShape
 from fedsim.needs import memory_needs
 from fedsim.parallel.world import World
 from fedsim.plan import plan_text
-from fedsim.preflight import check_world_size, models_in_use
+from fedsim.preflight import Preflight, check_world_size, models_in_use
 from fedsim.preflight import preflight as run_preflight
 from fedsim.preparation import Inputs
 from fedsim.ranks import OneRank
@@ -314,6 +315,13 @@ def test_a_stage_that_may_not_fit_is_a_warning(monkeypatch: pytest.MonkeyPatch) 
     assert len(found.warnings()) == sum(need.num_bytes > 4_000_000 for need in found.needs) > 0
     (line,) = [line for line in text.splitlines() if line.startswith("Warning: generation")]
     assert "may not fit into 3.81 MiB" in line and "eval.batch_size" in line
+
+
+def test_a_warning_comes_with_the_first_byte_too_much() -> None:
+    needs = [Need("a", 100, "k.a"), Need("b", 101, "k.b")]
+    found = Preflight({}, needs, [200, 100], DiskRoom(0, 0, 0, Path()))
+    (line,) = found.warnings()
+    assert line.startswith("b may not fit into") and line.endswith("lower k.b")
 
 
 def test_the_plan_of_the_papers_round_on_4_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
