@@ -53,7 +53,7 @@ class CheckpointStore:
         self.keep = keep
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint, then drop those beyond ``keep``."""
+        """Write a checkpoint; drop those beyond ``keep``, and newer ones: damaged, and done anew from here on."""
         final = self.folder / f"round-{checkpoint.round_idx:06d}"
         partial = self.folder / f".{final.name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
@@ -63,8 +63,10 @@ class CheckpointStore:
             os.replace(partial, final)
         finally:
             shutil.rmtree(partial, ignore_errors=True)  # a full disk gets its space back
-        for old in self._folders()[: -self.keep]:
-            shutil.rmtree(old)
+        folders = self._folders()
+        end = folders.index(final) + 1
+        for other in [*folders[: max(end - self.keep, 0)], *folders[end:]]:
+            shutil.rmtree(other)
 
     @staticmethod
     def _write(partial: Path, checkpoint: Checkpoint) -> None:
@@ -94,15 +96,20 @@ class CheckpointStore:
         Raises:
             CheckpointError: there are checkpoints and all are damaged.
         """
-        folders = self._folders()
-        for folder in reversed(folders):
+        found: Checkpoint | None = None
+        damaged: list[CheckpointError] = []
+        for folder in reversed(self._folders()):
             try:
-                return _checked(folder, check)
+                found = _checked(folder, check)
+                break
             except CheckpointError as error:
-                say(f"{error}; the one before it is used")
-        if folders:
+                damaged.append(error)
+        for passed in damaged:
+            is_next = found is not None and passed is damaged[-1]
+            say(f"{passed}; {'the one before it is used' if is_next else 'it is passed over'}")
+        if damaged and found is None:
             raise CheckpointError(f"{self.folder}: every checkpoint is damaged; start anew under another name")
-        return None
+        return found
 
     def any(self) -> bool:
         """Whether a round has been finished."""

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 from fedsim.artefacts import file_digest
 from fedsim.config import Config
 from fedsim.data.prepare import PreparedData
-from fedsim.errors import ConfigError
 from fedsim.evaluate.suite import Suite
-from fedsim.federation.registry import build_algorithm
+from fedsim.needs import round_work
 from fedsim.parallel.planner import Plan, plan_round
-from fedsim.preflight import Preflight, round_work
+from fedsim.preflight import Preflight
 from fedsim.preparation import Inputs
+from fedsim.record.places import DiskRoom
 from fedsim.record.sources import known_file
 from fedsim.record.tables import Table, byte_size
 
@@ -27,13 +26,9 @@ def plan_text(config: Config, inputs: Inputs, found: Preflight, num_ranks: int) 
         _lines("Lanes", lanes(config, num_ranks)),
         _lines("Models", models(found)),
         f"Memory of each process, at the longest rows that the configuration allows\n{memory_table(found).plain()}",
-        _lines("Disk", disk(config, found)),
+        _lines("Disk", disk(found.room)),
     ]
-    tight = [need for need in found.needs if need.num_bytes > min(found.free_bytes)]
-    parts += [
-        f"Warning: {need.stage} may not fit into {byte_size(min(found.free_bytes))}; lower {need.key}" for need in tight
-    ]
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, *(f"Warning: {warning}" for warning in found.warnings())])
 
 
 def work(config: Config, data: PreparedData, suite: Suite) -> dict[str, str]:
@@ -96,35 +91,17 @@ def memory_table(found: Preflight) -> Table:
     return Table(["stage", "at most", f"of {byte_size(least)} free", "lower it with"], rows)
 
 
-def disk(config: Config, found: Preflight) -> dict[str, str]:
-    """What checkpoints, control variates and adapters take, and what is free.
-
-    Raises:
-        ConfigError: it does not fit.
-    """
-    vector = 4 * found.shapes["model"].adapter_size
-    algorithm = build_algorithm(config.federation, config.server_optimizer)
-    vectors = (1 + len(algorithm.vector_names)) * (config.record.keep_checkpoints + 1) + 1
-    if algorithm.has_control:
-        vectors += 2 * config.federation.num_clients
-    folder = _existing(Path(config.record.dir).expanduser())
-    free, needed = shutil.disk_usage(folder).free, vector * vectors
-    if needed > free:
-        raise ConfigError(
-            f"record.dir={config.record.dir!r}: the run keeps up to {byte_size(needed)} and {byte_size(free)} are free "
-            f"on the disk of {folder}; free space, or give a directory on another disk"
-        )
-    return {"checkpoints and client state": f"at most {byte_size(needed)}", "free": f"{byte_size(free)} at {folder}"}
+def disk(room: DiskRoom) -> dict[str, str]:
+    """What checkpoints, control variates and adapters take, and what is free."""
+    needed = f"at most {byte_size(room.needed)}"
+    if room.there:
+        needed += f", {byte_size(room.there)} of it there already"
+    return {"checkpoints and client state": needed, "free": f"{byte_size(room.free)} at {room.folder}"}
 
 
 def _input(path: Path) -> str:
     known = known_file(file_digest(path))
     return f"{path}, {byte_size(path.stat().st_size)}{f', the tested file of {known}' if known else ''}"
-
-
-def _existing(path: Path) -> Path:
-    """The path, or the nearest folder above it that exists."""
-    return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
 
 
 def _lines(title: str, facts: Mapping[str, str]) -> str:

@@ -1,26 +1,28 @@
 """Before training: find every mistake that can be found without computing, and say what the run will do.
 
-Each check is cheap (no weights are read), runs on every rank, and is made before the first expensive stage of every
-run; ``launch/run.py --check`` makes them, prints the plan and stops.
+Each check is cheap (no weights are read, only their names and shapes), runs on every rank, and is made before the first
+expensive stage of every run; ``launch/run.py --check`` makes them, prints the plan and stops.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from fedsim.config import Config
 from fedsim.errors import ConfigError
 from fedsim.evaluate.judge_inputs import check_judge
-from fedsim.federation.registry import build_algorithm
-from fedsim.model.load import LoraSettings, check_model_dir, load_chat
-from fedsim.model.memory import Need, free_memory, generation_need, training_need
+from fedsim.model.load import LoraSettings, check_model_dir, check_tokenizer, load_chat
+from fedsim.model.memory import Need, free_memory
 from fedsim.model.shape import ModelShape, model_shape
+from fedsim.needs import memory_needs, round_work
 from fedsim.parallel.planner import useful_ranks
 from fedsim.parallel.world import World
 from fedsim.parallel.zero_config import zero_settings
+from fedsim.record.places import DiskRoom, check_disk, check_folder, run_folder
 from fedsim.record.tables import byte_size
 from fedsim.safety.cai_stage import constitution_file
 from fedsim.safety.constitution import load_constitution
@@ -35,11 +37,22 @@ class Preflight:
         shapes: sizes of the models in use, by role ("model", "guard", "judge").
         needs: memory of each stage on one rank, an upper bound.
         free_bytes: memory that each rank can have.
+        room: space of the run directory.
     """
 
     shapes: Mapping[str, ModelShape]
     needs: Sequence[Need]
     free_bytes: Sequence[int]
+    room: DiskRoom
+
+    def warnings(self) -> list[str]:
+        """What may go wrong, one line each: stages whose upper bound is more than the rank with least memory has."""
+        least = min(self.free_bytes)
+        return [
+            f"{need.stage} may not fit into {byte_size(least)} (at most {byte_size(need.num_bytes)}); lower {need.key}"
+            for need in self.needs
+            if need.num_bytes > least
+        ]
 
     @property
     def tightest(self) -> Need:
@@ -57,36 +70,56 @@ def models_in_use(config: Config) -> dict[str, str]:
     return models
 
 
+def loaded_together(config: Config) -> list[list[str]]:
+    """Roles of the models that are in memory at the same time.
+
+    The guard filters before the model is loaded, and stays if it is to judge replies; a local judge comes for each
+    evaluation.
+    """
+    roles = models_in_use(config)
+    stays = config.eval.guard_judge != "none"
+    return [
+        *([["guard"]] if "guard" in roles and not stays else []),
+        ["model", *(["guard"] if stays else []), *(["judge"] if "judge" in roles else [])],
+    ]
+
+
 def preflight(config: Config, world: World) -> Preflight:
-    """Check lanes, models, constitution and memory on every rank.
+    """Check lanes, models, constitution, folders, disk and memory on every rank.
 
     Raises:
         ConfigError, DataError, ModelError: the first mistake by rank, the same error on every rank.
     """
     found = world.ranks.each(lambda: _check(config, world))
-    shapes = found[world.rank][0]
-    free = [free_bytes for _, free_bytes in found]
+    shapes, room, _ = found[world.rank]
+    free = [free_bytes for *_, free_bytes in found]
     least = free.index(min(free))
-    for role, shape in shapes.items():
-        if shape.weight_bytes > free[least]:
+    for roles in loaded_together(config):
+        weights = sum(shapes[role].weight_bytes for role in roles)
+        if weights > free[least]:
+            paths = " and ".join(f"{role}.path={models_in_use(config)[role]!r}" for role in roles)
             raise ConfigError(
-                f"{role}.path={models_in_use(config)[role]!r}: its weights take {byte_size(shape.weight_bytes)} in "
-                f"{str(shape.dtype).removeprefix('torch.')}, and rank {least} has {byte_size(free[least])} free; start "
-                "fewer processes on this machine, set model.dtype=bfloat16, or use a smaller model"
+                f"{paths}: {'its weights' if len(roles) == 1 else 'their weights, which are loaded together,'} take "
+                f"{byte_size(weights)} in {str(shapes['model'].dtype).removeprefix('torch.')}, and rank {least} has "
+                f"{byte_size(free[least])} free; start fewer processes on this machine, set model.dtype=bfloat16, or "
+                "use a smaller model"
             )
-    return Preflight(shapes, memory_needs(config, shapes), free)
+    return Preflight(shapes, memory_needs(config, shapes, world.size), free, room)
 
 
-def _check(config: Config, world: World) -> tuple[dict[str, ModelShape], int]:
-    """One rank's checks: sizes of the models, and the memory that it can have."""
+def _check(config: Config, world: World) -> tuple[dict[str, ModelShape], DiskRoom, int]:
+    """One rank's checks: sizes of the models, space on the disk, and the memory that the rank can have."""
     check_world_size(config, world.size)
+    check_folder(run_folder(config), f"record.dir={config.record.dir!r}, name={config.name!r}")
+    check_folder(Path(config.record.artefacts).expanduser(), f"record.artefacts={config.record.artefacts!r}")
     shapes = {role: _check_model(config, role, path, world.device) for role, path in models_in_use(config).items()}
     if config.cai.iterations > 0:
         load_constitution(constitution_file(config.cai.constitution))
     if config.guard.kind == "llama_guard" and config.guard.deepspeed:
         zero_settings(config, world.size)
     check_judge(config)
-    return shapes, free_memory(world.device, world.size)
+    room = check_disk(config, shapes["model"].adapter_size, round_work(config)[0])
+    return shapes, room, free_memory(world.device, world.size)
 
 
 def check_world_size(config: Config, num_ranks: int) -> None:
@@ -109,59 +142,18 @@ def check_world_size(config: Config, num_ranks: int) -> None:
 
 
 def _check_model(config: Config, role: str, path: str, device: torch.device) -> ModelShape:
-    """A model's directory, tokenizer, chat template and layers, without its weights."""
+    """A model's directory, configuration, layers, tokenizer and chat template; of its weights, names and shapes."""
     key = f"{role}.path"
     folder = check_model_dir(path, key)
-    chat = load_chat(folder, key)
     lora = None
     if role in ("model", "guard"):
         settings = config.model if role == "model" else config.guard
         lora = LoraSettings(settings.lora_r, settings.lora_alpha, settings.lora_dropout, tuple(settings.lora_targets))
+    shape = model_shape(
+        folder, lora, dtype=config.model.dtype, attention=config.model.attention, device=device, key=key
+    )
+    chat = load_chat(folder, key)
+    check_tokenizer(chat, shape.vocab_size, folder, key)
     if role == "guard":
         GuardFormat(chat, config.guard.policy, config.guard.max_length)
-    return model_shape(folder, lora, dtype=config.model.dtype, device=device, key=key)
-
-
-def memory_needs(config: Config, shapes: Mapping[str, ModelShape]) -> list[Need]:
-    """What each stage needs on one rank, at the longest rows that the configuration allows."""
-    model, local, cai, judged = shapes["model"], config.local, config.cai, config.eval
-    rows = local.micro_batch_size
-    needs = []
-    if "guard" in shapes:
-        guard, settings = shapes["guard"], config.guard
-        tokens = rows * settings.max_length
-        needs.append(
-            training_need(guard, "guard fine-tuning", "local.micro_batch_size", num_tokens=tokens, num_vectors=5)
-        )
-        needs.append(
-            generation_need(
-                guard, "guard scoring", "guard.batch_size", num_rows=settings.batch_size, num_tokens=settings.max_length
-            )
-        )
-    needs.append(
-        training_need(
-            model, "local training", "local.micro_batch_size", num_tokens=rows * local.max_length, num_vectors=8
-        )
-    )
-    if cai.iterations > 0:
-        tokens = 2 * rows * cai.max_length  # chosen and rejected
-        needs.append(training_need(model, "CAI (DPO)", "local.micro_batch_size", num_tokens=tokens, num_vectors=8))
-    context = min(config.model.max_context, model.max_positions, 2 * judged.max_new_tokens + local.max_length)
-    needs.append(
-        generation_need(model, "generation", "eval.batch_size", num_rows=judged.batch_size, num_tokens=context)
-    )
-    if "judge" in shapes:
-        context = config.judge.max_new_tokens + 2 * judged.max_new_tokens + local.max_length
-        needs.append(
-            generation_need(
-                shapes["judge"], "judging", "eval.batch_size", num_rows=judged.batch_size, num_tokens=context
-            )
-        )
-    return needs
-
-
-def round_work(config: Config) -> tuple[int, int]:
-    """Participants of a round, and the local steps of each."""
-    algorithm = build_algorithm(config.federation, config.server_optimizer)
-    participation = algorithm.participation(config.federation, config.seed)
-    return len(participation.drawn(0)), participation.num_steps(config.local.steps)
+    return shape

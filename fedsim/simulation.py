@@ -80,7 +80,8 @@ class Simulation:
         """Filter the clients' data, then alternate federated training and CAI, measuring as it goes."""
         config, record, prepare = self.config, self.record, self.preparation
         record.header(self.world.size, self.world.device)
-        preflight(config, self.world)
+        for warning in preflight(config, self.world).warnings():
+            record.say(f"warning: {warning}")
         inputs = prepare.read()
         prepare.write_manifest(inputs)
         guarded = prepare.filter(inputs.data)

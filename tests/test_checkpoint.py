@@ -49,7 +49,7 @@ def test_one_that_does_not_fit_is_passed_over_and_named(tmp_path: Path) -> None:
     said: list[str] = []
     found = store.load(said.append, lambda checkpoint: adam.check(checkpoint.state, 50))
     assert same(made(0, ("momentum", "second_moment")), found)
-    assert "round-000002: the server's state has an unknown vector control; the one before it is used" in said[0]
+    assert "round-000002: the server's state has an unknown vector control; it is passed over" in said[0]
     assert "round-000001: the server's state lacks vector second_moment; the one before it is used" in said[1]
     with pytest.raises(CheckpointError, match="every checkpoint is damaged"):
         store.load(said.append, lambda checkpoint: adam.check(checkpoint.state, 51))
@@ -90,8 +90,10 @@ def test_a_damaged_newest_falls_back_and_says_so(tmp_path: Path, how: str) -> No
     assert len(said) == 1 and "round-000002" in said[0] and "the one before it is used" in said[0]
     damage(tmp_path / "round-000000", how)
     damage(tmp_path / "round-000001", how)
+    said.clear()
     with pytest.raises(CheckpointError, match="every checkpoint is damaged"):
         store.load(said.append)
+    assert len(said) == 3 and not any("is used" in line for line in said), "none is used"
 
 
 def test_a_run_goes_on_past_damaged_checkpoints(tmp_path: Path) -> None:
@@ -107,6 +109,20 @@ def test_a_run_goes_on_past_damaged_checkpoints(tmp_path: Path) -> None:
     assert same(made(1), store.load(lambda text: None))
     store.save(made(2))
     assert len(store.kept_client_rounds()) == 3
+
+
+def test_what_was_just_saved_is_never_dropped(tmp_path: Path) -> None:
+    """Round 0 is whole, 1 and 2 are damaged, and fewer are kept than before: round 1 done anew is the newest."""
+    store = CheckpointStore(tmp_path, 3)
+    for i in range(3):
+        store.save(made(i))
+    damage(tmp_path / "round-000001", "bit")
+    damage(tmp_path / "round-000002", "cut")
+    store = CheckpointStore(tmp_path, 1)
+    assert same(made(0), store.load(lambda text: None))
+    store.save(made(1))
+    assert [p.name for p in tmp_path.iterdir()] == ["round-000001"]
+    assert same(made(1), store.load(print))
 
 
 def test_a_save_that_was_cut_off_is_not_seen(tmp_path: Path) -> None:

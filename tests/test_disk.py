@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from fedsim import preflight
 from fedsim.artefacts import file_digest
 from fedsim.config import load_config
 from fedsim.data.world import square_rows
@@ -21,6 +22,7 @@ from fedsim.errors import DataError, DiskFullError
 from fedsim.parallel.world import World, portable
 from fedsim.ranks import OneRank
 from fedsim.record.metrics import decided_rows, read_rows
+from fedsim.record.places import DiskRoom
 from fedsim.simulation import Simulation
 
 SMALL = Path(__file__).parent / "distributed" / "small.yaml"
@@ -54,7 +56,11 @@ def outcome(made: Simulation) -> list[object]:
     ]
 
 
-def test_a_run_whose_disk_fills_up_goes_on_once_there_is_space(small_disk: Path, tmp_path: Path) -> None:
+def test_a_run_whose_disk_fills_up_goes_on_once_there_is_space(
+    small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk had room when the run was checked, and something else took it."""
+    monkeypatch.setattr(preflight, "check_disk", lambda *args: DiskRoom(0, 0, 0, small_disk))
     with pytest.raises(
         DiskFullError, match=rf"no room for what is to be written \([\d,]+ bytes free at {small_disk}"
     ) as caught:

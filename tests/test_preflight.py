@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,12 +20,16 @@ from fedsim.config import Config, load_config
 from fedsim.data.chat import ChatFormat
 from fedsim.data.world import square_rows
 from fedsim.errors import ConfigError, DataError, FedsimError, ModelError
+from fedsim.model.memory import Need
+from fedsim.model.shape import ModelShape
+from fedsim.needs import memory_needs
 from fedsim.parallel.world import World
 from fedsim.plan import plan_text
-from fedsim.preflight import check_world_size
+from fedsim.preflight import Preflight, check_world_size, models_in_use
 from fedsim.preflight import preflight as run_preflight
 from fedsim.preparation import Inputs
 from fedsim.ranks import OneRank
+from fedsim.record.places import DiskRoom, check_disk
 from fedsim.simulation import Simulation
 
 SMALL = Path(__file__).parent / "distributed" / "small.yaml"
@@ -89,6 +95,62 @@ def test_a_damaged_tokenizer(model: Path, text: str) -> None:
     assert isinstance(found, ModelError) and "guard.path" in str(found) and "tokenizer" in str(found)
 
 
+@pytest.mark.parametrize("role", ["model", "guard"])
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"intermediate_size": 96}, "tensors of the shapes that config.json asks for"),
+        ({"num_hidden_layers": 3}, "such as model.layers.2."),
+        ({"num_attention_heads": 0, "head_dim": None}, "its config.json cannot be loaded"),
+        ({"num_hidden_layers": "two"}, "its config.json cannot be loaded"),
+        ({"vocab_size": 100}, "config.json describes no causal language model"),
+    ],
+)
+def test_a_configuration_that_does_not_fit_is_blamed_itself(
+    model: Path, role: str, settings: dict[str, Any], words: str
+) -> None:
+    known = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(known | settings))
+    found = error(f"{role}.path={model}")
+    assert isinstance(found, ModelError)
+    assert f"{role}.path=" in str(found) and words in str(found) and "tokenizer" not in str(found)
+
+
+def test_a_tokenizer_of_a_larger_model(model: Path, make_llama: Callable[..., LlamaForCausalLM]) -> None:
+    make_llama(vocab_size=257, pad_token_id=None, max_position_embeddings=2048).save_pretrained(str(model))
+    found = error(f"model.path={model}")
+    assert isinstance(found, ModelError) and "the model has 257 embeddings" in str(found)
+
+
+def test_an_attention_without_its_package() -> None:
+    if importlib.util.find_spec("flash_attn") is not None:
+        pytest.skip("flash_attn is installed")
+    found = error("model.attention=flash_attention_2")
+    assert isinstance(found, ModelError) and "with model.attention='flash_attention_2'; try eager" in str(found)
+
+
+@pytest.mark.parametrize("key", ["record.dir", "record.artefacts"])
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_a_folder_that_is_a_file(tmp_path: Path, key: str, place: str) -> None:
+    (tmp_path / "file").write_text("")
+    found = error(f"{key}={tmp_path / place}")
+    assert isinstance(found, ConfigError)
+    assert f"{key}=" in str(found) and "cannot be made or written" in str(found)
+
+
+@pytest.mark.parametrize("key", ["record.dir", "record.artefacts"])
+def test_a_folder_that_may_not_be_written(tmp_path: Path, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path and real(path, mode))
+    found = error(f"{key}={tmp_path / 'deep' / 'folder'}")
+    assert isinstance(found, ConfigError) and f"{key}=" in str(found) and f"{tmp_path} may not be written" in str(found)
+
+
+@pytest.mark.parametrize("folder", [".", "deep/folder"])
+def test_a_name_that_is_too_long(tmp_path: Path, folder: str) -> None:
+    assert "File name too long" in str(error(f"record.dir={tmp_path / folder}", f"name={'n' * 300}"))
+
+
 def test_safe_and_unsafe_that_begin_alike(
     model: Path, make_bytes_chat: Callable[..., ChatFormat], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,6 +201,73 @@ def test_a_model_larger_than_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(part in str(found) for part in ("'embedded'", "1.66 MiB", "976.56 KiB", "fewer processes"))
 
 
+@pytest.mark.parametrize(
+    ("overrides", "together"),
+    [
+        ((), [["guard"], ["model"]]),
+        (("guard.kind=oracle",), [["model"]]),
+        (("eval.guard_judge=tuned",), [["model", "guard"]]),
+        (("guard.kind=oracle", "eval.guard_judge=untuned"), [["model", "guard"]]),
+        (("judge.kind=local", "judge.path=embedded"), [["guard"], ["model", "judge"]]),
+        (("eval.guard_judge=tuned", "judge.kind=local", "judge.path=embedded"), [["model", "guard", "judge"]]),
+    ],
+)
+def test_models_that_are_loaded_together_must_fit_together(
+    overrides: tuple[str, ...], together: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "check_judge", lambda config: None)
+    assert preflight.loaded_together(config(*overrides)) == together
+    most = max(map(len, together)) * 435_552 * 4
+    monkeypatch.setattr(preflight, "free_memory", lambda device, num_ranks: most)
+    run_preflight(config(*overrides), world())
+    monkeypatch.setattr(preflight, "free_memory", lambda device, num_ranks: most - 1)
+    found = str(error(*overrides))
+    assert [f"{role}.path='embedded'" in found for role in max(together, key=len)] == [True] * max(map(len, together))
+
+
+def needs(*overrides: str, num_ranks: int = 1) -> dict[str, int]:
+    shape = ModelShape("Toy", 1000, 10, torch.float32, 0, 0, 0, 0, 0, 4096)
+    made = config("local.batch_size=7", "local.micro_batch_size=2", "cai.batch_size=6", *overrides)
+    shapes = {role: shape for role in models_in_use(made)}
+    return {need.stage: need.num_bytes for need in memory_needs(made, shapes, num_ranks)}
+
+
+WEIGHTS, VECTOR = 4000, 40
+
+
+@pytest.mark.parametrize(
+    ("overrides", "num_ranks", "vectors"),
+    [
+        ((), 1, 4 + 4 + 1 + 5),  # AdamW's four, four micro-batches, the global adapter, five deltas
+        ((), 5, 4 + 4 + 1 + 1),
+        (("parallel.wide_lanes=false",), 2, 4 + 4 + 1 + 3),
+        (("federation.algorithm=scaffold",), 1, 4 + 4 + 2 + 3 * 5),  # the server's control; c_i and its change
+        (("federation.algorithm=fedadam",), 1, 4 + 4 + 3 + 5),
+        (("federation.algorithm=local",), 1, 4 + 4 + 1 + 1),
+    ],
+)
+def test_vectors_of_local_training(overrides: tuple[str, ...], num_ranks: int, vectors: int) -> None:
+    assert needs(*overrides, num_ranks=num_ranks)["local training"] == WEIGHTS + vectors * VECTOR
+
+
+def test_models_beside_a_stage_are_counted() -> None:
+    """Sizes are such that a stage needs weights and vectors alone."""
+    judge = ("judge.kind=local", "judge.path=embedded")
+    standing = 5 * VECTOR
+    alone = needs(*judge)
+    assert alone["generation"] == WEIGHTS + standing
+    assert alone["judging"] == 2 * WEIGHTS + standing
+    assert alone["guard scoring"] == WEIGHTS + 2 * VECTOR
+    assert alone["guard fine-tuning"] == WEIGHTS + (4 + 3) * VECTOR
+    guard = WEIGHTS + 2 * VECTOR
+    beside = needs(*judge, "eval.guard_judge=tuned")
+    assert beside["guard fine-tuning"] == alone["guard fine-tuning"], "the model comes later"
+    assert beside["guard scoring"] == guard + WEIGHTS + standing
+    for stage in ("local training", "CAI (DPO)", "generation", "judging"):
+        assert beside[stage] == alone[stage] + guard, stage
+    assert "guard fine-tuning" not in needs("guard.kind=oracle", "eval.guard_judge=untuned")
+
+
 @pytest.fixture()
 def checked(tmp_path: Path) -> Callable[..., Simulation]:
     """``checked(*overrides)``: a simulation on a small SQuARe file, made and checked."""
@@ -180,8 +309,19 @@ def test_a_stage_that_may_not_fit_is_a_warning(monkeypatch: pytest.MonkeyPatch) 
     data: Any = SimpleNamespace(shards=[[1]] * 6, guard_rows=[1], cai_rows=[1])
     suite: Any = SimpleNamespace(counts=lambda: {})
     text = plan_text(made, Inputs(data, suite, {}), found, 1)
+    assert [f"Warning: {warning}" for warning in found.warnings()] == text.splitlines()[
+        -2 * len(found.warnings()) + 1 :: 2
+    ]
+    assert len(found.warnings()) == sum(need.num_bytes > 4_000_000 for need in found.needs) > 0
     (line,) = [line for line in text.splitlines() if line.startswith("Warning: generation")]
     assert "may not fit into 3.81 MiB" in line and "eval.batch_size" in line
+
+
+def test_a_warning_comes_with_the_first_byte_too_much() -> None:
+    needs = [Need("a", 100, "k.a"), Need("b", 101, "k.b")]
+    found = Preflight({}, needs, [200, 100], DiskRoom(0, 0, 0, Path()))
+    (line,) = found.warnings()
+    assert line.startswith("b may not fit into") and line.endswith("lower k.b")
 
 
 def test_the_plan_of_the_papers_round_on_4_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,3 +338,31 @@ def test_a_disk_that_is_too_small(monkeypatch: pytest.MonkeyPatch, checked: Call
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(ConfigError, match=r"record\.dir=.*1000 bytes are free.*another disk"):
         checked("federation.algorithm=scaffold")
+    with pytest.raises(ConfigError, match=r"record\.dir=.*1000 bytes are free"):
+        run_preflight(config(), world())
+
+
+def test_what_a_run_keeps_on_its_disk(tmp_path: Path) -> None:
+    """Checkpoints of x (and c), one more than are kept; of 6 clients the newest c_i, and 5 more for each checkpoint."""
+
+    def room(*overrides: str) -> DiskRoom:
+        return check_disk(
+            config(f"record.dir={tmp_path}", "federation.num_rounds=9", "record.keep_checkpoints=3", *overrides), 10, 5
+        )
+
+    assert room().needed == 40 * (4 + 1)
+    assert room("federation.algorithm=scaffold").needed == 40 * (2 * 4 + 1 + 6 + 5 * 3)
+    assert room("federation.num_rounds=2").needed == 40 * (2 + 1)
+    assert room().there == 0
+
+
+def test_a_resumed_run_does_not_need_its_space_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = config(f"record.dir={tmp_path}")
+    needed = check_disk(made, 1000, 5).needed
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=needed - 500))
+    with pytest.raises(ConfigError, match="free space"):
+        check_disk(made, 1000, 5)
+    file = tmp_path / "small" / "checkpoints" / "round-000000" / "state.safetensors"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(bytes(500))
+    assert check_disk(made, 1000, 5).there == 500

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -35,8 +36,9 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: an unreadable file, an unknown key, a wrong type or a value outside its rule.
     """
-    flat: Flat = {} if path is None else _read_file(path, seen=())
+    read: Flat = {} if path is None else _read_file(path, seen=())
     kinds = {name: get_type_hints(owner)[declared.name] for name, owner, declared in _fields(Config)}
+    flat = {name: _meant(value, is_text=kinds.get(name) is str) for name, value in read.items()}
     for text in overrides:
         name, sign, value = text.partition("=")
         if not sign:
@@ -138,7 +140,7 @@ def _read_file(path: Path, seen: tuple[Path, ...]) -> Flat:
         content = {}
     if not isinstance(content, dict):
         raise ConfigError(f"config {path}: must be a mapping of keys to values, is a {type(content).__name__}")
-    base = content.pop("base", None)
+    base = _meant(content.pop("base", None), is_text=False)
     if base is not None and not isinstance(base, str):
         raise ConfigError(f"config {path}: base={base!r} must be the path of a config file, relative to this file")
     flat = {} if base is None else _read_file(path.parent / base, (*seen, path.resolve()))
@@ -150,15 +152,36 @@ def _read_file(path: Path, seen: tuple[Path, ...]) -> Flat:
     return flat | dict(leaves)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Scalar:
+    """A value that YAML reads as something else than text, such as a number or a date, and what was written."""
+
+    value: Any
+    source: str
+
+
+def _meant(value: Any, *, is_text: bool) -> Any:
+    """A value as its key needs it: a text key takes what was written, but a value that is left out is none."""
+    if not isinstance(value, _Scalar):
+        return value
+    is_date = isinstance(value.value, datetime.date)  # no key is one: an error shows it as it was written
+    return value.source if is_date or (is_text and value.value is not None) else value.value
+
+
 class _UniqueKeys(yaml.SafeLoader):
-    """YAML in which a repeated key is an error instead of the last one winning."""
+    """YAML in which a repeated key is an error instead of the last one winning, and values know what was written."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = [name.value for name, _ in node.value]
         repeated = [name for name in names if names.count(name) > 1]
         if repeated:
             raise yaml.constructor.ConstructorError(None, None, f"{repeated[0]} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
+        made = super().construct_mapping(node, deep)
+        for name, value in node.value:
+            key = self.construct_object(name, deep=True)
+            if isinstance(value, yaml.ScalarNode) and not isinstance(made[key], str):
+                made[key] = _Scalar(made[key], value.value)
+        return made
 
 
 def _leaves(content: Mapping[Any, Any], prefix: str) -> Iterator[tuple[str, Any]]:
@@ -170,19 +193,17 @@ def _leaves(content: Mapping[Any, Any], prefix: str) -> Iterator[tuple[str, Any]
 
 
 def _parse(value: str, name: str, *, is_text: bool) -> Any:
-    """The value as YAML reads it; a number for a text key stays as it was typed (``name=010``)."""
+    """The value as YAML reads it; for a text key, what is no text to YAML stays as it was typed (``name=010``)."""
     try:
         parsed = yaml.safe_load(value) if value.strip() else ""
     except yaml.YAMLError as error:
         raise ConfigError(f"override {name}={value!r}: the value is not valid YAML; quote it") from error
-    is_number = isinstance(parsed, int | float) and not isinstance(parsed, bool)
-    return value.strip() if is_text and is_number else parsed
+    is_date = isinstance(parsed, datetime.date)  # no key is one: an error shows it as it was typed
+    return value.strip() if is_date or (is_text and not isinstance(parsed, str)) else parsed
 
 
 def _checked(name: str, value: Any, kind: Any, declared: dataclasses.Field[Any]) -> Any:
     rule = rule_of(declared)
-    if value is False and "off" in (rule.choices or ()):  # how YAML reads off
-        value = "off"
     value = _coerced(name, value, kind, rule.words())
     broken = rule.broken_by(value)
     if broken is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 
 from fedsim.config.keys import key
@@ -33,6 +34,11 @@ class Config:
     def __post_init__(self) -> None:
         if self.name in ("", ".", "..") or "/" in self.name:
             raise ConfigError(f"name={self.name!r}: must be the name of a directory, without '/'")
+        if _real(os.path.join(self.record.dir, self.name)) == _real(self.record.artefacts):
+            raise ConfigError(
+                f"name={self.name!r}: the run's directory would be the one that runs share, "
+                f"record.artefacts={self.record.artefacts!r}; give another name, or another record.artefacts"
+            )
         if self.guard.kind == "llama_guard" and self.guard.tune_epochs > 0 and self.data.guard_rows == 0:
             raise ConfigError(
                 "guard.tune_epochs > 0 needs rows to tune on: set data.guard_rows, or guard.tune_epochs=0"
@@ -54,3 +60,8 @@ class Config:
             )
         if self.cai.iterations > 0 and self.data.cai_rows == 0 and self.data.guard_rows == 0:
             raise ConfigError("cai.iterations > 0 needs questions: set data.cai_rows or data.guard_rows")
+
+
+def _real(path: str) -> str:
+    """The place that a path means."""
+    return os.path.realpath(os.path.expanduser(path))

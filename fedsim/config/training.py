@@ -66,6 +66,13 @@ class LocalConfig:
     max_grad_norm: float = key(1.0, "gradient norm is clipped to this, of clients and CAI; 0 = no clipping", low=0)
     max_length: int = key(512, "longer training rows are cut at their end, counted", unit="tokens", low=16)
 
+    def __post_init__(self) -> None:
+        if self.lr_min > self.lr:
+            raise ConfigError(
+                f"local.lr_min={self.lr_min!r}: must be <= local.lr ({self.lr!r}), which the cosine falls from; lower "
+                "it, or raise local.lr"
+            )
+
 
 @dataclass(frozen=True)
 class FederationConfig:

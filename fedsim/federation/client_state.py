@@ -35,7 +35,7 @@ class ClientStateStore:
         """c_i (fp32 ``[size]``, CPU), or None for a client that has never trained (c_i = 0).
 
         Raises:
-            CheckpointError: the file that the index names is missing or damaged.
+            CheckpointError: the file that the index names is missing or damaged, or holds another type.
         """
         if client not in self.index:
             return None
@@ -43,21 +43,32 @@ class ClientStateStore:
         try:
             with safe_open(str(path), framework="pt") as file:
                 vector: torch.Tensor = file.get_tensor("control")
-                whole = (file.metadata() or {}).get("blake2b") == _digest(vector)
+                written = (file.metadata() or {}).get("blake2b")
         except (OSError, SafetensorError, KeyError) as error:
             raise CheckpointError(f"{path}: control variate of client {client} cannot be read ({error})") from error
-        if not whole:
+        if vector.dtype != torch.float32:
+            raise CheckpointError(f"{path}: control variate of client {client} is {vector.dtype}, not torch.float32")
+        if written != _digest(vector):
             raise CheckpointError(f"{path}: control variate of client {client} does not match its checksum")
         return vector
 
-    def check(self, index: Mapping[int, int]) -> None:
+    def check(self, index: Mapping[int, int], size: int) -> None:
         """Read every file that ``index`` names.
 
+        Args:
+            size: length of the adapter, and so of a control variate.
+
         Raises:
-            CheckpointError: one of them is missing or damaged.
+            CheckpointError: one of them is missing, damaged, or of another type or shape.
         """
-        for client in index:
-            ClientStateStore(self.folder, index).load(client)
+        for client, round_idx in index.items():
+            vector = ClientStateStore(self.folder, index).load(client)
+            assert vector is not None
+            if vector.shape != (size,):
+                raise CheckpointError(
+                    f"{self._path(client, round_idx)}: control variate of client {client} has shape "
+                    f"{list(vector.shape)}, not [{size}]"
+                )
 
     def save(self, client: int, round_idx: int, control: torch.Tensor) -> None:
         """Write c_i of a round; it counts once :meth:`advance` is told."""

@@ -15,7 +15,14 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from fedsim.data.chat import ChatFormat
@@ -23,7 +30,7 @@ from fedsim.errors import ModelError
 
 transformers_logging.disable_progress_bar()  # fedsim shows its own progress
 
-_INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 EMBEDDED = Path(__file__).parent / "tiny"
 
 
@@ -91,19 +98,75 @@ def load_base(
 ) -> tuple[PreTrainedModel, ChatFormat]:
     """Load a frozen chat model without LoRA; arguments and errors as of :func:`load_model`."""
     folder = check_model_dir(path, key)
+    read_config(folder, key)
     chat = load_chat(folder, key)
     base = _read(folder, key, compute_dtype(dtype, device), attention)
     base.requires_grad_(False)
     torch.nn.Module.to(base, device)
     embeddings = base.get_input_embeddings()
     assert isinstance(embeddings, torch.nn.Embedding)
-    if unknown := [i for i in {chat.pad_id, *chat.end_ids} if i >= embeddings.num_embeddings]:
+    check_tokenizer(chat, embeddings.num_embeddings, folder, key)
+    return base, chat
+
+
+def read_config(folder: Path, key: str) -> PretrainedConfig:
+    """A model's configuration; to be read before its tokenizer, which would be blamed for what is wrong in it.
+
+    Raises:
+        ModelError: it cannot be read, names an unknown architecture, or holds values that make no sense.
+    """
+    try:
+        config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # whatever a configuration class does with its values
+        raise ModelError(
+            f"{key}={str(folder)!r}: its config.json cannot be loaded: {reason(error)}; give a complete Hugging Face "
+            "model directory"
+        ) from error
+    assert isinstance(config, PretrainedConfig)
+    return config
+
+
+def check_tokenizer(chat: ChatFormat, num_embeddings: int, folder: Path, key: str) -> None:
+    """Whether the model has an embedding of every special token that fedsim puts into rows.
+
+    Raises:
+        ModelError: it has not.
+    """
+    if unknown := [i for i in sorted({chat.pad_id, *chat.end_ids}) if i >= num_embeddings]:
         token = chat.tokenizer.convert_ids_to_tokens(unknown[0])
         raise ModelError(
-            f"{key}={path!r}: the tokenizer's {token!r} is token {unknown[0]}, but the model has "
-            f"{embeddings.num_embeddings} embeddings; give the tokenizer that belongs to the model"
+            f"{key}={str(folder)!r}: the tokenizer's {token!r} is token {unknown[0]}, but the model has "
+            f"{num_embeddings} embeddings; give the tokenizer that belongs to the model"
         )
-    return base, chat
+
+
+def check_report(report: dict[str, Any], folder: Path, key: str) -> None:
+    """Whether transformers found every weight, in the right shape; it would fill in random numbers.
+
+    Args:
+        report: transformers' loading info.
+
+    Raises:
+        ModelError: it did not.
+    """
+    if lacking := sorted(report["missing_keys"]) + sorted(name for name, *_ in report["mismatched_keys"]):
+        raise ModelError(
+            f"{key}={str(folder)!r}: its weight files lack {len(lacking)} tensors of the shapes that config.json asks "
+            f"for, such as {lacking[0]}; give a complete Hugging Face model directory"
+        )
+
+
+def cannot_be_loaded(folder: Path, key: str, attention: str, error: Exception) -> ModelError:
+    """The error for a model that transformers cannot make."""
+    what = "cannot be loaded"
+    if "attention" in str(error).lower():
+        what += f" with model.attention={attention!r}; try eager or another one"
+    return ModelError(f"{key}={str(folder)!r}: {what}: {reason(error)}")
+
+
+def reason(error: Exception) -> str:
+    """An error of a library in one line of bearable length."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def load_chat(folder: Path, key: str) -> ChatFormat:
@@ -115,13 +178,12 @@ def load_chat(folder: Path, key: str) -> ChatFormat:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare exceptions
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"{key}={str(folder)!r}: its tokenizer cannot be loaded: {reason}") from error
+        raise ModelError(f"{key}={str(folder)!r}: its tokenizer cannot be loaded: {reason(error)}") from error
     return ChatFormat(tokenizer)
 
 
 def _read(folder: Path, key: str, dtype: torch.dtype, attention: str) -> PreTrainedModel:
-    """The whole model; transformers itself would fill in missing weights with random numbers."""
+    """The whole model, every weight from the files."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # what it would report is an error below
     try:
@@ -135,18 +197,11 @@ def _read(folder: Path, key: str, dtype: torch.dtype, attention: str) -> PreTrai
             output_loading_info=True,
         )
     except Exception as error:  # the tokenizers library raises nothing more specific
-        what = "cannot be loaded"
-        if "attention" in str(error).lower():
-            what += f" with model.attention={attention!r}; try eager or another one"
-        raise ModelError(f"{key}={str(folder)!r}: {what}: {' '.join(str(error).split())[:300]}") from error
+        raise cannot_be_loaded(folder, key, attention, error) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
     base, report = loaded
-    if lacking := sorted(report["missing_keys"]) + sorted(name for name, *_ in report["mismatched_keys"]):
-        raise ModelError(
-            f"{key}={str(folder)!r}: its weight files lack {len(lacking)} tensors of the shapes that config.json asks "
-            f"for, such as {lacking[0]}; give a complete Hugging Face model directory"
-        )
+    check_report(report, folder, key)
     assert isinstance(base, PreTrainedModel)
     return base
 
@@ -209,7 +264,7 @@ def check_model_dir(path: str, key: str) -> Path:
     for what, patterns in needed.items():
         if not any(next(folder.glob(p), None) for p in patterns):
             raise ModelError(f"{key}={str(folder)!r}: holds no {what}; give a complete Hugging Face model directory")
-    for name in ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json", _INDEX):
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json", INDEX):
         _check_json(folder / name, key)
     for file in sorted(folder.glob("*.safetensors")):
         try:
@@ -230,11 +285,14 @@ def _check_json(file: Path, key: str) -> None:
         raise ModelError(f"{key}: {file} is not valid JSON ({error}); download it again") from error
     if not isinstance(content, dict):
         raise ModelError(f"{key}: {file} must be a JSON object, is a {type(content).__name__}; download it again")
-    if file.name == _INDEX:
-        named = sorted(set(map(str, content.get("weight_map", {}).values())))
+    if file.name == INDEX:
+        files = content.get("weight_map", {})
+        if not isinstance(files, dict):
+            raise ModelError(f"{key}: {file}'s weight_map is no mapping of tensors to files; download it again")
+        named = sorted(set(map(str, files.values())))
         if lacking := [name for name in named if not (file.parent / name).is_file()]:
             raise ModelError(
-                f"{key}={str(file.parent)!r}: {len(lacking)} of the {len(named)} weight files that {_INDEX} names are "
+                f"{key}={str(file.parent)!r}: {len(lacking)} of the {len(named)} weight files that {INDEX} names are "
                 f"not there, such as {lacking[0]}; download them too"
             )
 

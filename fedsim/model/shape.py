@@ -1,15 +1,32 @@
-"""Sizes of a model, read from its configuration alone: nothing is loaded, an 8B model takes a third of a second."""
+"""Sizes of a model, and whether its weights fit its configuration: no weight is read, only what files say of them.
+
+An 8B model takes half a second.
+"""
 
 from __future__ import annotations
 
+import copy
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from fedsim.errors import ModelError
-from fedsim.model.load import LoraSettings, attach_lora, compute_dtype
+from fedsim.model.load import (
+    INDEX,
+    LoraSettings,
+    attach_lora,
+    cannot_be_loaded,
+    check_report,
+    compute_dtype,
+    read_config,
+    reason,
+)
 
 
 @dataclass(frozen=True)
@@ -25,7 +42,7 @@ class ModelShape:
         hidden_size: width d.
         intermediate_size: width of the feed-forward part.
         kv_size: numbers of one token's keys and values in one layer.
-        vocab_size: rows of the LM head.
+        vocab_size: rows of the embeddings and of the LM head.
         max_positions: the longest context that the configuration allows, in tokens.
     """
 
@@ -46,30 +63,39 @@ class ModelShape:
         return self.num_parameters * self.dtype.itemsize
 
 
-def model_shape(folder: Path, lora: LoraSettings | None, *, dtype: str, device: torch.device, key: str) -> ModelShape:
-    """Build the model without storage, LoRA included, and measure it.
+def model_shape(
+    folder: Path, lora: LoraSettings | None, *, dtype: str, attention: str, device: torch.device, key: str
+) -> ModelShape:
+    """Build the model without storage, LoRA included, compare it with the weight files, and measure it.
 
     Args:
         folder: a Hugging Face model directory.
         lora: None for a model without an adapter.
-        dtype: as in :func:`fedsim.model.load.load_model`.
+        dtype: as in :func:`fedsim.model.load.load_model`; also ``attention``.
         key: the configuration key to name in errors.
 
     Raises:
-        ModelError: an unreadable or unknown configuration, or a LoRA target that no layer has.
+        ModelError: an unreadable or unknown configuration, an attention that the model lacks, weights that are
+            missing or of another shape, or a LoRA target that no layer has.
     """
     base_dtype = compute_dtype(dtype, device)
+    config = read_config(folder, key)
     try:
-        config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
         with torch.device("meta"):
-            base = AutoModelForCausalLM.from_config(config, dtype=base_dtype)
-    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
-        reason = " ".join(str(error).split())[:300]
+            base = AutoModelForCausalLM.from_config(
+                copy.deepcopy(config), dtype=base_dtype, attn_implementation=attention
+            )
+    except Exception as error:  # whatever torch does with sizes that make no sense
+        if "attention" in str(error).lower():
+            raise cannot_be_loaded(folder, key, attention, error) from error
         raise ModelError(
             f"{key}={str(folder)!r}: config.json describes no causal language model that transformers can build "
-            f"({reason}); give a complete Hugging Face model directory"
+            f"({reason(error)}); give a complete Hugging Face model directory"
         ) from error
     assert isinstance(base, PreTrainedModel)
+    embeddings = base.get_input_embeddings()
+    assert isinstance(embeddings, torch.nn.Embedding)
+    _check_weights(folder, config, type(base), key)
     base.requires_grad_(False)
     # Tied weights are not shared on the meta device: the head's are counted with the embeddings'.
     tied = bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
@@ -86,7 +112,50 @@ def model_shape(folder: Path, lora: LoraSettings | None, *, dtype: str, device: 
         adapter_size=adapter_size,
         dtype=base_dtype,
         **_text_sizes(config),
+        vocab_size=embeddings.num_embeddings,
     )
+
+
+def _check_weights(folder: Path, config: PretrainedConfig, architecture: type[PreTrainedModel], key: str) -> None:
+    """Let transformers itself load tensors without storage that have the names and shapes of the files' ones.
+
+    So every renaming, merging and tying that it would do counts, and nothing else is reported.
+    """
+    headers = _headers(folder)
+    if headers is None or getattr(config, "quantization_config", None) is not None:  # quantised ones are packed
+        return
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # what it would report is an error here
+    try:
+        loaded: Any = architecture.from_pretrained(
+            None,
+            config=copy.deepcopy(config),
+            state_dict=headers,
+            device_map={"": "meta"},
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except Exception:  # it may need numbers to load this architecture: loading in earnest tells what is wrong, if it is
+        return
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    check_report(loaded[1], folder, key)
+
+
+def _headers(folder: Path) -> dict[str, torch.Tensor] | None:
+    """Tensors without storage in place of the ones in the files that transformers reads; None where it reads none."""
+    if (folder / "model.safetensors").is_file():
+        files = {"model.safetensors"}
+    elif (folder / INDEX).is_file():
+        files = set(json.loads((folder / INDEX).read_text(encoding="utf-8")).get("weight_map", {}).values())
+    else:
+        return None
+    found = {}
+    for name in sorted(files):
+        with safe_open(str(folder / name), "pt") as file:
+            for tensor in file.keys():  # noqa: SIM118 - it is no mapping
+                found[tensor] = torch.empty(file.get_slice(tensor).get_shape(), device="meta")
+    return found
 
 
 def _text_sizes(config: object) -> dict[str, int]:
@@ -99,6 +168,5 @@ def _text_sizes(config: object) -> dict[str, int]:
         "hidden_size": int(text.hidden_size),
         "intermediate_size": int(getattr(text, "intermediate_size", None) or 4 * text.hidden_size),
         "kv_size": 2 * head_dim * int(getattr(text, "num_key_value_heads", None) or heads),
-        "vocab_size": int(text.vocab_size),
         "max_positions": int(getattr(text, "max_position_embeddings", None) or 1 << 30),
     }

@@ -42,12 +42,13 @@ def write_manifest(
 
     Raises:
         DataError: an input file cannot be read.
-        CheckpointError: a resumed run's input or model is no longer the one that it began with.
+        CheckpointError: a resumed run's input or model is no longer the one that it began with, or its manifest is
+            damaged.
     """
     path = directory / "manifest.json"
     now = {"utc": datetime.now(UTC).isoformat(timespec="seconds"), "command": command_line(), "num_ranks": num_ranks}
     if path.exists():
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = _read(path)
         _check_unchanged(path, manifest, inputs, model_hashes)
         manifest.setdefault("resumed", []).append({**now, "versions": versions(), "hardware": hardware()})
     else:
@@ -113,6 +114,23 @@ def _file_entry(role: str, path: Path) -> dict[str, Any]:
         return {"path": str(path), "num_bytes": path.stat().st_size, "sha256": file_digest(path)}
     except OSError as error:
         raise DataError(f"{role} file {path}: cannot be read ({error.strerror}); give the path of a file") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A manifest with the parts that a resume needs."""
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        hashes = [entry["sha256"] for entry in manifest["inputs"].values()] + list(manifest["models"].values())
+        whole = all(isinstance(digest, str) for digest in hashes) and isinstance(manifest.get("resumed", []), list)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise CheckpointError(
+            f"{path}: is damaged, so that nobody can tell what the run began with; restore it, or start anew under "
+            "another name (name=...)"
+        )
+    assert isinstance(manifest, dict)
+    return manifest
 
 
 def _check_unchanged(

@@ -26,6 +26,7 @@ from fedsim.federation.registry import build_algorithm
 from fedsim.ranks import Ranks
 from fedsim.record.metrics import MetricLog
 from fedsim.record.paper import arm_name
+from fedsim.record.places import check_folder, run_folder
 from fedsim.record.progress import Phase, Progress
 from fedsim.record.timers import PhaseTimers
 from fedsim.record.wandb_stream import WandbStream
@@ -49,7 +50,7 @@ class RunRecord:
     def __init__(self, config: Config, ranks: Ranks, synchronize: bool) -> None:
         self.config = config
         self.ranks = ranks
-        self.folder = Path(config.record.dir).expanduser() / config.name
+        self.folder = run_folder(config)
         self.progress = Progress(sys.stderr, enabled=ranks.is_main)
         self.timers = PhaseTimers(synchronize)
         self.checkpoints = CheckpointStore(self.folder / "checkpoints", config.record.keep_checkpoints)
@@ -63,7 +64,7 @@ class RunRecord:
         """Make the run directory this process's own until :meth:`release`.
 
         Raises:
-            ConfigError: as :meth:`check_directory`, it cannot be written, or another process holds it.
+            ConfigError, CheckpointError: as :meth:`check_directory`, or another process holds it.
         """
         self.ranks.once(self._claim)
 
@@ -71,9 +72,10 @@ class RunRecord:
         """Find out whether the run may use its directory; nothing is written.
 
         Raises:
-            ConfigError: it holds a run with another configuration, or exists and may not be resumed.
+            ConfigError: it holds a run with another configuration, exists and may not be resumed, or cannot be made.
+            CheckpointError: it holds checkpoints, but not all that belongs to them.
         """
-        self.ranks.once(self._check_directory)
+        self.ranks.once(lambda: self._check_directory(self._is_taken()))
 
     def resume(self, check: Callable[[ServerState], None]) -> Checkpoint | None:
         """The last whole checkpoint, the same on every rank; metric rows after it are dropped.
@@ -125,6 +127,7 @@ class RunRecord:
     def _claim(self) -> None:
         """Make the directory, or check that it holds this very run; one that finished no round is started anew."""
         path = self.folder / "config.yaml"
+        was_taken = self._is_taken()  # before this very call writes into it
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._hold_lock()
@@ -133,8 +136,8 @@ class RunRecord:
                 f"record.dir={self.config.record.dir!r}: {self.folder} cannot be made or written ({error.strerror}); "
                 "give another directory"
             ) from error
-        self._check_directory()
-        if path.is_file() and self.checkpoints.any():
+        self._check_directory(was_taken)
+        if self.checkpoints.any():
             return
         (self.folder / "manifest.json").unlink(missing_ok=True)
         self.stream.forget()
@@ -142,14 +145,24 @@ class RunRecord:
         partial.write_text(yaml.safe_dump(to_nested(self.config), sort_keys=False), encoding="utf-8")
         os.replace(partial, path)
 
-    def _check_directory(self) -> None:
-        path = self.folder / "config.yaml"
-        if path.is_file() and self.config.record.resume == "never":
+    def _is_taken(self) -> bool:
+        """Whether the folder exists and holds something."""
+        check_folder(self.folder, f"record.dir={self.config.record.dir!r}, name={self.config.name!r}")
+        return self.folder.is_dir() and any(self.folder.iterdir())
+
+    def _check_directory(self, is_taken: bool) -> None:
+        if is_taken and self.config.record.resume == "never":
             raise ConfigError(
                 f"record.resume=never: {self.folder} exists; remove it, or give the run another name (name=...)"
             )
-        if path.is_file() and self.checkpoints.any():
-            self._check_same(path)
+        if self.checkpoints.any():
+            for name in ("config.yaml", "manifest.json", "metrics.jsonl"):
+                if not (self.folder / name).is_file():
+                    raise CheckpointError(
+                        f"{self.folder}: holds checkpoints, but no {name} to tell what run they belong to; put it "
+                        "back, or give this run another name (name=...)"
+                    )
+            self._check_same(self.folder / "config.yaml")
 
     def _hold_lock(self) -> None:
         """Keep a second process from the same directory for as long as this one lives."""
@@ -185,7 +198,7 @@ class RunRecord:
     def _newest(self, check: Callable[[ServerState], None]) -> int | None:
         def check_all(checkpoint: Checkpoint) -> None:
             check(checkpoint.state)
-            ClientStateStore(self.client_state).check(checkpoint.client_rounds)
+            ClientStateStore(self.client_state).check(checkpoint.client_rounds, checkpoint.state.adapter.numel())
 
         checkpoint = self.checkpoints.load(self.say, check_all)
         # The pretrained model's row has round −1 and is written anew when nothing was finished.

@@ -33,8 +33,33 @@ def test_off_means_off_though_yaml_reads_false(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("wandb:\n  mode: off\n")
     assert load_config(tmp_path / "run.yaml").wandb.mode == "off"
     assert load_config(None, ["wandb.mode=off"]).wandb.mode == "off"
-    with pytest.raises(ConfigError, match=r"guard\.kind=False: must be text"):
+    with pytest.raises(ConfigError, match=r"guard\.kind='off': must be one of none"):
         load_config(None, ["guard.kind=off"])
+
+
+@pytest.mark.parametrize(
+    "word", ["2025-11-23", "2025-11-23 10:00:00", "yes", "No", "off", "true", "010", "1.10", "0x1F", "1_000", "12:30",
+             ".inf", "1e5"]
+)  # fmt: skip
+def test_a_text_key_takes_the_word_that_was_written(tmp_path: Path, word: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"name: {word}\nwandb: {{group: {word}}}\nbase: base.yaml\n")
+    (tmp_path / "base.yaml").write_text(f"judge.model: {word}\n")
+    found = load_config(path)
+    assert (found.name, found.wandb.group, found.judge.model) == (word, word, word)
+    typed = load_config(None, [f"name={word}", f"wandb.group={word}"])
+    assert (typed.name, typed.wandb.group) == (word, word)
+    path.write_text(yaml.safe_dump(to_nested(found)))
+    assert load_config(path) == found
+
+
+def test_a_text_key_in_a_file_may_not_be_left_out_half(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("name:\n")
+    assert "name=None: must be text" in error(path=path)
+    path.write_text("seed: 2025-11-23\n")
+    assert "seed='2025-11-23': must be a whole number" in error(path=path)
+    assert "seed='2025-11-23': must be a whole number" in error("seed=2025-11-23")
 
 
 def test_the_papers_settings_are_the_defaults() -> None:
@@ -99,8 +124,9 @@ def test_values_are_read_as_their_types(override: str, value: object) -> None:
         ("name=", ["name=''", "name of a directory"]),
         ("name=a/b", ["name='a/b'", "name of a directory"]),
         ("name=..", ["name='..'", "name of a directory"]),
-        ("name=null", ["name=None", "text"]),
-        ("name=true", ["name=True", "text"]),
+        ("local.lr_min=1", ["local.lr_min=1.0", "<= local.lr (5e-05)"]),
+        ("local.lr=1e-7", ["local.lr_min=1e-06", "<= local.lr (1e-07)"]),
+        ("name=artefacts", ["name='artefacts'", "record.artefacts='runs/artefacts'"]),
         (
             "federation.algorithm=fedavgg",
             ["federation.algorithm='fedavgg'", "fedavg, fedprox, fedavgm", "did you mean fedavg?"],
@@ -115,6 +141,15 @@ def test_values_are_read_as_their_types(override: str, value: object) -> None:
 def test_a_wrong_key_or_value_is_one_error_that_names_it(override: str, words: list[str]) -> None:
     text = error(override)
     assert not [w for w in words if w not in text], text
+
+
+def test_a_run_may_not_lie_on_the_shared_artefacts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path)
+    for artefacts in (f"{tmp_path}/x/../run", "./run/", str(tmp_path / "link" / "run")):
+        text = error("name=run", f"record.dir={tmp_path}", f"record.artefacts={artefacts}")
+        assert "name='run'" in text and "record.artefacts" in text
+    load_config(None, ["name=artefacts", f"record.dir={tmp_path}"])
 
 
 def test_keys_that_need_each_other() -> None:
@@ -177,7 +212,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
     st.fixed_dictionaries(
         {
             "seed": st.integers(0, 2**40),
-            "local.lr": st.floats(1e-12, 1e3),
+            "local.lr": st.floats(1e-6, 1e3),
             "name": st.text(st.characters(min_codepoint=0x30, max_codepoint=0x2FF), min_size=1),
             "parallel.exact": st.booleans(),
             "model.lora_targets": st.lists(st.text("abc_", min_size=1), min_size=1),
@@ -191,7 +226,7 @@ def test_nested_and_flat_forms_give_the_same_config(flat: dict[str, object]) -> 
 
 
 def test_yaml_round_trip(tmp_path: Path) -> None:
-    config = load_config(None, ["local.lr=1e-7", "name=010", "eval.hhh=", "seed=5"])
+    config = load_config(None, ["local.lr=1e-7", "local.lr_min=0", "name=010", "eval.hhh=", "seed=5"])
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(to_nested(config), sort_keys=False))
     assert load_config(path) == config

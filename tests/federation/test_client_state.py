@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from fedsim.errors import CheckpointError
 from fedsim.federation.client_state import ClientStateStore
@@ -44,7 +45,7 @@ def test_a_missing_or_damaged_file_is_an_error(tmp_path: Path, damage: str) -> N
     store = ClientStateStore(tmp_path)
     store.save(5, 2, torch.zeros(100))
     store.advance([5], 2)
-    store.check({5: 2})
+    store.check({5: 2}, 100)
     (path,) = tmp_path.iterdir()
     whole = path.read_bytes()
     broken = {"cut": whole[:50], "empty": b"", "one number": whole[:-4] + b"\x00\x00\x80\x3f"}
@@ -53,6 +54,30 @@ def test_a_missing_or_damaged_file_is_an_error(tmp_path: Path, damage: str) -> N
     else:
         path.write_bytes(broken[damage])
     words = "does not match its checksum" if damage == "one number" else "cannot be read"
-    for read in (lambda: store.load(5), lambda: ClientStateStore(tmp_path).check({5: 2})):
+    for read in (lambda: store.load(5), lambda: ClientStateStore(tmp_path).check({5: 2}, 100)):
         with pytest.raises(CheckpointError, match=rf"control variate of client 5 {words}"):
             read()
+
+
+@pytest.mark.parametrize(
+    ("vector", "words"),
+    [
+        (torch.zeros(99), r"has shape \[99\], not \[100\]"),
+        (torch.zeros(1, 100), r"has shape \[1, 100\], not \[100\]"),
+        (torch.zeros(100, dtype=torch.float64), "is torch.float64, not torch.float32"),
+        (torch.zeros(100, dtype=torch.int32), "is torch.int32, not torch.float32"),
+    ],
+)
+def test_a_whole_file_of_another_shape_or_type_is_an_error(tmp_path: Path, vector: torch.Tensor, words: str) -> None:
+    store = ClientStateStore(tmp_path)
+    store.save(5, 2, vector)
+    with pytest.raises(CheckpointError, match=rf"control variate of client 5 {words}"):
+        store.check({5: 2}, 100)
+
+
+def test_a_type_that_has_no_checksum_is_an_error(tmp_path: Path) -> None:
+    store = ClientStateStore(tmp_path, {5: 2})
+    path = tmp_path / "client000005-round000002.safetensors"
+    save_file({"control": torch.zeros(100, dtype=torch.bfloat16)}, str(path), metadata={"blake2b": ""})
+    with pytest.raises(CheckpointError, match=r"is torch\.bfloat16, not torch\.float32"):
+        store.load(5)

@@ -141,6 +141,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "the template is cut short": (lambda d: cut(d / "chat_template.jinja"), r"chat template of .* cannot write"),
     "a layer has no weights": (drop_a_layer, r"lack 3 tensors .* such as model\.layers\.1\.mlp\.\w+\.weight"),
     "weights of another shape": (widen, r"lack 6 tensors .* such as model\.layers\.0\.mlp"),
+    "the config makes no sense": (
+        lambda d: (d / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": "two"}'),
+        r"its config\.json cannot be loaded",
+    ),
     "a larger tokenizer": (shrink_vocabulary, r"is token 2(59|60), but the model has 257 embeddings"),
 }
 

@@ -39,7 +39,7 @@ def test_the_estimate_is_within_a_factor_of_what_a_backward_pass_keeps(
     base = make_llama(hidden_size=128, intermediate_size=448, num_hidden_layers=6)
     base.save_pretrained(tmp_path)
     lora = LoraSettings(4, 8.0, 0.0, ("q_proj", "v_proj"))
-    shape = model_shape(tmp_path, lora, dtype="float32", device=torch.device("cpu"), key="model.path")
+    shape = model_shape(tmp_path, lora, dtype="float32", attention="sdpa", device=torch.device("cpu"), key="model.path")
     base.requires_grad_(False)
     real = kept_bytes(attach_lora(base, lora).train(), 256)
     need = training_need(shape, "training", "key", num_tokens=256, num_vectors=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,8 @@ def opened(tmp_path: Path, *overrides: str) -> RunRecord:
 
 def finish_round(record: RunRecord, round_idx: int, client_rounds: dict[int, int]) -> None:
     state = ServerState(torch.full((3,), float(round_idx)), {"control": torch.zeros(3)})
+    record.append(round_idx, "round", {"client/loss": 1.0})
+    (record.folder / "manifest.json").write_text("{}")
     record.checkpoints.save(Checkpoint(round_idx, state, client_rounds))
 
 
@@ -79,3 +82,63 @@ def test_a_directory_that_cannot_be_made_is_one_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"record.dir=.*cannot be made or written"):
         opened(tmp_path / "file")
+
+
+@pytest.mark.parametrize("wrong", [torch.ones(4), torch.ones(3, dtype=torch.float64)], ids=["shape", "type"])
+def test_a_control_variate_that_does_not_fit_falls_back_and_says_so(
+    tmp_path: Path, wrong: torch.Tensor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = opened(tmp_path)
+    controls = ClientStateStore(record.client_state)
+    for round_idx, vector in enumerate([torch.ones(3), wrong]):
+        controls.save(7, round_idx, vector)
+        finish_round(record, round_idx, {7: round_idx})
+    found = record.resume(lambda state: None)
+    record.release()
+    assert found is not None and found.round_idx == 0
+    said = capsys.readouterr().err
+    assert "control variate of client 7" in said and "the one before it is used" in said
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "manifest.json", "metrics.jsonl"])
+@pytest.mark.parametrize("overrides", [(), ("local.lr=1e-3",)])
+def test_checkpoints_without_what_tells_their_run_are_not_adopted(
+    tmp_path: Path, name: str, overrides: tuple[str, ...]
+) -> None:
+    record = opened(tmp_path)
+    finish_round(record, 0, {})
+    record.release()
+    (record.folder / name).unlink()
+    before = sorted(p.name for p in record.folder.rglob("*"))
+    for attempt in (
+        record.claim,
+        RunRecord(config(tmp_path, *overrides), OneRank(), synchronize=False).check_directory,
+    ):
+        with pytest.raises(CheckpointError, match=rf"{record.folder}: holds checkpoints, but no {name}.*put it back"):
+            attempt()
+    record.release()
+    assert sorted(p.name for p in record.folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("present", ["checkpoints", "metrics.jsonl", "config.yaml"])
+def test_never_forbids_a_folder_that_holds_anything(tmp_path: Path, present: str) -> None:
+    (tmp_path / "run").mkdir()
+    opened(tmp_path, "record.resume=never").release()
+    made = opened(tmp_path / "other")
+    finish_round(made, 0, {})
+    made.release()
+    for path in list(made.folder.iterdir()):
+        if path.name != present:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    again = RunRecord(config(tmp_path / "other", "record.resume=never"), OneRank(), synchronize=False)
+    for attempt in (again.claim, again.check_directory):
+        with pytest.raises(ConfigError, match=r"record\.resume=never: .*run exists"):
+            attempt()
+    again.release()
+
+
+@pytest.mark.parametrize("method", ["claim", "check_directory"])
+def test_a_name_that_no_file_system_takes_is_one_error(tmp_path: Path, method: str) -> None:
+    record = RunRecord(config(tmp_path, f"name={'n' * 300}"), OneRank(), synchronize=False)
+    with pytest.raises(ConfigError, match=r"name='n+'.*cannot be made or written \(File name too long\)"):
+        getattr(record, method)()
