@@ -54,11 +54,6 @@ class Preflight:
             if need.num_bytes > least
         ]
 
-    @property
-    def tightest(self) -> Need:
-        """The stage that needs most."""
-        return max(self.needs, key=lambda need: need.num_bytes)
-
 
 def models_in_use(config: Config) -> dict[str, str]:
     """Path of each model that the run loads, by role."""

@@ -218,7 +218,7 @@ def parse(arguments: Sequence[str]) -> tuple[Config, int, Path | None]:
     parser.add_argument("--trace", type=Path, help="Chrome trace to write, *.json or *.json.gz")
     parser.add_argument("--local_rank", "--local-rank", type=int, help="added by launchers; the same as LOCAL_RANK")
     found = parser.parse_intermixed_args(arguments)
-    config = load_config(found.config, [*found.overrides, "wandb.mode=off"])
+    config = load_config(found.config, [*found.overrides, "wandb.mode=off", "record.resume=auto"])
     if not 1 <= found.round <= config.federation.num_rounds:
         raise ConfigError(f"--round {found.round}: must be >= 1 and <= federation.num_rounds (now "
                           f"{config.federation.num_rounds}); choose another round")  # fmt: skip

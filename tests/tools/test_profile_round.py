@@ -140,10 +140,9 @@ def test_a_trace_that_was_not_written_is_not_claimed(tool: Any, tmp_path: Path, 
 
 def test_options_may_stand_anywhere_and_launchers_may_add_theirs(tool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for spelling in ("--local_rank=1", "--local-rank=1"):
-        monkeypatch.delenv("LOCAL_RANK", raising=False)
+        monkeypatch.setattr(os, "environ", {k: v for k, v in os.environ.items() if k != "LOCAL_RANK"})
         config, chosen, _ = tool.parse([spelling, str(ROOT / SMALL), "--round", "2", "seed=3"])
         assert (config.seed, chosen, os.environ["LOCAL_RANK"]) == (3, 1, "1")
-    monkeypatch.delenv("LOCAL_RANK")
     with pytest.raises(ConfigError, match=r"command line: .*--rond"):
         tool.parse([str(ROOT / SMALL), "--rond=2"])
 
