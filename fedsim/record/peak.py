@@ -16,7 +16,7 @@ import torch
 from fedsim.ranks import Ranks
 
 _SERIES_S = 0.12  # of a series of measurements; there are two, so that one says how far the other can be trusted
-_BUFFER_BYTES = 2**28  # more than a process has of a cache that it shares with others
+_BUFFER_BYTES = 2**26  # more than most caches have for a process, and little beside what a run needs
 
 
 @dataclass(frozen=True)
