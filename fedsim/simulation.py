@@ -67,8 +67,8 @@ class Simulation:
     def run(self) -> None:
         """Run to the end; the run directory is this process's alone for so long."""
         with self._explaining_full_disk():
-            self.record.claim()
             try:
+                self.record.claim()
                 self._run()
             finally:
                 self.record.release()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import subprocess
@@ -18,7 +19,7 @@ from fedsim.artefacts import file_digest
 from fedsim.config import load_config
 from fedsim.data.world import square_rows
 from fedsim.disk import explaining_full_disk, is_disk_full
-from fedsim.errors import DataError, DiskFullError
+from fedsim.errors import DataError, DiskFullError, FedsimError
 from fedsim.parallel.world import World, portable
 from fedsim.ranks import OneRank
 from fedsim.record.metrics import decided_rows, read_rows
@@ -74,6 +75,17 @@ def test_a_run_whose_disk_fills_up_goes_on_once_there_is_space(
     straight = simulation(tmp_path / "straight", tmp_path)
     straight.run()
     assert outcome(stopped) == outcome(straight)
+
+
+def test_a_disk_that_is_full_at_the_start_is_one_error(small_disk: Path, tmp_path: Path) -> None:
+    """Even the run directory's configuration cannot be written."""
+    made = simulation(small_disk, tmp_path)
+    made.record.folder.mkdir(parents=True)
+    with contextlib.suppress(OSError):
+        (small_disk / "filler").write_bytes(bytes(4_000_000))
+    with pytest.raises(FedsimError, match=r"no room for what is to be written|No space left") as caught:
+        made.run()
+    assert str(small_disk) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_every_librarys_error_is_known(small_disk: Path) -> None:
