@@ -206,7 +206,10 @@ def shares(found: Mapping[str, Any]) -> dict[str, float]:
         for kind, _, spent in rank["places"]:
             seconds[kind] += spent
     busy = seconds["engine"] + seconds["model"]
-    return {**{f"{kind}_s": seconds[kind] for kind in ("model", "engine", "waiting")}, "share": seconds["engine"] / busy}
+    return {
+        **{f"{kind}_s": seconds[kind] for kind in ("model", "engine", "waiting")},
+        "share": seconds["engine"] / busy,
+    }
 
 
 def causes(found: Mapping[str, Any], kind: Kind) -> Counter[str]:
