@@ -47,6 +47,7 @@ MODEL = (
     "fedsim/generate/decode.py",
     "fedsim/generate/prefix.py",
     "fedsim/generate/score.py",
+    "fedsim/generate/slots.py",
     "fedsim/parallel/sums.py",
     "fedsim/parallel/aggregate.py",
     "fedsim/federation/proximal.py",
@@ -159,7 +160,7 @@ def child(out: Path, began: float, arguments: Sequence[str]) -> None:
 
                 return train(cohort, round_idx, state, cost, step)
 
-            federation.cohorts.train = noting
+            setattr(federation.cohorts, "train", noting)  # noqa: B010 (a method, as far as types know)
             return federation
 
         def _round(self, *given: Any) -> Any:
@@ -232,7 +233,7 @@ def page(found: Mapping[str, Any], num_ranks: int, most: int = 25) -> str:
         "  ".join(f"{name} {value:.2f}" for name, value in marks.items()) + f"  total_s {found['total_s']:.2f}",
     ]
     for kind in ("engine", "model"):
-        rows = [[w, f"{s:.3f}", f"{100 * s / busy:.2f} %"] for w, s in causes(found, kind).most_common(most)]  # type: ignore[arg-type]
+        rows = [[w, f"{s:.3f}", f"{100 * s / busy:.2f} %"] for w, s in causes(found, kind).most_common(most)]
         lines += ["", Table([kind, "seconds", "share"], rows).plain()]
     return "\n".join(lines)
 
