@@ -118,7 +118,7 @@ def assemble(config: Config, world: World, shards: Sequence[Sequence[SquareRow]]
         max_context=min(model.max_context, loaded.max_positions),
         seed=config.seed,
     )
-    objective = SftObjective(loaded.chat.pad_id)
+    objective = SftObjective()
     num_steps = participation.num_steps(local.steps)
     clients = ClientTrainer(trainer, algorithm, objective, local, num_steps, federation.num_rounds, config.seed)
     tokens = participation.shards([[tokenise(loaded.chat, row, local.max_length) for row in s] for s in shards])

@@ -174,7 +174,7 @@ class Preparation:
         rows = usable(conversations)
         if not rows:
             raise DataError(unusable(conversations))
-        aligner = Aligner(federation.trainer, rows, federation.chat, cai, federation.chat.pad_id, self.config.seed)
+        aligner = Aligner(federation.trainer, rows, federation.chat, cai, self.config.seed)
         if new:
             counts = {"cai/num_cut_rows": aligner.num_truncated}
             counts["cai/num_dropped_no_targets"] = aligner.num_without_targets

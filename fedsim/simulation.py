@@ -80,7 +80,10 @@ class Simulation:
         """Filter the clients' data, then alternate federated training and CAI, measuring as it goes."""
         config, record, prepare = self.config, self.record, self.preparation
         record.header(self.world.size, self.world.device)
-        for warning in preflight(config, self.world).warnings():
+        found = preflight(config, self.world)
+        for role, shape in found.shapes.items():
+            record.say(f"attention of the {role}: {shape.attention.name} ({shape.attention.why})")
+        for warning in found.warnings():
             record.say(f"warning: {warning}")
         inputs = prepare.read()
         prepare.write_manifest(inputs)

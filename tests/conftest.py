@@ -16,6 +16,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from fedsim.attention.forward import IMPLEMENTATIONS
 from fedsim.data.chat import ChatFormat
 from fedsim.data.world import square_rows
 from fedsim.model.flat_adapter import FlatAdapter
@@ -74,6 +75,7 @@ def random_llama(vocab_size: int = 261, seed: int = 0, **changes: Any) -> LlamaF
         "bos_token_id": 256,
         "eos_token_id": 259,
         "pad_token_id": 260,
+        "attn_implementation": IMPLEMENTATIONS["sdpa"],
         **changes,
     }
     return LlamaForCausalLM(LlamaConfig(**settings)).eval()

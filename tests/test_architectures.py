@@ -184,7 +184,7 @@ def test_candidate_logits_equal_a_plain_forward(family_dir: Any, name: str, atte
     model = load(family_dir(name), attention).base
     for head_length, lengths in ((3, [2, 5]), (40, [1, 30, 7]), (WINDOW, [3, WINDOW, 1]), (0, [20, 4])):
         head, tails = ids(head_length), [ids(n, seed=1) for n in lengths]
-        got = candidate_logits(model, read_head(model, head), tails, [7, 90, 3], pad_id=0)
+        got = candidate_logits(model, read_head(model, head), tails, [7, 90, 3])
         want = torch.stack([plain_logits(model, np.concatenate([head, tail]))[-1, [7, 90, 3]] for tail in tails])
         torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
     assert want.std() > 0.05
@@ -196,7 +196,7 @@ def test_greedy_decoding_equals_hugging_face(family_dir: Any, name: str, attenti
     loaded = load(family_dir(name), attention)
     asked = [ids(n, seed=2).tolist() for n in (2, 31, 9, WINDOW, 50)]
     replies = decode_unit(loaded.base, asked, range(5), temperature=0, max_new_tokens=24,
-                          eos_ids=frozenset({9, 77, 130, 201}), pad_id=loaded.chat.pad_id)  # fmt: skip
+                          eos_ids=frozenset({9, 77, 130, 201}))  # fmt: skip
     for prompt, (tokens, _) in zip(asked, replies, strict=True):
         sent = torch.tensor([prompt])
         made: Any = loaded.base.generate(
@@ -210,8 +210,8 @@ def test_greedy_decoding_equals_hugging_face(family_dir: Any, name: str, attenti
 def test_training_logprobs_equal_a_plain_forward(family_dir: Any, name: str, attention: str) -> None:
     model = load(family_dir(name), attention).base
     rows = [TokenRow(ids(n, seed=3), np.arange(n) >= n // 2) for n in (5, 40, 23)]
-    batch = collate(rows, pad_id=0)
-    got = target_logprobs(model, batch).sum(dim=1)
+    batch = collate(rows, torch.device("cpu"))
+    got = batch.row_sums(target_logprobs(model, batch))
     for row, total in zip(rows, got, strict=True):
         logprobs = F.log_softmax(plain_logits(model, row.input_ids).double(), dim=-1)
         wanted = [logprobs[i - 1, row.input_ids[i]] for i in range(1, len(row)) if row.loss_mask[i]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -16,6 +15,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from fedsim import preflight
+from fedsim.attention.choice import Choice
 from fedsim.config import Config, load_config
 from fedsim.data.chat import ChatFormat
 from fedsim.data.world import square_rows
@@ -122,11 +122,9 @@ def test_a_tokenizer_of_a_larger_model(model: Path, make_llama: Callable[..., Ll
     assert isinstance(found, ModelError) and "the model has 257 embeddings" in str(found)
 
 
-def test_an_attention_without_its_package() -> None:
-    if importlib.util.find_spec("flash_attn") is not None:
-        pytest.skip("flash_attn is installed")
+def test_an_attention_that_needs_cuda() -> None:
     found = error("model.attention=flash_attention_2")
-    assert isinstance(found, ModelError) and "with model.attention='flash_attention_2'; try eager" in str(found)
+    assert isinstance(found, ModelError) and "model.attention='flash_attention_2': is CUDA's alone" in str(found)
 
 
 @pytest.mark.parametrize("key", ["record.dir", "record.artefacts"])
@@ -226,7 +224,7 @@ def test_models_that_are_loaded_together_must_fit_together(
 
 
 def needs(*overrides: str, num_ranks: int = 1) -> dict[str, int]:
-    shape = ModelShape("Toy", 1000, 10, torch.float32, 0, 0, 0, 0, 0, 4096)
+    shape = ModelShape("Toy", 1000, 10, torch.float32, 0, 0, 0, 0, 0, 4096, Choice("sdpa", "asked for"))
     made = config("local.batch_size=7", "local.micro_batch_size=2", "cai.batch_size=6", *overrides)
     shapes = {role: shape for role in models_in_use(made)}
     return {need.stage: need.num_bytes for need in memory_needs(made, shapes, num_ranks)}

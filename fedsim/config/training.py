@@ -40,7 +40,11 @@ class ModelConfig:
     dtype: str = key("auto", "base weights: auto = bfloat16 on CUDA, float32 on CPU",
                      choices=("auto", "float32", "bfloat16"))  # fmt: skip
     attention: str = key(
-        "sdpa", "attention implementation of the model", choices=("sdpa", "eager", "flash_attention_2")
+        "auto",
+        "attention backend: varlen = torch's own variable-length kernel (bf16 or fp16 on CUDA); flash_attention_2 = "
+        "the flash-attn package; sdpa; eager = the definition; auto = the first of these that can be had and that a "
+        "committed GPU run has shown right",
+        choices=("auto", "varlen", "flash_attention_2", "sdpa", "eager"),
     )
     max_context: int = key(4096, "longest prompt and reply together", unit="tokens", low=64)
     lora_r: int = key(32, "LoRA rank", low=1)

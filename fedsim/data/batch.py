@@ -1,8 +1,4 @@
-"""Token rows to right-padded tensors.
-
-Padding is on the right and attention is causal, so a pad token is never seen by a real one and no mask is needed: the
-model runs its causal fast path, and a row's values do not depend on the rows beside it (up to rounding).
-"""
+"""Token rows to one packed batch: rows one behind the other, without padding."""
 
 from __future__ import annotations
 
@@ -12,35 +8,52 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from fedsim.attention.spans import Spans
 from fedsim.data.chat import TokenRow
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Rows padded to the longest.
+    """Packed rows. A row's last token is only a target and goes through no layer.
 
     Attributes:
-        input_ids: int64 ``[rows, length]``.
-        targets: bool ``[rows, length]``; True where a token is a target of the loss. The first column is False.
+        input_ids: int64 ``[tokens]``.
+        spans: where each row lies.
+        before_target: int64 ``[targets]``: the token before each target, whose logits predict it.
+        target_ids: int64 ``[targets]``.
+        target_rows: int64 ``[targets]``: the row of each target.
+        num_targets: targets of each row.
     """
 
     input_ids: torch.Tensor
-    targets: torch.Tensor
+    spans: Spans
+    before_target: torch.Tensor
+    target_ids: torch.Tensor
+    target_rows: torch.Tensor
+    num_targets: tuple[int, ...]
 
-    @property
-    def first_target(self) -> int:
-        """Smallest column that holds a target; the length if none does."""
-        columns = self.targets.any(dim=0).nonzero()
-        return int(columns[0]) if len(columns) else self.targets.shape[1]
+    def row_sums(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum of each row's targets: ``[targets]`` to ``[rows]``, in a fixed order on any device."""
+        rows = torch.arange(self.spans.num_rows, device=values.device)
+        return (self.target_rows == rows[:, None]).to(values.dtype) @ values
 
 
-def collate(rows: Sequence[TokenRow], pad_id: int) -> Batch:
-    """Stack rows on the CPU; an empty sequence is an error of the caller."""
+def collate(rows: Sequence[TokenRow], device: torch.device) -> Batch:
+    """Pack rows on the CPU and copy them to ``device``; an empty sequence is an error of the caller."""
     assert rows, "a batch has at least one row"
-    length = max(len(r) for r in rows)
-    ids = np.full((len(rows), length), pad_id, dtype=np.int64)
-    targets = np.zeros((len(rows), length), dtype=bool)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = row.input_ids
-        targets[i, 1 : len(row)] = row.loss_mask[1:]
-    return Batch(torch.from_numpy(ids), torch.from_numpy(targets))
+    lengths = [max(len(row) - 1, 1) for row in rows]
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    places = [np.flatnonzero(row.loss_mask[1:]) for row in rows]
+    num_targets = [len(place) for place in places]
+
+    def put(parts: Sequence[np.ndarray]) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(device, non_blocking=True)
+
+    return Batch(
+        input_ids=put([row.input_ids[:length] for row, length in zip(rows, lengths, strict=True)]),
+        spans=Spans(lengths, device=device),
+        before_target=put([start + place for start, place in zip(starts[:-1], places, strict=True)]),
+        target_ids=put([row.input_ids[1:][place] for row, place in zip(rows, places, strict=True)]),
+        target_rows=put([np.repeat(np.arange(len(rows)), num_targets)]),
+        num_targets=tuple(num_targets),
+    )

@@ -10,7 +10,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
+
+from fedsim.attention.forward import packed_logits
+from fedsim.generate.slots import Extending, Slots, Stepping
 
 
 @torch.inference_mode()
@@ -22,7 +25,6 @@ def decode_unit(
     temperature: float,
     max_new_tokens: int,
     eos_ids: frozenset[int],
-    pad_id: int,
 ) -> list[tuple[list[int], bool]]:
     """Continue every prompt.
 
@@ -33,28 +35,21 @@ def decode_unit(
         temperature: 0 takes the most likely token (the smallest id of equals).
         max_new_tokens: most tokens to generate per row.
         eos_ids: a row ends with the first of these.
-        pad_id: fills the left of shorter prompts.
 
     Returns:
         Per prompt the new ids (the end token included) and whether it ended by itself.
     """
     device = next(model.parameters()).device
-    ids, mask = _left_padded(prompts, pad_id, device)
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
     rows = list(range(len(prompts)))  # which prompt each row of the batch is
     streams = [np.random.Generator(np.random.Philox(key=s)) for s in seeds]
     out: list[list[int]] = [[] for _ in prompts]
     ended = [False] * len(prompts)
-    cache = DynamicCache(config=model.config)
-    for _ in range(max_new_tokens):
-        logits = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
+    slots = Slots(len(prompts), device)
+    first = Extending(slots, [len(p) for p in prompts])
+    ids = torch.tensor([i for p in prompts for i in p], device=device)
+    logits = packed_logits(model, ids, first.spans.positions, first, first.spans.query_starts[1:].long() - 1)
+    slots.lengths = [len(p) for p in prompts]
+    for step in range(max_new_tokens):
         tokens = pick(logits, [0.0 if temperature == 0 else streams[r].random() for r in rows], temperature)
         alive = []
         for i, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
@@ -63,15 +58,15 @@ def decode_unit(
                 ended[row] = token in eos_ids
             if not ended[row]:
                 alive.append(i)
-        if not alive:
+        if not alive or step + 1 == max_new_tokens:
             break
-        ids, positions = tokens[:, None], positions[:, -1:] + 1
-        mask = torch.cat([mask, mask.new_ones((len(rows), 1))], dim=1)
         if 2 * len(alive) <= len(rows):
-            keep = torch.tensor(alive, device=device)
-            cache.batch_select_indices(keep)
-            ids, positions, mask = ids[keep], positions[keep], mask[keep]
+            slots.keep(alive)
+            tokens = tokens[torch.tensor(alive, device=device)]
             rows = [rows[i] for i in alive]
+        layout = Stepping(slots)
+        logits = packed_logits(model, tokens, layout.positions, layout, torch.arange(len(rows), device=device))
+        slots.lengths = [length + 1 for length in slots.lengths]
     return list(zip(out, ended, strict=True))
 
 
@@ -91,15 +86,3 @@ def pick(logits: torch.Tensor, uniforms: Sequence[float], temperature: float) ->
     cumulative = (logits.double() / temperature).softmax(dim=-1).cumsum(dim=-1)
     level = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, level, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
-
-
-def _left_padded(
-    prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    length = max(len(p) for p in prompts)
-    ids = np.full((len(prompts), length), pad_id, dtype=np.int64)
-    mask = np.zeros((len(prompts), length), dtype=np.int64)
-    for i, prompt in enumerate(prompts):
-        ids[i, length - len(prompt) :] = prompt
-        mask[i, length - len(prompt) :] = 1
-    return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)

@@ -131,7 +131,6 @@ class Engine:
                 temperature=sampling.temperature,
                 max_new_tokens=num_new,
                 eos_ids=self._eos_ids(),
-                pad_id=self.chat.pad_id,
             )
 
         rows = self._run(compute, units, [float(sum(len(kept[i]) for i in u)) for u in units], len(prompts))
@@ -146,7 +145,7 @@ class Engine:
         units = self._units([len(r) for r in rows])
 
         def compute(unit: list[int]) -> list[float]:
-            return score_unit(self.model, [rows[i] for i in unit], self.chat.pad_id)
+            return score_unit(self.model, [rows[i] for i in unit])
 
         sums = self._run(compute, units, [float(sum(len(rows[i]) for i in u)) for u in units], len(rows))
         self.work += rows_work(rows, passes=len(units))

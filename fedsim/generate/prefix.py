@@ -1,21 +1,23 @@
 """Logits of a few candidate tokens after prompts that share a long common head.
 
 The head's keys and values are computed once and reused by every unit of rows; only the candidates' rows of the LM head
-are multiplied. Rows are padded on the right: a causal model's real tokens never see what stands to their right, so the
-padding changes no result, and with fixed units a row's result does not depend on the rank that computed it.
+are multiplied. Tails are packed without padding, and with fixed units a row's result does not depend on the rank that
+computed it.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from peft import PeftModel
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
+
+from fedsim.attention.backends import Backend, Scores
+from fedsim.attention.forward import causal_lm, packed_hidden
+from fedsim.attention.spans import Spans
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,11 +26,47 @@ class Head:
 
     Attributes:
         length: number of tokens; 0 is an empty head.
-        cache: their keys and values (batch of 1); never written to after :func:`read_head`.
+        layers: keys and values ``[length, key heads, head size]`` of each layer.
     """
 
     length: int
-    cache: DynamicCache
+    layers: dict[int, tuple[torch.Tensor, torch.Tensor]]
+
+
+class _Reading:
+    """The head as a row of its own, whose keys and values are kept."""
+
+    def __init__(self, head: Head, spans: Spans) -> None:
+        self.head = head
+        self.spans = spans
+
+    def attend(
+        self, backend: Backend, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scores: Scores
+    ) -> torch.Tensor:
+        """See :class:`fedsim.attention.forward.Layout`."""
+        self.head.layers[layer] = (key, value)
+        return backend.spans(query, key, value, self.spans, scores)
+
+
+class _AfterHead:
+    """Each row is a tail behind the head."""
+
+    def __init__(self, head: Head, lengths: Sequence[int], device: torch.device) -> None:
+        self.head = head
+        self.spans = Spans(lengths, [head.length + length for length in lengths], device=device)
+
+    def attend(
+        self, backend: Backend, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scores: Scores
+    ) -> torch.Tensor:
+        """See :class:`fedsim.attention.forward.Layout`."""
+        if self.head.length:
+            head_key, head_value = self.head.layers[layer]
+            key, value = self._behind(head_key, key), self._behind(head_value, value)
+        return backend.spans(query, key, value, self.spans, scores)
+
+    def _behind(self, head: torch.Tensor, tails: torch.Tensor) -> torch.Tensor:
+        parts = [part for tail in tails.split(list(self.spans.query_lengths)) for part in (head, tail)]
+        return torch.cat(parts)
 
 
 def common_length(prompts: Sequence[np.ndarray]) -> int:
@@ -55,17 +93,18 @@ def read_head(model: nn.Module, ids: np.ndarray) -> Head:
         ids: int ``[length]``, may be empty.
     """
     assert not model.training, "scoring needs eval mode: dropout would make the head random"
-    causal = _causal_lm(model)
-    cache = DynamicCache(config=causal.config)
+    head = Head(len(ids), {})
     if len(ids):
-        tokens = torch.from_numpy(ids.astype(np.int64))[None].to(causal.device)
-        causal.base_model(input_ids=tokens, past_key_values=cache, use_cache=True)
-    return Head(len(ids), cache)
+        device = causal_lm(model).device
+        spans = Spans([len(ids)], device=device)
+        tokens = torch.from_numpy(ids.astype(np.int64)).to(device)
+        packed_hidden(model, tokens, spans.positions, _Reading(head, spans))
+    return head
 
 
 @torch.no_grad()
 def candidate_logits(
-    model: nn.Module, head: Head, tails: Sequence[np.ndarray], candidates: Sequence[int], pad_id: int
+    model: nn.Module, head: Head, tails: Sequence[np.ndarray], candidates: Sequence[int]
 ) -> torch.Tensor:
     """Logits of ``candidates`` as the token that follows each prompt ``head + tail``.
 
@@ -73,38 +112,18 @@ def candidate_logits(
         model: the model that read ``head``, unchanged since, in eval mode.
         tails: int ``[length]`` each, none empty.
         candidates: token ids.
-        pad_id: any valid id; the result does not depend on it.
 
     Returns:
         float32 ``[len(tails), len(candidates)]`` on the CPU. Hidden states and head rows are multiplied in float32.
     """
     assert not model.training, "scoring needs eval mode: dropout would make logits random"
     assert tails and all(len(t) for t in tails), "each prompt needs a tail of one token or more"
-    causal = _causal_lm(model)
-    lengths = torch.tensor([len(t) for t in tails])
-    ids = torch.full((len(tails), int(lengths.max())), pad_id)
-    for row, tail in zip(ids, tails, strict=True):
-        row[: len(tail)] = torch.from_numpy(tail.astype(np.int64))
-    places = torch.arange(ids.shape[1])
-    seen = torch.ones(len(tails), head.length, dtype=torch.long)
-    cache = copy.deepcopy(head.cache)
-    cache.batch_repeat_interleave(len(tails))
-    out = causal.base_model(
-        input_ids=ids.to(causal.device),
-        attention_mask=torch.cat([seen, (places < lengths[:, None]).long()], dim=1).to(causal.device),
-        position_ids=(head.length + places).expand_as(ids).to(causal.device),
-        past_key_values=cache,
-        use_cache=True,
-    )
-    last = out.last_hidden_state[torch.arange(len(tails)), lengths - 1]
+    causal = causal_lm(model)
+    layout = _AfterHead(head, [len(t) for t in tails], causal.device)
+    ids = torch.from_numpy(np.concatenate(tails).astype(np.int64)).to(causal.device)
+    hidden = packed_hidden(model, ids, layout.spans.positions, layout)
+    last = hidden[layout.spans.query_starts[1:].long() - 1]
     return _project(causal, last, candidates).float().cpu()
-
-
-def _causal_lm(model: nn.Module) -> PreTrainedModel:
-    """The Hugging Face model inside a PEFT wrapper (its layers keep their adapters)."""
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    assert isinstance(inner, PreTrainedModel)
-    return inner
 
 
 def _project(causal: PreTrainedModel, hidden: torch.Tensor, candidates: Sequence[int]) -> torch.Tensor:

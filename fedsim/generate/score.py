@@ -12,7 +12,7 @@ from fedsim.model.logprobs import target_logprobs
 
 
 @torch.inference_mode()
-def score_unit(model: torch.nn.Module, rows: Sequence[TokenRow], pad_id: int) -> list[float]:
+def score_unit(model: torch.nn.Module, rows: Sequence[TokenRow]) -> list[float]:
     """Sum of the target log-probabilities of each row, in fp64 and in order."""
-    logprobs = target_logprobs(model, collate(rows, pad_id))
-    return [float(v) for v in logprobs.double().sum(dim=1).cpu()]
+    batch = collate(rows, next(model.parameters()).device)
+    return [float(v) for v in batch.row_sums(target_logprobs(model, batch).double()).cpu()]

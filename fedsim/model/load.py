@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from fedsim.attention.choice import Choice, choose
 from fedsim.data.chat import ChatFormat
 from fedsim.errors import ModelError
 
@@ -82,12 +83,12 @@ def load_model(
     Args:
         path: directory, or 'embedded'.
         dtype: "auto" (bfloat16 on CUDA, float32 on CPU), "float32" or "bfloat16".
-        attention: implementation name that transformers knows.
+        attention: "auto" or a backend's name (:mod:`fedsim.attention.choice`).
         key: the configuration key to name in errors.
 
     Raises:
         ModelError: the directory lacks weights, config, tokenizer or chat template, one of them is damaged, or the
-            model has no such LoRA target or attention.
+            model has no such LoRA target, or the attention backend cannot be had here.
     """
     base, chat = load_base(path, dtype=dtype, attention=attention, device=device, key=key)
     return LoadedModel(attach_lora(base, lora, key), chat)
@@ -98,9 +99,10 @@ def load_base(
 ) -> tuple[PreTrainedModel, ChatFormat]:
     """Load a frozen chat model without LoRA; arguments and errors as of :func:`load_model`."""
     folder = check_model_dir(path, key)
-    read_config(folder, key)
+    config = read_config(folder, key)
     chat = load_chat(folder, key)
-    base = _read(folder, key, compute_dtype(dtype, device), attention)
+    weights = compute_dtype(dtype, device)
+    base = _read(folder, key, weights, choose(attention, config, weights, device))
     base.requires_grad_(False)
     torch.nn.Module.to(base, device)
     embeddings = base.get_input_embeddings()
@@ -156,14 +158,6 @@ def check_report(report: dict[str, Any], folder: Path, key: str) -> None:
         )
 
 
-def cannot_be_loaded(folder: Path, key: str, attention: str, error: Exception) -> ModelError:
-    """The error for a model that transformers cannot make."""
-    what = "cannot be loaded"
-    if "attention" in str(error).lower():
-        what += f" with model.attention={attention!r}; try eager or another one"
-    return ModelError(f"{key}={str(folder)!r}: {what}: {reason(error)}")
-
-
 def reason(error: Exception) -> str:
     """An error of a library in one line of bearable length."""
     return " ".join(str(error).split())[:300] or type(error).__name__
@@ -182,7 +176,7 @@ def load_chat(folder: Path, key: str) -> ChatFormat:
     return ChatFormat(tokenizer)
 
 
-def _read(folder: Path, key: str, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+def _read(folder: Path, key: str, dtype: torch.dtype, attention: Choice) -> PreTrainedModel:
     """The whole model, every weight from the files."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # what it would report is an error below
@@ -190,14 +184,14 @@ def _read(folder: Path, key: str, dtype: torch.dtype, attention: str) -> PreTrai
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(folder),
             dtype=dtype,
-            attn_implementation=attention,
+            attn_implementation=attention.implementation,
             use_safetensors=True,
             local_files_only=True,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
     except Exception as error:  # the tokenizers library raises nothing more specific
-        raise cannot_be_loaded(folder, key, attention, error) from error
+        raise ModelError(f"{key}={str(folder)!r}: cannot be loaded: {reason(error)}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
     base, report = loaded

@@ -16,12 +16,12 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from fedsim.attention.choice import Choice, choose
 from fedsim.errors import ModelError
 from fedsim.model.load import (
     INDEX,
     LoraSettings,
     attach_lora,
-    cannot_be_loaded,
     check_report,
     compute_dtype,
     read_config,
@@ -44,6 +44,7 @@ class ModelShape:
         kv_size: numbers of one token's keys and values in one layer.
         vocab_size: rows of the embeddings and of the LM head.
         max_positions: the longest context that the configuration allows, in tokens.
+        attention: the backend that it gets.
     """
 
     architecture: str
@@ -56,6 +57,7 @@ class ModelShape:
     kv_size: int
     vocab_size: int
     max_positions: int
+    attention: Choice
 
     @property
     def weight_bytes(self) -> int:
@@ -75,19 +77,18 @@ def model_shape(
         key: the configuration key to name in errors.
 
     Raises:
-        ModelError: an unreadable or unknown configuration, an attention that the model lacks, weights that are
+        ModelError: an unreadable or unknown configuration, an attention backend that cannot be had, weights that are
             missing or of another shape, or a LoRA target that no layer has.
     """
     base_dtype = compute_dtype(dtype, device)
     config = read_config(folder, key)
+    backend = choose(attention, config, base_dtype, device)
     try:
         with torch.device("meta"):
             base = AutoModelForCausalLM.from_config(
-                copy.deepcopy(config), dtype=base_dtype, attn_implementation=attention
+                copy.deepcopy(config), dtype=base_dtype, attn_implementation=backend.implementation
             )
     except Exception as error:  # whatever torch does with sizes that make no sense
-        if "attention" in str(error).lower():
-            raise cannot_be_loaded(folder, key, attention, error) from error
         raise ModelError(
             f"{key}={str(folder)!r}: config.json describes no causal language model that transformers can build "
             f"({reason(error)}); give a complete Hugging Face model directory"
@@ -113,6 +114,7 @@ def model_shape(
         dtype=base_dtype,
         **_text_sizes(config),
         vocab_size=embeddings.num_embeddings,
+        attention=backend,
     )
 
 

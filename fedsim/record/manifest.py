@@ -9,7 +9,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -71,13 +71,18 @@ def write_manifest(
 
 def versions() -> dict[str, str | None]:
     """Versions of Python, fedsim and the packages that figures depend on; None for one that is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version(), "fedsim": fedsim.__version__}
-    for package in PACKAGES:
+    found = {"python": platform.python_version(), "fedsim": fedsim.__version__, **package_versions(PACKAGES)}
+    return {**found, "cuda": torch.version.cuda}
+
+
+def package_versions(packages: Iterable[str]) -> dict[str, str | None]:
+    """Installed version of each package; None for one that is not there."""
+    found: dict[str, str | None] = {}
+    for package in packages:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = None
-    found["cuda"] = torch.version.cuda
     return found
 
 

@@ -52,13 +52,10 @@ class Aligner:
         ConfigError: that is so for all rows.
     """
 
-    def __init__(
-        self, trainer: Trainer, rows: Sequence[CaiRow], chat: ChatFormat, cai: CaiConfig, pad_id: int, seed: int
-    ) -> None:
+    def __init__(self, trainer: Trainer, rows: Sequence[CaiRow], chat: ChatFormat, cai: CaiConfig, seed: int) -> None:
         assert rows, "CAI needs conversations"
         self.trainer = trainer
         self.cai = cai
-        self.pad_id = pad_id
         self.seed = seed
         pairs = [preference(chat, row, cai.max_length) for row in rows]
         self.pairs = [p for p in pairs if p.chosen.num_targets and p.rejected.num_targets]
@@ -109,7 +106,7 @@ class Aligner:
                 ("cai_sft", round_idx),
                 what=f"CAI (SFT), round {round_idx + 1}",
             ),
-            SftObjective(self.pad_id),
+            SftObjective(),
             lane,
             None if on_step is None else lambda done, _: on_step(done, total),
         )
@@ -117,7 +114,7 @@ class Aligner:
             TrainingPlan(
                 batches, lambda step: self.cai.dpo_lr, ("cai_dpo", round_idx), what=f"CAI (DPO), round {round_idx + 1}"
             ),
-            DpoObjective(flat, flat.copy(), self.cai.beta, self.pad_id),
+            DpoObjective(flat, flat.copy(), self.cai.beta),
             lane,
             None if on_step is None else lambda done, _: on_step(len(batches) + done, total),
         )

@@ -135,7 +135,7 @@ class LlamaGuard:
                 heads.append(read_head(self.model, empty[:num_shared]))
             tails = [prompts[i][num_shared:] for i in unit]
             pair = [self.format.safe_id, self.format.unsafe_id]
-            logits = candidate_logits(self.model, heads[0], tails, pair, pad_id=pair[0]).double()
+            logits = candidate_logits(self.model, heads[0], tails, pair).double()
             return [float(p) for p in torch.softmax(logits, dim=1)[:, 1]]
 
         was_training = self.model.training

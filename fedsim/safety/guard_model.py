@@ -154,7 +154,7 @@ class GuardModel:
             )
             self._trainer(model, adapter, steps).run(
                 plan,
-                SftObjective(model.chat.pad_id),
+                SftObjective(),
                 self.lane,
                 lambda done, total: self.on_progress("guard fine-tuning", done, total),
             )

@@ -52,9 +52,6 @@ class SftObjective:
     stat_names: tuple[str, ...] = ()
     uses_dropout = True
 
-    def __init__(self, pad_id: int) -> None:
-        self.pad_id = pad_id
-
     def normaliser(self, items: Sequence[TokenRow]) -> float:
         """Target tokens of the batch by weight; 1 if nothing counts, so that loss and gradient are 0."""
         return math.fsum(r.weight * r.num_targets for r in items) or 1.0
@@ -65,10 +62,11 @@ class SftObjective:
 
     def sums(self, model: torch.nn.Module, items: Sequence[TokenRow]) -> tuple[torch.Tensor, torch.Tensor]:
         """−Σ w · log p(target)."""
-        logprobs = target_logprobs(model, collate(items, self.pad_id))
+        batch = collate(items, next(model.parameters()).device)
+        logprobs = target_logprobs(model, batch)
         if any(r.weight != 1 for r in items):
             weights = torch.tensor([r.weight for r in items], dtype=logprobs.dtype, device=logprobs.device)
-            logprobs = logprobs * weights[:, None]
+            logprobs = logprobs * weights[batch.target_rows]
         loss = -logprobs.sum()
         return loss, loss.new_zeros(0)
 
@@ -93,11 +91,10 @@ class DpoObjective:
     stat_names: tuple[str, ...] = ("reward_margin", "reward_accuracy", "chosen_reward", "rejected_reward")
     uses_dropout = False  # as TRL does: dropout would blur the comparison with the reference
 
-    def __init__(self, adapter: FlatAdapter, reference: torch.Tensor, beta: float, pad_id: int) -> None:
+    def __init__(self, adapter: FlatAdapter, reference: torch.Tensor, beta: float) -> None:
         self.adapter = adapter
         self.reference = reference
         self.beta = beta
-        self.pad_id = pad_id
 
     def normaliser(self, items: Sequence[Preference]) -> int:
         """Pairs of the batch."""
@@ -109,13 +106,13 @@ class DpoObjective:
 
     def sums(self, model: torch.nn.Module, items: Sequence[Preference]) -> tuple[torch.Tensor, torch.Tensor]:
         """−Σ log σ(margin), with margin = β[(log π − log π_ref)(chosen) − (log π − log π_ref)(rejected)]."""
-        batch = collate([p.chosen for p in items] + [p.rejected for p in items], self.pad_id)
+        batch = collate([p.chosen for p in items] + [p.rejected for p in items], next(model.parameters()).device)
         current = self.adapter.copy()
         self.adapter.load(self.reference)
         with torch.no_grad():
-            reference = target_logprobs(model, batch).sum(dim=1)
+            reference = batch.row_sums(target_logprobs(model, batch))
         self.adapter.load(current)
-        rewards = self.beta * (target_logprobs(model, batch).sum(dim=1) - reference)
+        rewards = self.beta * (batch.row_sums(target_logprobs(model, batch)) - reference)
         chosen, rejected = rewards.chunk(2)
         margin = chosen - rejected
         stats = torch.stack([margin.sum(), (margin > 0).sum(), chosen.sum(), rejected.sum()])

@@ -1,4 +1,4 @@
-"""Collation: right padding, targets shifted by nothing, the first token never a target."""
+"""Packing: rows one behind the other, each target beside the token that predicts it, the first token never a target."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from fedsim.data.batch import collate
 from fedsim.data.chat import TokenRow
 
+CPU = torch.device("cpu")
 ROW = st.lists(st.tuples(st.integers(0, 99), st.booleans()), min_size=1, max_size=12)
 
 
@@ -22,19 +23,27 @@ def row(entries: list[tuple[int, bool]]) -> TokenRow:
 @given(st.lists(ROW, min_size=1, max_size=5))
 def test_rows_come_back(rows: list[list[tuple[int, bool]]]) -> None:
     made = [row(r) for r in rows]
-    batch = collate(made, 777)
-    length = max(len(r) for r in made)
-    assert batch.input_ids.shape == batch.targets.shape == (len(rows), length)
-    assert batch.input_ids.dtype == torch.int64 and batch.targets.dtype == torch.bool
-    for i, r in enumerate(made):
-        assert batch.input_ids[i, : len(r)].tolist() == r.input_ids.tolist()
-        assert batch.input_ids[i, len(r) :].tolist() == [777] * (length - len(r))
-        assert batch.targets[i].tolist() == [False, *r.loss_mask[1:].tolist(), *[False] * (length - len(r))]
-    assert int(batch.targets.sum()) == sum(r.num_targets for r in made)
-    columns = [j for j in range(length) if bool(batch.targets[:, j].any())]
-    assert batch.first_target == (columns[0] if columns else length) >= 1
+    batch = collate(made, CPU)
+    lengths = [max(len(r) - 1, 1) for r in rows]
+    assert batch.spans.query_lengths == batch.spans.key_lengths == tuple(lengths)
+    tokens = batch.input_ids.split(lengths)
+    assert [t.tolist() for t in tokens] == [r.input_ids[:n].tolist() for r, n in zip(made, lengths, strict=True)], (
+        "without its last token, which predicts nothing"
+    )
+    want = [
+        (i, start + place, int(r.input_ids[place + 1]))
+        for i, (r, start) in enumerate(zip(made, np.cumsum([0, *lengths]).tolist(), strict=False))
+        for place in range(len(r) - 1)
+        if r.loss_mask[place + 1]
+    ]
+    got = zip(batch.target_rows.tolist(), batch.before_target.tolist(), batch.target_ids.tolist(), strict=True)
+    assert list(got) == want
+    assert batch.num_targets == tuple(r.num_targets for r in made)
+    values = torch.arange(1, len(want) + 1, dtype=torch.float64)
+    sums = [sum(v for v, (i, *_) in zip(values.tolist(), want, strict=True) if i == r) for r in range(len(rows))]
+    assert batch.row_sums(values).tolist() == sums
 
 
 def test_an_empty_batch_is_refused() -> None:
     with pytest.raises(AssertionError, match="at least one row"):
-        collate([], 0)
+        collate([], CPU)

@@ -41,8 +41,7 @@ def train_on_lane(kind: str, dropout: float, exact: bool) -> dict[str, Any]:
         items: list[Any] = list(rows) if kind == "sft" else list(pairs)
         starts = [sum(BATCH_SIZES[:i]) for i in range(len(BATCH_SIZES))]
         batches = [items[start : start + size] for start, size in zip(starts, BATCH_SIZES, strict=True)]
-        pad = loaded.chat.pad_id
-        objective: Any = SftObjective(pad) if kind == "sft" else DpoObjective(flat, flat.copy(), 0.1, pad)
+        objective: Any = SftObjective() if kind == "sft" else DpoObjective(flat, flat.copy(), 0.1)
         trainer = Trainer(loaded.base, flat, StepSettings(2, 1.0, 0.0, seed=3))
         stats = trainer.run(TrainingPlan(batches, lambda t: 1e-2, ("test",)), objective, world.everyone())
         return {

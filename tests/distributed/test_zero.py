@@ -64,7 +64,7 @@ def train(kind: str, lr: float, dtype: str = "float32") -> dict[str, Any]:
         world.traffic.pop()
         try:
             with _Handed() as handed:
-                stats = trainer.run(plan, SftObjective(loaded.chat.pad_id), world.everyone())
+                stats = trainer.run(plan, SftObjective(), world.everyone())
         except RunError as error:
             return {"error": str(error)}
         parameters = dict(loaded.model.named_parameters())

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from fedsim.attention.forward import IMPLEMENTATIONS
 from fedsim.data.benchmarks import AdvBenchItem, HhhItem, MtQuestion
 from fedsim.data.chat import ChatFormat, Conversation, assistant_turn, user_turn
 from fedsim.data.xstest import XsTestItem
@@ -232,6 +233,7 @@ def test_a_real_model_gives_the_same_figures_in_any_placement(chat: ChatFormat) 
         num_attention_heads=2,
         num_key_value_heads=2,
         max_position_embeddings=1024,
+        attn_implementation=IMPLEMENTATIONS["sdpa"],
     )
     model = LlamaForCausalLM(config).eval()
     outcomes = []

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel
 
+from fedsim.attention.forward import IMPLEMENTATIONS
 from fedsim.generate import decode
 from fedsim.generate.decode import decode_unit, pick
 
@@ -28,7 +29,7 @@ def prompts(lengths: list[int], seed: int = 0) -> list[list[int]]:
 def run(model: PreTrainedModel, asked: list[list[int]], **changes: Any) -> list[tuple[list[int], bool]]:
     options: dict[str, Any] = {
         "seeds": list(range(len(asked))), "temperature": 0.0, "max_new_tokens": 12, "eos_ids": frozenset({EOS}),
-        "pad_id": PAD, **changes,
+        **changes,
     }  # fmt: skip
     seeds = options.pop("seeds")
     return decode_unit(model, asked, seeds, **options)
@@ -50,7 +51,7 @@ def greedy(model: PreTrainedModel, prompt: list[int], num: int, eos: list[int]) 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_greedy_equals_hugging_face(make_llama: Callable[..., LlamaForCausalLM], attention: str) -> None:
-    model = make_llama(attn_implementation=attention)
+    model = make_llama(attn_implementation=IMPLEMENTATIONS[attention])
     asked = prompts([1, 9, 4, 17, 30])
     for prompt, (tokens, ended) in zip(asked, run(model, asked), strict=True):
         want = greedy(model, prompt, 12, [EOS])
@@ -60,7 +61,15 @@ def test_greedy_equals_hugging_face(make_llama: Callable[..., LlamaForCausalLM],
 def test_greedy_equals_hugging_face_with_learned_positions() -> None:
     """Rotary positions forgive a shift by the padding; learned ones do not."""
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=261, n_positions=64, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3)
+    config = GPT2Config(
+        vocab_size=261,
+        n_positions=64,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        initializer_range=0.3,
+        attn_implementation=IMPLEMENTATIONS["sdpa"],
+    )
     model = GPT2LMHeadModel(config).eval()
     asked = prompts([1, 9, 17])
     assert [tokens for tokens, _ in run(model, asked)] == [greedy(model, prompt, 12, [EOS]) for prompt in asked]

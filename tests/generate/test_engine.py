@@ -49,7 +49,7 @@ def test_replies_equal_the_decoder(make_engine: Callable[..., Engine], model: Ll
     for i, (chat, reply) in enumerate(zip(CHATS, replies, strict=True)):
         ((ids, ended),) = decode_unit(
             model, [engine.chat.prompt_ids(chat)], [keys.derive(5, "sample", *KEY, i)],
-            temperature=0.9, max_new_tokens=20, eos_ids=eos, pad_id=260,
+            temperature=0.9, max_new_tokens=20, eos_ids=eos,
         )  # fmt: skip
         assert (reply.text, reply.num_tokens, reply.truncated) == (engine.chat.decode(ids), len(ids), not ended)
         assert not reply.prompt_truncated

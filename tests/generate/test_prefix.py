@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from fedsim.attention.forward import IMPLEMENTATIONS
 from fedsim.generate.prefix import candidate_logits, common_length, read_head
 
 CANDIDATES = [7, 90, 3]
@@ -25,7 +26,7 @@ def tiny_llama(attention: str = "sdpa", seed: int = 0) -> LlamaForCausalLM:
         num_key_value_heads=2,
         max_position_embeddings=128,
         initializer_range=0.4,
-        attn_implementation=attention,
+        attn_implementation=IMPLEMENTATIONS[attention],
     )
     return LlamaForCausalLM(config).eval()
 
@@ -58,7 +59,7 @@ def test_equals_the_whole_prompt_forward(
     model: torch.nn.Module = tiny_llama(attention)
     model = with_lora(model, targets) if targets else model
     head, tails = ids(rng, head_length), [ids(rng, n) for n in lengths]
-    got = candidate_logits(model, read_head(model, head), tails, CANDIDATES, pad_id=0)
+    got = candidate_logits(model, read_head(model, head), tails, CANDIDATES)
     want = torch.stack([plain(model, np.concatenate([head, tail])) for tail in tails])
     assert got.dtype == torch.float32 and got.shape == (len(tails), 3)
     assert want.std() > 0.1, "the oracle must be able to tell rows apart"
@@ -69,9 +70,9 @@ def test_adapter_is_applied_in_head_and_tail() -> None:
     rng = np.random.default_rng(5)
     head, tail = ids(rng, 8), ids(rng, 5)
     wrapped = with_lora(tiny_llama(), ["q_proj", "v_proj"])
-    adapted = candidate_logits(wrapped, read_head(wrapped, head), [tail], CANDIDATES, pad_id=0)
+    adapted = candidate_logits(wrapped, read_head(wrapped, head), [tail], CANDIDATES)
     base = tiny_llama()
-    bare = candidate_logits(base, read_head(base, head), [tail], CANDIDATES, pad_id=0)
+    bare = candidate_logits(base, read_head(base, head), [tail], CANDIDATES)
     assert (adapted - bare).abs().max() > 1e-2
 
 
@@ -79,23 +80,15 @@ def test_head_is_reused_without_being_changed() -> None:
     rng = np.random.default_rng(6)
     model = tiny_llama()
     head = read_head(model, ids(rng, 9))
-    before = [(layer.keys.clone(), layer.values.clone()) for layer in head.cache.layers]
+    before = {layer: (keys.clone(), values.clone()) for layer, (keys, values) in head.layers.items()}
     unit, other = [ids(rng, n) for n in (3, 6)], [ids(rng, n) for n in (12, 1, 5)]
-    first = candidate_logits(model, head, unit, CANDIDATES, pad_id=0)
-    candidate_logits(model, head, other, CANDIDATES, pad_id=0)
-    again = candidate_logits(model, head, unit, CANDIDATES, pad_id=0)
+    first = candidate_logits(model, head, unit, CANDIDATES)
+    candidate_logits(model, head, other, CANDIDATES)
+    again = candidate_logits(model, head, unit, CANDIDATES)
     assert torch.equal(first, again), "a unit's result does not depend on the units before it"
-    assert head.cache.get_seq_length() == 9
-    for layer, (keys, values) in zip(head.cache.layers, before, strict=True):
-        assert torch.equal(layer.keys, keys) and torch.equal(layer.values, values)
-
-
-def test_padding_id_changes_no_bit() -> None:
-    rng = np.random.default_rng(7)
-    model = tiny_llama()
-    head, tails = read_head(model, ids(rng, 6)), [ids(rng, n) for n in (2, 13, 8)]
-    low, high = (candidate_logits(model, head, tails, CANDIDATES, pad_id=pad) for pad in (0, 96))
-    assert torch.equal(low, high)
+    assert list(head.layers) == [0, 1, 2] and all(len(keys) == 9 for keys, _ in head.layers.values())
+    for layer, (keys, values) in before.items():
+        assert torch.equal(head.layers[layer][0], keys) and torch.equal(head.layers[layer][1], values)
 
 
 def test_training_mode_is_refused() -> None:

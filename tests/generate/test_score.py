@@ -29,17 +29,12 @@ def plain(model: LlamaForCausalLM, row: TokenRow) -> float:
 @pytest.mark.parametrize("size", [1, 3, 12])
 def test_equals_a_plain_forward(make_llama: Callable[..., LlamaForCausalLM], size: int) -> None:
     model, asked = make_llama(), rows(12)
-    got = [value for i in range(0, 12, size) for value in score_unit(model, asked[i : i + size], 260)]
+    got = [value for i in range(0, 12, size) for value in score_unit(model, asked[i : i + size])]
     assert got == pytest.approx([plain(model, row) for row in asked], rel=1e-5, abs=1e-5)
-
-
-def test_padding_id_changes_no_bit(make_llama: Callable[..., LlamaForCausalLM]) -> None:
-    model, asked = make_llama(), rows(6)
-    assert score_unit(model, asked, 0) == score_unit(model, asked, 255)
 
 
 def test_rows_without_targets_score_zero(make_llama: Callable[..., LlamaForCausalLM]) -> None:
     empty = [TokenRow(np.arange(5, dtype=np.int32), np.zeros(5, dtype=bool))]
-    assert score_unit(make_llama(), empty, 0) == [0.0]
-    both = score_unit(make_llama(), [*empty, *rows(1)], 0)
+    assert score_unit(make_llama(), empty) == [0.0]
+    both = score_unit(make_llama(), [*empty, *rows(1)])
     assert both[0] == 0.0 and both[1] != 0.0

@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaForCausalLM
 
+from fedsim.attention.forward import IMPLEMENTATIONS
 from fedsim.data.chat import ChatFormat
 from fedsim.errors import ModelError
 from fedsim.model.load import EMBEDDED, LoadedModel, LoraSettings, attach_lora, load_model, model_digest, model_dir
@@ -33,7 +34,7 @@ def test_a_directory_gives_a_frozen_base_with_lora(
     trainable = {n: p for n, p in loaded.model.named_parameters() if p.requires_grad}
     assert len(trainable) == 2 * 2 * 2 and all("lora_" in n for n in trainable)
     assert {p.dtype for p in trainable.values()} == {torch.float32}
-    assert loaded.max_positions == 512 and loaded.base.config._attn_implementation == "sdpa"
+    assert loaded.max_positions == 512 and loaded.base.config._attn_implementation == IMPLEMENTATIONS["sdpa"]
     stored = make_llama().state_dict()
     own = {n.replace(".base_layer", ""): t for n, t in loaded.base.state_dict().items() if "lora_" not in n}
     assert set(own) == set(stored) and all(torch.equal(own[n], stored[n]) for n in own)
@@ -171,7 +172,7 @@ def test_an_attention_that_the_model_lacks_is_named(llama_dir: Path, tmp_path: P
     settings = Gemma2Config(vocab_size=261, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
                             num_attention_heads=2, num_key_value_heads=1, head_dim=8)  # fmt: skip
     AutoModelForCausalLM.from_config(settings).save_pretrained(str(folder))
-    with pytest.raises(ModelError, match=r"with model\.attention='sdpa'; try eager"):
+    with pytest.raises(ModelError, match=r"model\.attention='sdpa': cannot cap scores.*eager"):
         load(folder)
 
 

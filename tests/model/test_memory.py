@@ -9,11 +9,13 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from fedsim.attention.choice import Choice
 from fedsim.model.load import LoraSettings, attach_lora
 from fedsim.model.memory import free_memory, generation_need, training_need
 from fedsim.model.shape import ModelShape, model_shape
 
-BIG = ModelShape("LlamaForCausalLM", 8_030_261_248, 13_631_488, torch.bfloat16, 32, 4096, 14336, 2048, 128256, 131072)
+BIG = ModelShape("LlamaForCausalLM", 8_030_261_248, 13_631_488, torch.bfloat16, 32, 4096, 14336, 2048, 128256, 131072,
+                 Choice("sdpa", "asked for"))  # fmt: skip
 
 
 def kept_bytes(model: torch.nn.Module, num_tokens: int) -> int:

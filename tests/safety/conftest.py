@@ -9,6 +9,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from fedsim.attention.forward import IMPLEMENTATIONS
 from fedsim.data.chat import ChatFormat
 from fedsim.data.square import SquareRow
 from fedsim.safety.guard_prompt import POLICIES, render_guard_prompt
@@ -84,6 +85,7 @@ def guard_model(llama_chat: ChatFormat) -> LlamaForCausalLM:
         max_position_embeddings=2048,
         initializer_range=0.3,
         eos_token_id=llama_chat.tokenizer.eos_token_id,
+        attn_implementation=IMPLEMENTATIONS["sdpa"],
     )
     return LlamaForCausalLM(config).eval()
 

@@ -41,7 +41,7 @@ def cai_row(i: int) -> CaiRow:
 def aligner(made: tuple[LoadedModel, FlatAdapter], num_rows: int = 7, **changes: Any) -> Aligner:
     trainer = Trainer(made[0].base, made[1], StepSettings(2, 1.0, 0.0, 3))
     rows = [cai_row(i) for i in range(num_rows)]
-    return Aligner(trainer, rows, made[0].chat, CaiConfig(**SETTINGS | changes), made[0].chat.pad_id, 3)
+    return Aligner(trainer, rows, made[0].chat, CaiConfig(**SETTINGS | changes), 3)
 
 
 def test_pairs_are_prompt_revision_and_first_response(llama3_bytes_chat: ChatFormat) -> None:
@@ -88,15 +88,15 @@ def test_sft_then_dpo_against_the_adapter_after_sft(make_adapted: Make) -> None:
 
     loaded, flat = twin
     flat.load(start)
-    batches, pad = cai.batches(2), loaded.chat.pad_id
+    batches = cai.batches(2)
     chosen = [[pair.chosen for pair in batch] for batch in batches]
     settings = StepSettings(2, 1.0, 0.0, 3)
     sft = Trainer(loaded.base, flat, settings).run(
-        TrainingPlan(chosen, lambda step: 1e-2, ("cai_sft", 2)), SftObjective(pad), OneLane()
+        TrainingPlan(chosen, lambda step: 1e-2, ("cai_sft", 2)), SftObjective(), OneLane()
     )
     middle = flat.copy()
     dpo = Trainer(loaded.base, flat, settings).run(
-        TrainingPlan(batches, lambda step: 1e-3, ("cai_dpo", 2)), DpoObjective(flat, middle, 0.5, pad), OneLane()
+        TrainingPlan(batches, lambda step: 1e-3, ("cai_dpo", 2)), DpoObjective(flat, middle, 0.5), OneLane()
     )
     assert torch.equal(found.adapter, flat.values) and not torch.equal(middle, flat.values)
     assert found.metrics["cai/sft_loss"] == sft.mean_loss and found.metrics["cai/dpo_loss"] == dpo.mean_loss

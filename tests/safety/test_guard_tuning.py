@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
-import torch
 from transformers import LlamaForCausalLM
 
 from fedsim.data.chat import ChatFormat
@@ -46,13 +46,13 @@ def test_prompt_ids_are_those_that_the_guard_scores(
     head: list[int] = []
     scored: list[tuple[int, ...]] = []
 
-    def read_off(_: object, __: object, given: dict[str, torch.Tensor]) -> None:
-        """Remember the head, then each row behind it without its padding."""
-        ids, mask = given["input_ids"], given.get("attention_mask")
-        if mask is None:
-            head.extend(ids[0].tolist())
+    def read_off(_: object, __: object, given: dict[str, Any]) -> None:
+        """Remember the head, then each row behind it."""
+        tokens, spans = given["input_ids"][0], given["packed_pass"].layout.spans
+        if spans.is_plain:
+            head.extend(tokens.tolist())
         else:
-            scored.extend((*head, *row[: n - len(head)].tolist()) for row, n in zip(ids, mask.sum(dim=1), strict=True))
+            scored.extend((*head, *tail.tolist()) for tail in tokens.split(list(spans.query_lengths)))
 
     guard_model.model.register_forward_pre_hook(read_off, with_kwargs=True)
     LlamaGuard(

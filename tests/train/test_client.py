@@ -30,7 +30,7 @@ LOCAL = LocalConfig(steps=3, batch_size=4, micro_batch_size=2, lr=1e-3, lr_min=1
 
 def client_trainer(made: tuple[LoadedModel, FlatAdapter], algorithm: Any, num_steps: int = 3) -> ClientTrainer:
     trainer = Trainer(made[0].base, made[1], StepSettings(2, 1.0, 0.0, 7))
-    return ClientTrainer(trainer, algorithm, SftObjective(260), LOCAL, num_steps, num_rounds=10, seed=7)
+    return ClientTrainer(trainer, algorithm, SftObjective(), LOCAL, num_steps, num_rounds=10, seed=7)
 
 
 def bits(outcome: ClientOutcome) -> list[Any]:

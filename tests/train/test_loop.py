@@ -42,7 +42,7 @@ def train(
 ) -> TrainingStats:
     loaded, flat = made
     plan = TrainingPlan(batches, lambda step: lr * (step + 1), ("local", 0, 1), correction or Correction())
-    return Trainer(loaded.base, flat, StepSettings(micro, clip, decay, seed)).run(plan, SftObjective(PAD), lane)
+    return Trainer(loaded.base, flat, StepSettings(micro, clip, decay, seed)).run(plan, SftObjective(), lane)
 
 
 def reference(
@@ -154,10 +154,10 @@ def test_the_optimizer_starts_anew_in_every_run(make_adapted: Make, make_rows: R
     start, batches = flat.copy(), batches_of(make_rows(16), 8)
     trainer = Trainer(loaded.base, flat, StepSettings(4, 1.0, 0.0, 0))
     plan = TrainingPlan(batches, lambda step: 1e-3, ("x",))
-    trainer.run(plan, SftObjective(PAD), one_lane())
+    trainer.run(plan, SftObjective(), one_lane())
     first = flat.copy()
     flat.load(start)
-    trainer.run(plan, SftObjective(PAD), one_lane())
+    trainer.run(plan, SftObjective(), one_lane())
     assert torch.equal(flat.values, first) and not torch.equal(first, start)
 
 
@@ -252,7 +252,7 @@ def test_exact_dpo_lanes_give_the_same_bits(
     pairs = [Preference(a, b) for a, b in zip(make_rows(10, seed=1), make_rows(10, seed=2), strict=True)]
 
     def run(made: tuple[LoadedModel, FlatAdapter], lane: Any) -> TrainingStats:
-        objective = DpoObjective(made[1], torch.zeros(made[1].size), 0.5, PAD)
+        objective = DpoObjective(made[1], torch.zeros(made[1].size), 0.5)
         plan = TrainingPlan([pairs[:6], pairs[4:]], lambda step: 1e-3, ("dpo",))
         return Trainer(made[0].base, made[1], StepSettings(2, 1.0, 0.0, 0)).run(plan, objective, lane)
 
@@ -296,7 +296,7 @@ def test_progress_is_reported_after_each_step(make_adapted: Make, make_rows: Row
     seen: list[tuple[int, int]] = []
     plan = TrainingPlan(batches_of(make_rows(9), 3), lambda step: 1e-3, ("x",))
     trainer = Trainer(loaded.base, flat, StepSettings(4, 1.0, 0.0, 0))
-    trainer.run(plan, SftObjective(PAD), one_lane(), lambda done, total: seen.append((done, total)))
+    trainer.run(plan, SftObjective(), one_lane(), lambda done, total: seen.append((done, total)))
     assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
@@ -331,11 +331,11 @@ def test_rows_whose_reply_was_cut_off_teach_nothing(make_adapted: Make, one_lane
     def gradient(rows: list[TokenRow]) -> torch.Tensor:
         flat.load(start)
         if objective == "sft":
-            trainer.run(TrainingPlan([rows], lambda step: 1e-9, ("x",)), SftObjective(PAD), one_lane())
+            trainer.run(TrainingPlan([rows], lambda step: 1e-9, ("x",)), SftObjective(), one_lane())
         else:
             pairs = [Preference(row, row if row.num_targets == 0 else long[0]) for row in rows]
             plan = TrainingPlan([pairs], lambda step: 1e-9, ("x",))
-            trainer.run(plan, DpoObjective(flat, torch.zeros(flat.size), 0.1, PAD), one_lane())
+            trainer.run(plan, DpoObjective(flat, torch.zeros(flat.size), 0.1), one_lane())
         return flat.grad.clone()
 
     assert not gradient(long).any()

@@ -38,7 +38,7 @@ def check_gradients(flat: FlatAdapter, own: dict[str, torch.Tensor], theirs: dic
     assert set(own) == set(theirs) == {slot.name for slot in flat.slots}
     for name, want in theirs.items():
         assert float(want.norm()) > 0, f"{name}: the oracle must be able to tell"
-        assert float((own[name] - want).norm() / want.norm()) < 1e-5, name
+        assert float((own[name] - want).norm() / want.norm()) < 3e-5, name
 
 
 def sft_rows(chat: ChatFormat) -> list[TokenRow]:
@@ -58,6 +58,7 @@ def test_sft_equals_trl(make_adapted: Make, tmp_path: Path) -> None:
 
     loaded, flat = make_adapted(targets=TARGETS, std=0.1)
     twin, _ = make_adapted(targets=TARGETS, std=0.1)
+    twin.base.set_attn_implementation("sdpa")  # padded, as TRL does it
     rows = sft_rows(loaded.chat)
     examples = [
         {"input_ids": r.input_ids.tolist(), "labels": np.where(r.loss_mask, r.input_ids, -100).tolist()} for r in rows
@@ -72,7 +73,7 @@ def test_sft_equals_trl(make_adapted: Make, tmp_path: Path) -> None:
     trainer.model.train()
     want = trainer.compute_loss(trainer.model, inputs)
     want.backward()
-    objective = SftObjective(loaded.chat.pad_id)
+    objective = SftObjective()
     total, stats = objective.sums(loaded.base.train(), rows)
     loss = total / objective.normaliser(rows)
     loss.backward()
@@ -110,6 +111,7 @@ def test_dpo_equals_trl(make_adapted: Make, tmp_path: Path, reference: str) -> N
     beta = 0.7
     loaded, flat = make_adapted(targets=TARGETS, std=0.1)
     twin, twin_flat = make_adapted(targets=TARGETS, std=0.1)
+    twin.base.set_attn_implementation("sdpa")  # padded, as TRL does it
     start = flat.copy() if reference == "adapter" else flat.initial(0)
     policy = start + 0.05 * torch.randn(flat.size, generator=torch.Generator().manual_seed(1))
     trainer, model = trl_dpo(twin, twin_flat, reference, policy, tmp_path, beta)
@@ -123,7 +125,7 @@ def test_dpo_equals_trl(make_adapted: Make, tmp_path: Path, reference: str) -> N
     want.backward()
 
     flat.load(policy)
-    objective = DpoObjective(flat, start, beta, loaded.chat.pad_id)
+    objective = DpoObjective(flat, start, beta)
     total, stats = objective.sums(loaded.base.train(), pairs)
     loss = total / objective.normaliser(pairs)
     loss.backward()
@@ -143,14 +145,14 @@ def test_dpo_at_its_reference_is_ln_2_with_half_the_likelihood_gradient(make_ada
     """margin = 0, loss = ln 2; its gradient is −β/2 · ∇ Σ (log π(chosen) − log π(rejected))."""
     loaded, flat = make_adapted(std=0.1)
     pairs = preferences(loaded.chat)
-    objective = DpoObjective(flat, flat.copy(), 0.1, loaded.chat.pad_id)
+    objective = DpoObjective(flat, flat.copy(), 0.1)
     loss, stats = objective.sums(loaded.base.eval(), pairs)
     loss.backward()
     assert float(loss.detach()) == pytest.approx(len(pairs) * math.log(2), rel=1e-6)
     assert stats.tolist() == [0.0, 0.0, 0.0, 0.0]
     found = flat.grad.clone()
     flat.grad.zero_()
-    sft = SftObjective(loaded.chat.pad_id)
+    sft = SftObjective()
     chosen, _ = sft.sums(loaded.base, [p.chosen for p in pairs])
     rejected, _ = sft.sums(loaded.base, [p.rejected for p in pairs])
     (0.1 / 2 * (chosen - rejected)).backward()
@@ -160,7 +162,7 @@ def test_dpo_at_its_reference_is_ln_2_with_half_the_likelihood_gradient(make_ada
 def test_dpo_counts_accuracy_and_tokens(make_adapted: Make) -> None:
     loaded, flat = make_adapted(std=0.1)
     pairs = preferences(loaded.chat)
-    objective = DpoObjective(flat, torch.zeros(flat.size), 0.1, loaded.chat.pad_id)
+    objective = DpoObjective(flat, torch.zeros(flat.size), 0.1)
     with torch.no_grad():
         margins = [float(objective.sums(loaded.base, [pair])[1][0]) for pair in pairs]
         flipped = [objective.sums(loaded.base, [Preference(p.rejected, p.chosen)])[1] for p in pairs]
@@ -173,7 +175,7 @@ def test_dpo_counts_accuracy_and_tokens(make_adapted: Make) -> None:
 
 
 def test_normalisers_are_never_zero(llama3_bytes_chat: ChatFormat) -> None:
-    sft = SftObjective(llama3_bytes_chat.pad_id)
+    sft = SftObjective()
     assert sft.normaliser([]) == 1 and sft.normaliser([ChatFormat.join([1, 2, 3], [], 9)]) == 1
 
 
@@ -184,7 +186,7 @@ def weighted(rows: list[TokenRow], weights: list[float]) -> list[TokenRow]:
 def sft(loaded: LoadedModel, flat: FlatAdapter, rows: list[TokenRow]) -> tuple[float, torch.Tensor]:
     """Loss and gradient of a batch."""
     flat.grad.zero_()
-    objective = SftObjective(loaded.chat.pad_id)
+    objective = SftObjective()
     total, _ = objective.sums(loaded.base, rows)
     loss = total / objective.normaliser(rows)
     loss.backward()
@@ -236,7 +238,7 @@ def test_a_batch_that_weighs_nothing_teaches_nothing(make_adapted: Make) -> None
 def test_a_light_batch_is_still_divided_by_its_own_weight(llama3_bytes_chat: ChatFormat) -> None:
     """Weights that add up to less than one token must not be rounded up to one."""
     row = ChatFormat.join([1, 2], [3], 9)
-    objective = SftObjective(llama3_bytes_chat.pad_id)
+    objective = SftObjective()
     assert objective.normaliser([replace(row, weight=0.1)]) == 0.1
     many = [replace(row, weight=w) for w in (0.1, 0.2, 0.3, 1.0) * 5]
     assert objective.normaliser(many) == objective.normaliser(many[::-1]) == 8.0, "in any order"

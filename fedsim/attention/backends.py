@@ -1,0 +1,301 @@
+"""Four ways to compute attention over packed rows, alike up to rounding.
+
+Shapes are ``[tokens, heads, head size]``; a key head serves ``query heads / key heads`` query heads (grouped queries).
+Attention is causal and aligned at the end: a row's last query sees all of its positions.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final, Protocol
+
+import torch
+from torch.nn import functional as F
+
+from fedsim.attention.spans import Spans
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How a layer turns products of queries and keys into scores.
+
+    Attributes:
+        scale: factor of the products.
+        window: a query sees itself and so many − 1 positions before it; None: all before it.
+        softcap: scores become ``softcap · tanh(score / softcap)`` (Gemma 2, arXiv 2408.00118 §2); None: as they are.
+    """
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+
+
+class Backend(Protocol):
+    """One way to compute attention."""
+
+    def spans(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: Spans, scores: Scores
+    ) -> torch.Tensor:
+        """Packed queries over packed keys.
+
+        Args:
+            query: ``[queries, query heads, head size]``.
+            key: ``[keys, key heads, head size]``; ``value`` as well.
+
+        Returns:
+            ``[queries, query heads, head size]``.
+        """
+        ...
+
+    def slots(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        lengths: torch.Tensor,
+        max_length: int,
+        scores: Scores,
+    ) -> torch.Tensor:
+        """One query a row over the row's slot of a KV cache, as in a step of decoding; no gradient.
+
+        Args:
+            query: ``[rows, query heads, head size]``.
+            keys: ``[rows, capacity, key heads, head size]``; ``values`` as well.
+            lengths: int32 ``[rows]``, on the device: positions of each row, the query's own included.
+            max_length: the largest of them, or more, up to the capacity.
+
+        Returns:
+            ``[rows, query heads, head size]``.
+        """
+        ...
+
+
+class Sdpa:
+    """torch's scaled_dot_product_attention; rows are padded inside attention alone."""
+
+    def spans(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: Spans, scores: Scores
+    ) -> torch.Tensor:
+        """See :class:`Backend`."""
+        assert scores.softcap is None, "softcap is refused when the model is loaded"
+        mask = spans.mask(scores.window)
+        out = F.scaled_dot_product_attention(
+            _padded(query, spans.query_places, spans.num_rows),
+            _padded(key, spans.key_places, spans.num_rows),
+            _padded(value, spans.key_places, spans.num_rows),
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scores.scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        return _packed(out, spans)
+
+    def slots(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        lengths: torch.Tensor,
+        max_length: int,
+        scores: Scores,
+    ) -> torch.Tensor:
+        """See :class:`Backend`. Query heads that share a key head are queries of one batch entry: no key is copied."""
+        assert scores.softcap is None, "softcap is refused when the model is loaded"
+        rows, heads, size = query.shape
+        out = F.scaled_dot_product_attention(
+            query.view(rows, keys.shape[2], heads // keys.shape[2], size),
+            keys[:, :max_length].transpose(1, 2),
+            values[:, :max_length].transpose(1, 2),
+            attn_mask=_slot_mask(lengths, max_length, scores.window)[:, None, None],
+            scale=scores.scale,
+        )
+        return out.reshape(rows, heads, size)
+
+
+class Eager:
+    """The definition, in fp32 or wider: softmax(scale · q kᵀ) v; the one that can cap scores on any device."""
+
+    def spans(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: Spans, scores: Scores
+    ) -> torch.Tensor:
+        """See :class:`Backend`."""
+        mask = spans.mask(scores.window)
+        if mask is None:
+            mask = torch.ones(spans.max_query, spans.max_key, dtype=torch.bool, device=query.device).tril()
+        query = _padded(query, spans.query_places, spans.num_rows)
+        key, value = (_padded(part, spans.key_places, spans.num_rows) for part in (key, value))
+        return _packed(self._attend(query, key, value, mask, scores), spans)
+
+    def slots(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        lengths: torch.Tensor,
+        max_length: int,
+        scores: Scores,
+    ) -> torch.Tensor:
+        """See :class:`Backend`."""
+        mask = _slot_mask(lengths, max_length, scores.window)[:, None, None]
+        key, value = keys[:, :max_length].transpose(1, 2), values[:, :max_length].transpose(1, 2)
+        return self._attend(query[:, :, None], key, value, mask, scores)[:, :, 0]
+
+    @staticmethod
+    def _attend(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scores: Scores
+    ) -> torch.Tensor:
+        """``[rows, heads, length, head size]`` each."""
+        shared = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(shared, dim=1), value.repeat_interleave(shared, dim=1)
+        wide = torch.promote_types(query.dtype, torch.float32)
+        products = (query @ key.transpose(2, 3)).to(wide) * scores.scale
+        if scores.softcap is not None:
+            products = scores.softcap * torch.tanh(products / scores.softcap)
+        weights = products.masked_fill(~mask, -torch.inf).softmax(dim=-1)
+        return weights.to(value.dtype) @ value
+
+
+class Varlen:
+    """torch's own variable-length kernel (FlashAttention-2 inside): bf16 and fp16 on CUDA."""
+
+    def spans(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: Spans, scores: Scores
+    ) -> torch.Tensor:
+        """See :class:`Backend`."""
+        assert scores.softcap is None, "softcap is refused when the model is loaded"
+        attend = _varlen_attn(is_grouped=query.shape[1] != key.shape[1])
+        return attend(
+            query,
+            key,
+            value,
+            spans.query_starts,
+            spans.key_starts,
+            spans.max_query,
+            spans.max_key,
+            scale=scores.scale,
+            window_size=(_left(scores.window), 0),
+        )
+
+    def slots(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        lengths: torch.Tensor,
+        max_length: int,
+        scores: Scores,
+    ) -> torch.Tensor:
+        """See :class:`Backend`."""
+        attend = _varlen_attn(is_grouped=query.shape[1] != keys.shape[2])
+        if "seqused_k" not in inspect.signature(attend).parameters:  # a torch whose kernel knows no slots
+            return BACKENDS["sdpa"].slots(query, keys, values, lengths, max_length, scores)
+        rows, capacity = keys.shape[:2]
+        starts = torch.arange(rows + 1, dtype=torch.int32, device=query.device)
+        return attend(
+            query,
+            keys.flatten(0, 1),
+            values.flatten(0, 1),
+            starts,
+            starts * capacity,
+            1,
+            max_length,
+            scale=scores.scale,
+            window_size=(_left(scores.window), 0),
+            seqused_k=lengths,
+        )
+
+
+class Flash2:
+    """The flash-attn package (FlashAttention-2, arXiv 2307.08691): bf16 and fp16 on CUDA."""
+
+    def spans(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: Spans, scores: Scores
+    ) -> torch.Tensor:
+        """See :class:`Backend`."""
+        from flash_attn import flash_attn_varlen_func
+
+        out: torch.Tensor = flash_attn_varlen_func(
+            query,
+            key,
+            value,
+            spans.query_starts,
+            spans.key_starts,
+            spans.max_query,
+            spans.max_key,
+            softmax_scale=scores.scale,
+            causal=True,
+            window_size=(_left(scores.window), -1 if scores.window is None else 0),
+            softcap=scores.softcap or 0.0,
+        )
+        return out
+
+    def slots(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        lengths: torch.Tensor,
+        max_length: int,
+        scores: Scores,
+    ) -> torch.Tensor:
+        """See :class:`Backend`."""
+        from flash_attn import flash_attn_with_kvcache
+
+        out: torch.Tensor = flash_attn_with_kvcache(
+            query[:, None],
+            keys[:, :max_length],
+            values[:, :max_length],
+            cache_seqlens=lengths,
+            softmax_scale=scores.scale,
+            causal=True,
+            window_size=(_left(scores.window), -1 if scores.window is None else 0),
+            softcap=scores.softcap or 0.0,
+        )
+        return out[:, 0]
+
+
+BACKENDS: Final[dict[str, Backend]] = {
+    "sdpa": Sdpa(),
+    "eager": Eager(),
+    "varlen": Varlen(),
+    "flash_attention_2": Flash2(),
+}
+"""By the name in model.attention."""
+
+
+def _padded(packed: torch.Tensor, places: torch.Tensor, rows: int) -> torch.Tensor:
+    """``[tokens, heads, size]`` to ``[rows, heads, length, size]``; what stands in the padding is never seen."""
+    if len(places) == len(packed):  # all rows are equally long
+        return packed.view(rows, -1, *packed.shape[1:]).transpose(1, 2)
+    return packed.index_select(0, places).view(rows, -1, *packed.shape[1:]).transpose(1, 2)
+
+
+def _packed(padded: torch.Tensor, spans: Spans) -> torch.Tensor:
+    """``[rows, heads, max_query, size]`` back to ``[queries, heads, size]``."""
+    flat = padded.transpose(1, 2).flatten(0, 1)
+    return flat if len(flat) == spans.num_queries else flat.index_select(0, spans.real_queries)
+
+
+def _slot_mask(lengths: torch.Tensor, max_length: int, window: int | None) -> torch.Tensor:
+    """bool ``[rows, max_length]``: the positions that each row's query sees."""
+    places = torch.arange(max_length, device=lengths.device)
+    seen = places < lengths[:, None]
+    return seen if window is None else seen & (places >= lengths[:, None] - window)
+
+
+def _left(window: int | None) -> int:
+    """Flash attention's left window: positions before the query; −1 is all."""
+    return -1 if window is None else window - 1
+
+
+def _varlen_attn(is_grouped: bool) -> Callable[..., torch.Tensor]:
+    """torch's kernel, told of grouped queries where this version wants to know."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    attend: Callable[..., Any] = varlen_attn
+    if is_grouped and "enable_gqa" in inspect.signature(attend).parameters:
+        return partial(attend, enable_gqa=True)
+    return attend

@@ -1,0 +1,105 @@
+"""Which attention backend a model gets: what model.attention asks for, or under ``auto`` the best that is proved."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from transformers import PretrainedConfig
+
+from fedsim.attention.forward import IMPLEMENTATIONS
+from fedsim.errors import ModelError
+from fedsim.proved import is_proved
+
+ORDER: Final = ("varlen", "flash_attention_2", "sdpa", "eager")
+"""What ``auto`` tries, best first."""
+
+CUDA_ONLY: Final = ("varlen", "flash_attention_2")
+"""Backends that ``auto`` takes only where a committed GPU row has shown them right."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A backend, and why it was taken.
+
+    Attributes:
+        name: of :data:`fedsim.attention.backends.BACKENDS`.
+        why: in words, such as "asked for".
+    """
+
+    name: str
+    why: str
+
+    @property
+    def implementation(self) -> str:
+        """Its name among transformers' attention implementations."""
+        return IMPLEMENTATIONS[self.name]
+
+
+def choose(wanted: str, config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> Choice:
+    """The backend for a model.
+
+    Args:
+        wanted: model.attention: ``auto`` or a backend's name.
+        config: the model's.
+        dtype: of its weights.
+
+    Raises:
+        ModelError: the backend that is asked for cannot be had here, with the reason and what to do.
+    """
+    if wanted != "auto":
+        if found := problem(wanted, config, dtype, device):
+            raise ModelError(f"model.attention={wanted!r}: {found}")
+        return Choice(wanted, "asked for")
+    passed_over: list[tuple[str, str]] = []
+    for name in ORDER:
+        found = problem(name, config, dtype, device)
+        if found is None and name in CUDA_ONLY and not is_proved(name):
+            found = "no committed GPU run has shown it right yet; ask for it by name"
+        if found is None:
+            return Choice(name, "auto" + "".join(f"; not {other}: {why}" for other, why in passed_over))
+        if device.type == "cuda" or name not in CUDA_ONLY:  # nobody expects CUDA's kernels on a CPU
+            passed_over.append((name, found))
+    raise AssertionError("eager attention is always there")
+
+
+def problem(name: str, config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why a backend cannot be had, with the way out; None if it can."""
+    if name in CUDA_ONLY and device.type != "cuda":
+        return f"is CUDA's alone, and this run is on {device.type}; set model.attention=auto"
+    if name in CUDA_ONLY and dtype not in (torch.bfloat16, torch.float16):
+        kind = str(dtype).removeprefix("torch.")
+        return (
+            f"computes in bfloat16 and float16, the model is {kind}; set model.dtype=bfloat16, or model.attention=sdpa"
+        )
+    softcap = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    if softcap is not None and name in ("sdpa", "varlen"):
+        return (
+            f"cannot cap scores, as the model asks for (attn_logit_softcapping={softcap}); set model.attention=eager, "
+            "or flash_attention_2 on CUDA"
+        )
+    return _PACKAGES[name]() if name in _PACKAGES else None
+
+
+def _no_flash_attn() -> str | None:
+    if importlib.util.find_spec("flash_attn") is not None:
+        return None
+    return (
+        "the flash-attn package is not installed; pip install flash-attn --no-build-isolation (built from source, for "
+        "the installed torch), or set model.attention=auto"
+    )
+
+
+def _no_varlen() -> str | None:
+    if importlib.util.find_spec("torch.nn.attention.varlen") is not None:
+        return None
+    return f"torch {torch.__version__} has no varlen_attn; install torch 2.11 or newer, or set model.attention=sdpa"
+
+
+_PACKAGES: Final[dict[str, Callable[[], str | None]]] = {
+    "flash_attention_2": _no_flash_attn,
+    "varlen": _no_varlen,
+}

@@ -1,0 +1,183 @@
+"""The one forward pass of the product: packed rows through a Hugging Face causal LM, attention by a layout.
+
+Transformers' attention modules call the function that is registered under the model's ``attn_implementation``; ours
+hands queries, keys and values to the layout that came with the call. Linear layers see no padding, masks are never
+built by the model, and no cache class of the library is in play.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Final, Protocol
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from fedsim.attention.backends import BACKENDS, Backend, Scores
+from fedsim.attention.spans import Spans
+from fedsim.errors import ModelError
+
+IMPLEMENTATIONS: Final = {
+    "sdpa": "fedsim_fused",  # transformers treats names with "sdpa" and "flash" in its own way
+    "eager": "fedsim_plain",
+    "varlen": "fedsim_varlen",
+    "flash_attention_2": "fedsim_fa2",
+}
+"""Name of each backend among transformers' attention implementations."""
+
+_READY_MASK: Final = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+"""A mask of four dimensions is passed on as it is: the model builds none, and does not look at the positions for it."""
+
+
+class Layout(Protocol):
+    """What the queries of a packed batch attend to."""
+
+    def attend(
+        self, backend: Backend, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scores: Scores
+    ) -> torch.Tensor:
+        """Attention of one layer.
+
+        Args:
+            layer: index of the layer.
+            query: ``[queries, query heads, head size]``.
+            key: ``[queries, key heads, head size]``, of the queries' own positions; ``value`` as well.
+
+        Returns:
+            ``[queries, query heads, head size]``.
+        """
+        ...
+
+
+class Rows:
+    """Each row attends to itself alone: training and scoring."""
+
+    def __init__(self, spans: Spans) -> None:
+        assert spans.is_plain
+        self.spans = spans
+
+    def attend(
+        self, backend: Backend, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scores: Scores
+    ) -> torch.Tensor:
+        """See :class:`Layout`."""
+        return backend.spans(query, key, value, self.spans, scores)
+
+
+class _Pass:
+    """One forward pass: its layout, and which layers have asked for it."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.layers: set[int] = set()
+
+
+def causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The Hugging Face model inside a PEFT wrapper (its layers keep their adapters)."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    assert isinstance(inner, PreTrainedModel)
+    return inner
+
+
+def packed_logits(
+    model: nn.Module, ids: torch.Tensor, positions: torch.Tensor, layout: Layout, keep: torch.Tensor
+) -> torch.Tensor:
+    """Logits at chosen tokens of a packed batch; the head sees no other token.
+
+    Args:
+        model: a causal LM from :mod:`fedsim.model.load`, PEFT-wrapped or not; its own soft-capping and scaling of
+            logits apply.
+        ids: int64 ``[tokens]``, on the model's device.
+        positions: int64 ``[1, tokens]``.
+        keep: int64 ``[kept]``: indices of tokens.
+
+    Returns:
+        ``[kept, vocabulary]`` in the model's dtype.
+
+    Raises:
+        ModelError: an architecture whose layers do not all go through transformers' attention interface.
+    """
+    causal = causal_lm(model)
+    passing = _Pass(layout)
+    out = causal(
+        input_ids=ids[None],
+        attention_mask=_READY_MASK,
+        position_ids=positions,
+        use_cache=False,
+        logits_to_keep=keep,
+        packed_pass=passing,
+    )
+    _check_layers(causal, passing)
+    logits: torch.Tensor = out.logits[0]
+    return logits
+
+
+def packed_hidden(model: nn.Module, ids: torch.Tensor, positions: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Last hidden states ``[tokens, width]`` of a packed batch; arguments and errors as of :func:`packed_logits`."""
+    causal = causal_lm(model)
+    passing = _Pass(layout)
+    out = causal.base_model(
+        input_ids=ids[None],
+        attention_mask=_READY_MASK,
+        position_ids=positions,
+        use_cache=False,
+        packed_pass=passing,
+    )
+    _check_layers(causal, passing)
+    hidden: torch.Tensor = out.last_hidden_state[0]
+    return hidden
+
+
+def _check_layers(causal: PreTrainedModel, passing: _Pass) -> None:
+    """A layer that mixes tokens in another way would mix rows."""
+    num_layers = int(causal.config.get_text_config().num_hidden_layers)
+    if len(passing.layers) != num_layers:
+        raise ModelError(
+            f"{type(causal).__name__}: only {len(passing.layers)} of its {num_layers} layers use transformers' "
+            "attention interface; fedsim needs a decoder whose layers all do, such as Llama, Qwen, Mistral or Gemma"
+        )
+
+
+def _attention(
+    backend: Backend,
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    packed_pass: _Pass | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """What transformers calls: ``[batch, heads, length, size]`` in, ``[batch, length, heads, size]`` out.
+
+    Without a layout each batch entry is a row of its own, whose queries are the last of its positions.
+    """
+    if s_aux is not None or dropout:
+        what = "attention sinks" if s_aux is not None else "attention_dropout in its config.json"
+        raise ModelError(f"{type(module).__name__}: has {what}, which fedsim does not compute; use another model")
+    scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
+    batch, _heads, length, _size = query.shape
+    queries, keys, values = (part.transpose(1, 2).flatten(0, 1) for part in (query, key, value))
+    if packed_pass is None:
+        spans = Spans([length] * batch, [key.shape[2]] * batch, device=query.device)
+        out = backend.spans(queries, keys, values, spans, scores)
+    else:
+        layer = int(module.layer_idx)  # type: ignore[arg-type]
+        packed_pass.layers.add(layer)
+        out = packed_pass.layout.attend(backend, layer, queries, keys, values, scores)
+    return out.view(batch, length, *out.shape[1:]), None
+
+
+def _no_mask(*_: Any, attention_mask: torch.Tensor | None = None, **__: Any) -> None:
+    """Layouts say who sees whom; of a plain call, a mask that leaves something out would be lost."""
+    assert attention_mask is None or bool(attention_mask.all()), "padded batches need a layout, not an attention mask"
+
+
+for _name, _implementation in IMPLEMENTATIONS.items():
+    AttentionInterface.register(_implementation, partial(_attention, BACKENDS[_name]))
+    AttentionMaskInterface.register(_implementation, _no_mask)

@@ -1,0 +1,1 @@
+"""Benchmarks: one file a stage, each beside its peers, with committed rows under ``results/``."""

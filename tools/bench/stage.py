@@ -1,0 +1,109 @@
+"""What a stage of the benchmark is, and what it is given."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from fedsim.model.flat_adapter import FlatAdapter
+from fedsim.model.load import LoraSettings, attach_lora
+from fedsim.record.peak import Peak, device_peak
+from tools.bench.models import ModelSize, build
+from tools.bench.rows import Correctness, Row
+
+PAPER_LORA = LoraSettings(r=32, alpha=64.0, dropout=0.0, targets=("q_proj", "v_proj"))
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Device, model and effort of a run of the benchmark.
+
+    Attributes:
+        device: where everything runs.
+        size: the model that stages build.
+        threads: torch's threads on a CPU.
+        repeats: timed calls of each piece of work, where affordable.
+        budget_s: what the timed calls of one stage may take together, roughly.
+        say: shows a line of progress.
+    """
+
+    device: torch.device
+    size: ModelSize
+    threads: int
+    repeats: int = 20
+    budget_s: float = 60.0
+    say: Callable[[str], None] = field(default=print)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the base weights: bfloat16 on CUDA, float32 on a CPU."""
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
+    @property
+    def dtype_name(self) -> str:
+        """``dtype`` as a row names it."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def cuda(self) -> bool:
+        """Whether this is a GPU."""
+        return self.device.type == "cuda"
+
+    def base(self, attention: str = "sdpa") -> PreTrainedModel:
+        """A new frozen base model, the same weights every time; peers get one of their own where they change it."""
+        return build(self.size, self.dtype, self.device, attention)
+
+    def adapted(self, lora: LoraSettings = PAPER_LORA, attention: str = "sdpa") -> tuple[PeftModel, FlatAdapter]:
+        """A new base model with LoRA in a flat adapter, at :meth:`FlatAdapter.initial` of seed 0."""
+        model = attach_lora(self.base(attention), lora)
+        adapter = FlatAdapter(model)
+        adapter.load(adapter.initial(0))
+        return model, adapter
+
+    def peak(self) -> Peak:
+        """The device's peak in the model's dtype: a data sheet's figures for known GPUs, else measured once."""
+        return device_peak(self.device, self.dtype, self.threads)
+
+
+class Stage(Protocol):
+    """One stage: correctness first, timings after."""
+
+    @property
+    def name(self) -> str:
+        """The stage's name, as its file is called."""
+        ...
+
+    @property
+    def needs_cuda(self) -> bool:
+        """Whether it has nothing to say on a CPU."""
+        ...
+
+    def check(self, bench: Bench) -> list[Correctness]:
+        """Compare with the reference, at a size that is quick; the timings are taken only if all pass."""
+        ...
+
+    def time(self, bench: Bench) -> list[Row]:
+        """Measure."""
+        ...
+
+
+def installed(library: str) -> bool:
+    """Whether a peer's library can be imported; stages leave out a peer without it."""
+    return importlib.util.find_spec(library) is not None
+
+
+@contextmanager
+def memory_given_back(bench: Bench) -> Iterator[None]:
+    """After the block, torch's cached GPU memory goes back to the device: a stage's models do not hinder the next."""
+    try:
+        yield
+    finally:
+        if bench.cuda:
+            torch.cuda.empty_cache()

@@ -1,0 +1,47 @@
+"""The table of benchmark rows: ours, peer, ratio, target, floor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fedsim.record.tables import Table
+from tools.bench.rows import Row, StageResult, Target
+
+NONE = "–"
+HEAD = ("stage", "what", "peer", "ours p50", "peer p50", "ratio", "figures", "target", "floor", "of floor")
+
+
+def table(results: Sequence[StageResult]) -> Table:
+    """One line a row."""
+    return Table(HEAD, [_line(row) for result in results for row in result.rows], num_text=3)
+
+
+def _line(row: Row) -> list[str]:
+    missing = "not installed" if row.peer is not None and row.seconds is not None else NONE
+    fraction = row.fraction_of_floor
+    return [
+        row.stage,
+        row.name,
+        row.peer or NONE,
+        NONE if row.seconds is None else seconds(row.seconds.p50),
+        missing if row.peer_seconds is None else seconds(row.peer_seconds.p50),
+        NONE if row.ratio is None else f"{row.ratio:.2f} x",
+        ", ".join(f"{name} {value:.3g}" for name, value in row.figures.items()) or NONE,
+        NONE if row.target is None else goal(row.target, row.reached),
+        NONE if row.floor_s is None else seconds(row.floor_s),
+        NONE if fraction is None else f"{100 * fraction:.0f} %",
+    ]
+
+
+def goal(target: Target, reached: bool | None) -> str:
+    """``ratio ≥ 1.8: reached``."""
+    bound = f"{target.figure} {'≤' if target.at_most else '≥'} {target.value:g}"
+    return bound if reached is None else f"{bound}: {'reached' if reached else 'MISSED'}"
+
+
+def seconds(value: float) -> str:
+    """``1.23 s``, ``45.6 ms`` or ``7.89 µs``."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value * 1e6:.3g} µs"
