@@ -38,7 +38,7 @@ def check_gradients(flat: FlatAdapter, own: dict[str, torch.Tensor], theirs: dic
     assert set(own) == set(theirs) == {slot.name for slot in flat.slots}
     for name, want in theirs.items():
         assert float(want.norm()) > 0, f"{name}: the oracle must be able to tell"
-        assert float((own[name] - want).norm() / want.norm()) < 1e-5, name
+        assert float((own[name] - want).norm() / want.norm()) < 3e-5, name
 
 
 def sft_rows(chat: ChatFormat) -> list[TokenRow]:

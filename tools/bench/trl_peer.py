@@ -63,7 +63,7 @@ def sft(
     import datasets
     import trl
 
-    class Trainer(_InOrder, trl.SFTTrainer):  # type: ignore[misc]
+    class Trainer(_InOrder, trl.SFTTrainer):
         pass
 
     datasets.disable_progress_bars()
@@ -72,7 +72,7 @@ def sft(
         "input_ids": [row.input_ids.tolist() for row in rows],
         "labels": [np.where(row.loss_mask, row.input_ids, -100).tolist() for row in rows],
     }
-    own = {"dataset_kwargs": {"skip_prepare_dataset": True}} if equal else {}
+    own: dict[str, Any] = {"dataset_kwargs": {"skip_prepare_dataset": True}} if equal else {}
     args = trl.SFTConfig(**_arguments(peer, batches, lr, folder, equal), max_length=512, **own)
     trainer = Trainer(
         model=peer.model,
@@ -98,7 +98,7 @@ def dpo(
     import datasets
     import trl
 
-    class Trainer(_InOrder, trl.DPOTrainer):  # type: ignore[misc]
+    class Trainer(_InOrder, trl.DPOTrainer):
         def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
             return dataset  # it is tokenised
 
