@@ -20,6 +20,7 @@ from fedsim.parallel.world import Lane
 from fedsim.train.loop import StepSettings, Trainer, TrainingPlan
 from fedsim.train.objectives import DpoObjective, Preference, SftObjective
 from tools.bench import plain_loop, trl_peer
+from tools.bench.gradients import against_fp32, of_trainer
 from tools.bench.lengths import END, draw, random_ids
 from tools.bench.measure import percentiles
 from tools.bench.plain_loop import PeerModel
@@ -63,11 +64,7 @@ def preferences(count: int, vocab_size: int, seed: int = 0) -> list[Preference]:
 
 
 class Ours:
-    """CAI's two stages as fedsim's aligner runs them, on rows that are tokens already.
-
-    Args:
-        micro: rows or pairs of one pass.
-    """
+    """CAI's two stages as fedsim's aligner runs them, on rows that are tokens already."""
 
     def __init__(self, bench: Bench) -> None:
         self.model, self.adapter = bench.adapted()
@@ -76,13 +73,17 @@ class Ours:
         self.lane = Lane(0, 1, Summer(None, exact=False, device=bench.device))
         self.losses: list[float] = []
 
-    def stages(self, micro: int, batches: Sequence[Sequence[Preference]]) -> list[Callable[..., object]]:
-        """The SFT and the DPO run."""
+    def trainer(self, micro: int) -> Trainer:
+        """A trainer whose passes hold ``micro`` rows or pairs."""
         base = self.model.get_base_model()
         assert isinstance(base, PreTrainedModel)
+        return Trainer(base, self.adapter, StepSettings(micro, 1.0, 0.0, 0))
+
+    def stages(self, micro: int, batches: Sequence[Sequence[Preference]]) -> list[Callable[..., object]]:
+        """The SFT and the DPO run."""
         self.adapter.load(self.start)
         self.losses = []
-        trainer = Trainer(base, self.adapter, StepSettings(micro, 1.0, 0.0, 0))
+        trainer = self.trainer(micro)
 
         def sft(mark: Callable[[], None]) -> None:
             rows = [[pair.chosen for pair in batch] for batch in batches]
@@ -98,10 +99,18 @@ class Ours:
 
 
 class Theirs:
-    """The same two stages by a peer: ``sft`` and ``dpo`` are functions of :mod:`plain_loop` or :mod:`trl_peer`."""
+    """The same two stages by a peer: ``module`` is :mod:`plain_loop` or :mod:`trl_peer`.
 
-    def __init__(self, bench: Bench, ours: Ours, module: object, **options: object) -> None:
-        self.peer = PeerModel(bench, ours.adapter)
+    Args:
+        checkpointed: gradient checkpointing; None leaves it to the module.
+        options: given to the module's functions.
+    """
+
+    def __init__(
+        self, ours: Ours, peer: PeerModel, module: object, checkpointed: bool | None = None, **options: object
+    ) -> None:
+        self.peer = peer
+        self.checkpointed = checkpointed
         self.ours = ours
         self.module = module
         self.options = options
@@ -110,6 +119,8 @@ class Theirs:
     def stages(self, batches: Sequence[Sequence[Preference]]) -> list[Callable[..., object]]:
         """The SFT and the DPO run."""
         self.peer.load(self.ours.start)
+        if self.checkpointed is not None:
+            self.peer.checkpointing(self.checkpointed)
         self.losses = []
         cai, module = self.ours.cai, self.module
 
@@ -132,14 +143,15 @@ class CaiIteration:
     needs_cuda = False
 
     def check(self, bench: Bench) -> list[Correctness]:
-        """Same pairs, same start: the losses of both stages, and how the adapter moved."""
+        """Same pairs, same start: the losses of both stages, and how the adapter moved; in bf16 DPO's gradient."""
+        if bench.dtype != torch.float32:
+            return [_gradient_check(bench)]
         batches = _batches(bench, 0)[:2]
         ours = Ours(bench)
         for run in ours.stages(LocalConfig().micro_batch_size, batches):
             run(_nothing)
         mine = torch.tensor(ours.losses, dtype=torch.float64)
         moved = ours.adapter.copy() - ours.start
-        limit = LIMIT if bench.dtype == torch.float32 else 2e-2
         found = []
         with tempfile.TemporaryDirectory() as folder:
             for what, theirs in rivals(bench, ours, folder).items():
@@ -151,12 +163,12 @@ class CaiIteration:
                     Correctness(
                         f"losses of 2 SFT and 2 DPO steps, largest difference relative to {what}",
                         float(((mine - other).abs() / other.abs()).max()),
-                        limit,
+                        LIMIT,
                     ),
                     Correctness(
                         f"change of the adapter, ‖ours − theirs‖ / ‖theirs‖ of {what}",
                         float((moved - change).norm() / change.norm()),
-                        10 * limit,
+                        LIMIT,
                     ),
                 ]
         return found
@@ -188,12 +200,35 @@ class CaiIteration:
         return [replace(row, floor_s=floor_s, floor=words) for row in rows]
 
 
+def _gradient_check(bench: Bench) -> Correctness:
+    """DPO's gradient of eight pairs, the policy a little away from the reference."""
+    ours = Ours(bench)
+    pairs, beta = _batches(bench, 0)[0][:8], ours.cai.beta
+    policy = ours.start + 0.01 * torch.randn(ours.adapter.size, generator=torch.Generator().manual_seed(0)).to(
+        ours.start.device
+    )
+    ours.adapter.load(policy)
+    trainer = ours.trainer(LocalConfig().micro_batch_size)
+    mine = of_trainer(trainer, pairs, DpoObjective(ours.adapter, ours.start, beta), ours.lane)
+
+    def loss(peer: PeerModel) -> torch.Tensor:
+        reference = [ours.start[slot.start : slot.stop].view(slot.shape) for slot in peer.slots]
+        return plain_loop.dpo_loss(peer, pairs, reference, beta)
+
+    make = partial(PeerModel, bench, ours.adapter)
+    return against_fp32(bench, make, policy, mine, loss, f"a DPO batch of {len(pairs)} pairs")
+
+
 def rivals(bench: Bench, ours: Ours, folder: str) -> dict[str, Theirs]:
     """The peers that can be had here."""
-    found = {"plain Hugging Face loop": Theirs(bench, ours, plain_loop)}
-    if installed("trl"):
-        for equal, how in ((True, trl_peer.EQUAL), (False, "their defaults")):
-            found[f"TRL SFTTrainer and DPOTrainer, {how}"] = Theirs(bench, ours, trl_peer, folder=folder, equal=equal)
+    plain = PeerModel(bench, ours.adapter)
+    found = {"plain Hugging Face loop": Theirs(ours, plain, plain_loop, checkpointed=False)}
+    if not installed("trl"):
+        found["plain Hugging Face loop, gradient checkpointing"] = Theirs(ours, plain, plain_loop, checkpointed=True)
+        return found
+    for equal, how in ((True, trl_peer.EQUAL), (False, "their defaults")):
+        peer = PeerModel(bench, ours.adapter)
+        found[f"TRL SFTTrainer and DPOTrainer, {how}"] = Theirs(ours, peer, trl_peer, folder=folder, equal=equal)
     return found
 
 
@@ -219,13 +254,18 @@ def floor(bench: Bench, ours: Ours, batches: Sequence[Sequence[Preference]]) -> 
 def _in_turns(bench: Bench, runs: Mapping[str, Stages]) -> tuple[dict[str, IterationTimes], int]:
     """Each competitor's round once, then again; an iteration is the i-th SFT and the i-th DPO step together."""
     found = {name: IterationTimes([], []) for name in runs}
-    names = list(runs)
     spent, turns = 0.0, 0
     while turns < -(-bench.repeats // (ITERATIONS - 1)) and (turns == 0 or spent < bench.budget_s):
         batches = _batches(bench, turns)
+        names = list(found)
         start = turns % len(names)
         for name in names[start:] + names[:start]:
-            sft, dpo = (time_steps(run, bench.device) for run in runs[name](batches))
+            try:
+                sft, dpo = (time_steps(run, bench.device) for run in runs[name](batches))
+            except torch.cuda.OutOfMemoryError:
+                bench.say(f"  {name}: out of GPU memory")
+                found.pop(name, None)
+                continue
             found[name] += _joined(sft, dpo)
             spent += sum(sum(part.steps) + sum(part.setups) for part in (sft, dpo)) * ITERATIONS / (ITERATIONS - 1)
         turns += 1

@@ -65,7 +65,7 @@ def sft(
     peer: PeerModel, batches: Sequence[Sequence[TokenRow]], lr: float, mark: Callable[[], None]
 ) -> list[torch.Tensor]:
     """One AdamW step a batch on the model's own loss, clipped to norm 1; the losses, still on the device."""
-    return _train(peer, batches, lr, mark, lambda rows: peer.model(**padded(rows, peer.device), use_cache=False).loss)
+    return _train(peer, batches, lr, mark, lambda rows: sft_loss(peer, rows))
 
 
 def dpo(
@@ -74,17 +74,27 @@ def dpo(
     """As :func:`sft`, with DPO's sigmoid loss; the reference is a copy of the adapter as it stands at the start."""
     reference = [p.data.clone() for p in peer.trainable()]
 
-    def loss(pairs: Sequence[Preference]) -> torch.Tensor:
-        batch = padded([p.chosen for p in pairs] + [p.rejected for p in pairs], peer.device)
-        current = [p.data for p in peer.trainable()]
-        with torch.no_grad():
-            _point(peer, reference)
-            before = _row_logprobs(peer.model, batch)
-            _point(peer, current)
-        chosen, rejected = (beta * (_row_logprobs(peer.model, batch) - before)).chunk(2)
-        return -F.logsigmoid(chosen - rejected).mean()
+    return _train(peer, batches, lr, mark, lambda pairs: dpo_loss(peer, pairs, reference, beta))
 
-    return _train(peer, batches, lr, mark, loss)
+
+def sft_loss(peer: PeerModel, rows: Sequence[TokenRow]) -> torch.Tensor:
+    """The model's own loss: mean over the batch's target tokens."""
+    loss: torch.Tensor = peer.model(**padded(rows, peer.device), use_cache=False).loss
+    return loss
+
+
+def dpo_loss(
+    peer: PeerModel, pairs: Sequence[Preference], reference: Sequence[torch.Tensor], beta: float
+) -> torch.Tensor:
+    """DPO's sigmoid loss, mean over the pairs."""
+    batch = padded([p.chosen for p in pairs] + [p.rejected for p in pairs], peer.device)
+    current = [p.data for p in peer.trainable()]
+    with torch.no_grad():
+        _point(peer, reference)
+        before = _row_logprobs(peer.model, batch)
+        _point(peer, current)
+    chosen, rejected = (beta * (_row_logprobs(peer.model, batch) - before)).chunk(2)
+    return -F.logsigmoid(chosen - rejected).mean()
 
 
 def _train(

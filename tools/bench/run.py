@@ -38,6 +38,7 @@ STAGES: tuple[str, ...] = (
     "wide_lane",
     "cai_iteration",
 )
+WRITTEN = ("tools/bench/results", "kernels/proved.json", "README.md")  # by this tool, not what it measures
 PACKAGES = ("torch", "transformers", "peft", "trl", "triton", "numpy")
 
 
@@ -55,7 +56,7 @@ def slug(name: str) -> str:
 
 def facts_of(bench: Bench) -> dict[str, Any]:
     """Where and with what the figures are measured."""
-    there, git = hardware(), git_state(ROOT)
+    there, git = hardware(), git_state(ROOT, WRITTEN)
     peak = bench.peak()
     return {
         "device": torch.cuda.get_device_name(bench.device) if bench.cuda else there["cpu"],

@@ -69,15 +69,18 @@ def runs_in_turns(
 ) -> dict[str, StepTimes]:
     """Each run once, then each again, beginning with another one each time; a run is given its turn and the mark.
 
-    No further turn begins once all have taken ``budget_s`` together.
+    No further turn begins once all have taken ``budget_s`` together. A run that finds no room on the GPU is left out.
     """
     began = time.perf_counter()
-    names = list(runs)
-    found = {name: StepTimes([], []) for name in names}
+    found = {name: StepTimes([], []) for name in runs}
     for turn in range(turns):
         if turn and time.perf_counter() - began > budget_s:
             break
+        names = list(found)
         start = turn % len(names)
         for name in names[start:] + names[:start]:
-            found[name] += time_steps(partial(runs[name], turn), device)
+            try:
+                found[name] += time_steps(partial(runs[name], turn), device)
+            except torch.cuda.OutOfMemoryError:
+                del found[name]
     return found

@@ -14,12 +14,12 @@ import torch
 from transformers import PreTrainedModel
 
 from fedsim.data.chat import TokenRow
-from fedsim.federation.algorithms import Correction
 from fedsim.parallel.planner import Plan, plan_round
 from fedsim.parallel.sums import Summer
 from fedsim.parallel.world import Lane
 from fedsim.train.loop import StepSettings, Trainer, TrainingPlan
 from fedsim.train.objectives import SftObjective
+from tools.bench.gradients import of_trainer
 from tools.bench.lengths import training_rows
 from tools.bench.measure import percentiles
 from tools.bench.rows import Correctness, Row, Target
@@ -129,11 +129,7 @@ class _Lane:
     def gradient(self, batch: Sequence[TokenRow], index: int, size: int) -> torch.Tensor:
         """The member's gradient of a batch, before clipping."""
         self.adapter.load(self.start)
-        seen = _Seen()
-        plan = TrainingPlan([batch], lambda step: 0.0, ("wide",), correction=seen)
-        self.trainer.run(plan, SftObjective(), self._lane(index, size))
-        assert seen.gradient is not None
-        return seen.gradient
+        return of_trainer(self.trainer, batch, SftObjective(), self._lane(index, size))
 
     def tokens_of_clients(self) -> list[int]:
         """Tokens of a round's steps, by client."""
@@ -141,17 +137,6 @@ class _Lane:
 
     def _lane(self, index: int, size: int) -> Lane:
         return Lane(index, size, Summer(None, exact=False, device=self.device))
-
-
-class _Seen(Correction):
-    """Keeps the gradient that the loss gave."""
-
-    def __init__(self) -> None:
-        self.gradient: torch.Tensor | None = None
-
-    def on_loss_gradient(self, grad: torch.Tensor, values: torch.Tensor) -> None:
-        """Copy it."""
-        self.gradient = grad.clone()
 
 
 def projected(tokens: Sequence[int], share: float) -> Plan:
