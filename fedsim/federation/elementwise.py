@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-PIECE = 1 << 16  # numbers that one CPU thread works on at a time: a few fp64 pieces stay in its L2 cache
+PIECE = 1 << 15  # numbers that one CPU thread works on at a time: their fp64 pieces stay in its L2 cache
 CUDA_PIECE = 1 << 22
 
 
