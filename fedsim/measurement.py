@@ -15,6 +15,7 @@ from fedsim.evaluate.judge import MtJudge
 from fedsim.evaluate.measures import Metrics
 from fedsim.evaluate.stage import write_texts
 from fedsim.evaluate.suite import Evaluation, Suite, evaluate, judge_metrics
+from fedsim.evaluate.tokens import tokenise
 from fedsim.generate.engine import Engine
 from fedsim.meter import Meter
 from fedsim.parallel.world import World
@@ -63,6 +64,7 @@ class Measurement:
             self.judge = MtJudge(config, world.ranks, world.device)
         self.suite = suite
         self.shared = shared
+        self._tokenised = False
 
     def is_due(self, round_idx: int) -> bool:
         """Whether the configuration asks for a measurement in this round; in the last one always."""
@@ -89,6 +91,9 @@ class Measurement:
 
     def _evaluate(self, point: str) -> Evaluation:
         def compute() -> Evaluation:
+            if not self._tokenised:
+                tokenise(self.federation.engine, self.suite)
+                self._tokenised = True
             return evaluate(self.federation.engine, self.suite, ("eval",))
 
         return compute() if self.shared is None or point != UNTOUCHED else self.shared(self.suite, compute)

@@ -180,6 +180,10 @@ class ChatFormat:
 
         return self.remember(("prompt", as_key(conversation)), compute)
 
+    def keep_prompt(self, conversation: Sequence[Message], prompt: Prompt) -> None:
+        """Let :meth:`prompt` give ``prompt``, which another rank has computed."""
+        self.remember(("prompt", as_key(conversation)), lambda: prompt)
+
     def prompt_ids(self, conversation: Sequence[Message]) -> list[int]:
         """Token ids that the model continues: the conversation and the assistant header."""
         return list(self.prompt(conversation).ids)

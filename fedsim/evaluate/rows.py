@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import TypeVar
 
 from fedsim import keys
@@ -63,7 +63,18 @@ def reply_row(chat: ChatFormat, conversation: Sequence[Message], reply: str, max
     def compute() -> TokenRow:
         return scored_row(chat.prompt(conversation).ids, reply_ids(chat, conversation, reply), max_context)
 
-    return chat.remember(("reply row", as_key(conversation), reply, max_context), compute)
+    return chat.remember(_row_key(conversation, reply, max_context), compute)
+
+
+def keep_reply_row(
+    chat: ChatFormat, conversation: Sequence[Message], reply: str, max_context: int, row: TokenRow
+) -> None:
+    """Let :func:`reply_row` give ``row``, which another rank has computed."""
+    chat.remember(_row_key(conversation, reply, max_context), lambda: row)
+
+
+def _row_key(conversation: Sequence[Message], reply: str, max_context: int) -> Hashable:
+    return "reply row", as_key(conversation), reply, max_context
 
 
 def scored_row(prompt_ids: Sequence[int], target_ids: Sequence[int], max_context: int) -> TokenRow:

@@ -38,6 +38,7 @@ STAGES: tuple[str, ...] = (
     "wide_lane",
     "cai_iteration",
     "aggregation",
+    "engine",
 )
 WRITTEN = ("tools/bench/results", "kernels/proved.json", "README.md")  # by this tool, not what it measures
 PACKAGES = ("torch", "transformers", "peft", "trl", "triton", "numpy")
