@@ -20,7 +20,7 @@ from fedsim.data.benchmarks import LETTERS, HhhItem
 from fedsim.data.chat import Conversation, user_turn
 from fedsim.errors import ConfigError
 from fedsim.evaluate.intervals import Rate
-from fedsim.evaluate.rows import reply_ids, scored_row, subset
+from fedsim.evaluate.rows import reply_row, subset
 from fedsim.generate.engine import Engine, RowScore, Sampling
 
 SCORERS: Final = ("letter", "generate", "likelihood")
@@ -153,9 +153,10 @@ def _score_pairs(
     engine: Engine, asked: Sequence[tuple[Conversation, tuple[str, str]]]
 ) -> tuple[list[tuple[RowScore, RowScore]], int]:
     """Scores of two replies to each conversation, and how many rows were cut to the context."""
-    chat, rows = engine.chat, []
-    for conversation, replies in asked:
-        prompt = chat.prompt_ids(conversation)
-        rows += [scored_row(prompt, reply_ids(chat, conversation, r), engine.max_context) for r in replies]
+    rows = [
+        reply_row(engine.chat, conversation, reply, engine.max_context)
+        for conversation, replies in asked
+        for reply in replies
+    ]
     scores = engine.score(rows)
     return list(zip(scores[::2], scores[1::2], strict=True)), sum(row.truncated for row in rows)

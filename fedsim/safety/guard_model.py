@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import torch
 
-from fedsim import keys
+from fedsim import attention, keys
 from fedsim.artefacts import ArtefactStore
 from fedsim.config import Config, GuardConfig
 from fedsim.data import batch, chat, markers, square
@@ -33,8 +33,8 @@ from fedsim.train.loop import StepSettings, Trainer, TrainingPlan
 from fedsim.train.objectives import SftObjective
 
 CODE: Final = (
-    *(batch, chat, markers, square, prefix, flat_adapter, logprobs, sums, loop, objectives, keys, fixed_point),
-    *(guard, guard_format, guard_prompt, guard_tuning, load, zero, zero_config, sys.modules[__name__]),
+    *(attention, batch, chat, markers, square, prefix, flat_adapter, logprobs, sums, loop, objectives, keys),
+    *(fixed_point, guard, guard_format, guard_prompt, guard_tuning, load, zero, zero_config, sys.modules[__name__]),
 )
 """Modules that decide what a guard says about a row."""
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from fedsim import keys
 from fedsim.errors import RunError
 from fedsim.federation.algorithms import Correction
+from fedsim.federation.elementwise import all_finite
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.ranks import Lane, Term
 from fedsim.train.objectives import Objective
@@ -124,7 +125,7 @@ class Trainer:
                 on_step(step + 1, len(plan.batches))
         self.model.train(was_training)
         table = torch.stack(rows).cpu()
-        if not torch.isfinite(table).all() or not torch.isfinite(self.adapter.values).all():
+        if not torch.isfinite(table).all() or not all_finite(self.adapter.values):
             bad = next((i for i, row in enumerate(table) if not torch.isfinite(row).all()), len(rows) - 1)
             raise RunError(
                 f"{plan.what}: the loss or gradient became NaN or infinite in step {bad + 1} of {len(rows)}; "
@@ -158,16 +159,25 @@ class Trainer:
     def _backward(
         self, step: int, batch: Sequence[Item], plan: TrainingPlan[Item], objective: Objective[Item], lane: Lane
     ) -> tuple[list[Term], list[Term], int]:
-        """Gradient and statistics of this member's micro-batches, one term each, and how many the batch has."""
+        """Gradient and statistics of this member's micro-batches, and how many the batch has.
+
+        Exact sums need one gradient per micro-batch; for fast ones autograd adds them up. The last is ``adapter.grad``.
+        """
         micro = self._micro_batches(batch, objective)
         normaliser = objective.normaliser(batch)
+        grad = self.adapter.grad
+        own = range(lane.index, len(micro), lane.size)
         gradients, stats = [], []
-        for index in range(lane.index, len(micro), lane.size):
+        for index in own:
             torch.manual_seed(keys.derive(self.settings.seed, "dropout", *plan.key, step, index))
-            self.adapter.grad.zero_()
+            if lane.summer.exact or index == own[0]:
+                grad.zero_()
             loss, sums = objective.sums(self.model, micro[index])
             (loss / normaliser).backward()
-            gradients.append(Term(self.adapter.grad.clone()))
+            if index == own[-1]:
+                gradients.append(Term(grad))
+            elif lane.summer.exact:
+                gradients.append(Term(grad.clone()))
             means = torch.cat([loss.detach().double()[None] / normaliser, sums.double() / normaliser])
             stats.append(Term(means))
         return gradients, stats, max(1, len(micro))

@@ -37,6 +37,7 @@ STAGES: tuple[str, ...] = (
     "local_step",
     "wide_lane",
     "cai_iteration",
+    "aggregation",
 )
 WRITTEN = ("tools/bench/results", "kernels/proved.json", "README.md")  # by this tool, not what it measures
 PACKAGES = ("torch", "transformers", "peft", "trl", "triton", "numpy")
