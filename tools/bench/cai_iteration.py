@@ -29,7 +29,7 @@ from tools.bench.stage import PAPER_LORA, Bench, installed
 from tools.bench.stepwise import StepTimes, time_steps
 
 PROMPT, RESPONSE, REVISION = 110, 60, 90  # mean tokens
-ITERATIONS = 3  # of one run: competitors take turns
+ITERATIONS = 4  # of one run: competitors take turns
 LIMIT = 1e-4
 BATCH = 16
 
@@ -178,12 +178,9 @@ class CaiIteration:
         ours = Ours(bench)
         default = LocalConfig().micro_batch_size
         with tempfile.TemporaryDirectory() as folder:
-            own: dict[str, Stages] = {
-                f"fedsim, micro-batches of {default} (default)": partial(ours.stages, default),
-                f"fedsim, one pass of {BATCH} rows or pairs": partial(ours.stages, BATCH),
-            }
+            mine = f"fedsim, micro-batches of {default} (default)"
             peers: dict[str, Stages] = {name: theirs.stages for name, theirs in rivals(bench, ours, folder).items()}
-            times, turns = _in_turns(bench, own | peers)
+            times, turns = _in_turns(bench, {mine: partial(ours.stages, default), **peers})
         pairs = [batch for turn in range(turns) for batch in _batches(bench, turn)]
         floor_s, words = floor(bench, ours, pairs)
         flat = [pair for batch in pairs for pair in batch]
@@ -196,7 +193,7 @@ class CaiIteration:
             "model": bench.size.name,
         }
         names = [*peers] if installed("trl") else [*peers, f"TRL SFTTrainer and DPOTrainer, {trl_peer.EQUAL}"]
-        rows = [_row(bench, mine, times[mine], name, times.get(name), shapes) for mine in own for name in names]
+        rows = [_row(bench, mine, times[mine], name, times.get(name), shapes) for name in names]
         return [replace(row, floor_s=floor_s, floor=words) for row in rows]
 
 
