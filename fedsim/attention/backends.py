@@ -74,7 +74,7 @@ class Backend(Protocol):
 
 
 class Sdpa:
-    """torch's scaled_dot_product_attention; rows are padded inside attention alone."""
+    """torch's scaled_dot_product_attention: row by row on a CPU, else in one call with rows padded for it alone."""
 
     def spans(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: Spans, scores: Scores
@@ -82,6 +82,8 @@ class Sdpa:
         """See :class:`Backend`."""
         assert scores.softcap is None, "softcap is refused when the model is loaded"
         mask = spans.mask(scores.window)
+        if mask is None and query.device.type == "cpu":
+            return self._row_by_row(query, key, value, spans, scores)
         out = F.scaled_dot_product_attention(
             _padded(query, spans.query_places, spans.num_rows),
             _padded(key, spans.key_places, spans.num_rows),
@@ -92,6 +94,23 @@ class Sdpa:
             enable_gqa=query.shape[1] != key.shape[1],
         )
         return _packed(out, spans)
+
+    @staticmethod
+    def _row_by_row(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: Spans, scores: Scores
+    ) -> torch.Tensor:
+        """Views of each row, causal; no padding is computed."""
+        rows = zip(*(part.split(spans.query_lengths) for part in (query, key, value)), strict=True)
+        outs = [
+            F.scaled_dot_product_attention(
+                *(part.transpose(0, 1)[None] for part in row),
+                is_causal=True,
+                scale=scores.scale,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )[0].transpose(0, 1)
+            for row in rows
+        ]
+        return torch.cat(outs)
 
     def slots(
         self,

@@ -28,12 +28,12 @@ from fedsim.ranks import Lane, Ranks
 from fedsim.safety import guard, guard_format, guard_prompt, guard_tuning
 from fedsim.safety.guard import LlamaGuard
 from fedsim.safety.guard_tuning import verdict_rows
-from fedsim.train import loop, objectives
+from fedsim.train import dropout, loop, objectives
 from fedsim.train.loop import StepSettings, Trainer, TrainingPlan
 from fedsim.train.objectives import SftObjective
 
 CODE: Final = (
-    *(attention, batch, chat, markers, square, prefix, flat_adapter, logprobs, sums, loop, objectives, keys),
+    *(attention, batch, chat, markers, square, prefix, flat_adapter, logprobs, sums, loop, objectives, keys, dropout),
     *(fixed_point, guard, guard_format, guard_prompt, guard_tuning, load, zero, zero_config, sys.modules[__name__]),
 )
 """Modules that decide what a guard says about a row."""
@@ -151,6 +151,7 @@ class GuardModel:
                 lambda t: settings.tune_lr * (1 - t / len(batches)),
                 ("guard_tuning",),
                 what="guard fine-tuning",
+                longest=settings.max_length,
             )
             self._trainer(model, adapter, steps).run(
                 plan,
