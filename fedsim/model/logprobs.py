@@ -20,7 +20,8 @@ def target_logprobs(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         batch: on the model's device.
 
     Returns:
-        fp32 (fp64 of a model in fp64) ``[targets]``, in the batch's order. Empty, with a zero gradient, where every reply was cut off.
+        fp32 (fp64 of a model in fp64) ``[targets]``, in the batch's order. Empty, with a zero gradient, where every
+        reply was cut off.
     """
     spans = batch.spans
     logits = packed_logits(model, batch.input_ids, spans.positions, Rows(spans), batch.before_target)
