@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from fedsim.errors import DataError
 from fedsim.evaluate.judge_inputs import judge_files
 from fedsim.evaluate.stage import load_suite
 from fedsim.evaluate.suite import Suite
-from fedsim.model.load import model_digest
+from fedsim.model.load import chosen_attention, model_digest
+from fedsim.model.shape import ModelShape
 from fedsim.parallel.world import World
 from fedsim.preflight import models_in_use
 from fedsim.record.manifest import versions, write_manifest
@@ -99,8 +101,11 @@ class Preparation:
             files["constitution"] = constitution_file(self.config.cai.constitution)
         return Inputs(data, suite, files)
 
-    def write_manifest(self, inputs: Inputs) -> None:
+    def write_manifest(self, inputs: Inputs, shapes: Mapping[str, ModelShape]) -> None:
         """Write down what the run's figures depend on.
+
+        Args:
+            shapes: of the models in use, by role.
 
         Raises:
             CheckpointError: a resumed run's files or models are no longer those that it began with.
@@ -109,7 +114,10 @@ class Preparation:
 
         def write() -> None:
             hashes = {name: model_digest(path) for name, path in models_in_use(self.config).items()}
-            write_manifest(self.record.folder, to_nested(self.config), inputs.files, hashes, self.world.size)
+            attention = {role: shape.attention.name for role, shape in shapes.items()}
+            write_manifest(
+                self.record.folder, to_nested(self.config), inputs.files, hashes, attention, num_ranks=self.world.size
+            )
 
         self.ranks.once(write)
 
@@ -161,11 +169,14 @@ class Preparation:
         if cai.iterations == 0:
             return None
         federation.flat.load(federation.flat.initial(self.config.seed))
+        attention = chosen_attention(
+            model.path, dtype=model.dtype, attention=model.attention, device=self.world.device, key="model.path"
+        )
         facts = self.facts | {
             "model": self.ranks.once(lambda: model_digest(model.path)),
             "data": data.source_sha256,
             "dtype": model.dtype,
-            "attention": model.attention,
+            "attention": attention.name,
         }
         with self.record.phase("CAI conversations", "cai_generate", "batches") as phase:
             federation.engine.on_progress = phase.step

@@ -31,7 +31,7 @@ from tools.bench.stage import Bench, Stage, memory_given_back  # noqa: E402
 from tools.bench.table import table  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
-STAGES: tuple[str, ...] = ("attention",)
+STAGES: tuple[str, ...] = ("attention", "guard")
 PACKAGES = ("torch", "transformers", "peft", "trl", "triton", "numpy")
 
 
