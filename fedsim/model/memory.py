@@ -48,7 +48,7 @@ def training_need(
 def generation_need(
     shape: ModelShape, stage: str, key: str, *, num_rows: int, num_tokens: int, beside: int = 0
 ) -> Need:
-    """Memory of decoding or prefix scoring: weights, keys and values of every token, and one row of logits a row.
+    """Memory of decoding: weights, keys and values of every token, and one row of logits a row.
 
     Args:
         num_rows: of a unit.
@@ -59,6 +59,25 @@ def generation_need(
     prefill = num_rows * num_tokens * (2 * shape.hidden_size + 3 * shape.intermediate_size) * shape.dtype.itemsize
     logits = 3 * 8 * num_rows * shape.vocab_size  # sampling works in fp64: logits, softmax, cumulative sum
     return Need(stage, beside + shape.weight_bytes + cache + prefill + logits, key)
+
+
+def scoring_need(
+    shape: ModelShape, stage: str, key: str, *, num_tokens: int, head_tokens: int, tail_tokens: int, beside: int = 0
+) -> Need:
+    """Memory of scoring packed tails behind a common head, whose keys and values are kept in every layer.
+
+    Attention copies the head before each tail, once packed and once padded, of one layer at a time.
+
+    Args:
+        num_tokens: of all tails of a unit.
+        head_tokens: of the head, at most.
+        tail_tokens: of a tail, at least.
+        beside: bytes of vectors, and of other models that are in memory at the time.
+    """
+    kept = head_tokens * shape.num_layers * shape.kv_size
+    copies = 2 * (num_tokens + -(-num_tokens // tail_tokens) * head_tokens) * shape.kv_size
+    layer = num_tokens * (4 * shape.hidden_size + 3 * shape.intermediate_size)
+    return Need(stage, beside + shape.weight_bytes + (kept + copies + layer) * shape.dtype.itemsize, key)
 
 
 def free_memory(device: torch.device, num_ranks: int) -> int:

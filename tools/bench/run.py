@@ -36,6 +36,7 @@ STAGES: tuple[str, ...] = (
     "attention",
     "local_step",
     "wide_lane",
+    "guard",
     "cai_iteration",
     "aggregation",
     "engine",
