@@ -9,18 +9,22 @@ from typing import Any, Literal, cast
 
 from fedsim import keys
 from fedsim.artefacts import ArtefactStore, file_digest
+from fedsim.attention import backends, forward, spans
 from fedsim.config import Config
 from fedsim.data import chat, markers, square
 from fedsim.data.square import SquareRow
 from fedsim.errors import ConfigError
-from fedsim.generate import decode, engine
+from fedsim.generate import decode, engine, pick, slots, state
 from fedsim.generate.engine import Engine, Sampling
 from fedsim.model import load
 from fedsim.safety import cai_data, constitution
 from fedsim.safety.cai_data import CaiRow, generate_conversations, load_conversations, save_conversations
 
 CONSTITUTIONS = Path(__file__).parents[1] / "configs" / "constitution"
-_CODE = [chat, markers, square, decode, engine, cai_data, constitution, keys, load, sys.modules[__name__]]
+_CODE = [
+    *(chat, markers, square, backends, forward, spans, decode, engine, pick, slots, state, cai_data, constitution),
+    *(keys, load, sys.modules[__name__]),
+]
 
 
 def cai_conversations(
