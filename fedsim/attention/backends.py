@@ -123,6 +123,12 @@ class Sdpa:
         """See :class:`Backend`. Query heads that share a key head are queries of one batch entry: no key is copied."""
         assert scores.softcap is None, "softcap is refused when the model is loaded"
         rows, heads, size = query.shape
+        if query.device.type == "cpu":  # the fused kernel is made for many queries
+            mask = _slot_mask(lengths, max_length, scores.window)[:, None, None]
+            grouped = query.view(rows, keys.shape[2], heads // keys.shape[2], size)
+            hidden = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
+            products = (grouped * scores.scale) @ keys[:, :max_length].permute(0, 2, 3, 1) + hidden
+            return (products.softmax(dim=-1) @ values[:, :max_length].transpose(1, 2)).view(rows, heads, size)
         out = F.scaled_dot_product_attention(
             query.view(rows, keys.shape[2], heads // keys.shape[2], size),
             keys[:, :max_length].transpose(1, 2),
