@@ -7,14 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from fedsim import keys
+from fedsim import attention, keys
 from fedsim.artefacts import ArtefactStore, file_digest
-from fedsim.attention import backends, forward, spans
 from fedsim.config import Config
 from fedsim.data import chat, markers, square
 from fedsim.data.square import SquareRow
 from fedsim.errors import ConfigError
-from fedsim.generate import decode, engine, pick, slots, state
+from fedsim.generate import decode, engine, graph, pick, slots, state
 from fedsim.generate.engine import Engine, Sampling
 from fedsim.model import load
 from fedsim.safety import cai_data, constitution
@@ -22,8 +21,8 @@ from fedsim.safety.cai_data import CaiRow, generate_conversations, load_conversa
 
 CONSTITUTIONS = Path(__file__).parents[1] / "configs" / "constitution"
 _CODE = [
-    *(chat, markers, square, backends, forward, spans, decode, engine, pick, slots, state, cai_data, constitution),
-    *(keys, load, sys.modules[__name__]),
+    *(attention, cai_data, chat, constitution, decode, engine, graph, keys, load, markers, pick, slots, square, state),
+    sys.modules[__name__],
 ]
 
 
