@@ -37,6 +37,7 @@ STAGES: tuple[str, ...] = (
     "local_step",
     "wide_lane",
     "guard",
+    "generation",
     "cai_iteration",
     "aggregation",
     "engine",
