@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from fedsim.evaluate.shared import shared_evaluation
 from fedsim.evaluate.stage import BENCHMARKS, load_suite
 from fedsim.evaluate.suite import Evaluation, Suite
 from fedsim.measurement import Shared
-from fedsim.model.load import model_digest
+from fedsim.model.load import chosen_attention, model_digest
+from fedsim.model.shape import ModelShape
 from fedsim.parallel.world import World
 from fedsim.preflight import models_in_use
 from fedsim.record.manifest import versions, write_manifest
@@ -102,8 +103,11 @@ class Preparation:
             files["constitution"] = constitution_file(self.config.cai.constitution)
         return Inputs(data, suite, files)
 
-    def write_manifest(self, inputs: Inputs) -> None:
+    def write_manifest(self, inputs: Inputs, shapes: Mapping[str, ModelShape]) -> None:
         """Write down what the run's figures depend on.
+
+        Args:
+            shapes: of the models in use, by role.
 
         Raises:
             CheckpointError: a resumed run's files or models are no longer those that it began with.
@@ -112,7 +116,10 @@ class Preparation:
 
         def write() -> None:
             hashes = {name: model_digest(path) for name, path in models_in_use(self.config).items()}
-            write_manifest(self.record.folder, to_nested(self.config), inputs.files, hashes, self.world.size)
+            attention = {role: shape.attention.name for role, shape in shapes.items()}
+            write_manifest(
+                self.record.folder, to_nested(self.config), inputs.files, hashes, attention, num_ranks=self.world.size
+            )
 
         self.ranks.once(write)
 
@@ -179,7 +186,10 @@ class Preparation:
         """What names the model in artefacts."""
         model = self.config.model
         digest = self.ranks.once(lambda: model_digest(model.path))
-        return {"model": digest, "dtype": model.dtype, "attention": model.attention}
+        attention = chosen_attention(
+            model.path, dtype=model.dtype, attention=model.attention, device=self.world.device, key="model.path"
+        )
+        return {"model": digest, "dtype": model.dtype, "attention": attention.name}
 
     def aligner(self, data: PreparedData, federation: Federation, *, new: bool) -> Aligner | None:
         """The pretrained model writes the CAI conversations (once, shared by runs); None if CAI is off.

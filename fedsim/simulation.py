@@ -88,7 +88,7 @@ class Simulation:
         for warning in found.warnings():
             record.say(f"warning: {warning}")
         inputs = prepare.read()
-        prepare.write_manifest(inputs)
+        prepare.write_manifest(inputs, found.shapes)
         guarded = prepare.filter(inputs.data)
         federation = self._assemble(guarded.filtered)
         suite = replace(inputs.suite, guard=guarded.judge)

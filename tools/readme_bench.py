@@ -19,7 +19,7 @@ RESULTS = ROOT / "tools" / "bench" / "results"
 def markdown(results: Path = RESULTS) -> str:
     """A table for every device, of the rows that have a target, and where and with what they were measured."""
     parts = []
-    for folder in sorted(path for path in results.iterdir() if path.is_dir()):
+    for folder in sorted(path for path in results.glob("*") if path.is_dir()):
         found = [StageResult.read(file) for file in sorted(folder.glob("*.json"))]
         table = readme_table(found)
         if table.rows:

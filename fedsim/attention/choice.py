@@ -10,6 +10,7 @@ from typing import Final
 import torch
 from transformers import PretrainedConfig
 
+from fedsim.attention.backends import varlen_keywords
 from fedsim.attention.forward import IMPLEMENTATIONS
 from fedsim.errors import ModelError
 from fedsim.proved import is_proved
@@ -94,9 +95,12 @@ def _no_flash_attn() -> str | None:
 
 
 def _no_varlen() -> str | None:
-    if importlib.util.find_spec("torch.nn.attention.varlen") is not None:
+    if varlen_keywords() >= {"scale", "window_size"}:
         return None
-    return f"torch {torch.__version__} has no varlen_attn; install torch 2.11 or newer, or set model.attention=sdpa"
+    return (
+        f"torch {torch.__version__} has no varlen_attn that takes scale and window_size; install torch 2.11 or newer, "
+        "or set model.attention=sdpa"
+    )
 
 
 _PACKAGES: Final[dict[str, Callable[[], str | None]]] = {

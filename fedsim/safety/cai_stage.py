@@ -7,13 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from fedsim import attention, keys
+from fedsim import attention, generate, keys
 from fedsim.artefacts import ArtefactStore, file_digest
 from fedsim.config import Config
 from fedsim.data import chat, markers, square
 from fedsim.data.square import SquareRow
 from fedsim.errors import ConfigError
-from fedsim.generate import decode, engine, slots
 from fedsim.generate.engine import Engine, Sampling
 from fedsim.model import load
 from fedsim.safety import cai_data, constitution
@@ -21,7 +20,7 @@ from fedsim.safety.cai_data import CaiRow, generate_conversations, load_conversa
 
 CONSTITUTIONS = Path(__file__).parents[1] / "configs" / "constitution"
 _CODE = [
-    *(attention, cai_data, chat, constitution, decode, engine, keys, load, markers, slots, square),
+    *(attention, cai_data, chat, constitution, generate, keys, load, markers, square),
     sys.modules[__name__],
 ]
 

@@ -16,8 +16,8 @@ from tools.bench.rows import Correctness, Row, Target
 from tools.bench.stage import Bench
 
 PASS = "Triton"
-LOOP = "OpenFedLLM's global_aggregate: sum([dict[key] * n / total for dict in dicts]) for each key"
-CALLBACK = "OpenFedLLM's SCAFFOLD_Callback, its copies and arithmetic alone"
+LOOP = "OpenFedLLM's loop over dicts"
+CALLBACK = "OpenFedLLM's callback, without PEFT's part"
 Accumulate = Callable[[torch.Tensor, Sequence[torch.Tensor], torch.Tensor], None]
 
 
@@ -85,7 +85,8 @@ class AggregationStage:
                     floor_s=num_bytes / bandwidth,
                     floor=f"clients read {passes} x, "
                     + ("adapter read and written" if "step" in what else "sum written"),
-                    note="the loop averages whole adapters; ours adds deltas, and the step moves the adapter by them",
+                    note="the peer averages adapters, sum([d[key] * n / total for d in dicts]) for each key; ours adds "
+                    "deltas, and the step moves the adapter by their mean",
                 )
             )
         return [*rows, *self._passes(bench, clients), self._correction(bench, clients)]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +18,9 @@ from fedsim.data.chat import ChatFormat
 from fedsim.model.cost import Effort, ModelCost, rows_work
 from fedsim.parallel.sums import Summer
 from fedsim.parallel.world import Lane
-from fedsim.train.loop import StepSettings, Trainer, TrainingPlan
-from fedsim.train.objectives import DpoObjective, Preference, SftObjective
+from fedsim.safety.alignment import Aligner
+from fedsim.train.loop import StepSettings, Trainer
+from fedsim.train.objectives import DpoObjective, Preference
 from tools.bench import plain_loop, trl_peer
 from tools.bench.gradients import against_fp32, of_trainer
 from tools.bench.lengths import END, draw, random_ids
@@ -26,27 +28,15 @@ from tools.bench.measure import percentiles
 from tools.bench.plain_loop import PeerModel
 from tools.bench.rows import Correctness, Row, Target
 from tools.bench.stage import PAPER_LORA, Bench, installed
-from tools.bench.stepwise import StepTimes, time_steps
+from tools.bench.stepwise import StepTimes, runs_in_turns
 
 PROMPT, RESPONSE, REVISION = 110, 60, 90  # mean tokens
-ITERATIONS = 3  # of one run: competitors take turns
+ITERATIONS = 4  # of one run: competitors take turns
 LIMIT = 1e-4
 BATCH = 16
+NUM_PAIRS = 30 * BATCH
 
-
-@dataclass(frozen=True)
-class IterationTimes:
-    """Seconds of iterations (an SFT and a DPO step each), and of what a run takes beside them."""
-
-    steps: list[float]
-    setups: list[float]
-
-    def __add__(self, other: IterationTimes) -> IterationTimes:
-        return IterationTimes(self.steps + other.steps, self.setups + other.setups)
-
-
-Stages = Callable[[Sequence[Sequence[Preference]]], list[Callable[[Callable[[], None]], object]]]
-"""What turns the batches of a round into its SFT and its DPO run; each is given the mark."""
+Mark = Callable[[], None]
 
 
 def preferences(count: int, vocab_size: int, seed: int = 0) -> list[Preference]:
@@ -63,39 +53,37 @@ def preferences(count: int, vocab_size: int, seed: int = 0) -> list[Preference]:
     return found
 
 
-class Ours:
-    """CAI's two stages as fedsim's aligner runs them, on rows that are tokens already."""
+class TokenAligner(Aligner):
+    """CAI's two stages on pairs that are tokens already."""
 
-    def __init__(self, bench: Bench) -> None:
+    def __init__(self, trainer: Trainer, pairs: Sequence[Preference], cai: CaiConfig) -> None:
+        self.trainer = trainer
+        self.cai = cai
+        self.seed = 0
+        self.pairs = list(pairs)
+
+
+class Ours:
+    """CAI as a run of fedsim does it, on a resident model."""
+
+    def __init__(self, bench: Bench, iterations: int = ITERATIONS) -> None:
         self.model, self.adapter = bench.adapted()
         self.start = self.adapter.copy()
-        self.cai = CaiConfig()
+        self.cai = CaiConfig(iterations=iterations, batch_size=BATCH)
+        self.micro = LocalConfig().micro_batch_size
         self.lane = Lane(0, 1, Summer(None, exact=False, device=bench.device))
-        self.losses: list[float] = []
-
-    def trainer(self, micro: int) -> Trainer:
-        """A trainer whose passes hold ``micro`` rows or pairs."""
         base = self.model.get_base_model()
         assert isinstance(base, PreTrainedModel)
-        return Trainer(base, self.adapter, StepSettings(micro, 1.0, 0.0, 0))
+        self.trainer = Trainer(base, self.adapter, StepSettings(self.micro, 1.0, 0.0, 0))
+        self.aligner = TokenAligner(self.trainer, preferences(NUM_PAIRS, bench.size.vocab_size), self.cai)
 
-    def stages(self, micro: int, batches: Sequence[Sequence[Preference]]) -> list[Callable[..., object]]:
-        """The SFT and the DPO run."""
-        self.adapter.load(self.start)
-        self.losses = []
-        trainer = self.trainer(micro)
+    def batches(self, turn: int) -> list[list[Preference]]:
+        """The pairs of each iteration, which peers get too."""
+        return self.aligner.batches(turn)
 
-        def sft(mark: Callable[[], None]) -> None:
-            rows = [[pair.chosen for pair in batch] for batch in batches]
-            plan = TrainingPlan(rows, lambda step: self.cai.sft_lr, ("cai_sft", 0))
-            self.losses += trainer.run(plan, SftObjective(), self.lane, lambda done, whole: mark()).losses
-
-        def dpo(mark: Callable[[], None]) -> None:
-            objective = DpoObjective(self.adapter, self.adapter.copy(), self.cai.beta)
-            plan = TrainingPlan(batches, lambda step: self.cai.dpo_lr, ("cai_dpo", 0))
-            self.losses += trainer.run(plan, objective, self.lane, lambda done, whole: mark()).losses
-
-        return [sft, dpo]
+    def run(self, turn: int, mark: Mark) -> dict[str, float]:
+        """A round's iterations; the means of their losses among other figures."""
+        return self.aligner.align(self.start, turn, self.lane, lambda done, whole: mark()).metrics
 
 
 class Theirs:
@@ -107,33 +95,25 @@ class Theirs:
     """
 
     def __init__(
-        self, ours: Ours, peer: PeerModel, module: object, checkpointed: bool | None = None, **options: object
+        self, ours: Ours, peer: PeerModel, module: Any, checkpointed: bool | None = None, **options: object
     ) -> None:
         self.peer = peer
         self.checkpointed = checkpointed
         self.ours = ours
         self.module = module
         self.options = options
-        self.losses: list[torch.Tensor] = []
+        self.losses: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
 
-    def stages(self, batches: Sequence[Sequence[Preference]]) -> list[Callable[..., object]]:
-        """The SFT and the DPO run."""
+    def run(self, turn: int, mark: Mark) -> None:
+        """SFT on the revisions, then DPO."""
         self.peer.load(self.ours.start)
         if self.checkpointed is not None:
             self.peer.checkpointing(self.checkpointed)
-        self.losses = []
-        cai, module = self.ours.cai, self.module
-
-        def sft(mark: Callable[[], None]) -> None:
-            rows = [[pair.chosen for pair in batch] for batch in batches]
-            self.losses += module.sft(self.peer, rows, cai.sft_lr, mark=mark, **self.options)  # type: ignore[attr-defined]
-
-        def dpo(mark: Callable[[], None]) -> None:
-            self.losses += module.dpo(  # type: ignore[attr-defined]
-                self.peer, batches, cai.dpo_lr, cai.beta, mark=mark, **self.options
-            )
-
-        return [sft, dpo]
+        cai, batches = self.ours.cai, self.ours.batches(turn)
+        rows = [[pair.chosen for pair in batch] for batch in batches]
+        sft = self.module.sft(self.peer, rows, cai.sft_lr, mark=mark, **self.options)
+        dpo = self.module.dpo(self.peer, batches, cai.dpo_lr, cai.beta, mark=mark, **self.options)
+        self.losses = (sft, dpo)
 
 
 class CaiIteration:
@@ -146,45 +126,32 @@ class CaiIteration:
         """Same pairs, same start: the losses of both stages, and how the adapter moved; in bf16 DPO's gradient."""
         if bench.dtype != torch.float32:
             return [_gradient_check(bench)]
-        batches = _batches(bench, 0)[:2]
-        ours = Ours(bench)
-        for run in ours.stages(LocalConfig().micro_batch_size, batches):
-            run(_nothing)
-        mine = torch.tensor(ours.losses, dtype=torch.float64)
+        ours = Ours(bench, iterations=2)
+        metrics = ours.run(0, _nothing)
         moved = ours.adapter.copy() - ours.start
         found = []
         with tempfile.TemporaryDirectory() as folder:
             for what, theirs in rivals(bench, ours, folder).items():
-                for run in theirs.stages(batches):
-                    run(_nothing)
-                other = torch.stack(theirs.losses).double().cpu()
+                theirs.run(0, _nothing)
+                for kind, losses in zip(("sft", "dpo"), theirs.losses, strict=True):
+                    mean = float(torch.stack(losses).double().mean())
+                    error = abs(metrics[f"cai/{kind}_loss"] - mean) / mean
+                    found.append(Correctness(f"mean loss of 2 {kind.upper()} steps, relative to {what}", error, LIMIT))
                 change = theirs.peer.vector() - ours.start
-                found += [
-                    Correctness(
-                        f"losses of 2 SFT and 2 DPO steps, largest difference relative to {what}",
-                        float(((mine - other).abs() / other.abs()).max()),
-                        LIMIT,
-                    ),
-                    Correctness(
-                        f"change of the adapter, ‖ours − theirs‖ / ‖theirs‖ of {what}",
-                        float((moved - change).norm() / change.norm()),
-                        LIMIT,
-                    ),
-                ]
+                error = float((moved - change).norm() / change.norm())
+                found.append(Correctness(f"change of the adapter, ‖ours − theirs‖ / ‖theirs‖ of {what}", error, LIMIT))
         return found
 
     def time(self, bench: Bench) -> list[Row]:
         """All competitors in turns, a few iterations each time."""
         ours = Ours(bench)
-        default = LocalConfig().micro_batch_size
+        turns = -(-bench.repeats // (ITERATIONS - 1))
+        mine = f"fedsim, micro-batches of {ours.micro} (default)"
         with tempfile.TemporaryDirectory() as folder:
-            own: dict[str, Stages] = {
-                f"fedsim, micro-batches of {default} (default)": partial(ours.stages, default),
-                f"fedsim, one pass of {BATCH} rows or pairs": partial(ours.stages, BATCH),
-            }
-            peers: dict[str, Stages] = {name: theirs.stages for name, theirs in rivals(bench, ours, folder).items()}
-            times, turns = _in_turns(bench, own | peers)
-        pairs = [batch for turn in range(turns) for batch in _batches(bench, turn)]
+            peers = {name: theirs.run for name, theirs in rivals(bench, ours, folder).items()}
+            runs: dict[str, Callable[[int, Mark], object]] = {mine: ours.run, **peers}
+            times = runs_in_turns(runs, bench.device, turns, bench.budget_s, phases=2)
+        pairs = [batch for turn in range(len(times[mine].setups)) for batch in ours.batches(turn)]
         floor_s, words = floor(bench, ours, pairs)
         flat = [pair for batch in pairs for pair in batch]
         shapes = {
@@ -196,20 +163,19 @@ class CaiIteration:
             "model": bench.size.name,
         }
         names = [*peers] if installed("trl") else [*peers, f"TRL SFTTrainer and DPOTrainer, {trl_peer.EQUAL}"]
-        rows = [_row(bench, mine, times[mine], name, times.get(name), shapes) for mine in own for name in names]
+        rows = [_row(bench, mine, times[mine], name, times.get(name), shapes) for name in names]
         return [replace(row, floor_s=floor_s, floor=words) for row in rows]
 
 
 def _gradient_check(bench: Bench) -> Correctness:
     """DPO's gradient of eight pairs, the policy a little away from the reference."""
     ours = Ours(bench)
-    pairs, beta = _batches(bench, 0)[0][:8], ours.cai.beta
+    pairs, beta = ours.batches(0)[0][:8], ours.cai.beta
     policy = ours.start + 0.01 * torch.randn(ours.adapter.size, generator=torch.Generator().manual_seed(0)).to(
         ours.start.device
     )
     ours.adapter.load(policy)
-    trainer = ours.trainer(LocalConfig().micro_batch_size)
-    mine = of_trainer(trainer, pairs, DpoObjective(ours.adapter, ours.start, beta), ours.lane)
+    mine = of_trainer(ours.trainer, pairs, DpoObjective(ours.adapter, ours.start, beta), ours.lane)
 
     def loss(peer: PeerModel) -> torch.Tensor:
         reference = [ours.start[slot.start : slot.stop].view(slot.shape) for slot in peer.slots]
@@ -251,45 +217,12 @@ def floor(bench: Bench, ours: Ours, batches: Sequence[Sequence[Preference]]) -> 
     )
 
 
-def _in_turns(bench: Bench, runs: Mapping[str, Stages]) -> tuple[dict[str, IterationTimes], int]:
-    """Each competitor's round once, then again; an iteration is the i-th SFT and the i-th DPO step together."""
-    found = {name: IterationTimes([], []) for name in runs}
-    spent, turns = 0.0, 0
-    while turns < -(-bench.repeats // (ITERATIONS - 1)) and (turns == 0 or spent < bench.budget_s):
-        batches = _batches(bench, turns)
-        names = list(found)
-        start = turns % len(names)
-        for name in names[start:] + names[:start]:
-            try:
-                sft, dpo = (time_steps(run, bench.device) for run in runs[name](batches))
-            except torch.cuda.OutOfMemoryError:
-                bench.say(f"  {name}: out of GPU memory")
-                found.pop(name, None)
-                continue
-            found[name] += _joined(sft, dpo)
-            spent += sum(sum(part.steps) + sum(part.setups) for part in (sft, dpo)) * ITERATIONS / (ITERATIONS - 1)
-        turns += 1
-    return found, turns
-
-
-def _joined(sft: StepTimes, dpo: StepTimes) -> IterationTimes:
-    return IterationTimes(
-        [a + b for a, b in zip(sft.steps, dpo.steps, strict=True)],
-        [a + b for a, b in zip(sft.setups, dpo.setups, strict=True)],
-    )
-
-
-def _batches(bench: Bench, turn: int) -> list[list[Preference]]:
-    pairs = preferences(BATCH * ITERATIONS, bench.size.vocab_size, turn)
-    return [pairs[i : i + BATCH] for i in range(0, len(pairs), BATCH)]
-
-
 def _row(
     bench: Bench,
     own: str,
-    ours: IterationTimes,
+    ours: StepTimes,
     rival: str,
-    theirs: IterationTimes | None,
+    theirs: StepTimes | None,
     shapes: Mapping[str, object],
 ) -> Row:
     target = Target("ratio", 1.2 if trl_peer.EQUAL in rival else 1.8) if "TRL" in rival else None

@@ -61,10 +61,11 @@ class Client:
         """The rows of each step, which peers get too."""
         return self.trainer.batches(turn, rows, 0)
 
-    def run(self, rows: Sequence[TokenRow], turn: int, mark: Mark) -> float:
-        """One client's steps; the mean loss."""
+    def run(self, rows: Sequence[TokenRow], turn: int, mark: Mark, lane: Lane | None = None) -> float:
+        """One client's steps, alone or as a member of ``lane``; the mean loss."""
         state = self.algorithm.start(self.start)
-        return self.trainer.train(turn, rows, 0, state, None, self.lane, lambda done, whole: mark()).loss
+        lane = self.lane if lane is None else lane
+        return self.trainer.train(turn, rows, 0, state, None, lane, lambda done, whole: mark()).loss
 
 
 class LocalStep:

@@ -36,6 +36,8 @@ STAGES: tuple[str, ...] = (
     "attention",
     "local_step",
     "wide_lane",
+    "guard",
+    "generation",
     "cai_iteration",
     "aggregation",
     "engine",

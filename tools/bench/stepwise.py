@@ -30,10 +30,13 @@ class StepTimes:
         return StepTimes(self.steps + other.steps, self.setups + other.setups)
 
 
-def time_steps(run: Callable[[Callable[[], None]], object], device: torch.device) -> StepTimes:
+def time_steps(run: Callable[[Callable[[], None]], object], device: torch.device, phases: int = 1) -> StepTimes:
     """Time a run that calls its argument after each step.
 
     On CUDA the marks are events on the stream, so that no step waits for the device.
+
+    Args:
+        phases: parts of the run with equally many steps; the i-th steps of all parts count as one.
     """
     marks: list[float | torch.cuda.Event] = []
 
@@ -50,9 +53,12 @@ def time_steps(run: Callable[[Callable[[], None]], object], device: torch.device
     run(mark)
     synchronise(device)
     whole = time.perf_counter() - began
-    steps = [_between(a, b) for a, b in pairwise(marks)]
-    assert steps, "the first step is not counted: a run needs two"
-    return StepTimes(steps, [max(0.0, whole - len(marks) * median(steps))])
+    num_steps = len(marks) // phases
+    assert num_steps > 1 and len(marks) == num_steps * phases, "the first step of a phase is not counted: it needs two"
+    parts = [marks[i : i + num_steps] for i in range(0, len(marks), num_steps)]
+    seconds = [[_between(a, b) for a, b in pairwise(part)] for part in parts]
+    steps = [sum(together) for together in zip(*seconds, strict=True)]
+    return StepTimes(steps, [max(0.0, whole - num_steps * median(steps))])
 
 
 def _between(first: float | torch.cuda.Event, second: float | torch.cuda.Event) -> float:
@@ -66,6 +72,7 @@ def runs_in_turns(
     device: torch.device,
     turns: int,
     budget_s: float = float("inf"),
+    phases: int = 1,
 ) -> dict[str, StepTimes]:
     """Each run once, then each again, beginning with another one each time; a run is given its turn and the mark.
 
@@ -80,7 +87,7 @@ def runs_in_turns(
         start = turn % len(names)
         for name in names[start:] + names[:start]:
             try:
-                found[name] += time_steps(partial(runs[name], turn), device)
+                found[name] += time_steps(partial(runs[name], turn), device, phases)
             except torch.cuda.OutOfMemoryError:
                 del found[name]
     return found

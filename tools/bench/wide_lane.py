@@ -1,6 +1,6 @@
 """A batch of 16 rows split over a lane of four ranks: each member's step beside the whole step, and what a round gains.
 
-One process takes the part of each member in turn, through :class:`Trainer` with a lane of four whose sums are left out:
+One process takes the part of each member in turn, through :class:`ClientTrainer` with a lane whose sums are left out:
 the all-reduce of an adapter (13.6 M numbers at 8B) is the only thing that the projection does not hold.
 """
 
@@ -11,16 +11,16 @@ from functools import partial
 from statistics import mean, median
 
 import torch
-from transformers import PreTrainedModel
 
+from fedsim.config import LocalConfig
 from fedsim.data.chat import TokenRow
 from fedsim.parallel.planner import Plan, plan_round
 from fedsim.parallel.sums import Summer
 from fedsim.parallel.world import Lane
-from fedsim.train.loop import StepSettings, Trainer, TrainingPlan
 from fedsim.train.objectives import SftObjective
 from tools.bench.gradients import of_trainer
 from tools.bench.lengths import training_rows
+from tools.bench.local_step import CLIENT_STEPS, STEPS, Client
 from tools.bench.measure import percentiles
 from tools.bench.rows import Correctness, Row, Target
 from tools.bench.stage import PAPER_LORA, Bench
@@ -28,8 +28,7 @@ from tools.bench.stepwise import runs_in_turns
 
 WIDTH = 4
 CLIENTS = 5
-STEPS = 6
-MICRO = 4
+MICRO = LocalConfig().micro_batch_size
 
 
 class WideLane:
@@ -107,33 +106,29 @@ class WideLane:
 
 
 class _Lane:
-    """A model and batches, to be trained as any member of a lane."""
+    """A client and its rows, to be trained as any member of a lane."""
 
     def __init__(self, bench: Bench) -> None:
         self.device = bench.device
-        model, self.adapter = bench.adapted()
-        base = model.get_base_model()
-        assert isinstance(base, PreTrainedModel)
-        self.trainer = Trainer(base, self.adapter, StepSettings(MICRO, 1.0, 0.0, 0))
-        self.start = self.adapter.copy()
-        self.rows = training_rows(16 * 25 * CLIENTS, bench.size.vocab_size)
+        self.client = Client(bench)
+        self.rows = training_rows(16 * CLIENT_STEPS * CLIENTS, bench.size.vocab_size)
         self.batches = [self.rows[i : i + 16] for i in range(0, len(self.rows), 16)]
 
     def run(self, index: int, size: int, turn: int, mark: Callable[[], None]) -> None:
         """Steps of one member, without the others' gradients."""
-        self.adapter.load(self.start)
-        batches = self.batches[turn * STEPS : (turn + 1) * STEPS]
-        plan = TrainingPlan(batches, lambda step: 5e-5, ("wide",))
-        self.trainer.run(plan, SftObjective(), self._lane(index, size), lambda done, whole: mark())
+        self.client.run(self.rows, turn, mark, self._lane(index, size))
 
     def gradient(self, batch: Sequence[TokenRow], index: int, size: int) -> torch.Tensor:
         """The member's gradient of a batch, before clipping."""
-        self.adapter.load(self.start)
-        return of_trainer(self.trainer, batch, SftObjective(), self._lane(index, size))
+        self.client.adapter.load(self.client.start)
+        return of_trainer(self.client.trainer.trainer, batch, SftObjective(), self._lane(index, size))
 
     def tokens_of_clients(self) -> list[int]:
         """Tokens of a round's steps, by client."""
-        return [sum(len(row) for batch in self.batches[c * 25 : (c + 1) * 25] for row in batch) for c in range(CLIENTS)]
+        return [
+            sum(len(row) for batch in self.batches[c * CLIENT_STEPS : (c + 1) * CLIENT_STEPS] for row in batch)
+            for c in range(CLIENTS)
+        ]
 
     def _lane(self, index: int, size: int) -> Lane:
         return Lane(index, size, Summer(None, exact=False, device=self.device))
