@@ -52,7 +52,9 @@ def memory_needs(config: Config, shapes: Mapping[str, ModelShape], num_ranks: in
                 beside=guard_bytes,
             )
         )
-    context = min(config.model.max_context, model.max_positions, 2 * judged.max_new_tokens + local.max_length)
+    cai_tokens = 3 * cai.max_new_tokens if cai.iterations > 0 else 0
+    turns = max(2 * judged.max_new_tokens, cai_tokens)  # MT-Bench's and CAI's, which the cache keeps
+    context = min(config.model.max_context, model.max_positions, turns + local.max_length)
     needs.append(
         generation_need(
             model,

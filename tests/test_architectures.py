@@ -33,7 +33,7 @@ from fedsim.config import load_config
 from fedsim.data.batch import collate
 from fedsim.data.chat import ChatFormat, Conversation, TokenRow, assistant_turn, user_turn
 from fedsim.data.world import square_rows
-from fedsim.generate.decode import decode_unit
+from fedsim.generate.decode import Decoder, Request
 from fedsim.generate.engine import Engine
 from fedsim.generate.prefix import candidate_logits, read_head
 from fedsim.model.load import LoadedModel, LoraSettings, load_model
@@ -195,15 +195,15 @@ def test_greedy_decoding_equals_hugging_face(family_dir: Any, name: str, attenti
     """Prompts and replies that outgrow the window, in a batch from which rows leave."""
     loaded = load(family_dir(name), attention)
     asked = [ids(n, seed=2).tolist() for n in (2, 31, 9, WINDOW, 50)]
-    replies = decode_unit(loaded.base, asked, range(5), temperature=0, max_new_tokens=24,
-                          eos_ids=frozenset({9, 77, 130, 201}))  # fmt: skip
-    for prompt, (tokens, _) in zip(asked, replies, strict=True):
+    decoder = Decoder(loaded.base, 3, max_new_tokens=24, temperature=0.0, eos_ids=frozenset({9, 77, 130, 201}))
+    replies = decoder.run([Request(prompt, 0, 24) for prompt in asked])
+    for prompt, (turn,) in zip(asked, replies, strict=True):
         sent = torch.tensor([prompt])
         made: Any = loaded.base.generate(
             sent, attention_mask=torch.ones_like(sent), do_sample=False, max_new_tokens=24,
             eos_token_id=[9, 77, 130, 201], pad_token_id=loaded.chat.pad_id,
         )  # fmt: skip
-        assert tokens == made[0, len(prompt) :].tolist()
+        assert turn.ids == made[0, len(prompt) :].tolist()
 
 
 @pytest.mark.parametrize(("name", "attention"), CASES)

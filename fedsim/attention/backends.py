@@ -73,7 +73,7 @@ class Backend(Protocol):
 
 
 class Sdpa:
-    """torch's scaled_dot_product_attention; rows are padded inside attention alone."""
+    """torch's scaled_dot_product_attention: row by row on a CPU, else in one call with rows padded for it alone."""
 
     def spans(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: Spans, scores: Scores
@@ -81,6 +81,8 @@ class Sdpa:
         """See :class:`Backend`."""
         assert scores.softcap is None, "softcap is refused when the model is loaded"
         mask = spans.mask(scores.window)
+        if mask is None and query.device.type == "cpu":
+            return self._row_by_row(query, key, value, spans, scores)
         out = F.scaled_dot_product_attention(
             _padded(query, spans.query_places, spans.num_rows),
             _padded(key, spans.key_places, spans.num_rows),
@@ -91,6 +93,23 @@ class Sdpa:
             enable_gqa=query.shape[1] != key.shape[1],
         )
         return _packed(out, spans)
+
+    @staticmethod
+    def _row_by_row(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: Spans, scores: Scores
+    ) -> torch.Tensor:
+        """Views of each row, causal; no padding is computed."""
+        queries, keys, values = (
+            part.transpose(0, 1)[None].split(spans.query_lengths, 2) for part in (query, key, value)
+        )
+        shared = query.shape[1] != key.shape[1]
+        outs = [
+            F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scores.scale, enable_gqa=shared)[0].transpose(
+                0, 1
+            )
+            for q, k, v in zip(queries, keys, values, strict=True)
+        ]
+        return torch.cat(outs)
 
     def slots(
         self,
@@ -104,6 +123,12 @@ class Sdpa:
         """See :class:`Backend`. Query heads that share a key head are queries of one batch entry: no key is copied."""
         assert scores.softcap is None, "softcap is refused when the model is loaded"
         rows, heads, size = query.shape
+        if query.device.type == "cpu":  # the fused kernel is made for many queries
+            mask = _slot_mask(lengths, max_length, scores.window)[:, None, None]
+            grouped = query.view(rows, keys.shape[2], heads // keys.shape[2], size)
+            hidden = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
+            products = (grouped * scores.scale) @ keys[:, :max_length].permute(0, 2, 3, 1) + hidden
+            return (products.softmax(dim=-1) @ values[:, :max_length].transpose(1, 2)).view(rows, heads, size)
         out = F.scaled_dot_product_attention(
             query.view(rows, keys.shape[2], heads // keys.shape[2], size),
             keys[:, :max_length].transpose(1, 2),

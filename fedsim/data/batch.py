@@ -38,10 +38,15 @@ class Batch:
         return (self.target_rows == rows[:, None]).to(values.dtype) @ values
 
 
+def num_inputs(row: TokenRow) -> int:
+    """Tokens of a row that go through the model: all but its last; one of a row that has no other."""
+    return max(len(row) - 1, 1)
+
+
 def collate(rows: Sequence[TokenRow], device: torch.device) -> Batch:
     """Pack rows on the CPU and copy them to ``device``; an empty sequence is an error of the caller."""
     assert rows, "a batch has at least one row"
-    lengths = [max(len(row) - 1, 1) for row in rows]
+    lengths = [num_inputs(row) for row in rows]
     starts = np.concatenate([[0], np.cumsum(lengths)])
     places = [np.flatnonzero(row.loss_mask[1:]) for row in rows]
     num_targets = [len(place) for place in places]

@@ -39,8 +39,8 @@ class FlatAdapter:
     """The trainable LoRA parameters of a PEFT model as one vector.
 
     Attributes:
-        values: fp32 ``[size]``; the parameters of the model are views of it.
-        grad: fp32 ``[size]``; autograd accumulates into views of it.
+        values: ``[size]`` in the parameters' dtype, fp32 but in tests; the parameters of the model are views of it.
+        grad: ``[size]``; autograd accumulates into views of it.
         slots: name, shape and place of each tensor, in the model's order.
     """
 
@@ -54,8 +54,8 @@ class FlatAdapter:
             slots.append(Slot(name, tuple(parameter.shape), start))
             start = slots[-1].stop
         self.slots = tuple(slots)
-        device = named[0][1].device
-        self.values = torch.zeros(start, dtype=torch.float32, device=device)
+        first = named[0][1]
+        self.values = torch.zeros(start, dtype=first.dtype, device=first.device)
         self.grad = torch.zeros_like(self.values)
         for (_, parameter), slot in zip(named, self.slots, strict=True):
             self._view(self.values, slot).copy_(parameter.data)

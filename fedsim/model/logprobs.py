@@ -20,8 +20,10 @@ def target_logprobs(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         batch: on the model's device.
 
     Returns:
-        fp32 ``[targets]``, in the batch's order. Empty, with a zero gradient, where every reply was cut off.
+        fp32 (fp64 of a model in fp64) ``[targets]``, in the batch's order. Empty, with a zero gradient, where every
+        reply was cut off.
     """
     spans = batch.spans
     logits = packed_logits(model, batch.input_ids, spans.positions, Rows(spans), batch.before_target)
-    return -F.cross_entropy(logits.float(), batch.target_ids, reduction="none")
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return -F.nll_loss(F.log_softmax(logits, dim=-1, dtype=wide), batch.target_ids, reduction="none")

@@ -20,14 +20,13 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 
-from fedsim import keys
 from fedsim.errors import ConfigError
 from fedsim.federation.algorithms import Correction
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.parallel.sums import Summer
 from fedsim.parallel.zero_config import import_deepspeed
 from fedsim.ranks import Lane, Term
-from fedsim.train.loop import Item, StepSettings, Trainer, TrainingPlan, TrainingStats
+from fedsim.train.loop import Item, Pass, StepSettings, Trainer, TrainingPlan, TrainingStats
 from fedsim.train.objectives import Objective
 
 
@@ -83,9 +82,11 @@ class ZeroTrainer(Trainer):
         sums = torch.zeros(1 + len(objective.stat_names), dtype=torch.float64, device=self.adapter.values.device)
         for number in range(num_passes):
             index = number * lane.size + lane.index
-            torch.manual_seed(keys.derive(self.settings.seed, "dropout", *plan.key, step, index))
+            part = Pass({index: micro[index]}) if index < len(micro) else None
+            if part is not None:
+                self.draw(part, step, plan, objective)
             engine.set_gradient_accumulation_boundary(number == num_passes - 1)
-            loss, stats = engine(micro[index] if index < len(micro) else None)
+            loss, stats = engine(None if part is None else part.items)
             # DeepSpeed takes the mean over ranks; the batch's gradient is the sum.
             engine.backward(loss * (lane.size / normaliser), scale_wrt_gas=False)
             sums += torch.cat([loss.detach().double()[None], stats.double()]) / normaliser

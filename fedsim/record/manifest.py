@@ -9,7 +9,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -89,14 +89,19 @@ def package_versions(packages: Iterable[str]) -> dict[str, str | None]:
     return found
 
 
-def git_state(root: Path) -> dict[str, Any] | None:
-    """Commit of the clone at ``root`` and whether tracked files differ from it; None outside a clone of its own."""
+def git_state(root: Path, ignoring: Sequence[str] = ()) -> dict[str, Any] | None:
+    """Commit of the clone at ``root`` and whether tracked files differ from it; None outside a clone of its own.
+
+    Args:
+        ignoring: files and folders, relative to ``root``, whose changes do not count.
+    """
     if not (root / ".git").exists():
         return None
     commit = _output("git", "-C", str(root), "rev-parse", "HEAD")
     if commit is None:
         return None
-    changes = _output("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no")
+    others = [f":(exclude){path}" for path in ignoring]
+    changes = _output("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no", "--", ".", *others)
     return {"commit": commit, "modified": changes != ""}
 
 

@@ -105,6 +105,7 @@ class Aligner:
                 lambda step: self.cai.sft_lr,
                 ("cai_sft", round_idx),
                 what=f"CAI (SFT), round {round_idx + 1}",
+                longest=self.cai.max_length,
             ),
             SftObjective(),
             lane,
@@ -112,7 +113,11 @@ class Aligner:
         )
         dpo = self.trainer.run(
             TrainingPlan(
-                batches, lambda step: self.cai.dpo_lr, ("cai_dpo", round_idx), what=f"CAI (DPO), round {round_idx + 1}"
+                batches,
+                lambda step: self.cai.dpo_lr,
+                ("cai_dpo", round_idx),
+                what=f"CAI (DPO), round {round_idx + 1}",
+                longest=4 * self.cai.max_length,  # two rows, for the policy and for the reference
             ),
             DpoObjective(flat, flat.copy(), self.cai.beta),
             lane,

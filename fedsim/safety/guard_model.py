@@ -10,9 +10,8 @@ from typing import Any, Final
 
 import torch
 
-from fedsim import keys
+from fedsim import attention, keys
 from fedsim.artefacts import ArtefactStore
-from fedsim.attention import backends, choice, forward, spans
 from fedsim.config import Config, GuardConfig
 from fedsim.data import batch, chat, markers, square
 from fedsim.data.chat import TokenRow
@@ -29,14 +28,13 @@ from fedsim.ranks import Lane, Ranks
 from fedsim.safety import guard, guard_format, guard_prompt, guard_tuning
 from fedsim.safety.guard import LlamaGuard
 from fedsim.safety.guard_tuning import verdict_rows
-from fedsim.train import loop, objectives
+from fedsim.train import dropout, loop, objectives
 from fedsim.train.loop import StepSettings, Trainer, TrainingPlan
 from fedsim.train.objectives import SftObjective
 
 CODE: Final = (
-    *(backends, choice, forward, spans),
-    *(batch, chat, markers, square, prefix, flat_adapter, logprobs, sums, loop, objectives, keys, fixed_point),
-    *(guard, guard_format, guard_prompt, guard_tuning, load, zero, zero_config, sys.modules[__name__]),
+    *(attention, batch, chat, markers, square, prefix, flat_adapter, logprobs, sums, loop, objectives, keys, dropout),
+    *(fixed_point, guard, guard_format, guard_prompt, guard_tuning, load, zero, zero_config, sys.modules[__name__]),
 )
 """Modules that decide what a guard says about a row."""
 
@@ -157,6 +155,7 @@ class GuardModel:
                 lambda t: settings.tune_lr * (1 - t / len(batches)),
                 ("guard_tuning",),
                 what="guard fine-tuning",
+                longest=settings.max_length,
             )
             self._trainer(model, adapter, steps).run(
                 plan,

@@ -82,6 +82,7 @@ class ClientTrainer:
             key=("local", round_idx, client),
             what=f"client {client}, round {round_idx + 1}",
             correction=correction,
+            longest=self.local.max_length,
         )
         stats = self.trainer.run(plan, self.objective, lane, on_step)
         control = control_delta = None

@@ -1,7 +1,7 @@
 """The one training loop: local steps of clients, guard fine-tuning and CAI all run here.
 
 A batch is cut into micro-batches that are dealt to the members of a lane; gradients and losses are summed over the
-lane, and every member takes the same optimizer step on the flat adapter.
+lane, and every member takes the same optimizer step on the flat adapter. Nothing in a step waits for the device.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from transformers import PreTrainedModel
 from fedsim import keys
 from fedsim.errors import RunError
 from fedsim.federation.algorithms import Correction
+from fedsim.federation.elementwise import all_finite
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.ranks import Lane, Term
+from fedsim.train.dropout import KeyedDropout
 from fedsim.train.objectives import Objective
 
 Item = TypeVar("Item")
@@ -50,6 +52,9 @@ class TrainingPlan(Generic[Item]):
         key: names the dropout draws, such as ("local", round_idx, client).
         correction: the federated algorithm's part in a step.
         what: names the training in an error, such as "client 3, round 1".
+        longest: tokens of the longest item that may come, as the objective counts them. Outside exact mode,
+            micro-batches share a pass while they are no more than ``micro_batch_size`` times that: what a pass's memory
+            is reckoned for. 0: each has a pass of its own.
     """
 
     batches: Sequence[Sequence[Item]]
@@ -57,6 +62,19 @@ class TrainingPlan(Generic[Item]):
     key: tuple[keys.KeyPart, ...]
     correction: Correction = field(default_factory=Correction)
     what: str = "training"
+    longest: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Pass(Generic[Item]):
+    """What goes through the model at once: one micro-batch or several, by their numbers in the batch."""
+
+    micro_batches: dict[int, Sequence[Item]]
+
+    @property
+    def items(self) -> list[Item]:
+        """All items, in the micro-batches' order."""
+        return [item for items in self.micro_batches.values() for item in items]
 
 
 @dataclass(frozen=True)
@@ -97,6 +115,7 @@ class Trainer:
         self.adapter = adapter
         self.settings = settings
         self._parameter = torch.nn.Parameter(adapter.values)
+        self._dropout = KeyedDropout.install(model)
         self._optimizer = torch.optim.AdamW([self._parameter], weight_decay=settings.weight_decay, fused=True)
 
     def run(
@@ -124,7 +143,7 @@ class Trainer:
                 on_step(step + 1, len(plan.batches))
         self.model.train(was_training)
         table = torch.stack(rows).cpu()
-        if not torch.isfinite(table).all() or not torch.isfinite(self.adapter.values).all():
+        if not torch.isfinite(table).all() or not all_finite(self.adapter.values):
             bad = next((i for i, row in enumerate(table) if not torch.isfinite(row).all()), len(rows) - 1)
             raise RunError(
                 f"{plan.what}: the loss or gradient became NaN or infinite in step {bad + 1} of {len(rows)}; "
@@ -158,19 +177,49 @@ class Trainer:
     def _backward(
         self, step: int, batch: Sequence[Item], plan: TrainingPlan[Item], objective: Objective[Item], lane: Lane
     ) -> tuple[list[Term], list[Term], int]:
-        """Gradient and statistics of this member's micro-batches, one term each, and how many the batch has."""
+        """Gradient and statistics of this member's part, and the most terms of a segment over the lane.
+
+        Exact mode has a term for each micro-batch, whoever computes it; else a member adds up its own.
+        """
         micro = self._micro_batches(batch, objective)
         normaliser = objective.normaliser(batch)
-        gradients, stats = [], []
-        for index in range(lane.index, len(micro), lane.size):
-            torch.manual_seed(keys.derive(self.settings.seed, "dropout", *plan.key, step, index))
-            self.adapter.grad.zero_()
-            loss, sums = objective.sums(self.model, micro[index])
+        grad, gradients, stats = self.adapter.grad, [], []
+        grad.zero_()
+        for number, part in enumerate(self._passes(micro, plan, objective, lane)):
+            if lane.summer.exact and number > 0:
+                gradients.append(Term(grad.clone()))
+                grad.zero_()
+            self.draw(part, step, plan, objective)
+            loss, sums = objective.sums(self.model, part.items)
             (loss / normaliser).backward()
-            gradients.append(Term(self.adapter.grad.clone()))
-            means = torch.cat([loss.detach().double()[None] / normaliser, sums.double() / normaliser])
-            stats.append(Term(means))
+            stats.append(Term(torch.cat([loss.detach()[None], sums]).double() / normaliser))
+        if stats:
+            gradients.append(Term(grad))
         return gradients, stats, max(1, len(micro))
+
+    def draw(self, part: Pass[Item], step: int, plan: TrainingPlan[Item], objective: Objective[Item]) -> None:
+        """Make ready the dropout draws of a pass: each micro-batch has its own, whatever shares the pass with it."""
+        if self._dropout is not None and objective.uses_dropout:
+            self._dropout.begin(
+                (keys.derive(self.settings.seed, "dropout", *plan.key, step, number), objective.num_inputs(items))
+                for number, items in part.micro_batches.items()
+            )
+
+    def _passes(
+        self, micro: Sequence[Sequence[Item]], plan: TrainingPlan[Item], objective: Objective[Item], lane: Lane
+    ) -> list[Pass[Item]]:
+        """This member's micro-batches, one a pass in exact mode, else as many together as ``plan.longest`` allows."""
+        most = 0 if lane.summer.exact else self.settings.micro_batch_size * plan.longest
+        passes: list[dict[int, Sequence[Item]]] = []
+        room = 0
+        for number in range(lane.index, len(micro), lane.size):
+            size = sum(map(objective.num_tokens, micro[number]))
+            if not passes or size > room:
+                passes.append({})
+                room = most
+            passes[-1][number] = micro[number]
+            room -= size
+        return [Pass(part) for part in passes]
 
     def _micro_batches(self, batch: Sequence[Item], objective: Objective[Item]) -> list[Sequence[Item]]:
         """Rows of similar length together, cut by size alone: draws and values do not depend on the lane."""

@@ -14,7 +14,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch.nn import functional as F
 
-from fedsim.data.batch import collate
+from fedsim.data.batch import collate, num_inputs
 from fedsim.data.chat import TokenRow
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.model.logprobs import target_logprobs
@@ -35,6 +35,10 @@ class Objective(Protocol[Item_contra]):
 
     def num_tokens(self, item: Item_contra) -> int:
         """Tokens that an item puts through the model."""
+        ...
+
+    def num_inputs(self, items: Sequence[Item_contra]) -> int:
+        """Tokens that one pass over items has."""
         ...
 
     def sums(self, model: torch.nn.Module, items: Sequence[Item_contra]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,6 +63,10 @@ class SftObjective:
     def num_tokens(self, item: TokenRow) -> int:
         """The row's length."""
         return len(item)
+
+    def num_inputs(self, items: Sequence[TokenRow]) -> int:
+        """Without each row's last token."""
+        return sum(map(num_inputs, items))
 
     def sums(self, model: torch.nn.Module, items: Sequence[TokenRow]) -> tuple[torch.Tensor, torch.Tensor]:
         """−Σ w · log p(target)."""
@@ -103,6 +111,10 @@ class DpoObjective:
     def num_tokens(self, item: Preference) -> int:
         """Both rows, once for the policy and once for the reference."""
         return 2 * (len(item.chosen) + len(item.rejected))
+
+    def num_inputs(self, items: Sequence[Preference]) -> int:
+        """Of both rows, without their last tokens."""
+        return sum(num_inputs(row) for pair in items for row in (pair.chosen, pair.rejected))
 
     def sums(self, model: torch.nn.Module, items: Sequence[Preference]) -> tuple[torch.Tensor, torch.Tensor]:
         """−Σ log σ(margin), with margin = β[(log π − log π_ref)(chosen) − (log π − log π_ref)(rejected)]."""

@@ -20,7 +20,7 @@ from fedsim.attention.forward import IMPLEMENTATIONS, Narrowed, Rows, causal_lm,
 from fedsim.attention.spans import Spans
 from fedsim.data.batch import collate
 from fedsim.errors import ModelError
-from fedsim.generate.decode import decode_unit
+from fedsim.generate.decode import Decoder, Request
 from fedsim.generate.prefix import candidate_logits, read_head
 from fedsim.model.logprobs import target_logprobs
 
@@ -190,8 +190,9 @@ def test_the_whole_product_path_on_cudas_kernels_equals_sdpa(
         gradients = [parameter.grad for parameter in model.parameters()]
         head, tails = tokens(11).numpy(), [tokens(n, seed=n).numpy() for n in (3, 8, 1)]
         scores = candidate_logits(model, read_head(model, head), tails, [7, 90])
-        replies = decode_unit(model, [tokens(n, seed=n).tolist() for n in (2, 13, 5)], range(3), temperature=0,
-                              max_new_tokens=12, eos_ids=frozenset(range(0, 250, 9)))  # fmt: skip
+        starts = [Request(tokens(n, seed=n).tolist(), 0, 12) for n in (2, 13, 5)]
+        decoder = Decoder(model, 3, max_new_tokens=12, temperature=0.0, eos_ids=frozenset(range(0, 250, 9)))
+        replies = [(turn.ids, turn.ended) for (turn,) in decoder.run(starts)]
         results.append((logprobs.detach(), gradients, scores, replies))
     (mine, my_gradients, my_scores, my_replies), (theirs, gradients, scores, replies) = results
     torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=0)  # the loss is in fp32

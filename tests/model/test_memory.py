@@ -57,11 +57,17 @@ def test_activations_of_the_8b_model_take_about_3_8_mb_a_token() -> None:
 
 
 def test_keys_and_values_of_the_8b_model_take_128_kib_a_token() -> None:
-    def need(num_tokens: int) -> int:
-        return generation_need(BIG, "x", "k", num_rows=64, num_tokens=num_tokens).num_bytes
+    """In whole slots, and one layer twice; a pass reads 8,192 tokens or the one prompt that is longer."""
 
-    transient = 64 * (2 * 4096 + 3 * 14336) * 2
-    assert need(301) - need(300) == 64 * 131072 + transient
+    def need(num_tokens: int, num_rows: int = 64) -> int:
+        return generation_need(BIG, "x", "k", num_rows=num_rows, num_tokens=num_tokens).num_bytes
+
+    token = 131072 * 33 // 32
+    transient = (2 * 4096 + 3 * 14336) * 2
+    logits = 24 * 128256
+    assert need(100) == BIG.weight_bytes + 64 * (128 * token + logits) + 64 * 100 * transient
+    assert need(301) == need(300) == BIG.weight_bytes + 64 * (384 * token + logits) + 8192 * transient
+    assert need(9000, 1) == BIG.weight_bytes + 9088 * token + logits + 9000 * transient
 
 
 def test_ranks_share_the_memory_of_the_machine() -> None:

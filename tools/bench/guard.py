@@ -11,7 +11,6 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from fedsim.attention.choice import choose
 from fedsim.config import GuardConfig
 from fedsim.generate.prefix import candidate_logits, read_head
 from fedsim.model.cost import ModelCost, Work
@@ -19,7 +18,6 @@ from fedsim.model.load import LoraSettings
 from fedsim.safety.guard import units_of
 from tools.bench.lengths import draw, random_ids
 from tools.bench.measure import percentiles, seconds_of, take_turns
-from tools.bench.models import build
 from tools.bench.rows import Correctness, Row, Target
 from tools.bench.stage import Bench
 
@@ -86,17 +84,17 @@ class GuardStage:
                 percentiles(found["ours"]),
                 len(found["ours"]),
                 peer=what,
-                peer_seconds=percentiles(found[peer]),
+                peer_seconds=percentiles(found[other]),
                 figures={
                     "rows_per_min": 60 * count / percentiles(found["ours"]).p50,
-                    "peer_rows_per_min": 60 * count / percentiles(found[peer]).p50,
+                    "peer_rows_per_min": 60 * count / percentiles(found[other]).p50,
                 },
-                target=target(bench) if peer == "generate" else None,
+                target=target(bench) if other == "generate" else None,
                 floor_s=floor,
                 floor="the head once and tails through the layers, of the last one keys and values alone, at the peak",
-                note=f"attention: {guard.attention.name}",
+                note=f"attention: {peer(guard.model).config._attn_implementation}",
             )
-            for peer, what in peers.items()
+            for other, what in peers.items()
         ]
 
 
@@ -119,9 +117,7 @@ class Guard:
 
     def __init__(self, bench: Bench, count: int) -> None:
         self.bench = bench
-        config = build(bench.size, bench.dtype, torch.device("meta")).config
-        self.attention = choose("auto", config, bench.dtype, bench.device)
-        self.model, _ = bench.adapted(LORA, self.attention.implementation)
+        self.model, _ = bench.adapted(LORA)
         self.model.eval()
         vocab = bench.size.vocab_size
         self.pair = [SAFE % vocab, UNSAFE % vocab]

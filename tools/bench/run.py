@@ -13,6 +13,7 @@ import platform
 import re
 import sys
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,7 +32,17 @@ from tools.bench.stage import Bench, Stage, memory_given_back  # noqa: E402
 from tools.bench.table import table  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
-STAGES: tuple[str, ...] = ("attention", "guard")
+STAGES: tuple[str, ...] = (
+    "attention",
+    "local_step",
+    "wide_lane",
+    "guard",
+    "generation",
+    "cai_iteration",
+    "aggregation",
+    "engine",
+)
+WRITTEN = ("tools/bench/results", "kernels/proved.json", "README.md")  # by this tool, not what it measures
 PACKAGES = ("torch", "transformers", "peft", "trl", "triton", "numpy")
 
 
@@ -49,7 +60,7 @@ def slug(name: str) -> str:
 
 def facts_of(bench: Bench) -> dict[str, Any]:
     """Where and with what the figures are measured."""
-    there, git = hardware(), git_state(ROOT)
+    there, git = hardware(), git_state(ROOT, WRITTEN)
     peak = bench.peak()
     return {
         "device": torch.cuda.get_device_name(bench.device) if bench.cuda else there["cpu"],
@@ -119,6 +130,7 @@ def main(arguments: Sequence[str]) -> int:
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", 0) if cuda else torch.device("cpu")
     torch.set_num_threads(found.threads)
+    warnings.simplefilter("ignore", FutureWarning)  # what peers' libraries say of each other's names
     bench = Bench(device, models.GPU if cuda else models.CPU, found.threads, found.repeats)
     place = slug(torch.cuda.get_device_name(device)) if cuda else f"cpu-{found.threads}-threads"
     return run([load_stage(name) for name in names], bench, found.out or RESULTS / place)
