@@ -28,7 +28,7 @@ VERDICT = 8  # tokens of "\n\nunsafe\nS1,S2" and its end, in Llama 3's tokenizer
 SAFE, UNSAFE = 19193, 39257  # any two tokens; modulo the vocabulary
 LORA = LoraSettings(r=16, alpha=32.0, dropout=0.0, targets=("q_proj", "v_proj"))
 BATCHES = (4, 8, 16, 32, 64)  # of generation, of which the best is taken
-BUDGETS = {False: (GuardConfig.batch_tokens,), True: (GuardConfig.batch_tokens, 4096, 8192, 16384)}  # by whether CUDA
+BUDGETS = {False: (GuardConfig.batch_tokens,), True: (1024, 2048, 4096, 8192, 16384)}  # by whether CUDA
 
 
 class GuardStage:
