@@ -100,16 +100,12 @@ class Sdpa:
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: Spans, scores: Scores
     ) -> torch.Tensor:
         """Views of each row, causal; no padding is computed."""
-        rows = zip(*(part.split(spans.query_lengths) for part in (query, key, value)), strict=True)
-        outs = [
-            F.scaled_dot_product_attention(
-                *(part.transpose(0, 1)[None] for part in row),
-                is_causal=True,
-                scale=scores.scale,
-                enable_gqa=query.shape[1] != key.shape[1],
-            )[0].transpose(0, 1)
-            for row in rows
-        ]
+        outs = []
+        for row in zip(*(part.split(spans.query_lengths) for part in (query, key, value)), strict=True):
+            q, k, v = (part.transpose(0, 1)[None] for part in row)
+            grouped = query.shape[1] != key.shape[1]
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scores.scale, enable_gqa=grouped)
+            outs.append(out[0].transpose(0, 1))
         return torch.cat(outs)
 
     def slots(

@@ -40,9 +40,7 @@ class KeyedDropout:
         Args:
             parts: seed and number of tokens of each micro-batch, in the order in which they are packed.
         """
-        self._parts = [
-            (torch.Generator(self._device).manual_seed(seed), num_tokens) for seed, num_tokens in parts
-        ]
+        self._parts = [(torch.Generator(self._device).manual_seed(seed), num_tokens) for seed, num_tokens in parts]
 
     def kept(self, x: torch.Tensor, p: float) -> torch.Tensor:
         """bool, shaped as ``x`` (``[1, tokens, width]``): what is not dropped; True with probability 1 − p."""

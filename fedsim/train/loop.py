@@ -207,7 +207,7 @@ class Trainer:
     def _passes(
         self, micro: Sequence[Sequence[Item]], plan: TrainingPlan[Item], objective: Objective[Item], lane: Lane
     ) -> list[Pass[Item]]:
-        """This member's micro-batches, each by itself in exact mode, else as many together as ``plan.longest`` allows."""
+        """This member's micro-batches, each alone in exact mode, else as many together as ``plan.longest`` allows."""
         most = 0 if lane.summer.exact else self.settings.micro_batch_size * plan.longest
         passes: list[dict[int, Sequence[Item]]] = []
         room = 0
