@@ -219,6 +219,20 @@ def test_training_logprobs_equal_a_plain_forward(family_dir: Any, name: str, att
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+def test_a_head_in_chunks_is_the_familys_own(family_dir: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Soft-capping and scaling of logits apply in every chunk."""
+    model = load(family_dir(name), attentions(name)[0]).base
+    batch = collate([TokenRow(ids(n, seed=3), np.arange(n) >= n // 2) for n in (5, 40, 23)], torch.device("cpu"))
+    with torch.no_grad():
+        whole = target_logprobs(model, batch)
+        monkeypatch.setattr("fedsim.model.logprobs.MAX_LOGITS", 7 * int(model.config.get_text_config().vocab_size))
+        heads: list[int] = []
+        model.get_output_embeddings().register_forward_pre_hook(lambda module, inputs: heads.append(inputs[0].shape[1]))
+        torch.testing.assert_close(target_logprobs(model, batch), whole, atol=1e-6, rtol=1e-5)
+    assert len(whole) > 7 and max(heads) == 7 and sum(heads) == len(whole)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_the_guards_probabilities_equal_a_plain_forward(family_dir: Any, name: str) -> None:
     """The family's own turn around the guard's prompt; the heads are far longer than the window."""
     loaded = load(family_dir(name), attentions(name)[0])

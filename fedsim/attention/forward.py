@@ -17,6 +17,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from fedsim.attention.backends import BACKENDS, Backend, Scores
 from fedsim.attention.spans import Spans
@@ -213,6 +214,21 @@ def _kept(part: Any, num_tokens: int, keep: torch.Tensor) -> Any:
     if isinstance(part, dict):
         return {name: _kept(item, num_tokens, keep) for name, item in part.items()}
     return part
+
+
+def head_logits(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits ``[tokens, vocabulary]`` of last hidden states ``[tokens, width]``, as the model itself makes them.
+
+    The model's own forward runs, with its soft-capping and scaling; its body only hands ``hidden`` on.
+    """
+    causal = causal_lm(model)
+    body = causal.base_model
+    body.forward = lambda **_: BaseModelOutputWithPast(last_hidden_state=hidden[None])
+    try:
+        logits: torch.Tensor = causal(inputs_embeds=hidden[None], use_cache=False).logits[0]
+    finally:
+        del body.forward  # the class's own again
+    return logits
 
 
 def _check_layers(causal: PreTrainedModel, passing: _Pass) -> None:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from fedsim.attention.forward import Rows, packed_logits
+from fedsim.attention.forward import Rows, causal_lm, head_logits, packed_hidden, packed_logits
 from fedsim.data.batch import Batch
+
+MAX_LOGITS: Final = 1 << 27
+"""Logits that may be kept for a backward pass: 512 MiB in fp32, 1,046 targets of a vocabulary of 128,256."""
 
 
 def target_logprobs(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """Log-probability of every target token.
 
     Only the tokens before targets go through the LM head (a 128 K vocabulary makes the head the largest activation of a
-    step).
+    step). Where that is still more than :data:`MAX_LOGITS`, the head is computed in chunks, and again in the backward
+    pass.
 
     Args:
         model: a Hugging Face causal LM; its own soft-capping and scaling of logits apply.
@@ -23,7 +30,23 @@ def target_logprobs(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         fp32 (fp64 of a model in fp64) ``[targets]``, in the batch's order. Empty, with a zero gradient, where every
         reply was cut off.
     """
-    spans = batch.spans
-    logits = packed_logits(model, batch.input_ids, spans.positions, Rows(spans), batch.before_target)
+    spans, rows, targets = batch.spans, Rows(batch.spans), batch.target_ids
+    chunk = max(1, MAX_LOGITS // int(causal_lm(model).config.get_text_config().vocab_size))
+    if len(targets) <= chunk:
+        return _picked(packed_logits(model, batch.input_ids, spans.positions, rows, batch.before_target), targets)
+    hidden = packed_hidden(model, batch.input_ids, spans.positions, rows).index_select(0, batch.before_target)
+
+    def logprobs(states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        return _picked(head_logits(model, states), ids)
+
+    parts = [
+        checkpoint(logprobs, states, ids, use_reentrant=False, preserve_rng_state=False)
+        for states, ids in zip(hidden.split(chunk), targets.split(chunk), strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def _picked(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """log softmax at ``ids``; a narrower dtype is widened inside the kernel, without a copy."""
     wide = torch.promote_types(logits.dtype, torch.float32)
-    return -F.nll_loss(F.log_softmax(logits, dim=-1, dtype=wide), batch.target_ids, reduction="none")
+    return -F.nll_loss(F.log_softmax(logits, dim=-1, dtype=wide), ids, reduction="none")

@@ -10,6 +10,7 @@ import torch
 
 from fedsim.generate.decode import PREFILL_TOKENS
 from fedsim.generate.slots import GROWTH
+from fedsim.model.logprobs import MAX_LOGITS
 from fedsim.model.shape import ModelShape
 
 
@@ -35,16 +36,17 @@ def training_need(
 
     ``beside`` + weights + ``num_vectors`` fp32 vectors of the adapter's size + what a backward pass keeps, per token:
     layers · (4·hidden + 3·intermediate) numbers of the base's dtype, which is 3.8 MB at 8B in bf16, and three rows of
-    logits (the head's own, in fp32, and their gradient).
+    logits (the head's own, in fp32, and their gradient) of as many tokens as go through the head at once.
 
     Args:
         num_tokens: of a micro-batch, padded.
         beside: bytes of other models that are in memory at the time.
     """
     kept = shape.num_layers * (4 * shape.hidden_size + 3 * shape.intermediate_size) * shape.dtype.itemsize
-    logits = shape.vocab_size * (4 + 4 + shape.dtype.itemsize)
+    num_logits = min(num_tokens * shape.vocab_size, max(MAX_LOGITS, shape.vocab_size))
+    logits = num_logits * (4 + 4 + shape.dtype.itemsize)
     vectors = 4 * num_vectors * shape.adapter_size
-    return Need(stage, beside + shape.weight_bytes + vectors + num_tokens * (kept + logits), key)
+    return Need(stage, beside + shape.weight_bytes + vectors + num_tokens * kept + logits, key)
 
 
 def generation_need(

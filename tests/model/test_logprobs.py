@@ -86,3 +86,33 @@ def test_a_row_does_not_see_its_neighbours(make_llama: Callable[..., LlamaForCau
         for seed in (0, 1):
             beside = target_logprobs(model, collate([row(60, [59], seed), ROWS[1], row(5, [], seed)], CPU))[1]
             torch.testing.assert_close(beside, alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 1000])
+def test_chunks_of_the_head_change_nothing_but_memory(
+    make_adapted: Callable[..., tuple[LoadedModel, FlatAdapter]], monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    """In fp64: values and gradients; of all logits, only a chunk's are ever there."""
+    loaded, _ = make_adapted(std=0.1, targets=("q_proj", "v_proj", "down_proj"))
+    loaded.model.double()
+    batch = collate(ROWS, CPU)
+    heads: list[int] = []
+    kept: list[torch.Size] = []
+    loaded.base.lm_head.register_forward_pre_hook(lambda module, inputs: heads.append(inputs[0].shape[-2]))
+
+    def run() -> list[torch.Tensor]:
+        heads.clear(), kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.shape), t)[1], lambda t: t):
+            values = target_logprobs(loaded.base, batch)
+        parameters = [p for p in loaded.model.parameters() if p.requires_grad]
+        return [values, *torch.autograd.grad((values * torch.arange(len(values))).sum(), parameters)]
+
+    whole = run()
+    assert heads == [len(whole[0])] and any(shape[-1:] == (261,) for shape in kept)
+    monkeypatch.setattr("fedsim.model.logprobs.MAX_LOGITS", 261 * chunk + 260)
+    for found, wanted in zip(run(), whole, strict=True):
+        assert float((found - wanted).norm()) <= 1e-12 * float(wanted.norm()) and float(wanted.norm()) > 0
+    if chunk < len(whole[0]):
+        assert max(heads) == chunk and sum(heads) == 2 * len(whole[0]), "once forward, once backward"
+        assert not any(shape[-1:] == (261,) for shape in kept)
+    assert "forward" not in vars(loaded.base.base_model)

@@ -11,6 +11,7 @@ from transformers import LlamaForCausalLM
 
 from fedsim.attention.choice import Choice
 from fedsim.model.load import LoraSettings, attach_lora
+from fedsim.model.logprobs import MAX_LOGITS
 from fedsim.model.memory import free_memory, generation_need, scoring_need, training_need
 from fedsim.model.shape import ModelShape, model_shape
 
@@ -54,6 +55,12 @@ def test_activations_of_the_8b_model_take_about_3_8_mb_a_token() -> None:
     logits = 1000 * 128256 * 10
     assert needs[0] == BIG.weight_bytes
     assert (needs[1] - needs[0] - logits) / 1000 == pytest.approx(3.8e6, rel=0.01)
+
+
+def test_logits_take_no_more_than_what_is_computed_at_once() -> None:
+    few, many, more = (training_need(BIG, "x", "k", num_tokens=n, num_vectors=0).num_bytes for n in (0, 2000, 3000))
+    kept = 32 * (4 * 4096 + 3 * 14336) * 2
+    assert more - many == 1000 * kept and many - few == 2000 * kept + MAX_LOGITS * 10
 
 
 def test_keys_and_values_of_the_8b_model_take_128_kib_a_token() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -39,9 +41,12 @@ def train(
     decay: float = 0.0,
     seed: int = 0,
     correction: Correction | None = None,
+    longest: int = 0,
 ) -> TrainingStats:
     loaded, flat = made
-    plan = TrainingPlan(batches, lambda step: lr * (step + 1), ("local", 0, 1), correction or Correction())
+    plan = TrainingPlan(
+        batches, lambda step: lr * (step + 1), ("local", 0, 1), correction or Correction(), longest=longest
+    )
     return Trainer(loaded.base, flat, StepSettings(micro, clip, decay, seed)).run(plan, SftObjective(), lane)
 
 
@@ -270,14 +275,71 @@ def test_fast_lanes_agree_within_rounding(
     make_adapted: Make, make_rows: Rows, one_lane: type, on_members: Callable[..., Any]
 ) -> None:
     batches = batches_of(make_rows(26), 13)
-    alone = make_adapted(std=0.1)
+    alone = make_adapted(std=0.1, dropout=0.3)
     start = alone[1].copy()
-    want = train(alone, batches, one_lane(False))
-    models = [make_adapted(std=0.1) for _ in range(3)]
-    stats = on_members(3, lambda lane: train(models[lane.index], batches, lane), exact=False)
+    want = train(alone, batches, one_lane(False), longest=1000)
+    models = [make_adapted(std=0.1, dropout=0.3) for _ in range(3)]
+    stats = on_members(3, lambda lane: train(models[lane.index], batches, lane, longest=1000), exact=False)
     for (_, flat), found in zip(models, stats, strict=True):
         assert found.losses == pytest.approx(want.losses, rel=1e-5)
         assert distance(flat.values, alone[1].values, start) < 1e-3
+
+
+@pytest.mark.parametrize(("exact", "longest", "passes"), [(True, 1000, 8), (False, 1000, 2), (False, 0, 8)])
+def test_micro_batches_share_a_pass_outside_exact_mode(
+    make_adapted: Make, make_rows: Rows, one_lane: type, exact: bool, longest: int, passes: int
+) -> None:
+    """One pass a step, or one a micro-batch; dropout draws the same, so that all agree to rounding."""
+    batches = batches_of(make_rows(26), 13)
+    alone, made = (make_adapted(std=0.1, dropout=0.3) for _ in range(2))
+    start = alone[1].copy()
+    want = train(alone, batches, one_lane(True))
+    calls: list[int] = []
+    made[0].base.model.register_forward_pre_hook(lambda module, inputs: calls.append(1))
+    got = train(made, batches, one_lane(exact), longest=longest)
+    assert len(calls) == passes and got.losses == pytest.approx(want.losses, rel=1e-6)
+    assert distance(made[1].values, alone[1].values, start) < 1e-4
+    assert exact is False or torch.equal(made[1].values, alone[1].values)
+
+
+def test_a_pass_is_never_larger_than_what_its_memory_is_reckoned_for(
+    make_adapted: Make, make_rows: Rows, one_lane: type
+) -> None:
+    """Every row fits, no pass has more than micro_batch_size · longest tokens, and two neighbours would have."""
+    rows = make_rows(32)
+    longest = max(len(row) for row in rows)
+    made = make_adapted(std=0.1)
+    sizes: list[list[int]] = []
+
+    class Spy(SftObjective):
+        def sums(self, model: torch.nn.Module, items: Sequence[TokenRow]) -> Any:
+            sizes.append([len(item) for item in items])
+            return super().sums(model, items)
+
+    plan = TrainingPlan([rows], lambda step: 1e-9, ("x",), longest=longest)
+    Trainer(made[0].base, made[1], StepSettings(4, 0.0, 0.0, 0)).run(plan, Spy(), one_lane(False))
+    assert sorted(n for part in sizes for n in part) == sorted(map(len, rows))
+    assert 1 < len(sizes) < 8 and all(sum(part) <= 4 * longest for part in sizes)
+    assert all(sum(one) + sum(two[:4]) > 4 * longest for one, two in pairwise(sizes))
+
+
+def test_memory_does_not_grow_with_steps(make_adapted: Make, make_rows: Rows, one_lane: type) -> None:
+    """As many tensors are alive after 12 steps as after 3, during a run, but for the steps' own statistics."""
+    loaded, flat = make_adapted(std=0.1, dropout=0.1)
+    trainer = Trainer(loaded.base, flat, StepSettings(2, 1.0, 0.0, 0))
+    alive: list[int] = []
+
+    def count(done: int, total: int) -> None:
+        if done not in (3, total):
+            return
+        gc.collect()
+        alive.append(sum(o.numel() for o in gc.get_objects() if type(o) is torch.Tensor))
+
+    for exact in (True, False):
+        alive.clear()
+        plan = TrainingPlan(batches_of(make_rows(48), 4), lambda step: 1e-3, ("x",), longest=40)
+        trainer.run(plan, SftObjective(), one_lane(exact), count)
+        assert alive[1] - alive[0] <= 9 * 2, "a norm and a loss a step"
 
 
 def test_dropout_belongs_to_the_key(make_adapted: Make, make_rows: Rows, one_lane: type) -> None:

@@ -30,15 +30,25 @@ OPTIONS: dict[str, Any] = {
 }  # fmt: skip
 
 
+def wide(made: tuple[LoadedModel, FlatAdapter]) -> tuple[LoadedModel, FlatAdapter]:
+    """The same in fp64, so that two ways to compute one thing agree far beyond fp32's rounding."""
+    loaded, _ = made
+    loaded.model.double()
+    return loaded, FlatAdapter(loaded.model)
+
+
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {n: p.grad for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
 
 
-def check_gradients(flat: FlatAdapter, own: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+def check_gradients(
+    flat: FlatAdapter, own: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], limit: float
+) -> None:
+    """What is left of fp32 in a model of fp64, norms and TRL's own arithmetic on logits, sets the limits."""
     assert set(own) == set(theirs) == {slot.name for slot in flat.slots}
     for name, want in theirs.items():
         assert float(want.norm()) > 0, f"{name}: the oracle must be able to tell"
-        assert float((own[name] - want).norm() / want.norm()) < 3e-5, name
+        assert float((own[name] - want).norm() / want.norm()) < limit, name
 
 
 def sft_rows(chat: ChatFormat) -> list[TokenRow]:
@@ -56,8 +66,8 @@ def preferences(chat: ChatFormat) -> list[Preference]:
 def test_sft_equals_trl(make_adapted: Make, tmp_path: Path) -> None:
     from trl import SFTConfig, SFTTrainer
 
-    loaded, flat = make_adapted(targets=TARGETS, std=0.1)
-    twin, _ = make_adapted(targets=TARGETS, std=0.1)
+    loaded, flat = wide(make_adapted(targets=TARGETS, std=0.1))
+    twin, _ = wide(make_adapted(targets=TARGETS, std=0.1))
     twin.base.set_attn_implementation("sdpa")  # padded, as TRL does it
     rows = sft_rows(loaded.chat)
     examples = [
@@ -79,7 +89,7 @@ def test_sft_equals_trl(make_adapted: Make, tmp_path: Path) -> None:
     loss.backward()
     assert float(loss.detach()) == pytest.approx(float(want.detach()), rel=1e-5)
     assert stats.shape == (0,) and objective.normaliser(rows) == int((inputs["labels"] != -100).sum())
-    check_gradients(flat, gradients(loaded.model), gradients(trainer.model))
+    check_gradients(flat, gradients(loaded.model), gradients(trainer.model), limit=1e-6)
 
 
 def trl_dpo(
@@ -109,10 +119,10 @@ def trl_dpo(
 @pytest.mark.parametrize("reference", ["adapter", "base"])
 def test_dpo_equals_trl(make_adapted: Make, tmp_path: Path, reference: str) -> None:
     beta = 0.7
-    loaded, flat = make_adapted(targets=TARGETS, std=0.1)
-    twin, twin_flat = make_adapted(targets=TARGETS, std=0.1)
+    loaded, flat = wide(make_adapted(targets=TARGETS, std=0.1))
+    twin, twin_flat = wide(make_adapted(targets=TARGETS, std=0.1))
     twin.base.set_attn_implementation("sdpa")  # padded, as TRL does it
-    start = flat.copy() if reference == "adapter" else flat.initial(0)
+    start = flat.copy() if reference == "adapter" else flat.initial(0).double()
     policy = start + 0.05 * torch.randn(flat.size, generator=torch.Generator().manual_seed(1))
     trainer, model = trl_dpo(twin, twin_flat, reference, policy, tmp_path, beta)
     pairs = preferences(loaded.chat)
@@ -138,7 +148,7 @@ def test_dpo_equals_trl(make_adapted: Make, tmp_path: Path, reference: str) -> N
     assert found["chosen_reward"] == pytest.approx(metrics["rewards/chosen"], rel=1e-4)
     assert found["rejected_reward"] == pytest.approx(metrics["rewards/rejected"], rel=1e-4)
     assert found["reward_accuracy"] == pytest.approx(metrics["rewards/accuracies"])
-    check_gradients(flat, gradients(loaded.model), gradients(model))
+    check_gradients(flat, gradients(loaded.model), gradients(model), limit=5e-6)
 
 
 def test_dpo_at_its_reference_is_ln_2_with_half_the_likelihood_gradient(make_adapted: Make) -> None:
