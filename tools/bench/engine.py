@@ -49,9 +49,12 @@ MODEL = (
     "fedsim/train/loop.py",
     "fedsim/train/objectives.py::sums",
     "fedsim/generate/decode.py",
+    "fedsim/generate/graph.py",
+    "fedsim/generate/pick.py",
     "fedsim/generate/prefix.py",
     "fedsim/generate/score.py",
     "fedsim/generate/slots.py",
+    "fedsim/generate/state.py",
     "fedsim/parallel/sums.py",
     "fedsim/parallel/aggregate.py",
     "fedsim/federation/proximal.py",
@@ -84,13 +87,9 @@ def place_of(frame: FrameType | None) -> Place:
             return Place("model", _caller(frame))
         if (found := _in_repository(file)) is not None:
             name = f"{found}::{frame.f_code.co_name}"
-            return Place("model" if name.startswith(MODEL) or _is_sums(name) else "engine", name)
+            return Place("model" if name.startswith(MODEL) else "engine", name)
         frame = frame.f_back
     return Place("engine", "(no frame of fedsim)")
-
-
-def _is_sums(name: str) -> bool:
-    return name.startswith("fedsim/train/objectives.py") and name.rpartition("::")[2] == "sums"
 
 
 def _caller(frame: FrameType | None) -> str:
