@@ -1,5 +1,6 @@
 # make demo      run the embedded default on 4 processes (makes .venv first where needed)
 # make test      lint, types and all tests
+# make bench     time every stage beside its peers, under 10 minutes; the rows go to tools/bench/results/
 # make lint      ruff and mypy alone;  make format  lets ruff lay out the code
 # make clean     remove .venv, builds and caches; runs/ stays
 #
@@ -18,7 +19,7 @@ BIN := $(VENV)/bin
 INPUTS := constraints.txt setup.cfg pyproject.toml
 export OMP_NUM_THREADS := 1
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test bench lint format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -29,6 +30,9 @@ demo: $(VENV)/installed
 
 test: lint
 	$(BIN)/pytest $(PYTEST_ARGS)
+
+bench: $(VENV)/installed-test
+	$(BIN)/python tools/bench/run.py $(ARGS)
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

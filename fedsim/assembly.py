@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from fedsim.cohort import CohortRunner
 from fedsim.config import Config
 from fedsim.data.chat import ChatFormat, TokenRow, assistant_turn, user_turn
@@ -15,6 +13,7 @@ from fedsim.data.square import SquareRow
 from fedsim.errors import RunError
 from fedsim.federation.algorithms import Algorithm, RoundSums, ServerState
 from fedsim.federation.client_state import ClientStateStore
+from fedsim.federation.elementwise import all_finite
 from fedsim.federation.participation import Participation, can_train
 from fedsim.federation.registry import build_algorithm
 from fedsim.generate.engine import Engine
@@ -81,7 +80,7 @@ class Federation:
         """
         after = self.algorithm.server_step(state, sums)
         for name, vector in after.named().items():
-            if not torch.isfinite(vector).all():
+            if not all_finite(vector):
                 raise RunError(
                     f"the server's vector {name} became NaN or infinite in step {after.num_steps}; lower "
                     "server_optimizer.lr or local.lr"

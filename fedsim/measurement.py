@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Final
 
 import torch
 
@@ -13,12 +15,19 @@ from fedsim.evaluate.judge import MtJudge
 from fedsim.evaluate.measures import Metrics
 from fedsim.evaluate.stage import write_texts
 from fedsim.evaluate.suite import Evaluation, Suite, evaluate, judge_metrics
+from fedsim.evaluate.tokens import tokenise
 from fedsim.generate.engine import Engine
 from fedsim.meter import Meter
 from fedsim.parallel.world import World
 from fedsim.record.run_record import RunRecord
 from fedsim.record.sections import POINT_TITLES
 from fedsim.safety.guard import LlamaGuard
+
+UNTOUCHED: Final = "pretrained"
+"""Point of the model as it was given."""
+
+Shared = Callable[[Suite, Callable[[], Evaluation]], Evaluation]
+"""Gives the untouched model's evaluation by a suite, or calls the function that computes it."""
 
 
 class Measurement:
@@ -31,10 +40,18 @@ class Measurement:
         federation: whose model is measured.
         suite: the benchmarks.
         meter: told how much was generated.
+        shared: gives the untouched model's evaluation, computed here or by a run before; None computes it always.
     """
 
     def __init__(
-        self, config: Config, world: World, record: RunRecord, federation: Federation, suite: Suite, meter: Meter
+        self,
+        config: Config,
+        world: World,
+        record: RunRecord,
+        federation: Federation,
+        suite: Suite,
+        meter: Meter,
+        shared: Shared | None = None,
     ) -> None:
         self.config = config
         self.ranks = world.ranks
@@ -46,6 +63,8 @@ class Measurement:
             suite = replace(suite, rubric=None)  # the judge takes the rubric's place
             self.judge = MtJudge(config, world.ranks, world.device)
         self.suite = suite
+        self.shared = shared
+        self._tokenised = False
 
     def is_due(self, round_idx: int) -> bool:
         """Whether the configuration asks for a measurement in this round; in the last one always."""
@@ -60,7 +79,7 @@ class Measurement:
             workers = [w for w in (federation.engine, suite.guard) if isinstance(w, Engine | LlamaGuard)]
             for worker in workers:
                 worker.on_progress = phase.step
-            found = evaluate(federation.engine, suite, ("eval",))
+            found = self._evaluate(point)
             for worker in workers:
                 worker.on_progress = None
             phase.step(phase.total, phase.total, **figures.headline(found.metrics))
@@ -69,6 +88,15 @@ class Measurement:
         self.ranks.once(lambda: write_texts(found, suite, folder, model_id, attacks=self.config.record.texts))
         judged = self._judge(found, model_id, point)
         self.record.append(round_idx, "eval", {"point": point, **found.metrics, **judged})
+
+    def _evaluate(self, point: str) -> Evaluation:
+        def compute() -> Evaluation:
+            if not self._tokenised:
+                tokenise(self.federation.engine, self.suite)
+                self._tokenised = True
+            return evaluate(self.federation.engine, self.suite, ("eval",))
+
+        return compute() if self.shared is None or point != UNTOUCHED else self.shared(self.suite, compute)
 
     def _judge(self, found: Evaluation, model_id: str, point: str) -> Metrics:
         """Let the judge rate the MT-Bench answers. What it leaves unjudged is told, and ends no run."""

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from fedsim.config import Config
 from fedsim.federation.algorithms import ADAPTER
 from fedsim.federation.registry import build_algorithm
-from fedsim.model.memory import Need, generation_need, training_need
+from fedsim.model.memory import Need, generation_need, scoring_need, training_need
 from fedsim.model.shape import ModelShape
 from fedsim.parallel.planner import plan_round
+
+TAIL_TOKENS = 32  # of the closing instruction, which follows every exchange that a guard judges; it is longer
 
 
 def memory_needs(config: Config, shapes: Mapping[str, ModelShape], num_ranks: int) -> list[Need]:
@@ -50,7 +52,9 @@ def memory_needs(config: Config, shapes: Mapping[str, ModelShape], num_ranks: in
                 beside=guard_bytes,
             )
         )
-    context = min(config.model.max_context, model.max_positions, 2 * judged.max_new_tokens + local.max_length)
+    cai_tokens = 3 * cai.max_new_tokens if cai.iterations > 0 else 0
+    turns = max(2 * judged.max_new_tokens, cai_tokens)  # MT-Bench's and CAI's, which the cache keeps
+    context = min(config.model.max_context, model.max_positions, turns + local.max_length)
     needs.append(
         generation_need(
             model,
@@ -90,12 +94,13 @@ def _guard_needs(config: Config, guard: ModelShape, model_bytes: int) -> list[Ne
             )
         )
     needs.append(
-        generation_need(
+        scoring_need(
             guard,
             "guard scoring",
-            "guard.batch_size",
-            num_rows=settings.batch_size,
-            num_tokens=settings.max_length,
+            "guard.batch_tokens",
+            num_tokens=max(settings.batch_tokens, settings.max_length),
+            head_tokens=settings.max_length,
+            tail_tokens=TAIL_TOKENS,
             beside=4 * 2 * guard.adapter_size + (model_bytes if judged.guard_judge != "none" else 0),
         )
     )

@@ -73,10 +73,10 @@ def lanes(config: Config, num_ranks: int) -> dict[str, str]:
 
 
 def models(found: Preflight) -> dict[str, str]:
-    """Size of each model and its adapter."""
+    """Size of each model and its adapter, and the attention backend that it gets."""
     return {
         role: f"{shape.architecture}, {shape.num_parameters:,} weights in {str(shape.dtype).removeprefix('torch.')}, "
-        f"adapter of {shape.adapter_size:,} numbers"
+        f"adapter of {shape.adapter_size:,} numbers, attention: {shape.attention.name} ({shape.attention.why})"
         for role, shape in found.shapes.items()
     }
 

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fedsim import figures
-from fedsim.artefacts import ArtefactStore
+from fedsim.artefacts import ArtefactStore, file_digest
 from fedsim.assembly import Federation
 from fedsim.config import Config, to_nested
 from fedsim.data.prepare import PreparedData, prepare_data
 from fedsim.errors import DataError
 from fedsim.evaluate.judge_inputs import judge_files
-from fedsim.evaluate.stage import load_suite
-from fedsim.evaluate.suite import Suite
-from fedsim.model.load import model_digest
+from fedsim.evaluate.shared import shared_evaluation
+from fedsim.evaluate.stage import BENCHMARKS, load_suite
+from fedsim.evaluate.suite import Evaluation, Suite
+from fedsim.measurement import Shared
+from fedsim.model.load import chosen_attention, model_digest
+from fedsim.model.shape import ModelShape
 from fedsim.parallel.world import World
 from fedsim.preflight import models_in_use
 from fedsim.record.manifest import versions, write_manifest
@@ -99,8 +103,11 @@ class Preparation:
             files["constitution"] = constitution_file(self.config.cai.constitution)
         return Inputs(data, suite, files)
 
-    def write_manifest(self, inputs: Inputs) -> None:
+    def write_manifest(self, inputs: Inputs, shapes: Mapping[str, ModelShape]) -> None:
         """Write down what the run's figures depend on.
+
+        Args:
+            shapes: of the models in use, by role.
 
         Raises:
             CheckpointError: a resumed run's files or models are no longer those that it began with.
@@ -109,7 +116,10 @@ class Preparation:
 
         def write() -> None:
             hashes = {name: model_digest(path) for name, path in models_in_use(self.config).items()}
-            write_manifest(self.record.folder, to_nested(self.config), inputs.files, hashes, self.world.size)
+            attention = {role: shape.attention.name for role, shape in shapes.items()}
+            write_manifest(
+                self.record.folder, to_nested(self.config), inputs.files, hashes, attention, num_ranks=self.world.size
+            )
 
         self.ranks.once(write)
 
@@ -148,6 +158,39 @@ class Preparation:
             points = {**guarded.compared, point: guarded.filtered}
             self.ranks.once(lambda: write_tables(self.record.folder / "guard", points, guard.threshold))
 
+    def shared_evaluation(self, inputs: Inputs, federation: Federation) -> Shared | None:
+        """Lets runs share the untouched model's evaluation; None where a guard judges or attack replies are kept."""
+        config = self.config
+        if config.eval.guard_judge != "none" or config.record.texts:
+            return None
+        settings = {name: value for name, value in asdict(config.eval).items() if name not in ("every", *BENCHMARKS)}
+
+        def shared(suite: Suite, compute: Callable[[], Evaluation]) -> Evaluation:
+            depends = {
+                "seed": config.seed,
+                "model": self._model_facts(),
+                "implementation": federation.loaded.base.config._attn_implementation,
+                "max_context": federation.engine.max_context,
+                "eval": settings,
+                "files": self.ranks.once(
+                    lambda: {n: file_digest(inputs.files[n]) for n in BENCHMARKS if n in inputs.files}
+                ),
+                "rules": {name: getattr(suite, name) is not None for name in ("judge", "refuses", "rubric")},
+                **self.facts,
+            }
+            return shared_evaluation(self.store, depends, suite, compute)
+
+        return shared
+
+    def _model_facts(self) -> dict[str, Any]:
+        """What names the model in artefacts."""
+        model = self.config.model
+        digest = self.ranks.once(lambda: model_digest(model.path))
+        attention = chosen_attention(
+            model.path, dtype=model.dtype, attention=model.attention, device=self.world.device, key="model.path"
+        )
+        return {"model": digest, "dtype": model.dtype, "attention": attention.name}
+
     def aligner(self, data: PreparedData, federation: Federation, *, new: bool) -> Aligner | None:
         """The pretrained model writes the CAI conversations (once, shared by runs); None if CAI is off.
 
@@ -157,16 +200,11 @@ class Preparation:
         Raises:
             DataError: no conversation can be trained on.
         """
-        cai, model = self.config.cai, self.config.model
+        cai = self.config.cai
         if cai.iterations == 0:
             return None
         federation.flat.load(federation.flat.initial(self.config.seed))
-        facts = self.facts | {
-            "model": self.ranks.once(lambda: model_digest(model.path)),
-            "data": data.source_sha256,
-            "dtype": model.dtype,
-            "attention": model.attention,
-        }
+        facts = self.facts | self._model_facts() | {"data": data.source_sha256}
         with self.record.phase("CAI conversations", "cai_generate", "batches") as phase:
             federation.engine.on_progress = phase.step
             conversations = cai_conversations(self.config, federation.engine, data.cai_rows, self.store, facts)

@@ -85,7 +85,9 @@ class Sums(Protocol):
     exact: bool
 
     def sum(self, segments: Sequence[Sequence[Term]], sizes: Sequence[int], count: int) -> list[torch.Tensor]:
-        """Sum each segment over its terms here and on the other members; every member gets the same fp64 vectors.
+        """Sum each segment over its terms here and on the other members; every member gets the same vectors.
+
+        They are fp64 in exact mode, fp32 otherwise, and not to be changed in place: one may be a term's own vector.
 
         Args:
             segments: this member's terms of each segment; a member without terms gives empty lists.

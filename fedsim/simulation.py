@@ -17,7 +17,7 @@ from fedsim.disk import explaining_full_disk
 from fedsim.evaluate.suite import Suite
 from fedsim.federation.algorithms import ADAPTER
 from fedsim.federation.sampling import cosine_by_round
-from fedsim.measurement import Measurement
+from fedsim.measurement import UNTOUCHED, Measurement, Shared
 from fedsim.meter import Meter
 from fedsim.model.cost import ModelCost
 from fedsim.parallel.world import World
@@ -86,16 +86,17 @@ class Simulation:
         for warning in found.warnings():
             record.say(f"warning: {warning}")
         inputs = prepare.read()
-        prepare.write_manifest(inputs)
+        prepare.write_manifest(inputs, found.shapes)
         guarded = prepare.filter(inputs.data)
         federation = self._assemble(guarded.filtered)
-        measurement = self._measurement(federation, replace(inputs.suite, guard=guarded.judge))
+        suite = replace(inputs.suite, guard=guarded.judge)
+        measurement = self._measurement(federation, suite, prepare.shared_evaluation(inputs, federation))
         checkpoint = record.resume(federation.check)
         is_new = checkpoint is None
         if checkpoint is None:
             checkpoint = Checkpoint(PRETRAINED, federation.start(config.seed))
             prepare.record_filter(guarded, federation)
-            measurement.take(PRETRAINED, "pretrained", checkpoint.state.adapter)
+            measurement.take(PRETRAINED, UNTOUCHED, checkpoint.state.adapter)
         aligner = prepare.aligner(inputs.data, federation, new=is_new)
         self.meter.generated("cai_generate", federation.engine)
         checkpoint = replace(checkpoint, state=federation.to_device(checkpoint.state))
@@ -119,8 +120,8 @@ class Simulation:
             self.meter = Meter(ModelCost.of(base), peak, self.world)
             return federation
 
-    def _measurement(self, federation: Federation, suite: Suite) -> Measurement:
-        return Measurement(self.config, self.world, self.record, federation, suite, self.meter)
+    def _measurement(self, federation: Federation, suite: Suite, shared: Shared | None) -> Measurement:
+        return Measurement(self.config, self.world, self.record, federation, suite, self.meter, shared)
 
     def _say_start(self, num_done: int) -> None:
         """A run that is resumed says where it goes on."""

@@ -9,10 +9,15 @@ n · 2^−(s+1) of the exact one; a term of 24 significant bits and at least 2^(
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
-CHUNK = 1 << 20  # numbers converted at a time: bounds the fp64 scratch to 8 MiB
+from fedsim.proved import is_proved
+
+BLOCK = 1 << 17  # fp64 numbers converted at a time by one CPU thread: 1 MiB, what stays in its L2 cache
+CUDA_BLOCK = 1 << 23  # on a GPU: 64 MiB of scratch, few launches
+MAX_TERMS = 8  # terms converted together
 
 
 def shared_exponent(bound: torch.Tensor, count: int) -> torch.Tensor:
@@ -30,22 +35,82 @@ def shared_exponent(bound: torch.Tensor, count: int) -> torch.Tensor:
     return (62 - math.ceil(math.log2(count)) - exponent).clamp(max=900).to(torch.int32)
 
 
-def accumulate(total: torch.Tensor, term: torch.Tensor, exponent: torch.Tensor, weight: float = 1.0) -> None:
-    """``total += round(weight · term · 2^exponent)``, in place.
+def power_of_two(exponent: torch.Tensor) -> torch.Tensor:
+    """2^exponent for −1022 ≤ exponent ≤ 1023, fp64, from the bits of the number: exact on every device."""
+    return ((exponent.to(torch.int64) + 1023) << 52).view(torch.float64)
+
+
+def accumulate(
+    total: torch.Tensor, vectors: Sequence[torch.Tensor], weights: Sequence[float], exponent: torch.Tensor
+) -> None:
+    """``total = Σ round(vector · (weight · 2^exponent))``, halves to even: all terms of a rank in one pass.
+
+    The product is rounded to fp64 before it is rounded to the grid, by every path alike. A vector with a number that is
+    not finite, or beyond the bound that ``exponent`` is for, gives undefined integers.
 
     Args:
-        total: int64 ``[n]``.
-        term: floating point ``[n]``; ``weight · term`` is formed in fp64.
-        exponent: int32 scalar from :func:`shared_exponent` for a bound on ``|weight · term|``.
+        total: int64 ``[n]``, contiguous; overwritten.
+        vectors: fp32, bf16 or fp64 ``[n]`` each, of any stride, on ``total``'s device; none give zeros.
+        weights: one per vector.
+        exponent: int32 scalar from :func:`shared_exponent` for a bound on ``|weight · vector|``, on the same device.
     """
-    assert total.dtype == torch.int64 and total.shape == term.shape
-    for start in range(0, total.numel(), CHUNK):
-        part = term[start : start + CHUNK].double()
-        if weight != 1.0:
-            part = part * weight
-        total[start : start + CHUNK] += torch.ldexp(part, exponent).round_().to(torch.int64)
+    assert total.dtype == torch.int64 and total.is_contiguous() and len(vectors) == len(weights)
+    assert all(vector.shape == total.shape for vector in vectors)
+    factors = torch.tensor(weights, dtype=torch.float64).to(total.device, non_blocking=True) * power_of_two(exponent)
+    if takes_triton(total.device):
+        from fedsim.kernels import fixed_point_triton  # Triton comes with torch's CUDA builds alone
+
+        fixed_point_triton.accumulate(total, vectors, factors)
+    else:
+        accumulate_torch(total, vectors, factors)
 
 
-def restore(total: torch.Tensor, exponent: torch.Tensor) -> torch.Tensor:
-    """The sum as fp64 ``[n]``: ``total · 2^−exponent``."""
-    return torch.ldexp(total.double(), -exponent)
+def takes_triton(device: torch.device) -> bool:
+    """Whether sums on ``device`` are accumulated by the Triton kernel."""
+    return device.type == "cuda" and is_proved("accumulate_triton")
+
+
+def accumulate_torch(total: torch.Tensor, vectors: Sequence[torch.Tensor], factors: torch.Tensor) -> None:
+    """The pass of :func:`accumulate` in plain torch: the reference of every other path.
+
+    Args:
+        factors: weight · 2^exponent of each vector, fp64 ``[len(vectors)]``.
+    """
+    if not vectors:
+        total.zero_()
+    rows = min(len(vectors), MAX_TERMS)
+    size = max(1, _block_size(total.device) // max(1, rows))
+    block = torch.empty(rows, min(size, total.numel()), dtype=torch.float64, device=total.device)
+    for start in range(0, total.numel(), size):
+        part = total[start : start + size]
+        for first in range(0, len(vectors), MAX_TERMS):
+            group = vectors[first : first + MAX_TERMS]
+            terms = block[: len(group), : part.numel()]
+            for row, vector in zip(terms, group, strict=True):
+                row.copy_(vector[start : start + size])
+            terms.mul_(factors[first : first + MAX_TERMS, None]).round_()
+            integers = terms.view(torch.int64)
+            integers.copy_(terms)  # in place: both are 64 bits wide
+            if first == 0:
+                torch.sum(integers, 0, out=part)
+            else:
+                part.add_(integers.sum(0))
+
+
+def restore(total: torch.Tensor, exponent: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
+    """The sum as fp64 ``[n]``, ``total · 2^−exponent``, in ``total``'s memory, which holds no integers any more.
+
+    NaN throughout where ``bound`` is not finite.
+    """
+    sums = total.view(torch.float64)
+    scale = torch.where(torch.isfinite(bound), power_of_two(-exponent), torch.nan)
+    size = _block_size(total.device)
+    for part, integers in zip(sums.split(size), total.split(size), strict=True):
+        part.copy_(integers)
+        part.mul_(scale)
+    return sums
+
+
+def _block_size(device: torch.device) -> int:
+    """How many fp64 numbers to work on at a time."""
+    return CUDA_BLOCK if device.type == "cuda" else BLOCK * torch.get_num_threads()

@@ -33,7 +33,7 @@ from fedsim.config import load_config
 from fedsim.data.batch import collate
 from fedsim.data.chat import ChatFormat, Conversation, TokenRow, assistant_turn, user_turn
 from fedsim.data.world import square_rows
-from fedsim.generate.decode import decode_unit
+from fedsim.generate.decode import Decoder, Request
 from fedsim.generate.engine import Engine
 from fedsim.generate.prefix import candidate_logits, read_head
 from fedsim.model.load import LoadedModel, LoraSettings, load_model
@@ -180,13 +180,13 @@ def plain_logits(model: PreTrainedModel, prompt: np.ndarray) -> torch.Tensor:
 
 @pytest.mark.parametrize(("name", "attention"), CASES)
 def test_candidate_logits_equal_a_plain_forward(family_dir: Any, name: str, attention: str) -> None:
-    """Heads and tails shorter and longer than the window."""
-    model = load(family_dir(name), attention).base
+    """Heads and tails shorter and longer than the window, in fp64."""
+    model = load(family_dir(name), attention).base.double()
     for head_length, lengths in ((3, [2, 5]), (40, [1, 30, 7]), (WINDOW, [3, WINDOW, 1]), (0, [20, 4])):
         head, tails = ids(head_length), [ids(n, seed=1) for n in lengths]
         got = candidate_logits(model, read_head(model, head), tails, [7, 90, 3])
         want = torch.stack([plain_logits(model, np.concatenate([head, tail]))[-1, [7, 90, 3]] for tail in tails])
-        torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+        torch.testing.assert_close(got, want, atol=1e-10, rtol=0)
     assert want.std() > 0.05
 
 
@@ -195,15 +195,15 @@ def test_greedy_decoding_equals_hugging_face(family_dir: Any, name: str, attenti
     """Prompts and replies that outgrow the window, in a batch from which rows leave."""
     loaded = load(family_dir(name), attention)
     asked = [ids(n, seed=2).tolist() for n in (2, 31, 9, WINDOW, 50)]
-    replies = decode_unit(loaded.base, asked, range(5), temperature=0, max_new_tokens=24,
-                          eos_ids=frozenset({9, 77, 130, 201}))  # fmt: skip
-    for prompt, (tokens, _) in zip(asked, replies, strict=True):
+    decoder = Decoder(loaded.base, 3, max_new_tokens=24, temperature=0.0, eos_ids=frozenset({9, 77, 130, 201}))
+    replies = decoder.run([Request(prompt, 0, 24) for prompt in asked])
+    for prompt, (turn,) in zip(asked, replies, strict=True):
         sent = torch.tensor([prompt])
         made: Any = loaded.base.generate(
             sent, attention_mask=torch.ones_like(sent), do_sample=False, max_new_tokens=24,
             eos_token_id=[9, 77, 130, 201], pad_token_id=loaded.chat.pad_id,
         )  # fmt: skip
-        assert tokens == made[0, len(prompt) :].tolist()
+        assert turn.ids == made[0, len(prompt) :].tolist()
 
 
 @pytest.mark.parametrize(("name", "attention"), CASES)
@@ -237,7 +237,7 @@ def test_the_guards_probabilities_equal_a_plain_forward(family_dir: Any, name: s
     """The family's own turn around the guard's prompt; the heads are far longer than the window."""
     loaded = load(family_dir(name), attentions(name)[0])
     judge = LlamaGuard(
-        loaded.base, loaded.chat, OneRank(), policy="square", batch_size=2, threshold=0.5, max_length=3000
+        loaded.base, loaded.chat, OneRank(), policy="square", batch_tokens=600, threshold=0.5, max_length=3000
     )
     exchanges = [("A kite?", "Yes."), ("Who?", "Orla flies it."), ("Why?", "Wind, and more wind.")]
     for (user, agent), verdict in zip(exchanges, judge.judge_exchanges(exchanges), strict=True):
@@ -269,7 +269,9 @@ def test_a_turn_ends_with_the_familys_own_token(family_dir: Any, name: str) -> N
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "mistral-text-markers"])
-def test_a_whole_round_runs(family_dir: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_whole_round_runs(
+    family_dir: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The architecture as the model and as the guard: fine-tuned, scoring, training, CAI, evaluation."""
     rows = square_rows()
     some = [r for label in (0, 1) for r in [r for r in rows if r["acceptable?"] == label][:12]]
@@ -282,7 +284,7 @@ def test_a_whole_round_runs(family_dir: Any, name: str, tmp_path: Path, monkeypa
         "data.federated_rows=10", "data.guard_rows=4", "data.cai_rows=4", "federation.num_clients=2",
         "federation.clients_per_round=2", "federation.num_rounds=1", "local.steps=1", "local.batch_size=2",
         "local.micro_batch_size=2", "guard.kind=llama_guard", "guard.policy=square", "guard.tune_epochs=1",
-        "guard.tune_batch_size=4", "guard.max_length=3000", "guard.batch_size=8", "guard.threshold=0.9999",
+        "guard.tune_batch_size=4", "guard.max_length=3000", "guard.batch_tokens=2000", "guard.threshold=0.9999",
         "cai.iterations=1", "cai.batch_size=2", "cai.constitution=tiny", "cai.max_new_tokens=8", "cai.max_length=1500",
         "local.max_length=400", "eval.limit=2", "eval.max_new_tokens=4", "eval.batch_size=4", "wandb.mode='off'",
     ]  # fmt: skip
@@ -292,4 +294,7 @@ def test_a_whole_round_runs(family_dir: Any, name: str, tmp_path: Path, monkeypa
         Simulation(config, world).run()
     stages = {row["stage"]: row for row in read_rows(tmp_path / name / "metrics.jsonl")}
     assert {"filter", "eval", "cai_data", "round"} <= set(stages)
+    manifest = json.loads((tmp_path / name / "manifest.json").read_text())
+    assert manifest["attention"] == dict.fromkeys(("model", "guard"), attentions(name)[0])
+    assert f"attention of the guard: {attentions(name)[0]} (asked for)" in capsys.readouterr().err
     assert stages["round"]["cai/num_iterations"] == 1 and stages["round"]["client/loss"] > 0

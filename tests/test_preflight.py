@@ -294,6 +294,7 @@ def test_a_check_prints_the_plan_and_leaves_no_run(
         "3 x 2 iterations of 4 rows",
         "5 times 5 AdvBench, 5 MT-Bench",  # pretrained, rounds 2 and 3 before and after CAI
         "LlamaForCausalLM, 435,552 weights in float32",
+        "attention: sdpa (auto)",
     ):
         assert words in shown.out, shown.out
     assert "checked: nothing was trained" in shown.err

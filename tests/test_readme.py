@@ -30,6 +30,11 @@ def test_the_table_of_sources_is_up_to_date() -> None:
     assert tool("readme_sources").updated(text) == text, "run: python tools/readme_sources.py"
 
 
+def test_the_benchmark_tables_are_those_of_the_committed_rows() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert tool("readme_bench").updated(text) == text, "run: python tools/readme_bench.py"
+
+
 def test_the_tree_is_up_to_date(readme_tree: ModuleType) -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert readme_tree.updated(text) == text, "run: python tools/readme_tree.py"

@@ -7,9 +7,8 @@ Attention is causal and aligned at the end: a row's last query sees all of its p
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache
 from typing import Any, Final, Protocol
 
 import torch
@@ -100,12 +99,16 @@ class Sdpa:
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: Spans, scores: Scores
     ) -> torch.Tensor:
         """Views of each row, causal; no padding is computed."""
-        outs = []
-        for row in zip(*(part.split(spans.query_lengths) for part in (query, key, value)), strict=True):
-            q, k, v = (part.transpose(0, 1)[None] for part in row)
-            grouped = query.shape[1] != key.shape[1]
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scores.scale, enable_gqa=grouped)
-            outs.append(out[0].transpose(0, 1))
+        queries, keys, values = (
+            part.transpose(0, 1)[None].split(spans.query_lengths, 2) for part in (query, key, value)
+        )
+        shared = query.shape[1] != key.shape[1]
+        outs = [
+            F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scores.scale, enable_gqa=shared)[0].transpose(
+                0, 1
+            )
+            for q, k, v in zip(queries, keys, values, strict=True)
+        ]
         return torch.cat(outs)
 
     def slots(
@@ -120,6 +123,12 @@ class Sdpa:
         """See :class:`Backend`. Query heads that share a key head are queries of one batch entry: no key is copied."""
         assert scores.softcap is None, "softcap is refused when the model is loaded"
         rows, heads, size = query.shape
+        if query.device.type == "cpu":  # the fused kernel is made for many queries
+            mask = _slot_mask(lengths, max_length, scores.window)[:, None, None]
+            grouped = query.view(rows, keys.shape[2], heads // keys.shape[2], size)
+            hidden = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
+            products = (grouped * scores.scale) @ keys[:, :max_length].permute(0, 2, 3, 1) + hidden
+            return (products.softmax(dim=-1) @ values[:, :max_length].transpose(1, 2)).view(rows, heads, size)
         out = F.scaled_dot_product_attention(
             query.view(rows, keys.shape[2], heads // keys.shape[2], size),
             keys[:, :max_length].transpose(1, 2),
@@ -181,17 +190,8 @@ class Varlen:
     ) -> torch.Tensor:
         """See :class:`Backend`."""
         assert scores.softcap is None, "softcap is refused when the model is loaded"
-        attend = _varlen_attn(is_grouped=query.shape[1] != key.shape[1])
-        return attend(
-            query,
-            key,
-            value,
-            spans.query_starts,
-            spans.key_starts,
-            spans.max_query,
-            spans.max_key,
-            scale=scores.scale,
-            window_size=(_left(scores.window), 0),
+        return _varlen_attn(
+            query, key, value, spans.query_starts, spans.key_starts, spans.max_query, spans.max_key, scores
         )
 
     def slots(
@@ -204,23 +204,13 @@ class Varlen:
         scores: Scores,
     ) -> torch.Tensor:
         """See :class:`Backend`."""
-        attend = _varlen_attn(is_grouped=query.shape[1] != keys.shape[2])
-        if "seqused_k" not in inspect.signature(attend).parameters:  # a torch whose kernel knows no slots
+        assert scores.softcap is None, "softcap is refused when the model is loaded"
+        if "seqused_k" not in varlen_keywords():  # a torch whose kernel knows no slots
             return BACKENDS["sdpa"].slots(query, keys, values, lengths, max_length, scores)
         rows, capacity = keys.shape[:2]
         starts = torch.arange(rows + 1, dtype=torch.int32, device=query.device)
-        return attend(
-            query,
-            keys.flatten(0, 1),
-            values.flatten(0, 1),
-            starts,
-            starts * capacity,
-            1,
-            max_length,
-            scale=scores.scale,
-            window_size=(_left(scores.window), 0),
-            seqused_k=lengths,
-        )
+        key, value = keys.flatten(0, 1), values.flatten(0, 1)
+        return _varlen_attn(query, key, value, starts, starts * capacity, 1, max_length, scores, seqused_k=lengths)
 
 
 class Flash2:
@@ -306,11 +296,37 @@ def _left(window: int | None) -> int:
     return -1 if window is None else window - 1
 
 
-def _varlen_attn(is_grouped: bool) -> Callable[..., torch.Tensor]:
-    """torch's kernel, told of grouped queries where this version wants to know."""
+@cache
+def varlen_keywords() -> frozenset[str]:
+    """Arguments that the installed torch's ``varlen_attn`` takes; empty where it has none.
+
+    torch 2.10 knows ``is_causal`` and neither scale nor window; 2.11 has ``scale`` and ``window_size`` and groups
+    queries without being told; later ones add ``enable_gqa``, which must be set, and ``seqused_k``.
+    """
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return frozenset()
+    return frozenset(inspect.signature(varlen_attn).parameters)
+
+
+def _varlen_attn(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    query_starts: torch.Tensor,
+    key_starts: torch.Tensor,
+    max_query: int,
+    max_key: int,
+    scores: Scores,
+    **more: torch.Tensor,
+) -> torch.Tensor:
+    """torch's kernel, causal (right window 0), with the arguments that this version wants."""
     from torch.nn.attention.varlen import varlen_attn
 
-    attend: Callable[..., Any] = varlen_attn
-    if is_grouped and "enable_gqa" in inspect.signature(attend).parameters:
-        return partial(attend, enable_gqa=True)
-    return attend
+    wanted: dict[str, Any] = {"scale": scores.scale, "window_size": (_left(scores.window), 0), **more}
+    if "enable_gqa" in varlen_keywords():
+        wanted["enable_gqa"] = query.shape[1] != key.shape[1]
+    out = varlen_attn(query, key, value, query_starts, key_starts, max_query, max_key, **wanted)
+    assert isinstance(out, torch.Tensor)
+    return out

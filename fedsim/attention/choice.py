@@ -10,6 +10,7 @@ from typing import Final
 import torch
 from transformers import PretrainedConfig
 
+from fedsim.attention.backends import varlen_keywords
 from fedsim.attention.forward import IMPLEMENTATIONS
 from fedsim.errors import ModelError
 from fedsim.proved import is_proved
@@ -51,22 +52,22 @@ def choose(wanted: str, config: PretrainedConfig, dtype: torch.dtype, device: to
         ModelError: the backend that is asked for cannot be had here, with the reason and what to do.
     """
     if wanted != "auto":
-        if problem := _problem(wanted, config, dtype, device):
-            raise ModelError(f"model.attention={wanted!r}: {problem}")
+        if found := problem(wanted, config, dtype, device):
+            raise ModelError(f"model.attention={wanted!r}: {found}")
         return Choice(wanted, "asked for")
     passed_over: list[tuple[str, str]] = []
     for name in ORDER:
-        problem = _problem(name, config, dtype, device)
-        if problem is None and name in CUDA_ONLY and not is_proved(name):
-            problem = "no committed GPU run has shown it right yet; ask for it by name"
-        if problem is None:
+        found = problem(name, config, dtype, device)
+        if found is None and name in CUDA_ONLY and not is_proved(name):
+            found = "no committed GPU run has shown it right yet; ask for it by name"
+        if found is None:
             return Choice(name, "auto" + "".join(f"; not {other}: {why}" for other, why in passed_over))
         if device.type == "cuda" or name not in CUDA_ONLY:  # nobody expects CUDA's kernels on a CPU
-            passed_over.append((name, problem))
+            passed_over.append((name, found))
     raise AssertionError("eager attention is always there")
 
 
-def _problem(name: str, config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> str | None:
+def problem(name: str, config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why a backend cannot be had, with the way out; None if it can."""
     if name in CUDA_ONLY and device.type != "cuda":
         return f"is CUDA's alone, and this run is on {device.type}; set model.attention=auto"
@@ -94,9 +95,12 @@ def _no_flash_attn() -> str | None:
 
 
 def _no_varlen() -> str | None:
-    if importlib.util.find_spec("torch.nn.attention.varlen") is not None:
+    if varlen_keywords() >= {"scale", "window_size"}:
         return None
-    return f"torch {torch.__version__} has no varlen_attn; install torch 2.11 or newer, or set model.attention=sdpa"
+    return (
+        f"torch {torch.__version__} has no varlen_attn that takes scale and window_size; install torch 2.11 or newer, "
+        "or set model.attention=sdpa"
+    )
 
 
 _PACKAGES: Final[dict[str, Callable[[], str | None]]] = {

@@ -7,6 +7,9 @@ built by the model, and no cache class of the library is in play.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Protocol
 
@@ -43,7 +46,8 @@ class Layout(Protocol):
         Args:
             layer: index of the layer.
             query: ``[queries, query heads, head size]``.
-            key: ``[queries, key heads, head size]``, of the queries' own positions; ``value`` as well.
+            key: ``[tokens, key heads, head size]``, of the batch's tokens (which are the queries, but for
+                :class:`Narrowed` layers); ``value`` as well.
 
         Returns:
             ``[queries, query heads, head size]``.
@@ -65,12 +69,31 @@ class Rows:
         return backend.spans(query, key, value, self.spans, scores)
 
 
+@dataclass(frozen=True, eq=False)
+class Narrowed:
+    """What the last layer computes: its keys and values of all tokens, the rest of the kept ones alone.
+
+    Attributes:
+        keep: int64 ``[kept]``: indices of tokens.
+        layout: the last layer's; its queries are the kept tokens, its keys those of all tokens.
+    """
+
+    keep: torch.Tensor
+    layout: Layout
+
+
 class _Pass:
-    """One forward pass: its layout, and which layers have asked for it."""
+    """One forward pass: its layout, which layers have asked for it, and keys and values that a layer has read alone."""
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self.layers: set[int] = set()
+        self.is_reading = False
+        self.read: tuple[torch.Tensor, torch.Tensor] | None = None
+
+
+class _HaveKeys(Exception):
+    """A layer has projected its keys and values."""
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
@@ -113,20 +136,84 @@ def packed_logits(
     return logits
 
 
-def packed_hidden(model: nn.Module, ids: torch.Tensor, positions: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """Last hidden states ``[tokens, width]`` of a packed batch; arguments and errors as of :func:`packed_logits`."""
+def packed_hidden(
+    model: nn.Module,
+    ids: torch.Tensor,
+    positions: torch.Tensor,
+    layout: Layout,
+    narrowed: Narrowed | None = None,
+) -> torch.Tensor:
+    """Last hidden states of a packed batch.
+
+    Args:
+        narrowed: where only some tokens' hidden states are wanted, the last layer need not compute the others; without
+            gradient.
+
+    Returns:
+        ``[tokens, width]``, or ``[kept, width]``. Other arguments and errors as of :func:`packed_logits`.
+    """
     causal = causal_lm(model)
     passing = _Pass(layout)
-    out = causal.base_model(
-        input_ids=ids[None],
-        attention_mask=_READY_MASK,
-        position_ids=positions,
-        use_cache=False,
-        packed_pass=passing,
-    )
+    with _narrowing(causal, passing, narrowed):
+        out = causal.base_model(
+            input_ids=ids[None],
+            attention_mask=_READY_MASK,
+            position_ids=positions,
+            use_cache=False,
+            packed_pass=passing,
+        )
     _check_layers(causal, passing)
     hidden: torch.Tensor = out.last_hidden_state[0]
-    return hidden
+    return hidden if narrowed is None else hidden[narrowed.keep]
+
+
+@contextmanager
+def _narrowing(causal: PreTrainedModel, passing: _Pass, narrowed: Narrowed | None) -> Iterator[None]:
+    """Let the last layer run twice: up to its keys and values with all tokens, then whole with the kept ones."""
+    if narrowed is None:
+        yield
+        return
+    assert not torch.is_grad_enabled(), "a narrowed layer passes no gradient on"
+    num_layers = int(causal.config.get_text_config().num_hidden_layers)
+    stacks = [m for m in causal.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers]
+    assert stacks, "a decoder is a list of layers"
+
+    num_tokens = 0
+
+    def narrow(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        nonlocal num_tokens
+        passing.is_reading = True
+        try:
+            layer.forward(*args, **kwargs)
+        except _HaveKeys:
+            passing.layout = narrowed.layout
+        finally:
+            passing.is_reading = False
+        num_tokens = args[0].shape[1]
+        return _kept(args, num_tokens, narrowed.keep), _kept(kwargs, num_tokens, narrowed.keep)
+
+    def widen(_: nn.Module, args: tuple[Any, ...], out: torch.Tensor) -> torch.Tensor:
+        """The model sees as many tokens as it was given; those that were left out are zero."""
+        return out.new_zeros(1, num_tokens, out.shape[-1]).index_copy_(1, narrowed.keep, out)
+
+    last = stacks[0][-1]
+    hooks = [last.register_forward_pre_hook(narrow, with_kwargs=True), last.register_forward_hook(widen)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _kept(part: Any, num_tokens: int, keep: torch.Tensor) -> Any:
+    """A layer's arguments with the kept tokens alone: whatever is ``[1, tokens, …]``, such as rotary embeddings."""
+    if isinstance(part, torch.Tensor):
+        return part.index_select(1, keep) if part.dim() > 1 and part.shape[:2] == (1, num_tokens) else part
+    if isinstance(part, tuple):
+        return tuple(_kept(item, num_tokens, keep) for item in part)
+    if isinstance(part, dict):
+        return {name: _kept(item, num_tokens, keep) for name, item in part.items()}
+    return part
 
 
 def head_logits(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
@@ -184,6 +271,11 @@ def _attention(
         out = backend.spans(queries, keys, values, spans, scores)
     else:
         layer = int(module.layer_idx)  # type: ignore[arg-type]
+        if packed_pass.is_reading:
+            packed_pass.read = keys, values
+            raise _HaveKeys
+        if packed_pass.read is not None:
+            keys, values = packed_pass.read
         packed_pass.layers.add(layer)
         out = packed_pass.layout.attend(backend, layer, queries, keys, values, scores)
     return out.view(batch, length, *out.shape[1:]), None

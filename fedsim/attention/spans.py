@@ -101,7 +101,8 @@ class Spans:
         offsets = sorted({k - q for q, k in zip(self.query_lengths, self.key_lengths, strict=True)})
         if len(offsets) > 1:
             offsets = [k - q for q, k in zip(self.query_lengths, self.key_lengths, strict=True)]
-        query = torch.tensor(offsets)[:, None] + torch.arange(self.max_query)
+        # Padding behind a row stays inside the longest, so that it sees something: a softmax over nothing is NaN.
+        query = (torch.tensor(offsets)[:, None] + torch.arange(self.max_query)).clamp(max=self.max_key - 1)
         ahead = query[:, :, None] - torch.arange(self.max_key)
         seen = ahead >= 0
         if window is not None:

@@ -6,10 +6,11 @@ is used. Chat markers inside user text are defused before rendering: data can ne
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict, TypeVar
 
 import numpy as np
 from jinja2 import TemplateError
@@ -27,7 +28,9 @@ class Message(TypedDict):
 
 
 Conversation = list[Message]
+T = TypeVar("T")
 
+_KEPT = 1 << 14  # results that a format remembers: the embedded benchmarks, which come again and again, take 5,400
 _PROBE = "probe"
 _DATE = "26 Jul 2024"  # the default of Llama 3.1's template
 
@@ -61,14 +64,24 @@ class TokenRow:
     def __len__(self) -> int:
         return len(self.input_ids)
 
-    @property
+    @cached_property
     def num_targets(self) -> int:
         """How many tokens the loss is taken on (a row's first token is never a target)."""
         return int(self.loss_mask[1:].sum())
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation that a reply follows: as the template writes it, and its token ids."""
+
+    text: str
+    ids: tuple[int, ...]
+
+
 class ChatFormat:
     """Turns conversations into token ids with the tokenizer's own chat template.
+
+    Rows of benchmarks come back at every evaluation: prompts and rows are remembered, the longest unused are forgotten.
 
     Args:
         tokenizer: a Hugging Face tokenizer with a chat template.
@@ -90,10 +103,11 @@ class ChatFormat:
         if tokenizer.eos_token_id is None:
             raise ModelError(f"tokenizer {tokenizer.name_or_path!r} has no eos_token: add one to tokenizer_config.json")
         self.tokenizer = tokenizer
+        self._remembered: OrderedDict[Hashable, Any] = OrderedDict()
         self._tokens = Markers(token_markers(tokenizer))
         self.end_ids = frozenset({int(tokenizer.eos_token_id), *self._closing_ids()})
 
-    @property
+    @cached_property
     def pad_id(self) -> int:
         """Fills the unused places of a batch; never seen by a real token and never a target."""
         pad = self.tokenizer.pad_token_id
@@ -146,9 +160,33 @@ class ChatFormat:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
+    def remember(self, key: Hashable, compute: Callable[[], T]) -> T:
+        """``compute()``, or what it gave before; it depends on nothing but ``key``, and nobody changes its result."""
+        if key in self._remembered:
+            self._remembered.move_to_end(key)
+        else:
+            self._remembered[key] = compute()
+            if len(self._remembered) > _KEPT:
+                self._remembered.popitem(last=False)
+        found: T = self._remembered[key]
+        return found
+
+    def prompt(self, conversation: Sequence[Message]) -> Prompt:
+        """The conversation and the assistant header."""
+
+        def compute() -> Prompt:
+            text = self.render(conversation, reply_follows=True)
+            return Prompt(text, tuple(self.encode(text)))
+
+        return self.remember(("prompt", as_key(conversation)), compute)
+
+    def keep_prompt(self, conversation: Sequence[Message], prompt: Prompt) -> None:
+        """Let :meth:`prompt` give ``prompt``, which another rank has computed."""
+        self.remember(("prompt", as_key(conversation)), lambda: prompt)
+
     def prompt_ids(self, conversation: Sequence[Message]) -> list[int]:
         """Token ids that the model continues: the conversation and the assistant header."""
-        return self.encode(self.render(conversation, reply_follows=True))
+        return list(self.prompt(conversation).ids)
 
     def training_row(self, conversation: Sequence[Message], max_length: int) -> TokenRow:
         """Ids and loss mask of a conversation that ends with an assistant turn; the loss is on that turn alone.
@@ -160,15 +198,14 @@ class ChatFormat:
             ModelError: the template does not write the prompt as a prefix of the whole conversation.
         """
         assert conversation and conversation[-1]["role"] == "assistant", "a training row ends with an assistant turn"
-        prompt = self.render(conversation[:-1], reply_follows=True)
+        prompt = self.prompt(conversation[:-1])
         whole = self.render(conversation, reply_follows=False)
-        if not whole.startswith(prompt):
+        if not whole.startswith(prompt.text):
             raise ModelError(
                 f"chat template of {self.tokenizer.name_or_path!r} writes a finished reply differently from the prompt "
                 "that asks for it: fedsim needs a template whose generation prompt is a prefix of the full text"
             )
-        head, reply = self.encode(prompt), self.encode(whole[len(prompt) :].rstrip())
-        return self.join(head, reply, max_length)
+        return self.join(prompt.ids, self.encode(whole[len(prompt.text) :].rstrip()), max_length)
 
     @staticmethod
     def join(prompt_ids: Sequence[int], target_ids: Sequence[int], max_length: int) -> TokenRow:
@@ -183,6 +220,11 @@ class ChatFormat:
         text = self.tokenizer.decode(list(ids), skip_special_tokens=True)
         assert isinstance(text, str)
         return text.strip()
+
+
+def as_key(conversation: Sequence[Message]) -> tuple[tuple[str, str], ...]:
+    """A conversation as a key of :meth:`ChatFormat.remember`."""
+    return tuple((message["role"], message["content"]) for message in conversation)
 
 
 def _undated(tokenizer: PreTrainedTokenizerBase) -> str:

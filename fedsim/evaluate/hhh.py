@@ -20,7 +20,7 @@ from fedsim.data.benchmarks import LETTERS, HhhItem
 from fedsim.data.chat import Conversation, user_turn
 from fedsim.errors import ConfigError
 from fedsim.evaluate.intervals import Rate
-from fedsim.evaluate.rows import reply_ids, scored_row, subset
+from fedsim.evaluate.rows import reply_row, subset
 from fedsim.generate.engine import Engine, RowScore, Sampling
 
 SCORERS: Final = ("letter", "generate", "likelihood")
@@ -28,6 +28,9 @@ SCORERS: Final = ("letter", "generate", "likelihood")
 
 GREEDY: Final = Sampling(temperature=0.0, max_new_tokens=16)
 """How the ``generate`` scorer draws its replies."""
+
+Asked = tuple[Conversation, tuple[str, ...]]
+"""A conversation and the replies to it that are scored."""
 
 _ANSWER: Final = re.compile(r"\(([AB])\)")
 
@@ -100,8 +103,7 @@ def run_hhh(
 
 def score_letters(engine: Engine, items: Sequence[HhhItem]) -> HhhScore:
     """The ``letter`` scorer."""
-    asked = [_asks(item, swapped) for item in items for swapped in (False, True)]
-    pairs, num_truncated = _score_pairs(engine, [(conversation, LETTERS) for conversation in asked])
+    pairs, num_truncated = _score_pairs(engine, letter_requests(items))
     margins = [a.logprob - b.logprob for a, b in pairs]  # nats for (A); each item in its own order, then swapped
     own, other = margins[::2], margins[1::2]
     signs = [1 if item.correct == 0 else -1 for item in items]
@@ -130,7 +132,7 @@ def score_replies(engine: Engine, items: Sequence[HhhItem], key: Sequence[keys.K
 
 def score_likelihood(engine: Engine, items: Sequence[HhhItem]) -> HhhScore:
     """The ``likelihood`` scorer."""
-    pairs, num_truncated = _score_pairs(engine, [(list(item.context), item.options) for item in items])
+    pairs, num_truncated = _score_pairs(engine, likelihood_requests(items))
     margins = [a.mean - b.mean for a, b in pairs]
     return HhhScore(
         accuracy=Rate.of([(m > 0) if i.correct == 0 else (m < 0) for m, i in zip(margins, items, strict=True)]),
@@ -145,17 +147,26 @@ def parse_letter(reply: str) -> int | None:
     return None if match is None else "AB".index(match[1])
 
 
+def letter_requests(items: Sequence[HhhItem]) -> list[Asked]:
+    """What the ``letter`` scorer scores: each item in its own order, then swapped."""
+    return [(_asks(item, swapped), LETTERS) for item in items for swapped in (False, True)]
+
+
+def likelihood_requests(items: Sequence[HhhItem]) -> list[Asked]:
+    """What the ``likelihood`` scorer scores."""
+    return [(list(item.context), item.options) for item in items]
+
+
 def _asks(item: HhhItem, swapped: bool) -> Conversation:
     return [user_turn(item.prompt(swapped=swapped))]
 
 
-def _score_pairs(
-    engine: Engine, asked: Sequence[tuple[Conversation, tuple[str, str]]]
-) -> tuple[list[tuple[RowScore, RowScore]], int]:
+def _score_pairs(engine: Engine, asked: Sequence[Asked]) -> tuple[list[tuple[RowScore, RowScore]], int]:
     """Scores of two replies to each conversation, and how many rows were cut to the context."""
-    chat, rows = engine.chat, []
-    for conversation, replies in asked:
-        prompt = chat.prompt_ids(conversation)
-        rows += [scored_row(prompt, reply_ids(chat, conversation, r), engine.max_context) for r in replies]
+    rows = [
+        reply_row(engine.chat, conversation, reply, engine.max_context)
+        for conversation, replies in asked
+        for reply in replies
+    ]
     scores = engine.score(rows)
     return list(zip(scores[::2], scores[1::2], strict=True)), sum(row.truncated for row in rows)

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from fedsim import keys
 from fedsim.data.benchmarks import MtQuestion
-from fedsim.data.chat import Conversation, assistant_turn, user_turn
+from fedsim.data.chat import user_turn
 from fedsim.evaluate.intervals import Mean
 from fedsim.evaluate.rows import subset
 from fedsim.generate.engine import Engine, Reply, Sampling
@@ -108,15 +108,11 @@ def run_mt_bench(
         rubric: scores a reply from the question's record alone.
     """
     chosen = subset(questions, limit)
-    conversations: list[Conversation] = [[user_turn(q.turns[0])] for q in chosen]
-    first = _ask(engine, chosen, conversations, max_new_tokens, (*key, "turn", 1))
-    for conversation, question, reply in zip(conversations, chosen, first, strict=True):
-        conversation += [assistant_turn(reply.text), user_turn(question.turns[1])]
-    second = _ask(engine, chosen, conversations, max_new_tokens, (*key, "turn", 2))
+    pairs = _ask(engine, chosen, max_new_tokens, key)
     return summarise_answers(
         [
             MtAnswer(question, replies, UNSCORED if rubric is None else _scores(rubric, question, replies))
-            for question, replies in zip(chosen, zip(first, second, strict=True), strict=True)
+            for question, replies in zip(chosen, pairs, strict=True)
         ]
     )
 
@@ -144,21 +140,21 @@ def _mean(groups: Sequence[Sequence[float | None]]) -> Mean | None:
 
 
 def _ask(
-    engine: Engine,
-    questions: Sequence[MtQuestion],
-    conversations: Sequence[Conversation],
-    max_new_tokens: int,
-    key: Sequence[keys.KeyPart],
-) -> list[Reply]:
-    """One reply per conversation, in order; one engine call per temperature."""
+    engine: Engine, questions: Sequence[MtQuestion], max_new_tokens: int, key: Sequence[keys.KeyPart]
+) -> list[tuple[Reply, Reply]]:
+    """Both replies to each question, in order; one engine call per temperature."""
     temperatures = [TEMPERATURES.get(q.category, DEFAULT_TEMPERATURE) for q in questions]
-    replies: dict[int, Reply] = {}
+    pairs: dict[int, tuple[Reply, Reply]] = {}
     for temperature in sorted(set(temperatures)):
         places = [i for i, t in enumerate(temperatures) if t == temperature]
-        sampling = Sampling(temperature, max_new_tokens)
-        drawn = engine.generate([conversations[i] for i in places], sampling, (*key, "temperature", str(temperature)))
-        replies.update(zip(places, drawn, strict=True))
-    return [replies[i] for i in range(len(questions))]
+        first, second = engine.converse(
+            [[user_turn(questions[i].turns[0])] for i in places],
+            [[questions[i].turns[1] for i in places]],
+            Sampling(temperature, max_new_tokens),
+            [(*key, "turn", turn, "temperature", str(temperature)) for turn in (1, 2)],
+        )
+        pairs.update(zip(places, zip(first, second, strict=True), strict=True))
+    return [pairs[i] for i in range(len(questions))]
 
 
 def _scores(rubric: Rubric, question: MtQuestion, replies: tuple[Reply, Reply]) -> TurnScores:

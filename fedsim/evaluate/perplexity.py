@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedsim.data.chat import ChatFormat, Conversation, TokenRow
+from fedsim.data.chat import ChatFormat, Conversation, TokenRow, as_key
 from fedsim.evaluate.intervals import t_95
 from fedsim.evaluate.measures import Metrics
 from fedsim.evaluate.rows import scored_row, subset
@@ -82,9 +82,13 @@ def summarise_scores(scores: Sequence[RowScore], num_truncated: int) -> Perplexi
 
 def _row(chat: ChatFormat, conversation: Conversation, max_context: int) -> TokenRow:
     """The last reply and its end of turn as targets, by the same ids as in training."""
-    whole = chat.training_row(conversation, max_length=10**9)
-    ids, targets = whole.input_ids, whole.loss_mask
-    return scored_row(ids[~targets].tolist(), ids[targets].tolist(), max_context)
+
+    def compute() -> TokenRow:
+        whole = chat.training_row(conversation, max_length=10**9)
+        ids, targets = whole.input_ids, whole.loss_mask
+        return scored_row(ids[~targets].tolist(), ids[targets].tolist(), max_context)
+
+    return chat.remember(("last reply", as_key(conversation), max_context), compute)
 
 
 def _exp(value: float) -> float:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import TypeVar
 
 from fedsim import keys
-from fedsim.data.chat import ChatFormat, Message, TokenRow, assistant_turn
+from fedsim.data.chat import ChatFormat, Message, TokenRow, as_key, assistant_turn
 from fedsim.errors import ConfigError, ModelError
 
 Item = TypeVar("Item")
@@ -41,7 +41,7 @@ def reply_ids(chat: ChatFormat, conversation: Sequence[Message], reply: str) -> 
     Raises:
         ModelError: the template does not write the prompt as a prefix of the whole conversation, or alters the reply.
     """
-    prompt = chat.render(conversation, reply_follows=True)
+    prompt = chat.prompt(conversation).text
     whole = chat.render([*conversation, assistant_turn(reply)], reply_follows=False)
     core = chat.defuse(reply).strip()
     start = whole.find(core, len(prompt))
@@ -51,6 +51,30 @@ def reply_ids(chat: ChatFormat, conversation: Sequence[Message], reply: str) -> 
             "asks for it: its replies cannot be scored; use a template whose generation prompt is a prefix of the text"
         )
     return chat.encode(whole[len(prompt) : start + len(core)])
+
+
+def reply_row(chat: ChatFormat, conversation: Sequence[Message], reply: str, max_context: int) -> TokenRow:
+    """The row that scores ``reply`` after ``conversation``: :func:`reply_ids` as targets, cut by :func:`scored_row`.
+
+    Raises:
+        ModelError: as of :func:`reply_ids`.
+    """
+
+    def compute() -> TokenRow:
+        return scored_row(chat.prompt(conversation).ids, reply_ids(chat, conversation, reply), max_context)
+
+    return chat.remember(_row_key(conversation, reply, max_context), compute)
+
+
+def keep_reply_row(
+    chat: ChatFormat, conversation: Sequence[Message], reply: str, max_context: int, row: TokenRow
+) -> None:
+    """Let :func:`reply_row` give ``row``, which another rank has computed."""
+    chat.remember(_row_key(conversation, reply, max_context), lambda: row)
+
+
+def _row_key(conversation: Sequence[Message], reply: str, max_context: int) -> Hashable:
+    return "reply row", as_key(conversation), reply, max_context
 
 
 def scored_row(prompt_ids: Sequence[int], target_ids: Sequence[int], max_context: int) -> TokenRow:

@@ -17,6 +17,9 @@ from fedsim.evaluate.fastchat import write_answers
 from fedsim.evaluate.rows import subset_places
 from fedsim.evaluate.suite import Evaluation, Suite
 
+BENCHMARKS: Final = ("advbench", "hhh", "mt_bench", "xstest", "helpful")
+"""Keys of the configuration that name a benchmark's file."""
+
 _EMBEDDED: Final = {
     "advbench": ("advbench.csv", world.write_advbench),
     "hhh": ("hhh.jsonl", world.write_hhh),
@@ -34,17 +37,8 @@ def load_suite(settings: EvalConfig, store: ArtefactStore) -> tuple[Suite, dict[
     Raises:
         DataError: a missing or malformed file.
     """
-    files: dict[str, Path] = {}
-    if settings.advbench:
-        files["advbench"] = _file(settings.advbench, store, "advbench")
-    if settings.hhh:
-        files["hhh"] = _file(settings.hhh, store, "hhh")
-    if settings.mt_bench:
-        files["mt_bench"] = _file(settings.mt_bench, store, "mt_bench")
-    if settings.xstest:
-        files["xstest"] = _file(settings.xstest, store, "xstest")
-    if settings.helpful:
-        files["helpful"] = _file(settings.helpful, store, "helpful")
+    asked = {kind: getattr(settings, kind) for kind in BENCHMARKS}
+    files = {kind: _file(value, store, kind) for kind, value in asked.items() if value}
     suite = Suite(
         advbench=load_advbench(files["advbench"]) if "advbench" in files else (),
         hhh=load_hhh(files["hhh"]) if "hhh" in files else (),

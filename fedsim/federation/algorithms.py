@@ -2,8 +2,8 @@
 
 An algorithm says who takes part, what happens in a local step (:class:`Correction`), what a client counts in the
 round's sums, what it reports beside its delta, and how the server turns the sums into the next state. Vectors are fp32
-``[size]``; sums arrive in fp64. The others are in ``proximal``, ``scaffold``, ``server_optimizers`` and ``baselines``;
-``registry`` builds them by name.
+``[size]``; sums arrive in fp64 (exact mode) or fp32 (fast mode). The others are in ``proximal``, ``scaffold``,
+``server_optimizers`` and ``baselines``; ``registry`` builds them by name.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 
 from fedsim.config import FederationConfig
 from fedsim.errors import CheckpointError
+from fedsim.federation.elementwise import elementwise
 from fedsim.federation.participation import Participation, SampledCohort
 
 ADAPTER = "adapter"
@@ -51,9 +52,9 @@ class RoundSums:
     """Sums over the clients that trained in a round.
 
     Attributes:
-        weighted_delta: Σ w_i · (y_i − x), fp64 ``[size]``.
+        weighted_delta: Σ w_i · (y_i − x), ``[size]``, fp64 or fp32.
         weight: Σ w_i, with w_i what the algorithm lets the client count (:meth:`Algorithm.client_weight`).
-        control_delta: Σ (c_i⁺ − c_i), fp64 ``[size]``, for algorithms with control variates.
+        control_delta: Σ (c_i⁺ − c_i), ``[size]``, fp64 or fp32, for algorithms with control variates.
         num_clients: all clients of the federation, N.
     """
 
@@ -61,11 +62,6 @@ class RoundSums:
     weight: float
     control_delta: torch.Tensor | None
     num_clients: int
-
-    @property
-    def mean_delta(self) -> torch.Tensor:
-        """Σ w_i · (y_i − x) / Σ w_i, fp64 ``[size]``."""
-        return self.weighted_delta / self.weight
 
 
 class Correction:
@@ -147,9 +143,10 @@ class FedAvg(Algorithm):
 
     def server_step(self, state: ServerState, sums: RoundSums) -> ServerState:
         """Move by the weighted mean delta."""
-        return ServerState(moved(state.adapter, sums.mean_delta), num_steps=state.num_steps + 1)
+        return ServerState(moved(state.adapter, sums.weighted_delta, sums.weight), num_steps=state.num_steps + 1)
 
 
-def moved(vector: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
-    """``vector + by``, formed in fp64 and rounded once to fp32."""
-    return (vector.double() + by).float()
+def moved(vector: torch.Tensor, total: torch.Tensor, weight: float) -> torch.Tensor:
+    """``vector + total / weight``, formed in fp64 and rounded once to fp32."""
+    (result,) = elementwise(lambda x, delta: (x + delta / weight,), vector, total)
+    return result

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fedsim.federation.algorithms import Algorithm, Correction, RoundSums, ServerState, moved
+from fedsim.federation.elementwise import elementwise, pieces
 
 CONTROL = "control"
 
@@ -24,13 +25,15 @@ class GradientCorrection(Correction):
 
     def on_gradient(self, grad: torch.Tensor) -> None:
         """Adds c − c_i."""
-        self._total.add_(grad)
+        for total, part in pieces(self._total, grad):
+            total.add_(part)
         self._num_steps += 1
         grad.add_(self.correction)
 
     def next_control(self, start: torch.Tensor, end: torch.Tensor, lr: float) -> torch.Tensor:
         """Σ g / K, fp32 ``[size]``."""
-        return (self._total / self._num_steps).float()
+        (mean,) = elementwise(lambda total: (total / self._num_steps,), self._total)
+        return mean
 
 
 class ValueCorrection(Correction):
@@ -47,8 +50,9 @@ class ValueCorrection(Correction):
 
     def next_control(self, start: torch.Tensor, end: torch.Tensor, lr: float) -> torch.Tensor:
         """Option II: (x − y)/(K · lr) − (c − c_i), formed in fp64, fp32 ``[size]``."""
-        estimate = (start.double() - end.double()) / (self._num_steps * lr)
-        return (estimate - self.correction.double()).float()
+        scale = self._num_steps * lr
+        (control,) = elementwise(lambda x, y, c: ((x - y) / scale - c,), start, end, self.correction)
+        return control
 
 
 class Scaffold(Algorithm):
@@ -77,5 +81,6 @@ class Scaffold(Algorithm):
     def server_step(self, state: ServerState, sums: RoundSums) -> ServerState:
         """Move the adapter by the weighted mean delta and c by the uniform mean of all clients' changes."""
         assert sums.control_delta is not None
-        control = moved(state.vectors[CONTROL], sums.control_delta / sums.num_clients)
-        return ServerState(moved(state.adapter, sums.mean_delta), {CONTROL: control}, state.num_steps + 1)
+        adapter = moved(state.adapter, sums.weighted_delta, sums.weight)
+        control = moved(state.vectors[CONTROL], sums.control_delta, sums.num_clients)
+        return ServerState(adapter, {CONTROL: control}, state.num_steps + 1)

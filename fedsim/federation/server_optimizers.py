@@ -22,7 +22,8 @@ from abc import abstractmethod
 import torch
 
 from fedsim.config import ServerOptimizerConfig
-from fedsim.federation.algorithms import Algorithm, RoundSums, ServerState, moved
+from fedsim.federation.algorithms import Algorithm, RoundSums, ServerState
+from fedsim.federation.elementwise import elementwise
 
 MOMENTUM, SECOND_MOMENT = "momentum", "second_moment"
 
@@ -40,12 +41,12 @@ class ServerOptimizer(Algorithm):
         self.settings = settings
         self.is_published = settings.variant == "reddi"
 
-    def averaged(self, state: ServerState, delta: torch.Tensor) -> torch.Tensor:
+    def averaged(self, momentum: torch.Tensor, delta: torch.Tensor, is_first: bool) -> torch.Tensor:
         """m = β1 m + (1 − β1) Δ in fp64; OpenFedLLM's first m is Δ."""
-        if state.num_steps == 0 and not self.is_published:
+        if is_first and not self.is_published:
             return delta
         beta = self.settings.beta1
-        return beta * state.vectors[MOMENTUM].double() + (1 - beta) * delta
+        return beta * momentum + (1 - beta) * delta
 
 
 class FedAvgM(ServerOptimizer):
@@ -56,12 +57,18 @@ class FedAvgM(ServerOptimizer):
 
     def server_step(self, state: ServerState, sums: RoundSums) -> ServerState:
         """Move by the momentum."""
-        if self.is_published:
-            momentum = self.settings.beta1 * state.vectors[MOMENTUM].double() + sums.mean_delta
-            step = self.settings.lr * momentum
-        else:
-            step = momentum = self.averaged(state, sums.mean_delta)
-        return ServerState(moved(state.adapter, step), {MOMENTUM: momentum.float()}, state.num_steps + 1)
+
+        def formula(x: torch.Tensor, m: torch.Tensor, total: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            delta = total / sums.weight
+            if self.is_published:
+                m = self.settings.beta1 * m + delta
+                return x + self.settings.lr * m, m
+            m = self.averaged(m, delta, state.num_steps == 0)
+            return x + m, m
+
+        vectors = (state.adapter, state.vectors[MOMENTUM], sums.weighted_delta)
+        adapter, momentum = elementwise(formula, *vectors, num_results=2)
+        return ServerState(adapter, {MOMENTUM: momentum}, state.num_steps + 1)
 
 
 class AdaptiveServer(ServerOptimizer):
@@ -80,13 +87,16 @@ class AdaptiveServer(ServerOptimizer):
 
     def server_step(self, state: ServerState, sums: RoundSums) -> ServerState:
         """Update m, then v, then x."""
-        delta = sums.mean_delta
-        momentum = self.averaged(state, delta)
-        squares = (delta if self.is_published else momentum) ** 2
-        moment = self.second_moment(state.vectors[SECOND_MOMENT].double(), squares)
-        adapter = moved(state.adapter, self.settings.lr * momentum / (moment.sqrt() + self.settings.tau))
-        vectors = {MOMENTUM: momentum.float(), SECOND_MOMENT: moment.float()}
-        return ServerState(adapter, vectors, state.num_steps + 1)
+
+        def formula(x: torch.Tensor, m: torch.Tensor, v: torch.Tensor, total: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            delta = total / sums.weight
+            m = self.averaged(m, delta, state.num_steps == 0)
+            v = self.second_moment(v, (delta if self.is_published else m) ** 2)
+            return x + self.settings.lr * m / (v.sqrt() + self.settings.tau), m, v
+
+        vectors = (state.adapter, state.vectors[MOMENTUM], state.vectors[SECOND_MOMENT], sums.weighted_delta)
+        adapter, momentum, moment = elementwise(formula, *vectors, num_results=3)
+        return ServerState(adapter, {MOMENTUM: momentum, SECOND_MOMENT: moment}, state.num_steps + 1)
 
     @abstractmethod
     def second_moment(self, moment: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
@@ -96,9 +106,9 @@ class AdaptiveServer(ServerOptimizer):
 class FedAdagrad(AdaptiveServer):
     """v = v + Δ². OpenFedLLM's has no momentum (its misspelt name there keeps it from running)."""
 
-    def averaged(self, state: ServerState, delta: torch.Tensor) -> torch.Tensor:
+    def averaged(self, momentum: torch.Tensor, delta: torch.Tensor, is_first: bool) -> torch.Tensor:
         """Algorithm 2's momentum; Δ itself in OpenFedLLM."""
-        return super().averaged(state, delta) if self.is_published else delta
+        return super().averaged(momentum, delta, is_first) if self.is_published else delta
 
     def second_moment(self, moment: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
         """The sum of all squares."""

@@ -1,88 +1,243 @@
-"""Decoding of one unit of prompts: a static batch with a KV cache, each row drawing from its own key.
+"""Continuous batching: rows in the slots of one KV cache, each drawing from its own key, over one turn or several.
 
-The numbers of row i come from its seed alone, and a unit's rows never change with the number of ranks, so the tokens do
-not either. Rows that have ended leave the batch once half of it is done.
+A row that ends a turn goes on in its slot with the next one, whose prompt reuses the keys and values that it has in
+common with what the slot holds; after the last turn the slot is the next row's. Rows that decode are always the first
+slots, so that a step computes no row that has ended. The numbers of a row come from its seeds alone, and nothing here
+depends on other units or on the number of ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from fedsim.attention.forward import packed_logits
+from fedsim.generate.graph import Graphs
+from fedsim.generate.pick import pick
 from fedsim.generate.slots import Extending, Slots, Stepping
+from fedsim.generate.state import State
+
+PREFILL_TOKENS: Final = 8192
+"""Most tokens that one pass reads beside a single longer prompt; it bounds the memory of activations."""
+
+WAITING: Final = 8
+"""Rows are read in together once one in so many slots waits: fewer passes against fewer idle slots."""
 
 
-@torch.inference_mode()
-def decode_unit(
-    model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    seeds: Sequence[int],
-    *,
-    temperature: float,
-    max_new_tokens: int,
-    eos_ids: frozenset[int],
-) -> list[tuple[list[int], bool]]:
-    """Continue every prompt.
+@dataclass(frozen=True)
+class Request:
+    """One turn of a row.
+
+    Attributes:
+        prompt: token ids, at least one.
+        seed: draw t of the turn uses the t-th uniform number of its stream.
+        limit: most tokens to generate, at least 1.
+    """
+
+    prompt: Sequence[int]
+    seed: int
+    limit: int
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a turn gave.
+
+    Attributes:
+        ids: new tokens, the end token included.
+        ended: it ended by itself.
+        num_prompt: tokens of its prompt.
+        num_kept: those of them whose keys and values stood in the cache.
+    """
+
+    ids: list[int]
+    ended: bool
+    num_prompt: int
+    num_kept: int
+
+
+Then = Callable[[int, list[int]], Request | None]
+"""(row, new ids of the turn that it has ended) to its next turn, None after the last; called once a turn, in order."""
+
+
+@dataclass
+class _Row:
+    """A row that has a slot: its turn, and how much of the prompt was in the cache."""
+
+    index: int
+    request: Request
+    num_kept: int = 0
+
+
+class Decoder:
+    """Decodes units of rows with one model; slots and graphs serve one unit after the other.
 
     Args:
-        model: a Hugging Face causal LM in eval mode.
-        prompts: token ids, each with at least one.
-        seeds: one per prompt; draws of token t use the t-th uniform number of its stream.
+        model: a Hugging Face causal LM in eval mode, unchanged while the decoder is in use.
+        num_slots: rows that are decoded together.
+        max_new_tokens: the largest limit of any turn.
         temperature: 0 takes the most likely token (the smallest id of equals).
-        max_new_tokens: most tokens to generate per row.
-        eos_ids: a row ends with the first of these.
+        eos_ids: a turn ends with the first of these.
+        graphs: replays steps; None runs them as they are.
+        block: steps between two looks at which rows have ended, each of which waits for the device.
 
-    Returns:
-        Per prompt the new ids (the end token included) and whether it ended by itself.
+    Attributes:
+        passes: forward passes so far.
     """
-    device = next(model.parameters()).device
-    rows = list(range(len(prompts)))  # which prompt each row of the batch is
-    streams = [np.random.Generator(np.random.Philox(key=s)) for s in seeds]
-    out: list[list[int]] = [[] for _ in prompts]
-    ended = [False] * len(prompts)
-    slots = Slots(len(prompts), device)
-    first = Extending(slots, [len(p) for p in prompts])
-    ids = torch.tensor([i for p in prompts for i in p], device=device)
-    logits = packed_logits(model, ids, first.spans.positions, first, first.spans.query_starts[1:].long() - 1)
-    slots.lengths = [len(p) for p in prompts]
-    for step in range(max_new_tokens):
-        tokens = pick(logits, [0.0 if temperature == 0 else streams[r].random() for r in rows], temperature)
-        alive = []
-        for i, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
-            if not ended[row]:
-                out[row].append(token)
-                ended[row] = token in eos_ids
-            if not ended[row]:
-                alive.append(i)
-        if not alive or step + 1 == max_new_tokens:
-            break
-        if 2 * len(alive) <= len(rows):
-            slots.keep(alive)
-            tokens = tokens[torch.tensor(alive, device=device)]
-            rows = [rows[i] for i in alive]
-        layout = Stepping(slots)
-        logits = packed_logits(model, tokens, layout.positions, layout, torch.arange(len(rows), device=device))
-        slots.lengths = [length + 1 for length in slots.lengths]
-    return list(zip(out, ended, strict=True))
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        num_slots: int,
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        eos_ids: frozenset[int],
+        graphs: Graphs | None = None,
+        block: int = 1,
+    ) -> None:
+        device = next(model.parameters()).device
+        self.model = model
+        self.temperature = temperature
+        self.slots = Slots(num_slots, device)
+        self.state = State(num_slots, max_new_tokens, device)
+        self.graphs = graphs
+        self.block = block
+        self.passes = 0
+        self._eos = torch.tensor(sorted(eos_ids), dtype=torch.int64, device=device)
+        self._eos_ids = eos_ids
+        self._rows: list[_Row] = []  # by slot: those that decode, then those that wait; the other slots are free
+        self._num_active = 0
+
+    @torch.inference_mode()
+    def run(self, starts: Sequence[Request], then: Then = lambda row, ids: None) -> list[list[Made]]:
+        """All turns of every row of a unit, by row. Rows are begun in the given order."""
+        queue = deque(enumerate(starts))
+        made: list[list[Made]] = [[] for _ in starts]
+        self.slots.lengths = [0] * self.slots.num_rows
+        while queue or self._rows:
+            while queue and len(self._rows) < self.slots.num_rows:
+                self.slots.lengths[len(self._rows)] = 0
+                self._rows.append(_Row(*queue.popleft()))
+            num_waiting = len(self._rows) - self._num_active
+            if num_waiting and (self._num_active == 0 or num_waiting * WAITING >= self.slots.num_rows):
+                self._read_in()
+            else:
+                self._decode()
+            self._collect(made, then)
+        return made
+
+    def _read_in(self) -> None:
+        """Prefill the slots that wait, as many as a pass may hold, and draw the first token of each."""
+        begin = end = self._num_active
+        news: list[Sequence[int]] = []
+        while end < len(self._rows):
+            row = self._rows[end]
+            new = row.request.prompt[row.num_kept :]
+            if news and sum(map(len, news)) + len(new) > PREFILL_TOKENS:
+                break
+            news.append(new)
+            end += 1
+        rows = range(begin, end)
+        requests = [self._rows[slot].request for slot in rows]
+        for slot in rows:
+            self.slots.lengths[slot] = self._rows[slot].num_kept
+        lengths = [len(request.prompt) for request in requests]
+        self._reserve(max(lengths))
+        self.state.begin(begin, lengths, [r.limit for r in requests], self._uniforms(requests))
+        layout = Extending(self.slots, rows, [len(new) for new in news])
+        ids = torch.from_numpy(np.concatenate(news).astype(np.int64)).to(self.slots.device)
+        logits = packed_logits(
+            self.model, ids, layout.spans.positions, layout, layout.spans.query_starts[1:].long() - 1
+        )
+        self.slots.lengths[begin:end] = lengths
+        self._num_active = end
+        self._draw(begin, end, logits)
+        self.passes += 1
+
+    def _uniforms(self, requests: Sequence[Request]) -> list[np.ndarray] | None:
+        if self.temperature == 0:
+            return None
+        return [np.random.Generator(np.random.Philox(key=r.seed)).random(r.limit) for r in requests]
+
+    def _decode(self) -> None:
+        """Take a block of steps with all active slots."""
+        active = self._num_active
+        longest = max(self.slots.lengths[:active])
+        self._reserve(max(self.slots.lengths) + self.block + 1)  # a slot that has ended still writes behind its end
+        for step in range(1, self.block + 1):
+            if self.graphs is None:
+                self._step(active, longest + step)
+            else:
+                size = (min(1 << (active - 1).bit_length(), self.slots.num_rows), self.slots.capacity)
+                self.graphs.run(size, lambda size=size: self._step(*size))  # type: ignore[misc]
+        self.passes += self.block
+
+    def _reserve(self, length: int) -> None:
+        before = self.slots.capacity
+        self.slots.reserve(length)
+        if self.graphs is not None and self.slots.capacity != before:
+            self.graphs.clear()
+
+    def _step(self, num_rows: int, longest: int) -> None:
+        """One token of each of the first slots; touches tensors alone."""
+        state = self.state
+        rows, places = state.rows[:num_rows], state.places[:num_rows]
+        layout = Stepping(self.slots, rows, places, longest)
+        logits = packed_logits(self.model, state.ids[:num_rows], places[None], layout, rows)
+        self._draw(0, num_rows, logits)
+
+    def _draw(self, begin: int, end: int, logits: torch.Tensor) -> None:
+        tokens = pick(logits, self.state.uniforms_of(begin, end), self.temperature)
+        self.state.advance(begin, end, tokens, self._eos)
+
+    def _collect(self, made: list[list[Made]], then: Then) -> None:
+        """Take what has ended out of the active slots."""
+        counts, alive = self.state.read(self._num_active)
+        ended = [slot for slot in range(self._num_active) if not alive[slot]]
+        for slot in range(self._num_active):
+            row = self._rows[slot]
+            self.slots.lengths[slot] = len(row.request.prompt) + counts[slot] - 1  # the last token has not been read
+        outs = self.state.outs(ended, [counts[slot] for slot in ended])
+        following = []
+        for slot, ids in zip(ended, outs, strict=True):
+            row = self._rows[slot]
+            turn = Made(ids, ids[-1] in self._eos_ids, len(row.request.prompt), row.num_kept)
+            made[row.index].append(turn)
+            following.append(then(row.index, ids))
+        for slot, ids, request in reversed(list(zip(ended, outs, following, strict=True))):
+            self._retire(slot, ids, request)
+
+    def _retire(self, slot: int, ids: list[int], request: Request | None) -> None:
+        """Move a slot behind the active ones: to those that wait for their next turn, or to the free ones."""
+        row = self._rows[slot]
+        if request is None:
+            self.slots.lengths[slot] = 0
+        else:
+            cached = [*row.request.prompt, *ids[:-1]]
+            num_kept = common_prefix(cached, request.prompt)
+            self._rows[slot] = _Row(row.index, request, num_kept)
+            self.slots.lengths[slot] = num_kept
+        self._num_active -= 1
+        self._exchange(slot, self._num_active)
+        if request is None:
+            self._exchange(self._num_active, len(self._rows) - 1)
+            self._rows.pop()
+
+    def _exchange(self, one: int, other: int) -> None:
+        self._rows[one], self._rows[other] = self._rows[other], self._rows[one]
+        self.slots.exchange(one, other)
+        self.state.exchange(one, other)
 
 
-def pick(logits: torch.Tensor, uniforms: Sequence[float], temperature: float) -> torch.Tensor:
-    """One token per row: inverse of the cumulative distribution at the row's uniform number.
-
-    Args:
-        logits: ``[rows, vocabulary]``.
-        uniforms: in [0, 1), one per row; unused at temperature 0.
-        temperature: 0 takes the argmax.
-
-    Returns:
-        int64 ``[rows]``.
-    """
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    cumulative = (logits.double() / temperature).softmax(dim=-1).cumsum(dim=-1)
-    level = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, level, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+def common_prefix(cached: Sequence[int], prompt: Sequence[int]) -> int:
+    """How many leading ids of ``prompt`` the cache holds, less than all: the last one's logits must be computed."""
+    shared = min(len(cached), len(prompt) - 1)
+    differs = np.flatnonzero(np.asarray(cached[:shared]) != np.asarray(prompt[:shared]))
+    return int(differs[0]) if len(differs) else shared

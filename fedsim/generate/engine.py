@@ -1,25 +1,34 @@
 """Batched sampling and scoring over the ranks, used by the guard, CAI and every evaluation.
 
-Rows are sorted by length and cut into fixed units of ``batch_size`` rows; a unit is computed the same way on whichever
-rank it lands, and each row draws from its own key, so the number of ranks changes no token.
+Rows are sorted by length and cut into fixed units; a unit is computed the same way on whichever rank it lands, and each
+row draws from its own key, so the number of ranks changes no token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from itertools import pairwise
+from typing import Final, TypeVar
 
 from transformers import PreTrainedModel
 
 from fedsim import keys
-from fedsim.data.chat import ChatFormat, Conversation, TokenRow
-from fedsim.generate.decode import decode_unit
+from fedsim.data.chat import ChatFormat, Conversation, TokenRow, assistant_turn, user_turn
+from fedsim.generate.decode import Decoder, Made, Request
+from fedsim.generate.graph import Graphs, capture_cuda
 from fedsim.generate.score import score_unit
 from fedsim.model.cost import Work, decode_work, rows_work
+from fedsim.proved import is_proved
 from fedsim.ranks import Ranks
 
 T = TypeVar("T")
+
+LEAST_UNITS: Final = 8
+"""Generation makes at least so many units where there are rows for them: what the GPUs of one machine can share."""
+
+CUDA_BLOCK: Final = 8
+"""Steps between two looks at which rows have ended, where looking stops the device."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +82,7 @@ class Engine:
         model: a causal LM (PEFT-wrapped or not) on its device; put into eval mode during calls.
         chat: the model's chat format.
         ranks: who shares the work.
-        batch_size: rows of a unit.
+        batch_size: rows that are decoded or scored together.
         max_context: prompt and reply together may have this many tokens.
         seed: the run's seed; with the call's key it fixes every draw.
         on_progress: called with (done, total) units of this rank.
@@ -116,59 +125,103 @@ class Engine:
             conversations: each ends with a user turn.
             key: names the draws, such as ``("advbench", round_idx)``; row i uses ``(*key, i)``.
         """
+        (replies,) = self.converse(conversations, [], sampling, [key])
+        return replies
+
+    def converse(
+        self,
+        conversations: Sequence[Conversation],
+        follow_ups: Sequence[Sequence[str]],
+        sampling: Sampling,
+        turn_keys: Sequence[Sequence[keys.KeyPart]],
+    ) -> list[list[Reply]]:
+        """Several turns of every conversation; what the cache holds of the earlier ones is not computed again.
+
+        Args:
+            conversations: each ends with a user turn.
+            follow_ups: of each turn but the last, what the user says after the reply, by conversation.
+            turn_keys: of each turn, the key that names its draws; row i uses ``(*key, i)``.
+
+        Returns:
+            The replies of each turn, in the order of the conversations.
+        """
+        assert len(turn_keys) == len(follow_ups) + 1
         num_new = min(sampling.max_new_tokens, self.max_context // 2)
         room = self.max_context - num_new
+
+        def request(i: int, turn: int, whole: Sequence[int]) -> Request:
+            return Request(whole[-room:], keys.derive(self.seed, "sample", *turn_keys[turn], i), num_new)
+
+        def compute(unit: list[int]) -> tuple[list[list[tuple[Made, bool]]], int]:
+            chats = [list(conversations[i]) for i in unit]
+            cut = [[len(prompts[i]) > room] for i in unit]
+
+            def then(row: int, ids: list[int]) -> Request | None:
+                turn = len(cut[row])
+                if turn == len(turn_keys):
+                    return None
+                i, chat = unit[row], chats[row]
+                chat += [assistant_turn(self.chat.decode(ids)), user_turn(follow_ups[turn - 1][i])]
+                whole = self.chat.prompt_ids(chat)
+                cut[row].append(len(whole) > room)
+                return request(i, turn, whole)
+
+            before = decoder.passes
+            made = decoder.run([request(i, 0, prompts[i]) for i in unit], then)
+            return [list(zip(*both, strict=True)) for both in zip(made, cut, strict=True)], decoder.passes - before
+
         prompts = [self.chat.prompt_ids(c) for c in conversations]
-        kept = [p[-room:] for p in prompts]
-        units = self._units([len(p) for p in kept])
-
-        def compute(unit: list[int]) -> list[tuple[list[int], bool]]:
-            seeds = [keys.derive(self.seed, "sample", *key, i) for i in unit]
-            return decode_unit(
-                self.model,
-                [kept[i] for i in unit],
-                seeds,
-                temperature=sampling.temperature,
-                max_new_tokens=num_new,
-                eos_ids=self._eos_ids(),
-            )
-
-        rows = self._run(compute, units, [float(sum(len(kept[i]) for i in u)) for u in units], len(prompts))
-        self.work += decode_work([[(len(kept[i]), len(rows[i][0])) for i in unit] for unit in units])
+        lengths = [min(len(p), room) for p in prompts]
+        units = generation_units(lengths, self.batch_size)
+        decoder = self._decoder(max(map(len, units), default=1), sampling.temperature, num_new)
+        done = self._run(compute, units, [float(sum(lengths[i] for i in u)) for u in units])
+        rows = self._in_order(units, [values for values, _ in done])
+        turns = [(made.num_kept, made.num_prompt, len(made.ids)) for row in rows for made, _ in row]
+        self.work += decode_work(turns, passes=sum(passes for _, passes in done))
         return [
-            Reply(self.chat.decode(ids), len(ids), not ended, len(prompts[i]) > room)
-            for i, (ids, ended) in enumerate(rows)
+            [Reply(self.chat.decode(m.ids), len(m.ids), not m.ended, cut) for m, cut in (row[turn] for row in rows)]
+            for turn in range(len(turn_keys))
         ]
+
+    def _decoder(self, num_rows: int, temperature: float, max_new_tokens: int) -> Decoder:
+        """For the units of one call, after which its slots are given back."""
+        on_cuda = next(self.model.parameters()).device.type == "cuda"
+        return Decoder(
+            self.model,
+            min(self.batch_size, num_rows),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            eos_ids=self._eos_ids(),
+            graphs=Graphs(capture_cuda) if on_cuda and is_proved("decode_graph") else None,
+            block=CUDA_BLOCK if on_cuda else 1,
+        )
 
     def score(self, rows: Sequence[TokenRow]) -> list[RowScore]:
         """Log-probability of each row's targets (tokens with ``loss_mask``), in order."""
-        units = self._units([len(r) for r in rows])
+        order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
+        units = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
 
         def compute(unit: list[int]) -> list[float]:
             return score_unit(self.model, [rows[i] for i in unit])
 
-        sums = self._run(compute, units, [float(sum(len(rows[i]) for i in u)) for u in units], len(rows))
+        done = self._run(compute, units, [float(sum(len(rows[i]) for i in u)) for u in units])
         self.work += rows_work(rows, passes=len(units))
+        sums = self._in_order(units, done)
         return [RowScore(value, row.num_targets) for value, row in zip(sums, rows, strict=True)]
 
-    def _units(self, lengths: Sequence[int]) -> list[list[int]]:
-        order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
-        return [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
-
-    def _run(
-        self, compute: Callable[[list[int]], list[T]], units: list[list[int]], costs: list[float], num_rows: int
-    ) -> list[T]:
+    def _run(self, compute: Callable[[list[int]], T], units: list[list[int]], costs: list[float]) -> list[T]:
         was_training = self.model.training
         self.model.eval()
         try:
-            done = self.ranks.map(compute, units, costs, self._progress(len(units)))
+            return self.ranks.map(compute, units, costs, self._progress(len(units)))
         finally:
             self.model.train(was_training)
-        out: list[T | None] = [None] * num_rows
-        for unit, values in zip(units, done, strict=True):
-            for i, value in zip(unit, values, strict=True):
-                out[i] = value
-        return [v for v in out if v is not None]
+
+    @staticmethod
+    def _in_order(units: list[list[int]], values: Sequence[Sequence[T]]) -> list[T]:
+        """By row what is there by unit."""
+        found = {i: v for unit, those in zip(units, values, strict=True) for i, v in zip(unit, those, strict=True)}
+        return [found[i] for i in range(len(found))]
 
     def _progress(self, num_units: int) -> Callable[[int], None] | None:
         report = self.on_progress
@@ -183,3 +236,15 @@ class Engine:
         ids = getattr(named, "eos_token_id", None)
         extra = [ids] if isinstance(ids, int) else list(ids or [])
         return self.chat.end_ids | frozenset(map(int, extra))
+
+
+def generation_units(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Rows of each unit, the longest prompts first, so that memory runs out at the beginning or not at all.
+
+    A unit has as many rows as there are to keep ``batch_size`` slots busy, which is more than that where there are many
+    rows; but no fewer than :data:`LEAST_UNITS` units are made of so many full batches.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    num_units = min(-(-len(order) // batch_size), LEAST_UNITS)
+    cuts = [len(order) * u // num_units for u in range(num_units + 1)] if num_units else []
+    return [order[begin:end] for begin, end in pairwise(cuts)]

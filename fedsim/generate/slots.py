@@ -1,103 +1,135 @@
-"""A KV cache of slots: row i's keys and values stand at the beginning of its own slot, however long the others are."""
+"""A KV cache of slots: a row's keys and values stand at the beginning of its own slot, however long others are."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 import torch
 
 from fedsim.attention.backends import Backend, Scores
 from fedsim.attention.spans import Spans
 
-GROWTH = 128  # positions added when a slot is full
+GROWTH: Final = 128
+"""Capacities are multiples of this many positions."""
 
 
 class Slots:
     """Keys and values of rows that are being decoded.
 
+    On a CPU a head's positions lie one behind the other, which is what its matrix products read fastest; on CUDA a
+    position's heads do, as its kernels want it.
+
     Attributes:
-        lengths: positions of each row that hold something.
+        lengths: positions of each slot that hold something.
+        capacity: positions of each slot.
     """
 
     def __init__(self, num_rows: int, device: torch.device) -> None:
         self.lengths = [0] * num_rows
+        self.capacity = 0
         self.device = device
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @property
     def num_rows(self) -> int:
-        """Rows in the cache."""
+        """Slots."""
         return len(self.lengths)
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Drop all other rows; the kept ones take the given order."""
-        index = torch.tensor(list(rows), device=self.device)
-        self.lengths = [self.lengths[row] for row in rows]
+    def reserve(self, length: int) -> None:
+        """Make every slot at least ``length`` positions long; what they hold stays, at another address."""
+        if length <= self.capacity:
+            return
+        self.capacity = -(-length // GROWTH) * GROWTH
         longest = max(self.lengths)
-        for layer, (keys, values) in self._layers.items():
-            self._layers[layer] = (keys[:, :longest][index], values[:, :longest][index])
+        for layer, old in self._layers.items():
+            new = self._buffer(old[0]), self._buffer(old[1])
+            for to, come in zip(new, old, strict=True):
+                to[:, :longest] = come[:, :longest]
+            self._layers[layer] = new
 
-    def layer(self, layer: int, like: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Buffers ``[rows, capacity ≥ length, key heads, head size]`` of a layer, grown where they are too short."""
-        keys, values = self._layers.get(layer, (None, None))
-        if keys is None or values is None or keys.shape[1] < length:
-            capacity = -(-length // GROWTH) * GROWTH
-            grown = [like.new_zeros(self.num_rows, capacity, *like.shape[1:]) for _ in range(2)]
-            if keys is not None and values is not None:
-                for new, old in zip(grown, (keys, values), strict=True):
-                    new[:, : old.shape[1]] = old
-            keys, values = self._layers[layer] = (grown[0], grown[1])
-        return keys, values
+    def layer(self, layer: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a layer: ``[rows, capacity, key heads, head size]`` each, heads as in ``like``."""
+        found = self._layers.get(layer)
+        if found is None:
+            found = self._layers[layer] = self._buffer(like), self._buffer(like)
+        return found
+
+    def exchange(self, one: int, other: int) -> None:
+        """Two slots take each other's place."""
+        if one == other:
+            return
+        lengths = self.lengths
+        if lengths[one] > lengths[other]:
+            one, other = other, one
+        short, length = lengths[one], lengths[other]
+        for buffers in self._layers.values():
+            for buffer in buffers:
+                kept = buffer[one, :short].clone()
+                buffer[one, :length] = buffer[other, :length]
+                buffer[other, :short] = kept
+        lengths[one], lengths[other] = length, short
+
+    def _buffer(self, like: torch.Tensor) -> torch.Tensor:
+        heads, size = like.shape[-2:]
+        if self.device.type == "cpu":
+            return like.new_zeros(self.num_rows, heads, self.capacity, size).transpose(1, 2)
+        return like.new_zeros(self.num_rows, self.capacity, heads, size)
 
 
 class Extending:
-    """Rows grow by several tokens each: prompts, or what a further turn adds."""
+    """Some slots grow by several tokens each: prompts, or what a further turn adds.
 
-    def __init__(self, slots: Slots, num_new: Sequence[int]) -> None:
+    Args:
+        slots: long enough; their lengths are those before.
+        rows: which.
+        num_new: tokens of each, at least 1.
+    """
+
+    def __init__(self, slots: Slots, rows: Sequence[int], num_new: Sequence[int]) -> None:
         self.slots = slots
-        self.rows = [row for row, new in enumerate(num_new) if new]
-        lengths = [slots.lengths[row] + num_new[row] for row in self.rows]
-        self.spans = Spans([num_new[row] for row in self.rows], lengths, device=slots.device)
-        parts = [torch.full((num_new[row],), row) for row in self.rows]
-        self._rows = torch.cat(parts).to(slots.device)
-        self._index = [
-            torch.cat([torch.full((length,), row) for row, length in zip(self.rows, lengths, strict=True)]),
-            torch.cat([torch.arange(length) for length in lengths]),
-        ]
+        lengths = [slots.lengths[row] + new for row, new in zip(rows, num_new, strict=True)]
+        self.spans = Spans(num_new, lengths, device=slots.device)
+        which = torch.tensor(rows)
+        self._rows = which.repeat_interleave(torch.tensor(num_new)).to(slots.device)
+        self._key_rows = which.repeat_interleave(torch.tensor(lengths)).to(slots.device)
+        self._key_places = torch.cat([torch.arange(length) for length in lengths]).to(slots.device)
 
     def attend(
         self, backend: Backend, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scores: Scores
     ) -> torch.Tensor:
         """See :class:`fedsim.attention.forward.Layout`."""
-        keys, values = self.slots.layer(layer, key, self.spans.max_key)
+        keys, values = self.slots.layer(layer, key)
         places = self.spans.positions[0]
         keys[self._rows, places] = key
         values[self._rows, places] = value
         if not self.spans.is_plain:
-            key, value = keys[self._index[0], self._index[1]], values[self._index[0], self._index[1]]
+            key, value = keys[self._key_rows, self._key_places], values[self._key_rows, self._key_places]
         return backend.spans(query, key, value, self.spans, scores)
 
 
 class Stepping:
-    """Every row grows by one token."""
+    """The first slots grow by one token each.
 
-    def __init__(self, slots: Slots) -> None:
+    Args:
+        slots: long enough.
+        rows: int64 ``[rows]``: 0, 1, …
+        places: int64 ``[rows]``: where the token of each goes, which is how many positions it sees before itself.
+        longest: of the slots after the step, or more, up to the capacity.
+    """
+
+    def __init__(self, slots: Slots, rows: torch.Tensor, places: torch.Tensor, longest: int) -> None:
         self.slots = slots
-        self.places = torch.tensor(slots.lengths, device=slots.device)
-        self.lengths = (self.places + 1).to(torch.int32)
-        self.longest = max(slots.lengths) + 1
-        self._rows = torch.arange(slots.num_rows, device=slots.device)
-
-    @property
-    def positions(self) -> torch.Tensor:
-        """int64 ``[1, rows]``."""
-        return self.places[None]
+        self.longest = longest
+        self._rows = rows
+        self._places = places
+        self._lengths = (places + 1).to(torch.int32)
 
     def attend(
         self, backend: Backend, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scores: Scores
     ) -> torch.Tensor:
         """See :class:`fedsim.attention.forward.Layout`."""
-        keys, values = self.slots.layer(layer, key, self.longest)
-        keys[self._rows, self.places] = key
-        values[self._rows, self.places] = value
-        return backend.slots(query, keys, values, self.lengths, self.longest, scores)
+        keys, values = (part[: len(self._rows)] for part in self.slots.layer(layer, key))
+        keys[self._rows, self._places] = key
+        values[self._rows, self._places] = value
+        return backend.slots(query, keys, values, self._lengths, self.longest, scores)

@@ -11,7 +11,7 @@ models only; no gradient checkpointing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -59,13 +59,16 @@ def rows_work(rows: Iterable[TokenRow], passes: int) -> Work:
     )
 
 
-def decode_work(units: Sequence[Sequence[tuple[int, int]]]) -> Work:
-    """Generation: units of ``(prompt tokens, new tokens)``; a row's last new token is not put through the layers."""
-    work = Work(passes=sum(max((new for _, new in unit), default=0) for unit in units))
-    for prompt, new in (row for unit in units for row in unit):
-        later = max(new - 1, 0)
+def decode_work(turns: Iterable[tuple[int, int, int]], passes: int) -> Work:
+    """Generation: turns of ``(kept, prompt tokens, new tokens)``.
+
+    ``kept`` of the prompt's tokens stood in the KV cache; a turn's last new token is not put through the layers.
+    """
+    work = Work(passes=passes)
+    for kept, prompt, new in turns:
+        read, later = prompt - kept, max(new - 1, 0)
         context = later * prompt + later * (later + 1) // 2
-        work += Work(tokens=prompt + later, targets=new, pairs=prompt * prompt + context, cached=context)
+        work += Work(tokens=read + later, targets=new, pairs=read * prompt + context, cached=kept + context)
     return work
 
 

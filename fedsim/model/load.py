@@ -94,6 +94,15 @@ def load_model(
     return LoadedModel(attach_lora(base, lora, key), chat)
 
 
+def chosen_attention(path: str, *, dtype: str, attention: str, device: torch.device, key: str) -> Choice:
+    """The attention backend that :func:`load_model` would give a model; only its configuration is read.
+
+    Raises:
+        ModelError: the configuration cannot be read, or the backend cannot be had here.
+    """
+    return choose(attention, read_config(model_dir(path), key), compute_dtype(dtype, device), device)
+
+
 def load_base(
     path: str, *, dtype: str, attention: str, device: torch.device, key: str
 ) -> tuple[PreTrainedModel, ChatFormat]:

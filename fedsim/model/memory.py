@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from fedsim.generate.decode import PREFILL_TOKENS
+from fedsim.generate.slots import GROWTH
 from fedsim.model.logprobs import MAX_LOGITS
 from fedsim.model.shape import ModelShape
 
@@ -50,17 +52,40 @@ def training_need(
 def generation_need(
     shape: ModelShape, stage: str, key: str, *, num_rows: int, num_tokens: int, beside: int = 0
 ) -> Need:
-    """Memory of decoding or prefix scoring: weights, keys and values of every token, and one row of logits a row.
+    """Memory of decoding: weights, the slots of the cache, one pass that reads prompts, and one row of logits a row.
+
+    While a layer's slots grow, its old ones are still there.
 
     Args:
-        num_rows: of a unit.
-        num_tokens: context of each row.
+        num_rows: that are decoded together.
+        num_tokens: context of each row, over all turns that are kept.
         beside: bytes of vectors, and of other models that are in memory at the time.
     """
-    cache = num_rows * num_tokens * shape.num_layers * shape.kv_size * shape.dtype.itemsize
-    prefill = num_rows * num_tokens * (2 * shape.hidden_size + 3 * shape.intermediate_size) * shape.dtype.itemsize
-    logits = 3 * 8 * num_rows * shape.vocab_size  # sampling works in fp64: logits, softmax, cumulative sum
+    capacity = -(-num_tokens // GROWTH) * GROWTH
+    cache = num_rows * capacity * (shape.num_layers + 1) * shape.kv_size * shape.dtype.itemsize
+    read = min(num_rows * num_tokens, max(num_tokens, PREFILL_TOKENS))
+    prefill = read * (2 * shape.hidden_size + 3 * shape.intermediate_size) * shape.dtype.itemsize
+    logits = 3 * 8 * num_rows * shape.vocab_size  # sampling works in fp64: logits, exponentials, cumulative sum
     return Need(stage, beside + shape.weight_bytes + cache + prefill + logits, key)
+
+
+def scoring_need(
+    shape: ModelShape, stage: str, key: str, *, num_tokens: int, head_tokens: int, tail_tokens: int, beside: int = 0
+) -> Need:
+    """Memory of scoring packed tails behind a common head, whose keys and values are kept in every layer.
+
+    Attention copies the head before each tail, once packed and once padded, of one layer at a time.
+
+    Args:
+        num_tokens: of all tails of a unit.
+        head_tokens: of the head, at most.
+        tail_tokens: of a tail, at least.
+        beside: bytes of vectors, and of other models that are in memory at the time.
+    """
+    kept = head_tokens * shape.num_layers * shape.kv_size
+    copies = 2 * (num_tokens + -(-num_tokens // tail_tokens) * head_tokens) * shape.kv_size
+    layer = num_tokens * (4 * shape.hidden_size + 3 * shape.intermediate_size)
+    return Need(stage, beside + shape.weight_bytes + (kept + copies + layer) * shape.dtype.itemsize, key)
 
 
 def free_memory(device: torch.device, num_ranks: int) -> int:

@@ -70,7 +70,8 @@ class Summer:
             count: an upper bound of the terms of any one segment over all members, the same on every member.
 
         Returns:
-            fp64 vectors, one per segment. In exact mode a segment with a non-finite term is NaN throughout.
+            One vector per segment, not to be changed in place: it may be a term's own. In exact mode they are fp64, and
+            a segment with a non-finite term is NaN throughout; in fast mode they are fp32.
         """
         device = next((t.vector.device for s in segments for t in s), self.device)
         return self._exact(segments, sizes, count, device) if self.exact else self._fast(segments, sizes, device)
@@ -82,26 +83,45 @@ class Summer:
         if self.group is not None:
             dist.all_reduce(self.traffic.add(bounds), op=dist.ReduceOp.MAX, group=self.group)
         exponents = fixed_point.shared_exponent(bounds, count)
-        flat = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
+        flat = torch.empty(sum(sizes), dtype=torch.int64, device=device)
         parts = flat.split(list(sizes))
         for part, terms, exponent in zip(parts, segments, exponents, strict=True):
-            for term in terms:
-                fixed_point.accumulate(part, term.vector, exponent, term.weight)
+            fixed_point.accumulate(part, [t.vector for t in terms], [t.weight for t in terms], exponent)
         if self.group is not None:
             dist.all_reduce(self.traffic.add(flat), op=dist.ReduceOp.SUM, group=self.group)
-        sums = [fixed_point.restore(part, exponent) for part, exponent in zip(parts, exponents, strict=True)]
-        return [torch.where(torch.isfinite(b), s, torch.nan) for s, b in zip(sums, bounds, strict=True)]
+        return [fixed_point.restore(*segment) for segment in zip(parts, exponents, bounds, strict=True)]
 
     def _fast(
         self, segments: Sequence[Sequence[Term]], sizes: Sequence[int], device: torch.device
     ) -> list[torch.Tensor]:
-        flat = torch.zeros(sum(sizes), dtype=torch.float32, device=device)
-        for part, terms in zip(flat.split(list(sizes)), segments, strict=True):
-            for term in terms:
-                part.add_(term.vector, alpha=term.weight)
-        if self.group is not None:
-            dist.all_reduce(self.traffic.add(flat), op=dist.ReduceOp.SUM, group=self.group)
-        return [part.double() for part in flat.split(list(sizes))]
+        if self.group is None:
+            return [_added(terms, size, device) for terms, size in zip(segments, sizes, strict=True)]
+        flat = torch.empty(sum(sizes), dtype=torch.float32, device=device)
+        parts = flat.split(list(sizes))
+        for part, terms in zip(parts, segments, strict=True):
+            _add(terms, part)
+        dist.all_reduce(self.traffic.add(flat), op=dist.ReduceOp.SUM, group=self.group)
+        return list(parts)
+
+
+def _added(terms: Sequence[Term], size: int, device: torch.device) -> torch.Tensor:
+    """Σ weight · vector in fp32; a lone vector of weight 1 is returned itself."""
+    if len(terms) == 1 and terms[0].weight == 1.0:
+        return terms[0].vector.float()
+    total = torch.empty(size, dtype=torch.float32, device=device)
+    _add(terms, total)
+    return total
+
+
+def _add(terms: Sequence[Term], total: torch.Tensor) -> None:
+    """``total = Σ weight · vector`` in fp32."""
+    if not terms:
+        total.zero_()
+    for index, term in enumerate(terms):
+        if index == 0:
+            torch.mul(term.vector.float(), term.weight, out=total)
+        else:
+            total.add_(term.vector, alpha=term.weight)
 
 
 def _bound(terms: Sequence[Term], device: torch.device) -> torch.Tensor:

@@ -9,7 +9,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ def write_manifest(
     config: Mapping[str, Any],
     inputs: Mapping[str, Path],
     model_hashes: Mapping[str, str],
+    attention: Mapping[str, str],
+    *,
     num_ranks: int,
 ) -> Path:
     """Write ``directory/manifest.json`` (called on rank 0) and return its path.
@@ -36,6 +38,7 @@ def write_manifest(
         config: the resolved configuration, nested or flat; its ``seed`` and ``parallel`` part are in it.
         inputs: data files by role, such as ``{"square": path}``; each gets its size and SHA-256.
         model_hashes: SHA-256 by role, such as ``{"base": ..., "guard": ...}``, as the caller computed them.
+        attention: the attention backend of each model, by role.
         num_ranks: processes of the run.
 
     A run that is resumed keeps the manifest it began with and adds an entry to its ``resumed`` list.
@@ -47,16 +50,16 @@ def write_manifest(
     """
     path = directory / "manifest.json"
     now = {"utc": datetime.now(UTC).isoformat(timespec="seconds"), "command": command_line(), "num_ranks": num_ranks}
+    where = {"versions": versions(), "hardware": hardware(), "attention": dict(attention)}
     if path.exists():
         manifest = _read(path)
         _check_unchanged(path, manifest, inputs, model_hashes)
-        manifest.setdefault("resumed", []).append({**now, "versions": versions(), "hardware": hardware()})
+        manifest.setdefault("resumed", []).append({**now, **where})
     else:
         manifest = {
             "started": now,
-            "versions": versions(),
+            **where,
             "git": git_state(Path(fedsim.__file__).resolve().parents[1]),
-            "hardware": hardware(),
             "threads": {"torch": torch.get_num_threads(), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS")},
             "seed": config.get("seed"),
             "inputs": {role: _file_entry(role, file) for role, file in inputs.items()},
@@ -86,14 +89,19 @@ def package_versions(packages: Iterable[str]) -> dict[str, str | None]:
     return found
 
 
-def git_state(root: Path) -> dict[str, Any] | None:
-    """Commit of the clone at ``root`` and whether tracked files differ from it; None outside a clone of its own."""
+def git_state(root: Path, ignoring: Sequence[str] = ()) -> dict[str, Any] | None:
+    """Commit of the clone at ``root`` and whether tracked files differ from it; None outside a clone of its own.
+
+    Args:
+        ignoring: files and folders, relative to ``root``, whose changes do not count.
+    """
     if not (root / ".git").exists():
         return None
     commit = _output("git", "-C", str(root), "rev-parse", "HEAD")
     if commit is None:
         return None
-    changes = _output("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no")
+    others = [f":(exclude){path}" for path in ignoring]
+    changes = _output("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no", "--", ".", *others)
     return {"commit": commit, "modified": changes != ""}
 
 

@@ -94,6 +94,12 @@ class Cost:
     what: str
 
 
+#: Local and CAI batches alike; rounds; rows of S-CAI20K; CAI iterations of a round (paper §4.2, §5.1, §5.2).
+BATCH_SIZE, NUM_ROUNDS, NUM_CAI_ROWS, CAI_ITERATIONS = 16, 50, 20_000, 50
+
+#: Iterations of an epoch of CAI, which the paper does not print: S-CAI20K in batches.
+CAI_EPOCH_ITERATIONS = NUM_CAI_ROWS // BATCH_SIZE
+
 #: Paper §4.2 (CAI per round and epoch) and §6.1 (the others).
 COSTS: dict[str, Cost] = {
     "fedavg": Cost(140, 4, "50 rounds of FedAvg: 5 clients a round, 25 steps of 16 rows each"),

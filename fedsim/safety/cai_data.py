@@ -1,6 +1,6 @@
 """CAI conversations: response, critique and revision in one chat (paper §4.2; arXiv 2212.08073).
 
-Three calls of the engine, each over all rows. SFT then trains prompt → revision, and DPO prefers the revision
+One conversation of three turns a row. SFT then trains prompt → revision, and DPO prefers the revision
 (``chosen``) to the response (``rejected``). Rows that cannot teach that are dropped and counted by reason.
 """
 
@@ -99,14 +99,16 @@ def generate_conversations(
     drawn = [keys.derive(engine.seed, "principle", *key, row.row_id) % len(constitution.principles) for row in rows]
     principles = [constitution.principles[i] for i in drawn]
     chats: list[Conversation] = [constitution.conversation([user_turn(row.prompt)]) for row in rows]
+    follow_ups = [[p.critic for p in principles], [p.revision for p in principles]]
     if first_turn == "model":
-        responses = engine.generate(chats, sampling, (*key, "response"))
+        responses, critiques, revisions = engine.converse(chats, follow_ups, sampling, [(*key, turn) for turn in TURNS])
     else:
         responses = [Reply(row.response, num_tokens=0, truncated=False) for row in rows]
-    chats = _ask(chats, responses, [p.critic for p in principles])
-    critiques = engine.generate(chats, sampling, (*key, "critique"))
-    chats = _ask(chats, critiques, [p.revision for p in principles])
-    revisions = engine.generate(chats, sampling, (*key, "revision"))
+        asked: list[Conversation] = [
+            [*chat, assistant_turn(row.response), user_turn(request)]
+            for chat, row, request in zip(chats, rows, follow_ups[0], strict=True)
+        ]
+        critiques, revisions = engine.converse(asked, follow_ups[1:], sampling, [(*key, turn) for turn in TURNS[1:]])
     return [
         CaiRow(
             row_id=row.row_id,
@@ -185,14 +187,6 @@ def load_conversations(path: Path) -> list[CaiRow]:
         raise DataError(f"{path}: is not UTF-8 (byte {error.start}); generate the conversations anew") from error
     lines = text.removesuffix("\n").split("\n") if text else []  # splitlines() would also cut at U+2028
     return [_from_json(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
-
-
-def _ask(chats: Sequence[Conversation], replies: Sequence[Reply], requests: Sequence[str]) -> list[Conversation]:
-    """Each chat with the model's reply and the next request appended."""
-    return [
-        [*chat, assistant_turn(reply.text), user_turn(request)]
-        for chat, reply, request in zip(chats, replies, requests, strict=True)
-    ]
 
 
 def _to_json(row: CaiRow) -> dict[str, Any]:

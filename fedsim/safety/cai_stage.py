@@ -7,20 +7,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from fedsim import keys
+from fedsim import attention, generate, keys
 from fedsim.artefacts import ArtefactStore, file_digest
 from fedsim.config import Config
 from fedsim.data import chat, markers, square
 from fedsim.data.square import SquareRow
 from fedsim.errors import ConfigError
-from fedsim.generate import decode, engine
 from fedsim.generate.engine import Engine, Sampling
 from fedsim.model import load
 from fedsim.safety import cai_data, constitution
 from fedsim.safety.cai_data import CaiRow, generate_conversations, load_conversations, save_conversations
 
 CONSTITUTIONS = Path(__file__).parents[1] / "configs" / "constitution"
-_CODE = [chat, markers, square, decode, engine, cai_data, constitution, keys, load, sys.modules[__name__]]
+_CODE = [
+    *(attention, cai_data, chat, constitution, generate, keys, load, markers, square),
+    sys.modules[__name__],
+]
 
 
 def cai_conversations(

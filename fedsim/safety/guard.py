@@ -65,6 +65,22 @@ class NoisyOracleGuard:
         return keys.derive(self.seed, "noisy_guard", row_id) / 2**63
 
 
+def units_of(lengths: Sequence[int], most: int) -> list[list[int]]:
+    """Rows in ascending order of length, cut into units of at most ``most`` tokens, or of one longer row.
+
+    Rows of a unit are about equally long, and the units are those of the rows alone, however many ranks share them.
+    """
+    units: list[list[int]] = []
+    size = most
+    for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        if size + lengths[i] > most:
+            units.append([])
+            size = 0
+        units[-1].append(i)
+        size += lengths[i]
+    return units
+
+
 class LlamaGuard:
     """A language model that judges as Llama Guard 3 does, by the first token of its verdict.
 
@@ -76,7 +92,7 @@ class LlamaGuard:
         chat: the guard's chat format.
         ranks: who shares the work.
         policy: hazard categories, "llama_guard_3" or "square".
-        batch_size: rows of a unit.
+        batch_tokens: tokens of a unit, the common head left out.
         threshold: a row is unsafe from this probability on.
         max_length: prompt and verdict together; a longer conversation is cut at its end (see :class:`GuardFormat`).
         on_progress: called with (done, total) units of this rank.
@@ -93,7 +109,7 @@ class LlamaGuard:
         ranks: Ranks,
         *,
         policy: str,
-        batch_size: int,
+        batch_tokens: int,
         threshold: float,
         max_length: int,
         on_progress: Callable[[int, int], None] | None = None,
@@ -101,7 +117,7 @@ class LlamaGuard:
         self.model = model
         self.format = GuardFormat(chat, policy, max_length)
         self.ranks = ranks
-        self.batch_size = batch_size
+        self.batch_tokens = batch_tokens
         self.threshold = threshold
         self.on_progress = on_progress
 
@@ -125,9 +141,9 @@ class LlamaGuard:
         """
         empty, _ = self.format.prompt("", "" if has_reply else None)
         num_shared = common_length([empty, *prompts])
-        order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
-        units = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
-        costs = [float(sum(len(prompts[i]) - num_shared for i in unit)) for unit in units]
+        lengths = [len(prompt) - num_shared for prompt in prompts]
+        units = units_of(lengths, self.batch_tokens)
+        costs = [float(sum(lengths[i] for i in unit)) for unit in units]
         heads: list[Head] = []
 
         def compute(unit: list[int]) -> list[float]:

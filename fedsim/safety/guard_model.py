@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import torch
 
-from fedsim import keys
+from fedsim import attention, keys
 from fedsim.artefacts import ArtefactStore
 from fedsim.config import Config, GuardConfig
 from fedsim.data import batch, chat, markers, square
@@ -20,7 +20,7 @@ from fedsim.generate import prefix
 from fedsim.kernels import fixed_point
 from fedsim.model import flat_adapter, load, logprobs
 from fedsim.model.flat_adapter import FlatAdapter
-from fedsim.model.load import LoadedModel, LoraSettings, load_model, model_digest
+from fedsim.model.load import LoadedModel, LoraSettings, chosen_attention, load_model, model_digest
 from fedsim.parallel import sums, zero, zero_config
 from fedsim.parallel.zero import ZeroTrainer
 from fedsim.parallel.zero_config import zero_settings
@@ -33,8 +33,8 @@ from fedsim.train.loop import StepSettings, Trainer, TrainingPlan
 from fedsim.train.objectives import SftObjective
 
 CODE: Final = (
-    *(batch, chat, markers, square, prefix, flat_adapter, logprobs, sums, loop, objectives, keys, fixed_point),
-    *(dropout, guard, guard_format, guard_prompt, guard_tuning, load, zero, zero_config, sys.modules[__name__]),
+    *(attention, batch, chat, markers, square, prefix, flat_adapter, logprobs, sums, loop, objectives, keys, dropout),
+    *(fixed_point, guard, guard_format, guard_prompt, guard_tuning, load, zero, zero_config, sys.modules[__name__]),
 )
 """Modules that decide what a guard says about a row."""
 
@@ -105,7 +105,7 @@ class GuardModel:
             model.chat,
             self.ranks,
             policy=policy,
-            batch_size=settings.batch_size,
+            batch_tokens=settings.batch_tokens,
             threshold=settings.threshold,
             max_length=settings.max_length,
             on_progress=lambda done, total: self.on_progress("guard scoring", done, total),
@@ -122,14 +122,18 @@ class GuardModel:
                 settings["deepspeed"] = [zero_settings(self.config, self.ranks.size), self.ranks.size]
         else:
             settings = {k: v for k, v in settings.items() if not k.startswith(("tune_", "lora_"))}
+        path, model = self.config.guard.path, self.config.model
+        attention = chosen_attention(
+            path, dtype=model.dtype, attention=model.attention, device=self.device, key="guard.path"
+        )
         if not self._sha256:
-            self._sha256 = self.ranks.once(lambda: model_digest(self.config.guard.path))
+            self._sha256 = self.ranks.once(lambda: model_digest(path))
         return {
             "guard": settings,
             "tuned": tuned,
             "model": self._sha256,
-            "dtype": self.config.model.dtype,
-            "attention": self.config.model.attention,
+            "dtype": model.dtype,
+            "attention": attention.name,
             "data": data.source_sha256,
             "language": self.config.data.language,
             **self.facts,
@@ -139,7 +143,7 @@ class GuardModel:
         """The guard's adapter, fine-tuned on the guard set; it does not depend on how rows are scored."""
         settings = self.config.guard
         depends = self.depends(data, tuned=True)
-        del depends["guard"]["batch_size"]
+        del depends["guard"]["batch_tokens"]
 
         def build() -> torch.Tensor:
             rows = verdict_rows(model.chat, data.guard_rows, settings.policy, settings.max_length)

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from fedsim import keys
 from fedsim.errors import RunError
 from fedsim.federation.algorithms import Correction
+from fedsim.federation.elementwise import all_finite
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.ranks import Lane, Term
 from fedsim.train.dropout import KeyedDropout
@@ -142,7 +143,7 @@ class Trainer:
                 on_step(step + 1, len(plan.batches))
         self.model.train(was_training)
         table = torch.stack(rows).cpu()
-        if not torch.isfinite(table).all() or not torch.isfinite(self.adapter.values).all():
+        if not torch.isfinite(table).all() or not all_finite(self.adapter.values):
             bad = next((i for i, row in enumerate(table) if not torch.isfinite(row).all()), len(rows) - 1)
             raise RunError(
                 f"{plan.what}: the loss or gradient became NaN or infinite in step {bad + 1} of {len(rows)}; "
@@ -207,7 +208,7 @@ class Trainer:
     def _passes(
         self, micro: Sequence[Sequence[Item]], plan: TrainingPlan[Item], objective: Objective[Item], lane: Lane
     ) -> list[Pass[Item]]:
-        """This member's micro-batches, each alone in exact mode, else as many together as ``plan.longest`` allows."""
+        """This member's micro-batches, one a pass in exact mode, else as many together as ``plan.longest`` allows."""
         most = 0 if lane.summer.exact else self.settings.micro_batch_size * plan.longest
         passes: list[dict[int, Sequence[Item]]] = []
         room = 0

@@ -179,3 +179,26 @@ def test_a_template_that_writes_todays_date_gives_the_same_prompt_every_day(make
     dated = "{{ strftime_now('%Y-%m-%d %H:%M:%S') }}|{{ date_string }}|" + body
     text = make_bytes_chat(dated).render([user_turn("hello")], reply_follows=True)
     assert text == "26 Jul 2024|26 Jul 2024|hello"
+
+
+def test_a_prompt_is_tokenised_once(make_bytes_chat: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, texts = make_bytes_chat(), []
+    encode = made.encode
+    monkeypatch.setattr(made, "encode", lambda text: texts.append(text) or encode(text))
+    first = made.prompt_ids([user_turn("Kite?")])
+    first.append(7)  # a caller's own list
+    assert made.prompt_ids([user_turn("Kite?")]) == first[:-1]
+    assert len(texts) == 1
+    assert made.prompt_ids([user_turn("Kites?")]) != first[:-1] and len(texts) == 2
+    assert made.prompt_ids([assistant_turn("Kite?")]) != first[:-1], "the role is part of the key"
+
+
+def test_what_is_longest_unused_is_forgotten(make_bytes_chat: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedsim.data.chat._KEPT", 2)
+    made, computed = make_bytes_chat(), []
+
+    def ask(key: str) -> str:
+        return made.remember(key, lambda: computed.append(key) or key)
+
+    assert [ask(key) for key in "abacab"] == list("abacab")
+    assert computed == ["a", "b", "c", "b"]

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from fedsim.data.chat import ChatFormat, Conversation, TokenRow
+from fedsim.data.chat import ChatFormat, Conversation, TokenRow, assistant_turn, user_turn
 from fedsim.generate.engine import Engine, Reply, RowScore, Sampling
 
 LLAMA3_TEMPLATE = (
@@ -57,17 +57,26 @@ class StubEngine(Engine):
         self._logprob = logprob
         self.calls: list[tuple[list[Conversation], Sampling, tuple[int | str, ...]]] = []
 
-    def generate(
-        self, conversations: Sequence[Conversation], sampling: Sampling, key: Sequence[int | str]
-    ) -> list[Reply]:
+    def converse(
+        self,
+        conversations: Sequence[Conversation],
+        follow_ups: Sequence[Sequence[str]],
+        sampling: Sampling,
+        turn_keys: Sequence[Sequence[int | str]],
+    ) -> list[list[Reply]]:
         assert self._reply is not None
-        self.calls.append(([list(c) for c in conversations], sampling, tuple(key)))
-        replies = []
-        for conversation in conversations:
-            text = self._reply(conversation)
-            words = text.split()
-            replies.append(Reply(text, len(words) + 1, len(words) + 1 > sampling.max_new_tokens))
-        return replies
+        chats, turns = [list(c) for c in conversations], []
+        for turn, key in enumerate(turn_keys):
+            if turn:
+                for chat, reply, text in zip(chats, turns[-1], follow_ups[turn - 1], strict=True):
+                    chat += [assistant_turn(reply.text), user_turn(text)]
+            self.calls.append(([list(c) for c in chats], sampling, tuple(key)))
+            texts = [self._reply(chat) for chat in chats]
+            sizes = [len(text.split()) + 1 for text in texts]
+            turns.append(
+                [Reply(t, n, truncated=n > sampling.max_new_tokens) for t, n in zip(texts, sizes, strict=True)]
+            )
+        return turns
 
     def score(self, rows: Sequence[TokenRow]) -> list[RowScore]:
         assert self._logprob is not None

@@ -66,7 +66,7 @@ def test_a_real_guard_s_threshold_decides(
 
     def num_safe(threshold: float) -> int:
         # "safe" and "unsafe" begin with the bytes s and u
-        guard = LlamaGuard(model, llama3_bytes_chat, OneRank(), policy="square", batch_size=3, threshold=threshold,
+        guard = LlamaGuard(model, llama3_bytes_chat, OneRank(), policy="square", batch_tokens=700, threshold=threshold,
                            max_length=2048)  # fmt: skip
         return judge_replies(guard, PROMPTS, REPLIES).safe.successes
 

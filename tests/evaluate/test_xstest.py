@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fedsim.attention.forward import IMPLEMENTATIONS
 from fedsim.data.chat import ChatFormat, Conversation, user_turn
 from fedsim.data.xstest import XsTestItem, load_xstest
 from fedsim.evaluate.guard_judge import GuardJudgement
@@ -121,7 +122,7 @@ def test_prompts_are_asked_greedily_for_at_most_256_tokens(chat: ChatFormat, stu
 def test_the_real_prompts_through_the_shipped_model(real_data: Path) -> None:
     """Every one is asked and counted; what the tiny model says of a world that it does not know means nothing."""
     items = load_xstest(real_data / "xstest" / "xstest_prompts.csv")
-    model = AutoModelForCausalLM.from_pretrained(TINY_DIR).eval()
+    model = AutoModelForCausalLM.from_pretrained(TINY_DIR, attn_implementation=IMPLEMENTATIONS["sdpa"]).eval()
     chat = ChatFormat(AutoTokenizer.from_pretrained(TINY_DIR))
     engine = Engine(model, chat, OneRank(), batch_size=64, max_context=4096, seed=0)
     metrics = run_xstest(engine, items, 6, ("eval",)).metrics()

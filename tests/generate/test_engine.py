@@ -12,8 +12,8 @@ from transformers import LlamaForCausalLM
 from fedsim import keys
 from fedsim.data.chat import ChatFormat, Conversation, assistant_turn, user_turn
 from fedsim.generate import engine as engine_module
-from fedsim.generate.decode import decode_unit
-from fedsim.generate.engine import Engine, RowScore, Sampling
+from fedsim.generate.decode import Decoder, Made, Request, Then
+from fedsim.generate.engine import Engine, RowScore, Sampling, generation_units
 from fedsim.ranks import OneRank
 
 CHATS: list[Conversation] = [[user_turn("kite " * (1 + 5 * i % 7) + str(i))] for i in range(11)]
@@ -47,10 +47,9 @@ def test_replies_equal_the_decoder(make_engine: Callable[..., Engine], model: Ll
     replies = engine.generate(CHATS, Sampling(0.9, 20), KEY)
     eos = frozenset({*range(15), 259})
     for i, (chat, reply) in enumerate(zip(CHATS, replies, strict=True)):
-        ((ids, ended),) = decode_unit(
-            model, [engine.chat.prompt_ids(chat)], [keys.derive(5, "sample", *KEY, i)],
-            temperature=0.9, max_new_tokens=20, eos_ids=eos,
-        )  # fmt: skip
+        decoder = Decoder(model, 1, max_new_tokens=20, temperature=0.9, eos_ids=eos)
+        request = Request(engine.chat.prompt_ids(chat), keys.derive(5, "sample", *KEY, i), 20)
+        (((ids, ended),),) = [[(made.ids, made.ended) for made in row] for row in decoder.run([request])]
         assert (reply.text, reply.num_tokens, reply.truncated) == (engine.chat.decode(ids), len(ids), not ended)
         assert not reply.prompt_truncated
     assert len({r.truncated for r in replies}) == 2, "some end, some are cut"
@@ -70,18 +69,17 @@ def test_key_and_seed_name_the_draws(make_engine: Callable[..., Engine]) -> None
     assert same[0] != same[1], "rows with one prompt have draws of their own"
 
 
-def test_units_are_fixed_by_length(make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[list[int]] = []
-
-    def fake(model: object, prompts: list[list[int]], seeds: object, **_: object) -> list[tuple[list[int], bool]]:
-        seen.append([len(p) for p in prompts])
-        return [([65], True) for _ in prompts]
-
-    monkeypatch.setattr(engine_module, "decode_unit", fake)
-    make_engine().generate(CHATS, Sampling(0.0, 4), KEY)
-    assert [len(unit) for unit in seen] == [4, 4, 3]
-    lengths = [n for unit in seen for n in unit]
-    assert lengths == sorted(lengths)
+@pytest.mark.parametrize(
+    ("num_rows", "sizes"), [(0, []), (3, [3]), (11, [3, 4, 4]), (32, [4] * 8), (37, [4, 5, 4, 5, 5, 4, 5, 5])]
+)
+def test_units_are_fixed_by_length(num_rows: int, sizes: list[int]) -> None:
+    """Of batch size 4: eight units at most, of rows in descending order of length."""
+    lengths = [1 + 7 * i % 13 for i in range(num_rows)]
+    units = generation_units(lengths, 4)
+    assert sorted(i for unit in units for i in unit) == list(range(num_rows))
+    assert [len(unit) for unit in units] == sizes
+    ordered = [(-lengths[i], i) for unit in units for i in unit]
+    assert ordered == sorted(ordered)
 
 
 @pytest.mark.parametrize("max_new_tokens", [10, 32, 500])
@@ -91,11 +89,13 @@ def test_prompt_and_reply_never_outgrow_the_context(
     """A long prompt loses its beginning, and is marked; the reply has at most half of the context."""
     longest = []
 
-    def spy(model: Any, prompts: list[list[int]], seeds: list[int], **options: Any) -> list[tuple[list[int], bool]]:
-        longest.append(max(map(len, prompts)) + options["max_new_tokens"])
-        return decode_unit(model, prompts, seeds, **options | {"eos_ids": frozenset()})
+    class Spy(Decoder):
+        def run(self, starts: Sequence[Request], then: Then = lambda row, ids: None) -> list[list[Made]]:
+            longest.extend(len(start.prompt) + start.limit for start in starts)
+            self._eos, self._eos_ids = self._eos[:0], frozenset()
+            return super().run(starts, then)
 
-    monkeypatch.setattr(engine_module, "decode_unit", spy)
+    monkeypatch.setattr(engine_module, "Decoder", Spy)
     engine = make_engine(max_context=64)
     chats: list[Conversation] = [[user_turn("abc" * n)] for n in (1, 100)]
     replies = engine.generate(chats, Sampling(0.0, max_new_tokens), KEY)

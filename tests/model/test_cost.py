@@ -86,7 +86,7 @@ def test_generation_is_what_torch_counts(llama: Any) -> None:
 
     with torch.no_grad():
         flops = counted(decode)
-    work = decode_work([[(20, 8)]])
+    work = decode_work([(0, 20, 8)], passes=8)
     assert work == Work(tokens=27, targets=8, pairs=400 + sum(range(21, 28)), passes=8, cached=sum(range(21, 28)))
     assert flops == pytest.approx(ModelCost.of(llama).forward(work).flops, rel=0.002)
 
@@ -110,7 +110,8 @@ def test_bytes_are_weights_by_pass_and_the_cache() -> None:
 
 def test_rows_count_what_is_put_through_the_layers() -> None:
     assert rows_work([row(5, 3), row(9, 1)], 2) == Work(4 + 8, 2 + 8, 16 + 64, 2)
-    assert decode_work([[(3, 1), (2, 0)], [(4, 3)]]) == Work(3 + 2 + 4 + 2, 4, 9 + 4 + 16 + 5 + 6, 1 + 3, 5 + 6)
+    assert decode_work([(0, 3, 1), (0, 4, 3)], 4) == Work(3 + 4 + 2, 4, 9 + 16 + 5 + 6, 4, 5 + 6)
+    assert decode_work([(5, 7, 2)], 2) == Work(2 + 1, 2, 2 * 7 + 8, 2, 5 + 8), "5 of 7 were in the cache"
 
 
 def test_the_engine_knows_what_it_has_done(make_llama: MakeLlama, llama3_bytes_chat: ChatFormat) -> None:
@@ -118,8 +119,9 @@ def test_the_engine_knows_what_it_has_done(make_llama: MakeLlama, llama3_bytes_c
     texts = ["a", "two words", "three"]
     chats = [[{"role": "user", "content": text}] for text in texts]
     replies = engine.generate(chats, Sampling(1.0, 5), ("work",))
-    prompts = sorted((len(llama3_bytes_chat.prompt_ids(c)), r.num_tokens) for c, r in zip(chats, replies, strict=True))
-    assert engine.pop_work() == decode_work([prompts[:2], prompts[2:]])
+    turns = [(0, len(llama3_bytes_chat.prompt_ids(c)), r.num_tokens) for c, r in zip(chats, replies, strict=True)]
+    assert [r.num_tokens for r in replies] == [5] * 3
+    assert engine.pop_work() == decode_work(turns, passes=2 * 5)
     rows = [row(9, 4), row(12, 3), row(7, 2)]
     engine.score(rows)
     engine.score(rows)

@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 from fedsim.attention.choice import Choice
 from fedsim.model.load import LoraSettings, attach_lora
 from fedsim.model.logprobs import MAX_LOGITS
-from fedsim.model.memory import free_memory, generation_need, training_need
+from fedsim.model.memory import free_memory, generation_need, scoring_need, training_need
 from fedsim.model.shape import ModelShape, model_shape
 
 BIG = ModelShape("LlamaForCausalLM", 8_030_261_248, 13_631_488, torch.bfloat16, 32, 4096, 14336, 2048, 128256, 131072,
@@ -64,13 +64,34 @@ def test_logits_take_no_more_than_what_is_computed_at_once() -> None:
 
 
 def test_keys_and_values_of_the_8b_model_take_128_kib_a_token() -> None:
-    def need(num_tokens: int) -> int:
-        return generation_need(BIG, "x", "k", num_rows=64, num_tokens=num_tokens).num_bytes
+    """In whole slots, and one layer twice; a pass reads 8,192 tokens or the one prompt that is longer."""
 
-    transient = 64 * (2 * 4096 + 3 * 14336) * 2
-    assert need(301) - need(300) == 64 * 131072 + transient
+    def need(num_tokens: int, num_rows: int = 64) -> int:
+        return generation_need(BIG, "x", "k", num_rows=num_rows, num_tokens=num_tokens).num_bytes
+
+    token = 131072 * 33 // 32
+    transient = (2 * 4096 + 3 * 14336) * 2
+    logits = 24 * 128256
+    assert need(100) == BIG.weight_bytes + 64 * (128 * token + logits) + 64 * 100 * transient
+    assert need(301) == need(300) == BIG.weight_bytes + 64 * (384 * token + logits) + 8192 * transient
+    assert need(9000, 1) == BIG.weight_bytes + 9088 * token + logits + 9000 * transient
 
 
 def test_ranks_share_the_memory_of_the_machine() -> None:
     one, four = free_memory(torch.device("cpu"), 1), free_memory(torch.device("cpu"), 4)
     assert 0 < four < one and four == pytest.approx(one / 4, rel=0.2)
+
+
+def test_scoring_needs_the_heads_keys_and_one_layer_of_the_unit() -> None:
+    """2,048 tokens of an 8B guard take little beside its weights: on 80 GB there is room for far more."""
+
+    def need(**changes: int) -> int:
+        sizes = {"num_tokens": 2048, "head_tokens": 190, "tail_tokens": 32, **changes}
+        return scoring_need(BIG, "x", "k", **sizes).num_bytes
+
+    head = 190 * 131072
+    copies = 2 * (2048 + 64 * 190) * 2048 * 2
+    layer = 2048 * (4 * 4096 + 3 * 14336) * 2
+    assert need() == BIG.weight_bytes + head + copies + layer
+    assert need(beside=7) == need() + 7
+    assert need(num_tokens=32768) < 80e9 / 3

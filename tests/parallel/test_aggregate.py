@@ -33,12 +33,12 @@ def test_sums_and_reports(exact: bool, control: bool) -> None:
     )  # fmt: skip
     tolerance = {"rtol": 0, "atol": 1e-13 if exact else 1e-4}
     want = sum(o.num_rows * o.delta.double() for o in outcomes)
-    torch.testing.assert_close(got.sums.weighted_delta, want, **tolerance)
+    torch.testing.assert_close(got.sums.weighted_delta.double(), want, **tolerance)
     assert got.sums.weight == 41 and got.sums.num_clients == 20
     if control:
         assert got.sums.control_delta is not None
         want = sum(o.control_delta.double() for o in outcomes if o.control_delta is not None)
-        torch.testing.assert_close(got.sums.control_delta, want, **tolerance)
+        torch.testing.assert_close(got.sums.control_delta.double(), want, **tolerance)
     else:
         assert got.sums.control_delta is None
     assert [(c.client, c.num_rows, c.loss, c.first_loss, c.num_tokens) for c in got.clients] == [
@@ -53,8 +53,8 @@ def test_deltas_are_weighted_by_the_outcomes_weight_not_its_rows() -> None:
         outcomes, outcomes, [0, 1, 2], size=SIZE, has_control=True, num_clients=3, summer=Summer(None, exact=True),
         rank=0, world_size=1, device=torch.device("cpu"),
     )  # fmt: skip
-    want = sum(o.weight * o.delta.double() for o in outcomes) / (2.5 + 8.75 + 0.125)
-    torch.testing.assert_close(got.sums.mean_delta, want, rtol=0, atol=1e-13)
+    want = sum(o.weight * o.delta.double() for o in outcomes)
+    torch.testing.assert_close(got.sums.weighted_delta, want, rtol=0, atol=1e-13)
     assert got.sums.weight == 11.375
     assert [(c.num_rows, c.weight) for c in got.clients] == [(30, 2.5), (9, 8.75), (4, 0.125)]
 

@@ -88,8 +88,8 @@ def test_near_the_fp64_sum(exact: bool) -> None:
     segments, sizes = some_terms()
     found = Summer(None, exact=exact).sum(segments, sizes, 4)
     for got, want, scale in zip(found, oracle(segments, sizes), scales(segments), strict=True):
-        assert got.dtype == torch.float64
-        torch.testing.assert_close(got / scale, want / scale, rtol=0, atol=1e-15 if exact else 1e-6)
+        assert got.dtype == (torch.float64 if exact else torch.float32)
+        torch.testing.assert_close(got.double() / scale, want / scale, rtol=0, atol=1e-15 if exact else 1e-6)
 
 
 @pytest.mark.parametrize("num", [1, 2, 3, 4])
@@ -107,7 +107,7 @@ def test_fast_members_agree_within_fp32(monkeypatch: pytest.MonkeyPatch) -> None
     wants = oracle(segments, sizes)
     for result in Members(monkeypatch, 3).sum(split(segments, 3, 0), sizes, 4, exact=False):  # type: ignore[attr-defined]
         for got, want, scale in zip(result, wants, scales(segments), strict=True):
-            torch.testing.assert_close(got / scale, want / scale, rtol=0, atol=1e-6)
+            torch.testing.assert_close(got.double() / scale, want / scale, rtol=0, atol=1e-6)
 
 
 @settings(max_examples=60, deadline=None)
@@ -130,3 +130,28 @@ def test_a_small_segment_is_not_coarsened_by_a_large_one() -> None:
 def test_zero_weight_hides_nothing_infinite() -> None:
     (got,) = Summer(None, exact=True).sum([[Term(torch.tensor([float("inf")]), 0.0)]], [1], 1)
     assert torch.isnan(got).all()
+
+
+def test_a_lone_fast_term_is_not_copied() -> None:
+    vector = torch.ones(3)
+    weighted = Term(vector, 2.0)
+    found = Summer(None, exact=False).sum([[Term(vector)], [weighted], [Term(vector.double())]], [3, 3, 3], 1)
+    assert found[0] is vector
+    assert found[1].tolist() == [2.0] * 3 and vector.tolist() == [1.0] * 3
+    assert found[2].dtype == torch.float32
+
+
+def test_fast_weights_of_bf16_terms_are_applied_in_fp32() -> None:
+    """1 + 2^-7 times 1 + 2^-7 needs 15 bits."""
+    vector = torch.tensor([1 + 2.0**-7], dtype=torch.bfloat16)
+    terms = [Term(vector, 1 + 2.0**-7), Term(vector, 1 + 2.0**-7)]
+    (found,) = Summer(None, exact=False).sum([terms], [1], 2)
+    assert float(found) == 2 * (1 + 2.0**-7) ** 2
+
+
+def test_terms_are_left_as_they_were() -> None:
+    segments, sizes = some_terms()
+    before = [t.vector.clone() for terms in segments for t in terms]
+    for exact in (True, False):
+        Summer(None, exact=exact).sum(segments, sizes, 4)
+    assert all(torch.equal(a, t.vector) for a, t in zip(before, (t for s in segments for t in s), strict=True))

@@ -18,24 +18,27 @@ from fedsim.record.manifest import git_state, hardware, versions, write_manifest
 def test_what_a_manifest_holds(tmp_path: Path) -> None:
     data = tmp_path / "rows.json"
     data.write_bytes(b"[]\n")
-    path = write_manifest(tmp_path, {"seed": 7, "name": "x"}, {"square": data}, {"base": "ab" * 32}, num_ranks=4)
+    path = write_manifest(
+        tmp_path, {"seed": 7, "name": "x"}, {"square": data}, {"base": "ab" * 32}, {"base": "eager"}, num_ranks=4
+    )
     manifest = json.loads(path.read_text())
     assert path == tmp_path / "manifest.json"
     assert manifest["seed"] == 7 and manifest["config"] == {"seed": 7, "name": "x"}
     expected = {"path": str(data), "num_bytes": 3, "sha256": hashlib.sha256(b"[]\n").hexdigest()}
     assert manifest["inputs"] == {"square": expected}
-    assert manifest["models"] == {"base": "ab" * 32}
+    assert manifest["models"] == {"base": "ab" * 32} and manifest["attention"] == {"base": "eager"}
     assert manifest["started"]["num_ranks"] == 4 and manifest["started"]["utc"].endswith("+00:00")
     assert manifest["threads"]["torch"] >= 1
     assert "resumed" not in manifest
 
 
 def test_a_resume_adds_to_the_manifest_it_finds(tmp_path: Path) -> None:
-    write_manifest(tmp_path, {"seed": 1}, {}, {}, num_ranks=4)
+    write_manifest(tmp_path, {"seed": 1}, {}, {}, {}, num_ranks=4)
     first = json.loads((tmp_path / "manifest.json").read_text())
-    write_manifest(tmp_path, {"seed": 1}, {}, {}, num_ranks=2)
-    write_manifest(tmp_path, {"seed": 1}, {}, {}, num_ranks=3)
+    write_manifest(tmp_path, {"seed": 1}, {}, {}, {}, num_ranks=2)
+    write_manifest(tmp_path, {"seed": 1}, {}, {}, {"model": "sdpa"}, num_ranks=3)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert [entry["attention"] for entry in manifest["resumed"]] == [{}, {"model": "sdpa"}]
     assert [entry["num_ranks"] for entry in manifest.pop("resumed")] == [2, 3]
     assert manifest == first
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
@@ -43,7 +46,7 @@ def test_a_resume_adds_to_the_manifest_it_finds(tmp_path: Path) -> None:
 
 def test_a_missing_input_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"advbench file .*absent\.csv"):
-        write_manifest(tmp_path, {}, {"advbench": tmp_path / "absent.csv"}, {}, num_ranks=1)
+        write_manifest(tmp_path, {}, {"advbench": tmp_path / "absent.csv"}, {}, {}, num_ranks=1)
     assert not (tmp_path / "manifest.json").exists()
 
 
@@ -82,13 +85,13 @@ def test_git_state_sees_commit_and_changes(tmp_path: Path) -> None:
 def test_a_run_does_not_go_on_with_changed_inputs_or_models(tmp_path: Path) -> None:
     data = tmp_path / "rows.json"
     data.write_text("[]")
-    write_manifest(tmp_path, {}, {"square": data}, {"model": "a"}, num_ranks=1)
-    write_manifest(tmp_path, {}, {"square": data}, {"model": "a"}, num_ranks=1)
+    write_manifest(tmp_path, {}, {"square": data}, {"model": "a"}, {}, num_ranks=1)
+    write_manifest(tmp_path, {}, {"square": data}, {"model": "a"}, {}, num_ranks=1)
     with pytest.raises(CheckpointError, match="the model of this run changed"):
-        write_manifest(tmp_path, {}, {"square": data}, {"model": "b"}, num_ranks=1)
+        write_manifest(tmp_path, {}, {"square": data}, {"model": "b"}, {}, num_ranks=1)
     data.write_text("[1]")
     with pytest.raises(CheckpointError, match="the square of this run changed"):
-        write_manifest(tmp_path, {}, {"square": data}, {"model": "a"}, num_ranks=1)
+        write_manifest(tmp_path, {}, {"square": data}, {"model": "a"}, {}, num_ranks=1)
 
 
 @pytest.mark.parametrize(
@@ -100,6 +103,6 @@ def test_a_damaged_manifest_is_one_error(tmp_path: Path, text: str) -> None:
     path = tmp_path / "manifest.json"
     path.write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(CheckpointError, match=rf"{path}: is damaged.*restore it, or start anew") as caught:
-        write_manifest(tmp_path, {}, {}, {}, num_ranks=1)
+        write_manifest(tmp_path, {}, {}, {}, {}, num_ranks=1)
     assert "\n" not in str(caught.value)
     assert path.read_bytes() == text.encode("utf-8", "surrogateescape"), "it is left as it was"

@@ -52,11 +52,26 @@ class TableEngine:
         self.seed = seed
         self.calls: list[tuple[list[Conversation], Sampling, tuple[keys.KeyPart, ...]]] = []
 
-    def generate(
-        self, conversations: Sequence[Conversation], sampling: Sampling, key: Sequence[keys.KeyPart]
-    ) -> list[Reply]:
-        self.calls.append((list(conversations), sampling, tuple(key)))
-        return [Reply(f"{key[-1]} {i}", 3, truncated=False) for i in range(len(conversations))]
+    def converse(
+        self,
+        conversations: Sequence[Conversation],
+        follow_ups: Sequence[Sequence[str]],
+        sampling: Sampling,
+        turn_keys: Sequence[Sequence[keys.KeyPart]],
+    ) -> list[list[Reply]]:
+        turns: list[list[Reply]] = []
+        for turn, key in enumerate(turn_keys):
+            if turn:
+                conversations = [
+                    [*chat, assistant_turn(reply.text), user_turn(text)]
+                    for chat, reply, text in zip(conversations, turns[-1], follow_ups[turn - 1], strict=True)
+                ]
+            self.calls.append((list(conversations), sampling, tuple(key)))
+            turns.append([self.reply(str(key[-1]), i) for i in range(len(conversations))])
+        return turns
+
+    def reply(self, turn: str, row: int) -> Reply:
+        return Reply(f"{turn} {row}", 3, truncated=False)
 
 
 def make(engine: Any, rows: Sequence[SquareRow], **options: Any) -> list[CaiRow]:
@@ -127,9 +142,9 @@ def test_truncated_turns_are_named(rows: list[SquareRow]) -> None:
     class Cutting(TableEngine):
         """Critiques do not end, and the last turn's conversation outgrows the context."""
 
-        def generate(self, conversations: Any, sampling: Sampling, key: Any) -> list[Reply]:
-            ends = {"critique": (True, False), "revision": (False, True)}.get(key[-1], (False, False))
-            return [Reply(f"{key[-1]}", 3, *ends) for _ in conversations]
+        def reply(self, turn: str, row: int) -> Reply:
+            ends = {"critique": (True, False), "revision": (False, True)}.get(turn, (False, False))
+            return Reply(turn, 3, *ends)
 
     made = make(Cutting(), rows)
     assert all(cai.truncated == ("critique", "revision") for cai in made)

@@ -53,7 +53,7 @@ class Run:
 
     def stage(self, *overrides: str, **facts: Any) -> FilterStage:
         base = ["guard.kind=llama_guard", f"guard.path={self.guard_dir}", "guard.policy=square", "guard.lora_r=4",
-                "guard.lora_dropout=0", "guard.batch_size=8"]  # fmt: skip
+                "guard.lora_dropout=0", "guard.batch_tokens=900"]  # fmt: skip
         config = load_config(None, [*base, *overrides])
 
         def report(name: str, done: int, total: int) -> None:
@@ -122,7 +122,7 @@ def judged(run: Run, adapter: Path | None, targets: tuple[str, ...] = ("q_proj",
     flat = FlatAdapter(loaded.model)
     flat.load(flat.initial(0) if adapter is None else flat.read(adapter))
     judge = LlamaGuard(
-        loaded.base, loaded.chat, OneRank(), policy="square", batch_size=8, threshold=0.5, max_length=1024
+        loaded.base, loaded.chat, OneRank(), policy="square", batch_tokens=900, threshold=0.5, max_length=1024
     )
     verdicts = iter(judge.judge([row for shard in run.data.shards for row in shard]))
     return [[row.row_id for row in shard if not next(verdicts).unsafe] for shard in run.data.shards]
@@ -157,7 +157,7 @@ def test_a_guard_judges_exchanges_whatever_filters(run: Run, kind: str, tuned: b
     adapters = list(run.store.folder.glob("guard-adapter-*"))
     flat.load(flat.read(adapters[0]) if tuned else flat.initial(0))
     fresh = LlamaGuard(
-        loaded.base, loaded.chat, OneRank(), policy="square", batch_size=8, threshold=0.3, max_length=1024
+        loaded.base, loaded.chat, OneRank(), policy="square", batch_tokens=900, threshold=0.3, max_length=1024
     )
     assert found == fresh.judge_exchanges(EXCHANGES)
 
@@ -194,6 +194,14 @@ def test_what_decides_a_verdict_computes_it_anew(run: Run, change: str) -> None:
     run.run("guard.tune_epochs=0.4")
     run.run("guard.tune_epochs=0.4", change)
     assert run.written == {"guard-verdicts": 2, "guard-adapter": 2}
+
+
+def test_a_backend_that_auto_takes_is_the_same_as_one_that_is_asked_for(run: Run) -> None:
+    run.run("guard.tune_epochs=0", "model.attention=auto")
+    run.run("guard.tune_epochs=0", "model.attention=sdpa")
+    assert run.written == {"guard-verdicts": 1}
+    run.run("guard.tune_epochs=0", "model.attention=eager")
+    assert run.written == {"guard-verdicts": 2}
 
 
 def test_an_untuned_guard_is_shared_by_runs_that_differ_in_tuning_alone(run: Run) -> None:

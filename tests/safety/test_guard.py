@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
 from fedsim.data.chat import ChatFormat, user_turn
 from fedsim.data.square import SquareRow
 from fedsim.errors import ConfigError
 from fedsim.ranks import OneRank
-from fedsim.safety.guard import LlamaGuard, NoisyOracleGuard, OracleGuard
+from fedsim.safety.guard import LlamaGuard, NoisyOracleGuard, OracleGuard, units_of
 from fedsim.safety.guard_prompt import render_guard_prompt
 from fedsim.safety.verdict import Verdict
 
@@ -28,7 +30,7 @@ class ScatteredRanks(OneRank):
 
 
 def guard(model: LlamaForCausalLM, chat: ChatFormat, **changes: Any) -> LlamaGuard:
-    settings = {"policy": "square", "batch_size": 4, "threshold": 0.5, "max_length": 1024, **changes}
+    settings = {"policy": "square", "batch_tokens": 600, "threshold": 0.5, "max_length": 1024, **changes}
     return LlamaGuard(model, chat, settings.pop("ranks", OneRank()), **settings)
 
 
@@ -41,11 +43,11 @@ def pair_logits(model: LlamaForCausalLM, chat: ChatFormat, user: str, agent: str
 
 
 @pytest.mark.parametrize("policy", ["llama_guard_3", "square"])
-@pytest.mark.parametrize("batch_size", [1, 4, 64])
+@pytest.mark.parametrize("batch_tokens", [1, 600, 100_000])
 def test_equals_a_plain_forward(
-    guard_model: LlamaForCausalLM, llama_chat: ChatFormat, rows: list[SquareRow], policy: str, batch_size: int
+    guard_model: LlamaForCausalLM, llama_chat: ChatFormat, rows: list[SquareRow], policy: str, batch_tokens: int
 ) -> None:
-    verdicts = guard(guard_model, llama_chat, policy=policy, batch_size=batch_size).judge(rows)
+    verdicts = guard(guard_model, llama_chat, policy=policy, batch_tokens=batch_tokens).judge(rows)
     pairs = [pair_logits(guard_model, llama_chat, row.prompt, row.response, policy) for row in rows]
     want = [float(torch.softmax(pair.double(), dim=0)[1]) for pair in pairs]
     assert max(want) - min(want) > 0.05, "the oracle must be able to tell rows apart"
@@ -60,6 +62,27 @@ def test_a_prompt_alone_and_mixed_roles(guard_model: LlamaForCausalLM, llama_cha
     for (user, agent), verdict in zip(exchanges, verdicts, strict=True):
         pair = pair_logits(guard_model, llama_chat, user, agent, "square")
         assert verdict.unsafe_prob == pytest.approx(float(torch.softmax(pair.double(), dim=0)[1]), abs=1e-4)
+
+
+@given(st.lists(st.integers(1, 40), max_size=30), st.integers(1, 60))
+def test_units_hold_rows_in_order_of_length_within_the_budget(lengths: list[int], most: int) -> None:
+    units = units_of(lengths, most)
+    order = [i for unit in units for i in unit]
+    assert order == sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    sizes = [sum(lengths[i] for i in unit) for unit in units]
+    assert all(0 < size <= most or len(unit) == 1 for size, unit in zip(sizes, units, strict=True))
+    for size, unit in zip(sizes, units[1:], strict=False):
+        assert size + lengths[unit[0]] > most, "a unit ends where the next row does not fit"
+
+
+def test_a_row_hardly_feels_the_others_of_its_unit(
+    guard_model: LlamaForCausalLM, llama_chat: ChatFormat, rows: list[SquareRow]
+) -> None:
+    """In fp64: whatever else is scored with it, a row's probability is the same up to rounding."""
+    judge = guard(guard_model.double(), llama_chat, batch_tokens=100_000)
+    together = [v.unsafe_prob for v in judge.judge(rows)]
+    alone = [judge.judge([row])[0].unsafe_prob for row in rows]
+    assert together == pytest.approx(alone, abs=1e-10) and max(together) - min(together) > 0.05
 
 
 def test_results_do_not_depend_on_who_computes_a_unit(

@@ -56,7 +56,7 @@ def test_prompt_ids_are_those_that_the_guard_scores(
 
     guard_model.model.register_forward_pre_hook(read_off, with_kwargs=True)
     LlamaGuard(
-        guard_model, llama_chat, OneRank(), policy=policy, batch_size=3, threshold=0.5, max_length=max_length
+        guard_model, llama_chat, OneRank(), policy=policy, batch_tokens=700, threshold=0.5, max_length=max_length
     ).judge(rows)
     trained = verdict_rows(llama_chat, rows, policy, max_length)
     prompts = {tuple(row.input_ids[~row.loss_mask].tolist()) for row in trained}

@@ -188,6 +188,24 @@ def test_a_batch_gives_one_gradient_however_it_is_cut(
     assert float((made[1].grad - whole[1].grad).norm() / whole[1].grad.norm()) < 1e-6
 
 
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_member_hands_over_no_more_gradients_than_the_sum_needs(
+    make_adapted: Make, make_rows: Rows, one_lane: type, monkeypatch: pytest.MonkeyPatch, exact: bool
+) -> None:
+    """Exact sums need each micro-batch's own; fast ones get what autograd added up, in place."""
+    made, lane = make_adapted(std=0.1), one_lane(exact)
+    seen = []
+    summed = lane.summer.sum
+
+    def record(segments: Any, sizes: Any, count: int) -> Any:
+        seen.append(([term.vector is made[1].grad for term in segments[0]], len(segments[1]), count))
+        return summed(segments, sizes, count)
+
+    monkeypatch.setattr(lane.summer, "sum", record)
+    train(made, [make_rows(7)], lane, micro=2)
+    assert seen == [([False, False, False, True] if exact else [True], 4, 4)]
+
+
 @pytest.mark.parametrize(("size", "num_rows", "mu"), [(2, 16, 0.0), (3, 16, 9.0), (4, 13, 0.0), (4, 5, 9.0)])
 def test_exact_lanes_give_the_same_bits(
     make_adapted: Make, make_rows: Rows, one_lane: type, on_members: Callable[..., Any],

@@ -26,6 +26,10 @@ class ModelSize:
         """Number of tokens."""
         return int(self.config["vocab_size"])
 
+    def llama(self) -> LlamaConfig:
+        """Its configuration."""
+        return LlamaConfig(**self.config, bos_token_id=1, eos_token_id=2, pad_token_id=0, tie_word_embeddings=False)
+
 
 # 5.8 M parameters: what a step of OpenFedLLM was first timed on.
 CPU = ModelSize(
@@ -81,7 +85,7 @@ def build(
     size: ModelSize, dtype: torch.dtype, device: torch.device, attention: str = "sdpa", seed: int = 0
 ) -> PreTrainedModel:
     """A frozen model in evaluation mode; its weights are drawn on the device itself."""
-    config = LlamaConfig(**size.config, bos_token_id=1, eos_token_id=2, pad_token_id=0, tie_word_embeddings=False)
+    config = size.llama()
     config._attn_implementation = attention
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)

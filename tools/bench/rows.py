@@ -27,11 +27,13 @@ class Correctness:
         what: what is compared with what, and how.
         error: the distance; NaN fails.
         limit: the largest distance that passes.
+        proves: the CUDA path that it speaks for (:mod:`fedsim.proved`); "" for none.
     """
 
     what: str
     error: float
     limit: float
+    proves: str = ""
 
     @property
     def passed(self) -> bool:

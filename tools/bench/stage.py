@@ -12,6 +12,8 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from fedsim import keys
+from fedsim.attention.choice import choose
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.model.load import LoraSettings, attach_lora
 from fedsim.record.peak import Peak, device_peak
@@ -56,20 +58,39 @@ class Bench:
         """Whether this is a GPU."""
         return self.device.type == "cuda"
 
-    def base(self, attention: str = "sdpa") -> PreTrainedModel:
-        """A new frozen base model, the same weights every time; peers get one of their own where they change it."""
+    def base(self, attention: str | None = None) -> PreTrainedModel:
+        """A new frozen base model, the same weights every time; peers get one of their own where they change it.
+
+        Args:
+            attention: transformers' name of an implementation, for a peer; None is fedsim's own: packed rows, by
+                torch's variable-length kernel on CUDA (whose results the stage checks) and by what ``auto`` takes on a
+                CPU.
+        """
+        if attention is None:
+            wanted = "varlen" if self.cuda else "auto"
+            attention = choose(wanted, self.size.llama(), self.dtype, self.device).implementation
         return build(self.size, self.dtype, self.device, attention)
 
-    def adapted(self, lora: LoraSettings = PAPER_LORA, attention: str = "sdpa") -> tuple[PeftModel, FlatAdapter]:
-        """A new base model with LoRA in a flat adapter, at :meth:`FlatAdapter.initial` of seed 0."""
-        model = attach_lora(self.base(attention), lora)
+    def adapted(self, lora: LoraSettings = PAPER_LORA) -> tuple[PeftModel, FlatAdapter]:
+        """A new base model of fedsim's own with LoRA in a flat adapter, at :func:`start_vector`."""
+        model = attach_lora(self.base(), lora)
         adapter = FlatAdapter(model)
-        adapter.load(adapter.initial(0))
+        adapter.load(start_vector(adapter))
         return model, adapter
 
     def peak(self) -> Peak:
         """The device's peak in the model's dtype: a data sheet's figures for known GPUs, else measured once."""
         return device_peak(self.device, self.dtype, self.threads)
+
+
+def start_vector(adapter: FlatAdapter) -> torch.Tensor:
+    """Where training starts: A as PEFT starts it, B small but not zero, so that every gradient counts from step 1."""
+    vector = adapter.initial(0)
+    for slot in adapter.slots:
+        if "lora_B" in slot.name:
+            draws = keys.generator(0, "lora_b", slot.name).normal(0.0, 0.02, size=slot.stop - slot.start)
+            vector[slot.start : slot.stop] = torch.from_numpy(draws)
+    return vector
 
 
 class Stage(Protocol):
@@ -96,7 +117,10 @@ class Stage(Protocol):
 
 def installed(library: str) -> bool:
     """Whether a peer's library can be imported; stages leave out a peer without it."""
-    return importlib.util.find_spec(library) is not None
+    try:
+        return importlib.util.find_spec(library) is not None
+    except ValueError:  # it is blocked, as by a test
+        return False
 
 
 @contextmanager

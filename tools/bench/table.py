@@ -16,6 +16,19 @@ def table(results: Sequence[StageResult]) -> Table:
     return Table(HEAD, [_line(row) for result in results for row in result.rows], num_text=3)
 
 
+def readme_table(results: Sequence[StageResult]) -> Table:
+    """The rows that have a target, without what the rows' files say better."""
+    head = ("stage", "what", "peer", "ours", "peer's", "target", "measured", "of floor")
+    rows = []
+    for row in (row for result in results for row in result.rows if row.target is not None):
+        assert row.target is not None
+        value, cells = row.figure(row.target.figure), _line(row)
+        goal_met = {True: "", False: " (missed)", None: ""}[row.reached]
+        shown = NONE if value is None else f"{value:.3g}{goal_met}"
+        rows.append([*cells[:5], goal(row.target, None), shown, cells[-1]])
+    return Table(head, rows, num_text=3)
+
+
 def _line(row: Row) -> list[str]:
     missing = "not installed" if row.peer is not None and row.seconds is not None else NONE
     fraction = row.fraction_of_floor

@@ -1,0 +1,60 @@
+"""The pretrained model's evaluation as an artefact: runs that would measure the same thing share it.
+
+Every arm begins with the same untouched model, so its figures need not be computed again before an arm's first step.
+The artefact holds figures and MT-Bench answers; replies to attacks are in it as little as anywhere else.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fedsim import attention, data, evaluate, generate, keys, model
+from fedsim.artefacts import ArtefactStore, write_json
+from fedsim.data import world
+from fedsim.data.benchmarks import MtQuestion
+from fedsim.evaluate.mt_bench import MtAnswer, summarise_answers
+from fedsim.evaluate.rows import subset
+from fedsim.evaluate.suite import Evaluation, Suite
+from fedsim.generate.engine import Reply
+
+_CODE = (attention, data, world, evaluate, generate, keys, model)
+_FILE = "evaluation.json"
+
+
+def shared_evaluation(
+    store: ArtefactStore, depends: Mapping[str, Any], suite: Suite, compute: Callable[[], Evaluation]
+) -> Evaluation:
+    """The evaluation of these dependencies: ``compute()``, or what a run before got, without the replies to attacks.
+
+    Args:
+        depends: everything beside the code that decides the figures: model, benchmarks, settings, machine.
+        suite: what is measured.
+        compute: measures; called on every rank where the artefact is not there.
+    """
+    computed: list[Evaluation] = []
+
+    def build() -> Evaluation:
+        computed.append(compute())
+        return computed[0]
+
+    artefact = store.get("pretrained-evaluation", depends, _CODE, build, _write)
+    return computed[0] if computed else _read(artefact.folder, subset(suite.mt_bench, suite.limit))
+
+
+def _write(folder: Path, found: Evaluation) -> None:
+    answers = [{"replies": [asdict(r) for r in a.replies], "scores": a.scores} for a in found.answers]
+    write_json(folder / _FILE, {"metrics": list(found.metrics.items()), "answers": answers})
+
+
+def _read(folder: Path, questions: Sequence[MtQuestion]) -> Evaluation:
+    content = json.loads((folder / _FILE).read_text(encoding="utf-8"))
+    answers = []
+    for question, entry in zip(questions, content["answers"], strict=True):
+        first, second = (Reply(**reply) for reply in entry["replies"])
+        answers.append(MtAnswer(question, (first, second), (entry["scores"][0], entry["scores"][1])))
+    mt_bench = summarise_answers(answers) if answers else None
+    return Evaluation(dict(content["metrics"]), advbench=None, hhh=None, mt_bench=mt_bench)

@@ -1,0 +1,46 @@
+"""Tokenises a suite's fixed prompts and replies once, shared over the ranks, into the chat format's memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fedsim.data.chat import Conversation, Prompt, TokenRow, user_turn
+from fedsim.evaluate.hhh import Asked, letter_requests, likelihood_requests
+from fedsim.evaluate.rows import keep_reply_row, reply_row, subset
+from fedsim.evaluate.suite import Suite
+from fedsim.generate.engine import Engine
+
+_UNIT = 64  # conversations that a rank takes at a time
+Tokenised = tuple[Prompt, list[TokenRow]]
+
+
+def tokenise(engine: Engine, suite: Suite) -> None:
+    """Fill the memory of every rank; a rank alone does so as it evaluates. All ranks must call it."""
+    if engine.ranks.size == 1:
+        return
+    chat = engine.chat
+
+    def compute(unit: Sequence[Asked]) -> list[Tokenised]:
+        return [
+            (chat.prompt(conversation), [reply_row(chat, conversation, r, engine.max_context) for r in replies])
+            for conversation, replies in unit
+        ]
+
+    asked = requests(suite)
+    units = [asked[start : start + _UNIT] for start in range(0, len(asked), _UNIT)]
+    for unit, found in zip(units, engine.ranks.map(compute, units), strict=True):
+        for (conversation, replies), (prompt, rows) in zip(unit, found, strict=True):
+            chat.keep_prompt(conversation, prompt)
+            for reply, row in zip(replies, rows, strict=True):
+                keep_reply_row(chat, conversation, reply, engine.max_context, row)
+
+
+def requests(suite: Suite) -> list[Asked]:
+    """Every conversation that is the same in each evaluation, with the replies to it that are scored."""
+    hhh = subset(suite.hhh, suite.limit)
+    alone: list[Conversation] = [
+        *([user_turn(item.prompt)] for item in subset(suite.advbench, suite.limit)),
+        *([user_turn(question.turns[0])] for question in subset(suite.mt_bench, suite.limit)),
+        *([user_turn(item.prompt)] for item in subset(suite.xstest, suite.limit)),
+    ]
+    return [*letter_requests(hhh), *likelihood_requests(hhh), *((conversation, ()) for conversation in alone)]

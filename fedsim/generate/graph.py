@@ -1,0 +1,62 @@
+"""CUDA graphs of decoding steps: captured once per size, replayed from then on without a launch per kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Protocol
+
+import torch
+
+
+class Graph(Protocol):
+    """A captured piece of work."""
+
+    def replay(self) -> None:
+        """Do it again, with what its tensors hold now."""
+        ...
+
+
+Capture = Callable[[Callable[[], None]], Graph]
+"""Records what a call does to the device's memory, without doing it."""
+
+
+class Graphs:
+    """Runs a step that reads and writes nothing but tensors that stay where they are.
+
+    The first step of a size runs as it is, which also lets libraries set themselves up; the second is captured, and it
+    and all later ones are replayed.
+
+    Args:
+        capture: :func:`capture_cuda`, or a test's stand-in.
+    """
+
+    def __init__(self, capture: Capture) -> None:
+        self._capture = capture
+        self._graphs: dict[Hashable, Graph | None] = {}
+
+    def run(self, size: Hashable, step: Callable[[], None]) -> None:
+        """Take a step.
+
+        Args:
+            size: all that the step depends on beside the tensors' content, their addresses included.
+        """
+        if size not in self._graphs:
+            step()
+            self._graphs[size] = None
+            return
+        graph = self._graphs[size]
+        if graph is None:
+            graph = self._graphs[size] = self._capture(step)
+        graph.replay()
+
+    def clear(self) -> None:
+        """Forget all graphs: the tensors have moved."""
+        self._graphs.clear()
+
+
+def capture_cuda(step: Callable[[], None]) -> Graph:
+    """Capture a step that has run once before."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph

@@ -1,0 +1,122 @@
+"""Which backend a model gets, and in which words the others are passed over."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import pytest
+import torch
+from transformers import Gemma2Config, LlamaConfig, PretrainedConfig
+
+from fedsim.attention import choice
+from fedsim.attention.backends import BACKENDS
+from fedsim.attention.choice import ORDER, Choice, choose
+from fedsim.attention.forward import IMPLEMENTATIONS
+from fedsim.errors import ModelError
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")  # the latter is only looked at
+BF16, F32 = torch.bfloat16, torch.float32
+LLAMA, GEMMA2 = LlamaConfig(), Gemma2Config()
+UNPROVED = "no committed GPU run has shown it right yet; ask for it by name"
+NO_PACKAGE = "the flash-attn package is not installed; pip install flash-attn --no-build-isolation"
+NO_CAP = "cannot cap scores, as the model asks for (attn_logit_softcapping=50.0); set model.attention=eager"
+
+
+@pytest.fixture(autouse=True)
+def _nothing_proved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "is_proved", lambda path: False)
+
+
+def proved(monkeypatch: pytest.MonkeyPatch, *paths: str) -> None:
+    monkeypatch.setattr(choice, "is_proved", lambda path: path in paths)
+
+
+def test_every_backend_has_a_place_and_a_name() -> None:
+    assert set(ORDER) == set(BACKENDS) == set(IMPLEMENTATIONS)
+    assert Choice("varlen", "x").implementation == "fedsim_varlen"
+    assert not any("flash" in name or "sdpa" in name for name in IMPLEMENTATIONS.values())
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_auto_on_a_cpu(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """What has been proved on a GPU makes no difference, and CUDA's kernels are not worth a word."""
+    for paths in ((), choice.CUDA_ONLY):
+        proved(monkeypatch, *paths)
+        assert choose("auto", LLAMA, dtype, CPU) == Choice("sdpa", "auto")
+        found = choose("auto", GEMMA2, dtype, CPU)
+        assert found.name == "eager" and found.why.startswith(f"auto; not sdpa: {NO_CAP}")
+
+
+@pytest.mark.parametrize(
+    ("paths", "installed", "dtype", "name"),
+    [
+        ((), True, BF16, "sdpa"),
+        (("varlen",), True, BF16, "varlen"),
+        (("flash_attention_2",), True, BF16, "flash_attention_2"),
+        (("flash_attention_2",), False, BF16, "sdpa"),
+        (("varlen", "flash_attention_2"), True, BF16, "varlen"),
+        (("varlen", "flash_attention_2"), True, torch.float16, "varlen"),
+        (("varlen", "flash_attention_2"), True, F32, "sdpa"),
+    ],
+)
+def test_auto_on_cuda_takes_the_best_that_is_proved(
+    monkeypatch: pytest.MonkeyPatch, stand_in: Any, paths: tuple[str, ...], installed: bool, dtype: torch.dtype,
+    name: str,
+) -> None:  # fmt: skip
+    stand_in("varlen 2.11")
+    if installed:
+        stand_in("flash_attention_2")
+    proved(monkeypatch, *paths)
+    assert choose("auto", LLAMA, dtype, CUDA).name == name
+
+
+def test_auto_on_cuda_says_what_it_passed_over(stand_in: Any) -> None:
+    stand_in("varlen")
+    found = choose("auto", LLAMA, BF16, CUDA)
+    assert found.name == "sdpa" and found.why.startswith(
+        f"auto; not varlen: {UNPROVED}; not flash_attention_2: {NO_PACKAGE}"
+    )
+
+
+def test_auto_for_capped_scores_on_cuda(monkeypatch: pytest.MonkeyPatch, stand_in: Any) -> None:
+    proved(monkeypatch, *choice.CUDA_ONLY)
+    assert choose("auto", GEMMA2, BF16, CUDA).name == "eager"
+    stand_in("flash_attention_2")
+    assert choose("auto", GEMMA2, BF16, CUDA).name == "flash_attention_2"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "config", "dtype", "device", "words"),
+    [
+        ("varlen", LLAMA, BF16, CPU, "is CUDA's alone, and this run is on cpu; set model.attention=auto"),
+        ("flash_attention_2", LLAMA, BF16, CPU, "is CUDA's alone, and this run is on cpu; set model.attention=auto"),
+        ("varlen", LLAMA, F32, CUDA, "computes in bfloat16 and float16, the model is float32; set model.dtype="),
+        ("varlen", GEMMA2, BF16, CUDA, NO_CAP),
+        ("sdpa", GEMMA2, F32, CPU, NO_CAP),
+        ("flash_attention_2", LLAMA, BF16, CUDA, NO_PACKAGE),
+    ],
+)
+def test_what_cannot_be_had_says_why_and_what_to_do(
+    wanted: str, config: PretrainedConfig, dtype: torch.dtype, device: torch.device, words: str
+) -> None:
+    if wanted == "flash_attention_2" and device == CUDA and importlib.util.find_spec("flash_attn"):
+        pytest.skip("the flash-attn package is installed")
+    with pytest.raises(ModelError) as caught:
+        choose(wanted, config, dtype, device)
+    assert str(caught.value).startswith(f"model.attention='{wanted}': {words}") and "\n" not in str(caught.value)
+
+
+def test_an_older_torch_is_named(stand_in: Any) -> None:
+    stand_in("varlen 2.10")
+    with pytest.raises(ModelError, match=r"has no varlen_attn that takes scale and window_size; install torch 2\.11"):
+        choose("varlen", LLAMA, BF16, CUDA)
+
+
+def test_what_is_asked_for_needs_no_proof(stand_in: Any) -> None:
+    for kernel in ("varlen", "flash_attention_2"):
+        name = stand_in(kernel)
+        assert choose(name, LLAMA, BF16, CUDA) == Choice(name, "asked for")
+    assert choose("flash_attention_2", GEMMA2, BF16, CUDA).name == "flash_attention_2"
+    for name in ("sdpa", "eager"):
+        assert choose(name, LLAMA, F32, CPU) == Choice(name, "asked for")

@@ -1,0 +1,81 @@
+"""Tokenising a suite over the ranks: the same rows as alone, and nothing left to tokenise in an evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from fedsim.data import world
+from fedsim.data.benchmarks import load_advbench, load_hhh, load_mt_bench
+from fedsim.data.chat import ChatFormat
+from fedsim.data.xstest import load_xstest
+from fedsim.evaluate.rows import reply_row
+from fedsim.evaluate.suite import Suite
+from fedsim.evaluate.tokens import requests, tokenise
+from fedsim.model.load import EMBEDDED, load_chat
+from fedsim.ranks import OneRank
+
+
+class TwoRanks(OneRank):
+    """This rank and another, which computes everything."""
+
+    size = 2
+
+
+@dataclass
+class FakeEngine:
+    chat: ChatFormat
+    ranks: OneRank
+    max_context: int = 60
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory: pytest.TempPathFactory) -> Suite:
+    folder = tmp_path_factory.mktemp("suite")
+    world.write_advbench(folder / "a.csv")
+    world.write_hhh(folder / "h.jsonl")
+    world.write_mt_bench(folder)
+    world.write_xstest(folder / "x.csv")
+    return Suite(
+        load_advbench(folder / "a.csv"),
+        load_hhh(folder / "h.jsonl"),
+        load_mt_bench(folder / "question.jsonl"),
+        load_xstest(folder / "x.csv"),
+        limit=20,
+    )
+
+
+def rows(engine: FakeEngine, suite: Suite) -> list[Any]:
+    """What evaluations ask of the chat format, as plain numbers."""
+    found: list[Any] = []
+    for conversation, replies in requests(suite):
+        found.append(engine.chat.prompt_ids(conversation))
+        for reply in replies:
+            row = reply_row(engine.chat, conversation, reply, engine.max_context)
+            found.append((row.input_ids.tolist(), row.loss_mask.tolist(), row.truncated))
+    return found
+
+
+def test_nothing_is_left_to_tokenise_and_the_rows_are_the_same(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat = load_chat(EMBEDDED, "model.path")
+    shared = FakeEngine(chat, TwoRanks())
+
+    def elsewhere(compute: Any, units: Any) -> Any:
+        found = [compute(unit) for unit in units]
+        chat._remembered.clear()  # the other rank's memory is not this one's
+        return found
+
+    want = rows(FakeEngine(load_chat(EMBEDDED, "model.path"), OneRank()), suite)
+    assert len(want) == 20 * (3 + 3 + 3) + 3 * 20 and any(row[-1] is True for row in want)
+    monkeypatch.setattr(shared.ranks, "map", elsewhere)
+    tokenise(shared, suite)  # type: ignore[arg-type]
+    monkeypatch.setattr(shared.chat, "encode", lambda text: pytest.fail("tokenised again"))
+    assert rows(shared, suite) == want
+
+
+def test_a_rank_alone_has_nothing_to_share(suite: Suite) -> None:
+    engine = FakeEngine(load_chat(EMBEDDED, "model.path"), OneRank())
+    tokenise(engine, suite)  # type: ignore[arg-type]
+    assert not engine.chat._remembered

@@ -1,0 +1,111 @@
+"""Replayed steps: the same tokens as eager ones, from tensors that stay where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from fedsim.generate.decode import Decoder, Made, Request
+from fedsim.generate.graph import Graphs
+
+EOS = frozenset({259, *range(0, 240, 12)})
+STARTS = [Request([11 + row] * (1 + 17 * row % 70), row, 4 + 23 * row % 61) for row in range(13)]
+
+
+class Remembered:
+    """Stands in for a CUDA graph: capturing does nothing, replaying repeats the call with the tensors it saw."""
+
+    def __init__(self, step: Callable[[], None], decoder: Decoder) -> None:
+        self.step = step
+        self.decoder = decoder
+        self.addresses = addresses(decoder)
+        self.num_replays = 0
+
+    def replay(self) -> None:
+        assert addresses(self.decoder) == self.addresses, "a graph would read memory that is another's by now"
+        self.num_replays += 1
+        self.step()
+
+
+def addresses(decoder: Decoder) -> list[int]:
+    state = decoder.state
+    tensors = [state.rows, state.ids, state.places, state.counts, state.limits, state.alive, state.lines]
+    tensors += [state._out, state._uniforms, *(t for layer in decoder.slots._layers.values() for t in layer)]
+    return [tensor.data_ptr() for tensor in tensors]
+
+
+def replayed(model: LlamaForCausalLM, num_slots: int, **options: Any) -> tuple[Decoder, list[Remembered]]:
+    graphs: list[Remembered] = []
+
+    def capture(step: Callable[[], None]) -> Remembered:
+        graphs.append(Remembered(step, decoder))
+        return graphs[-1]
+
+    decoder = Decoder(model, num_slots, max_new_tokens=64, eos_ids=EOS, graphs=Graphs(capture), **options)
+    return decoder, graphs
+
+
+def then(row: int, ids: list[int]) -> Request | None:
+    """A second turn of every other row."""
+    if row % 2 or row in _ASKED:
+        return None
+    _ASKED.add(row)
+    return Request([*STARTS[row].prompt, *ids, 5, 6], 50 + row, 9)
+
+
+_ASKED: set[int] = set()
+
+
+def run(decoder: Decoder) -> list[list[Made]]:
+    _ASKED.clear()
+    return decoder.run(STARTS, then)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(("num_slots", "block"), [(5, 1), (5, 4), (8, 3), (16, 8)])
+def test_replays_give_the_eager_tokens(
+    make_llama: Callable[..., LlamaForCausalLM], temperature: float, num_slots: int, block: int
+) -> None:
+    model = make_llama().double()
+    want = run(Decoder(model, num_slots, max_new_tokens=64, temperature=temperature, eos_ids=EOS))
+    decoder, graphs = replayed(model, num_slots, temperature=temperature, block=block)
+    assert run(decoder) == want
+    assert graphs and max(graph.num_replays for graph in graphs) > 5
+    assert len(graphs) <= 2 * num_slots.bit_length(), "one a number of rows and a capacity"
+    num_graphs = len(graphs)
+    assert run(decoder) == want, "another unit, the same slots"
+    assert len(graphs) - num_graphs <= num_slots.bit_length(), "its capacity is there from the first step on"
+
+
+def test_the_first_step_of_a_size_is_not_captured() -> None:
+    log: list[str] = []
+
+    class Logged:
+        def __init__(self, step: Callable[[], None]) -> None:
+            log.append("captured")
+
+        def replay(self) -> None:
+            log.append("replayed")
+
+    graphs = Graphs(Logged)
+    for size in (4, 4, 4, 8, 4):
+        graphs.run(size, lambda: log.append("eager"))
+    assert log == ["eager", "captured", "replayed", "replayed", "eager", "replayed"]
+    graphs.clear()
+    graphs.run(4, lambda: log.append("eager"))
+    assert log[-1] == "eager"
+
+
+def test_a_step_makes_no_lasting_tensor(make_llama: Callable[..., LlamaForCausalLM]) -> None:
+    """Between two steps of one size nothing is moved, and only the state and the slots carry anything over."""
+    decoder = Decoder(make_llama(), 4, max_new_tokens=64, temperature=1.0, eos_ids=frozenset())
+    decoder.run([Request([3, 4, 5], row, 2) for row in range(4)])
+    before = addresses(decoder)
+    with torch.inference_mode():
+        for _ in range(3):
+            decoder._step(4, decoder.slots.capacity)
+    assert addresses(decoder) == before

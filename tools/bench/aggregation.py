@@ -1,0 +1,205 @@
+"""Aggregation: sums over clients beside OpenFedLLM's loop over dicts, SCAFFOLD's correction beside its callback."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from fedsim.federation.scaffold import ValueCorrection
+from fedsim.kernels import fixed_point
+from tools.bench.clients import ROWS, Clients, dict_loop, scaffold_callback
+from tools.bench.measure import percentiles, take_turns
+from tools.bench.rows import Correctness, Row, Target
+from tools.bench.stage import Bench
+
+PASS = "Triton"
+LOOP = "OpenFedLLM's loop over dicts"
+CALLBACK = "OpenFedLLM's callback, without PEFT's part"
+Accumulate = Callable[[torch.Tensor, Sequence[torch.Tensor], torch.Tensor], None]
+
+
+@dataclass(frozen=True)
+class AggregationStage:
+    """See the module.
+
+    Attributes:
+        layers: of the Llama-3.1-8B whose LoRA is aggregated.
+    """
+
+    layers: int = 32
+    name: str = "aggregation"
+    needs_cuda: bool = False
+
+    def check(self, bench: Bench) -> list[Correctness]:
+        """Sums against fp64; exact ones in two orders; on CUDA the Triton pass, bit by bit."""
+        clients = Clients(1, bench.device)
+        true = sum(
+            (v.double() * n for v, n in zip(clients.vectors, ROWS, strict=True)), torch.zeros(()).to(bench.device)
+        )
+        loop = torch.cat([part.flatten() for part in dict_loop(clients.dicts, ROWS).values()])
+        exact, backwards = (clients.sum(True, order) for order in (1, -1))
+        found = [
+            Correctness("fast sums against fp64, ‖Δ‖ / ‖sum‖", relative(clients.sum(False), true), 1e-6),
+            Correctness("exact sums against fp64, ‖Δ‖ / ‖sum‖", relative(exact, true), 1e-13),
+            Correctness("exact sums in two orders, numbers that differ", differing(exact, backwards), 0.0),
+            Correctness("the peer's mean against fp64, ‖Δ‖ / ‖mean‖", relative(loop, true / sum(ROWS)), 1e-6),
+        ]
+        if bench.cuda:
+            found += [
+                Correctness(f"Triton's pass, {what}: integers that differ", error, 0.0, proves="accumulate_triton")
+                for what, error in distances(triton_pass(), bench.device).items()
+            ]
+        return found
+
+    def time(self, bench: Bench) -> list[Row]:
+        """Sums with and without the server's step, the integer pass alone, and a step's correction."""
+        clients = Clients(self.layers, bench.device)
+        calls: dict[str, Callable[[], object]] = {
+            LOOP: partial(dict_loop, clients.dicts, ROWS),
+            "fast sum": partial(clients.sum, False),
+            "exact sum": partial(clients.sum, True),
+            "fast sum and FedAvg's step": partial(clients.round, False),
+            "exact sum and FedAvg's step": partial(clients.round, True),
+        }
+        seconds = take_turns(calls, bench.device, repeats=bench.repeats, budget_s=bench.budget_s / 2)
+        bandwidth = bench.peak().bytes_per_s
+        goals = {} if bench.cuda else {"fast sum": Target("ratio", 1.5), "exact sum": Target("ratio", 1 / 3)}
+        rows = []
+        for what in list(calls)[1:]:
+            passes, written = (2, 8) if "exact" in what else (1, 4)
+            num_bytes = clients.size * (passes * 4 * len(ROWS) + (written if "step" not in what else 8))
+            rows.append(
+                Row(
+                    self.name,
+                    what,
+                    "float32",
+                    clients.shapes,
+                    percentiles(seconds[what]),
+                    len(seconds[what]),
+                    peer=LOOP,
+                    peer_seconds=percentiles(seconds[LOOP]),
+                    target=goals.get(what),
+                    floor_s=num_bytes / bandwidth,
+                    floor=f"clients read {passes} x, "
+                    + ("adapter read and written" if "step" in what else "sum written"),
+                    note="the peer averages adapters, sum([d[key] * n / total for d in dicts]) for each key; ours adds "
+                    "deltas, and the step moves the adapter by their mean",
+                )
+            )
+        return [*rows, *self._passes(bench, clients), self._correction(bench, clients)]
+
+    def _passes(self, bench: Bench, clients: Clients) -> list[Row]:
+        """The pass that turns all clients into integers; on CUDA Triton's beside plain torch's."""
+        total = torch.empty(clients.size, dtype=torch.int64, device=bench.device)
+        factors = torch.tensor(ROWS, dtype=torch.float64, device=bench.device) * 2.0**40
+        passes: dict[str, Accumulate] = {"plain torch": fixed_point.accumulate_torch}
+        if bench.cuda:
+            passes[PASS] = triton_pass()
+        calls = {name: partial(run, total, clients.vectors, factors) for name, run in passes.items()}
+        found = take_turns(calls, bench.device, repeats=bench.repeats, budget_s=bench.budget_s / 4)
+        floor = clients.size * (4 * len(ROWS) + 8) / bench.peak().bytes_per_s
+        rows = []
+        for name in passes:
+            seconds = percentiles(found[name])
+            against = percentiles(found["plain torch"]) if name == PASS else None
+            rows.append(
+                Row(
+                    self.name,
+                    f"pass to fixed point, {name}",
+                    "float32",
+                    clients.shapes,
+                    seconds,
+                    len(found[name]),
+                    peer=None if against is None else "plain torch",
+                    peer_seconds=against,
+                    figures={"of_bandwidth": floor / seconds.p50},
+                    target=Target("of_bandwidth", 0.8) if name == PASS else None,
+                    floor_s=floor,
+                    floor="clients read, integers written",
+                )
+            )
+        return rows
+
+    def _correction(self, bench: Bench, clients: Clients) -> Row:
+        """y − lr (c − c_i), which SCAFFOLD takes after every optimizer step."""
+        values, correction = clients.vectors[0].clone(), ValueCorrection(clients.vectors[1])
+        model, corrections = clients.views(clients.vectors[2].clone()), clients.dicts[1]
+        calls = {
+            "ours": lambda: correction.on_values(values, 1e-5),
+            CALLBACK: lambda: scaffold_callback(model, corrections, 1e-5),
+        }
+        found = take_turns(calls, bench.device, repeats=bench.repeats, budget_s=bench.budget_s / 4)
+        return Row(
+            self.name,
+            "SCAFFOLD's correction of a local step",
+            "float32",
+            clients.shapes,
+            percentiles(found["ours"]),
+            len(found["ours"]),
+            peer=CALLBACK,
+            peer_seconds=percentiles(found[CALLBACK]),
+            floor_s=clients.size * 12 / bench.peak().bytes_per_s,
+            floor="adapter and correction read, adapter written",
+        )
+
+
+STAGE = AggregationStage()
+
+
+def triton_pass() -> Accumulate:
+    """The kernel, for a machine that can run it."""
+    from fedsim.kernels import fixed_point_triton  # Triton comes with torch's CUDA builds alone
+
+    return fixed_point_triton.accumulate
+
+
+def distances(accumulate: Accumulate, device: torch.device) -> dict[str, float]:
+    """Integers in which a pass differs from plain torch's on the CPU, by case."""
+    g = torch.Generator().manual_seed(0)
+    found: dict[str, float] = {}
+
+    def compare(what: str, vectors: Sequence[torch.Tensor], factors: torch.Tensor) -> None:
+        want, got = (torch.full(vectors[0].shape, 5, device=place) for place in (torch.device("cpu"), device))
+        fixed_point.accumulate_torch(want, vectors, factors)
+        accumulate(got, [_moved(vector, device) for vector in vectors], factors.to(device))
+        found[what] = found.get(what, 0.0) + differing(got.cpu(), want)
+
+    for size in (1, 7, 1023, 1025, 100_003):
+        wide = torch.randn(9, 3 * size, generator=g) * 10.0 ** (torch.rand(9, 3 * size, generator=g) * 12 - 9)
+        factors = torch.linspace(-3e14, 5e14, 9, dtype=torch.float64)
+        for what, vectors in (
+            ("fp32", wide[:, :size]),
+            ("bf16", wide[:, :size].bfloat16()),
+            ("fp64", wide[:, :size].double()),
+            ("strided", wide[:, ::3]),
+            ("strided bf16", wide.bfloat16()[:, 1::3]),
+        ):
+            for num in (1, 4, 5, 9):
+                compare(what, list(vectors[:num]), factors[:num])
+    halves = torch.arange(-4096, 4096, dtype=torch.float64) / 2
+    edges = [s * (2.0**e + d) for s in (1, -1) for e in (50, 51, 52, 53, 60, 61) for d in (-0.5, 0.0, 0.5)]
+    limits = torch.cat([halves, torch.tensor(edges, dtype=torch.float64)])
+    compare("halves and limits", [limits], torch.ones(1, dtype=torch.float64))
+    denormals = torch.tensor([1e-45, -3e-45, 1.1754944e-38])
+    compare("denormals", [denormals, denormals], torch.tensor([2.0**187, -(2.0**150)], dtype=torch.float64))
+    return found
+
+
+def _moved(vector: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """On ``device``, with its stride kept."""
+    stride = vector.stride(0)
+    spread = torch.zeros(max(1, len(vector) * stride), dtype=vector.dtype, device=device)[::stride][: len(vector)]
+    return spread.copy_(vector)
+
+
+def differing(mine: torch.Tensor, other: torch.Tensor) -> float:
+    """How many numbers differ."""
+    return float((mine != other).sum())
+
+
+def relative(mine: torch.Tensor, true: torch.Tensor) -> float:
+    """‖mine − true‖ / ‖true‖."""
+    return float((mine.double() - true).norm() / true.norm())

@@ -1,0 +1,265 @@
+"""A client's local steps (16 rows, LoRA r 32 on q and v) beside TRL's SFTTrainer and a plain Hugging Face loop."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from statistics import median
+
+import torch
+
+from fedsim.config import LocalConfig
+from fedsim.data.chat import TokenRow
+from fedsim.federation.algorithms import FedAvg
+from fedsim.model.cost import Effort, ModelCost, rows_work
+from fedsim.parallel.sums import Summer
+from fedsim.parallel.world import Lane
+from fedsim.train.client import ClientTrainer
+from fedsim.train.loop import StepSettings, Trainer
+from fedsim.train.objectives import SftObjective
+from tools.bench import plain_loop, trl_peer
+from tools.bench.gradients import against_fp32, of_trainer
+from tools.bench.lengths import training_rows
+from tools.bench.measure import percentiles
+from tools.bench.plain_loop import PeerModel
+from tools.bench.rows import Correctness, Row, Target
+from tools.bench.stage import PAPER_LORA, Bench, installed
+from tools.bench.stepwise import StepTimes, runs_in_turns
+
+Mark = Callable[[], None]
+CLIENT_STEPS = 25
+STEPS = 6  # of one run: competitors take turns every few steps
+DROPOUT = 0.05  # OpenFedLLM's and the paper's
+LIMIT = 1e-4
+
+
+class Client:
+    """A client of fedsim as a run makes it, on a resident model.
+
+    Args:
+        micro: rows of one pass.
+        exact: order-independent sums.
+    """
+
+    def __init__(self, bench: Bench, *, micro: int | None = None, exact: bool = False, dropout: float = 0.0) -> None:
+        self.local = LocalConfig(steps=STEPS) if micro is None else LocalConfig(steps=STEPS, micro_batch_size=micro)
+        self.model, self.adapter = bench.adapted(replace(PAPER_LORA, dropout=dropout))
+        self.start = self.adapter.copy()
+        self.algorithm = FedAvg()
+        self.device = bench.device
+        self.set(micro=self.local.micro_batch_size, exact=exact)
+
+    def set(self, *, micro: int, exact: bool) -> None:
+        """Other settings on the same model."""
+        base = self.model.get_base_model()
+        trainer = Trainer(base, self.adapter, StepSettings(micro, self.local.max_grad_norm, 0.0, 0))  # type: ignore[arg-type]
+        self.lane = Lane(0, 1, Summer(None, exact=exact, device=self.device))
+        self.trainer = ClientTrainer(trainer, self.algorithm, SftObjective(), self.local, STEPS, 1, 0)
+
+    def batches(self, rows: Sequence[TokenRow], turn: int) -> list[list[TokenRow]]:
+        """The rows of each step, which peers get too."""
+        return self.trainer.batches(turn, rows, 0)
+
+    def run(self, rows: Sequence[TokenRow], turn: int, mark: Mark, lane: Lane | None = None) -> float:
+        """One client's steps, alone or as a member of ``lane``; the mean loss."""
+        state = self.algorithm.start(self.start)
+        lane = self.lane if lane is None else lane
+        return self.trainer.train(turn, rows, 0, state, None, lane, lambda done, whole: mark()).loss
+
+
+class LocalStep:
+    """The stage."""
+
+    name = "local_step"
+    needs_cuda = False
+
+    def check(self, bench: Bench) -> list[Correctness]:
+        """Same rows, same start, no dropout: the mean loss, and how the adapter moved; in bf16 the gradient."""
+        if bench.dtype != torch.float32:
+            return [_gradient_check(bench)]
+        rows = training_rows(16 * STEPS, bench.size.vocab_size)
+        client = Client(bench)
+        batches = client.batches(rows, 0)
+        loss = client.run(rows, 0, _nothing)
+        moved = client.adapter.copy() - client.start
+        found = []
+        with tempfile.TemporaryDirectory() as folder:
+            for what, run in _equal_peers(bench, client, folder).items():
+                peer = PeerModel(bench, client.adapter)
+                peer.load(client.start)
+                losses = run(peer, batches, client.local.lr, _nothing)
+                found += _compare(what, loss, moved, losses, peer.vector() - client.start)
+                del peer
+        return found
+
+    def time(self, bench: Bench) -> list[Row]:
+        """All competitors in turns, a few steps each time."""
+        rows = training_rows(16 * CLIENT_STEPS, bench.size.vocab_size)
+        turns = -(-bench.repeats // (STEPS - 1))
+        with tempfile.TemporaryDirectory() as folder:
+            runs, client = competitors(bench, rows, folder)
+            times = runs_in_turns(runs, bench.device, turns, bench.budget_s)
+        batches = [batch for turn in range(turns) for batch in client.batches(rows, turn)]
+        floor_s, words = floor(bench, client, batches)
+        ours = [name for name in times if name.startswith("fedsim")]
+        peers = [name for name in runs if name not in ours]
+        shapes = {
+            "rows": 16,
+            "tokens_mean": sum(map(len, rows)) / len(rows),
+            "targets_mean": sum(r.num_targets for r in rows) / len(rows),
+            "lora_r": PAPER_LORA.r,
+            "client_steps": CLIENT_STEPS,
+            "model": bench.size.name,
+        }
+        if not installed("trl"):
+            peers.append(f"TRL SFTTrainer, {trl_peer.EQUAL}")
+        return [
+            replace(_row(bench, own, times[own], rival, times.get(rival), shapes), floor_s=floor_s, floor=words)
+            for own in ours
+            for rival in peers
+            if ("dropout" in own) == ("dropout" in rival)
+        ]
+
+
+def competitors(
+    bench: Bench, rows: Sequence[TokenRow], folder: str
+) -> tuple[dict[str, Callable[[int, Mark], object]], Client]:
+    """What is timed, by name, and the client whose batches all take."""
+    client = Client(bench)
+    lr = client.local.lr
+    default = client.local.micro_batch_size
+
+    def own(micro: int, exact: bool) -> Callable[[int, Mark], object]:
+        def run(turn: int, mark: Mark) -> object:
+            client.set(micro=micro, exact=exact)
+            return client.run(rows, turn, mark)
+
+        return run
+
+    runs: dict[str, Callable[[int, Mark], object]] = {
+        f"fedsim, micro-batches of {default} (default)": own(default, False),
+        "fedsim, one pass of 16 rows": own(16, False),
+        "fedsim, exact sums": own(default, True),
+    }
+
+    def peer(sft: Callable[..., object], model: PeerModel, **options: object) -> Callable[[int, Mark], object]:
+        def run(turn: int, mark: Mark) -> object:
+            model.load(client.start)
+            return sft(model, client.batches(rows, turn), lr, mark=mark, **options)
+
+        return run
+
+    plain = PeerModel(bench, client.adapter)
+
+    def plain_run(checkpointed: bool) -> Callable[[int, Mark], object]:
+        inner = peer(plain_loop.sft, plain)
+
+        def run(turn: int, mark: Mark) -> object:
+            plain.checkpointing(checkpointed)
+            return inner(turn, mark)
+
+        return run
+
+    runs["plain Hugging Face loop, gradient checkpointing"] = plain_run(True)
+    runs["plain Hugging Face loop"] = plain_run(False)
+    if installed("trl"):
+        equal = PeerModel(bench, client.adapter)
+        runs[f"TRL SFTTrainer, {trl_peer.EQUAL}"] = peer(trl_peer.sft, equal, folder=folder, equal=True)
+        dropping = Client(bench, dropout=DROPOUT)
+        theirs = PeerModel(bench, client.adapter, replace(PAPER_LORA, dropout=DROPOUT))
+        runs["fedsim, default, dropout 0.05"] = lambda turn, mark: dropping.run(rows, turn, mark)
+        runs["TRL SFTTrainer as OpenFedLLM sets it, dropout 0.05"] = peer(
+            trl_peer.sft, theirs, folder=folder, equal=False
+        )
+    return runs, client
+
+
+def floor(bench: Bench, client: Client, batches: Sequence[Sequence[TokenRow]]) -> tuple[float, str]:
+    """Seconds that the device's peak allows for a mean step, and the formula."""
+    cost = ModelCost.of(client.model.get_base_model())  # type: ignore[arg-type]
+    effort = sum((cost.train(rows_work(batch, 1)) for batch in batches), start=Effort())
+    peak = bench.peak()
+    by = max(effort.flops / peak.flops, effort.num_bytes / peak.bytes_per_s) / len(batches)
+    return by, (
+        f"(4 x {cost.body:,} + 6 x {cost.lora:,} for LoRA) x tokens + 4 x {cost.head:,} x targets + 12 x "
+        f"{cost.attention:,} x tokens of a row squared, mean of the steps, at {peak.flops:.3g} FLOP/s ({peak.source})"
+    )
+
+
+def _gradient_check(bench: Bench) -> Correctness:
+    """One batch of a client."""
+    client = Client(bench)
+    batch = training_rows(16, bench.size.vocab_size)
+    ours = of_trainer(client.trainer.trainer, batch, SftObjective(), client.lane)
+    return against_fp32(
+        bench,
+        lambda: PeerModel(bench, client.adapter),
+        client.start,
+        ours,
+        lambda peer: plain_loop.sft_loss(peer, batch),
+        "an SFT batch of 16 rows",
+    )
+
+
+def _equal_peers(bench: Bench, client: Client, folder: str) -> Mapping[str, Callable[..., list[torch.Tensor]]]:
+    found: dict[str, Callable[..., list[torch.Tensor]]] = {"plain Hugging Face loop": plain_loop.sft}
+    if installed("trl"):
+        for equal, how in ((True, trl_peer.EQUAL), (False, trl_peer.CHECKPOINTED)):
+            found[f"TRL SFTTrainer, {how}"] = (
+                lambda peer, batches, lr, mark, equal=equal: trl_peer.sft(
+                    peer, batches, lr, folder, mark, equal=equal
+                )
+            )  # fmt: skip
+    return found
+
+
+def _compare(
+    what: str, loss: float, moved: torch.Tensor, losses: Sequence[torch.Tensor], theirs: torch.Tensor
+) -> list[Correctness]:
+    mean = float(torch.stack(list(losses)).double().mean())
+    return [
+        Correctness(f"mean loss of {STEPS} steps, relative to {what}", abs(loss - mean) / mean, LIMIT),
+        Correctness(
+            f"change of the adapter in {STEPS} steps, ‖ours − theirs‖ / ‖theirs‖ of {what}",
+            float((moved - theirs).norm() / theirs.norm()),
+            LIMIT,
+        ),
+    ]
+
+
+def _row(
+    bench: Bench, own: str, ours: StepTimes, rival: str, theirs: StepTimes | None, shapes: Mapping[str, object]
+) -> Row:
+    target = None
+    if "TRL" in rival and "exact" not in own:
+        target = Target("ratio", 1.8 if "OpenFedLLM" in rival else 1.25)
+    figures = {"tokens_per_s": 16 * float(shapes["tokens_mean"]) / median(ours.steps)}  # type: ignore[arg-type]
+    if theirs is not None:
+        figures["ratio_with_setup"] = _client_s(theirs) / _client_s(ours)
+    return Row(
+        stage=LocalStep.name,
+        name=own,
+        dtype=bench.dtype_name,
+        shapes=dict(shapes),
+        seconds=percentiles(ours.steps),
+        repeats=len(ours.steps),
+        setup_s=median(ours.setups),
+        peer=rival,
+        peer_seconds=None if theirs is None else percentiles(theirs.steps),
+        peer_setup_s=None if theirs is None else median(theirs.setups),
+        figures=figures,
+        target=target,
+    )
+
+
+def _client_s(times: StepTimes) -> float:
+    """Seconds of a client of 25 steps, set-up included."""
+    return median(times.setups) + CLIENT_STEPS * median(times.steps)
+
+
+def _nothing() -> None:
+    """No mark."""
+
+
+STAGE = LocalStep()
