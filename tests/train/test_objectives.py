@@ -44,7 +44,7 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def check_gradients(
     flat: FlatAdapter, own: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], limit: float
 ) -> None:
-    """What is left of fp32 in a model of fp64, norms and TRL's own arithmetic on logits, sets the limits."""
+    """In fp64; the limits leave room for what transformers and TRL compute in fp32 all the same, such as norms."""
     assert set(own) == set(theirs) == {slot.name for slot in flat.slots}
     for name, want in theirs.items():
         assert float(want.norm()) > 0, f"{name}: the oracle must be able to tell"
