@@ -99,25 +99,12 @@ class Sdpa:
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: Spans, scores: Scores
     ) -> torch.Tensor:
         """Views of each row, causal; no padding is computed."""
-<<<<<<< HEAD
         outs = []
         for row in zip(*(part.split(spans.query_lengths) for part in (query, key, value)), strict=True):
             q, k, v = (part.transpose(0, 1)[None] for part in row)
             grouped = query.shape[1] != key.shape[1]
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scores.scale, enable_gqa=grouped)
             outs.append(out[0].transpose(0, 1))
-=======
-        queries, keys, values = (
-            part.transpose(0, 1)[None].split(spans.query_lengths, 2) for part in (query, key, value)
-        )
-        shared = query.shape[1] != key.shape[1]
-        outs = [
-            F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scores.scale, enable_gqa=shared)[0].transpose(
-                0, 1
-            )
-            for q, k, v in zip(queries, keys, values, strict=True)
-        ]
->>>>>>> train
         return torch.cat(outs)
 
     def slots(
