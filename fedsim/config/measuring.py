@@ -37,7 +37,7 @@ class EvalConfig:
     max_new_tokens: int = key(
         1024, "longest reply (of XSTest 256 at most); longer ones are cut and counted", unit="tokens", low=1
     )
-    batch_size: int = key(32, "rows generated or scored at once", unit="rows", low=1)
+    batch_size: int = key(64, "rows generated or scored at once", unit="rows", low=1)
     limit: int = key(
         0, "use only a fixed random subset of so many items of each benchmark; 0 = all", unit="items", low=0
     )

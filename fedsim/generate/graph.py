@@ -50,7 +50,7 @@ class Graphs:
         graph.replay()
 
     def clear(self) -> None:
-        """Forget all graphs: the tensors have moved."""
+        """Forget all graphs, whose tensors are no longer in use, and give back their memory."""
         self._graphs.clear()
 
 

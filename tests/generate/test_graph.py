@@ -76,6 +76,8 @@ def test_replays_give_the_eager_tokens(
     assert run(decoder) == want
     assert graphs and max(graph.num_replays for graph in graphs) > 5
     assert len(graphs) <= 2 * num_slots.bit_length(), "one a number of rows and a capacity"
+    assert decoder.graphs is not None
+    assert {size[1] for size in decoder.graphs._graphs} == {decoder.slots.capacity}, "none of slots that are outgrown"
     num_graphs = len(graphs)
     assert run(decoder) == want, "another unit, the same slots"
     assert len(graphs) - num_graphs <= num_slots.bit_length(), "its capacity is there from the first step on"

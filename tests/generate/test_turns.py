@@ -138,6 +138,13 @@ def test_rows_in_few_slots_equal_rows_alone(model: LlamaForCausalLM, num_slots: 
     assert len({len(turn.ids) for turns in made for turn in turns}) > 4
 
 
+@pytest.mark.parametrize("length", range(119, 130))
+def test_a_block_of_steps_may_cross_the_end_of_the_slots(model: LlamaForCausalLM, length: int) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 10, "temperature": 0.0, "eos_ids": frozenset()}
+    starts = [Request([9] * length, 0, 10)]
+    assert Decoder(model, 1, block=8, **options).run(starts) == Decoder(model, 1, **options).run(starts)
+
+
 def test_long_prompts_are_read_in_several_passes(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     starts = [Request(list(range(10, 10 + n)), n, 3) for n in (30, 20, 9, 8, 7)]
     options: dict[str, Any] = {"max_new_tokens": 3, "temperature": 0.0, "eos_ids": frozenset()}

@@ -24,7 +24,7 @@ from tools.bench.rows import Correctness, Row, Target
 from tools.bench.stage import Bench
 
 BATCHES = {False: (1, 4, 8, 16, 32, 64), True: (16, 32, 64, 128, 256)}  # of theirs, by whether CUDA
-OURS = {False: (EvalConfig.batch_size, 16, 64), True: (EvalConfig.batch_size, 64, 256)}
+OURS = {False: (EvalConfig.batch_size, 16, 32), True: (EvalConfig.batch_size, 256)}
 ROWS = {False: 64, True: 512}
 TURNS = 3
 ASKED = 30  # tokens of a later turn's question, with the chat template's
