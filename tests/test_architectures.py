@@ -100,7 +100,7 @@ GEMMA_TOKENS = ("<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>")
 WINDOW = 12
 FAMILIES = {
     "llama": Family(LlamaConfig, LLAMA3, LLAMA3_TOKENS, "<|begin_of_text|>", "<|eot_id|>"),
-    "qwen2": Family(Qwen2Config, QWEN2, CHATML_TOKENS, None, "<|im_end|>"),
+    "qwen2": Family(Qwen2Config, QWEN2, CHATML_TOKENS, None, "<|im_end|>", (("attention_dropout", 0.1),)),
     "qwen3": Family(Qwen3Config, QWEN3, CHATML_TOKENS, None, "<|im_end|>", (("head_dim", 8),)),
     "mistral": Family(
         MistralConfig, MISTRAL, ("<s>", "</s>", "[INST]", "[/INST]"), "<s>", "</s>", (("sliding_window", WINDOW),)
@@ -296,5 +296,8 @@ def test_a_whole_round_runs(
     assert {"filter", "eval", "cai_data", "round"} <= set(stages)
     manifest = json.loads((tmp_path / name / "manifest.json").read_text())
     assert manifest["attention"] == dict.fromkeys(("model", "guard"), attentions(name)[0])
-    assert f"attention of the guard: {attentions(name)[0]} (asked for)" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"attention of the guard: {attentions(name)[0]} (asked for)" in said
+    off = [f"dropout of the {r}'s base is off, LoRA's alone counts: attention_dropout=0.1" for r in ("model", "guard")]
+    assert [line in said for line in off] == [name == "qwen2"] * 2
     assert stages["round"]["cai/num_iterations"] == 1 and stages["round"]["client/loss"] > 0
