@@ -8,9 +8,9 @@ in a run, and the paper's table (arXiv 2502.16691, §4.2 and §6.1) is printed b
 - the paper's counts: an epoch of 1,250 iterations (20,000 rows in batches of 16) against 50, over 50 rounds.
 
 ``--full-epoch`` runs the configuration's whole epoch instead, and says how far an extrapolation from its first
-``--iterations`` would have been off. Writing the conversations happens once and is timed apart, on one unit of
-``eval.batch_size`` rows a process (with ``--full-epoch`` on all rows). Nothing is recorded but ``--json FILE``;
-the conversations to train on come from the artefact store and go there.
+``--iterations`` would have been off. Writing the conversations happens once in a run and is timed apart, on twice
+``eval.batch_size`` rows a process (with ``--full-epoch`` on all rows); the iterations train on these. Nothing is
+recorded but ``--json FILE``.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -32,7 +33,7 @@ from fedsim.assembly import Federation, assemble
 from fedsim.config import Config, load_config
 from fedsim.config.command_line import DEFAULT
 from fedsim.data.square import SquareRow
-from fedsim.errors import ConfigError
+from fedsim.errors import ConfigError, DataError
 from fedsim.generate.engine import Sampling
 from fedsim.launching import Parser, launched
 from fedsim.parallel.world import World, process_world
@@ -44,9 +45,11 @@ from fedsim.record.manifest import hardware
 from fedsim.record.run_record import RunRecord
 from fedsim.record.tables import Table, duration
 from fedsim.safety.alignment import Aligner
-from fedsim.safety.cai_data import generate_conversations
+from fedsim.safety.cai_data import CaiRow, generate_conversations, unusable, usable
 from fedsim.safety.cai_stage import constitution_file
 from fedsim.safety.constitution import load_constitution
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ class Cost:
         steps: the timed ones.
         extrapolated_from: iterations that an extrapolation takes.
         full_epoch: whether ``steps`` are a whole epoch.
-        num_rows: conversations that can be trained on.
+        num_rows: conversations that a run can train on: as large a share of ``asked_rows`` as of those written here.
         batch_size: rows of a step.
         round_iterations: iterations of a round (``cai.iterations``).
         num_rounds: rounds of the run.
@@ -278,10 +281,12 @@ def measure(asked: Asked, world: World) -> Cost:
     data = prepare.read().data
     few = [shard[:1] for shard in data.shards]  # nobody trains
     federation = assemble(config, world, few, record.client_state)
-    rows = data.cai_rows if asked.full_epoch else data.cai_rows[: config.eval.batch_size * world.size]
-    written_s = _slowest(world, lambda: _write(config, federation, rows))
-    aligner = prepare.aligner(data, federation, new=False)
-    assert aligner is not None, "the command line asks for CAI"
+    rows = data.cai_rows if asked.full_epoch else data.cai_rows[: 2 * config.eval.batch_size * world.size]
+    _write(config, federation, rows[: world.size])  # what is set up once
+    written, written_s = _slowest(world, lambda: _write(config, federation, rows))
+    if not usable(written):
+        raise DataError(unusable(written))
+    aligner = Aligner(federation.trainer, usable(written), federation.chat, config.cai, config.seed)
     size = config.cai.batch_size
     count = epoch_iterations(len(aligner.pairs), size) if asked.full_epoch else asked.iterations
     steps = timed_steps(
@@ -293,7 +298,7 @@ def measure(asked: Asked, world: World) -> Cost:
         steps=slowest,
         extrapolated_from=min(asked.iterations, count),
         full_epoch=asked.full_epoch,
-        num_rows=len(aligner.pairs),
+        num_rows=max(1, round(len(aligner.pairs) / len(rows) * len(data.cai_rows))),
         batch_size=size,
         round_iterations=config.cai.iterations,
         num_rounds=config.federation.num_rounds,
@@ -303,10 +308,10 @@ def measure(asked: Asked, world: World) -> Cost:
     )
 
 
-def _write(config: Config, federation: Federation, rows: Sequence[SquareRow]) -> None:
-    """Write conversations as a run does; they are only timed."""
+def _write(config: Config, federation: Federation, rows: Sequence[SquareRow]) -> list[CaiRow]:
+    """Write conversations as a run does."""
     federation.flat.load(federation.flat.initial(config.seed))
-    generate_conversations(
+    return generate_conversations(
         federation.engine,
         rows,
         load_constitution(constitution_file(config.cai.constitution)),
@@ -315,12 +320,13 @@ def _write(config: Config, federation: Federation, rows: Sequence[SquareRow]) ->
     )
 
 
-def _slowest(world: World, work: Callable[[], None]) -> float:
+def _slowest(world: World, work: Callable[[], T]) -> tuple[T, float]:
+    """What the work gave, and the slowest rank's seconds."""
     _synchronise(world)
     began = time.perf_counter()
-    work()
+    done = work()
     _synchronise(world)
-    return max(world.ranks.gather(time.perf_counter() - began))
+    return done, max(world.ranks.gather(time.perf_counter() - began))
 
 
 def _synchronise(world: World) -> None:
