@@ -1,7 +1,8 @@
 """The one training loop: local steps of clients, guard fine-tuning and CAI all run here.
 
-A batch is cut into micro-batches that are dealt to the members of a lane; gradients and losses are summed over the
-lane, and every member takes the same optimizer step on the flat adapter. Nothing in a step waits for the device.
+A batch is cut into micro-batches of nearly equal work, which are dealt to the members of a lane; gradients and losses
+are summed over the lane, and every member takes the same optimizer step on the flat adapter. Nothing in a step waits
+for the device.
 """
 
 from __future__ import annotations
@@ -221,12 +222,33 @@ class Trainer:
             room -= size
         return [Pass(part) for part in passes]
 
-    def _micro_batches(self, batch: Sequence[Item], objective: Objective[Item]) -> list[Sequence[Item]]:
-        """Rows of similar length together, cut by size alone: draws and values do not depend on the lane."""
-        ordered = sorted(batch, key=objective.num_tokens)
-        size = self.settings.micro_batch_size
-        return [ordered[i : i + size] for i in range(0, len(ordered), size)]
+    def _micro_batches(self, batch: Sequence[Item], objective: Objective[Item]) -> list[list[Item]]:
+        """The batch in parts of nearly equal work, whatever the lane: draws and values belong to them."""
+        sizes = [objective.num_tokens(item) for item in batch]
+        return [[batch[i] for i in part] for part in deal_rows(sizes, self.settings.micro_batch_size)]
 
     def _reset_optimizer(self) -> None:
         for value in self._optimizer.state.get(self._parameter, {}).values():
             value.zero_()
+
+
+def deal_rows(sizes: Sequence[int], most: int) -> list[list[int]]:
+    """Deal rows to ⌈rows / most⌉ micro-batches: heaviest first, each to the lightest that has room, ties by index.
+
+    The longest-processing-time rule (Graham 1969): packed rows need not be of similar length, but the members of a
+    lane wait for the one that has most tokens.
+
+    Args:
+        sizes: tokens of each row.
+        most: rows of a micro-batch.
+
+    Returns:
+        Indices of each micro-batch's rows; a function of the arguments alone.
+    """
+    parts: list[list[int]] = [[] for _ in range(-(-len(sizes) // most))]
+    loads = [0] * len(parts)
+    for row in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        lightest = min((i for i, part in enumerate(parts) if len(part) < most), key=lambda i: loads[i])
+        parts[lightest].append(row)
+        loads[lightest] += sizes[row]
+    return parts

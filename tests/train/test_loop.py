@@ -8,8 +8,11 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedsim.data.chat import ChatFormat, TokenRow
 from fedsim.errors import RunError
@@ -18,7 +21,7 @@ from fedsim.federation.proximal import ProximalTerm
 from fedsim.federation.scaffold import GradientCorrection, ValueCorrection
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.model.load import LoadedModel
-from fedsim.train.loop import StepSettings, Trainer, TrainingPlan, TrainingStats
+from fedsim.train.loop import StepSettings, Trainer, TrainingPlan, TrainingStats, deal_rows
 from fedsim.train.objectives import DpoObjective, Preference, SftObjective
 
 Make = Callable[..., tuple[LoadedModel, FlatAdapter]]
@@ -307,7 +310,7 @@ def test_a_pass_is_never_larger_than_what_its_memory_is_reckoned_for(
 ) -> None:
     """Every row fits, no pass has more than micro_batch_size · longest tokens, and two neighbours would have."""
     rows = make_rows(32)
-    longest = max(len(row) for row in rows)
+    longest = 2 * max(len(row) for row in rows)
     made = make_adapted(std=0.1)
     sizes: list[list[int]] = []
 
@@ -321,6 +324,30 @@ def test_a_pass_is_never_larger_than_what_its_memory_is_reckoned_for(
     assert sorted(n for part in sizes for n in part) == sorted(map(len, rows))
     assert 1 < len(sizes) < 8 and all(sum(part) <= 4 * longest for part in sizes)
     assert all(sum(one) + sum(two[:4]) > 4 * longest for one, two in pairwise(sizes))
+
+
+@given(st.lists(st.integers(1, 400), max_size=40), st.integers(1, 9))
+def test_rows_are_dealt_once_each_and_evenly(sizes: list[int], most: int) -> None:
+    """As few parts as can be; the heaviest row of the batch is the most by which two parts with room differ."""
+    parts = deal_rows(sizes, most)
+    assert sorted(i for part in parts for i in part) == list(range(len(sizes)))
+    assert len(parts) == -(-len(sizes) // most) and all(1 <= len(part) <= most for part in parts)
+    assert parts == deal_rows(list(sizes), most)
+    loads = [sum(sizes[i] for i in part) for part in parts]
+    for part, load in zip(parts, loads, strict=True):
+        for other, theirs in zip(parts, loads, strict=True):
+            assert len(other) == most or load - theirs <= sizes[part[-1]], "its last row would have gone to the other"
+
+
+def test_micro_batches_of_the_papers_batch_are_nearly_equal() -> None:
+    """16 rows of a skewed mixture in four parts: the heaviest part is near a quarter, far below the four longest."""
+    draw, dealt, by_length = np.random.default_rng(0), [], []
+    for _ in range(50):
+        sizes = np.minimum(draw.lognormal(5.0, 0.5, 16), 512).astype(int).tolist()
+        parts = deal_rows(sizes, 4)
+        dealt.append(max(sum(sizes[i] for i in part) for part in parts) / sum(sizes))
+        by_length.append(sum(sorted(sizes)[-4:]) / sum(sizes))
+    assert max(dealt) < 0.33 and sum(dealt) / 50 < 0.28 < 0.40 < sum(by_length) / 50
 
 
 def test_memory_does_not_grow_with_steps(make_adapted: Make, make_rows: Rows, one_lane: type) -> None:
