@@ -20,7 +20,7 @@ from fedsim.federation.algorithms import Correction
 from fedsim.federation.elementwise import all_finite
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.ranks import Lane, Term
-from fedsim.train.dropout import KeyedDropout
+from fedsim.train.dropout import KeyedDropout, Part
 from fedsim.train.objectives import Objective
 
 Item = TypeVar("Item")
@@ -109,6 +109,9 @@ class Trainer:
         model: the base model with LoRA layers inside.
         adapter: its flat adapter.
         settings: how steps are taken.
+
+    Raises:
+        ModelError: LoRA's dropout cannot be drawn for one of its layers.
     """
 
     def __init__(self, model: PreTrainedModel, adapter: FlatAdapter, settings: StepSettings) -> None:
@@ -202,7 +205,11 @@ class Trainer:
         """Make ready the dropout draws of a pass: each micro-batch has its own, whatever shares the pass with it."""
         if self._dropout is not None and objective.uses_dropout:
             self._dropout.begin(
-                (keys.derive(self.settings.seed, "dropout", *plan.key, step, number), objective.num_inputs(items))
+                Part(
+                    keys.derive(self.settings.seed, "dropout", *plan.key, step, number),
+                    objective.num_inputs(items),
+                    objective.num_targets(items),
+                )
                 for number, items in part.micro_batches.items()
             )
 

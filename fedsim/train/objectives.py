@@ -41,6 +41,10 @@ class Objective(Protocol[Item_contra]):
         """Tokens that one pass over items has."""
         ...
 
+    def num_targets(self, items: Sequence[Item_contra]) -> int:
+        """Those of them that come before a target, which alone go through the LM head."""
+        ...
+
     def sums(self, model: torch.nn.Module, items: Sequence[Item_contra]) -> tuple[torch.Tensor, torch.Tensor]:
         """Summed loss (fp32 scalar with gradient) and summed statistics (fp32 ``[len(stat_names)]``)."""
         ...
@@ -67,6 +71,10 @@ class SftObjective:
     def num_inputs(self, items: Sequence[TokenRow]) -> int:
         """Without each row's last token."""
         return sum(map(num_inputs, items))
+
+    def num_targets(self, items: Sequence[TokenRow]) -> int:
+        """Of all rows."""
+        return sum(row.num_targets for row in items)
 
     def sums(self, model: torch.nn.Module, items: Sequence[TokenRow]) -> tuple[torch.Tensor, torch.Tensor]:
         """−Σ w · log p(target)."""
@@ -115,6 +123,10 @@ class DpoObjective:
     def num_inputs(self, items: Sequence[Preference]) -> int:
         """Of both rows, without their last tokens."""
         return sum(num_inputs(row) for pair in items for row in (pair.chosen, pair.rejected))
+
+    def num_targets(self, items: Sequence[Preference]) -> int:
+        """Of both rows."""
+        return sum(pair.chosen.num_targets + pair.rejected.num_targets for pair in items)
 
     def sums(self, model: torch.nn.Module, items: Sequence[Preference]) -> tuple[torch.Tensor, torch.Tensor]:
         """−Σ log σ(margin), with margin = β[(log π − log π_ref)(chosen) − (log π − log π_ref)(rejected)]."""
