@@ -230,6 +230,7 @@ class Flash2:
             causal=True,
             window_size=(_left(scores.window), -1 if scores.window is None else 0),
             softcap=scores.softcap or 0.0,
+            deterministic=torch.are_deterministic_algorithms_enabled(),  # of the backward pass; torch cannot tell it
         )
         return out
 

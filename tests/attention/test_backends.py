@@ -179,6 +179,18 @@ def test_flash_attention_2_caps_scores(stand_in: StandIn, window: int | None) ->
     torch.testing.assert_close(got, want, atol=1e-12, rtol=1e-12)
 
 
+def test_flash_attention_2_is_deterministic_where_torch_is(stand_in: StandIn) -> None:
+    """The stand-in compares its argument with torch's setting."""
+    backend, spans = BACKENDS[stand_in("flash_attention_2")], Spans([3, 5], device=CPU)
+    before = torch.are_deterministic_algorithms_enabled()
+    try:
+        for wanted in (True, False):
+            torch.use_deterministic_algorithms(wanted)
+            check(backend, spans, (4, 2), 8, Scores(SCALE))
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
 def test_what_the_installed_varlen_attn_takes(stand_in: StandIn) -> None:
     """The arguments that the backend passes are the installed torch's, and each known version's."""
     passed = {"scale", "window_size"}
