@@ -176,7 +176,7 @@ class Trainer:
         self._parameter.grad = grad
         self._optimizer.step()
         plan.correction.on_values(self.adapter.values, lr)
-        return torch.cat([norm.double()[None], total_stats.to(norm.device)])
+        return torch.cat([norm.double()[None], total_stats.to(norm.device, non_blocking=True)])
 
     def _backward(
         self, step: int, batch: Sequence[Item], plan: TrainingPlan[Item], objective: Objective[Item], lane: Lane

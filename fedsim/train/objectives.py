@@ -14,6 +14,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch.nn import functional as F
 
+from fedsim.attention.spans import to_device
 from fedsim.data.batch import collate, num_inputs
 from fedsim.data.chat import TokenRow
 from fedsim.model.flat_adapter import FlatAdapter
@@ -81,8 +82,8 @@ class SftObjective:
         batch = collate(items, next(model.parameters()).device)
         logprobs = target_logprobs(model, batch)
         if any(r.weight != 1 for r in items):
-            weights = torch.tensor([r.weight for r in items], dtype=logprobs.dtype, device=logprobs.device)
-            logprobs = logprobs * weights[batch.target_rows]
+            weights = torch.tensor([r.weight for r in items], dtype=logprobs.dtype)
+            logprobs = logprobs * to_device(weights, logprobs.device)[batch.target_rows]
         loss = -logprobs.sum()
         return loss, loss.new_zeros(0)
 

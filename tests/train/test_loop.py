@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -14,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedsim.attention.forward import IMPLEMENTATIONS
 from fedsim.data.chat import ChatFormat, TokenRow
 from fedsim.errors import RunError
 from fedsim.federation.algorithms import Correction
@@ -348,6 +350,65 @@ def test_micro_batches_of_the_papers_batch_are_nearly_equal() -> None:
         dealt.append(max(sum(sizes[i] for i in part) for part in parts) / sum(sizes))
         by_length.append(sum(sorted(sizes)[-4:]) / sum(sizes))
     assert max(dealt) < 0.33 and sum(dealt) / 50 < 0.28 < 0.40 < sum(by_length) / 50
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_nothing_in_a_step_waits_for_the_device(
+    make_adapted: Make, make_rows: Rows, one_lane: type, monkeypatch: pytest.MonkeyPatch,
+    kind: str, exact: bool, attention: str,
+) -> None:  # fmt: skip
+    """No call of fedsim's own copies to or from a device in a way that waits, or reads a number of it."""
+    loaded, flat = make_adapted(std=0.1, dropout=0.1)
+    loaded.base.set_attn_implementation(IMPLEMENTATIONS[attention])
+    trainer = Trainer(loaded.base, flat, StepSettings(2, 1.0, 0.0, 0))
+    found: list[str] = []
+    places = inside = 0
+
+    def watch(owner: Any, name: str, waits: Callable[..., bool]) -> None:
+        real = getattr(owner, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal places
+            caller = sys._getframe(1)
+            if inside and str(caller.f_globals.get("__name__")).startswith("fedsim."):
+                places += 1
+                if waits(*args, **kwargs):
+                    found.append(f"{caller.f_code.co_filename}:{caller.f_lineno}: {name}")
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, call)
+
+    def moves(*args: Any, **kwargs: Any) -> bool:
+        to_device = "device" in kwargs or any(isinstance(a, torch.device | str) for a in args[1:])
+        return to_device and not kwargs.get("non_blocking", False)
+
+    watch(torch.Tensor, "to", moves)
+    for name in ("cpu", "cuda", "item", "tolist", "numpy", "nonzero", "__bool__", "__float__", "__int__"):
+        watch(torch.Tensor, name, lambda *args, **kwargs: True)
+    for name in ("tensor", "as_tensor"):
+        watch(torch, name, lambda *args, device=None, **kwargs: device is not None)
+
+    real_step = trainer._step
+
+    def step(*args: Any) -> torch.Tensor:
+        nonlocal inside
+        inside += 1
+        try:
+            return real_step(*args)
+        finally:
+            inside -= 1
+
+    monkeypatch.setattr(trainer, "_step", step)
+    rows = [replace(row, weight=1.0 + i % 2) for i, row in enumerate(make_rows(8))]
+    if kind == "sft":
+        trainer.run(TrainingPlan([rows, rows], lambda t: 1e-3, ("x",), longest=40), SftObjective(), one_lane(exact))
+    else:
+        pairs = [Preference(a, b) for a, b in zip(rows[:4], rows[4:], strict=True)]
+        objective = DpoObjective(flat, flat.copy(), 0.1)
+        trainer.run(TrainingPlan([pairs], lambda t: 1e-3, ("x",), longest=160), objective, one_lane(exact))
+    assert places > 4 and not found, found
 
 
 def test_memory_does_not_grow_with_steps(make_adapted: Make, make_rows: Rows, one_lane: type) -> None:
