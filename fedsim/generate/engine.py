@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from fedsim import keys
 from fedsim.data.chat import ChatFormat, Conversation, TokenRow, assistant_turn, user_turn
 from fedsim.generate.decode import Decoder, Made, Request
-from fedsim.generate.graph import Graphs, capture_cuda
+from fedsim.generate.graph import Graphs, capture_cuda, graph_path
 from fedsim.generate.score import score_unit
 from fedsim.model.cost import Work, decode_work, rows_work
 from fedsim.proved import is_proved
@@ -192,7 +192,9 @@ class Engine:
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             eos_ids=self._eos_ids(),
-            graphs=Graphs(capture_cuda) if on_cuda and is_proved("decode_graph") else None,
+            graphs=Graphs(capture_cuda)
+            if on_cuda and is_proved(graph_path(self.model.config._attn_implementation))
+            else None,
             block=CUDA_BLOCK if on_cuda else 1,
         )
 

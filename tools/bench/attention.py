@@ -117,7 +117,8 @@ def _spans_distance(backend: Backend, heads: Heads, spans: Spans, scores: Scores
         out = which.spans(inputs[0], inputs[1], inputs[2], spans, scores)
         (out * weight.to(kind)).sum().backward()
         results.append([out, *(part.grad for part in inputs)])
-    return max(relative(mine, true) for mine, true in zip(*results, strict=True))
+    found = [relative(mine, true) for mine, true in zip(*results, strict=True)]
+    return float(torch.tensor(found, dtype=torch.float64).max())  # Python's max may lose a NaN, torch's does not
 
 
 def _slots_distance(backend: Backend, heads: Heads, scores: Scores, dtype: torch.dtype, device: torch.device) -> float:
