@@ -139,7 +139,6 @@ class GenerationStage:
     """See the module."""
 
     name = "generation"
-    needs_cuda = False
 
     def check(self, bench: Bench) -> list[Correctness]:
         """Greedy tokens of three turns: all equal in fp32; in bf16 most, since rounding decides between near ones."""
