@@ -74,9 +74,9 @@ class Bench:
             attention = choose(wanted, self.size.llama(), self.dtype, self.device).implementation
         return build(self.size, self.dtype, self.device, attention)
 
-    def adapted(self, lora: LoraSettings = PAPER_LORA) -> tuple[PeftModel, FlatAdapter]:
-        """A new base model of fedsim's own with LoRA in a flat adapter, at :func:`start_vector`."""
-        model = attach_lora(self.base(), lora)
+    def adapted(self, lora: LoraSettings = PAPER_LORA, attention: str | None = None) -> tuple[PeftModel, FlatAdapter]:
+        """A new base model with LoRA in a flat adapter, at :func:`start_vector`; ``attention`` as of :meth:`base`."""
+        model = attach_lora(self.base(attention), lora)
         adapter = FlatAdapter(model)
         adapter.load(start_vector(adapter))
         return model, adapter
