@@ -11,6 +11,8 @@ from torch import nn
 
 from fedsim.proved import is_proved
 
+from fedsim.attention.forward import IMPLEMENTATIONS
+
 
 class Graph(Protocol):
     """A captured piece of work."""
@@ -56,6 +58,12 @@ class Graphs:
     def clear(self) -> None:
         """Forget all graphs, whose tensors are no longer in use, and give back their memory."""
         self._graphs.clear()
+
+
+def graph_path(implementation: str) -> str:
+    """What graphs over an attention implementation are called in :mod:`fedsim.proved`: "decode_graph/varlen"."""
+    names = {implementation: name for name, implementation in IMPLEMENTATIONS.items()}
+    return f"decode_graph/{names.get(implementation, implementation)}"
 
 
 def capture_cuda(step: Callable[[], None]) -> Graph:
