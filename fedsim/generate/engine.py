@@ -15,11 +15,7 @@ from transformers import PreTrainedModel
 from fedsim import keys
 from fedsim.data.chat import ChatFormat, Conversation, TokenRow, assistant_turn, user_turn
 from fedsim.generate.decode import Decoder, Made, Request
-<<<<<<< HEAD
 from fedsim.generate.graph import Graphs, can_be_captured, capture_cuda, uses_graphs
-=======
-from fedsim.generate.graph import Graphs, capture_cuda, graph_path
->>>>>>> fixbench
 from fedsim.generate.score import score_unit
 from fedsim.generate.units import generation_units
 from fedsim.model.cost import Work, decode_work, rows_work
@@ -204,15 +200,10 @@ class Engine:
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             eos_ids=self._eos_ids(),
-<<<<<<< HEAD
-            graphs=Graphs(capture_cuda) if uses_graphs(device) and can_be_captured(self.model) else None,
-            block=CUDA_BLOCK if device.type == "cuda" else 1,
-=======
             graphs=Graphs(capture_cuda)
-            if on_cuda and is_proved(graph_path(self.model.config._attn_implementation))
+            if uses_graphs(device, self.model.config._attn_implementation) and can_be_captured(self.model)
             else None,
-            block=CUDA_BLOCK if on_cuda else 1,
->>>>>>> fixbench
+            block=CUDA_BLOCK if device.type == "cuda" else 1,
         )
 
     def score(self, rows: Sequence[TokenRow]) -> list[RowScore]:

@@ -9,9 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from fedsim.proved import is_proved
-
 from fedsim.attention.forward import IMPLEMENTATIONS
+from fedsim.proved import is_proved
 
 
 class Graph(Protocol):
@@ -89,6 +88,10 @@ def can_be_captured(model: nn.Module) -> bool:
     return not any("dynamic" in str(name) or name == "longrope" for name in names)
 
 
-def uses_graphs(device: torch.device) -> bool:
-    """Whether steps of decoding are replayed here, of models that allow it; their shapes are then others."""
-    return device.type == "cuda" and is_proved("decode_graph")
+def uses_graphs(device: torch.device, implementation: str) -> bool:
+    """Whether steps of decoding are replayed here, of models that allow it; their shapes are then others.
+
+    Args:
+        implementation: transformers' name of the model's attention.
+    """
+    return device.type == "cuda" and is_proved(graph_path(implementation))

@@ -10,11 +10,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from fedsim.generate.decode import Decoder, Made, Request
-<<<<<<< HEAD
-from fedsim.generate.graph import Graphs, can_be_captured
-=======
-from fedsim.generate.graph import Graphs, graph_path
->>>>>>> fixbench
+from fedsim.generate.graph import Graphs, can_be_captured, graph_path
 
 EOS = frozenset({259, *range(0, 240, 12)})
 STARTS = [Request([11 + row] * (1 + 17 * row % 70), row, 4 + 23 * row % 61) for row in range(13)]
