@@ -85,6 +85,8 @@ class Simulation:
         found = preflight(config, self.world)
         for role, shape in found.shapes.items():
             record.say(f"attention of the {role}: {shape.attention.name} ({shape.attention.why})")
+            if shape.dropout_off:
+                record.say(f"dropout of the {role}'s base is off, LoRA's alone counts: {shape.dropout_off}")
         for warning in found.warnings():
             record.say(f"warning: {warning}")
         inputs = prepare.read()

@@ -200,7 +200,9 @@ class Engine:
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             eos_ids=self._eos_ids(),
-            graphs=Graphs(capture_cuda) if uses_graphs(device) and can_be_captured(self.model) else None,
+            graphs=Graphs(capture_cuda)
+            if uses_graphs(device, self.model.config._attn_implementation) and can_be_captured(self.model)
+            else None,
             block=CUDA_BLOCK if device.type == "cuda" else 1,
         )
 

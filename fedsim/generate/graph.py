@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from fedsim.attention.forward import IMPLEMENTATIONS
 from fedsim.proved import is_proved
 
 
@@ -58,6 +59,12 @@ class Graphs:
         self._graphs.clear()
 
 
+def graph_path(implementation: str) -> str:
+    """What graphs over an attention implementation are called in :mod:`fedsim.proved`: "decode_graph/varlen"."""
+    names = {implementation: name for name, implementation in IMPLEMENTATIONS.items()}
+    return f"decode_graph/{names.get(implementation, implementation)}"
+
+
 def capture_cuda(step: Callable[[], None]) -> Graph:
     """Capture a step that has run once before. One replay follows another, so all captures share their memory."""
     graph = torch.cuda.CUDAGraph()
@@ -81,6 +88,10 @@ def can_be_captured(model: nn.Module) -> bool:
     return not any("dynamic" in str(name) or name == "longrope" for name in names)
 
 
-def uses_graphs(device: torch.device) -> bool:
-    """Whether steps of decoding are replayed here, of models that allow it; their shapes are then others."""
-    return device.type == "cuda" and is_proved("decode_graph")
+def uses_graphs(device: torch.device, implementation: str) -> bool:
+    """Whether steps of decoding are replayed here, of models that allow it; their shapes are then others.
+
+    Args:
+        implementation: transformers' name of the model's attention.
+    """
+    return device.type == "cuda" and is_proved(graph_path(implementation))

@@ -45,6 +45,7 @@ class ModelShape:
         vocab_size: rows of the embeddings and of the LM head.
         max_positions: the longest context that the configuration allows, in tokens.
         attention: the backend that it gets.
+        dropout_off: what its configuration asks for beside LoRA's dropout and does not get; may be empty.
     """
 
     architecture: str
@@ -58,6 +59,7 @@ class ModelShape:
     vocab_size: int
     max_positions: int
     attention: Choice
+    dropout_off: str = ""
 
     @property
     def weight_bytes(self) -> int:
@@ -81,7 +83,7 @@ def model_shape(
             missing or of another shape, or a LoRA target that no layer has.
     """
     base_dtype = compute_dtype(dtype, device)
-    config = read_config(folder, key)
+    config, dropout = read_config(folder, key)
     backend = choose(attention, config, base_dtype, device)
     try:
         with torch.device("meta"):
@@ -115,6 +117,7 @@ def model_shape(
         **_text_sizes(config),
         vocab_size=embeddings.num_embeddings,
         attention=backend,
+        dropout_off=", ".join(f"{name}={p:g}" for name, p in dropout.items()),
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from fedsim.generate.decode import Decoder, Made, Request
-from fedsim.generate.graph import Graphs, can_be_captured
+from fedsim.generate.graph import Graphs, can_be_captured, graph_path
 
 EOS = frozenset({259, *range(0, 240, 12)})
 STARTS = [Request([11 + row] * (1 + 17 * row % 70), row, 4 + 23 * row % 61) for row in range(13)]
@@ -148,3 +148,7 @@ def test_a_step_makes_no_lasting_tensor(make_llama: Callable[..., LlamaForCausal
         for _ in range(3):
             decoder._step(4, decoder.slots.capacity)
     assert addresses(decoder) == before
+
+
+def test_graphs_are_proved_for_one_attention_backend() -> None:
+    assert graph_path("fedsim_varlen") == "decode_graph/varlen" and graph_path("fedsim_fused") == "decode_graph/sdpa"

@@ -245,7 +245,6 @@ class EngineStage:
     """See the module."""
 
     name = "engine"
-    needs_cuda = False
 
     def check(self, bench: Bench) -> list[Correctness]:
         """Nothing of a round is charged to nobody, in a brief run."""

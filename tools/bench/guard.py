@@ -35,7 +35,6 @@ class GuardStage:
     """See the module."""
 
     name = "guard"
-    needs_cuda = False
 
     def check(self, bench: Bench) -> list[Correctness]:
         """Probabilities behind the shared head and of whole prompts; verdicts of ours and of generation."""
