@@ -19,6 +19,7 @@ from fedsim.evaluate.judge_inputs import judge_files
 from fedsim.evaluate.shared import shared_evaluation
 from fedsim.evaluate.stage import BENCHMARKS, load_suite
 from fedsim.evaluate.suite import Evaluation, Suite
+from fedsim.generate.graph import uses_graphs
 from fedsim.measurement import Shared
 from fedsim.model.load import chosen_attention, model_digest
 from fedsim.model.shape import ModelShape
@@ -89,6 +90,7 @@ class Preparation:
             "exact": config.parallel.exact,
             "versions": versions(),
             "gpu": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else None,
+            "graphs": uses_graphs(world.device),
         }
 
     def read(self) -> Inputs:
@@ -169,7 +171,6 @@ class Preparation:
             depends = {
                 "seed": config.seed,
                 "model": self._model_facts(),
-                "implementation": federation.loaded.base.config._attn_implementation,
                 "max_context": federation.engine.max_context,
                 "eval": settings,
                 "files": self.ranks.once(

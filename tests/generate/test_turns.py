@@ -66,6 +66,7 @@ def test_kept_turns_equal_fresh_ones(
     got = kept.converse(CHATS, FOLLOW_UPS, sampling, TURN_KEYS)
     fresh = engine_of(model, llama3_bytes_chat, max_context=max_context)
     assert got == one_by_one(fresh, sampling)
+    assert not kept.chat._remembered, "no turn comes again"
     replies = [reply for turn in got for reply in turn]
     assert len({reply.num_tokens for reply in replies}) > 4
     assert any(not reply.text for reply in replies), "an empty reply"
