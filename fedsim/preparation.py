@@ -90,7 +90,6 @@ class Preparation:
             "exact": config.parallel.exact,
             "versions": versions(),
             "gpu": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else None,
-            "graphs": uses_graphs(world.device),
         }
 
     def read(self) -> Inputs:
@@ -190,7 +189,8 @@ class Preparation:
         attention = chosen_attention(
             model.path, dtype=model.dtype, attention=model.attention, device=self.world.device, key="model.path"
         )
-        return {"model": digest, "dtype": model.dtype, "attention": attention.name}
+        graphs = uses_graphs(self.world.device, attention.implementation)
+        return {"model": digest, "dtype": model.dtype, "attention": attention.name, "graphs": graphs}
 
     def aligner(self, data: PreparedData, federation: Federation, *, new: bool) -> Aligner | None:
         """The pretrained model writes the CAI conversations (once, shared by runs); None if CAI is off.
