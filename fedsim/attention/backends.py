@@ -7,6 +7,7 @@ Attention is causal and aligned at the end: a row's last query sees all of its p
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Final, Protocol
@@ -73,26 +74,23 @@ class Backend(Protocol):
 
 
 class Sdpa:
-    """torch's scaled_dot_product_attention: row by row on a CPU, else in one call with rows padded for it alone."""
+    """torch's scaled_dot_product_attention: row by row on a CPU, else a call for each group of similar rows, padded."""
 
     def spans(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: Spans, scores: Scores
     ) -> torch.Tensor:
         """See :class:`Backend`."""
         assert scores.softcap is None, "softcap is refused when the model is loaded"
-        mask = spans.mask(scores.window)
-        if mask is None and query.device.type == "cpu":
+        if query.device.type == "cpu" and spans.is_causal(scores.window):
             return self._row_by_row(query, key, value, spans, scores)
-        out = F.scaled_dot_product_attention(
-            _padded(query, spans.query_places, spans.num_rows),
-            _padded(key, spans.key_places, spans.num_rows),
-            _padded(value, spans.key_places, spans.num_rows),
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=scores.scale,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-        return _packed(out, spans)
+        grouped = query.shape[1] != key.shape[1]
+
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+            return F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, scale=scores.scale, enable_gqa=grouped
+            )
+
+        return _by_groups(query, key, value, spans, scores.window, attend)
 
     @staticmethod
     def _row_by_row(
@@ -142,12 +140,13 @@ class Eager:
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: Spans, scores: Scores
     ) -> torch.Tensor:
         """See :class:`Backend`."""
-        mask = spans.mask(scores.window)
-        if mask is None:
-            mask = torch.ones(spans.max_query, spans.max_key, dtype=torch.bool, device=query.device).tril()
-        query = _padded(query, spans.query_places, spans.num_rows)
-        key, value = (_padded(part, spans.key_places, spans.num_rows) for part in (key, value))
-        return _packed(self._attend(query, key, value, mask, scores), spans)
+
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+            if mask is None:
+                mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+            return self._attend(q, k, v, mask, scores)
+
+        return _by_groups(query, key, value, spans, scores.window, attend)
 
     def slots(
         self,
@@ -230,6 +229,7 @@ class Flash2:
             causal=True,
             window_size=(_left(scores.window), -1 if scores.window is None else 0),
             softcap=scores.softcap or 0.0,
+            deterministic=torch.are_deterministic_algorithms_enabled(),  # of the backward pass; torch cannot tell it
         )
         return out
 
@@ -267,17 +267,30 @@ BACKENDS: Final[dict[str, Backend]] = {
 """By the name in model.attention."""
 
 
-def _padded(packed: torch.Tensor, places: torch.Tensor, rows: int) -> torch.Tensor:
-    """``[tokens, heads, size]`` to ``[rows, heads, length, size]``; what stands in the padding is never seen."""
-    if len(places) == len(packed):  # all rows are equally long
-        return packed.view(rows, -1, *packed.shape[1:]).transpose(1, 2)
-    return packed.index_select(0, places).view(rows, -1, *packed.shape[1:]).transpose(1, 2)
+def _by_groups(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    spans: Spans,
+    window: int | None,
+    attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor],
+) -> torch.Tensor:
+    """Attention of packed rows that are padded in groups of similar length, so that less than half is padding.
 
-
-def _packed(padded: torch.Tensor, spans: Spans) -> torch.Tensor:
-    """``[rows, heads, max_query, size]`` back to ``[queries, heads, size]``."""
-    flat = padded.transpose(1, 2).flatten(0, 1)
-    return flat if len(flat) == spans.num_queries else flat.index_select(0, spans.real_queries)
+    Args:
+        attend: takes ``[rows, heads, length, head size]`` of queries, keys and values, and the mask.
+    """
+    outs = []
+    for group in spans.groups:
+        places = (group.query_places, group.key_places, group.key_places)
+        padded = [
+            (part if spans.is_even else part.index_select(0, where)).view(group.num_rows, -1, *part.shape[1:])
+            for part, where in zip((query, key, value), places, strict=True)
+        ]
+        q, k, v = (part.transpose(1, 2) for part in padded)
+        outs.append(attend(q, k, v, group.mask(window)).transpose(1, 2).flatten(0, 1))
+    out = outs[0] if len(outs) == 1 else torch.cat(outs)
+    return out if spans.is_even else out.index_select(0, spans.real_queries)
 
 
 def _slot_mask(lengths: torch.Tensor, max_length: int, window: int | None) -> torch.Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fedsim.attention.spans import Spans
+from fedsim.attention.spans import Spans, put
 from fedsim.data.chat import TokenRow
 
 
@@ -44,21 +44,30 @@ def num_inputs(row: TokenRow) -> int:
 
 
 def collate(rows: Sequence[TokenRow], device: torch.device) -> Batch:
-    """Pack rows on the CPU and copy them to ``device``; an empty sequence is an error of the caller."""
+    """Pack rows on the CPU and copy them to ``device`` in one piece, without waiting.
+
+    An empty sequence is an error of the caller.
+    """
     assert rows, "a batch has at least one row"
     lengths = [num_inputs(row) for row in rows]
     starts = np.concatenate([[0], np.cumsum(lengths)])
     places = [np.flatnonzero(row.loss_mask[1:]) for row in rows]
     num_targets = [len(place) for place in places]
 
-    def put(parts: Sequence[np.ndarray]) -> torch.Tensor:
-        return torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(device, non_blocking=True)
-
+    inputs, before_target, target_ids, target_rows = put(
+        [
+            np.concatenate([row.input_ids[:length] for row, length in zip(rows, lengths, strict=True)]),
+            np.concatenate([start + place for start, place in zip(starts[:-1], places, strict=True)]),
+            np.concatenate([row.input_ids[1:][place] for row, place in zip(rows, places, strict=True)]),
+            np.repeat(np.arange(len(rows)), num_targets),
+        ],
+        device,
+    )
     return Batch(
-        input_ids=put([row.input_ids[:length] for row, length in zip(rows, lengths, strict=True)]),
+        input_ids=inputs,
         spans=Spans(lengths, device=device),
-        before_target=put([start + place for start, place in zip(starts[:-1], places, strict=True)]),
-        target_ids=put([row.input_ids[1:][place] for row, place in zip(rows, places, strict=True)]),
-        target_rows=put([np.repeat(np.arange(len(rows)), num_targets)]),
+        before_target=before_target,
+        target_ids=target_ids,
+        target_rows=target_rows,
         num_targets=tuple(num_targets),
     )

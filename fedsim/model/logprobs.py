@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from typing import Final
 
 import torch
@@ -13,6 +14,13 @@ from fedsim.data.batch import Batch
 
 MAX_LOGITS: Final = 1 << 27
 """Logits that may be kept for a backward pass: 512 MiB in fp32, 1,046 targets of a vocabulary of 128,256."""
+
+_HEAD_START: ContextVar[int] = ContextVar("first target of the chunk that the head computes", default=0)
+
+
+def head_start() -> int:
+    """Which of the batch's targets the LM head begins with: 0, or a later chunk's first, also when computed again."""
+    return _HEAD_START.get()
 
 
 def target_logprobs(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
@@ -36,12 +44,17 @@ def target_logprobs(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         return _picked(packed_logits(model, batch.input_ids, spans.positions, rows, batch.before_target), targets)
     hidden = packed_hidden(model, batch.input_ids, spans.positions, rows).index_select(0, batch.before_target)
 
-    def logprobs(states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        return _picked(head_logits(model, states), ids)
+    def logprobs(start: int, states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        token = _HEAD_START.set(start)
+        try:
+            return _picked(head_logits(model, states), ids)
+        finally:
+            _HEAD_START.reset(token)
 
+    # Dropout's draws are keyed (fedsim.train.dropout): there is no state of a generator to keep.
     parts = [
-        checkpoint(logprobs, states, ids, use_reentrant=False, preserve_rng_state=False)
-        for states, ids in zip(hidden.split(chunk), targets.split(chunk), strict=True)
+        checkpoint(logprobs, number * chunk, states, ids, use_reentrant=False, preserve_rng_state=False)
+        for number, (states, ids) in enumerate(zip(hidden.split(chunk), targets.split(chunk), strict=True))
     ]
     return torch.cat(parts)
 

@@ -1,7 +1,8 @@
 """The one training loop: local steps of clients, guard fine-tuning and CAI all run here.
 
-A batch is cut into micro-batches that are dealt to the members of a lane; gradients and losses are summed over the
-lane, and every member takes the same optimizer step on the flat adapter. Nothing in a step waits for the device.
+A batch is cut into micro-batches of nearly equal work, which are dealt to the members of a lane; gradients and losses
+are summed over the lane, and every member takes the same optimizer step on the flat adapter. Nothing in a step waits
+for the device.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from fedsim.federation.algorithms import Correction
 from fedsim.federation.elementwise import all_finite
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.ranks import Lane, Term
-from fedsim.train.dropout import KeyedDropout
+from fedsim.train.dropout import KeyedDropout, Part
 from fedsim.train.objectives import Objective
 
 Item = TypeVar("Item")
@@ -108,6 +109,9 @@ class Trainer:
         model: the base model with LoRA layers inside.
         adapter: its flat adapter.
         settings: how steps are taken.
+
+    Raises:
+        ModelError: LoRA's dropout cannot be drawn for one of its layers.
     """
 
     def __init__(self, model: PreTrainedModel, adapter: FlatAdapter, settings: StepSettings) -> None:
@@ -172,7 +176,7 @@ class Trainer:
         self._parameter.grad = grad
         self._optimizer.step()
         plan.correction.on_values(self.adapter.values, lr)
-        return torch.cat([norm.double()[None], total_stats.to(norm.device)])
+        return torch.cat([norm.double()[None], total_stats.to(norm.device, non_blocking=True)])
 
     def _backward(
         self, step: int, batch: Sequence[Item], plan: TrainingPlan[Item], objective: Objective[Item], lane: Lane
@@ -201,7 +205,11 @@ class Trainer:
         """Make ready the dropout draws of a pass: each micro-batch has its own, whatever shares the pass with it."""
         if self._dropout is not None and objective.uses_dropout:
             self._dropout.begin(
-                (keys.derive(self.settings.seed, "dropout", *plan.key, step, number), objective.num_inputs(items))
+                Part(
+                    keys.derive(self.settings.seed, "dropout", *plan.key, step, number),
+                    objective.num_inputs(items),
+                    objective.num_targets(items),
+                )
                 for number, items in part.micro_batches.items()
             )
 
@@ -221,12 +229,33 @@ class Trainer:
             room -= size
         return [Pass(part) for part in passes]
 
-    def _micro_batches(self, batch: Sequence[Item], objective: Objective[Item]) -> list[Sequence[Item]]:
-        """Rows of similar length together, cut by size alone: draws and values do not depend on the lane."""
-        ordered = sorted(batch, key=objective.num_tokens)
-        size = self.settings.micro_batch_size
-        return [ordered[i : i + size] for i in range(0, len(ordered), size)]
+    def _micro_batches(self, batch: Sequence[Item], objective: Objective[Item]) -> list[list[Item]]:
+        """The batch in parts of nearly equal work, whatever the lane: draws and values belong to them."""
+        sizes = [objective.num_tokens(item) for item in batch]
+        return [[batch[i] for i in part] for part in deal_rows(sizes, self.settings.micro_batch_size)]
 
     def _reset_optimizer(self) -> None:
         for value in self._optimizer.state.get(self._parameter, {}).values():
             value.zero_()
+
+
+def deal_rows(sizes: Sequence[int], most: int) -> list[list[int]]:
+    """Deal rows to ⌈rows / most⌉ micro-batches: heaviest first, each to the lightest that has room, ties by index.
+
+    The longest-processing-time rule (Graham 1969): packed rows need not be of similar length, but the members of a
+    lane wait for the one that has most tokens.
+
+    Args:
+        sizes: tokens of each row.
+        most: rows of a micro-batch.
+
+    Returns:
+        Indices of each micro-batch's rows; a function of the arguments alone.
+    """
+    parts: list[list[int]] = [[] for _ in range(-(-len(sizes) // most))]
+    loads = [0] * len(parts)
+    for row in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        lightest = min((i for i, part in enumerate(parts) if len(part) < most), key=lambda i: loads[i])
+        parts[lightest].append(row)
+        loads[lightest] += sizes[row]
+    return parts

@@ -14,6 +14,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch.nn import functional as F
 
+from fedsim.attention.spans import to_device
 from fedsim.data.batch import collate, num_inputs
 from fedsim.data.chat import TokenRow
 from fedsim.model.flat_adapter import FlatAdapter
@@ -39,6 +40,10 @@ class Objective(Protocol[Item_contra]):
 
     def num_inputs(self, items: Sequence[Item_contra]) -> int:
         """Tokens that one pass over items has."""
+        ...
+
+    def num_targets(self, items: Sequence[Item_contra]) -> int:
+        """Those of them that come before a target, which alone go through the LM head."""
         ...
 
     def sums(self, model: torch.nn.Module, items: Sequence[Item_contra]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,13 +73,17 @@ class SftObjective:
         """Without each row's last token."""
         return sum(map(num_inputs, items))
 
+    def num_targets(self, items: Sequence[TokenRow]) -> int:
+        """Of all rows."""
+        return sum(row.num_targets for row in items)
+
     def sums(self, model: torch.nn.Module, items: Sequence[TokenRow]) -> tuple[torch.Tensor, torch.Tensor]:
         """−Σ w · log p(target)."""
         batch = collate(items, next(model.parameters()).device)
         logprobs = target_logprobs(model, batch)
         if any(r.weight != 1 for r in items):
-            weights = torch.tensor([r.weight for r in items], dtype=logprobs.dtype, device=logprobs.device)
-            logprobs = logprobs * weights[batch.target_rows]
+            weights = torch.tensor([r.weight for r in items], dtype=logprobs.dtype)
+            logprobs = logprobs * to_device(weights, logprobs.device)[batch.target_rows]
         loss = -logprobs.sum()
         return loss, loss.new_zeros(0)
 
@@ -115,6 +124,10 @@ class DpoObjective:
     def num_inputs(self, items: Sequence[Preference]) -> int:
         """Of both rows, without their last tokens."""
         return sum(num_inputs(row) for pair in items for row in (pair.chosen, pair.rejected))
+
+    def num_targets(self, items: Sequence[Preference]) -> int:
+        """Of both rows."""
+        return sum(pair.chosen.num_targets + pair.rejected.num_targets for pair in items)
 
     def sums(self, model: torch.nn.Module, items: Sequence[Preference]) -> tuple[torch.Tensor, torch.Tensor]:
         """−Σ log σ(margin), with margin = β[(log π − log π_ref)(chosen) − (log π − log π_ref)(rejected)]."""

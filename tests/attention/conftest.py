@@ -152,6 +152,7 @@ def flash_attn_varlen_func(
 ) -> torch.Tensor:
     """flash-attn 2.7 and 2.8: causal closes the right side, whatever the window."""
     assert dropout_p == 0.0 and alibi_slopes is block_table is None and not return_attn_probs
+    assert deterministic == torch.are_deterministic_algorithms_enabled(), "its backward pass adds in any order else"
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     window = (window_size[0], 0 if causal else window_size[1])
     return attend_rows(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None, scale, window, softcap)

@@ -77,6 +77,20 @@ def test_values_and_gradients_equal_the_definition(
     check(BACKENDS[name], spans, heads, size, Scores(SCALE, window))
 
 
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.sampled_from([(4, 4), (4, 2)]))
+def test_sdpa_of_padded_groups_equals_the_definition(lengths: list[int], heads: tuple[int, int]) -> None:
+    """As on CUDA, where rows do not go one by one."""
+
+    class Padding(Spans):
+        def is_causal(self, window: int | None) -> bool:
+            return False
+
+    spans = Padding(lengths, device=CPU)
+    assert all(group.mask(None) is None for group in spans.groups)
+    check(BACKENDS["sdpa"], spans, heads, 8, Scores(SCALE))
+
+
 @pytest.mark.parametrize("window", [None, 3])
 def test_eager_caps_scores(window: int | None) -> None:
     spans = Spans([3, 5, 1], [7, 5, 4], device=CPU)
@@ -177,6 +191,18 @@ def test_flash_attention_2_caps_scores(stand_in: StandIn, window: int | None) ->
     check(backend, Spans([3, 5], [7, 5], device=CPU), (4, 2), 8, scores)
     got, want = slots_and_spans(backend, [9, 1, 4], 12, 9, scores)
     torch.testing.assert_close(got, want, atol=1e-12, rtol=1e-12)
+
+
+def test_flash_attention_2_is_deterministic_where_torch_is(stand_in: StandIn) -> None:
+    """The stand-in compares its argument with torch's setting."""
+    backend, spans = BACKENDS[stand_in("flash_attention_2")], Spans([3, 5], device=CPU)
+    before = torch.are_deterministic_algorithms_enabled()
+    try:
+        for wanted in (True, False):
+            torch.use_deterministic_algorithms(wanted)
+            check(backend, spans, (4, 2), 8, Scores(SCALE))
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def test_what_the_installed_varlen_attn_takes(stand_in: StandIn) -> None:

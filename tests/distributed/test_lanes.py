@@ -65,6 +65,17 @@ def test_dropout_is_drawn_in_the_lane(pool: Any) -> None:
     assert plain[0]["losses"] != dropped[0]["losses"]
 
 
+def deterministic_mode() -> tuple[bool, bool]:
+    """Whether kernels are deterministic, and whether new memory is filled, which costs each mask a second write."""
+    with process_world(exact=True, threads=1, timeout_s=60):
+        new = torch.empty(4).isnan().all()
+        return torch.are_deterministic_algorithms_enabled(), bool(new)
+
+
+def test_exact_mode_fills_no_memory(pool: Any) -> None:
+    assert pool.run_all([(2, deterministic_mode)]) == [[(True, False)] * 2]
+
+
 def train_cohorts(
     folder: str, square_file: str, overrides: list[str], costs: list[float], wide_lanes: bool
 ) -> dict[str, Any]:

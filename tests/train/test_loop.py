@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from fedsim.attention.forward import IMPLEMENTATIONS
 from fedsim.data.chat import ChatFormat, TokenRow
 from fedsim.errors import RunError
 from fedsim.federation.algorithms import Correction
@@ -18,7 +23,7 @@ from fedsim.federation.proximal import ProximalTerm
 from fedsim.federation.scaffold import GradientCorrection, ValueCorrection
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.model.load import LoadedModel
-from fedsim.train.loop import StepSettings, Trainer, TrainingPlan, TrainingStats
+from fedsim.train.loop import StepSettings, Trainer, TrainingPlan, TrainingStats, deal_rows
 from fedsim.train.objectives import DpoObjective, Preference, SftObjective
 
 Make = Callable[..., tuple[LoadedModel, FlatAdapter]]
@@ -307,7 +312,7 @@ def test_a_pass_is_never_larger_than_what_its_memory_is_reckoned_for(
 ) -> None:
     """Every row fits, no pass has more than micro_batch_size · longest tokens, and two neighbours would have."""
     rows = make_rows(32)
-    longest = max(len(row) for row in rows)
+    longest = 2 * max(len(row) for row in rows)
     made = make_adapted(std=0.1)
     sizes: list[list[int]] = []
 
@@ -321,6 +326,89 @@ def test_a_pass_is_never_larger_than_what_its_memory_is_reckoned_for(
     assert sorted(n for part in sizes for n in part) == sorted(map(len, rows))
     assert 1 < len(sizes) < 8 and all(sum(part) <= 4 * longest for part in sizes)
     assert all(sum(one) + sum(two[:4]) > 4 * longest for one, two in pairwise(sizes))
+
+
+@given(st.lists(st.integers(1, 400), max_size=40), st.integers(1, 9))
+def test_rows_are_dealt_once_each_and_evenly(sizes: list[int], most: int) -> None:
+    """As few parts as can be; the heaviest row of the batch is the most by which two parts with room differ."""
+    parts = deal_rows(sizes, most)
+    assert sorted(i for part in parts for i in part) == list(range(len(sizes)))
+    assert len(parts) == -(-len(sizes) // most) and all(1 <= len(part) <= most for part in parts)
+    assert parts == deal_rows(list(sizes), most)
+    loads = [sum(sizes[i] for i in part) for part in parts]
+    for part, load in zip(parts, loads, strict=True):
+        for other, theirs in zip(parts, loads, strict=True):
+            assert len(other) == most or load - theirs <= sizes[part[-1]], "its last row would have gone to the other"
+
+
+def test_micro_batches_of_the_papers_batch_are_nearly_equal() -> None:
+    """16 rows of a skewed mixture in four parts: the heaviest part is near a quarter, far below the four longest."""
+    draw, dealt, by_length = np.random.default_rng(0), [], []
+    for _ in range(50):
+        sizes = np.minimum(draw.lognormal(5.0, 0.5, 16), 512).astype(int).tolist()
+        parts = deal_rows(sizes, 4)
+        dealt.append(max(sum(sizes[i] for i in part) for part in parts) / sum(sizes))
+        by_length.append(sum(sorted(sizes)[-4:]) / sum(sizes))
+    assert max(dealt) < 0.33 and sum(dealt) / 50 < 0.28 < 0.40 < sum(by_length) / 50
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_nothing_in_a_step_waits_for_the_device(
+    make_adapted: Make, make_rows: Rows, one_lane: type, monkeypatch: pytest.MonkeyPatch,
+    kind: str, exact: bool, attention: str,
+) -> None:  # fmt: skip
+    """No call of fedsim's own copies to or from a device in a way that waits, or reads a number of it."""
+    loaded, flat = make_adapted(std=0.1, dropout=0.1)
+    loaded.base.set_attn_implementation(IMPLEMENTATIONS[attention])
+    trainer = Trainer(loaded.base, flat, StepSettings(2, 1.0, 0.0, 0))
+    found: list[str] = []
+    places = inside = 0
+
+    def watch(owner: Any, name: str, waits: Callable[..., bool]) -> None:
+        real = getattr(owner, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal places
+            caller = sys._getframe(1)
+            if inside and str(caller.f_globals.get("__name__")).startswith("fedsim."):
+                places += 1
+                if waits(*args, **kwargs):
+                    found.append(f"{caller.f_code.co_filename}:{caller.f_lineno}: {name}")
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, call)
+
+    def moves(*args: Any, **kwargs: Any) -> bool:
+        to_device = "device" in kwargs or any(isinstance(a, torch.device | str) for a in args[1:])
+        return to_device and not kwargs.get("non_blocking", False)
+
+    watch(torch.Tensor, "to", moves)
+    for name in ("cpu", "cuda", "item", "tolist", "numpy", "nonzero", "__bool__", "__float__", "__int__"):
+        watch(torch.Tensor, name, lambda *args, **kwargs: True)
+    for name in ("tensor", "as_tensor"):
+        watch(torch, name, lambda *args, device=None, **kwargs: device is not None)
+
+    real_step = trainer._step
+
+    def step(*args: Any) -> torch.Tensor:
+        nonlocal inside
+        inside += 1
+        try:
+            return real_step(*args)
+        finally:
+            inside -= 1
+
+    monkeypatch.setattr(trainer, "_step", step)
+    rows = [replace(row, weight=1.0 + i % 2) for i, row in enumerate(make_rows(8))]
+    if kind == "sft":
+        trainer.run(TrainingPlan([rows, rows], lambda t: 1e-3, ("x",), longest=40), SftObjective(), one_lane(exact))
+    else:
+        pairs = [Preference(a, b) for a, b in zip(rows[:4], rows[4:], strict=True)]
+        objective = DpoObjective(flat, flat.copy(), 0.1)
+        trainer.run(TrainingPlan([pairs], lambda t: 1e-3, ("x",), longest=160), objective, one_lane(exact))
+    assert places > 4 and not found, found
 
 
 def test_memory_does_not_grow_with_steps(make_adapted: Make, make_rows: Rows, one_lane: type) -> None:
