@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from fedsim.attention.backends import Backend, Scores
-from fedsim.attention.forward import Narrowed, causal_lm, head_logits, packed_hidden
+from fedsim.attention.forward import Narrowed, causal_lm, packed_hidden
+from fedsim.attention.head import head_logits
 from fedsim.attention.spans import Spans
 
 

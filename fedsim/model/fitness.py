@@ -11,7 +11,8 @@ from torch.nn.modules.dropout import _DropoutNd
 from transformers import PretrainedConfig, PreTrainedModel
 
 from fedsim.attention.backends import Backend, Scores
-from fedsim.attention.forward import Rows, head_logits, packed_hidden
+from fedsim.attention.forward import Rows, packed_hidden
+from fedsim.attention.head import head_logits
 from fedsim.attention.spans import Spans
 from fedsim.errors import ModelError
 

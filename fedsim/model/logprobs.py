@@ -9,7 +9,8 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fedsim.attention.forward import Rows, causal_lm, head_logits, packed_hidden, packed_logits
+from fedsim.attention.forward import Rows, causal_lm, packed_hidden, packed_logits
+from fedsim.attention.head import head_logits
 from fedsim.data.batch import Batch
 
 MAX_LOGITS: Final = 1 << 27

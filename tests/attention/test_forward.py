@@ -17,7 +17,6 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fedsim.attention import forward
 from fedsim.attention.forward import (
@@ -25,7 +24,6 @@ from fedsim.attention.forward import (
     Narrowed,
     Rows,
     causal_lm,
-    head_logits,
     packed_hidden,
     packed_logits,
 )
@@ -246,16 +244,6 @@ def test_narrowing_leaves_the_mask_alone(make_llama: MakeLlama) -> None:
     spans = Spans([1], device=CPU)
     packed_hidden(model, tokens(1), spans.positions, Rows(spans), Narrowed(torch.tensor([0]), Last([1], [])))
     assert len(masks) == 2 and masks[0] is masks[1] is forward._READY_MASK
-
-
-@torch.no_grad()
-def test_a_head_that_is_not_behind_the_body_is_refused(make_llama: MakeLlama, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its logits would be another body's."""
-    model: Any = make_llama()
-    monkeypatch.setattr(model, "forward", lambda **_: CausalLMOutputWithPast(logits=torch.zeros(1, 3, 261)))
-    with pytest.raises(ModelError, match="LlamaForCausalLM: does not make its logits from its body's output"):
-        head_logits(model, torch.zeros(3, 32))
-    assert "forward" not in vars(model.model)
 
 
 def test_a_narrowed_layer_passes_no_gradient_on(make_llama: MakeLlama) -> None:
