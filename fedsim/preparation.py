@@ -12,6 +12,7 @@ import torch
 from fedsim import figures
 from fedsim.artefacts import ArtefactStore, file_digest
 from fedsim.assembly import Federation
+from fedsim.attention.forward import IMPLEMENTATIONS
 from fedsim.config import Config, to_nested
 from fedsim.data.prepare import PreparedData, prepare_data
 from fedsim.errors import DataError
@@ -90,7 +91,6 @@ class Preparation:
             "exact": config.parallel.exact,
             "versions": versions(),
             "gpu": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else None,
-            "graphs": uses_graphs(world.device),
         }
 
     def read(self) -> Inputs:
@@ -184,13 +184,14 @@ class Preparation:
         return shared
 
     def _model_facts(self) -> dict[str, Any]:
-        """What names the model in artefacts."""
+        """What names the model, and how it generates, in artefacts."""
         model = self.config.model
         digest = self.ranks.once(lambda: model_digest(model.path))
         attention = chosen_attention(
             model.path, dtype=model.dtype, attention=model.attention, device=self.world.device, key="model.path"
         )
-        return {"model": digest, "dtype": model.dtype, "attention": attention.name}
+        graphs = uses_graphs(self.world.device, IMPLEMENTATIONS[attention.name])
+        return {"model": digest, "dtype": model.dtype, "attention": attention.name, "graphs": graphs}
 
     def aligner(self, data: PreparedData, federation: Federation, *, new: bool) -> Aligner | None:
         """The pretrained model writes the CAI conversations (once, shared by runs); None if CAI is off.

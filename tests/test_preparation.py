@@ -78,7 +78,7 @@ def test_what_decides_the_figures_makes_another_evaluation(name: Name, override:
     assert name(override) not in (name(), None)
 
 
-@pytest.mark.parametrize("fact", ["device", "versions", "gpu", "graphs"])
+@pytest.mark.parametrize("fact", ["device", "versions", "gpu"])
 def test_so_does_the_machine(name: Name, fact: str) -> None:
     assert name(facts={fact: "another"}) not in (name(), None)
 
@@ -124,10 +124,10 @@ def test_the_draws_key_is_part_of_the_code() -> None:
     assert measurement in shared._CODE
 
 
-def test_graphs_are_a_fact_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("proved", ["fedsim_fused", "fedsim_plain"])
+def test_graphs_are_part_of_what_names_a_model(name: Name, monkeypatch: pytest.MonkeyPatch, proved: str) -> None:
     """They change the shapes that a step computes: CAI's conversations and evaluations with them are others."""
-    config = load_config(SMALL, [])
-    here = World(OneRank(), torch.device("cpu"), exact=True)
-    for wanted in (False, True):
-        monkeypatch.setattr("fedsim.preparation.uses_graphs", lambda device, wanted=wanted: wanted)
-        assert Preparation(config, here, None, None).facts["graphs"] is wanted  # type: ignore[arg-type]
+    before = name("model.attention=sdpa"), name("model.attention=eager")
+    monkeypatch.setattr("fedsim.preparation.uses_graphs", lambda device, implementation: implementation == proved)
+    after = name("model.attention=sdpa"), name("model.attention=eager")
+    assert [a != b for a, b in zip(after, before, strict=True)] == [proved == "fedsim_fused", proved == "fedsim_plain"]
