@@ -12,7 +12,6 @@ import torch
 from fedsim import figures
 from fedsim.artefacts import ArtefactStore, file_digest
 from fedsim.assembly import Federation
-from fedsim.attention.forward import IMPLEMENTATIONS
 from fedsim.config import Config, to_nested
 from fedsim.data.prepare import PreparedData, prepare_data
 from fedsim.errors import DataError
@@ -184,13 +183,13 @@ class Preparation:
         return shared
 
     def _model_facts(self) -> dict[str, Any]:
-        """What names the model, and how it generates, in artefacts."""
+        """What names the model in artefacts."""
         model = self.config.model
         digest = self.ranks.once(lambda: model_digest(model.path))
         attention = chosen_attention(
             model.path, dtype=model.dtype, attention=model.attention, device=self.world.device, key="model.path"
         )
-        graphs = uses_graphs(self.world.device, IMPLEMENTATIONS[attention.name])
+        graphs = uses_graphs(self.world.device, attention.implementation)
         return {"model": digest, "dtype": model.dtype, "attention": attention.name, "graphs": graphs}
 
     def aligner(self, data: PreparedData, federation: Federation, *, new: bool) -> Aligner | None:

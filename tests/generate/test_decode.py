@@ -168,15 +168,26 @@ def test_pick_sharpens_with_temperature_and_takes_the_first_of_equals() -> None:
     assert drawn(torch.tensor([[1.0, 3.0, 3.0], [2.0, 1.0, 2.0]]), [0.9, 0.9], 0.0) == [1, 0]
 
 
-def test_no_row_is_added_up_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes: list[torch.Size] = []
-    real = torch.Tensor.cumsum_
-    monkeypatch.setattr(torch.Tensor, "cumsum_", lambda x, **how: shapes.append(x.shape) or real(x, **how))
+def test_probabilities_are_added_up_as_integers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA adds floating-point numbers up in an order that varies, which exact mode forbids."""
+    kinds: list[torch.dtype] = []
+    real = torch.Tensor.cumsum
+    monkeypatch.setattr(torch.Tensor, "cumsum", lambda x, **how: kinds.append(x.dtype) or real(x, **how))
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     before = logits.clone()
     together = drawn(logits, [0.1, 0.5, 0.9], 0.7)
     assert together == [drawn(row[None], [u], 0.7)[0] for row, u in zip(logits, [0.1, 0.5, 0.9], strict=True)]
-    assert min(shape[0] for shape in shapes) == 2 and torch.equal(logits, before)
+    assert kinds == [torch.int64] * 4 and torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("size", [3, 4, 5, 1000, 128256])
+def test_the_largest_uniform_number_draws_no_token_without_probability(size: int) -> None:
+    """All of the mass is on the first two tokens; equal weights come closest to overflowing the sum."""
+    logits = torch.full((1, size), -torch.inf)
+    logits[0, :2] = 0.0
+    assert drawn(logits, [1 - 2**-53], 1.0) == [1] and drawn(logits, [0.0], 1.0) == [0]
+    assert drawn(torch.zeros(1, size), [1 - 2**-53], 1.0) == [size - 1]
+    assert drawn(torch.zeros(1, size), [0.5], 1.0) == [size // 2]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -120,7 +120,7 @@ class Conversations:
         return made
 
 
-class _Limits(StoppingCriteria):
+class Limits(StoppingCriteria):
     """A row is done once it has its number of tokens."""
 
     def __init__(self, start: int, limits: Sequence[int], device: torch.device) -> None:
@@ -142,7 +142,7 @@ def plain_generate(
         ids.to(model.device),
         attention_mask=mask.to(model.device),
         max_new_tokens=max(limits),
-        stopping_criteria=StoppingCriteriaList([_Limits(longest, limits, model.device)]),
+        stopping_criteria=StoppingCriteriaList([Limits(longest, limits, model.device)]),
         eos_token_id=None,
         pad_token_id=0,
         **({"do_sample": False} | sampling),
