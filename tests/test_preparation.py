@@ -124,8 +124,10 @@ def test_the_draws_key_is_part_of_the_code() -> None:
     assert measurement in shared._CODE
 
 
-def test_graphs_are_told_apart(name: Name, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("proved", ["fedsim_fused", "fedsim_plain"])
+def test_graphs_are_part_of_what_names_a_model(name: Name, monkeypatch: pytest.MonkeyPatch, proved: str) -> None:
     """They change the shapes that a step computes: CAI's conversations and evaluations with them are others."""
-    without = name()
-    monkeypatch.setattr("fedsim.preparation.uses_graphs", lambda device, implementation: True)
-    assert name() not in (without, None)
+    before = name("model.attention=sdpa"), name("model.attention=eager")
+    monkeypatch.setattr("fedsim.preparation.uses_graphs", lambda device, implementation: implementation == proved)
+    after = name("model.attention=sdpa"), name("model.attention=eager")
+    assert [a != b for a, b in zip(after, before, strict=True)] == [proved == "fedsim_fused", proved == "fedsim_plain"]
