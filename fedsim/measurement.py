@@ -87,7 +87,8 @@ class Measurement:
         folder, model_id = self.record.folder / "answers", f"{self.config.name}-round{round_idx + 1}-{point}"
         self.ranks.once(lambda: write_texts(found, suite, folder, model_id, attacks=self.config.record.texts))
         judged = self._judge(found, model_id, point)
-        self.record.append(round_idx, "eval", {"point": point, **found.metrics, **judged})
+        origin = {} if found.artefact is None else {"artefact": found.artefact, "perf/reused": found.reused}
+        self.record.append(round_idx, "eval", {"point": point, **origin, **found.metrics, **judged})
 
     def _evaluate(self, point: str) -> Evaluation:
         def compute() -> Evaluation:

@@ -19,6 +19,7 @@ from fedsim.evaluate.judge_inputs import judge_files
 from fedsim.evaluate.shared import shared_evaluation
 from fedsim.evaluate.stage import BENCHMARKS, load_suite
 from fedsim.evaluate.suite import Evaluation, Suite
+from fedsim.generate.graph import uses_graphs
 from fedsim.measurement import Shared
 from fedsim.model.load import chosen_attention, model_digest
 from fedsim.model.shape import ModelShape
@@ -169,7 +170,6 @@ class Preparation:
             depends = {
                 "seed": config.seed,
                 "model": self._model_facts(),
-                "implementation": federation.loaded.base.config._attn_implementation,
                 "max_context": federation.engine.max_context,
                 "eval": settings,
                 "files": self.ranks.once(
@@ -189,7 +189,8 @@ class Preparation:
         attention = chosen_attention(
             model.path, dtype=model.dtype, attention=model.attention, device=self.world.device, key="model.path"
         )
-        return {"model": digest, "dtype": model.dtype, "attention": attention.name}
+        graphs = uses_graphs(self.world.device, attention.implementation)
+        return {"model": digest, "dtype": model.dtype, "attention": attention.name, "graphs": graphs}
 
     def aligner(self, data: PreparedData, federation: Federation, *, new: bool) -> Aligner | None:
         """The pretrained model writes the CAI conversations (once, shared by runs); None if CAI is off.

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import torch
+
 LIST = Path(__file__).parent / "kernels" / "proved.json"
 
 
@@ -19,7 +21,7 @@ class Proof:
     """One entry of the list.
 
     Attributes:
-        path: name of the CUDA path, such as "accumulate_triton".
+        path: name of the CUDA path, such as "accumulate_triton", or "decode_graph/varlen" for graphs over a backend.
         device: the GPU's name.
         torch: torch's version.
         date: day of the comparison, YYYY-MM-DD.
@@ -44,5 +46,13 @@ def proofs() -> tuple[Proof, ...]:
 
 
 def is_proved(path: str) -> bool:
-    """Whether the CUDA path of this name has been shown right on a GPU."""
-    return any(proof.path == path for proof in proofs())
+    """Whether the CUDA path of this name has been shown right on a GPU, with the installed torch's major.minor.
+
+    Another torch may take other code below the same name: what one has no argument for, the next one's kernel does.
+    """
+    return any(proof.path == path and release(proof.torch) == release(torch.__version__) for proof in proofs())
+
+
+def release(version: str) -> tuple[str, ...]:
+    """Major and minor number: ("2", "11") of "2.11.0+cu130"."""
+    return tuple(version.split(".")[:2])

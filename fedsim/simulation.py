@@ -85,6 +85,8 @@ class Simulation:
         found = preflight(config, self.world)
         for role, shape in found.shapes.items():
             record.say(f"attention of the {role}: {shape.attention.name} ({shape.attention.why})")
+            if shape.dropout_off:
+                record.say(f"dropout of the {role}'s base is off, LoRA's alone counts: {shape.dropout_off}")
         for warning in found.warnings():
             record.say(f"warning: {warning}")
         inputs = prepare.read()
@@ -108,6 +110,7 @@ class Simulation:
         if is_new or checkpoint.round_idx + 1 < config.federation.num_rounds:  # a finished run's record stays as it is
             record.append(checkpoint.round_idx, "prepare" if is_new else RESUME, spent)
         self._say_start(checkpoint.round_idx + 1)
+        gc.collect()  # what is frozen is never freed: garbage must not be among it
         gc.freeze()  # libraries, model and data stay: a full collection, which takes 0.1 s, need not look at them again
         for round_idx in range(checkpoint.round_idx + 1, config.federation.num_rounds):
             checkpoint = self._round(federation, round_idx, checkpoint, aligner, measurement)

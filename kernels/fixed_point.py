@@ -3,7 +3,8 @@
 Integer addition is associative, so a sum does not depend on how its terms were grouped or who finished first. With
 ``count`` terms whose absolute values are at most ``bound`` < 2^e, the scale 2^s with s = 62 − e − ⌈log2 count⌉ keeps
 every partial sum below 2^62. Rounding a term to the grid costs at most 2^−(s+1), so the sum of n terms is within
-n · 2^−(s+1) of the exact one; a term of 24 significant bits and at least 2^(24−s) in size is represented exactly.
+n · 2^−(s+1) of the exact one, apart from two roundings to fp64's 53 bits: of each product of a weight and a term, and
+of the sum when it is given back. A term of 24 significant bits and at least 2^(24−s) in size is represented exactly.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from datetime import date
 from pathlib import Path
 
 import pytest
+import torch
 
 from fedsim import proved
 
@@ -15,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ENTRY = {
     "path": "accumulate_triton",
     "device": "NVIDIA H200",
-    "torch": "2.11.0",
+    "torch": torch.__version__,
     "date": "2026-01-31",
     "commit": "0123abc",
     "max_relative_error": 0.0,
@@ -37,6 +38,18 @@ def test_a_path_is_proved_by_its_own_entry_alone(listed: Path) -> None:
     assert proved.is_proved("accumulate_triton")
     assert not proved.is_proved("varlen")
     assert proved.proofs() == (proved.Proof(**ENTRY),)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("seen", "here", "proved_here"),
+    [("2.11.0+cu130", "2.11.1", True), ("2.11.0", "2.13.0+cpu", False), ("2.1.0", "2.11.0", False)],
+)
+def test_a_proof_is_of_its_torch_release(
+    listed: Path, monkeypatch: pytest.MonkeyPatch, seen: str, here: str, proved_here: bool
+) -> None:
+    listed.write_text(json.dumps([{**ENTRY, "torch": seen}]))
+    monkeypatch.setattr(torch, "__version__", here)
+    assert proved.is_proved("accumulate_triton") is proved_here
 
 
 def test_nothing_is_proved_by_an_empty_list(listed: Path) -> None:

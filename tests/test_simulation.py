@@ -6,6 +6,7 @@ import gc
 import itertools
 import json
 import shutil
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -325,7 +326,24 @@ def test_conversations_that_are_all_unusable_are_an_error_with_a_fix(make: Make)
 def test_what_is_there_before_the_rounds_is_left_to_itself_in_them(make: Make) -> None:
     """Garbage collections of a round pass over libraries, model and data; after the run they do not."""
     simulation, frozen = make(40, 60, "federation.num_rounds=1"), []
-    close = simulation._close_round
-    simulation._close_round = lambda *given: (frozen.append(gc.get_freeze_count()), close(*given))  # type: ignore
+    close, say_start = simulation._close_round, simulation._say_start
+    garbage: list[weakref.ref[Any]] = []
+    dead: list[bool] = []
+
+    class Ring:
+        def __init__(self) -> None:
+            self.itself = self
+
+    def litter(num_done: int) -> None:
+        garbage.append(weakref.ref(Ring()))
+        say_start(num_done)
+
+    def note() -> None:
+        frozen.append(gc.get_freeze_count())
+        dead.append(garbage[0]() is None)
+
+    simulation._say_start = litter  # type: ignore[method-assign]
+    simulation._close_round = lambda *given: (note(), close(*given))  # type: ignore
     simulation.run()
     assert frozen[0] > 10_000 and gc.get_freeze_count() == 0
+    assert dead == [True], "garbage is not kept with them"

@@ -76,6 +76,8 @@ def problem(name: str, config: PretrainedConfig, dtype: torch.dtype, device: tor
         return (
             f"computes in bfloat16 and float16, the model is {kind}; set model.dtype=bfloat16, or model.attention=sdpa"
         )
+    if name in CUDA_ONLY and (found := _kernel_problem(name, config, device)):
+        return found
     softcap = getattr(config.get_text_config(), "attn_logit_softcapping", None)
     if softcap is not None and name in ("sdpa", "varlen"):
         return (
@@ -83,6 +85,30 @@ def problem(name: str, config: PretrainedConfig, dtype: torch.dtype, device: tor
             "or flash_attention_2 on CUDA"
         )
     return _PACKAGES[name]() if name in _PACKAGES else None
+
+
+def _kernel_problem(name: str, config: PretrainedConfig, device: torch.device) -> str | None:
+    """What FlashAttention-2 computes: heads of up to 256 numbers, values as wide as keys, on Ampere or newer.
+
+    torch's kernel wants multiples of 8 too; the package pads.
+    """
+    text = config.get_text_config()
+    width = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    keys, values = (int(getattr(text, size, None) or width) for size in ("qk_head_dim", "v_head_dim"))
+    if keys != values:  # latent attention (DeepSeek)
+        return f"needs values as wide as keys, the model's heads have {keys} and {values}; set model.attention=sdpa"
+    widest = max(keys, int(getattr(text, "global_head_dim", None) or 0))
+    if widest > 256 or (name == "varlen" and widest % 8):
+        rule = "multiples of 8 up to 256" if name == "varlen" else "up to 256"
+        return f"takes heads of {rule} numbers, the model's have {widest}; set model.attention=sdpa"
+    major, minor = _capability(device)
+    if major < 8:
+        return f"needs compute capability 8.0 or newer, this GPU has {major}.{minor}; set model.attention=sdpa"
+    return None
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def _no_flash_attn() -> str | None:

@@ -7,7 +7,7 @@ built by the model, and no cache class of the library is in play.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -88,7 +88,7 @@ class _Pass:
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self.layers: set[int] = set()
-        self.is_reading = False
+        self.is_reading = self.is_narrow = False
         self.read: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
@@ -154,7 +154,7 @@ def packed_hidden(
     """
     causal = causal_lm(model)
     passing = _Pass(layout)
-    with _narrowing(causal, passing, narrowed):
+    with _narrowing(causal, passing, narrowed, len(ids)):
         out = causal.base_model(
             input_ids=ids[None],
             attention_mask=_READY_MASK,
@@ -168,8 +168,11 @@ def packed_hidden(
 
 
 @contextmanager
-def _narrowing(causal: PreTrainedModel, passing: _Pass, narrowed: Narrowed | None) -> Iterator[None]:
-    """Let the last layer run twice: up to its keys and values with all tokens, then whole with the kept ones."""
+def _narrowing(causal: PreTrainedModel, passing: _Pass, narrowed: Narrowed | None, num_tokens: int) -> Iterator[None]:
+    """Let the last layer run twice: up to its keys and values with all tokens, then whole with the kept ones.
+
+    A layer whose states have another shape than ``[1, tokens, width]`` runs as it is, with all tokens.
+    """
     if narrowed is None:
         yield
         return
@@ -178,10 +181,12 @@ def _narrowing(causal: PreTrainedModel, passing: _Pass, narrowed: Narrowed | Non
     stacks = [m for m in causal.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers]
     assert stacks, "a decoder is a list of layers"
 
-    num_tokens = 0
+    def fits(args: tuple[Any, ...]) -> bool:
+        return bool(args) and args[0].dim() == 3 and args[0].shape[1] == num_tokens
 
-    def narrow(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        nonlocal num_tokens
+    def narrow(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        if not fits(args):
+            return None
         passing.is_reading = True
         try:
             layer.forward(*args, **kwargs)
@@ -189,11 +194,15 @@ def _narrowing(causal: PreTrainedModel, passing: _Pass, narrowed: Narrowed | Non
             passing.layout = narrowed.layout
         finally:
             passing.is_reading = False
-        num_tokens = args[0].shape[1]
+        passing.is_narrow = True
         return _kept(args, num_tokens, narrowed.keep), _kept(kwargs, num_tokens, narrowed.keep)
 
-    def widen(_: nn.Module, args: tuple[Any, ...], out: torch.Tensor) -> torch.Tensor:
+    def widen(_: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
         """The model sees as many tokens as it was given; those that were left out are zero."""
+        if not passing.is_narrow:
+            return None
+        if isinstance(out, tuple):
+            return (widen(_, args, out[0]), *out[1:])
         return out.new_zeros(1, num_tokens, out.shape[-1]).index_copy_(1, narrowed.keep, out)
 
     last = stacks[0][-1]
@@ -205,6 +214,10 @@ def _narrowing(causal: PreTrainedModel, passing: _Pass, narrowed: Narrowed | Non
             hook.remove()
 
 
+_NOT_OF_TOKENS: Final = ("attention_mask", "past_key_values", "shared_kv_states")
+"""A layer's arguments whose second dimension, heads say, may be as long as the tokens are many, and means another."""
+
+
 def _kept(part: Any, num_tokens: int, keep: torch.Tensor) -> Any:
     """A layer's arguments with the kept tokens alone: whatever is ``[1, tokens, …]``, such as rotary embeddings."""
     if isinstance(part, torch.Tensor):
@@ -212,23 +225,63 @@ def _kept(part: Any, num_tokens: int, keep: torch.Tensor) -> Any:
     if isinstance(part, tuple):
         return tuple(_kept(item, num_tokens, keep) for item in part)
     if isinstance(part, dict):
-        return {name: _kept(item, num_tokens, keep) for name, item in part.items()}
+        return {name: item if name in _NOT_OF_TOKENS else _kept(item, num_tokens, keep) for name, item in part.items()}
     return part
 
 
-def head_logits(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits ``[tokens, vocabulary]`` of last hidden states ``[tokens, width]``, as the model itself makes them.
+class _Handed(BaseModelOutputWithPast):
+    """Hidden states in place of what a body returns; its other outputs, such as router logits, are None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+def head_logits(model: nn.Module, hidden: torch.Tensor, candidates: Sequence[int] | None = None) -> torch.Tensor:
+    """Logits of last hidden states ``[tokens, width]``, as the model itself makes them.
 
     The model's own forward runs, with its soft-capping and scaling; its body only hands ``hidden`` on.
+
+    Args:
+        candidates: token ids; None: the whole vocabulary. Of a plain head only their rows are multiplied, in float32
+            or wider; one that carries an adapter is applied as a whole.
+
+    Returns:
+        ``[tokens, vocabulary or candidates]``.
+
+    Raises:
+        ModelError: the model makes logits by other means than its body and its head.
     """
     causal = causal_lm(model)
-    body = causal.base_model
-    body.forward = lambda **_: BaseModelOutputWithPast(last_hidden_state=hidden[None])
+    head: nn.Module = causal.get_output_embeddings()
+    num_calls = 0
+
+    def body(*_: Any, **__: Any) -> _Handed:
+        nonlocal num_calls
+        num_calls += 1
+        return _Handed(last_hidden_state=hidden[None])
+
+    def rows(states: torch.Tensor) -> torch.Tensor:
+        wide, chosen = torch.promote_types(states.dtype, torch.float32), list(candidates or ())
+        assert isinstance(head, nn.Linear)
+        bias = None if head.bias is None else head.bias[chosen].to(wide)
+        return nn.functional.linear(states.to(wide), head.weight[chosen].to(wide), bias)
+
+    # Of encoder-decoder descent, a model may call its decoder past the body.
+    stand_ins: dict[nn.Module, Callable[..., Any]] = {causal.base_model: body, causal.get_decoder(): body}
+    narrow = candidates is not None and type(head) is nn.Linear
+    if narrow:
+        stand_ins[head] = rows
     try:
-        logits: torch.Tensor = causal(inputs_embeds=hidden[None], use_cache=False).logits[0]
+        for module, forward in stand_ins.items():
+            module.forward = forward
+        logits: torch.Tensor | None = causal(inputs_embeds=hidden[None], use_cache=False).logits
     finally:
-        del body.forward  # the class's own again
-    return logits
+        for module in stand_ins:
+            vars(module).pop("forward", None)  # the class's own again
+    if num_calls != 1 or logits is None:
+        raise ModelError(f"{type(causal).__name__}: does not make its logits from its body's output; use another model")
+    return logits[0] if narrow or candidates is None else logits[0][:, list(candidates)]
 
 
 def _check_layers(causal: PreTrainedModel, passing: _Pass) -> None:
@@ -260,9 +313,11 @@ def _attention(
 
     Without a layout each batch entry is a row of its own, whose queries are the last of its positions.
     """
-    if s_aux is not None or dropout:
-        what = "attention sinks" if s_aux is not None else "attention_dropout in its config.json"
-        raise ModelError(f"{type(module).__name__}: has {what}, which fedsim does not compute; use another model")
+    assert not dropout, "dropout of the model's own is switched off when it is loaded"
+    if s_aux is not None:
+        raise ModelError(
+            f"{type(module).__name__}: has attention sinks, which fedsim does not compute; use another model"
+        )
     scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
     batch, _heads, length, _size = query.shape
     queries, keys, values = (part.transpose(1, 2).flatten(0, 1) for part in (query, key, value))

@@ -6,7 +6,6 @@ is used. Chat markers inside user text are defused before rendering: data can ne
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,9 +27,9 @@ class Message(TypedDict):
 
 
 Conversation = list[Message]
+Ids = Sequence[int] | np.ndarray
 T = TypeVar("T")
 
-_KEPT = 1 << 14  # results that a format remembers: the embedded benchmarks, which come again and again, take 5,400
 _PROBE = "probe"
 _DATE = "26 Jul 2024"  # the default of Llama 3.1's template
 
@@ -70,18 +69,20 @@ class TokenRow:
         return int(self.loss_mask[1:].sum())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prompt:
-    """A conversation that a reply follows: as the template writes it, and its token ids."""
+    """A conversation that a reply follows: as the template writes it, and its token ids (int32 ``[length]``)."""
 
     text: str
-    ids: tuple[int, ...]
+    ids: np.ndarray
 
 
 class ChatFormat:
     """Turns conversations into token ids with the tokenizer's own chat template.
 
-    Rows of benchmarks come back at every evaluation: prompts and rows are remembered, the longest unused are forgotten.
+    Prompts and rows of benchmarks come back at every evaluation: who knows that remembers them here
+    (:func:`fedsim.evaluate.tokens.tokenise`). Nothing else is kept: training rows, and turns that follow a reply, do
+    not come again.
 
     Args:
         tokenizer: a Hugging Face tokenizer with a chat template.
@@ -103,7 +104,7 @@ class ChatFormat:
         if tokenizer.eos_token_id is None:
             raise ModelError(f"tokenizer {tokenizer.name_or_path!r} has no eos_token: add one to tokenizer_config.json")
         self.tokenizer = tokenizer
-        self._remembered: OrderedDict[Hashable, Any] = OrderedDict()
+        self._remembered: dict[Hashable, Any] = {}
         self._tokens = Markers(token_markers(tokenizer))
         self.end_ids = frozenset({int(tokenizer.eos_token_id), *self._closing_ids()})
 
@@ -161,32 +162,33 @@ class ChatFormat:
         return ids
 
     def remember(self, key: Hashable, compute: Callable[[], T]) -> T:
-        """``compute()``, or what it gave before; it depends on nothing but ``key``, and nobody changes its result."""
-        if key in self._remembered:
-            self._remembered.move_to_end(key)
-        else:
+        """``compute()``, or what it gave before; it depends on nothing but ``key``, and nobody changes its result.
+
+        For what is the same in every evaluation: nothing is ever forgotten.
+        """
+        if key not in self._remembered:
             self._remembered[key] = compute()
-            if len(self._remembered) > _KEPT:
-                self._remembered.popitem(last=False)
         found: T = self._remembered[key]
         return found
 
     def prompt(self, conversation: Sequence[Message]) -> Prompt:
-        """The conversation and the assistant header."""
+        """The conversation and the assistant header: remembered (:meth:`keep_prompt`), or else computed."""
+        kept: Prompt | None = self._remembered.get(("prompt", as_key(conversation))) if self._remembered else None
+        return self._prompt(conversation) if kept is None else kept
 
-        def compute() -> Prompt:
-            text = self.render(conversation, reply_follows=True)
-            return Prompt(text, tuple(self.encode(text)))
+    def keep_prompt(self, conversation: Sequence[Message], prompt: Prompt | None = None) -> Prompt:
+        """Let :meth:`prompt` remember the conversation's, which another rank may have computed."""
+        key = ("prompt", as_key(conversation))
+        return self.remember(key, lambda: self._prompt(conversation) if prompt is None else prompt)
 
-        return self.remember(("prompt", as_key(conversation)), compute)
-
-    def keep_prompt(self, conversation: Sequence[Message], prompt: Prompt) -> None:
-        """Let :meth:`prompt` give ``prompt``, which another rank has computed."""
-        self.remember(("prompt", as_key(conversation)), lambda: prompt)
+    def _prompt(self, conversation: Sequence[Message]) -> Prompt:
+        text = self.render(conversation, reply_follows=True)
+        return Prompt(text, np.asarray(self.encode(text), dtype=np.int32))
 
     def prompt_ids(self, conversation: Sequence[Message]) -> list[int]:
         """Token ids that the model continues: the conversation and the assistant header."""
-        return list(self.prompt(conversation).ids)
+        ids: list[int] = self.prompt(conversation).ids.tolist()
+        return ids
 
     def training_row(self, conversation: Sequence[Message], max_length: int) -> TokenRow:
         """Ids and loss mask of a conversation that ends with an assistant turn; the loss is on that turn alone.
@@ -198,7 +200,7 @@ class ChatFormat:
             ModelError: the template does not write the prompt as a prefix of the whole conversation.
         """
         assert conversation and conversation[-1]["role"] == "assistant", "a training row ends with an assistant turn"
-        prompt = self.prompt(conversation[:-1])
+        prompt = self._prompt(conversation[:-1])
         whole = self.render(conversation, reply_follows=False)
         if not whole.startswith(prompt.text):
             raise ModelError(
@@ -208,9 +210,9 @@ class ChatFormat:
         return self.join(prompt.ids, self.encode(whole[len(prompt.text) :].rstrip()), max_length)
 
     @staticmethod
-    def join(prompt_ids: Sequence[int], target_ids: Sequence[int], max_length: int) -> TokenRow:
+    def join(prompt_ids: Ids, target_ids: Ids, max_length: int) -> TokenRow:
         """A row of prompt ids (masked) followed by target ids (trained), cut to ``max_length``."""
-        ids = np.asarray([*prompt_ids, *target_ids], dtype=np.int32)
+        ids = np.concatenate([np.asarray(part, dtype=np.int32) for part in (prompt_ids, target_ids)])
         mask = np.zeros(len(ids), dtype=bool)
         mask[len(prompt_ids) :] = True
         return TokenRow(ids[:max_length], mask[:max_length], truncated=len(ids) > max_length)

@@ -13,7 +13,9 @@ from typing import Any, Final
 from fedsim import keys
 from fedsim.data.benchmarks import MtQuestion
 from fedsim.data.chat import user_turn
+from fedsim.evaluate.collapse import measure_collapse
 from fedsim.evaluate.intervals import Mean
+from fedsim.evaluate.measures import Metrics, collapse_metrics
 from fedsim.evaluate.rows import subset
 from fedsim.generate.engine import Engine, Reply, Sampling
 
@@ -69,6 +71,13 @@ class MtMeans:
     by_turn: tuple[Mean | None, Mean | None]
     by_category: dict[str, Mean]
 
+    def metrics(self) -> Metrics:
+        """``eval/mt_bench``, ``eval/mt_bench_turn_1`` and so on: value, interval and count of each mean."""
+        named = {"eval/mt_bench": self.score}
+        named |= {f"eval/mt_bench_turn_{turn}": mean for turn, mean in enumerate(self.by_turn, start=1)}
+        named |= {f"eval/mt_bench_category_{category}": mean for category, mean in self.by_category.items()}
+        return {key: v for name, mean in named.items() if mean is not None for key, v in _named(name, mean).items()}
+
 
 @dataclass(frozen=True)
 class MtResult:
@@ -86,6 +95,14 @@ class MtResult:
     def texts(self) -> list[tuple[MtQuestion, tuple[str, str]]]:
         """Each question with its two answers, as a judge takes them."""
         return [(a.question, (a.replies[0].text, a.replies[1].text)) for a in self.answers]
+
+    def metrics(self) -> Metrics:
+        """The means, and how many replies were cut or went astray."""
+        metrics: Metrics = {"eval/mt_bench_questions": len(self.answers)}
+        metrics |= self.means.metrics()
+        metrics["eval/mt_bench_truncated"] = sum(r.truncated for r in self.replies)
+        metrics["eval/mt_bench_prompts_truncated"] = sum(r.prompt_truncated for r in self.replies)
+        return metrics | collapse_metrics("eval/mt_bench", measure_collapse([r.text for r in self.replies]))
 
 
 def run_mt_bench(
@@ -137,6 +154,13 @@ def _mean(groups: Sequence[Sequence[float | None]]) -> Mean | None:
     """Mean over all numbers of the groups that have any."""
     filled = [[v for v in group if v is not None] for group in groups if group]
     return Mean.of_groups(filled) if filled else None
+
+
+def _named(name: str, mean: Mean) -> Metrics:
+    """A mean of scores. Student's interval knows no scale and is cut to it; scores that are all alike give none."""
+    low, high = max(mean.low, SCALE[0]), min(mean.high, SCALE[1])
+    interval: Metrics = {f"{name}_low": low, f"{name}_high": high} if mean.low < mean.high else {}
+    return {name: mean.value, **interval, f"{name}_count": mean.count}
 
 
 def _ask(

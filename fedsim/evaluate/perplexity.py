@@ -86,7 +86,7 @@ def _row(chat: ChatFormat, conversation: Conversation, max_context: int) -> Toke
     def compute() -> TokenRow:
         whole = chat.training_row(conversation, max_length=10**9)
         ids, targets = whole.input_ids, whole.loss_mask
-        return scored_row(ids[~targets].tolist(), ids[targets].tolist(), max_context)
+        return scored_row(ids[~targets], ids[targets], max_context)
 
     return chat.remember(("last reply", as_key(conversation), max_context), compute)
 

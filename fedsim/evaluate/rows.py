@@ -6,7 +6,7 @@ from collections.abc import Hashable, Sequence
 from typing import TypeVar
 
 from fedsim import keys
-from fedsim.data.chat import ChatFormat, Message, TokenRow, as_key, assistant_turn
+from fedsim.data.chat import ChatFormat, Ids, Message, TokenRow, as_key, assistant_turn
 from fedsim.errors import ConfigError, ModelError
 
 Item = TypeVar("Item")
@@ -77,14 +77,14 @@ def _row_key(conversation: Sequence[Message], reply: str, max_context: int) -> H
     return "reply row", as_key(conversation), reply, max_context
 
 
-def scored_row(prompt_ids: Sequence[int], target_ids: Sequence[int], max_context: int) -> TokenRow:
+def scored_row(prompt_ids: Ids, target_ids: Ids, max_context: int) -> TokenRow:
     """A row whose targets are ``target_ids``, cut to ``max_context`` tokens and then marked ``truncated``.
 
     The prompt loses its beginning (as in generation), and a reply longer than half the context its end: a row is never
     left without targets.
     """
-    target = list(target_ids[: max(max_context // 2, max_context - len(prompt_ids))])
-    prompt = list(prompt_ids[-(max_context - len(target)) :])
+    target = target_ids[: max(max_context // 2, max_context - len(prompt_ids))]
+    prompt = prompt_ids[-(max_context - len(target)) :]
     row = ChatFormat.join(prompt, target, max_context)
     cut = len(target) < len(target_ids) or len(prompt) < len(prompt_ids)
     return TokenRow(row.input_ids, row.loss_mask, truncated=cut)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from fedsim import attention, data, evaluate, generate, keys, model
+from fedsim import attention, data, evaluate, generate, keys, measurement, model
 from fedsim.artefacts import ArtefactStore, write_json
 from fedsim.data import world
 from fedsim.data.benchmarks import MtQuestion
@@ -21,7 +21,7 @@ from fedsim.evaluate.rows import subset
 from fedsim.evaluate.suite import Evaluation, Suite
 from fedsim.generate.engine import Reply
 
-_CODE = (attention, data, world, evaluate, generate, keys, model)
+_CODE = (attention, data, world, evaluate, generate, keys, measurement, model)
 _FILE = "evaluation.json"
 
 
@@ -42,7 +42,8 @@ def shared_evaluation(
         return computed[0]
 
     artefact = store.get("pretrained-evaluation", depends, _CODE, build, _write)
-    return computed[0] if computed else _read(artefact.folder, subset(suite.mt_bench, suite.limit))
+    found = computed[0] if computed else _read(artefact.folder, subset(suite.mt_bench, suite.limit))
+    return replace(found, artefact=artefact.folder.name, reused=artefact.reused)
 
 
 def _write(folder: Path, found: Evaluation) -> None:

@@ -17,13 +17,11 @@ from fedsim.data.chat import Conversation
 from fedsim.data.xstest import XsTestItem
 from fedsim.errors import ConfigError
 from fedsim.evaluate.advbench import AdvBenchResult, Judge, run_advbench
-from fedsim.evaluate.collapse import measure_collapse
 from fedsim.evaluate.guard_judge import ExchangeJudge
 from fedsim.evaluate.hhh import SCORERS, HhhResult, run_hhh
-from fedsim.evaluate.intervals import Mean
 from fedsim.evaluate.judge import Judged
 from fedsim.evaluate.measures import Metrics, collapse_metrics, rate_metrics
-from fedsim.evaluate.mt_bench import SCALE, MtAnswer, MtMeans, MtResult, Rubric, mean_scores, run_mt_bench
+from fedsim.evaluate.mt_bench import MtAnswer, MtResult, Rubric, mean_scores, run_mt_bench
 from fedsim.evaluate.perplexity import Perplexity, run_perplexity
 from fedsim.evaluate.phrases import PHRASE_SETS
 from fedsim.evaluate.xstest import Refuses, XsTestResult, run_xstest
@@ -99,6 +97,8 @@ class Evaluation:
         mt_bench: with all answers.
         xstest: with all replies, which must not be shown.
         perplexity: of the held-out conversations.
+        artefact: name of the artefact that holds it; None where no other run can read it.
+        reused: it was read from there, and not computed by this run.
     """
 
     metrics: Metrics
@@ -107,6 +107,8 @@ class Evaluation:
     mt_bench: MtResult | None
     xstest: XsTestResult | None = None
     perplexity: Perplexity | None = None
+    artefact: str | None = None
+    reused: bool = False
 
     @property
     def answers(self) -> list[MtAnswer]:
@@ -164,7 +166,7 @@ def evaluate(engine: Engine, suite: Suite, key: Sequence[keys.KeyPart]) -> Evalu
     if hhh is not None:
         metrics |= _hhh_metrics(hhh, suite.hhh_scorer)
     if mt_bench is not None:
-        metrics |= _mt_metrics(mt_bench)
+        metrics |= mt_bench.metrics()
     if xstest is not None:
         metrics |= xstest.metrics()
     if perplexity is not None:
@@ -209,21 +211,6 @@ def _hhh_metrics(result: HhhResult, headline: str) -> Metrics:
     return metrics
 
 
-def _mt_metrics(result: MtResult) -> Metrics:
-    metrics: Metrics = {"eval/mt_bench_questions": len(result.answers)}
-    metrics |= _mt_means(result.means)
-    metrics["eval/mt_bench_truncated"] = sum(r.truncated for r in result.replies)
-    metrics["eval/mt_bench_prompts_truncated"] = sum(r.prompt_truncated for r in result.replies)
-    return metrics | collapse_metrics("eval/mt_bench", measure_collapse([r.text for r in result.replies]))
-
-
-def _mt_means(means: MtMeans) -> Metrics:
-    named = {"eval/mt_bench": means.score}
-    named |= {f"eval/mt_bench_turn_{turn}": mean for turn, mean in enumerate(means.by_turn, start=1)}
-    named |= {f"eval/mt_bench_category_{category}": mean for category, mean in means.by_category.items()}
-    return {name: value for key, mean in named.items() if mean is not None for name, value in _mean(key, mean).items()}
-
-
 def judge_metrics(judged: Judged, questions: Sequence[MtQuestion]) -> Metrics:
     """The figures that a judge adds to an evaluation: means of its scores, and the turns that are not in them."""
     counts: Metrics = {
@@ -231,7 +218,7 @@ def judge_metrics(judged: Judged, questions: Sequence[MtQuestion]) -> Metrics:
         "eval/mt_bench_not_asked": judged.num_not_asked,
         "eval/mt_bench_judge_failed": judged.num_unjudged,
     }
-    return _mt_means(mean_scores(questions, judged.scores)) | counts
+    return mean_scores(questions, judged.scores).metrics() | counts
 
 
 def _length_metrics(advbench: AdvBenchResult | None, mt_bench: MtResult | None, xstest: XsTestResult | None) -> Metrics:
@@ -243,10 +230,3 @@ def _length_metrics(advbench: AdvBenchResult | None, mt_bench: MtResult | None, 
     ]
     flags = [reply.truncated for reply in replies]
     return {"eval/truncated": sum(flags), "eval/num_replies": len(flags)} if flags else {}
-
-
-def _mean(name: str, mean: Mean) -> Metrics:
-    """A mean of scores. Student's interval knows no scale and is cut to it; scores that are all alike give none."""
-    low, high = max(mean.low, SCALE[0]), min(mean.high, SCALE[1])
-    interval: Metrics = {f"{name}_low": low, f"{name}_high": high} if mean.low < mean.high else {}
-    return {name: mean.value, **interval, f"{name}_count": mean.count}

@@ -15,14 +15,12 @@ Tokenised = tuple[Prompt, list[TokenRow]]
 
 
 def tokenise(engine: Engine, suite: Suite) -> None:
-    """Fill the memory of every rank; a rank alone does so as it evaluates. All ranks must call it."""
-    if engine.ranks.size == 1:
-        return
+    """Fill the memory of every rank. All ranks must call it."""
     chat = engine.chat
 
     def compute(unit: Sequence[Asked]) -> list[Tokenised]:
         return [
-            (chat.prompt(conversation), [reply_row(chat, conversation, r, engine.max_context) for r in replies])
+            (chat.keep_prompt(conversation), [reply_row(chat, conversation, r, engine.max_context) for r in replies])
             for conversation, replies in unit
         ]
 

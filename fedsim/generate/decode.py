@@ -18,9 +18,10 @@ import torch
 from transformers import PreTrainedModel
 
 from fedsim.attention.forward import packed_logits
+from fedsim.errors import RunError
 from fedsim.generate.graph import Graphs
 from fedsim.generate.pick import pick
-from fedsim.generate.slots import Extending, Slots, Stepping
+from fedsim.generate.slots import Extending, Slots, Stepping, grown
 from fedsim.generate.state import State
 
 PREFILL_TOKENS: Final = 8192
@@ -38,11 +39,13 @@ class Request:
         prompt: token ids, at least one.
         seed: draw t of the turn uses the t-th uniform number of its stream.
         limit: most tokens to generate, at least 1.
+        name: what an error calls it.
     """
 
     prompt: Sequence[int]
     seed: int
     limit: int
+    name: str = "a row"
 
 
 @dataclass(frozen=True)
@@ -117,14 +120,18 @@ class Decoder:
 
     @torch.inference_mode()
     def run(self, starts: Sequence[Request], then: Then = lambda row, ids: None) -> list[list[Made]]:
-        """All turns of every row of a unit, by row. Rows are begun in the given order."""
+        """All turns of every row of a unit, by row. Rows are begun in the given order.
+
+        Raises:
+            RunError: the model's logits are no numbers.
+        """
         queue = deque(enumerate(starts))
         made: list[list[Made]] = [[] for _ in starts]
-        self.slots.lengths = [0] * self.slots.num_rows
+        self._rows, self._num_active = [], 0
+        self.slots.clear(0, self.slots.num_rows)
+        self.state.clear()
         while queue or self._rows:
-            while queue and len(self._rows) < self.slots.num_rows:
-                self.slots.lengths[len(self._rows)] = 0
-                self._rows.append(_Row(*queue.popleft()))
+            self._fill(queue)
             num_waiting = len(self._rows) - self._num_active
             if num_waiting and (self._num_active == 0 or num_waiting * WAITING >= self.slots.num_rows):
                 self._read_in()
@@ -132,6 +139,14 @@ class Decoder:
                 self._decode()
             self._collect(made, then)
         return made
+
+    def _fill(self, queue: deque[tuple[int, Request]]) -> None:
+        """Give the free slots to rows that have none."""
+        begin = len(self._rows)
+        while queue and len(self._rows) < self.slots.num_rows:
+            self._rows.append(_Row(*queue.popleft()))
+        if len(self._rows) > begin:
+            self.slots.clear(begin, len(self._rows))
 
     def _read_in(self) -> None:
         """Prefill the slots that wait, as many as a pass may hold, and draw the first token of each."""
@@ -167,7 +182,7 @@ class Decoder:
         return [np.random.Generator(np.random.Philox(key=r.seed)).random(r.limit) for r in requests]
 
     def _decode(self) -> None:
-        """Take a block of steps with all active slots."""
+        """Take a block of steps with all active slots; a replayed one has few sizes, which the unit alone decides."""
         active = self._num_active
         longest = max(self.slots.lengths[:active])
         self._reserve(max(self.slots.lengths) + self.block + 1)  # a slot that has ended still writes behind its end
@@ -175,7 +190,7 @@ class Decoder:
             if self.graphs is None:
                 self._step(active, longest + step)
             else:
-                size = (min(1 << (active - 1).bit_length(), self.slots.num_rows), self.slots.capacity)
+                size = (min(1 << (active - 1).bit_length(), self.slots.num_rows), grown(longest + self.block))
                 self.graphs.run(size, lambda size=size: self._step(*size))  # type: ignore[misc]
         self.passes += self.block
 
@@ -195,11 +210,18 @@ class Decoder:
 
     def _draw(self, begin: int, end: int, logits: torch.Tensor) -> None:
         tokens = pick(logits, self.state.uniforms_of(begin, end), self.temperature)
-        self.state.advance(begin, end, tokens, self._eos)
+        is_sound = logits.amax(dim=-1).isfinite()  # NaN if any is; −∞ alone may bar a token
+        self.state.advance(begin, end, tokens, is_sound, self._eos)
 
     def _collect(self, made: list[list[Made]], then: Then) -> None:
         """Take what has ended out of the active slots."""
-        counts, alive = self.state.read(self._num_active)
+        counts, alive, sound = self.state.read(self._num_active)
+        if not all(sound):
+            name = self._rows[sound.index(0)].request.name
+            raise RunError(
+                f"{name}: the model's logits became NaN or infinite; lower the learning rates, or use a model.dtype of "
+                "a larger range (bfloat16 or float32)"
+            )
         ended = [slot for slot in range(self._num_active) if not alive[slot]]
         for slot in range(self._num_active):
             row = self._rows[slot]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Final, TypeVar
 
 from transformers import PreTrainedModel
@@ -16,16 +15,13 @@ from transformers import PreTrainedModel
 from fedsim import keys
 from fedsim.data.chat import ChatFormat, Conversation, TokenRow, assistant_turn, user_turn
 from fedsim.generate.decode import Decoder, Made, Request
-from fedsim.generate.graph import Graphs, capture_cuda
+from fedsim.generate.graph import Graphs, can_be_captured, capture_cuda, uses_graphs
 from fedsim.generate.score import score_unit
+from fedsim.generate.units import generation_units
 from fedsim.model.cost import Work, decode_work, rows_work
-from fedsim.proved import is_proved
 from fedsim.ranks import Ranks
 
 T = TypeVar("T")
-
-LEAST_UNITS: Final = 8
-"""Generation makes at least so many units where there are rows for them: what the GPUs of one machine can share."""
 
 CUDA_BLOCK: Final = 8
 """Steps between two looks at which rows have ended, where looking stops the device."""
@@ -144,13 +140,18 @@ class Engine:
 
         Returns:
             The replies of each turn, in the order of the conversations.
+
+        Raises:
+            RunError: the model's logits are no numbers.
         """
         assert len(turn_keys) == len(follow_ups) + 1
         num_new = min(sampling.max_new_tokens, self.max_context // 2)
         room = self.max_context - num_new
 
         def request(i: int, turn: int, whole: Sequence[int]) -> Request:
-            return Request(whole[-room:], keys.derive(self.seed, "sample", *turn_keys[turn], i), num_new)
+            key = turn_keys[turn]
+            name = f"{'/'.join(map(str, key))}, row {i}"
+            return Request(whole[-room:], keys.derive(self.seed, "sample", *key, i), num_new, name)
 
         def compute(unit: list[int]) -> tuple[list[list[tuple[Made, bool]]], int]:
             chats = [list(conversations[i]) for i in unit]
@@ -174,6 +175,8 @@ class Engine:
         lengths = [min(len(p), room) for p in prompts]
         units = generation_units(lengths, self.batch_size)
         decoder = self._decoder(max(map(len, units), default=1), sampling.temperature, num_new)
+        if decoder.graphs is not None:
+            decoder.slots.reserve(min(self.max_context, self._end(lengths, follow_ups, num_new)) + decoder.block + 1)
         done = self._run(compute, units, [float(sum(lengths[i] for i in u)) for u in units])
         rows = self._in_order(units, [values for values, _ in done])
         turns = [(made.num_kept, made.num_prompt, len(made.ids)) for row in rows for made, _ in row]
@@ -183,21 +186,32 @@ class Engine:
             for turn in range(len(turn_keys))
         ]
 
+    def _end(self, lengths: Sequence[int], follow_ups: Sequence[Sequence[str]], num_new: int) -> int:
+        """Where the longest row will end, so that slots that graphs read need not move. A guess is enough."""
+        said = [max(len(self.chat.prompt_ids([user_turn(text)])) for text in texts) for texts in follow_ups if texts]
+        return max(lengths, default=0) + num_new + sum(said) + num_new * len(said)
+
     def _decoder(self, num_rows: int, temperature: float, max_new_tokens: int) -> Decoder:
         """For the units of one call, after which its slots are given back."""
-        on_cuda = next(self.model.parameters()).device.type == "cuda"
+        device = next(self.model.parameters()).device
         return Decoder(
             self.model,
             min(self.batch_size, num_rows),
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             eos_ids=self._eos_ids(),
-            graphs=Graphs(capture_cuda) if on_cuda and is_proved("decode_graph") else None,
-            block=CUDA_BLOCK if on_cuda else 1,
+            graphs=Graphs(capture_cuda)
+            if uses_graphs(device, self.model.config._attn_implementation) and can_be_captured(self.model)
+            else None,
+            block=CUDA_BLOCK if device.type == "cuda" else 1,
         )
 
     def score(self, rows: Sequence[TokenRow]) -> list[RowScore]:
-        """Log-probability of each row's targets (tokens with ``loss_mask``), in order."""
+        """Log-probability of each row's targets (tokens with ``loss_mask``), in order.
+
+        Units are ``batch_size`` rows, however long: logits are computed in chunks of a fixed size
+        (:mod:`fedsim.model.logprobs`), so that the activations of the layers alone grow with the rows' lengths.
+        """
         order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
         units = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
 
@@ -236,15 +250,3 @@ class Engine:
         ids = getattr(named, "eos_token_id", None)
         extra = [ids] if isinstance(ids, int) else list(ids or [])
         return self.chat.end_ids | frozenset(map(int, extra))
-
-
-def generation_units(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Rows of each unit, the longest prompts first, so that memory runs out at the beginning or not at all.
-
-    A unit has as many rows as there are to keep ``batch_size`` slots busy, which is more than that where there are many
-    rows; but no fewer than :data:`LEAST_UNITS` units are made of so many full batches.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    num_units = min(-(-len(order) // batch_size), LEAST_UNITS)
-    cuts = [len(order) * u // num_units for u in range(num_units + 1)] if num_units else []
-    return [order[begin:end] for begin, end in pairwise(cuts)]

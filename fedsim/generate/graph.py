@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import Protocol
+from functools import cache
+from typing import Any, Protocol
 
 import torch
+from torch import nn
+
+from fedsim.attention.forward import IMPLEMENTATIONS
+from fedsim.proved import is_proved
 
 
 class Graph(Protocol):
@@ -54,9 +59,39 @@ class Graphs:
         self._graphs.clear()
 
 
+def graph_path(implementation: str) -> str:
+    """What graphs over an attention implementation are called in :mod:`fedsim.proved`: "decode_graph/varlen"."""
+    names = {implementation: name for name, implementation in IMPLEMENTATIONS.items()}
+    return f"decode_graph/{names.get(implementation, implementation)}"
+
+
 def capture_cuda(step: Callable[[], None]) -> Graph:
-    """Capture a step that has run once before."""
+    """Capture a step that has run once before. One replay follows another, so all captures share their memory."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=_pool()):
         step()
     return graph
+
+
+@cache
+def _pool() -> Any:
+    return torch.cuda.graph_pool_handle()
+
+
+def can_be_captured(model: nn.Module) -> bool:
+    """Whether a step of the model never asks the device for a number.
+
+    Rotary embeddings whose frequencies depend on the largest position (dynamic NTK, LongRoPE) do.
+    """
+    types = (getattr(module, "rope_type", None) for module in model.modules())
+    names = [name for kind in types for name in (kind.values() if isinstance(kind, dict) else [kind])]
+    return not any("dynamic" in str(name) or name == "longrope" for name in names)
+
+
+def uses_graphs(device: torch.device, implementation: str) -> bool:
+    """Whether steps of decoding are replayed here, of models that allow it; their shapes are then others.
+
+    Args:
+        implementation: transformers' name of the model's attention.
+    """
+    return device.type == "cuda" and is_proved(graph_path(implementation))

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from fedsim.attention.backends import Backend, Scores
-from fedsim.attention.forward import Narrowed, causal_lm, packed_hidden
+from fedsim.attention.forward import Narrowed, causal_lm, head_logits, packed_hidden
 from fedsim.attention.spans import Spans
 
 
@@ -120,29 +119,10 @@ def candidate_logits(
     """
     assert not model.training, "scoring needs eval mode: dropout would make logits random"
     assert tails and all(len(t) for t in tails), "each prompt needs a tail of one token or more"
-    causal = causal_lm(model)
-    lengths, device = [len(t) for t in tails], causal.device
+    lengths, device = [len(t) for t in tails], causal_lm(model).device
     layout = _AfterHead(head, lengths, lengths, device)
     ids = torch.from_numpy(np.concatenate(tails).astype(np.int64)).to(device)
     last = layout.spans.query_starts[1:].long() - 1
     narrowed = Narrowed(last, _AfterHead(head, lengths, [1] * len(tails), device))
     hidden = packed_hidden(model, ids, layout.spans.positions, layout, narrowed)
-    return _project(causal, hidden, candidates).cpu()
-
-
-def _project(causal: PreTrainedModel, hidden: torch.Tensor, candidates: Sequence[int]) -> torch.Tensor:
-    """Candidate logits of ``hidden [rows, width]``; a head that carries an adapter is applied as a whole.
-
-    The architecture's own soft-capping follows (Gemma 2, arXiv 2408.00118 §2: ``cap · tanh(logits / cap)``).
-    """
-    lm_head: nn.Module = causal.get_output_embeddings()
-    if isinstance(lm_head, nn.Linear):
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        rows = lm_head.weight[list(candidates)].to(wide)
-        bias = None if lm_head.bias is None else lm_head.bias[list(candidates)].to(wide)
-        logits = nn.functional.linear(hidden.to(wide), rows, bias)
-    else:
-        logits = lm_head(hidden)[:, list(candidates)]
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    cap = getattr(causal.config.get_text_config(), "final_logit_softcapping", None)
-    return logits if cap is None else cap * torch.tanh(logits / cap)
+    return head_logits(model, hidden, candidates).to(torch.promote_types(hidden.dtype, torch.float32)).cpu()

@@ -14,6 +14,11 @@ GROWTH: Final = 128
 """Capacities are multiples of this many positions."""
 
 
+def grown(length: int) -> int:
+    """The smallest multiple of :data:`GROWTH` that is at least ``length``."""
+    return -(-length // GROWTH) * GROWTH
+
+
 class Slots:
     """Keys and values of rows that are being decoded.
 
@@ -29,6 +34,7 @@ class Slots:
         self.lengths = [0] * num_rows
         self.capacity = 0
         self.device = device
+        self._used = 0  # no slot holds anything from here on, not even what is no longer its row's
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @property
@@ -37,16 +43,33 @@ class Slots:
         return len(self.lengths)
 
     def reserve(self, length: int) -> None:
-        """Make every slot at least ``length`` positions long; what they hold stays, at another address."""
+        """Make every slot at least ``length`` positions long, all of which may be written from now on.
+
+        What slots hold stays; where they are not long enough, at another address.
+        """
+        self._used = max(self._used, length)
         if length <= self.capacity:
             return
-        self.capacity = -(-length // GROWTH) * GROWTH
+        self.capacity = grown(length)
         longest = max(self.lengths)
         for layer, old in self._layers.items():
             new = self._buffer(old[0]), self._buffer(old[1])
             for to, come in zip(new, old, strict=True):
                 to[:, :longest] = come[:, :longest]
             self._layers[layer] = new
+
+    def clear(self, begin: int, end: int) -> None:
+        """Slots ``begin`` to ``end − 1`` are for other rows, which may meet nothing of what these held.
+
+        A position behind a row is hidden by adding −∞ to its score and by a weight of 0; neither hides an infinity.
+        """
+        self.lengths[begin:end] = [0] * (end - begin)
+        if self._used:
+            for buffers in self._layers.values():
+                for buffer in buffers:
+                    buffer[begin:end, : self._used] = 0
+        if end - begin == self.num_rows:
+            self._used = 0
 
     def layer(self, layer: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a layer: ``[rows, capacity, key heads, head size]`` each, heads as in ``like``."""
@@ -115,7 +138,7 @@ class Stepping:
         slots: long enough.
         rows: int64 ``[rows]``: 0, 1, …
         places: int64 ``[rows]``: where the token of each goes, which is how many positions it sees before itself.
-        longest: of the slots after the step, or more, up to the capacity.
+        longest: of the slots that go on after the step, or more, up to the capacity; others see so much at most.
     """
 
     def __init__(self, slots: Slots, rows: torch.Tensor, places: torch.Tensor, longest: int) -> None:
@@ -123,7 +146,7 @@ class Stepping:
         self.longest = longest
         self._rows = rows
         self._places = places
-        self._lengths = (places + 1).to(torch.int32)
+        self._lengths = (places + 1).clamp(max=longest).to(torch.int32)
 
     def attend(
         self, backend: Backend, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scores: Scores

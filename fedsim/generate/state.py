@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-_FIELDS = ("ids", "places", "counts", "limits", "alive", "lines")
+_FIELDS = ("ids", "places", "counts", "limits", "alive", "lines", "sound")
 
 
 class State:
@@ -21,17 +21,24 @@ class State:
         limits: most tokens to draw.
         alive: 1 where the turn goes on, else 0: the column's other numbers stand still.
         lines: the line of ``_out`` and ``_uniforms`` that belongs to the slot's row and moves with it.
+        sound: 1 where all tokens of the turn were drawn from numbers, else 0.
     """
 
     def __init__(self, num_slots: int, max_new_tokens: int, device: torch.device) -> None:
         self.rows = torch.arange(num_slots, device=device)
         self._fields = torch.zeros(len(_FIELDS), num_slots, dtype=torch.int64, device=device)
-        self.ids, self.places, self.counts, self.limits, self.alive, self.lines = self._fields
+        self.ids, self.places, self.counts, self.limits, self.alive, self.lines, self.sound = self._fields
         self.lines.copy_(self.rows)
         self._line_of = list(range(num_slots))
         size = (num_slots, max_new_tokens + 1)  # a slot that has ended still writes behind its last token
         self._out = torch.zeros(size, dtype=torch.int64, device=device)
         self._uniforms = torch.zeros(size, dtype=torch.float64, device=device)
+
+    def clear(self) -> None:
+        """No slot has a row: all of them stand still at their beginning."""
+        self._fields.zero_()
+        self.lines.copy_(self.rows)
+        self._line_of = list(range(len(self._line_of)))
 
     def begin(
         self, first: int, lengths: Sequence[int], limits: Sequence[int], uniforms: Sequence[np.ndarray] | None
@@ -40,7 +47,8 @@ class State:
         assert min(limits) >= 1 and max(limits) < self._out.shape[1]
         last = first + len(lengths)
         zeros, ones = [0] * len(lengths), [1] * len(lengths)
-        columns = [zeros, [length - 1 for length in lengths], zeros, list(limits), ones, self._line_of[first:last]]
+        lines = self._line_of[first:last]
+        columns = [zeros, [length - 1 for length in lengths], zeros, list(limits), ones, lines, ones]
         self._fields[:, first:last] = torch.tensor(columns).to(self._fields.device)
         if uniforms is not None:
             padded = np.zeros((len(uniforms), self._uniforms.shape[1]))
@@ -52,23 +60,25 @@ class State:
         """fp64 ``[last − first]``: the number that each slot's next token is drawn with."""
         return self._uniforms[self.lines[first:last], self.counts[first:last]]
 
-    def advance(self, first: int, last: int, tokens: torch.Tensor, eos: torch.Tensor) -> None:
+    def advance(self, first: int, last: int, tokens: torch.Tensor, is_sound: torch.Tensor, eos: torch.Tensor) -> None:
         """Take in the tokens (int64 ``[last − first]``) that were drawn; slots with an end token or at their limit end.
 
         Args:
+            is_sound: bool ``[last − first]``: whether there was a distribution to draw from.
             eos: int64 ``[end tokens]``.
         """
-        ids, places, counts, limits, alive, lines = self._fields[:, first:last]
+        ids, places, counts, limits, alive, lines, sound = self._fields[:, first:last]
+        sound.mul_(is_sound | (alive == 0))
         self._out[lines, counts] = tokens
         ids.copy_(tokens)
         places.add_(alive)
         counts.add_(alive)
         alive.mul_((counts < limits) & (tokens[:, None] != eos).all(dim=1))
 
-    def read(self, num_slots: int) -> tuple[list[int], list[int]]:
-        """``counts`` and ``alive`` of the first slots; waits for the device."""
-        counts, alive = self._fields[2:5:2, :num_slots].tolist()
-        return counts, alive
+    def read(self, num_slots: int) -> tuple[list[int], list[int], list[int]]:
+        """``counts``, ``alive`` and ``sound`` of the first slots; waits for the device."""
+        counts, alive, sound = self._fields[2::2, :num_slots].tolist()
+        return counts, alive, sound
 
     def outs(self, slots: Sequence[int], counts: Sequence[int]) -> list[list[int]]:
         """Tokens that were drawn in each of these slots, as many as ``counts`` says; waits for the device."""

@@ -1,6 +1,7 @@
 """Load a frozen base model and its tokenizer from a local directory, and attach LoRA.
 
-Only local files are read, only safetensors, and no code from the model directory is run.
+Only local files are read, only safetensors, and no code from the model directory is run. Dropout of the base model's
+own is switched off, whatever its configuration says: LoRA's is the one that fedsim draws.
 """
 
 from __future__ import annotations
@@ -28,11 +29,14 @@ from transformers.utils import logging as transformers_logging
 from fedsim.attention.choice import Choice, choose
 from fedsim.data.chat import ChatFormat
 from fedsim.errors import ModelError
+from fedsim.model.fitness import check_fitness, switch_dropout_off
 
 transformers_logging.disable_progress_bar()  # fedsim shows its own progress
 
 INDEX = "model.safetensors.index.json"
 EMBEDDED = Path(__file__).parent / "tiny"
+TEXTS = ("The wind carries a kite over the hill.", "Water boils at sea level.")
+"""What a model that has just been loaded is tried on."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +91,9 @@ def load_model(
         key: the configuration key to name in errors.
 
     Raises:
-        ModelError: the directory lacks weights, config, tokenizer or chat template, one of them is damaged, or the
-            model has no such LoRA target, or the attention backend cannot be had here.
+        ModelError: the directory lacks weights, config, tokenizer or chat template, one of them is damaged, the model
+            has no such LoRA target or cannot compute packed rows (:mod:`fedsim.model.fitness`), or the attention
+            backend cannot be had here.
     """
     base, chat = load_base(path, dtype=dtype, attention=attention, device=device, key=key)
     return LoadedModel(attach_lora(base, lora, key), chat)
@@ -100,7 +105,8 @@ def chosen_attention(path: str, *, dtype: str, attention: str, device: torch.dev
     Raises:
         ModelError: the configuration cannot be read, or the backend cannot be had here.
     """
-    return choose(attention, read_config(model_dir(path), key), compute_dtype(dtype, device), device)
+    config, _ = read_config(model_dir(path), key)
+    return choose(attention, config, compute_dtype(dtype, device), device)
 
 
 def load_base(
@@ -108,23 +114,31 @@ def load_base(
 ) -> tuple[PreTrainedModel, ChatFormat]:
     """Load a frozen chat model without LoRA; arguments and errors as of :func:`load_model`."""
     folder = check_model_dir(path, key)
-    config = read_config(folder, key)
+    config, _ = read_config(folder, key)
     chat = load_chat(folder, key)
     weights = compute_dtype(dtype, device)
-    base = _read(folder, key, weights, choose(attention, config, weights, device))
+    base = _read(folder, config, key, weights, choose(attention, config, weights, device))
     base.requires_grad_(False)
     torch.nn.Module.to(base, device)
     embeddings = base.get_input_embeddings()
     assert isinstance(embeddings, torch.nn.Embedding)
     check_tokenizer(chat, embeddings.num_embeddings, folder, key)
+    try:
+        check_fitness(base, [chat.tokenizer.encode(text, add_special_tokens=False)[:12] for text in TEXTS])
+    except ModelError as error:
+        raise ModelError(f"{key}={str(folder)!r}: {error}") from error
     return base, chat
 
 
-def read_config(folder: Path, key: str) -> PretrainedConfig:
+def read_config(folder: Path, key: str) -> tuple[PretrainedConfig, dict[str, float]]:
     """A model's configuration; to be read before its tokenizer, which would be blamed for what is wrong in it.
 
+    Returns:
+        The configuration without dropout, and what was switched off, by name.
+
     Raises:
-        ModelError: it cannot be read, names an unknown architecture, or holds values that make no sense.
+        ModelError: it cannot be read, names an unknown architecture, or holds values that make no sense or ask for
+            random routing.
     """
     try:
         config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
@@ -134,7 +148,10 @@ def read_config(folder: Path, key: str) -> PretrainedConfig:
             "model directory"
         ) from error
     assert isinstance(config, PretrainedConfig)
-    return config
+    try:
+        return config, switch_dropout_off(config)
+    except ModelError as error:
+        raise ModelError(f"{key}={str(folder)!r}: {error}") from None
 
 
 def check_tokenizer(chat: ChatFormat, num_embeddings: int, folder: Path, key: str) -> None:
@@ -185,13 +202,14 @@ def load_chat(folder: Path, key: str) -> ChatFormat:
     return ChatFormat(tokenizer)
 
 
-def _read(folder: Path, key: str, dtype: torch.dtype, attention: Choice) -> PreTrainedModel:
+def _read(folder: Path, config: PretrainedConfig, key: str, dtype: torch.dtype, attention: Choice) -> PreTrainedModel:
     """The whole model, every weight from the files."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # what it would report is an error below
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(folder),
+            config=config,
             dtype=dtype,
             attn_implementation=attention.implementation,
             use_safetensors=True,

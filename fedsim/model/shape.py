@@ -50,6 +50,7 @@ class ModelShape:
         query_size: numbers of one token's queries in one layer.
         norm_size: numbers of one token that go through a norm, over all layers.
         lora_size: numbers of one token that go into LoRA layers, over all of them.
+        dropout_off: what its configuration asks for beside LoRA's dropout and does not get; may be empty.
     """
 
     architecture: str
@@ -67,6 +68,7 @@ class ModelShape:
     query_size: int
     norm_size: int
     lora_size: int
+    dropout_off: str = ""
 
     @property
     def weight_bytes(self) -> int:
@@ -90,7 +92,7 @@ def model_shape(
             missing or of another shape, or a LoRA target that no layer has.
     """
     base_dtype = compute_dtype(dtype, device)
-    config = read_config(folder, key)
+    config, dropout = read_config(folder, key)
     backend = choose(attention, config, base_dtype, device)
     try:
         with torch.device("meta"):
@@ -130,6 +132,7 @@ def model_shape(
         attention=backend,
         norm_size=norm_size,
         lora_size=lora_size,
+        dropout_off=", ".join(f"{name}={p:g}" for name, p in dropout.items()),
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Gemma2Config, LlamaConfig, PretrainedConfig
+from transformers import DeepseekV3Config, Gemma2Config, LlamaConfig, PretrainedConfig
 
 from fedsim.attention import choice
 from fedsim.attention.backends import BACKENDS
@@ -26,6 +26,7 @@ NO_CAP = "cannot cap scores, as the model asks for (attn_logit_softcapping=50.0)
 @pytest.fixture(autouse=True)
 def _nothing_proved(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "is_proved", lambda path: False)
+    monkeypatch.setattr(choice, "_capability", lambda device: (9, 0))
 
 
 def proved(monkeypatch: pytest.MonkeyPatch, *paths: str) -> None:
@@ -120,3 +121,43 @@ def test_what_is_asked_for_needs_no_proof(stand_in: Any) -> None:
     assert choose("flash_attention_2", GEMMA2, BF16, CUDA).name == "flash_attention_2"
     for name in ("sdpa", "eager"):
         assert choose(name, LLAMA, F32, CPU) == Choice(name, "asked for")
+
+
+@pytest.mark.parametrize(
+    ("config", "names", "words"),
+    [
+        (LlamaConfig(head_dim=512), ("varlen", "flash_attention_2"), "up to 256 numbers, the model's have 512"),
+        (LlamaConfig(head_dim=80), (), ""),
+        (LlamaConfig(head_dim=100), ("varlen",), "multiples of 8 up to 256 numbers, the model's have 100"),
+        (LlamaConfig(hidden_size=24, num_attention_heads=2), ("varlen",), "the model's have 12"),
+        (DeepseekV3Config(), ("varlen", "flash_attention_2"), "values as wide as keys, the model's heads have 192 and"),
+    ],
+)
+def test_heads_that_cudas_kernels_refuse(
+    monkeypatch: pytest.MonkeyPatch, stand_in: Any, config: PretrainedConfig, names: tuple[str, ...], words: str
+) -> None:
+    """Asked for: an error before the first pass. Under auto: passed over, whatever is proved."""
+    stand_in("varlen")
+    stand_in("flash_attention_2")
+    proved(monkeypatch, *choice.CUDA_ONLY)
+    for name in choice.CUDA_ONLY:
+        if name not in names:
+            assert choose(name, config, BF16, CUDA).name == name
+            continue
+        with pytest.raises(ModelError, match=f"{words}.*; set model.attention=sdpa"):
+            choose(name, config, BF16, CUDA)
+    best = next(name for name in ORDER if name not in names)
+    assert choose("auto", config, BF16, CUDA).name == best
+
+
+@pytest.mark.parametrize(("capability", "runs"), [((7, 5), False), ((8, 0), True), ((12, 0), True)])
+def test_a_gpu_that_the_kernels_do_not_know(
+    monkeypatch: pytest.MonkeyPatch, stand_in: Any, capability: tuple[int, int], runs: bool
+) -> None:
+    stand_in("varlen")
+    monkeypatch.setattr(choice, "_capability", lambda device: capability)
+    proved(monkeypatch, "varlen")
+    assert choose("auto", LLAMA, BF16, CUDA).name == ("varlen" if runs else "sdpa")
+    if not runs:
+        with pytest.raises(ModelError, match=r"needs compute capability 8\.0 or newer, this GPU has 7\.5; set model"):
+            choose("varlen", LLAMA, BF16, CUDA)

@@ -11,12 +11,24 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3nTextConfig,
     GPT2Config,
     GptOssConfig,
+    PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from fedsim.attention.forward import IMPLEMENTATIONS, Narrowed, Rows, causal_lm, packed_hidden, packed_logits
+from fedsim.attention import forward
+from fedsim.attention.forward import (
+    IMPLEMENTATIONS,
+    Narrowed,
+    Rows,
+    causal_lm,
+    head_logits,
+    packed_hidden,
+    packed_logits,
+)
 from fedsim.attention.spans import Spans
 from fedsim.data.batch import collate
 from fedsim.errors import ModelError
@@ -46,15 +58,28 @@ def one_by_one(model: nn.Module, lengths: list[int] = LENGTHS) -> torch.Tensor:
     return torch.cat([model(input_ids=row[None], use_cache=False).logits[0] for row in rows])
 
 
-def gpt2() -> PreTrainedModel:
-    """Positions are embedded, layers have another name, keys come from one product: nothing like Llama."""
+def built(config: PretrainedConfig) -> PreTrainedModel:
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=97, n_embd=32, n_layer=3, n_head=4, n_positions=64, initializer_range=0.2,
-                        attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)  # fmt: skip
     config._attn_implementation = IMPLEMENTATIONS["sdpa"]
     model = AutoModelForCausalLM.from_config(config).eval()
     assert isinstance(model, PreTrainedModel)
     return model
+
+
+def gemma3n() -> PreTrainedModel:
+    """Layers take ``[altup, 1, tokens, width]``, and the last ones borrow keys of others."""
+    return built(Gemma3nTextConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=[48] * 4, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, vocab_size_per_layer_input=97, hidden_size_per_layer_input=8,
+        num_kv_shared_layers=2, layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=6,
+        laurel_rank=4, activation_sparsity_pattern=[0.0] * 4, initializer_range=0.2, pad_token_id=0,
+    ))  # fmt: skip
+
+
+def gpt2() -> PreTrainedModel:
+    """Positions are embedded, layers have another name, keys come from one product: nothing like Llama."""
+    return built(GPT2Config(vocab_size=97, n_embd=32, n_layer=3, n_head=4, n_positions=64, initializer_range=0.2,
+                            attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0))  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -128,10 +153,11 @@ def test_attention_sinks_are_refused() -> None:
         packed(AutoModelForCausalLM.from_config(config))
 
 
-def test_dropout_of_attention_is_refused_where_it_would_count(make_llama: MakeLlama) -> None:
+def test_dropout_of_attention_is_never_asked_for(make_llama: MakeLlama) -> None:
+    """It is switched off at loading; a layer that asks for it all the same must not be passed over."""
     model = make_llama(attention_dropout=0.1)
-    packed(model)  # evaluation: none is asked for
-    with pytest.raises(ModelError, match=r"LlamaAttention: has attention_dropout in its config\.json"):
+    packed(model)
+    with pytest.raises(AssertionError, match="is switched off when it is loaded"):
         packed(model.train())
 
 
@@ -168,6 +194,68 @@ def test_a_narrowed_last_layer_equals_the_whole_one(make_llama: MakeLlama, kind:
     num_layers, total = model.config.num_hidden_layers, sum(LENGTHS)
     assert seen == [*((layer, total, total) for layer in range(num_layers - 1)), (num_layers - 1, len(LENGTHS), total)]
     torch.testing.assert_close(packed_hidden(model, ids, spans.positions, Rows(spans)), whole, atol=0, rtol=0)
+
+
+class Pair(nn.Module):
+    """A layer that returns a tuple, as older ones do."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, str]:
+        return self.layer(*args, **kwargs), "its weights"
+
+
+@torch.no_grad()
+def test_a_narrowed_layer_may_return_a_tuple(make_llama: MakeLlama) -> None:
+    model: Any = make_llama().double()
+    spans, seen = Spans(LENGTHS, device=CPU), []
+    ids, last = tokens(sum(LENGTHS)), spans.query_starts[1:].long() - 1
+    whole = packed_hidden(model, ids, spans.positions, Rows(spans))
+    layer = Pair(model.model.layers[-1])
+    model.model.layers[-1] = layer
+    kept: list[torch.Tensor] = []
+    # The model wants a tensor: the tuple is taken apart once narrowing is done with it.
+    with pytest.MonkeyPatch.context() as patch:
+        norm = model.model.norm.forward
+        patch.setattr(model.model.norm, "forward", lambda pair: (kept.append(pair[0]), norm(pair[0]))[1])
+        narrow = packed_hidden(model, ids, spans.positions, Rows(spans), Narrowed(last, Last(LENGTHS, seen)))
+    torch.testing.assert_close(narrow, whole[last], atol=1e-10, rtol=0)
+    assert seen == [(1, len(LENGTHS), sum(LENGTHS))] and kept[0].shape == (1, sum(LENGTHS), 32)
+
+
+@torch.no_grad()
+def test_a_layer_of_another_shape_is_not_narrowed() -> None:
+    model = gemma3n().double()
+    spans = Spans(LENGTHS, device=CPU)
+    ids, last = tokens(sum(LENGTHS)), spans.query_starts[1:].long() - 1
+    whole = packed_hidden(model, ids, spans.positions, Rows(spans))
+    narrow = packed_hidden(model, ids, spans.positions, Rows(spans), Narrowed(last, Last(LENGTHS, [])))
+    assert whole.std() > 0.1 and torch.equal(narrow, whole[last])
+
+
+@torch.no_grad()
+def test_narrowing_leaves_the_mask_alone(make_llama: MakeLlama) -> None:
+    """Its second dimension is 1, as that of a batch of one token is."""
+    model: Any = make_llama()
+    masks: list[Any] = []
+    model.model.layers[-1].self_attn.register_forward_pre_hook(
+        lambda module, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+    )
+    spans = Spans([1], device=CPU)
+    packed_hidden(model, tokens(1), spans.positions, Rows(spans), Narrowed(torch.tensor([0]), Last([1], [])))
+    assert len(masks) == 2 and masks[0] is masks[1] is forward._READY_MASK
+
+
+@torch.no_grad()
+def test_a_head_that_is_not_behind_the_body_is_refused(make_llama: MakeLlama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its logits would be another body's."""
+    model: Any = make_llama()
+    monkeypatch.setattr(model, "forward", lambda **_: CausalLMOutputWithPast(logits=torch.zeros(1, 3, 261)))
+    with pytest.raises(ModelError, match="LlamaForCausalLM: does not make its logits from its body's output"):
+        head_logits(model, torch.zeros(3, 32))
+    assert "forward" not in vars(model.model)
 
 
 def test_a_narrowed_layer_passes_no_gradient_on(make_llama: MakeLlama) -> None:

@@ -181,24 +181,38 @@ def test_a_template_that_writes_todays_date_gives_the_same_prompt_every_day(make
     assert text == "26 Jul 2024|26 Jul 2024|hello"
 
 
-def test_a_prompt_is_tokenised_once(make_bytes_chat: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_asked_to_be_kept_is_tokenised_once(make_bytes_chat: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     made, texts = make_bytes_chat(), []
     encode = made.encode
     monkeypatch.setattr(made, "encode", lambda text: texts.append(text) or encode(text))
+    kept = made.keep_prompt([user_turn("Kite?")])
     first = made.prompt_ids([user_turn("Kite?")])
+    assert first == kept.ids.tolist() and kept.ids.dtype.name == "int32"
     first.append(7)  # a caller's own list
     assert made.prompt_ids([user_turn("Kite?")]) == first[:-1]
+    assert made.keep_prompt([user_turn("Kite?")]) is made.prompt([user_turn("Kite?")]) is kept
     assert len(texts) == 1
     assert made.prompt_ids([user_turn("Kites?")]) != first[:-1] and len(texts) == 2
     assert made.prompt_ids([assistant_turn("Kite?")]) != first[:-1], "the role is part of the key"
 
 
-def test_what_is_longest_unused_is_forgotten(make_bytes_chat: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedsim.data.chat._KEPT", 2)
+def test_nothing_else_is_remembered(make_bytes_chat: Make) -> None:
+    """A federation's training rows, and turns that follow a reply, would outgrow the benchmarks by far."""
+    made = make_bytes_chat()
+    for number in range(5):
+        made.prompt_ids([user_turn(f"Kite {number}?")])
+        made.training_row([user_turn(f"Kite {number}?"), assistant_turn("Red.")], 100)
+    assert not made._remembered
+    made.keep_prompt([user_turn("Kite?")])
+    made.prompt_ids([*EXCHANGE, user_turn("Why?")])
+    assert len(made._remembered) == 1
+
+
+def test_what_is_remembered_is_computed_once(make_bytes_chat: Make) -> None:
     made, computed = make_bytes_chat(), []
 
     def ask(key: str) -> str:
         return made.remember(key, lambda: computed.append(key) or key)
 
     assert [ask(key) for key in "abacab"] == list("abacab")
-    assert computed == ["a", "b", "c", "b"]
+    assert computed == ["a", "b", "c"]

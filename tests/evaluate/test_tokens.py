@@ -9,7 +9,7 @@ import pytest
 
 from fedsim.data import world
 from fedsim.data.benchmarks import load_advbench, load_hhh, load_mt_bench
-from fedsim.data.chat import ChatFormat
+from fedsim.data.chat import ChatFormat, as_key
 from fedsim.data.xstest import load_xstest
 from fedsim.evaluate.rows import reply_row
 from fedsim.evaluate.suite import Suite
@@ -75,7 +75,14 @@ def test_nothing_is_left_to_tokenise_and_the_rows_are_the_same(suite: Suite, mon
     assert rows(shared, suite) == want
 
 
-def test_a_rank_alone_has_nothing_to_share(suite: Suite) -> None:
+def test_the_memory_holds_the_suite_and_no_more(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On one rank too; evaluations, CAI and training add nothing to it."""
     engine = FakeEngine(load_chat(EMBEDDED, "model.path"), OneRank())
     tokenise(engine, suite)  # type: ignore[arg-type]
-    assert not engine.chat._remembered
+    asked = requests(suite)
+    prompts = {as_key(conversation) for conversation, _ in asked}
+    scored = {(as_key(conversation), reply) for conversation, replies in asked for reply in replies}
+    assert len(engine.chat._remembered) == len(prompts) + len(scored)
+    monkeypatch.setattr(engine.chat, "encode", lambda text: pytest.fail("tokenised again"))
+    rows(engine, suite)
+    assert len(engine.chat._remembered) == len(prompts) + len(scored)

@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel
 
 from fedsim.attention.forward import IMPLEMENTATIONS
+from fedsim.errors import RunError
 from fedsim.generate import decode
 from fedsim.generate.decode import Decoder, Request
 from fedsim.generate.pick import pick
+from fedsim.generate.slots import Slots
 
 EOS, PAD = 259, 260
 
@@ -164,6 +166,77 @@ def test_pick_sharpens_with_temperature_and_takes_the_first_of_equals() -> None:
     level = 0.2**2 / (0.2**2 + 0.8**2)
     assert [drawn(probs.log(), [u], 0.5) for u in (level - 1e-6, level + 1e-6)] == [[0], [1]]
     assert drawn(torch.tensor([[1.0, 3.0, 3.0], [2.0, 1.0, 2.0]]), [0.9, 0.9], 0.0) == [1, 0]
+
+
+def test_probabilities_are_added_up_as_integers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA adds floating-point numbers up in an order that varies, which exact mode forbids."""
+    kinds: list[torch.dtype] = []
+    real = torch.Tensor.cumsum
+    monkeypatch.setattr(torch.Tensor, "cumsum", lambda x, **how: kinds.append(x.dtype) or real(x, **how))
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    before = logits.clone()
+    together = drawn(logits, [0.1, 0.5, 0.9], 0.7)
+    assert together == [drawn(row[None], [u], 0.7)[0] for row, u in zip(logits, [0.1, 0.5, 0.9], strict=True)]
+    assert kinds == [torch.int64] * 4 and torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("size", [3, 4, 5, 1000, 128256])
+def test_the_largest_uniform_number_draws_no_token_without_probability(size: int) -> None:
+    """All of the mass is on the first two tokens; equal weights come closest to overflowing the sum."""
+    logits = torch.full((1, size), -torch.inf)
+    logits[0, :2] = 0.0
+    assert drawn(logits, [1 - 2**-53], 1.0) == [1] and drawn(logits, [0.0], 1.0) == [0]
+    assert drawn(torch.zeros(1, size), [1 - 2**-53], 1.0) == [size - 1]
+    assert drawn(torch.zeros(1, size), [0.5], 1.0) == [size // 2]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("block", [1, 4])
+def test_infinities_of_one_row_never_reach_another(
+    make_llama: Callable[..., LlamaForCausalLM], temperature: float, block: int
+) -> None:
+    """A unit ends with an error in the middle of others; what its slots hold is nothing to the next unit's rows."""
+    model = make_llama()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[251] = torch.inf
+    healthy = [Request(prompt, row, 20) for row, prompt in enumerate(prompts([3, 9, 5, 4, 8]))]
+    broken = Request([251] * 40, 9, 20, "the broken row")
+    options: dict[str, Any] = {
+        "max_new_tokens": 20, "temperature": temperature, "eos_ids": frozenset(range(0, 240, 8)), "block": block,
+    }  # fmt: skip
+    want = Decoder(model, 4, **options).run(healthy)
+    used = Decoder(model, 4, **options)
+    with pytest.raises(RunError, match=r"^the broken row: the model's logits became NaN or infinite"):
+        used.run([*healthy[:3], broken])
+    assert any(not part.isfinite().all() for layer in used.slots._layers.values() for part in layer)
+    assert used.run(healthy) == want
+
+
+def test_a_slot_is_empty_when_a_row_gets_it(make_llama: Callable[..., LlamaForCausalLM]) -> None:
+    """Within a unit too: a row whose keys hold infinities can have logits that are numbers."""
+    slots = Slots(3, torch.device("cpu"))
+    slots.reserve(10)
+    keys, values = slots.layer(0, torch.zeros(1, 2, 4))
+    for part in (keys, values):
+        part[:, :10] = torch.nan
+    slots.lengths = [4, 5, 6]
+    slots.clear(1, 3)
+    assert slots.lengths == [4, 0, 0]
+    assert all(part[1:].isfinite().all() and part[0, :10].isnan().all() for part in (keys, values))
+    slots.clear(0, 3)
+    assert not keys.any() and not values.any()
+
+    class Spy(Decoder):
+        def _fill(self, queue: Any) -> None:
+            first = len(self._rows)
+            super()._fill(queue)
+            new = slice(first, len(self._rows))
+            nonzero = any(part[new].any() for layer in self.slots._layers.values() for part in layer)
+            assert not nonzero and not any(self.slots.lengths[new])
+
+    decoder = Spy(make_llama(), 2, max_new_tokens=9, temperature=1.0, eos_ids=frozenset(range(0, 240, 8)), block=3)
+    for _ in range(2):
+        decoder.run([Request(prompt, row, 9) for row, prompt in enumerate(prompts([3, 9, 5, 4, 8]))])
 
 
 @settings(max_examples=100, deadline=None)

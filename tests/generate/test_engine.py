@@ -11,9 +11,13 @@ from transformers import LlamaForCausalLM
 
 from fedsim import keys
 from fedsim.data.chat import ChatFormat, Conversation, assistant_turn, user_turn
+from fedsim.errors import RunError
+from fedsim.generate import decode
 from fedsim.generate import engine as engine_module
 from fedsim.generate.decode import Decoder, Made, Request, Then
-from fedsim.generate.engine import Engine, RowScore, Sampling, generation_units
+from fedsim.generate.engine import Engine, RowScore, Sampling
+from fedsim.generate.slots import Slots
+from fedsim.generate.state import State
 from fedsim.ranks import OneRank
 
 CHATS: list[Conversation] = [[user_turn("kite " * (1 + 5 * i % 7) + str(i))] for i in range(11)]
@@ -55,9 +59,34 @@ def test_replies_equal_the_decoder(make_engine: Callable[..., Engine], model: Ll
     assert len({r.truncated for r in replies}) == 2, "some end, some are cut"
 
 
-def test_who_computes_a_unit_does_not_matter(make_engine: Callable[..., Engine]) -> None:
-    here = make_engine().generate(CHATS, Sampling(1.0, 8), KEY)
-    assert make_engine(ranks=ScatteredRanks()).generate(CHATS, Sampling(1.0, 8), KEY) == here
+def test_who_computes_a_unit_does_not_matter(
+    make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Texts, and every logit of the model in fp32: slots that other units have used are as good as new ones."""
+    seen: dict[bytes, list[torch.Tensor]] = {}
+    logits: list[torch.Tensor] = []
+    real = decode.pick
+    monkeypatch.setattr(decode, "pick", lambda found, u, t: logits.append(found) or real(found, u, t))
+
+    class Kept(Decoder):
+        def run(self, starts: Sequence[Request], then: Then = lambda row, ids: None) -> list[list[Made]]:
+            logits.clear()
+            made = super().run(starts, then)
+            seen.setdefault(repr(starts).encode(), []).append(torch.cat(logits))
+            return made
+
+    class Fresh(Kept):
+        def run(self, starts: Sequence[Request], then: Then = lambda row, ids: None) -> list[list[Made]]:
+            self.slots, self.state = Slots(4, self.slots.device), State(4, 70, self.slots.device)
+            return super().run(starts, then)
+
+    found = []
+    for kind, ranks in [(Kept, OneRank()), (Kept, ScatteredRanks()), (Fresh, OneRank())]:
+        monkeypatch.setattr(engine_module, "Decoder", kind)
+        found.append(make_engine(ranks=ranks, max_context=400).generate(CHATS, Sampling(1.0, 70), KEY))
+    assert found[0] == found[1] == found[2]
+    assert len(seen) == 3 and all(len(those) == 3 for those in seen.values())
+    assert all(torch.equal(those[0], other) for those in seen.values() for other in those[1:])
 
 
 def test_key_and_seed_name_the_draws(make_engine: Callable[..., Engine]) -> None:
@@ -67,19 +96,6 @@ def test_key_and_seed_name_the_draws(make_engine: Callable[..., Engine]) -> None
     assert make_engine(seed=6).generate(CHATS, Sampling(1.0, 8), KEY) != base
     same = make_engine().generate([CHATS[0]] * 2, Sampling(1.0, 8), KEY)
     assert same[0] != same[1], "rows with one prompt have draws of their own"
-
-
-@pytest.mark.parametrize(
-    ("num_rows", "sizes"), [(0, []), (3, [3]), (11, [3, 4, 4]), (32, [4] * 8), (37, [4, 5, 4, 5, 5, 4, 5, 5])]
-)
-def test_units_are_fixed_by_length(num_rows: int, sizes: list[int]) -> None:
-    """Of batch size 4: eight units at most, of rows in descending order of length."""
-    lengths = [1 + 7 * i % 13 for i in range(num_rows)]
-    units = generation_units(lengths, 4)
-    assert sorted(i for unit in units for i in unit) == list(range(num_rows))
-    assert [len(unit) for unit in units] == sizes
-    ordered = [(-lengths[i], i) for unit in units for i in unit]
-    assert ordered == sorted(ordered)
 
 
 @pytest.mark.parametrize("max_new_tokens", [10, 32, 500])
@@ -142,3 +158,17 @@ def test_the_adapter_of_the_moment_is_used(make_adapted: Callable[..., Any]) -> 
     assert engine.generate(CHATS[:3], Sampling(0.0, 6), KEY) != before
     flat.load(start)
     assert engine.generate(CHATS[:3], Sampling(0.0, 6), KEY) == before
+
+
+def test_logits_that_are_no_numbers_end_the_run_by_name(
+    make_llama: Callable[..., LlamaForCausalLM], llama3_bytes_chat: ChatFormat
+) -> None:
+    """An embedding that overflows: the row and its stage are named, and no token is made up."""
+    model = make_llama()
+    chats: list[Conversation] = [[user_turn("kite")], [user_turn("a zebra")]]
+    with torch.no_grad():
+        model.get_input_embeddings().weight[llama3_bytes_chat.encode("z")] = torch.inf
+    engine = Engine(model, llama3_bytes_chat, OneRank(), batch_size=4, max_context=256, seed=5)
+    assert engine.generate(chats[:1], Sampling(1.0, 2), KEY)
+    with pytest.raises(RunError, match=r"advbench/3, row 1: the model's logits became NaN or infinite"):
+        engine.generate(chats, Sampling(1.0, 2), KEY)

@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from fedsim.generate.decode import Decoder, Made, Request
-from fedsim.generate.graph import Graphs
+from fedsim.generate.graph import Graphs, can_be_captured, graph_path
 
 EOS = frozenset({259, *range(0, 240, 12)})
 STARTS = [Request([11 + row] * (1 + 17 * row % 70), row, 4 + 23 * row % 61) for row in range(13)]
@@ -77,10 +77,47 @@ def test_replays_give_the_eager_tokens(
     assert graphs and max(graph.num_replays for graph in graphs) > 5
     assert len(graphs) <= 2 * num_slots.bit_length(), "one a number of rows and a capacity"
     assert decoder.graphs is not None
-    assert {size[1] for size in decoder.graphs._graphs} == {decoder.slots.capacity}, "none of slots that are outgrown"
-    num_graphs = len(graphs)
     assert run(decoder) == want, "another unit, the same slots"
-    assert len(graphs) - num_graphs <= num_slots.bit_length(), "its capacity is there from the first step on"
+    num_graphs = len(graphs)
+    assert run(decoder) == want
+    assert len(graphs) == num_graphs, "no slot has moved since, so every graph is still of use"
+
+
+def test_what_a_step_computes_depends_on_its_own_unit_alone(
+    make_llama: Callable[..., LlamaForCausalLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another unit before, with longer rows, has left longer slots: steps see as many of their positions as ever."""
+    sizes: list[tuple[int, int]] = []
+    step = Decoder._step
+    monkeypatch.setattr(Decoder, "_step", lambda self, *size: sizes.append(size) or step(self, *size))
+    model = make_llama(max_position_embeddings=1024)
+
+    def seen(decoder: Decoder, length: int) -> list[tuple[int, int]]:
+        sizes.clear()
+        decoder.run([Request([11 + row] * length, row, 60) for row in range(3)])
+        return list(sizes)
+
+    fresh = seen(replayed(model, 4, temperature=0.0, block=4)[0], 100)
+    decoder, _ = replayed(model, 4, temperature=0.0, block=4)
+    seen(decoder, 400)
+    assert decoder.slots.capacity > 400
+    assert seen(decoder, 100) == fresh
+    assert {longest for _, longest in fresh} == {128, 256}, "as few positions as the unit needs"
+
+
+@pytest.mark.parametrize(
+    ("kind", "wanted"), [("default", True), ("llama3", True), ("dynamic", False), ("longrope", False)]
+)
+def test_steps_that_ask_the_device_are_not_captured(
+    make_llama: Callable[..., LlamaForCausalLM], kind: str, wanted: bool
+) -> None:
+    scaling: dict[str, Any] = {"rope_type": kind, "rope_theta": 10000.0, "factor": 2.0}
+    if kind == "llama3":
+        scaling |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    if kind == "longrope":
+        half = make_llama().config.head_dim // 2
+        scaling |= {"short_factor": [1.0] * half, "long_factor": [2.0] * half, "original_max_position_embeddings": 64}
+    assert can_be_captured(make_llama(rope_parameters=scaling)) == wanted
 
 
 def test_the_first_step_of_a_size_is_not_captured() -> None:
@@ -111,3 +148,7 @@ def test_a_step_makes_no_lasting_tensor(make_llama: Callable[..., LlamaForCausal
         for _ in range(3):
             decoder._step(4, decoder.slots.capacity)
     assert addresses(decoder) == before
+
+
+def test_graphs_are_proved_for_one_attention_backend() -> None:
+    assert graph_path("fedsim_varlen") == "decode_graph/varlen" and graph_path("fedsim_fused") == "decode_graph/sdpa"

@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GraniteConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from fedsim.attention.forward import IMPLEMENTATIONS
 from fedsim.generate.prefix import candidate_logits, common_length, read_head
 
 CANDIDATES = [7, 90, 3]
+SIZES: dict[str, Any] = {
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.4, "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}  # fmt: skip
 
 
 def tiny_llama(attention: str = "sdpa", seed: int = 0) -> LlamaForCausalLM:
@@ -31,7 +48,7 @@ def tiny_llama(attention: str = "sdpa", seed: int = 0) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def with_lora(model: LlamaForCausalLM, targets: list[str]) -> torch.nn.Module:
+def with_lora(model: PreTrainedModel, targets: list[str]) -> torch.nn.Module:
     """The model with an adapter that changes its output."""
     torch.manual_seed(1)
     wrapped = get_peft_model(model, LoraConfig(r=3, target_modules=targets, init_lora_weights=False))
@@ -74,6 +91,44 @@ def test_adapter_is_applied_in_head_and_tail() -> None:
     base = tiny_llama()
     bare = candidate_logits(base, read_head(base, head), [tail], CANDIDATES)
     assert (adapted - bare).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("targets", [None, ["q_proj", "lm_head"]])
+@pytest.mark.parametrize(
+    "config",
+    [
+        GraniteConfig(**SIZES, logits_scaling=8.0),
+        CohereConfig(**SIZES, logit_scale=0.0625),
+        Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=2.0, attn_logit_softcapping=None),
+    ],
+    ids=["granite", "cohere", "gemma2"],
+)
+def test_the_architectures_own_scale_of_logits(config: PretrainedConfig, targets: list[str] | None) -> None:
+    """Probabilities would be too sure by far without it."""
+    torch.manual_seed(0)
+    config = copy.deepcopy(config)
+    config._attn_implementation = IMPLEMENTATIONS["sdpa"]
+    base = AutoModelForCausalLM.from_config(config).eval()
+    model = (with_lora(base, targets) if targets else base).double()
+    rng = np.random.default_rng(0)
+    head, tails = ids(rng, 9), [ids(rng, n) for n in (5, 1, 7)]
+    got = candidate_logits(model, read_head(model, head), tails, CANDIDATES)
+    want = torch.stack([plain(model, np.concatenate([head, tail])) for tail in tails])
+    assert want.std() > 0.01
+    torch.testing.assert_close(got, want, atol=1e-10, rtol=0)
+
+
+def test_a_bfloat16_models_logits_are_not_rounded_to_bfloat16() -> None:
+    """A plain head's rows are multiplied in fp32; only the candidates' ones."""
+    rng = np.random.default_rng(3)
+    model = tiny_llama().bfloat16()
+    whole_head: list[torch.Size] = []
+    head, tails = read_head(model, ids(rng, 9)), [ids(rng, 5), ids(rng, 2)]
+    model.lm_head.register_forward_hook(lambda module, args, out: whole_head.append(out.shape))
+    got = candidate_logits(model, head, tails, CANDIDATES)
+    assert got.dtype == torch.float32 and not torch.equal(got, got.bfloat16().float())
+    assert whole_head == [torch.Size([1, 2, 3])]
+    assert "forward" not in vars(model.lm_head)
 
 
 def test_head_is_reused_without_being_changed() -> None:

@@ -13,9 +13,10 @@ from fedsim.attention.forward import Rows, packed_logits
 from fedsim.attention.spans import Spans
 from fedsim.data.chat import ChatFormat, Conversation, assistant_turn, user_turn
 from fedsim.generate import decode
+from fedsim.generate import engine as engine_module
 from fedsim.generate.decode import Decoder, Made, Request, common_prefix
 from fedsim.generate.engine import Engine, Sampling
-from fedsim.generate.slots import Extending, Slots, Stepping
+from fedsim.generate.slots import GROWTH, Extending, Slots, Stepping
 from fedsim.ranks import OneRank
 
 EOS = [259, *range(0, 240, 9)]
@@ -65,12 +66,45 @@ def test_kept_turns_equal_fresh_ones(
     got = kept.converse(CHATS, FOLLOW_UPS, sampling, TURN_KEYS)
     fresh = engine_of(model, llama3_bytes_chat, max_context=max_context)
     assert got == one_by_one(fresh, sampling)
+    assert not kept.chat._remembered, "no turn comes again"
     replies = [reply for turn in got for reply in turn]
     assert len({reply.num_tokens for reply in replies}) > 4
     assert any(not reply.text for reply in replies), "an empty reply"
     assert any(reply.prompt_truncated for reply in replies) == (max_context == 120)
     spared = fresh.pop_work().tokens - (work := kept.pop_work()).tokens
     assert spared > (0 if max_context == 120 else work.tokens / 4), "most of the conversation stood in the cache"
+
+
+def test_slots_that_graphs_read_are_long_enough_from_the_beginning(
+    model: LlamaForCausalLM, llama3_bytes_chat: ChatFormat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a stand-in for CUDA's graphs: all units and turns of a call use one set of them, and of slots."""
+    captured: list[Callable[[], None]] = []
+    decoders: list[Decoder] = []
+    capacities: set[int] = set()
+
+    class Replayed:
+        def __init__(self, step: Callable[[], None]) -> None:
+            captured.append(step)
+            self.replay = step
+
+    class Kept(Decoder):
+        def run(self, starts: Sequence[Request], then: Any = lambda row, ids: None) -> list[list[Made]]:
+            decoders.append(self)
+            capacities.add(self.slots.capacity)
+            made = super().run(starts, then)
+            capacities.add(self.slots.capacity)
+            return made
+
+    want = engine_of(model, llama3_bytes_chat).converse(CHATS, FOLLOW_UPS, Sampling(1.0, 24), TURN_KEYS)
+    monkeypatch.setattr(engine_module, "Decoder", Kept)
+    monkeypatch.setattr(engine_module, "uses_graphs", lambda device, implementation: True)
+    monkeypatch.setattr(engine_module, "capture_cuda", Replayed)
+    engine = engine_of(model, llama3_bytes_chat)
+    assert engine.converse(CHATS, FOLLOW_UPS, Sampling(1.0, 24), TURN_KEYS) == want
+    assert len(decoders) == 3 and len(set(map(id, decoders))) == 1
+    assert len(capacities) == 1, "no slot moved"
+    assert 0 < len(captured) <= 3 * max(capacities) // GROWTH, "of 1, 2 and 4 rows and of each length once"
 
 
 class Spying(Decoder):

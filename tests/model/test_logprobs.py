@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    DeepseekV3Config,
+    Gemma2Config,
+    Gemma4TextConfig,
+    GPTNeoXConfig,
+    GraniteConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    OPTConfig,
+    PretrainedConfig,
+)
 
 from fedsim.attention.forward import IMPLEMENTATIONS
 from fedsim.data.batch import collate
 from fedsim.data.chat import TokenRow
 from fedsim.model.flat_adapter import FlatAdapter
-from fedsim.model.load import LoadedModel
+from fedsim.model.load import LoadedModel, LoraSettings, attach_lora
 from fedsim.model.logprobs import target_logprobs
 
 CPU = torch.device("cpu")
@@ -116,3 +130,57 @@ def test_chunks_of_the_head_change_nothing_but_memory(
         assert max(heads) == chunk and sum(heads) == 2 * len(whole[0]), "once forward, once backward"
         assert not any(shape[-1:] == (261,) for shape in kept)
     assert "forward" not in vars(loaded.base.base_model)
+
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 261, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.2, "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+HEADS: dict[str, PretrainedConfig] = {
+    "opt": OPTConfig(vocab_size=261, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
+                     max_position_embeddings=256, word_embed_proj_dim=32, init_std=0.2, dropout=0.0),
+    "neox": GPTNeoXConfig(**SIZES),
+    "mixtral": MixtralConfig(**SIZES, num_local_experts=3, sliding_window=None),
+    "deepseek": DeepseekV3Config(**{**SIZES, "num_key_value_heads": 4}, moe_intermediate_size=16, n_routed_experts=4,
+                                 n_group=2, topk_group=1, num_experts_per_tok=2, first_k_dense_replace=1,
+                                 q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=6),
+    "gemma2": Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=2.0, attn_logit_softcapping=None),
+    "gemma4": Gemma4TextConfig(**SIZES, head_dim=8, global_head_dim=16, vocab_size_per_layer_input=261,
+                               hidden_size_per_layer_input=8, num_kv_shared_layers=0, sliding_window=6,
+                               layer_types=["sliding_attention", "full_attention"], final_logit_softcapping=2.0),
+    "granite": GraniteConfig(**SIZES, logits_scaling=8.0),
+    "cohere": CohereConfig(**SIZES, logit_scale=0.25),
+}  # fmt: skip
+IN_FP32 = ("mixtral", "deepseek")  # experts have no product in fp64
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_head_in_chunks_is_the_architectures_own(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models call their bodies in many ways and want more of them than hidden states: values and gradients."""
+    torch.manual_seed(0)
+    config = copy.deepcopy(HEADS[kind])
+    config._attn_implementation = IMPLEMENTATIONS["sdpa"]
+    base = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    head = base.get_output_embeddings().requires_grad_(True)
+    target = "query_key_value" if kind == "neox" else "o_proj" if kind == "deepseek" else "q_proj"
+    model = attach_lora(base, LoraSettings(4, 8.0, 0.0, (target,)))
+    if kind not in IN_FP32:
+        model.double()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.data.normal_(std=0.2)
+    batch = collate([ROWS[0], ROWS[2], ROWS[5]], CPU)
+
+    def run() -> list[torch.Tensor]:
+        values = target_logprobs(model, batch)
+        return [values, *torch.autograd.grad((values * torch.arange(len(values))).sum(), parameters)]
+
+    whole = run()
+    calls: list[int] = []
+    head.register_forward_pre_hook(lambda module, inputs: calls.append(inputs[0].shape[1]))
+    monkeypatch.setattr("fedsim.model.logprobs.MAX_LOGITS", 261 * 5)
+    limit = 1e-5 if kind in IN_FP32 else 1e-6 if kind == "gemma4" else 1e-12
+    for found, wanted in zip(run(), whole, strict=True):
+        assert float((found - wanted).norm()) <= limit * float(wanted.norm()) and float(wanted.norm()) > 0
+    assert max(calls) == 5 and sum(calls) == 2 * len(whole[0])

@@ -17,6 +17,7 @@ from fedsim.errors import ConfigError
 from fedsim.parallel.world import World
 from fedsim.ranks import OneRank
 from fedsim.record import paper
+from fedsim.record.cai_cost import table
 
 ROOT = Path(__file__).parents[2]
 SMALL = ROOT / "tests" / "distributed" / "small.yaml"
@@ -104,7 +105,7 @@ def test_what_follows_from_an_iteration(tool: ModuleType) -> None:
 
 def test_the_papers_table(tool: ModuleType) -> None:
     assert paper.CAI_EPOCH_ITERATIONS == 1250
-    lines = {line[0]: [cell.strip() for cell in line[1:]] for line in tool.table(cost(tool)).rows}
+    lines = {line[0]: [cell.strip() for cell in line[1:]] for line in table(cost(tool)).rows}
     assert lines["iterations of an epoch"] == ["1,250", "1,250", "7"]
     assert lines["one iteration (SFT + DPO step)"] == ["3.84 s", "3 s", "3 s"]
     assert lines["a round with a whole epoch"] == ["1 h 20 min", "1 h 02 min", "21 s"]

@@ -1,31 +1,40 @@
 """Generation: one turn and CAI's three, beside Hugging Face's ``generate`` with its batch size tuned.
 
 Every row gets exactly the reply length that SQuARe's histogram draws for it, on both sides: ours by the row's limit,
-theirs by a stopping criterion per row. Both see the rows sorted by the length of their prompts.
+theirs by a stopping criterion per row. Both see the rows sorted by the length of their prompts, and both have LoRA
+beside its weights, not merged into them, as runs do.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 
 import torch
+from peft import PeftModel
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
+from fedsim.attention.choice import CUDA_ONLY
+from fedsim.attention.forward import IMPLEMENTATIONS
 from fedsim.config.measuring import EvalConfig
 from fedsim.generate.decode import Decoder, Request
 from fedsim.generate.engine import CUDA_BLOCK
-from fedsim.generate.graph import Capture, Graphs, capture_cuda
+from fedsim.generate.graph import Capture, Graphs, capture_cuda, graph_path
 from fedsim.model.cost import ModelCost, decode_work
+from tools.bench.attention import available
 from tools.bench.lengths import draw, random_ids
 from tools.bench.measure import percentiles, seconds_of, take_turns
+from tools.bench.plain_loop import PeerModel
 from tools.bench.rows import Correctness, Row, Target
-from tools.bench.stage import Bench
+from tools.bench.stage import Bench, give_memory_back
 
-BATCHES = {False: (1, 4, 8, 16, 32, 64), True: (16, 32, 64, 128, 256)}  # of theirs, by whether CUDA
-OURS = {False: (EvalConfig.batch_size, 16, 32), True: (EvalConfig.batch_size, 256)}
-ROWS = {False: 64, True: 512}
+BATCHES = {False: (16, 32, 64), True: (64, 128, 256)}  # of theirs, by whether CUDA
+OURS = {False: (EvalConfig.batch_size, 16), True: (EvalConfig.batch_size, 256)}
+ROWS = {False: 64, True: 256}
+LEAST = {False: 2, True: 1}  # repeats, however long they take
 TURNS = 3
 ASKED = 30  # tokens of a later turn's question, with the chat template's
 MEAN = 55.0
@@ -51,21 +60,34 @@ class Conversations:
         """New tokens of all turns."""
         return sum(map(sum, self.replies))
 
+    def thinned(self, count: int) -> Conversations:
+        """About ``count`` of the rows, evenly from the longest to the shortest."""
+        some, every = copy(self), max(1, len(self.prompts) // count)
+        some.prompts = self.prompts[::every]
+        some.replies = [turn[::every] for turn in self.replies]
+        some.asks = [turn[::every] for turn in self.asks]
+        return some
+
+    def least_passes(self, num_slots: int) -> int:
+        """A row's tokens come one after another, and a pass gives each slot one."""
+        chain = max(map(sum, zip(*self.replies, strict=True)))
+        return max(chain, -(-self.num_tokens // num_slots))
+
     def follow(self, turn: int, prompts: Sequence[Sequence[int]], made: Sequence[Sequence[int]]) -> list[list[int]]:
         """Prompts of ``turn``: the last one's, what was replied, and the next question."""
         return [[*p, *m, *ask] for p, m, ask in zip(prompts, made, self.asks[turn - 1], strict=True)]
 
     def ours(
-        self, model: PreTrainedModel, num_slots: int, temperature: float, capture: Capture = capture_cuda
-    ) -> tuple[list[list[list[int]]], Decoder]:
-        """Ids by row and turn; ``capture`` is of use on CUDA."""
+        self, model: PreTrainedModel, num_slots: int, temperature: float, capture: Capture | None = capture_cuda
+    ) -> list[list[list[int]]]:
+        """Ids by row and turn; ``capture`` is of use on CUDA, None takes no graphs."""
         decoder = Decoder(
             model,
             num_slots,
             max_new_tokens=max(map(max, self.replies)),
             temperature=temperature,
             eos_ids=frozenset(),
-            graphs=Graphs(capture) if self.bench.cuda else None,
+            graphs=Graphs(capture) if self.bench.cuda and capture else None,
             block=CUDA_BLOCK if self.bench.cuda else 1,
         )
         said: list[list[list[int]]] = [[prompt] for prompt in self.prompts]
@@ -80,7 +102,7 @@ class Conversations:
         starts = [Request(p, row, self.replies[0][row]) for row, p in enumerate(self.prompts)]
         made = decoder.run(starts, then)
         self.turns = [(m.num_kept, m.num_prompt, len(m.ids)) for row in made for m in row]
-        return [[turn.ids for turn in row] for row in made], decoder
+        return [[turn.ids for turn in row] for row in made]
 
     def theirs(self, model: PreTrainedModel, batch_size: int, temperature: float) -> list[list[list[int]]]:
         """Ids by row and turn, each turn a call a batch."""
@@ -98,7 +120,7 @@ class Conversations:
         return made
 
 
-class _Limits(StoppingCriteria):
+class Limits(StoppingCriteria):
     """A row is done once it has its number of tokens."""
 
     def __init__(self, start: int, limits: Sequence[int], device: torch.device) -> None:
@@ -120,7 +142,7 @@ def plain_generate(
         ids.to(model.device),
         attention_mask=mask.to(model.device),
         max_new_tokens=max(limits),
-        stopping_criteria=StoppingCriteriaList([_Limits(longest, limits, model.device)]),
+        stopping_criteria=StoppingCriteriaList([Limits(longest, limits, model.device)]),
         eos_token_id=None,
         pad_token_id=0,
         **({"do_sample": False} | sampling),
@@ -139,46 +161,49 @@ class GenerationStage:
     """See the module."""
 
     name = "generation"
-    needs_cuda = False
 
     def check(self, bench: Bench) -> list[Correctness]:
         """Greedy tokens of three turns: all equal in fp32; in bf16 most, since rounding decides between near ones."""
         rows = Conversations(bench, 12, TURNS)
-        ours, _ = rows.ours(bench.base(), 5, 0.0)
-        theirs = rows.theirs(bench.base("sdpa"), 4, 0.0)
-        whole = [(a, b) for mine, other in zip(ours, theirs, strict=True) for a, b in zip(mine, other, strict=True)]
+        own, plain = models(bench)
+        ours, theirs = rows.ours(own, 5, 0.0), rows.theirs(plain, 4, 0.0)
         if not bench.cuda:
+            whole = [(a, b) for mine, other in zip(ours, theirs, strict=True) for a, b in zip(mine, other, strict=True)]
             wrong = sum(a != b for a, b in whole) / len(whole)
             return [Correctness("share of turns whose greedy tokens are not generate's", wrong, 0.0)]
-        wrong = sum(a[:8] != b[:8] for a, b in whole[::TURNS]) / len(ours)
-        eager, _ = rows.ours(bench.base(), 5, 0.0, capture=_Called)
-        moved = sum(a != b for a, b in zip(ours, eager, strict=True)) / len(ours)
-        return [
-            Correctness("share of first turns whose first 8 greedy tokens are not generate's", wrong, 0.25),
-            Correctness(
-                "share of rows whose replayed tokens are not the eager ones", moved, 0.0, proves="decode_graph"
-            ),
-        ]
+        wrong = sum(mine[0][:8] != other[0][:8] for mine, other in zip(ours, theirs, strict=True)) / len(ours)
+        del own, plain
+        found = [Correctness("share of first turns whose first 8 greedy tokens are not generate's", wrong, 0.25)]
+        backends = [name for name in available(bench) if name in (*CUDA_ONLY, "sdpa")]
+        return [*found, *(replayed(bench, rows, IMPLEMENTATIONS[name]) for name in backends)]
 
     def time(self, bench: Bench) -> list[Row]:
-        """One turn and three, with the peer's best batch size and some of ours."""
-        own, plain = bench.base(), bench.base("sdpa")
-        found = []
-        for num_turns, name in ((1, "one turn"), (TURNS, "CAI's three turns")):
+        """One turn and three, with some numbers of slots, and the peer's best batch size for one turn."""
+        own, plain = models(bench)
+        capture = None if graph_path(own.config._attn_implementation) in bench.wrong else capture_cuda
+        size, found = 0, []
+        for num_turns, name, share in ((1, "one turn", 0.25), (TURNS, "CAI's three turns", 0.75)):
             rows = Conversations(bench, ROWS[bench.cuda], num_turns)
-            best = tuned(bench, [partial(rows.theirs, plain, size, 1.0) for size in BATCHES[bench.cuda]])
-            size = BATCHES[bench.cuda][best]
+            size = size or tuned(bench, rows, plain)
+            all_slots = sorted(set(OURS[bench.cuda]))
             calls: dict[str, Callable[[], object]] = {
-                str(n): partial(rows.ours, own, n, 1.0) for n in sorted(set(OURS[bench.cuda]))
+                str(slots): partial(rows.ours, own, slots, 1.0, capture) for slots in all_slots
             }
+            if bench.cuda:  # kernels are set up; the peer's were when it was tuned
+                for call in calls.values():
+                    call()
             calls["peer"] = partial(rows.theirs, plain, size, 1.0)
             times = take_turns(
-                calls, bench.device, repeats=bench.repeats, warmups=1 if bench.cuda else 0, budget_s=bench.budget_s
+                calls,
+                bench.device,
+                repeats=bench.repeats,
+                warmups=0,
+                budget_s=share * bench.budget_s,
+                least=LEAST[bench.cuda],
             )
-            for slots in sorted(set(OURS[bench.cuda])):
+            for slots in all_slots:
                 ours = percentiles(times[str(slots)])
-                _, decoder = rows.ours(own, slots, 1.0)
-                floor_s, words = floor(bench, own, rows.turns, decoder.passes)
+                floor_s, words = floor(bench, own, rows.turns, rows.least_passes(slots))
                 found.append(
                     Row(
                         stage=self.name,
@@ -202,16 +227,52 @@ class GenerationStage:
                         target=_target(bench, slots),
                         floor_s=floor_s,
                         floor=words,
+                        note="LoRA r 32 on q and v, not merged, on both sides",
                     )
                 )
         return found
 
 
-def tuned(bench: Bench, calls: Sequence[Callable[[], object]]) -> int:
-    """Which call is fastest, of two turns each."""
-    times = [[seconds_of(call, bench.device) for call in calls] for _ in range(2)]
-    best = [min(pair) for pair in zip(*times, strict=True)]
-    return best.index(min(best))
+def models(bench: Bench) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Ours and the peer's, with equal weights and LoRA."""
+    model, adapter = bench.adapted()
+    peer = PeerModel(bench, adapter.slots)
+    peer.load(adapter.values)
+    return inner(model), inner(peer.model)
+
+
+def inner(model: PeftModel) -> PreTrainedModel:
+    """The Hugging Face model, with LoRA in its layers."""
+    base = model.eval().get_base_model()
+    assert isinstance(base, PreTrainedModel)
+    return base
+
+
+def replayed(bench: Bench, rows: Conversations, implementation: str) -> Correctness:
+    """Greedy tokens from graphs over one attention backend, against the same steps without; a break-off fails."""
+    path = graph_path(implementation)
+    what, moved = f"{path}: share of rows whose replayed tokens are not the eager ones", math.nan
+    model = inner(bench.adapted(attention=implementation)[0])
+    try:
+        graphs, eager = rows.ours(model, 5, 0.0), rows.ours(model, 5, 0.0, capture=_Called)
+        moved = sum(a != b for a, b in zip(graphs, eager, strict=True)) / len(eager)
+    except RuntimeError as error:
+        what += f" ({type(error).__name__}: {next(iter(str(error).splitlines()), '')})"
+    del model
+    give_memory_back(bench.device)
+    return Correctness(what, moved, 0.0, proves=path, part=path)
+
+
+def tuned(bench: Bench, rows: Conversations, model: PreTrainedModel) -> int:
+    """The peer's batch size with the most tokens a second, of one call each with a quarter of the rows.
+
+    A larger batch gets as many rows as fill it.
+    """
+    speed = {}
+    for size in BATCHES[bench.cuda]:
+        some = rows.thinned(max(size, len(rows.prompts) // 4))
+        speed[size] = some.num_tokens / seconds_of(partial(some.theirs, model, size, 1.0), bench.device)
+    return max(speed, key=lambda size: speed[size])
 
 
 def floor(

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, StoppingCriteriaList
 
 from fedsim.config import GuardConfig
 from fedsim.generate.prefix import candidate_logits, read_head
 from fedsim.model.cost import ModelCost, Work
 from fedsim.model.load import LoraSettings
 from fedsim.safety.guard import units_of
+from tools.bench.generation import Limits
 from tools.bench.lengths import draw, random_ids
 from tools.bench.measure import percentiles, seconds_of, take_turns
 from tools.bench.rows import Correctness, Row, Target
@@ -24,18 +26,20 @@ from tools.bench.stage import Bench
 SHARED = 190  # tokens of Llama Guard 3's task and categories …
 CLOSING = 44  # … and of its closing instruction with the assistant's header
 MEAN = 360  # of a whole prompt
-VERDICT = 8  # tokens of "\n\nunsafe\nS1,S2" and its end, in Llama 3's tokenizer
+SAFE_TOKENS = 3  # of "\n\nsafe" and its end, in Llama 3's tokenizer …
+UNSAFE_TOKENS = (6, 7, 8)  # … and of "\n\nunsafe\nS1" up to "\n\nunsafe\nS1,S2"
 SAFE, UNSAFE = 19193, 39257  # any two tokens; modulo the vocabulary
 LORA = LoraSettings(r=16, alpha=32.0, dropout=0.0, targets=("q_proj", "v_proj"))
-BATCHES = (4, 8, 16, 32, 64)  # of generation, of which the best is taken
-BUDGETS = {False: (GuardConfig.batch_tokens,), True: (1024, 2048, 4096, 8192, 16384)}  # by whether CUDA
+ROWS = {False: 64, True: 512}  # by whether CUDA
+BATCHES = {False: (8, 16, 32), True: (32, 64)}  # of generation, of which the best is taken
+LEAST = {False: 2, True: 1}  # repeats, however long they take
+BUDGETS = {False: (GuardConfig.batch_tokens,), True: (2048, 4096, 8192, 16384)}
 
 
 class GuardStage:
     """See the module."""
 
     name = "guard"
-    needs_cuda = False
 
     def check(self, bench: Bench) -> list[Correctness]:
         """Probabilities behind the shared head and of whole prompts; verdicts of ours and of generation."""
@@ -60,19 +64,34 @@ class GuardStage:
 
     def time(self, bench: Bench) -> list[Row]:
         """All rows, tokenised; generation at its best batch size, and our own without a shared head."""
-        count = 1024 if bench.cuda else 48
+        count = ROWS[bench.cuda]
         guard = Guard(bench, count)
-        size = fastest({rows: partial(guard.generated, rows) for rows in BATCHES if rows <= count}, bench)
-        most = fastest({tokens: partial(guard.scores, most=tokens) for tokens in BUDGETS[bench.cuda]}, bench)
+        some = {rows: guard.thinned(max(rows, count // 4)) for rows in BATCHES[bench.cuda]}
+        size = fastest({rows: (partial(few.generated, rows), len(few.prompts)) for rows, few in some.items()}, bench)
+        most, few = GuardConfig.batch_tokens, guard.thinned(count // 4)
+        if len(BUDGETS[bench.cuda]) > 1:
+            most = fastest({n: (partial(few.scores, most=n), len(few.prompts)) for n in BUDGETS[bench.cuda]}, bench)
         calls: dict[str, Callable[[], Any]] = {
             "ours": lambda: guard.scores(most=most),
             "whole": lambda: guard.scores(shared=0, most=most),
             "generate": lambda: guard.generated(size),
+            "one token": lambda: guard.generated(size, verdicts=False),
         }
-        found = take_turns(calls, bench.device, repeats=bench.repeats, warmups=1, budget_s=bench.budget_s)
-        floor = guard.floor()
+        for name in ("ours", "whole"):  # kernels are set up; the peer's were when it was tuned
+            seconds_of(calls[name], bench.device)
+        found = take_turns(
+            calls,
+            bench.device,
+            repeats=bench.repeats,
+            warmups=0,
+            budget_s=bench.budget_s,
+            least=LEAST[bench.cuda],
+        )
+        floor = guard.floor(most)
         peers = {
-            "generate": f"model.generate of {VERDICT} tokens, {size} sorted rows padded left, same LoRA (transformers)",
+            "generate": f"model.generate of verdicts ({SAFE_TOKENS} tokens, or {UNSAFE_TOKENS[0]} to "
+            f"{UNSAFE_TOKENS[-1]}, half and half), {size} sorted rows padded left, same LoRA (transformers)",
+            "one token": f"model.generate of 1 token, {size} sorted rows padded left, same LoRA (transformers)",
             "whole": "ours without a shared head",
         }
         return [
@@ -106,10 +125,10 @@ def target(bench: Bench) -> Target:
     return Target("rows_per_min", 12_000.0) if bench.cuda else Target("ratio", 3.0)
 
 
-def fastest(calls: dict[int, Callable[[], object]], bench: Bench) -> int:
-    """The setting whose call takes least, of two each."""
-    best = {setting: min(seconds_of(call, bench.device) for _ in range(2)) for setting, call in calls.items()}
-    return min(best, key=lambda setting: best[setting])
+def fastest(calls: dict[int, tuple[Callable[[], object], int]], bench: Bench) -> int:
+    """The setting whose call takes least for each of its rows, which stand beside it; one call each."""
+    row_s = {setting: seconds_of(call, bench.device) / num_rows for setting, (call, num_rows) in calls.items()}
+    return min(row_s, key=lambda setting: row_s[setting])
 
 
 class Guard:
@@ -128,6 +147,12 @@ class Guard:
         head = random_ids(SHARED, vocab, "head")
         self.prompts = [np.asarray(head + random_ids(n, vocab, "tail", i), np.int32) for i, n in enumerate(lengths)]
 
+    def thinned(self, count: int) -> Guard:
+        """The same guard with about ``count`` of the rows, evenly from the shortest to the longest."""
+        some = copy(self)
+        some.prompts = self.prompts[:: max(1, len(self.prompts) // count)]
+        return some
+
     def scores(self, shared: int = SHARED, most: int = GuardConfig.batch_tokens) -> torch.Tensor:
         """Logits ``[rows, 2]``, as :class:`fedsim.safety.guard.LlamaGuard` computes them."""
         tails = [prompt[shared:] for prompt in self.prompts]
@@ -136,23 +161,30 @@ class Guard:
         return torch.cat([candidate_logits(self.model, head, [tails[i] for i in unit], self.pair) for unit in units])
 
     @torch.no_grad()
-    def generated(self, rows: int, forced: bool = False) -> list[list[int]]:
-        """New tokens of each prompt, greedily; ``forced``: the first is one of the two words."""
+    def generated(self, rows: int, forced: bool = False, verdicts: bool = True) -> list[list[int]]:
+        """New tokens of each prompt, greedily.
+
+        Args:
+            forced: the first is one of the two words.
+            verdicts: as long as :func:`verdict_lengths`, else one token, which says as much.
+        """
         base = peer(self.model)
+        lengths = verdict_lengths(len(self.prompts)) if verdicts else [1] * len(self.prompts)
         out: list[list[int]] = []
         for start in range(0, len(self.prompts), rows):
             batch = self.prompts[start : start + rows]
-            out += generate(base, batch, self.pair if forced else None, self.bench.device)
+            allowed = self.pair if forced else None
+            out += generate(base, batch, lengths[start : start + rows], allowed, self.bench.device)
         return out
 
-    def floor(self) -> float:
-        """Seconds at the device's peak."""
+    def floor(self, most: int) -> float:
+        """Seconds at the device's peak, with ``most`` tokens of a pass."""
         base = peer(self.model)
         cost, tails = ModelCost.of(base), [len(prompt) - SHARED for prompt in self.prompts]
         work = Work(
             tokens=SHARED + sum(tails),
             pairs=SHARED**2 + sum(tail * (SHARED + tail) for tail in tails),
-            passes=1 + len(units_of(tails, GuardConfig.batch_tokens)),
+            passes=1 + len(units_of(tails, most)),
         )
         effort, peak = cost.forward(work), self.bench.peak()
         config = base.config
@@ -169,10 +201,15 @@ def peer(model: PeftModel) -> PreTrainedModel:
     return base
 
 
+def verdict_lengths(count: int) -> list[int]:
+    """Tokens of each verdict: every other row is safe; random weights would never end one."""
+    return [SAFE_TOKENS if i % 2 == 0 else UNSAFE_TOKENS[i // 2 % len(UNSAFE_TOKENS)] for i in range(count)]
+
+
 def generate(
-    base: Any, batch: Sequence[np.ndarray], allowed: list[int] | None, device: torch.device
+    base: Any, batch: Sequence[np.ndarray], lengths: Sequence[int], allowed: list[int] | None, device: torch.device
 ) -> list[list[int]]:
-    """One padded batch through transformers' generate, with transformers' own attention."""
+    """One padded batch through transformers' generate, with transformers' own attention; ends when all rows have."""
     longest = max(map(len, batch))
     ids = torch.zeros(len(batch), longest, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -186,11 +223,12 @@ def generate(
             ids.to(device),
             attention_mask=mask.to(device),
             do_sample=False,
-            max_new_tokens=VERDICT,
+            max_new_tokens=max(lengths),
+            eos_token_id=None,
+            stopping_criteria=StoppingCriteriaList([Limits(longest, lengths, device)]),
             pad_token_id=0,
             prefix_allowed_tokens_fn=None if allowed is None else lambda _row, _ids: allowed,
         )
     finally:
         base.set_attn_implementation(ours)
-    new: list[list[int]] = made[:, longest:].tolist()
-    return new
+    return [row[longest : longest + length] for row, length in zip(made.tolist(), lengths, strict=True)]

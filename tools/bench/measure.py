@@ -33,6 +33,25 @@ def seconds_of(call: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
+def launches(call: Callable[[], object], repeats: int, together: int = 20) -> list[float]:
+    """Seconds of one call's kernels on CUDA, ``repeats`` times the mean of ``together`` calls between two events.
+
+    A call takes less than a host needs to synchronise, so that a clock around it would time the host.
+    """
+    for _ in range(3):
+        call()
+    found = []
+    for _ in range(repeats):
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        for _ in range(together):
+            call()
+        last.record()
+        last.synchronize()
+        found.append(first.elapsed_time(last) / 1e3 / together)
+    return found
+
+
 def take_turns(
     calls: Mapping[str, Callable[[], object]],
     device: torch.device,

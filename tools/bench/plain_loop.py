@@ -9,7 +9,7 @@ from peft import PeftModel
 from torch.nn import functional as F
 
 from fedsim.data.chat import TokenRow
-from fedsim.model.flat_adapter import FlatAdapter, Slot
+from fedsim.model.flat_adapter import Slot
 from fedsim.model.load import LoraSettings, attach_lora
 from fedsim.train.objectives import Preference
 from tools.bench.stage import PAPER_LORA, Bench
@@ -20,9 +20,9 @@ PAD = 0
 class PeerModel:
     """A model for peers: transformers' own SDPA attention, LoRA as PEFT makes it, weights equal to fedsim's."""
 
-    def __init__(self, bench: Bench, adapter: FlatAdapter, lora: LoraSettings = PAPER_LORA) -> None:
+    def __init__(self, bench: Bench, slots: Sequence[Slot], lora: LoraSettings = PAPER_LORA) -> None:
         self.model: PeftModel = attach_lora(bench.base("sdpa"), lora)
-        self.slots: tuple[Slot, ...] = adapter.slots
+        self.slots: tuple[Slot, ...] = tuple(slots)
         self.device = bench.device
 
     def load(self, vector: torch.Tensor) -> None:

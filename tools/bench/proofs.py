@@ -12,6 +12,10 @@ from fedsim.proved import LIST, Proof, proofs
 from tools.bench.rows import Correctness
 
 
+class Refused(Exception):
+    """Why what was shown right is not entered."""
+
+
 def enter(checks: Sequence[Correctness], facts: Mapping[str, Any], row: str, path: Path = LIST) -> list[str]:
     """Write an entry for each CUDA path of which all checks have passed, in place of an older one of that path.
 
@@ -22,6 +26,9 @@ def enter(checks: Sequence[Correctness], facts: Mapping[str, Any], row: str, pat
 
     Returns:
         The paths.
+
+    Raises:
+        Refused: there is something to enter, but not what was compared: the commit is unknown, or files were changed.
     """
     worst: dict[str, float] = {}
     failed = {check.proves for check in checks if not check.passed}
@@ -29,11 +36,14 @@ def enter(checks: Sequence[Correctness], facts: Mapping[str, Any], row: str, pat
         if check.proves and check.proves not in failed:
             worst[check.proves] = max(worst.get(check.proves, 0.0), check.error)
     if worst:
+        commit = facts["commit"]
+        if commit is None:
+            raise Refused(f"{', '.join(sorted(worst))}: the commit is unknown; name it with --commit")
+        if "dirty" in commit:
+            raise Refused(f"{', '.join(sorted(worst))}: files differ from commit {commit}; commit them first")
         kept = [proof for proof in proofs() if proof.path not in worst]
         new = [
-            Proof(
-                name, facts["device"], facts["versions"]["torch"], facts["date"][:10], str(facts["commit"]), error, row
-            )
+            Proof(name, facts["device"], facts["versions"]["torch"], facts["date"][:10], commit, error, row)
             for name, error in worst.items()
         ]
         entries = [asdict(proof) for proof in sorted([*kept, *new], key=lambda proof: proof.path)]

@@ -28,12 +28,14 @@ class Correctness:
         error: the distance; NaN fails.
         limit: the largest distance that passes.
         proves: the CUDA path that it speaks for (:mod:`fedsim.proved`); "" for none.
+        part: what of the stage is not timed if it fails; "" for all of it.
     """
 
     what: str
     error: float
     limit: float
     proves: str = ""
+    part: str = ""
 
     @property
     def passed(self) -> bool:
@@ -69,7 +71,8 @@ class Row:
         repeats: calls that were timed.
         setup_s: seconds before the first call that the timings leave out.
         peer: what ours is compared with, and its settings; None without a peer.
-        peer_seconds: the same percentiles; None where the peer is not installed.
+        peer_seconds: the same percentiles; None where the peer could not be timed.
+        peer_absent: why not: "not installed", "no room on the GPU".
         peer_setup_s: the peer's seconds before its first call.
         ratio: peer's p50 / ours p50, of calls that took turns.
         figures: other results, such as {"rows_per_min": 12000.0}.
@@ -88,6 +91,7 @@ class Row:
     setup_s: float | None = None
     peer: str | None = None
     peer_seconds: Percentiles | None = None
+    peer_absent: str = ""
     peer_setup_s: float | None = None
     figures: Mapping[str, float] = field(default_factory=dict)
     target: Target | None = None

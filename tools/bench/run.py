@@ -1,6 +1,8 @@
 """Run the benchmark's stages on this machine and print one table: ``python tools/bench/run.py [--stages a,b]``.
 
-Each stage first compares its results with a reference; one that fails is named, not timed, and makes the exit status 1.
+Each stage first compares its results with a reference. What is wrong is named and not timed, a stage that breaks off
+is named with its error, and the others go on; both make the exit status 1. A stage that would begin after --minutes is
+left out. Only a clean tree of a known commit, whose rows are written below it, enters what a GPU has shown right.
 The rows go to ``tools/bench/results/<device>/<stage>.json``. With a GPU the model is Llama-3.1-8B in bfloat16, without
 one a Llama of 5.8 M parameters in float32; both have random weights.
 """
@@ -15,6 +17,7 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,22 +29,24 @@ import torch  # noqa: E402
 
 from fedsim.record.manifest import git_state, hardware, package_versions  # noqa: E402
 from tools.bench import models  # noqa: E402
-from tools.bench.proofs import enter  # noqa: E402
+from tools.bench.proofs import Refused, enter  # noqa: E402
 from tools.bench.rows import StageResult  # noqa: E402
-from tools.bench.stage import Bench, Stage, memory_given_back  # noqa: E402
+from tools.bench.stage import Bench, LeftOut, Stage, memory_given_back  # noqa: E402
 from tools.bench.table import table  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
-STAGES: tuple[str, ...] = (
-    "attention",
-    "local_step",
-    "wide_lane",
-    "guard",
-    "generation",
-    "cai_iteration",
-    "aggregation",
-    "engine",
-)
+SHARES: dict[str, tuple[float, float]] = {  # seconds of 8 minutes, on a CPU and on a GPU
+    "attention": (5, 15),
+    "local_step": (90, 60),
+    "wide_lane": (15, 30),
+    "guard": (50, 90),
+    "generation": (80, 120),
+    "cai_iteration": (100, 60),
+    "aggregation": (13, 20),
+    "engine": (120, 85),
+}
+STAGES = tuple(SHARES)
+MINUTES = 8.0
 WRITTEN = ("tools/bench/results", "kernels/proved.json", "README.md")  # by this tool, not what it measures
 PACKAGES = ("torch", "transformers", "peft", "trl", "triton", "numpy")
 
@@ -58,8 +63,8 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def facts_of(bench: Bench) -> dict[str, Any]:
-    """Where and with what the figures are measured."""
+def facts_of(bench: Bench, commit: str | None = None) -> dict[str, Any]:
+    """Where and with what the figures are measured; ``commit`` is of a tree that is no clone."""
     there, git = hardware(), git_state(ROOT, WRITTEN)
     peak = bench.peak()
     return {
@@ -68,14 +73,14 @@ def facts_of(bench: Bench) -> dict[str, Any]:
         "threads": bench.threads,
         "model": bench.size.name,
         "versions": {"python": platform.python_version(), **package_versions(PACKAGES)},
-        "commit": None if git is None else git["commit"] + (" (dirty)" if git["modified"] else ""),
+        "commit": commit if git is None else git["commit"] + (" (dirty)" if git["modified"] else ""),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "peak": {"flops_per_s": peak.flops, "bytes_per_s": peak.bytes_per_s, "source": peak.source},
     }
 
 
 def run_stage(stage: Stage, bench: Bench, facts: Mapping[str, Any]) -> StageResult:
-    """Check, then time if all is correct."""
+    """Check, then time what is correct."""
     began = time.perf_counter()
     bench.say(f"{stage.name}: checking")
     with memory_given_back(bench):
@@ -83,37 +88,72 @@ def run_stage(stage: Stage, bench: Bench, facts: Mapping[str, Any]) -> StageResu
     for check in checks:
         outcome = "ok" if check.passed else "FAILED"
         bench.say(f"  {outcome}: {check.what}: {check.error:.2g} (limit {check.limit:.2g})")
+    wrong = frozenset(check.part for check in checks if not check.passed)
     rows = []
-    if all(check.passed for check in checks):
+    if "" not in wrong:
         bench.say(f"{stage.name}: timing")
+        left = max(0.0, bench.budget_s - (time.perf_counter() - began))
         with memory_given_back(bench):
-            rows = stage.time(bench)
+            rows = stage.time(replace(bench, budget_s=left, wrong=wrong))
     bench.say(f"{stage.name}: {time.perf_counter() - began:.0f} s")
     return StageResult(stage.name, facts, checks, rows)
 
 
-def run(stages: Sequence[Stage], bench: Bench, out: Path) -> int:
-    """Run stages, write a file for each that is correct, print the table; the exit status."""
-    facts = facts_of(bench)
+def run(
+    stages: Sequence[Stage], bench: Bench, out: Path, minutes: float | None = None, commit: str | None = None
+) -> int:
+    """Run stages, write a file for each that was timed, print the table; the exit status.
+
+    Args:
+        minutes: of the whole run, of which stages get their shares; None: each takes what ``bench`` allows a stage.
+        commit: see :func:`facts_of`.
+    """
+    began = time.perf_counter()
+    facts = facts_of(bench, commit)
     results, failed = [], []
     for stage in stages:
-        if stage.needs_cuda and not bench.cuda:
-            bench.say(f"{stage.name}: left out, it needs a CUDA device")
+        given = bench
+        if minutes is not None:
+            if time.perf_counter() - began > 60 * minutes:
+                bench.say(f"{stage.name}: left out, the {minutes:g} minutes are over")
+                continue
+            given = replace(bench, budget_s=SHARES[stage.name][bench.cuda] * minutes / MINUTES)
+        try:
+            result = run_stage(stage, given, facts)
+        except LeftOut as why:
+            bench.say(f"{stage.name}: left out: {why}")
             continue
-        result = run_stage(stage, bench, facts)
-        if all(check.passed for check in result.correctness):
+        except Exception as error:  # whatever ends one stage, the others are measured
+            what = next(iter(str(error).splitlines()), "")
+            bench.say(f"{stage.name}: FAILED: {type(error).__name__}: {what}")
+            failed.append(f"{stage.name} ({type(error).__name__})")
+            continue
+        failed += [
+            f"{stage.name} ({part})" if part else stage.name
+            for part in sorted({check.part for check in result.correctness if not check.passed})
+        ]
+        if result.rows:
             file = out / f"{stage.name}.json"
             result.write(file)
             results.append(result)
-            if bench.cuda and file.is_relative_to(ROOT):
-                for path in enter(result.correctness, facts, file.relative_to(ROOT).as_posix()):
-                    bench.say(f"  {path}: shown right, entered into kernels/proved.json")
-        else:
-            failed.append(stage.name)
+            if bench.cuda:
+                _enter(result, facts, file, bench)
     bench.say(table(results).plain())
     if failed:
-        bench.say(f"not timed, because a check failed: {', '.join(failed)}")
+        bench.say(f"wrong or broken off: {', '.join(failed)}")
     return 1 if failed else 0
+
+
+def _enter(result: StageResult, facts: Mapping[str, Any], file: Path, bench: Bench) -> None:
+    """Enter what a stage has shown right, or say why not."""
+    if not file.is_relative_to(ROOT):
+        bench.say(f"  nothing is entered into kernels/proved.json: {file} is not below {ROOT}")
+        return
+    try:
+        for path in enter(result.correctness, facts, file.relative_to(ROOT).as_posix()):
+            bench.say(f"  {path}: shown right, entered into kernels/proved.json")
+    except Refused as why:
+        bench.say(f"  not entered into kernels/proved.json: {why}")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -121,19 +161,24 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="tools/bench/run.py", description=(__doc__ or "").partition("\n\n")[2])
     parser.add_argument("--stages", default=",".join(STAGES), help="which, by name, separated by commas (all)")
     parser.add_argument("--out", type=Path, help="folder for the rows (tools/bench/results/DEVICE)")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="what the whole run should take (8)")
+    parser.add_argument("--commit", help="hash of the commit that this tree is of, where it has no .git")
     parser.add_argument("--repeats", type=int, default=20, help="timed calls of each piece of work, where affordable")
     parser.add_argument("--threads", type=int, default=2, help="of torch, without a GPU")
     found = parser.parse_args(arguments)
     names = [name for name in found.stages.split(",") if name]
     if unknown := [name for name in names if name not in STAGES]:
         parser.error(f"--stages: no stage {', '.join(unknown)}; choose from {', '.join(STAGES)}")
+    if found.commit is not None and (ROOT / ".git").exists():
+        parser.error("--commit: this tree has a .git, which tells the commit; leave the argument out")
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", 0) if cuda else torch.device("cpu")
     torch.set_num_threads(found.threads)
     warnings.simplefilter("ignore", FutureWarning)  # what peers' libraries say of each other's names
     bench = Bench(device, models.GPU if cuda else models.CPU, found.threads, found.repeats)
-    place = slug(torch.cuda.get_device_name(device)) if cuda else f"cpu-{found.threads}-threads"
-    return run([load_stage(name) for name in names], bench, found.out or RESULTS / place)
+    name = torch.cuda.get_device_name(device) if cuda else f"{hardware()['cpu']} {found.threads} threads"
+    out = RESULTS / slug(name) if found.out is None else found.out.resolve()
+    return run([load_stage(name) for name in names], bench, out, found.minutes, found.commit)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ class Bench:
         repeats: timed calls of each piece of work, where affordable.
         budget_s: what the timed calls of one stage may take together, roughly.
         say: shows a line of progress.
+        wrong: parts of the stage whose check failed, which are not timed.
     """
 
     device: torch.device
@@ -42,6 +44,7 @@ class Bench:
     repeats: int = 20
     budget_s: float = 60.0
     say: Callable[[str], None] = field(default=print)
+    wrong: frozenset[str] = frozenset()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -71,9 +74,9 @@ class Bench:
             attention = choose(wanted, self.size.llama(), self.dtype, self.device).implementation
         return build(self.size, self.dtype, self.device, attention)
 
-    def adapted(self, lora: LoraSettings = PAPER_LORA) -> tuple[PeftModel, FlatAdapter]:
-        """A new base model of fedsim's own with LoRA in a flat adapter, at :func:`start_vector`."""
-        model = attach_lora(self.base(), lora)
+    def adapted(self, lora: LoraSettings = PAPER_LORA, attention: str | None = None) -> tuple[PeftModel, FlatAdapter]:
+        """A new base model with LoRA in a flat adapter, at :func:`start_vector`; ``attention`` as of :meth:`base`."""
+        model = attach_lora(self.base(attention), lora)
         adapter = FlatAdapter(model)
         adapter.load(start_vector(adapter))
         return model, adapter
@@ -93,6 +96,10 @@ def start_vector(adapter: FlatAdapter) -> torch.Tensor:
     return vector
 
 
+class LeftOut(Exception):
+    """Why a stage cannot be run here."""
+
+
 class Stage(Protocol):
     """One stage: correctness first, timings after."""
 
@@ -101,13 +108,12 @@ class Stage(Protocol):
         """The stage's name, as its file is called."""
         ...
 
-    @property
-    def needs_cuda(self) -> bool:
-        """Whether it has nothing to say on a CPU."""
-        ...
-
     def check(self, bench: Bench) -> list[Correctness]:
-        """Compare with the reference, at a size that is quick; the timings are taken only if all pass."""
+        """Compare with the reference, at a size that is quick; only what passes is timed.
+
+        Raises:
+            LeftOut: the stage cannot be run here.
+        """
         ...
 
     def time(self, bench: Bench) -> list[Row]:
@@ -129,5 +135,11 @@ def memory_given_back(bench: Bench) -> Iterator[None]:
     try:
         yield
     finally:
-        if bench.cuda:
-            torch.cuda.empty_cache()
+        give_memory_back(bench.device)
+
+
+def give_memory_back(device: torch.device) -> None:
+    """Free what nobody refers to: models are part of reference cycles, which only the collector ends."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()

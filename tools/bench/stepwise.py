@@ -12,6 +12,9 @@ from statistics import median
 import torch
 
 from tools.bench.measure import synchronise
+from tools.bench.stage import give_memory_back
+
+NO_ROOM = "no room on the GPU"
 
 
 @dataclass(frozen=True)
@@ -86,8 +89,12 @@ def runs_in_turns(
         names = list(found)
         start = turn % len(names)
         for name in names[start:] + names[:start]:
+            full = False
             try:
                 found[name] += time_steps(partial(runs[name], turn), device, phases)
             except torch.cuda.OutOfMemoryError:
+                full = True
+            if full:  # after the handler, whose traceback holds the run's tensors
                 del found[name]
+                give_memory_back(device)
     return found

@@ -30,14 +30,13 @@ def readme_table(results: Sequence[StageResult]) -> Table:
 
 
 def _line(row: Row) -> list[str]:
-    missing = "not installed" if row.peer is not None and row.seconds is not None else NONE
     fraction = row.fraction_of_floor
     return [
         row.stage,
         row.name,
         row.peer or NONE,
         NONE if row.seconds is None else seconds(row.seconds.p50),
-        missing if row.peer_seconds is None else seconds(row.peer_seconds.p50),
+        row.peer_absent or NONE if row.peer_seconds is None else seconds(row.peer_seconds.p50),
         NONE if row.ratio is None else f"{row.ratio:.2f} x",
         ", ".join(f"{name} {value:.3g}" for name, value in row.figures.items()) or NONE,
         NONE if row.target is None else goal(row.target, row.reached),

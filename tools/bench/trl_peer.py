@@ -2,7 +2,7 @@
 
 Two settings: what OpenFedLLM's script sets (commit 14c6af2 of rui-ye/OpenFedLLM, config.py and training_scripts/
 run_sft.sh: gradient checkpointing, a log every 100 steps, constant rate), the rest TRL's defaults; and equal settings:
-no checkpointing, no logs, no preparation of rows that are ready.
+no checkpointing, no logs, no preparation of rows that are ready, with padding and without.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # a trainer would report
 
 CHECKPOINTED = "gradient checkpointing, TRL's and OpenFedLLM's default"
 EQUAL = "equal settings"
+PADDING_FREE = "equal settings, padding-free"
 
 
 class _Marks(TrainerCallback):
@@ -58,8 +59,14 @@ def sft(
     mark: Callable[[], None],
     *,
     equal: bool,
+    padding_free: bool = False,
 ) -> list[torch.Tensor]:
-    """A new SFTTrainer, one step a batch; the losses."""
+    """A new SFTTrainer, one step a batch; the losses.
+
+    Args:
+        padding_free: rows of a batch end to end. TRL advises flash attention for it; with the peer's SDPA, transformers
+            makes a mask of the positions, and the results are the same.
+    """
     import datasets
     import trl
 
@@ -72,8 +79,13 @@ def sft(
         "input_ids": [row.input_ids.tolist() for row in rows],
         "labels": [np.where(row.loss_mask, row.input_ids, -100).tolist() for row in rows],
     }
-    own: dict[str, Any] = {"dataset_kwargs": {"skip_prepare_dataset": True}} if equal else {}
-    args = trl.SFTConfig(**_arguments(peer, batches, lr, folder, equal), max_length=512, **own)
+    own: dict[str, Any] = {"max_length": None if padding_free else 512, "padding_free": padding_free}
+    if equal:
+        own["dataset_kwargs"] = {"skip_prepare_dataset": True}
+    args = trl.SFTConfig(
+        **_arguments(peer, batches, lr, folder, equal),
+        **own,
+    )
     trainer = Trainer(
         model=peer.model,
         args=args,

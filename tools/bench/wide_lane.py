@@ -35,7 +35,6 @@ class WideLane:
     """The stage."""
 
     name = "wide_lane"
-    needs_cuda = False
 
     def check(self, bench: Bench) -> list[Correctness]:
         """The members' gradients of one batch add up to the whole batch's."""

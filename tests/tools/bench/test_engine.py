@@ -12,6 +12,8 @@ from fedsim import keys
 from fedsim.parallel.sums import Summer
 from fedsim.ranks import Term
 from tools.bench import engine
+from tools.bench.models import MICRO
+from tools.bench.stage import Bench, LeftOut
 
 
 def repeated(work: Callable[[], object], seconds: float = 0.15) -> None:
@@ -53,13 +55,30 @@ def test_shares_leave_waiting_out_and_add_over_the_ranks() -> None:
         {"places": [["model", "a", 2.0], ["engine", "d", 0.5], ["engine", "b", 0.5]]},
     ]
     found = engine.shares({"ranks": ranks})
-    assert found == {"model_s": 8.0, "engine_s": 2.0, "waiting_s": 50.0, "share": 0.2}
+    assert found == {"model_s": 8.0, "engine_s": 2.0, "waiting_s": 50.0, "share": 0.2, "strict_share": 0.2}
     assert engine.causes({"ranks": ranks}, "engine") == {"b": 1.5, "d": 0.5}
 
 
-def test_a_row_has_the_target() -> None:
-    ranks = [{"places": [["model", "a", 19.0], ["engine", "b", 1.0]], "marks": {"first_step_s": 9.0}}]
-    row = engine.row({"ranks": ranks, "num_rounds": 4}, 1, "warm")
-    assert row.reached is True and row.figures["first_step_s"] == 9.0
-    ranks[0]["places"][1][2] = 2.0  # type: ignore[index]
-    assert engine.row({"ranks": ranks, "num_rounds": 4}, 1, "warm").reached is False
+def test_the_strict_share_counts_passes_optimizer_and_sampling_alone() -> None:
+    places = [["model", "fedsim/train/loop.py::run", 6.0], ["engine", "b", 1.0]]
+    places += [["model", "fedsim/parallel/sums.py::sum", 2.0], ["model", "fedsim/federation/scaffold.py::x", 1.0]]
+    found = engine.shares({"ranks": [{"places": places}]})
+    assert found["share"] == 0.1 and found["strict_share"] == 0.4
+
+
+@pytest.mark.parametrize(("device", "share", "seconds"), [("cpu", 0.05, 15.0), ("cuda", 0.03, 60.0)])
+def test_rows_have_their_targets(device: str, share: float, seconds: float) -> None:
+    ranks = [{"places": [["model", "a", 1 - share], ["engine", "b", share]], "marks": {"first_step_s": seconds}}]
+    found = {"ranks": ranks, "num_rounds": 4, "dtype": "float32", "threads": 2, "device": device}
+    assert [row.reached for row in engine.rows_of(found, 1, "warm")] == [True, True]
+    ranks[0]["places"][1][2] *= 1.2  # type: ignore[index]
+    ranks[0]["marks"]["first_step_s"] += 1  # type: ignore[index]
+    rows = engine.rows_of(found, 1, "warm")
+    assert [row.reached for row in rows] == [False, False] and rows[0].shapes["threads"] == 2
+
+
+def test_without_datasets_the_stage_says_why_it_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "installed", lambda library: library != "datasets")
+    bench = Bench(torch.device("cpu"), MICRO, threads=1, say=lambda line: None)
+    with pytest.raises(LeftOut, match="datasets, which is not installed"):
+        engine.STAGE.check(bench)

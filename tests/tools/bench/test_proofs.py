@@ -14,10 +14,10 @@ from fedsim import proved
 from fedsim.attention.backends import BACKENDS, Scores, Sdpa
 from fedsim.attention.spans import Spans
 from tools.bench.attention import Heads, distances
-from tools.bench.proofs import enter
+from tools.bench.proofs import Refused, enter
 from tools.bench.rows import Correctness
 
-FACTS = {"device": "NVIDIA X", "versions": {"torch": "9.9"}, "date": "2030-01-02T03:04:05", "commit": "abc"}
+FACTS = {"device": "NVIDIA X", "versions": {"torch": torch.__version__}, "date": "2030-01-02T03:04:05", "commit": "abc"}
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_a_path_is_entered_with_its_worst_error(listed: Path) -> None:
     assert enter(checks, FACTS, "tools/bench/results/x/attention.json", listed) == ["varlen"]
     (entry,) = json.loads(listed.read_text())
     assert entry == {
-        "path": "varlen", "device": "NVIDIA X", "torch": "9.9", "date": "2030-01-02", "commit": "abc",
+        "path": "varlen", "device": "NVIDIA X", "torch": torch.__version__, "date": "2030-01-02", "commit": "abc",
         "max_relative_error": 4e-3, "row": "tools/bench/results/x/attention.json",
     }  # fmt: skip
     assert proved.is_proved("varlen") and not proved.is_proved("other")
@@ -62,7 +62,16 @@ def test_nothing_is_entered_for_a_run_that_proves_nothing(listed: Path) -> None:
     assert listed.read_text() == "[]"
 
 
-@pytest.mark.parametrize("fault", ["values", "gradient", "slots"])
+@pytest.mark.parametrize("commit", [None, "abc (dirty)"])
+def test_a_tree_that_nobody_can_get_again_proves_nothing(listed: Path, commit: str | None) -> None:
+    checks = [Correctness("a", 0.0, 1.0, proves="varlen")]
+    with pytest.raises(Refused, match="varlen"):
+        enter(checks, {**FACTS, "commit": commit}, "r", listed)
+    assert enter([Correctness("a", 0.0, 1.0)], {**FACTS, "commit": commit}, "r", listed) == []
+    assert listed.read_text() == "[]"
+
+
+@pytest.mark.parametrize("fault", ["values", "gradient", "nan", "slots"])
 def test_the_attention_check_sees_a_wrong_backend(fault: str) -> None:
     """Each fault shows in the case that it is in."""
 
@@ -71,6 +80,8 @@ def test_the_attention_check_sees_a_wrong_backend(fault: str) -> None:
             out = super().spans(query, key, value, spans, scores)
             if fault == "values":
                 return out * 1.001
+            if fault == "nan":  # the gradient of keys alone
+                key.register_hook(lambda grad: torch.full_like(grad, torch.nan))
             return out + 0.001 * (value.sum() - value.detach().sum()) if fault == "gradient" else out
 
         def slots(self, query: Any, keys: Any, values: Any, lengths: Any, longest: int, scores: Scores) -> torch.Tensor:
@@ -80,5 +91,5 @@ def test_the_attention_check_sees_a_wrong_backend(fault: str) -> None:
     heads, cpu = Heads(4, 2, 8), torch.device("cpu")
     right = distances(BACKENDS["sdpa"], heads, torch.float32, cpu)
     assert max(right.values()) < 1e-6 and len(right) == 4
-    wrong = {what for what, error in distances(Wrong(), heads, torch.float32, cpu).items() if error > 1e-4}
+    wrong = {what for what, error in distances(Wrong(), heads, torch.float32, cpu).items() if not error <= 1e-4}
     assert wrong == ({"a step of decoding"} if fault == "slots" else set(right) - {"a step of decoding"})

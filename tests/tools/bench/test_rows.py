@@ -61,7 +61,7 @@ def test_a_check_passes_up_to_its_limit(error: float, passed: bool) -> None:
 
 
 def test_the_table_has_a_line_a_row() -> None:
-    absent = changed(peer_seconds=None)
+    absent = changed(peer_seconds=None, peer_absent="not installed")
     lines = table([StageResult("local_step", {}, [], [ROW, absent])]).plain().splitlines()
     assert len(lines) == 4
     assert "2.50 x" in lines[2] and "ratio ≥ 1.8: reached" in lines[2] and "25 %" in lines[2] and "250 ms" in lines[2]

@@ -11,7 +11,7 @@ import torch
 from tools.bench import run
 from tools.bench.models import CPU, GPU, MICRO, build
 from tools.bench.rows import Correctness, Percentiles, Row, StageResult
-from tools.bench.stage import Bench
+from tools.bench.stage import Bench, LeftOut
 
 
 @dataclass
@@ -20,14 +20,18 @@ class FakeStage:
 
     name: str = "fake"
     error: float = 0.0
-    needs_cuda: bool = False
+    part: str = ""
+    breaks: Exception | None = None
     timed: list[str] = field(default_factory=list)
 
     def check(self, bench: Bench) -> list[Correctness]:
-        return [Correctness("fine", 0.0, 1.0), Correctness("ours and theirs", self.error, 1.0)]
+        if self.breaks is not None:
+            raise self.breaks
+        return [Correctness("fine", 0.0, 1.0), Correctness("ours and theirs", self.error, 1.0, part=self.part)]
 
     def time(self, bench: Bench) -> list[Row]:
         self.timed.append(self.name)
+        assert bench.wrong == ({self.part} if self.error > 1 else set())
         return [Row(self.name, "work", bench.dtype_name, {}, Percentiles(1.0, 1.0, 1.0), repeats=1)]
 
 
@@ -54,11 +58,47 @@ def test_a_stage_that_is_wrong_is_not_timed_and_fails_the_run(tmp_path: Path) ->
     assert any("FAILED: ours and theirs" in line for line in said) and "wrong" in said[-1]
 
 
-def test_a_stage_for_gpus_is_left_out_on_a_cpu(tmp_path: Path) -> None:
+def test_a_part_that_is_wrong_fails_the_run_but_not_the_other_parts(tmp_path: Path) -> None:
     said: list[str] = []
-    stage = FakeStage(needs_cuda=True)
-    assert run.run([stage], bench(said), tmp_path) == 0
-    assert not stage.timed and "CUDA" in said[0]
+    stage = FakeStage(error=1.5, part="eager")
+    assert run.run([stage], bench(said), tmp_path) == 1
+    assert stage.timed == ["fake"] and (tmp_path / "fake.json").is_file()
+    assert said[-1].endswith("fake (eager)")
+
+
+def test_a_stage_that_breaks_off_is_named_and_the_others_go_on(tmp_path: Path) -> None:
+    said: list[str] = []
+    broken, right = FakeStage("broken", breaks=RuntimeError("no\nroom")), FakeStage("right")
+    assert run.run([broken, right], bench(said), tmp_path) == 1
+    assert right.timed == ["right"] and "broken: FAILED: RuntimeError: no" in said
+    assert "broken (RuntimeError)" in said[-1] and any(line.splitlines()[-1].startswith("right") for line in said)
+
+
+def test_a_stage_that_cannot_be_run_here_is_left_out(tmp_path: Path) -> None:
+    said: list[str] = []
+    assert run.run([FakeStage(breaks=LeftOut("no datasets"))], bench(said), tmp_path) == 0
+    assert "fake: left out: no datasets" in said
+
+
+def test_stages_share_the_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half the minutes are half the seconds; what would begin too late is named."""
+    now, said, budgets = [0.0], [], []
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+
+    class Slow(FakeStage):
+        def time(self, bench: Bench) -> list[Row]:
+            budgets.append(bench.budget_s)
+            now[0] += 241.0
+            return super().time(bench)
+
+    stages = [Slow("guard"), Slow("engine")]
+    assert run.run(stages, bench(said), tmp_path, minutes=run.MINUTES / 2) == 0
+    assert budgets == [run.SHARES["guard"][0] / 2] and "engine: left out, the 4 minutes are over" in said
+
+
+def test_shares_add_up_to_the_minutes() -> None:
+    for which in (0, 1):
+        assert sum(share[which] for share in run.SHARES.values()) <= 60 * run.MINUTES
 
 
 def test_an_unknown_stage_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

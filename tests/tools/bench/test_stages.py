@@ -42,10 +42,11 @@ def test_without_trl_only_the_plain_peer_is_measured(
     assert measured["plain Hugging Face loop"]
     trl = [row for row in rows if row.peer and "TRL" in row.peer]
     assert trl and all(row.peer_seconds is None and row.reached is None for row in trl)
+    assert {row.peer_absent for row in trl} == {"not installed"}
     assert all(row.seconds is not None and row.repeats > 0 and row.floor_s and row.floor for row in rows)
 
 
-@pytest.mark.parametrize(("module", "num_checks"), [(local_step, 4), (cai_iteration, 6)])
+@pytest.mark.parametrize(("module", "num_checks"), [(local_step, 6), (cai_iteration, 6)])
 def test_trl_does_the_same_work(module: ModuleType, num_checks: int, bench: Bench) -> None:
     checks = module.STAGE.check(bench)
     assert sum("TRL" in check.what for check in checks) == num_checks
@@ -57,8 +58,8 @@ def test_a_wrong_loss_is_found(bench: Bench, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(local_step, "installed", lambda library: False)
     right = local_step.plain_loop.sft
 
-    def wrong(peer: PeerModel, batches: list[list[object]], *rest: object) -> object:
-        return right(peer, [batch[:-1] for batch in batches], *rest)  # type: ignore[arg-type]
+    def wrong(peer: PeerModel, batches: list[list[object]], *rest: object, **named: object) -> object:
+        return right(peer, [batch[:-1] for batch in batches], *rest, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(local_step.plain_loop, "sft", wrong)
     assert not any(check.passed for check in local_step.STAGE.check(bench))
@@ -100,7 +101,7 @@ def test_the_projection_is_the_planner_s_where_a_lane_is_as_fast_as_it_has_ranks
 
 def test_the_peer_has_the_same_weights(bench: Bench) -> None:
     model, adapter = bench.adapted()
-    peer = PeerModel(bench, adapter)
+    peer = PeerModel(bench, adapter.slots)
     peer.load(adapter.values)
     assert torch.equal(peer.vector(), adapter.values)
     mine = dict(model.named_parameters())
