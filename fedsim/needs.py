@@ -18,8 +18,9 @@ def memory_needs(config: Config, shapes: Mapping[str, ModelShape], num_ranks: in
     """What each stage needs on one rank, at the longest rows that the configuration allows.
 
     Vectors as long as the adapter, in fp32: the adapter, its gradient and AdamW's two moments (4); the server's; while
-    it trains, a gradient of each micro-batch of the batch; at the end of a round, the delta of each client that the
-    rank has trained, and the control variate and its change where there is one (if all clients have as many tokens).
+    it trains, in exact mode a gradient of each micro-batch of the batch, else one sum; at the end of a round, the delta
+    of each client that the rank has trained, and the control variate and its change where there is one (if all clients
+    have as many tokens).
     """
     model, local, cai, judged = shapes["model"], config.local, config.cai, config.eval
     rows = local.micro_batch_size
@@ -37,7 +38,8 @@ def memory_needs(config: Config, shapes: Mapping[str, ModelShape], num_ranks: in
             "local training",
             "local.micro_batch_size",
             num_tokens=rows * local.max_length,
-            num_vectors=standing + -(-local.batch_size // rows) + outcomes,
+            row_tokens=local.max_length,
+            num_vectors=standing + _num_gradients(config, local.batch_size) + outcomes,
             beside=guard_bytes,
         )
     )
@@ -48,7 +50,8 @@ def memory_needs(config: Config, shapes: Mapping[str, ModelShape], num_ranks: in
                 "CAI (DPO)",
                 "local.micro_batch_size",
                 num_tokens=2 * rows * cai.max_length,  # chosen and rejected
-                num_vectors=standing + -(-cai.batch_size // rows),
+                row_tokens=cai.max_length,
+                num_vectors=standing + _num_gradients(config, cai.batch_size),
                 beside=guard_bytes,
             )
         )
@@ -90,7 +93,8 @@ def _guard_needs(config: Config, guard: ModelShape, model_bytes: int) -> list[Ne
                 "guard fine-tuning",
                 "local.micro_batch_size",
                 num_tokens=rows * settings.max_length,
-                num_vectors=4 + -(-settings.tune_batch_size // rows),
+                row_tokens=settings.max_length,
+                num_vectors=4 + _num_gradients(config, settings.tune_batch_size),
             )
         )
     needs.append(
@@ -105,6 +109,11 @@ def _guard_needs(config: Config, guard: ModelShape, model_bytes: int) -> list[Ne
         )
     )
     return needs
+
+
+def _num_gradients(config: Config, batch_size: int) -> int:
+    """Vectors that adding up a step's gradient takes beside the gradient itself."""
+    return -(-batch_size // config.local.micro_batch_size) if config.parallel.exact else 1
 
 
 def clients_per_rank(config: Config, num_ranks: int) -> int:

@@ -224,7 +224,7 @@ def test_models_that_are_loaded_together_must_fit_together(
 
 
 def needs(*overrides: str, num_ranks: int = 1) -> dict[str, int]:
-    shape = ModelShape("Toy", 1000, 10, torch.float32, 0, 0, 0, 0, 0, 4096, Choice("sdpa", "asked for"))
+    shape = ModelShape("Toy", 1000, 10, torch.float32, 0, 0, 0, 0, 0, 4096, Choice("sdpa", "asked for"), 0, 0, 0, 0)
     made = config("local.batch_size=7", "local.micro_batch_size=2", "cai.batch_size=6", *overrides)
     shapes = {role: shape for role in models_in_use(made)}
     return {need.stage: need.num_bytes for need in memory_needs(made, shapes, num_ranks)}
@@ -237,6 +237,7 @@ WEIGHTS, VECTOR = 4000, 40
     ("overrides", "num_ranks", "vectors"),
     [
         ((), 1, 4 + 4 + 1 + 5),  # AdamW's four, four micro-batches, the global adapter, five deltas
+        (("parallel.exact=false",), 1, 4 + 1 + 1 + 5),  # one sum of gradients
         ((), 5, 4 + 4 + 1 + 1),
         (("parallel.wide_lanes=false",), 2, 4 + 4 + 1 + 3),
         (("federation.algorithm=scaffold",), 1, 4 + 4 + 2 + 3 * 5),  # the server's control; c_i and its change

@@ -61,6 +61,6 @@ def target_logprobs(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
 
 
 def _picked(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """log softmax at ``ids``; a narrower dtype is widened inside the kernel, without a copy."""
+    """log softmax at ``ids``, in fp32 or wider."""
     wide = torch.promote_types(logits.dtype, torch.float32)
     return -F.nll_loss(F.log_softmax(logits, dim=-1, dtype=wide), ids, reduction="none")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -45,6 +46,10 @@ class ModelShape:
         vocab_size: rows of the embeddings and of the LM head.
         max_positions: the longest context that the configuration allows, in tokens.
         attention: the backend that it gets.
+        num_heads: query heads of a layer.
+        query_size: numbers of one token's queries in one layer.
+        norm_size: numbers of one token that go through a norm, over all layers.
+        lora_size: numbers of one token that go into LoRA layers, over all of them.
         dropout_off: what its configuration asks for beside LoRA's dropout and does not get; may be empty.
     """
 
@@ -59,6 +64,10 @@ class ModelShape:
     vocab_size: int
     max_positions: int
     attention: Choice
+    num_heads: int
+    query_size: int
+    norm_size: int
+    lora_size: int
     dropout_off: str = ""
 
     @property
@@ -106,17 +115,23 @@ def model_shape(
     num_parameters = sum(p.numel() for p in base.parameters())
     if tied and head is not None and head.weight is not base.get_input_embeddings().weight:
         num_parameters -= head.weight.numel()
-    adapter_size = 0
+    sizes = _text_sizes(config)
+    norm_size = _norm_size(base, sizes)
+    adapter_size = lora_size = 0
     if lora is not None:
-        adapter_size = sum(p.numel() for p in attach_lora(base, lora, key).parameters() if p.requires_grad)
+        adapted = attach_lora(base, lora, key)
+        adapter_size = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+        lora_size = sum(m.in_features or 0 for m in adapted.modules() if isinstance(m, LoraLayer))
     return ModelShape(
         architecture=type(base).__name__,
         num_parameters=num_parameters,
         adapter_size=adapter_size,
         dtype=base_dtype,
-        **_text_sizes(config),
+        **sizes,
         vocab_size=embeddings.num_embeddings,
         attention=backend,
+        norm_size=norm_size,
+        lora_size=lora_size,
         dropout_off=", ".join(f"{name}={p:g}" for name, p in dropout.items()),
     )
 
@@ -163,6 +178,14 @@ def _headers(folder: Path) -> dict[str, torch.Tensor] | None:
     return found
 
 
+def _norm_size(base: PreTrainedModel, sizes: dict[str, int]) -> int:
+    """Numbers of one token that go through norms; a norm of single heads has one head's weights."""
+    norms = [m for m in base.modules() if "Norm" in type(m).__name__]
+    weights = [p.numel() for m in norms for name, p in m.named_parameters(recurse=False) if name == "weight"]
+    one_head = sizes["query_size"] // sizes["num_heads"]
+    return sum(n * sizes["num_heads"] if n == one_head < sizes["hidden_size"] else n for n in weights)
+
+
 def _text_sizes(config: object) -> dict[str, int]:
     """Sizes of the decoder, under the names that transformers' configurations agree on."""
     text = config.get_text_config()  # type: ignore[attr-defined]
@@ -172,6 +195,8 @@ def _text_sizes(config: object) -> dict[str, int]:
         "num_layers": int(text.num_hidden_layers),
         "hidden_size": int(text.hidden_size),
         "intermediate_size": int(getattr(text, "intermediate_size", None) or 4 * text.hidden_size),
+        "num_heads": heads,
+        "query_size": heads * head_dim,
         "kv_size": 2 * head_dim * int(getattr(text, "num_key_value_heads", None) or heads),
         "max_positions": int(getattr(text, "max_position_embeddings", None) or 1 << 30),
     }

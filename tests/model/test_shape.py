@@ -57,6 +57,7 @@ def test_the_8b_llama_has_the_published_sizes(tmp_path: Path) -> None:
     assert (shape.num_parameters, shape.adapter_size) == (8_030_261_248, 13_631_488)
     assert shape.weight_bytes == 2 * 8_030_261_248
     assert (shape.kv_size, shape.vocab_size, shape.max_positions) == (2 * 8 * 128, 128256, 131072)
+    assert (shape.num_heads, shape.query_size, shape.norm_size, shape.lora_size) == (32, 4096, 65 * 4096, 64 * 4096)
 
 
 @pytest.mark.parametrize(
@@ -79,6 +80,15 @@ def test_sizes_equal_the_built_models(tmp_path: Path, config: PretrainedConfig) 
     assert shape.num_layers == 2 and shape.hidden_size == 48 and shape.intermediate_size == 80
     keys = built.get_submodule("model.layers.0.self_attn.k_proj")
     assert shape.kv_size == 2 * keys.out_features
+    assert shape.query_size == built.get_submodule("model.layers.0.self_attn.q_proj").out_features
+    normed: list[int] = []
+    for module in built.modules():
+        if "Norm" in type(module).__name__:
+            module.register_forward_pre_hook(lambda module, inputs: normed.append(inputs[0].numel()))
+    built(torch.tensor([[1]]))
+    assert sum(normed) <= shape.norm_size <= 1.2 * sum(normed), "a key head's norm counts as a query head's"
+    adapted = [m for name, m in built.named_modules() if name.rpartition(".")[2] in LORA.targets]
+    assert shape.lora_size == sum(m.in_features for m in adapted if isinstance(m, torch.nn.Linear)) > 0
 
 
 FAMILIES = {
