@@ -14,9 +14,12 @@ from fedsim.simulation import Simulation
 SMALL = Path(__file__).parent / "small.yaml"
 
 # Relative L2 distance of the adapter's change over a run, between fast runs and between a fast and an exact run: only
-# the grouping of floating-point sums differs. Measured for this run: at most 1.4e-5 (November 2026). AdamW divides by
-# √v, which blows up the rounding of gradients that nearly vanish, so other runs can be further apart.
-TOLERANCE = 1e-3
+# the grouping of floating-point sums differs. AdamW divides by √v, which blows up the rounding of a gradient that
+# nearly vanishes: in this run one number of 4,608 has 93 % of the squared distance (November 2026: 1.2e-3 in all,
+# 3.0e-4 without the five furthest numbers). So these five have a tolerance of their own.
+TOLERANCE = 5e-4
+TOLERANCE_OF_ALL = 5e-3
+FURTHEST = 5
 
 OVERRIDES = [
     "parallel.exact=false",
@@ -62,10 +65,13 @@ def test_fast_runs_agree_within_the_tolerance(pool: Any, square_file: Path, tmp_
         assert all(np.array_equal(rank, of_one_run[0]) for rank in of_one_run), "ranks of one run agree bit for bit"
     one, three, two, four, exact, other = (of_one_run[0].astype(np.float64) for of_one_run in ranks)
 
-    def distance(change: np.ndarray) -> float:
-        return float(np.linalg.norm(change - one) / np.linalg.norm(one))
+    def distance(change: np.ndarray, left_out: int = 0) -> float:
+        apart = np.sort(np.abs(change - one))[: len(one) - left_out]
+        return float(np.linalg.norm(apart) / np.linalg.norm(one))
 
-    measured = {"2": distance(two), "3": distance(three), "4": distance(four), "exact": distance(exact)}
-    print(f"relative L2 against 1 process: {measured}")
-    assert max(measured.values()) < TOLERANCE, measured
-    assert distance(other) > 10 * TOLERANCE  # another seed is far away: the tolerance tells runs apart
+    runs = {"2": two, "3": three, "4": four, "exact": exact}
+    measured = {name: (distance(run, FURTHEST), distance(run)) for name, run in runs.items()}
+    print(f"relative L2 against 1 process, without the {FURTHEST} furthest numbers and with them: {measured}")
+    assert max(most for most, _ in measured.values()) < TOLERANCE, measured
+    assert max(every for _, every in measured.values()) < TOLERANCE_OF_ALL, measured
+    assert distance(other, FURTHEST) > 10 * TOLERANCE_OF_ALL  # another seed is far away: the tolerance tells runs apart
