@@ -24,7 +24,7 @@ class GuardConfig:
                             "1 as if it were not", low=0, high=1)  # fmt: skip
     threshold: float = key(0.5, "a row is unsafe from this probability on; 0.5 = greedy decoding", above=0, below=1)
     max_length: int = key(1024, "longest guard prompt; longer conversations are cut, counted", unit="tokens", low=400)
-    batch_tokens: int = key(1024, "tokens scored at once, of what follows the prompts' common head; a longer row is "
+    batch_tokens: int = key(2048, "tokens scored at once, of what follows the prompts' common head; a longer row is "
                             "scored alone", unit="tokens", low=1)  # fmt: skip
     tune_epochs: float = key(5.0, "fine-tuning passes over the guard set; 0 = use the guard as it is", unit="epochs",
                              low=0)  # fmt: skip
