@@ -33,6 +33,34 @@ class Scores:
     softcap: float | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class Cached:
+    """A KV cache as a step of decoding reads it: a slot a row.
+
+    Attributes:
+        keys: ``[rows, capacity, key heads, head size]``; ``values`` as well.
+        lengths: int32 ``[rows]``, on the device: positions of each row, the query's own included.
+        max_length: the largest of them, or more, up to the capacity.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    lengths: torch.Tensor
+    max_length: int
+
+    def heads(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values as ``[rows, key heads, max_length, head size]``, views."""
+        return self.keys[:, : self.max_length].transpose(1, 2), self.values[:, : self.max_length].transpose(1, 2)
+
+    def mask(self, window: int | None) -> torch.Tensor:
+        """bool ``[rows, 1, 1, max_length]``: the positions that each row's query sees."""
+        places = torch.arange(self.max_length, device=self.lengths.device)
+        seen = places < self.lengths[:, None]
+        if window is not None:
+            seen &= places >= self.lengths[:, None] - window
+        return seen[:, None, None]
+
+
 class Backend(Protocol):
     """One way to compute attention."""
 
@@ -50,22 +78,11 @@ class Backend(Protocol):
         """
         ...
 
-    def slots(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        lengths: torch.Tensor,
-        max_length: int,
-        scores: Scores,
-    ) -> torch.Tensor:
+    def slots(self, query: torch.Tensor, cached: Cached, scores: Scores) -> torch.Tensor:
         """One query a row over the row's slot of a KV cache, as in a step of decoding; no gradient.
 
         Args:
             query: ``[rows, query heads, head size]``.
-            keys: ``[rows, capacity, key heads, head size]``; ``values`` as well.
-            lengths: int32 ``[rows]``, on the device: positions of each row, the query's own included.
-            max_length: the largest of them, or more, up to the capacity.
 
         Returns:
             ``[rows, query heads, head size]``.
@@ -105,31 +122,18 @@ class Sdpa:
             outs.append(out[0].transpose(0, 1))
         return torch.cat(outs)
 
-    def slots(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        lengths: torch.Tensor,
-        max_length: int,
-        scores: Scores,
-    ) -> torch.Tensor:
+    def slots(self, query: torch.Tensor, cached: Cached, scores: Scores) -> torch.Tensor:
         """See :class:`Backend`. Query heads that share a key head are queries of one batch entry: no key is copied."""
         assert scores.softcap is None, "softcap is refused when the model is loaded"
         rows, heads, size = query.shape
+        keys, values = cached.heads()
+        grouped = query.view(rows, keys.shape[1], heads // keys.shape[1], size)
+        mask = cached.mask(scores.window)
         if query.device.type == "cpu":  # the fused kernel is made for many queries
-            mask = _slot_mask(lengths, max_length, scores.window)[:, None, None]
-            grouped = query.view(rows, keys.shape[2], heads // keys.shape[2], size)
             hidden = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
-            products = (grouped * scores.scale) @ keys[:, :max_length].permute(0, 2, 3, 1) + hidden
-            return (products.softmax(dim=-1) @ values[:, :max_length].transpose(1, 2)).view(rows, heads, size)
-        out = F.scaled_dot_product_attention(
-            query.view(rows, keys.shape[2], heads // keys.shape[2], size),
-            keys[:, :max_length].transpose(1, 2),
-            values[:, :max_length].transpose(1, 2),
-            attn_mask=_slot_mask(lengths, max_length, scores.window)[:, None, None],
-            scale=scores.scale,
-        )
+            products = (grouped * scores.scale) @ keys.transpose(2, 3) + hidden
+            return (products.softmax(dim=-1) @ values).view(rows, heads, size)
+        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scores.scale)
         return out.reshape(rows, heads, size)
 
 
@@ -148,19 +152,9 @@ class Eager:
 
         return _by_groups(query, key, value, spans, scores.window, attend)
 
-    def slots(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        lengths: torch.Tensor,
-        max_length: int,
-        scores: Scores,
-    ) -> torch.Tensor:
+    def slots(self, query: torch.Tensor, cached: Cached, scores: Scores) -> torch.Tensor:
         """See :class:`Backend`."""
-        mask = _slot_mask(lengths, max_length, scores.window)[:, None, None]
-        key, value = keys[:, :max_length].transpose(1, 2), values[:, :max_length].transpose(1, 2)
-        return self._attend(query[:, :, None], key, value, mask, scores)[:, :, 0]
+        return self._attend(query[:, :, None], *cached.heads(), cached.mask(scores.window), scores)[:, :, 0]
 
     @staticmethod
     def _attend(
@@ -189,23 +183,17 @@ class Varlen:
             query, key, value, spans.query_starts, spans.key_starts, spans.max_query, spans.max_key, scores
         )
 
-    def slots(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        lengths: torch.Tensor,
-        max_length: int,
-        scores: Scores,
-    ) -> torch.Tensor:
+    def slots(self, query: torch.Tensor, cached: Cached, scores: Scores) -> torch.Tensor:
         """See :class:`Backend`."""
         assert scores.softcap is None, "softcap is refused when the model is loaded"
         if "seqused_k" not in varlen_keywords():  # a torch whose kernel knows no slots
-            return BACKENDS["sdpa"].slots(query, keys, values, lengths, max_length, scores)
-        rows, capacity = keys.shape[:2]
+            return BACKENDS["sdpa"].slots(query, cached, scores)
+        rows, capacity = cached.keys.shape[:2]
         starts = torch.arange(rows + 1, dtype=torch.int32, device=query.device)
-        key, value = keys.flatten(0, 1), values.flatten(0, 1)
-        return _varlen_attn(query, key, value, starts, starts * capacity, 1, max_length, scores, seqused_k=lengths)
+        key, value = cached.keys.flatten(0, 1), cached.values.flatten(0, 1)
+        return _varlen_attn(
+            query, key, value, starts, starts * capacity, 1, cached.max_length, scores, seqused_k=cached.lengths
+        )
 
 
 class Flash2:
@@ -233,23 +221,15 @@ class Flash2:
         )
         return out
 
-    def slots(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        lengths: torch.Tensor,
-        max_length: int,
-        scores: Scores,
-    ) -> torch.Tensor:
+    def slots(self, query: torch.Tensor, cached: Cached, scores: Scores) -> torch.Tensor:
         """See :class:`Backend`."""
         from flash_attn import flash_attn_with_kvcache
 
         out: torch.Tensor = flash_attn_with_kvcache(
             query[:, None],
-            keys[:, :max_length],
-            values[:, :max_length],
-            cache_seqlens=lengths,
+            cached.keys[:, : cached.max_length],
+            cached.values[:, : cached.max_length],
+            cache_seqlens=cached.lengths,
             softmax_scale=scores.scale,
             causal=True,
             window_size=(_left(scores.window), -1 if scores.window is None else 0),
@@ -291,13 +271,6 @@ def _by_groups(
         outs.append(attend(q, k, v, group.mask(window)).transpose(1, 2).flatten(0, 1))
     out = outs[0] if len(outs) == 1 else torch.cat(outs)
     return out if spans.is_even else out.index_select(0, spans.real_queries)
-
-
-def _slot_mask(lengths: torch.Tensor, max_length: int, window: int | None) -> torch.Tensor:
-    """bool ``[rows, max_length]``: the positions that each row's query sees."""
-    places = torch.arange(max_length, device=lengths.device)
-    seen = places < lengths[:, None]
-    return seen if window is None else seen & (places >= lengths[:, None] - window)
 
 
 def _left(window: int | None) -> int:

@@ -54,17 +54,25 @@ def choose(wanted: str, config: PretrainedConfig, dtype: torch.dtype, device: to
     if wanted != "auto":
         if found := problem(wanted, config, dtype, device):
             raise ModelError(f"model.attention={wanted!r}: {found}")
-        return Choice(wanted, "asked for")
+        return Choice(wanted, "asked for" + _remark(wanted))
     passed_over: list[tuple[str, str]] = []
     for name in ORDER:
         found = problem(name, config, dtype, device)
         if found is None and name in CUDA_ONLY and not is_proved(name):
             found = "no committed GPU run has shown it right yet; ask for it by name"
         if found is None:
-            return Choice(name, "auto" + "".join(f"; not {other}: {why}" for other, why in passed_over))
+            why_not = "".join(f"; not {other}: {why}" for other, why in passed_over)
+            return Choice(name, "auto" + why_not + _remark(name))
         if device.type == "cuda" or name not in CUDA_ONLY:  # nobody expects CUDA's kernels on a CPU
             passed_over.append((name, found))
     raise AssertionError("eager attention is always there")
+
+
+def _remark(name: str) -> str:
+    """What a backend leaves to another one."""
+    if name == "varlen" and "seqused_k" not in varlen_keywords():
+        return f"; steps of decoding by sdpa, as varlen_attn of torch {torch.__version__} knows no slots"
+    return ""
 
 
 def problem(name: str, config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> str | None:

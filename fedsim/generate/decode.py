@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from fedsim.attention.forward import packed_logits
+from fedsim.attention.spans import put
 from fedsim.errors import RunError
 from fedsim.generate.graph import Graphs
 from fedsim.generate.pick import pick
@@ -167,7 +168,7 @@ class Decoder:
         self._reserve(max(lengths))
         self.state.begin(begin, lengths, [r.limit for r in requests], self._uniforms(requests))
         layout = Extending(self.slots, rows, [len(new) for new in news])
-        ids = torch.from_numpy(np.concatenate(news).astype(np.int64)).to(self.slots.device)
+        (ids,) = put([np.concatenate(news)], self.slots.device)
         logits = packed_logits(
             self.model, ids, layout.spans.positions, layout, layout.spans.query_starts[1:].long() - 1
         )

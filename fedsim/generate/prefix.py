@@ -17,7 +17,7 @@ from torch import nn
 from fedsim.attention.backends import Backend, Scores
 from fedsim.attention.forward import Narrowed, causal_lm, packed_hidden
 from fedsim.attention.head import head_logits
-from fedsim.attention.spans import Spans
+from fedsim.attention.spans import Spans, put
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +98,7 @@ def read_head(model: nn.Module, ids: np.ndarray) -> Head:
     if len(ids):
         device = causal_lm(model).device
         spans = Spans([len(ids)], device=device)
-        tokens = torch.from_numpy(ids.astype(np.int64)).to(device)
+        (tokens,) = put([ids], device)
         packed_hidden(model, tokens, spans.positions, _Reading(head, spans))
     return head
 
@@ -122,7 +122,7 @@ def candidate_logits(
     assert tails and all(len(t) for t in tails), "each prompt needs a tail of one token or more"
     lengths, device = [len(t) for t in tails], causal_lm(model).device
     layout = _AfterHead(head, lengths, lengths, device)
-    ids = torch.from_numpy(np.concatenate(tails).astype(np.int64)).to(device)
+    (ids,) = put([np.concatenate(tails)], device)
     last = layout.spans.query_starts[1:].long() - 1
     narrowed = Narrowed(last, _AfterHead(head, lengths, [1] * len(tails), device))
     hidden = packed_hidden(model, ids, layout.spans.positions, layout, narrowed)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
+import numpy as np
 import torch
 
-from fedsim.attention.backends import Backend, Scores
-from fedsim.attention.spans import Spans
+from fedsim.attention.backends import Backend, Cached, Scores
+from fedsim.attention.spans import Spans, put
 
 GROWTH: Final = 128
 """Capacities are multiples of this many positions."""
@@ -113,10 +114,10 @@ class Extending:
         self.slots = slots
         lengths = [slots.lengths[row] + new for row, new in zip(rows, num_new, strict=True)]
         self.spans = Spans(num_new, lengths, device=slots.device)
-        which = torch.tensor(rows)
-        self._rows = which.repeat_interleave(torch.tensor(num_new)).to(slots.device)
-        self._key_rows = which.repeat_interleave(torch.tensor(lengths)).to(slots.device)
-        self._key_places = torch.cat([torch.arange(length) for length in lengths]).to(slots.device)
+        places = np.concatenate([np.arange(length) for length in lengths])
+        self._rows, self._key_rows, self._key_places = put(
+            [np.repeat(rows, num_new), np.repeat(rows, lengths), places], slots.device
+        )
 
     def attend(
         self, backend: Backend, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scores: Scores
@@ -155,4 +156,4 @@ class Stepping:
         keys, values = (part[: len(self._rows)] for part in self.slots.layer(layer, key))
         keys[self._rows, self._places] = key
         values[self._rows, self._places] = value
-        return backend.slots(query, keys, values, self._lengths, self.longest, scores)
+        return backend.slots(query, Cached(keys, values, self._lengths, self.longest), scores)

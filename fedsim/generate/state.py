@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from fedsim.attention.spans import to_device
+
 _FIELDS = ("ids", "places", "counts", "limits", "alive", "lines", "sound")
 
 
@@ -49,12 +51,12 @@ class State:
         zeros, ones = [0] * len(lengths), [1] * len(lengths)
         lines = self._line_of[first:last]
         columns = [zeros, [length - 1 for length in lengths], zeros, list(limits), ones, lines, ones]
-        self._fields[:, first:last] = torch.tensor(columns).to(self._fields.device)
+        self._fields[:, first:last] = to_device(torch.tensor(columns), self._fields.device)
         if uniforms is not None:
             padded = np.zeros((len(uniforms), self._uniforms.shape[1]))
             for line, drawn in zip(padded, uniforms, strict=True):
                 line[: len(drawn)] = drawn
-            self._uniforms[self.lines[first:last]] = torch.from_numpy(padded).to(self._uniforms.device)
+            self._uniforms[self.lines[first:last]] = to_device(torch.from_numpy(padded), self._uniforms.device)
 
     def uniforms_of(self, first: int, last: int) -> torch.Tensor:
         """fp64 ``[last − first]``: the number that each slot's next token is drawn with."""

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsim.attention.backends import BACKENDS, Backend, Scores, varlen_keywords
+from fedsim.attention.backends import BACKENDS, Backend, Cached, Scores, varlen_keywords
 from fedsim.attention.spans import Spans
 
 CPU = torch.device("cpu")
@@ -135,7 +135,7 @@ def slots_and_spans(backend: Backend, lengths: list[int], capacity: int, max_len
     keys, values = (torch.randn(len(lengths), capacity, heads[1], 8, generator=generator, dtype=torch.float64)
                     for _ in range(2))  # fmt: skip
     device_lengths = torch.tensor(lengths, dtype=torch.int32)
-    got = backend.slots(query, keys, values, device_lengths, max_length, scores)
+    got = backend.slots(query, Cached(keys, values, device_lengths, max_length), scores)
     packed = [torch.cat([slot[:length] for slot, length in zip(part, lengths, strict=True)]) for part in (keys, values)]
     spans = Spans([1] * len(lengths), lengths, device=CPU)
     return got, definition((query, packed[0], packed[1]), spans, scores)

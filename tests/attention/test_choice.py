@@ -161,3 +161,10 @@ def test_a_gpu_that_the_kernels_do_not_know(
     if not runs:
         with pytest.raises(ModelError, match=r"needs compute capability 8\.0 or newer, this GPU has 7\.5; set model"):
             choose("varlen", LLAMA, BF16, CUDA)
+
+
+@pytest.mark.parametrize(("torch_of", "words"), [("varlen 2.11", "steps of decoding by sdpa"), ("varlen", "")])
+def test_what_an_older_kernel_leaves_to_sdpa_is_said(stand_in: Any, torch_of: str, words: str) -> None:
+    stand_in(torch_of)
+    why = choose("varlen", LLAMA, BF16, CUDA).why
+    assert why.startswith("asked for") and (words in why if words else why == "asked for")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from fedsim.attention.backends import BACKENDS, Backend, Eager, Scores
+from fedsim.attention.backends import BACKENDS, Backend, Cached, Eager, Scores
 from fedsim.attention.choice import CUDA_ONLY, problem
 from fedsim.attention.spans import Spans
 from tools.bench.lengths import draw
@@ -139,8 +139,10 @@ def _slots_distance(backend: Backend, heads: Heads, scores: Scores, dtype: torch
         for _ in range(2)
     )
     lengths = torch.tensor(ODD, dtype=torch.int32, device=device)
-    mine = backend.slots(query, keys, values, lengths, max(ODD), scores)
-    return relative(mine, Eager().slots(query.double(), keys.double(), values.double(), lengths, max(ODD), scores))
+    mine = backend.slots(query, Cached(keys, values, lengths, max(ODD)), scores)
+    return relative(
+        mine, Eager().slots(query.double(), Cached(keys.double(), values.double(), lengths, max(ODD)), scores)
+    )
 
 
 def relative(mine: torch.Tensor | None, true: torch.Tensor | None) -> float:

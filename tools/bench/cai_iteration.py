@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -25,11 +24,10 @@ from tools.bench import plain_loop, trl_peer
 from tools.bench.gradients import against_fp32, of_trainer
 from tools.bench.lengths import END, draw, random_ids
 from tools.bench.local_step import CHECKPOINTED, EXACT, FAST
-from tools.bench.measure import percentiles
 from tools.bench.plain_loop import PeerModel
 from tools.bench.rows import Correctness, Row, Target
 from tools.bench.stage import PAPER_LORA, Bench, give_memory_back, installed
-from tools.bench.stepwise import NO_ROOM, StepTimes, runs_in_turns
+from tools.bench.stepwise import NO_ROOM, StepTimes, no_mark, runs_in_turns, step_row
 
 PROMPT, RESPONSE, REVISION = 110, 60, 90  # mean tokens
 ITERATIONS = 4  # of one run: competitors take turns
@@ -128,12 +126,12 @@ class CaiIteration:
         if bench.dtype != torch.float32:
             return [_gradient_check(bench)]
         ours = Ours(bench, iterations=2)
-        metrics = ours.run(0, _nothing)
+        metrics = ours.run(0, no_mark)
         moved = ours.adapter.copy() - ours.start
         found = []
         with tempfile.TemporaryDirectory() as folder:
             for what, theirs in rivals(bench, ours, folder).items():
-                theirs.run(0, _nothing)
+                theirs.run(0, no_mark)
                 for kind, losses in zip(("sft", "dpo"), theirs.losses, strict=True):
                     mean = float(torch.stack(losses).double().mean())
                     error = abs(metrics[f"cai/{kind}_loss"] - mean) / mean
@@ -247,24 +245,11 @@ def _row(
     target = Target("ratio", 1.2 if trl_peer.EQUAL in rival else 1.8) if "TRL" in rival else None
     if bench.cuda and rival == CHECKPOINTED:
         target = Target("p50_s", GOAL_S, at_most=True)
-    return Row(
-        stage=CaiIteration.name,
-        name=own,
-        dtype=bench.dtype_name,
-        shapes=dict(shapes),
-        seconds=percentiles(ours.steps),
-        repeats=len(ours.steps),
-        setup_s=median(ours.setups),
-        peer=rival,
-        peer_seconds=None if theirs is None else percentiles(theirs.steps),
-        peer_setup_s=None if theirs is None else median(theirs.setups),
+    return replace(
+        step_row(CaiIteration.name, bench.dtype_name, own, ours, rival, theirs, shapes),
         target=target,
         note="set-up of the SFT and DPO trainers is apart",
     )
-
-
-def _nothing() -> None:
-    """No mark."""
 
 
 STAGE = CaiIteration()

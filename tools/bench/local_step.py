@@ -24,11 +24,10 @@ from fedsim.train.objectives import SftObjective
 from tools.bench import plain_loop, trl_peer
 from tools.bench.gradients import against_fp32, of_trainer
 from tools.bench.lengths import training_rows
-from tools.bench.measure import percentiles
 from tools.bench.plain_loop import PeerModel
 from tools.bench.rows import Correctness, Row, Target
 from tools.bench.stage import PAPER_LORA, Bench, give_memory_back, installed
-from tools.bench.stepwise import NO_ROOM, StepTimes, runs_in_turns
+from tools.bench.stepwise import NO_ROOM, StepTimes, no_mark, runs_in_turns, step_row
 
 Mark = Callable[[], None]
 CLIENT_STEPS = 25
@@ -88,14 +87,14 @@ class LocalStep:
         rows = training_rows(16 * STEPS, bench.size.vocab_size)
         client = Client(bench)
         batches = client.batches(rows, 0)
-        loss = client.run(rows, 0, _nothing)
+        loss = client.run(rows, 0, no_mark)
         moved = client.adapter.copy() - client.start
         found = []
         with tempfile.TemporaryDirectory() as folder:
             for what, run in _equal_peers(bench, client, folder).items():
                 peer = PeerModel(bench, client.adapter.slots)
                 peer.load(client.start)
-                losses = run(peer, batches, client.local.lr, mark=_nothing)
+                losses = run(peer, batches, client.local.lr, mark=no_mark)
                 found += _compare(what, loss, moved, losses, peer.vector() - client.start)
                 del peer
         return found
@@ -258,29 +257,14 @@ def _row(
     figures = {"tokens_per_s": 16 * float(shapes["tokens_mean"]) / median(ours.steps)}  # type: ignore[arg-type]
     if theirs is not None:
         figures["ratio_with_setup"] = _client_s(theirs) / _client_s(ours)
-    return Row(
-        stage=LocalStep.name,
-        name=own,
-        dtype=bench.dtype_name,
-        shapes=dict(shapes),
-        seconds=percentiles(ours.steps),
-        repeats=len(ours.steps),
-        setup_s=median(ours.setups),
-        peer=rival,
-        peer_seconds=None if theirs is None else percentiles(theirs.steps),
-        peer_setup_s=None if theirs is None else median(theirs.setups),
-        figures=figures,
-        target=target,
+    return replace(
+        step_row(LocalStep.name, bench.dtype_name, own, ours, rival, theirs, shapes), figures=figures, target=target
     )
 
 
 def _client_s(times: StepTimes) -> float:
     """Seconds of a client of 25 steps, set-up included."""
     return median(times.setups) + CLIENT_STEPS * median(times.steps)
-
-
-def _nothing() -> None:
-    """No mark."""
 
 
 STAGE = LocalStep()

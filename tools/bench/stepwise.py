@@ -11,7 +11,8 @@ from statistics import median
 
 import torch
 
-from tools.bench.measure import synchronise
+from tools.bench.measure import percentiles, synchronise
+from tools.bench.rows import Row
 from tools.bench.stage import give_memory_back
 
 NO_ROOM = "no room on the GPU"
@@ -98,3 +99,31 @@ def runs_in_turns(
                 del found[name]
                 give_memory_back(device)
     return found
+
+
+def no_mark() -> None:
+    """For a run whose steps are not timed."""
+
+
+def step_row(
+    stage: str,
+    dtype: str,
+    own: str,
+    ours: StepTimes,
+    rival: str,
+    theirs: StepTimes | None,
+    shapes: Mapping[str, object],
+) -> Row:
+    """A stage's row of steps beside a peer's; None: the peer is not there."""
+    return Row(
+        stage=stage,
+        name=own,
+        dtype=dtype,
+        shapes=dict(shapes),
+        seconds=percentiles(ours.steps),
+        repeats=len(ours.steps),
+        setup_s=median(ours.setups),
+        peer=rival,
+        peer_seconds=None if theirs is None else percentiles(theirs.steps),
+        peer_setup_s=None if theirs is None else median(theirs.setups),
+    )

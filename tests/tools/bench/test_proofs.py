@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from fedsim import proved
-from fedsim.attention.backends import BACKENDS, Scores, Sdpa
+from fedsim.attention.backends import BACKENDS, Cached, Scores, Sdpa
 from fedsim.attention.spans import Spans
 from tools.bench.attention import Heads, distances
 from tools.bench.proofs import Refused, enter
@@ -84,9 +85,9 @@ def test_the_attention_check_sees_a_wrong_backend(fault: str) -> None:
                 key.register_hook(lambda grad: torch.full_like(grad, torch.nan))
             return out + 0.001 * (value.sum() - value.detach().sum()) if fault == "gradient" else out
 
-        def slots(self, query: Any, keys: Any, values: Any, lengths: Any, longest: int, scores: Scores) -> torch.Tensor:
+        def slots(self, query: Any, cached: Cached, scores: Scores) -> torch.Tensor:
             off = 1 if fault == "slots" else 0
-            return super().slots(query, keys, values, (lengths - off).clamp(min=1), longest, scores)
+            return super().slots(query, replace(cached, lengths=(cached.lengths - off).clamp(min=1)), scores)
 
     heads, cpu = Heads(4, 2, 8), torch.device("cpu")
     right = distances(BACKENDS["sdpa"], heads, torch.float32, cpu)
