@@ -54,10 +54,19 @@ def parse_command(arguments: Sequence[str]) -> Command:
     parser.add_argument("--local_rank", "--local-rank", type=int, help="added by launchers; the same as LOCAL_RANK")
     parser.add_argument("--check", action="store_true", help="check everything, print the plan of the run, and stop")
     given = parser.parse_intermixed_args(arguments)
-    files = [word for word in given.words if "=" not in word]
+    file, overrides = split_words(given.words)
+    return Command(file or DEFAULT, overrides, given.local_rank, given.check)
+
+
+def split_words(words: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """The config file, where one is named, and the ``key=value`` words in order.
+
+    Raises:
+        ConfigError: a word that is neither, or a second file.
+    """
+    files = [word for word in words if "=" not in word]
     if bad := [word for word in files if not word.endswith((".yaml", ".yml"))]:
         raise ConfigError(f"argument {bad[0]!r}: must be a config file (*.yaml) or key=value")
     if len(files) > 1:
         raise ConfigError(f"command line: one config file at most, not {len(files)}: {' '.join(files)}")
-    overrides = [word for word in given.words if "=" in word]
-    return Command(Path(files[0]) if files else DEFAULT, overrides, given.local_rank, given.check)
+    return (Path(files[0]) if files else None), [word for word in words if "=" in word]

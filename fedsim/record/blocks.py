@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 
 def replace_block(page: str, name: str, content: str) -> str:
@@ -17,3 +18,8 @@ def replace_block(page: str, name: str, content: str) -> str:
     if count != 1:
         raise ValueError(f"the page must hold one block between {begin} and {end}, holds {count}")
     return new
+
+
+def write_block(page: Path, name: str, content: str) -> None:
+    """:func:`replace_block` on a file."""
+    page.write_text(replace_block(page.read_text(encoding="utf-8"), name, content), encoding="utf-8")

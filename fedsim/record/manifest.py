@@ -52,7 +52,7 @@ def write_manifest(
     now = {"utc": datetime.now(UTC).isoformat(timespec="seconds"), "command": command_line(), "num_ranks": num_ranks}
     where = {"versions": versions(), "hardware": hardware(), "attention": dict(attention)}
     if path.exists():
-        manifest = _read(path)
+        manifest = read_manifest(path)
         _check_unchanged(path, manifest, inputs, model_hashes)
         manifest.setdefault("resumed", []).append({**now, **where})
     else:
@@ -129,8 +129,12 @@ def _file_entry(role: str, path: Path) -> dict[str, Any]:
         raise DataError(f"{role} file {path}: cannot be read ({error.strerror}); give the path of a file") from error
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """A manifest with the parts that a resume needs."""
+def read_manifest(path: Path) -> dict[str, Any]:
+    """A manifest with the parts that a resume needs.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         hashes = [entry["sha256"] for entry in manifest["inputs"].values()] + list(manifest["models"].values())

@@ -97,6 +97,9 @@ class Cost:
 #: Local and CAI batches alike; rounds; rows of S-CAI20K; CAI iterations of a round (paper §4.2, §5.1, §5.2).
 BATCH_SIZE, NUM_ROUNDS, NUM_CAI_ROWS, CAI_ITERATIONS = 16, 50, 20_000, 50
 
+#: Clients, those of a round, and their optimizer steps in it (paper §5.1, §5.2).
+NUM_CLIENTS, CLIENTS_PER_ROUND, LOCAL_STEPS = 20, 5, 25
+
 #: Iterations of an epoch of CAI, which the paper does not print: S-CAI20K in batches.
 CAI_EPOCH_ITERATIONS = NUM_CAI_ROWS // BATCH_SIZE
 

@@ -68,7 +68,7 @@ def plot_losses(rows: Sequence[Row], title: str) -> Figure | None:
     panels = [(lines, unit) for lines, unit in panels if any(_series(rows, name) for name in lines)]
     if not panels:
         return None
-    figure, all_axes = _canvas(len(panels), f"{title}: training loss by round")
+    figure, all_axes = canvas(len(panels), f"{title}: training loss by round")
     for axes, (lines, unit) in zip(all_axes, panels, strict=True):
         for name, (label, color, marker) in lines.items():
             series = _series(rows, name)
@@ -102,7 +102,7 @@ def plot_times(rows: Sequence[Row], title: str) -> Figure | None:
     rounds = _phase_seconds(rows)
     if not rounds:
         return None
-    figure, (axes,) = _canvas(1, f"{title}: time by phase")
+    figure, (axes,) = canvas(1, f"{title}: time by phase")
     floor = dict.fromkeys(rounds, 0.0)
     for color, (label, group) in zip(PHASE_COLORS, _phase_groups(rounds).items(), strict=False):
         heights = [sum(phases.get(phase, 0.0) for phase in group) for phases in rounds.values()]
@@ -147,7 +147,7 @@ def _evaluations(rows: Sequence[Row], title: str, names: dict[str, str], limits:
     names = {name: label for name, label in names.items() if any(measured(row, name) is not None for row in evals)}
     if not names:
         return None
-    figure, all_axes = _canvas(len(names), title)
+    figure, all_axes = canvas(len(names), title)
     for axes, (name, label) in zip(all_axes, names.items(), strict=True):
         for row in [row for row in evals if row.get("point") == "pretrained"][-1:]:
             _draw_level(axes, row, name)
@@ -193,7 +193,7 @@ def _series(rows: Sequence[Row], name: str) -> list[tuple[int, float]]:
     return [(row["round"] + 1, value) for row in rows if (value := measured(row, name)) is not None]
 
 
-def _canvas(num_panels: int, title: str) -> tuple[Figure, list[Axes]]:
+def canvas(num_panels: int, title: str) -> tuple[Figure, list[Axes]]:
     """Panels side by side on a figure that no global state knows, so that nothing has to be closed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -1,0 +1,95 @@
+"""What the commands of all studies share: options, where a study's runs go, and how it speaks."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedsim.config import load_config
+from fedsim.config.command_line import split_words
+from fedsim.errors import ConfigError
+from fedsim.study.cells import Launch
+
+ENTRY = Path(__file__).resolve().parents[2] / "launch" / "run.py"
+
+
+def add_run_options(parser: argparse.ArgumentParser, default_seeds: str) -> None:
+    """Options of a study: configuration, seeds, processes of a run, runs at once."""
+    parser.add_argument("words", nargs="*", metavar="CONFIG.yaml | key=value", help="config file and overrides")
+    parser.add_argument("--seeds", default=default_seeds, help=f"such as 0-2 or 3,5,8 (default {default_seeds})")
+    parser.add_argument("--nproc", type=int, help="processes of a run (default: one a GPU, else 1)")
+    parser.add_argument("--jobs", type=int, help="runs at once (default: 1 on GPUs, else as many as fill the cores)")
+
+
+def launch_of(
+    args: argparse.Namespace, study: str, default_config: Path, settings: Mapping[str, Any] | None = None
+) -> Launch:
+    """How the study is run, from its command line.
+
+    Args:
+        study: its name.
+        default_config: configuration file where the command line names none.
+        settings: keys that the study sets for all cells, before the user's own.
+
+    Raises:
+        ConfigError: a word that is neither a config file nor key=value, or a count below 1.
+    """
+    file, overrides = split_words(args.words)
+    config = file or default_config
+    own = [f"{key}={value}" for key, value in (settings or {}).items()]
+    num_gpus = torch.cuda.device_count()
+    num_processes = args.nproc or max(num_gpus, 1)
+    threads = load_config(config, [*own, *overrides]).parallel.threads
+    fitting = max(1, num_cores() // (num_processes * threads))
+    num_jobs = args.jobs or (1 if num_gpus else fitting)
+    for name, value in (("--nproc", num_processes), ("--jobs", num_jobs)):
+        if value < 1:
+            raise ConfigError(f"{name} {value}: must be at least 1")
+    return Launch(study, config, [*own, *overrides], num_processes, num_jobs, ENTRY)
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def parse_seeds(text: str) -> list[int]:
+    """``0-2`` → [0, 1, 2]; ``3,5`` → [3, 5].
+
+    Raises:
+        ConfigError: another form, or a seed twice.
+    """
+    seeds: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if match is None:
+            raise ConfigError(f"--seeds {text!r}: must be whole numbers and ranges, such as 0-2 or 3,5,8")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first or last - first >= 1000:
+            raise ConfigError(f"--seeds {text!r}: {part.strip()} must go upwards, over fewer than 1,000 seeds")
+        seeds += range(first, last + 1)
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(f"--seeds {text!r}: names a seed twice; name each once")
+    return seeds
+
+
+def say(text: str) -> None:
+    """One line of a study's progress."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def write_csv(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """A tidy CSV file; its columns are the records' keys in the order in which they first come."""
+    columns = dict.fromkeys(name for record in records for name in record)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(columns), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(records)

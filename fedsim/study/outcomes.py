@@ -1,0 +1,106 @@
+"""What the finished runs of a study measured: per seed and item, from their run directories."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from fedsim.config import Config, load_config
+from fedsim.errors import DataError
+from fedsim.record.items import item_file, read_items
+from fedsim.record.manifest import read_manifest
+from fedsim.record.metrics import Row, read_rows
+from fedsim.record.summary import eval_points
+from fedsim.record.timers import top_level_seconds
+
+FINAL: Final = ("after_cai", "global")
+"""Points of the model that a run ends with."""
+
+PRETRAINED: Final = "pretrained"
+
+
+class Outcome:
+    """One finished run.
+
+    Args:
+        folder: its run directory.
+
+    Raises:
+        DataError: the folder is no finished run.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if not (folder / "summary.md").is_file() or not (folder / "metrics.jsonl").is_file():
+            raise DataError(f"{folder}: is no finished run (summary.md and metrics.jsonl are missing); run it first")
+        self.config: Config = load_config(folder / "config.yaml")
+        self.rows: list[Row] = read_rows(folder / "metrics.jsonl")
+        self.points = eval_points(self.rows)
+        self._items: dict[str, dict[str, np.ndarray]] = {}
+
+    @property
+    def final(self) -> str:
+        """Point of the model that the run ended with."""
+        return next(point for point in FINAL if point in self.points)
+
+    def figure(self, point: str, name: str) -> float | None:
+        """``eval/<name>`` as the run recorded it; None if it has none."""
+        value = self.points.get(point, {}).get(f"eval/{name}")
+        return None if value is None else float(value)
+
+    def items(self, point: str, name: str) -> np.ndarray | None:
+        """Outcome of every item, fp64 ``[num_items]``; None if the figure is not kept by item."""
+        if point not in self._items:
+            path = item_file(self.folder, int(self.points[point]["round"]), point)
+            self._items[point] = read_items(path) if path.is_file() else {}
+        return self._items[point].get(name)
+
+    @property
+    def total_s(self) -> float:
+        """Seconds of the run's phases, over all sessions."""
+        return sum(sum(top_level_seconds(row).values()) for row in self.rows)
+
+    def phase_s(self, phase: str) -> float:
+        """Seconds of one phase, such as ``cai`` or ``train``, over all rounds."""
+        return sum(float(row.get(f"time/{phase}_s", 0.0)) for row in self.rows)
+
+    @property
+    def manifest(self) -> Mapping[str, Any]:
+        """What the run's figures depend on."""
+        return read_manifest(self.folder / "manifest.json")
+
+
+def sample(outcomes: Sequence[Outcome], point: str, name: str, scale: float = 1.0) -> np.ndarray | None:
+    """One arm's outcomes over its seeds, fp64 ``[num_seeds, num_items]``, times ``scale``.
+
+    A figure that no item file holds, such as a judge's score, counts as one item, so that its seeds alone are resampled.
+
+    Args:
+        outcomes: runs of one arm, in the order of their seeds.
+        point: as in the metric rows; ``final`` stands for the model that the run ended with.
+
+    Returns:
+        None if some run lacks the figure.
+
+    Raises:
+        DataError: the runs were measured on different numbers of items.
+    """
+    columns = []
+    for outcome in outcomes:
+        at = outcome.final if point == "final" else point
+        values = outcome.items(at, name)
+        if values is None:
+            single = outcome.figure(at, name)
+            if single is None:
+                return None
+            values = np.array([single / scale])
+        columns.append(values)
+    if len({len(column) for column in columns}) > 1:
+        raise DataError(
+            f"{outcomes[0].folder.parent}: the runs of an arm have {sorted({len(c) for c in columns})} items of {name}; "
+            "run all seeds on the same benchmark files"
+        )
+    return scale * np.stack(columns)

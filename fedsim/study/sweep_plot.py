@@ -1,0 +1,90 @@
+"""A sweep as a picture: one panel a figure, one curve a value of the curves' key, 95 % intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedsim.config import to_flat
+from fedsim.record.plots import PHASE_COLORS, canvas
+from fedsim.study.grid import Sweep, point_name
+from fedsim.study.sweep import Runs, axis_value, estimates, title
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_MARKERS = "osv^DPX*"
+
+
+def write_plot(sweep: Sweep, runs: Runs, path: Path) -> None:
+    """Draw the sweep into a PNG file."""
+    shown = {figure: found for figure in sweep.figures if (found := estimates(sweep, runs, figure))}
+    figure_, panels = canvas(len(shown), sweep.what)
+    for axes, (figure, found) in zip(panels, shown.items(), strict=True):
+        curves: dict[str, list[tuple[Any, float, float, float]]] = {}
+        for point in sweep.points:
+            name = point_name(point)
+            if name in found:
+                effect = found[name]
+                place = (
+                    axis_value(runs[name], sweep.x),
+                    effect.mean,
+                    effect.mean - effect.low,
+                    effect.high - effect.mean,
+                )
+                curves.setdefault(_curve(sweep, runs, name), []).append(place)
+        for i, (label, places) in enumerate(curves.items()):
+            xs, ys, below, above = zip(*sorted(places), strict=True)
+            axes.errorbar(
+                _positions(xs, curves),
+                ys,
+                yerr=([max(b, 0.0) for b in below], [max(a, 0.0) for a in above]),
+                color=PHASE_COLORS[i % len(PHASE_COLORS)],
+                marker=_MARKERS[i % len(_MARKERS)],
+                markersize=5,
+                capsize=3,
+                label=label,
+            )
+        _label_x(axes, sweep.x, [x for places in curves.values() for x, *_ in places])
+        axes.set_ylabel(title(figure))
+        if len(curves) > 1 or sweep.curves:
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2, frameon=False)
+    figure_.savefig(path, dpi=150)
+
+
+def _curve(sweep: Sweep, runs: Runs, name: str) -> str:
+    """Name of the curve that a point belongs to."""
+    if not sweep.curves:
+        return ""
+    value = to_flat(runs[name][0].config)[sweep.curves]
+    return (
+        f"{sweep.curves.rpartition('.')[2]} = {value:g}"
+        if isinstance(value, float)
+        else f"{sweep.curves.rpartition('.')[2]} = {value}"
+    )
+
+
+def _scale(values: Sequence[Any]) -> str:
+    """Texts lie at equal distances; numbers over more than a factor of 20 on a logarithmic axis (0 at its left end)."""
+    if any(isinstance(value, str) for value in values):
+        return "text"
+    positive = [v for v in values if v > 0 and math.isfinite(v)]
+    return "log" if positive and max(positive) / min(positive) > 20 else "linear"
+
+
+def _positions(xs: Sequence[Any], curves: Any) -> list[float]:
+    return [float(x) if not isinstance(x, str) else float(i) for i, x in enumerate(xs)]
+
+
+def _label_x(axes: Axes, x: str, values: Sequence[Any]) -> None:
+    kind = _scale(values)
+    if kind == "log":
+        axes.set_xscale("symlog", linthresh=min(v for v in values if v > 0))
+    if kind != "linear":
+        ticks = sorted(set(values))
+        axes.set_xticks([float(i) if kind == "text" else float(v) for i, v in enumerate(ticks)])
+        axes.set_xticklabels([v if isinstance(v, str) else f"{v:g}" for v in ticks])
+        axes.minorticks_off()
+    axes.set_xlabel(x)

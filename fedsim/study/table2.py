@@ -1,0 +1,104 @@
+"""The paper's Table 2 from finished runs: the guard before and after fine-tuning, and the red share that it leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+
+from fedsim import keys
+from fedsim.record import paper
+from fedsim.record.metrics import Row
+from fedsim.record.tables import NOT_MEASURED, Table
+from fedsim.study.outcomes import Outcome
+
+#: Confusion counts in a metric row: red and called unsafe, acceptable and called unsafe, red and passed, both not.
+COUNTS: Final = ("num_caught", "num_false_alarms", "num_missed", "num_passed")
+
+#: Columns: name → title. The first four are the paper's.
+COLUMNS: Final = {
+    "accuracy": "accuracy %",
+    "precision": "precision %",
+    "recall": "recall %",
+    "hmean": "Hmean %",
+    "fpr": "FPR %",
+    "red_share_before": "red share before %",
+    "red_share_after": "red share after dropping %",
+}
+
+NUM_RESAMPLES: Final = 10_000
+
+
+def rates(counts: np.ndarray) -> dict[str, np.ndarray]:
+    """The columns from confusion counts; NaN where a rate is 0 / 0.
+
+    Args:
+        counts: fp64 ``[..., 4]`` in the order of :data:`COUNTS`.
+
+    Returns:
+        Name → percent ``[...]``.
+    """
+    caught, alarms, missed, passed = np.moveaxis(np.asarray(counts, dtype=np.float64), -1, 0)
+    total = caught + alarms + missed + passed
+    with np.errstate(divide="ignore", invalid="ignore"):
+        precision, recall = caught / (caught + alarms), caught / (caught + missed)
+        shares = {
+            "accuracy": (caught + passed) / total,
+            "precision": precision,
+            "recall": recall,
+            "hmean": 2 * caught / (2 * caught + alarms + missed),
+            "fpr": alarms / (alarms + passed),
+            "red_share_before": (caught + missed) / total,
+            "red_share_after": missed / (missed + passed),
+        }
+    return {name: 100.0 * share for name, share in shares.items()}
+
+
+def guard_rows(outcome: Outcome) -> dict[str, Row]:
+    """The run's guard rows: ``untuned`` where it was measured, and ``fine-tuned``."""
+    found = {str(row.get("point")): row for row in outcome.rows if f"guard/{COUNTS[0]}" in row}
+    return {point: found[point] for point in ("untuned", "fine-tuned") if point in found}
+
+
+def intervals(counts: np.ndarray) -> dict[str, tuple[float, float, float] | None]:
+    """Mean over seeds and 95 % interval of every column; seeds, then the rows of each seed are resampled.
+
+    Args:
+        counts: int64 ``[num_seeds, 4]``, in the order of :data:`COUNTS`.
+
+    Returns:
+        Name → (mean, low, high) in percent; None where the rate is undefined in some seed.
+    """
+    rng = np.random.default_rng(keys.derive(0, "table2", *counts.ravel().tolist()))
+    num_seeds = len(counts)
+    chosen = rng.integers(num_seeds, size=(NUM_RESAMPLES, num_seeds))
+    totals = counts.sum(axis=1)
+    drawn = rng.multinomial(totals[chosen], (counts / totals[:, None])[chosen])
+    measured, resampled = rates(counts), rates(drawn)
+    found: dict[str, tuple[float, float, float] | None] = {}
+    for name, values in measured.items():
+        low, high = np.nanpercentile(resampled[name].mean(axis=1), (2.5, 97.5))
+        found[name] = None if np.isnan(values).any() else (float(values.mean()), float(low), float(high))
+    return found
+
+
+def guard_table(outcomes: Sequence[Outcome]) -> Table:
+    """Both guards over all seeds, each with the paper's line under it."""
+    lines = []
+    for point, label in (("untuned", "Llama Guard 3"), ("fine-tuned", "fine-tuned Llama Guard 3")):
+        rows = [guard_rows(outcome).get(point) for outcome in outcomes]
+        known = [row for row in rows if row is not None]
+        if len(known) == len(rows):
+            counts = np.array([[row[f"guard/{name}"] for name in COUNTS] for row in known], dtype=np.int64)
+            lines.append([f"guard, {point}", *(_shown(found) for found in intervals(counts).values())])
+        else:
+            lines.append([f"guard, {point}", *([NOT_MEASURED] * len(COLUMNS))])
+        published = paper.TABLE_2[label]
+        figures = {**vars(published), "red_share_before": 100 * paper.RED_SHARE}
+        lines.append([f"– {label} in the paper", *(f"{figures[n]:.1f}" if n in figures else "" for n in COLUMNS)])
+    return Table(["", *COLUMNS.values()], lines)
+
+
+def _shown(found: tuple[float, float, float] | None) -> str:
+    return "undefined" if found is None else f"{found[0]:.1f} [{found[1]:.1f}, {found[2]:.1f}]"
