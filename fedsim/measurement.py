@@ -19,6 +19,7 @@ from fedsim.evaluate.tokens import tokenise
 from fedsim.generate.engine import Engine
 from fedsim.meter import Meter
 from fedsim.parallel.world import World
+from fedsim.record.items import item_file, write_items
 from fedsim.record.run_record import RunRecord
 from fedsim.record.sections import POINT_TITLES
 from fedsim.safety.guard import LlamaGuard
@@ -86,6 +87,7 @@ class Measurement:
         self.meter.generated("evaluate", federation.engine)
         folder, model_id = self.record.folder / "answers", f"{self.config.name}-round{round_idx + 1}-{point}"
         self.ranks.once(lambda: write_texts(found, suite, folder, model_id, attacks=self.config.record.texts))
+        self.ranks.once(lambda: write_items(item_file(self.record.folder, round_idx, point), found.items))
         judged = self._judge(found, model_id, point)
         origin = {} if found.artefact is None else {"artefact": found.artefact, "perf/reused": found.reused}
         self.record.append(round_idx, "eval", {"point": point, **origin, **found.metrics, **judged})

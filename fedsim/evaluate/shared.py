@@ -48,7 +48,8 @@ def shared_evaluation(
 
 def _write(folder: Path, found: Evaluation) -> None:
     answers = [{"replies": [asdict(r) for r in a.replies], "scores": a.scores} for a in found.answers]
-    write_json(folder / _FILE, {"metrics": list(found.metrics.items()), "answers": answers})
+    content = {"metrics": list(found.metrics.items()), "items": found.items, "answers": answers}
+    write_json(folder / _FILE, content)
 
 
 def _read(folder: Path, questions: Sequence[MtQuestion]) -> Evaluation:
@@ -58,4 +59,4 @@ def _read(folder: Path, questions: Sequence[MtQuestion]) -> Evaluation:
         first, second = (Reply(**reply) for reply in entry["replies"])
         answers.append(MtAnswer(question, (first, second), (entry["scores"][0], entry["scores"][1])))
     mt_bench = summarise_answers(answers) if answers else None
-    return Evaluation(dict(content["metrics"]), advbench=None, hhh=None, mt_bench=mt_bench)
+    return Evaluation(dict(content["metrics"]), None, None, mt_bench, items=content["items"])

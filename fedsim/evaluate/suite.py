@@ -97,6 +97,8 @@ class Evaluation:
         mt_bench: with all answers.
         xstest: with all replies, which must not be shown.
         perplexity: of the held-out conversations.
+        items: outcome of every item by figure (its metric name without ``eval/``), in the order of the items asked: 0
+            or 1, or MT-Bench's points by the rubric. A judge's scores are not in it.
         artefact: name of the artefact that holds it; None where no other run can read it.
         reused: it was read from there, and not computed by this run.
     """
@@ -107,6 +109,7 @@ class Evaluation:
     mt_bench: MtResult | None
     xstest: XsTestResult | None = None
     perplexity: Perplexity | None = None
+    items: dict[str, list[float]] = field(default_factory=dict, repr=False)
     artefact: str | None = None
     reused: bool = False
 
@@ -171,9 +174,33 @@ def evaluate(engine: Engine, suite: Suite, key: Sequence[keys.KeyPart]) -> Evalu
         metrics |= xstest.metrics()
     if perplexity is not None:
         metrics |= perplexity.metrics()
-    return Evaluation(
-        metrics | _length_metrics(advbench, mt_bench, xstest), advbench, hhh, mt_bench, xstest, perplexity
-    )
+    metrics |= _length_metrics(advbench, mt_bench, xstest)
+    items = _items(advbench, hhh, mt_bench, xstest)
+    return Evaluation(metrics, advbench, hhh, mt_bench, xstest, perplexity, items)
+
+
+def _items(
+    advbench: AdvBenchResult | None, hhh: HhhResult | None, mt_bench: MtResult | None, xstest: XsTestResult | None
+) -> dict[str, list[float]]:
+    """Outcome of every item by figure; the mean of each is the metric of that name (of rates in percent: times 100)."""
+    found: dict[str, list[float]] = {}
+    if advbench is not None:
+        for name, flags in advbench.by_item.items():
+            found[f"advbench_{name.replace('-', '_')}"] = [float(flag) for flag in flags]
+    if hhh is not None:
+        for name, score in hhh.scores.items():
+            found[f"hhh_{name}"] = [float(flag) for flag in score.by_item]
+    if mt_bench is not None:
+        scores = [answer.scores for answer in mt_bench.answers]
+        known = [(first, second) for first, second in scores if first is not None and second is not None]
+        if len(known) == len(scores):
+            found["mt_bench"] = [(first + second) / 2 for first, second in known]
+            found["mt_bench_turn_1"] = [first for first, _ in known]
+            found["mt_bench_turn_2"] = [second for _, second in known]
+    for name, part in (("safe", xstest and xstest.safe), ("unsafe", xstest and xstest.unsafe)):
+        if part:
+            found[f"xstest_{name}_refused"] = [float(flag) for flag in part.by_item]
+    return found
 
 
 def _advbench_metrics(result: AdvBenchResult, headline: str) -> Metrics:

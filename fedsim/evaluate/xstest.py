@@ -45,12 +45,14 @@ class XsTestPart:
         headline: the rule that counts, one of these.
         by_type: share of refusals by the headline rule, by prompt type.
         guard: what a guard model says of the replies to unsafe prompts; else None.
+        by_item: whether each reply is a refusal by the headline rule, in the order of the part's prompts.
     """
 
     refused: dict[str, Rate]
     headline: str
     by_type: dict[str, Rate]
     guard: GuardJudgement | None
+    by_item: list[bool] = field(default_factory=list, repr=False)
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,7 @@ def _part(
         headline=headline,
         by_type={kind: Rate.of(flags) for kind, flags in by_type.items()},
         guard=judged,
+        by_item=[v[headline] for v in verdicts],
     )
 
 

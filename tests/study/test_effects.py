@@ -1,0 +1,133 @@
+"""Means and differences over seeds and items: closed forms, symmetries, and coverage where the truth is known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from fedsim.errors import DataError
+from fedsim.study.effects import detectable, difference, estimate, t_quantile, verdict
+
+TABLES = st.tuples(st.integers(1, 5), st.integers(1, 12)).flatmap(
+    lambda shape: st.tuples(*(arrays(np.float64, shape, elements=st.integers(-8, 8)) for _ in range(2)))
+)
+
+
+@pytest.mark.parametrize(
+    ("p", "df", "known"),  # printed tables of Student's t
+    [(0.975, 1, 12.7062), (0.975, 2, 4.30265), (0.8, 2, 1.06066), (0.975, 4, 2.77645), (0.975, 30, 2.04227)],
+)
+def test_quantiles_are_those_of_printed_tables(p: float, df: float, known: float) -> None:
+    assert t_quantile(p, df) == pytest.approx(known, rel=2e-5)
+
+
+def test_quantiles_tend_to_the_normal() -> None:
+    assert t_quantile(0.975, 1e9) == pytest.approx(1.959964, rel=1e-5)
+
+
+@given(TABLES)
+def test_swapping_the_arms_mirrors_the_difference(arms: tuple[np.ndarray, np.ndarray]) -> None:
+    there, back = difference(*arms), difference(*arms[::-1])
+    assert (there.mean, there.low, there.high) == pytest.approx((-back.mean, -back.high, -back.low), abs=1e-9)
+
+
+@given(TABLES, st.randoms(use_true_random=False))
+def test_the_order_of_seeds_and_items_does_not_matter(arms: tuple[np.ndarray, np.ndarray], draw) -> None:
+    seeds, items = (draw.sample(range(n), n) for n in arms[0].shape)
+    shuffled = [arm[seeds][:, items] for arm in arms]
+    plain, other = difference(*arms), difference(*shuffled)
+    assert (plain.mean, plain.low, plain.high) == pytest.approx((other.mean, other.low, other.high), abs=1e-9)
+
+
+@given(TABLES, st.integers(2, 9))
+def test_the_unit_does_not_matter(arms: tuple[np.ndarray, np.ndarray], factor: int) -> None:
+    plain, scaled = difference(*arms), difference(*(factor * arm for arm in arms))
+    expected = tuple(factor * v for v in (plain.mean, plain.low, plain.high))
+    assert (scaled.mean, scaled.low, scaled.high) == pytest.approx(expected, rel=1e-6, abs=1e-9)
+
+
+@given(TABLES)
+def test_an_arm_does_not_differ_from_itself(arms: tuple[np.ndarray, np.ndarray]) -> None:
+    found = difference(arms[0], arms[0])
+    assert (found.mean, found.low, found.high) == (0, 0, 0)
+    assert verdict(found, 1) == verdict(found, -1) == "cannot tell"
+    assert detectable(arms[0], arms[0]) is None
+
+
+def test_one_seed_gives_the_textbook_interval_over_items() -> None:
+    values = np.array([[1.0, 2.0, 4.0, 9.0, 4.0]])
+    error = values.std(ddof=1) / np.sqrt(5)
+    found = estimate(values)
+    assert (found.low, found.high) == pytest.approx((4 - 2.776445 * error, 4 + 2.776445 * error), rel=1e-5)
+
+
+def test_without_item_effects_it_is_the_paired_t_interval_over_seeds() -> None:
+    per_seed = np.array([3.0, 4.0, 8.0])
+    found = difference(np.repeat(per_seed[:, None], 50, axis=1), np.zeros((3, 50)))
+    error = per_seed.std(ddof=1) / np.sqrt(3)
+    assert (found.mean, found.high) == pytest.approx((5.0, 5 + 4.302653 * error), rel=1e-5)
+
+
+def test_resampling_seeds_and_items_has_the_same_variance_where_there_are_many() -> None:
+    """The pigeonhole bootstrap itself, as the oracle, on a table whose interaction is small beside both effects."""
+    rng = np.random.default_rng(0)
+    table = rng.normal(size=(60, 1)) + rng.normal(size=(1, 80)) + 0.1 * rng.normal(size=(60, 80))
+    seeds, items = rng.integers(60, size=(4000, 60)), rng.integers(80, size=(4000, 80))
+    means = [table[np.ix_(s, i)].mean() for s, i in zip(seeds, items, strict=True)]
+    found = estimate(table)
+    assert (found.high - found.low) / 2 == pytest.approx(1.98 * np.std(means), rel=0.06)
+
+
+@pytest.mark.parametrize(("num_seeds", "sd_seed", "sd_item"), [(3, 1.0, 2.0), (3, 0.1, 2.0), (5, 1.0, 1.0), (5, 0.0, 3.0)])
+def test_intervals_cover_the_truth_as_often_as_they_say(num_seeds: int, sd_seed: float, sd_item: float) -> None:
+    rng = np.random.default_rng(1)
+    covered = 0
+    for _ in range(1500):
+        table = sd_seed * rng.normal(size=(num_seeds, 1)) + sd_item * rng.normal(size=(1, 60))
+        found = estimate(7 + table + 3 * rng.normal(size=(num_seeds, 60)))
+        covered += found.low <= 7 <= found.high
+    assert 0.93 < covered / 1500 < 0.985
+
+
+def test_a_detectable_difference_is_seen_four_times_in_five() -> None:
+    rng = np.random.default_rng(2)
+
+    def draw(shift: float) -> np.ndarray:
+        return shift + rng.normal(size=(6, 1)) + rng.normal(size=(1, 40)) + rng.normal(size=(6, 40))
+
+    smallest = np.median([detectable(draw(0), np.zeros((6, 40))) for _ in range(300)])
+    seen = [difference(draw(smallest), np.zeros((6, 40))).sign == 1 for _ in range(1000)]
+    assert 0.72 < np.mean(seen) < 0.88
+
+
+def test_a_rate_at_its_end_gets_wilsons_interval() -> None:
+    found = estimate(np.full((3, 520), 100.0), (0.0, 100.0))
+    assert found.high == 100 and found.low == pytest.approx(100 * 520 / (520 + 1.959964**2), rel=1e-6)
+    assert estimate(np.zeros((3, 520)), (0.0, 100.0)).high == pytest.approx(100 - found.low)
+
+
+def test_intervals_stay_on_the_scale() -> None:
+    found = estimate(np.array([[100.0, 0.0], [100.0, 100.0]]), (0.0, 100.0))
+    assert 0 <= found.low <= found.mean <= found.high <= 100
+
+
+@pytest.mark.parametrize(("effect", "word"), [((1.0, 2.0), "reproduced"), ((-2.0, -1.0), "contradicted")])
+def test_verdicts(effect: tuple[float, float], word: str) -> None:
+    found = difference(np.array([[effect[0]] * 2, [effect[1]] * 2]) * 100, np.array([[0.0, 0.1], [0.1, 0.0]]))
+    assert found.sign in (0, np.sign(effect[0]))
+    wide = difference(np.full((3, 4), effect[0]) + np.arange(4) / 100, np.zeros((3, 4)))
+    assert verdict(wide, 1) == word
+
+
+@pytest.mark.parametrize("bad", [np.zeros((0, 3)), np.array([[np.nan]]), np.array([1.0]), np.array([[np.inf, 1.0]])])
+def test_what_is_no_table_is_refused(bad: np.ndarray) -> None:
+    with pytest.raises(DataError, match="finite table"):
+        estimate(bad)
+
+
+def test_arms_that_do_not_pair_are_refused() -> None:
+    with pytest.raises(DataError, match="do not pair"):
+        difference(np.zeros((2, 3)), np.zeros((3, 3)))
