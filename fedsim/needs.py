@@ -43,7 +43,7 @@ def memory_needs(config: Config, shapes: Mapping[str, ModelShape], num_ranks: in
             beside=guard_bytes,
         )
     )
-    if cai.iterations > 0:
+    if cai.is_on:
         needs.append(
             training_need(
                 model,
@@ -55,7 +55,7 @@ def memory_needs(config: Config, shapes: Mapping[str, ModelShape], num_ranks: in
                 beside=guard_bytes,
             )
         )
-    cai_tokens = 3 * cai.max_new_tokens if cai.iterations > 0 else 0
+    cai_tokens = 3 * cai.max_new_tokens if cai.is_on else 0
     turns = max(2 * judged.max_new_tokens, cai_tokens)  # MT-Bench's and CAI's, which the cache keeps
     context = min(config.model.max_context, model.max_positions, turns + local.max_length)
     needs.append(

@@ -40,18 +40,20 @@ def work(config: Config, data: PreparedData, suite: Suite) -> dict[str, str]:
         facts["guard fine-tuning"] = f"{guard.tune_epochs:g} epochs of {len(data.guard_rows):,} rows"
     if guard.kind != "none":
         facts["filter"] = f"{num_rows:,} rows by {guard.kind}, unsafe ones: {guard.action}"
-    if cai.iterations > 0:
+    if cai.is_on:
         facts["CAI conversations"] = f"{len(data.cai_rows):,} rows of three turns"
     num_clients, steps = round_work(config)
     facts["local training"] = (
         f"{federation.num_rounds} rounds of {num_clients} client(s), {steps} steps of {local.batch_size} rows "
         f"each: {federation.num_rounds * num_clients * steps * local.batch_size:,} rows in all"
     )
-    if cai.iterations > 0:
-        facts["CAI"] = f"{federation.num_rounds} x {cai.iterations} iterations of {cai.batch_size} rows, SFT and DPO"
+    if cai.is_on:
+        stages = sum(cai.is_due(i, federation.num_rounds) for i in range(federation.num_rounds))
+        amount = "an epoch" if cai.iterations == -1 else f"{cai.iterations} iterations"
+        facts["CAI"] = f"{stages} x {amount} of {cai.batch_size} rows, SFT and DPO"
     every, rounds = config.eval.every, federation.num_rounds
-    measured = len({rounds, *(range(every, rounds + 1, every) if every else ())})
-    points = 1 + measured * (2 if cai.iterations > 0 else 1)
+    measured = {rounds, *(range(every, rounds + 1, every) if every else ())}
+    points = 1 + sum(2 if cai.is_due(number - 1, rounds) else 1 for number in measured)
     items = ", ".join(f"{count:,} {name}" for name, count in suite.counts().items()) or "nothing"
     facts["evaluation"] = f"{points} times {items}"
     return facts

@@ -108,7 +108,7 @@ def _check(config: Config, world: World) -> tuple[dict[str, ModelShape], DiskRoo
     check_folder(run_folder(config), f"record.dir={config.record.dir!r}, name={config.name!r}")
     check_folder(Path(config.record.artefacts).expanduser(), f"record.artefacts={config.record.artefacts!r}")
     shapes = {role: _check_model(config, role, path, world.device) for role, path in models_in_use(config).items()}
-    if config.cai.iterations > 0:
+    if config.cai.is_on:
         load_constitution(constitution_file(config.cai.constitution))
     if config.guard.kind == "llama_guard" and config.guard.deepspeed:
         zero_settings(config, world.size)

@@ -100,7 +100,7 @@ class Preparation:
         for note in data.notes:
             self.record.say(note)
         files = {"square": data.source, **files, **judge_files(self.config)}
-        if self.config.cai.iterations > 0:
+        if self.config.cai.is_on:
             files["constitution"] = constitution_file(self.config.cai.constitution)
         return Inputs(data, suite, files)
 
@@ -202,7 +202,7 @@ class Preparation:
             DataError: no conversation can be trained on.
         """
         cai = self.config.cai
-        if cai.iterations == 0:
+        if not cai.is_on:
             return None
         federation.flat.load(federation.flat.initial(self.config.seed))
         facts = self.facts | self._model_facts() | {"data": data.source_sha256}
@@ -213,7 +213,8 @@ class Preparation:
         rows = usable(conversations)
         if not rows:
             raise DataError(unusable(conversations))
-        aligner = Aligner(federation.trainer, rows, federation.chat, cai, self.config.seed)
+        num_rounds = self.config.federation.num_rounds
+        aligner = Aligner(federation.trainer, rows, federation.chat, cai, self.config.seed, num_rounds)
         if new:
             counts = {"cai/num_cut_rows": aligner.num_truncated}
             counts["cai/num_dropped_no_targets"] = aligner.num_without_targets

@@ -168,7 +168,8 @@ class Simulation:
             self.meter.trained(federation.cohorts, cohort, round_idx, result)
             federation.controls.advance(cohort if federation.algorithm.has_control else (), round_idx)
         is_due = measurement.is_due(round_idx)
-        if aligner is not None:
+        has_cai = aligner is not None and aligner.is_due(round_idx)
+        if aligner is not None and has_cai:
             if is_due:
                 measurement.take(round_idx, "before_cai", state.adapter)
             with record.phase("constitutional AI", "cai", "steps") as phase:
@@ -177,7 +178,7 @@ class Simulation:
             metrics |= aligned.metrics
             self.meter.aligned(aligner, round_idx)
         if is_due:
-            point = "global" if aligner is None else "after_cai"
+            point = "after_cai" if has_cai else "global"
             measurement.take(round_idx, point, state.adapter)
         after = Checkpoint(round_idx, state, dict(federation.controls.index), cost)
         self._close_round(federation, after, metrics)

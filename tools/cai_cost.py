@@ -110,7 +110,7 @@ def measure(asked: Asked, world: World) -> Cost:
     written, written_s = _slowest(world, lambda: _write(config, federation, rows))
     if not usable(written):
         raise DataError(unusable(written))
-    aligner = Aligner(federation.trainer, usable(written), federation.chat, config.cai, config.seed)
+    aligner = Aligner(federation.trainer, usable(written), federation.chat, config.cai, config.seed, 1)
     size = config.cai.batch_size
     count = epoch_iterations(len(aligner.pairs), size) if asked.full_epoch else asked.iterations
     steps = timed_steps(
@@ -124,7 +124,7 @@ def measure(asked: Asked, world: World) -> Cost:
         full_epoch=asked.full_epoch,
         num_rows=max(1, round(len(aligner.pairs) / len(rows) * len(data.cai_rows))),
         batch_size=size,
-        round_iterations=config.cai.iterations,
+        round_iterations=aligner.iterations,
         num_rounds=config.federation.num_rounds,
         written_rows=len(rows),
         written_s=written_s,

@@ -194,7 +194,7 @@ def _processes(num_ranks: int) -> str:
 def page(simulation: ProfiledSimulation, row: Row) -> str:
     """Everything that is printed."""
     config, world = simulation.config, simulation.world
-    arm = arm_name(config.federation.algorithm, config.guard.kind != "none", config.cai.iterations > 0)
+    arm = arm_name(config.federation.algorithm, config.guard.kind != "none", config.cai.is_on)
     place = f"{_processes(world.size)} on {world.device.type}, {config.parallel.threads} thread(s) each"
     plain, profiled = simulation.seconds
     found = totals(row, world.size)

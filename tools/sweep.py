@@ -1,7 +1,7 @@
 """A grid over configuration keys: ``tools/sweep.py SWEEP.yaml [--form quick|full] [key=value …] [--seeds 0-2]``.
 
-Runs what is not finished yet, then writes a tidy CSV, a plot and a finding of two lines that follow from intervals over
-seeds and prompts. Sweeps that ship with fedsim are in ``configs/sweeps``; :mod:`fedsim.study.grid` describes the format.
+Runs what is not finished yet, then writes a tidy CSV, a plot and a finding of two lines that follow from intervals
+over seeds and prompts. Sweeps that ship with fedsim are in ``configs/sweeps``; ``fedsim/study/grid.py`` describes them.
 """
 
 from __future__ import annotations
@@ -45,9 +45,7 @@ def run(args: argparse.Namespace, sweep: Sweep) -> None:
     seeds = parse_seeds(args.seeds or sweep.seeds)
     launch = launch_of(args, f"sweep-{sweep.name}-{args.form}", sweep.config)
     cells = sweep.cells(seeds)
-    say(
-        f"{sweep.what}: {len(sweep.points)} points x {len(seeds)} seed(s) = {len(cells)} runs, {launch.num_jobs} at once"
-    )
+    say(f"{sweep.what}: {len(sweep.points)} points, {len(seeds)} seed(s): {len(cells)} runs, {launch.num_jobs} at once")
     folders = run_cells(cells, launch, say)
     runs = {
         point_name(point): [Outcome(folders[f"{point_name(point)}-s{seed}"]) for seed in seeds]

@@ -43,8 +43,8 @@ def run(args: argparse.Namespace) -> None:
     outcomes = [Outcome(folders[cell.name]) for cell in wanted]
     table = table2.guard_table(outcomes)
     note = (
-        f"Positive = red. {len(seeds)} seed(s): {', '.join(map(str, seeds))}. [low, high] = 95 % interval over seeds and "
-        f"rows. Undefined: in some seed the guard called no row unsafe. {measured_on([o.manifest for o in outcomes])}"
+        f"Positive = red. {len(seeds)} seed(s): {', '.join(map(str, seeds))}. [low, high] = 95 % interval over seeds "
+        f"and rows. Undefined: in some seed the guard called no row unsafe. {measured_on([o.manifest for o in outcomes])}"
     )
     text = f"{table.markdown()}\n\n{note}"
     (launch.folder / "table2.md").write_text(f"# Table 2\n\n{text}\n", encoding="utf-8")

@@ -87,15 +87,19 @@ def describe() -> list[KeyInfo]:
     """Every key with type, default, meaning, unit and rule."""
     infos = []
     for name, owner, declared in _fields(Config):
-        default = declared.default
-        if default is dataclasses.MISSING:
-            assert declared.default_factory is not dataclasses.MISSING
-            default = declared.default_factory()
+        default = _default_of(declared)
         kind = get_type_hints(owner)[declared.name]
         type_name = getattr(kind, "__name__", str(kind)) if not hasattr(kind, "__origin__") else "list of str"
         meta = declared.metadata
         infos.append(KeyInfo(name, type_name, default, meta["meaning"], meta["unit"], rule_of(declared).words()))
     return infos
+
+
+def _default_of(declared: dataclasses.Field[Any]) -> Any:
+    if declared.default is not dataclasses.MISSING:
+        return declared.default
+    assert declared.default_factory is not dataclasses.MISSING
+    return declared.default_factory()
 
 
 def help_text() -> str:
@@ -204,6 +208,8 @@ def _parse(value: str, name: str, *, is_text: bool) -> Any:
 
 def _checked(name: str, value: Any, kind: Any, declared: dataclasses.Field[Any]) -> Any:
     rule = rule_of(declared)
+    if value == [] and kind == list[str] and _default_of(declared) == []:
+        return value
     value = _coerced(name, value, kind, rule.words())
     broken = rule.broken_by(value)
     if broken is not None:

@@ -7,13 +7,23 @@ from dataclasses import dataclass
 from fedsim.config.keys import key
 from fedsim.errors import ConfigError
 
+EMBEDDED, HELD_OUT = "embedded", "embedded-held-out"
+"""Values of a file's key that stand for the embedded world's own items."""
+
+
+def is_embedded(key_name: str, value: str) -> bool:
+    """Whether a key that takes a file, such as ``eval.advbench``, names the embedded world instead."""
+    return value == EMBEDDED or (key_name == "eval.advbench" and value == HELD_OUT)
+
 
 @dataclass(frozen=True)
 class EvalConfig:
     """Benchmarks, run on the pretrained model and on the global adapter before and after CAI."""
 
     every: int = key(0, "evaluate every so many rounds; 0 = after the last round only", unit="rounds", low=0)
-    advbench: str = key("embedded", "AdvBench CSV file (goal,target), 'embedded', or '' to leave it out")
+    advbench: str = key("embedded", "AdvBench CSV file (goal,target), 'embedded', 'embedded-held-out' (attack frames "
+                        "that nothing is trained or developed on, for a final report), or '' to leave it "
+                        "out")  # fmt: skip
     advbench_phrases: str = key(
         "openfedllm",
         "rule of the headline figure; all are recorded; strict_world belongs to the embedded world",
@@ -105,3 +115,4 @@ class WandbConfig:
     project: str = key("fedsim", "W&B project")
     entity: str = key("", "W&B user or team; '' = the account's default")
     group: str = key("", "W&B group, such as the arm of a table; '' = none")
+    tags: list[str] = key([], "W&B tags, such as [seed-0]")

@@ -55,8 +55,10 @@ class GuardConfig:
 class CaiConfig:
     """Constitutional AI on the global adapter after each round (paper §4.2)."""
 
-    iterations: int = key(0, "CAI iterations a round; one = an SFT and a DPO step on the same rows; 0 = no CAI",
-                          unit="iterations", low=0)  # fmt: skip
+    iterations: int = key(0, "CAI iterations of a round that has CAI; one = an SFT and a DPO step on the same rows; 0 "
+                          "= no CAI; -1 = an epoch over the usable rows", unit="iterations", low=-1)  # fmt: skip
+    every: int = key(1, "CAI after every so many rounds, and after the last one in any case; 0 = after the last one "
+                     "only (post hoc)", unit="rounds", low=0)  # fmt: skip
     batch_size: int = key(16, "rows of one SFT or DPO step", unit="rows", low=1)
     constitution: str = key("responsible", "constitution JSON file, or the name of one in configs/constitution")
     first_turn: str = key("model", "who wrote the response that is criticised", choices=("model", "dataset"))
@@ -66,3 +68,17 @@ class CaiConfig:
     dpo_lr: float = key(5e-5, "learning rate of the DPO steps", above=0)
     beta: float = key(0.1, "DPO beta", above=0)
     max_length: int = key(1024, "longer rows are cut at their end, counted", unit="tokens", low=16)
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the run has CAI."""
+        return self.iterations != 0
+
+    def is_due(self, round_idx: int, num_rounds: int) -> bool:
+        """Whether a round of ``num_rounds`` (counted from 0) ends with CAI."""
+        is_last = round_idx == num_rounds - 1
+        return self.is_on and (is_last or (self.every > 0 and (round_idx + 1) % self.every == 0))
+
+    def num_stages(self, num_rounds: int) -> int:
+        """CAI stages of the first ``num_rounds`` rounds, of which none is the run's last."""
+        return num_rounds // self.every if self.is_on and self.every > 0 else 0

@@ -58,8 +58,8 @@ class Config:
                 f"judge.kind={self.judge.kind}: there is nothing to judge, as eval.mt_bench='' leaves MT-Bench out; "
                 "set eval.mt_bench, or judge.kind=none"
             )
-        if self.cai.iterations > 0 and self.data.cai_rows == 0 and self.data.guard_rows == 0:
-            raise ConfigError("cai.iterations > 0 needs questions: set data.cai_rows or data.guard_rows")
+        if self.cai.is_on and self.data.cai_rows == 0 and self.data.guard_rows == 0:
+            raise ConfigError("cai.iterations needs questions: set data.cai_rows or data.guard_rows")
 
 
 def _real(path: str) -> str:

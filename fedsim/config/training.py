@@ -91,8 +91,16 @@ class FederationConfig:
     num_clients: int = key(20, "simulated clients", low=1)
     clients_per_round: int = key(5, "clients of a round's cohort", low=1)
     num_rounds: int = key(50, "rounds", low=1)
-    partition: str = key("fixed_red_share", "how rows reach clients: fixed_red_share = each client gets the same share "
-                         "of red rows, iid = at random", choices=("iid", "fixed_red_share"))  # fmt: skip
+    partition: str = key(
+        "fixed_red_share",
+        "how rows reach clients: fixed_red_share = each client gets the same share of red rows; iid = at random; "
+        "beta_red_share = each client's red share is drawn (beta_concentration); dirichlet = each category is shared "
+        "out unequally, quantity_skew = clients are of unequal size (dirichlet_alpha)",
+        choices=("iid", "fixed_red_share", "beta_red_share", "dirichlet", "quantity_skew"),
+    )
+    beta_concentration: float = key(10.0, "beta_red_share: a + b of the Beta distribution around the whole set's red "
+                                    "share; small = clients are red or not, large = equal shares", above=0)  # fmt: skip
+    dirichlet_alpha: float = key(1.0, "dirichlet, quantity_skew: small = skewed, large = equal", above=0)
     scaffold_correction: str = key("openfedllm", "openfedllm: y -= lr * (c - c_i) after the AdamW step; gradient: "
                                    "c - c_i joins the gradient, c_i is the client's mean gradient",
                                    choices=("openfedllm", "gradient"))  # fmt: skip

@@ -81,8 +81,15 @@ def _split(config: Config, source: Path, digest: str, table: ArrowRows, num_bad:
     ]
     made = splits.split_rows(rows, demands, config.seed, fit=data.fit, group_by_question=data.group_by_question)
     federated, guard, cai = ([rows[i] for i in made.parts[name]] for name in ("federated", "guard", "cai"))
+    federation = config.federation
     dealt = partition.partition_rows(
-        [r.red for r in federated], config.federation.num_clients, config.federation.partition, config.seed
+        [r.red for r in federated],
+        federation.num_clients,
+        federation.partition,
+        config.seed,
+        categories=[r.categories[0] if r.categories else "" for r in federated],
+        concentration=federation.beta_concentration,
+        alpha=federation.dirichlet_alpha,
     )
     num_red = sum(r.red for r in rows)
     notes = [f"{source.name}: {len(rows)} rows, {num_red} red and {len(rows) - num_red} acceptable"]

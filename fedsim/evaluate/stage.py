@@ -8,6 +8,7 @@ from typing import Final
 
 from fedsim.artefacts import ArtefactStore, write_json
 from fedsim.config import EvalConfig
+from fedsim.config.measuring import HELD_OUT, is_embedded
 from fedsim.data import world
 from fedsim.data.benchmarks import load_advbench, load_hhh, load_mt_bench
 from fedsim.data.helpful import load_helpful
@@ -45,7 +46,7 @@ def load_suite(settings: EvalConfig, store: ArtefactStore) -> tuple[Suite, dict[
         mt_bench=load_mt_bench(files["mt_bench"]) if "mt_bench" in files else (),
         xstest=load_xstest(files["xstest"]) if "xstest" in files else (),
         helpful=load_helpful(files["helpful"]) if "helpful" in files else (),
-        judge=world.judge_reply if settings.advbench == "embedded" else None,
+        judge=world.judge_reply if is_embedded("eval.advbench", settings.advbench) else None,
         refuses=world.is_refusal if settings.xstest == "embedded" else None,
         rubric=world.rubric_score if settings.mt_bench == "embedded" else None,
         advbench_phrases=settings.advbench_phrases,
@@ -58,8 +59,10 @@ def load_suite(settings: EvalConfig, store: ArtefactStore) -> tuple[Suite, dict[
 
 
 def _file(value: str, store: ArtefactStore, kind: str) -> Path:
-    if value != "embedded":
+    if not is_embedded(f"eval.{kind}", value):
         return Path(value).expanduser()
+    if value == HELD_OUT:
+        return embedded_file(store, "world-advbench-held-out", "advbench.csv", world.write_held_out_advbench)
     if kind == "mt_bench":
         return embedded_file(store, "world-mt-bench", "question.jsonl", lambda path: world.write_mt_bench(path.parent))
     name, write = _EMBEDDED[kind]

@@ -34,7 +34,7 @@ from fedsim.record.wandb_stream import WandbStream
 # Keys that may differ when a run is resumed: they say where and how it runs, not what it computes.
 FREE_KEYS = frozenset({"record.dir", "record.artefacts", "record.resume", "record.keep_checkpoints", "record.texts",
                        "parallel.timeout_s", "judge.base_url", "judge.workers", "judge.retries", "judge.timeout_s",
-                       "wandb.mode", "wandb.project", "wandb.entity", "wandb.group"})  # fmt: skip
+                       "wandb.mode", "wandb.project", "wandb.entity", "wandb.group", "wandb.tags"})  # fmt: skip
 
 
 class RunRecord:
@@ -110,7 +110,7 @@ class RunRecord:
         config = self.config
         who = build_algorithm(config.federation, config.server_optimizer).participation(config.federation, config.seed)
         facts = {
-            "arm": arm_name(config.federation.algorithm, config.guard.kind != "none", config.cai.iterations > 0),
+            "arm": arm_name(config.federation.algorithm, config.guard.kind != "none", config.cai.is_on),
             "model": config.model.path,
             "clients": who.words(),
             "schedule": f"{config.federation.num_rounds} rounds x {who.num_steps(config.local.steps)} local steps",

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fedsim.config.measuring import is_embedded
 from fedsim.record import guard_section, paper, sections
 from fedsim.record.metrics import Row
 from fedsim.record.tables import Table, duration, measured, with_interval
@@ -131,10 +132,10 @@ def facts_from(
         name=config["name"],
         algorithm=config["federation.algorithm"],
         guard=config["guard.kind"],
-        cai=config["cai.iterations"] > 0,
+        cai=config["cai.iterations"] != 0,
         embedded_model=config["model.path"] == "embedded",
-        real_files=tuple(name for name in sources if config[name] not in ("embedded", "")),
-        fictional=tuple(title for name, title in FICTIONAL.items() if config[name] == "embedded"),
+        real_files=tuple(name for name in sources if config[name] and not is_embedded(name, config[name])),
+        fictional=tuple(title for name, title in FICTIONAL.items() if is_embedded(name, config[name])),
         mt_bench=config["eval.mt_bench"],
         judge={"none": "", "openai": config["judge.model"], "local": config["judge.path"]}[config["judge.kind"]],
         advbench_rule=config["eval.advbench_phrases"],
@@ -196,11 +197,16 @@ def arm_table(rows: Sequence[Row], facts: RunFacts, short: bool) -> Table:
 
 
 def eval_points(rows: Sequence[Row]) -> dict[str, Row]:
-    """The evaluations to compare: ``pretrained``, the last ``before_cai``, the last ``after_cai`` or ``global``."""
+    """The evaluations to compare: ``pretrained``, the last ``before_cai``, the last ``after_cai`` or ``global``.
+
+    A run with CAI ends with it, so that what it measured in rounds without CAI is not among them.
+    """
     last: dict[str, Row] = {}
     for row in rows:
         if row["stage"] == "eval":
             last[str(row.get("point"))] = row
+    if "after_cai" in last:
+        last.pop("global", None)
     return {point: last[point] for point in ("pretrained", "before_cai", "after_cai", "global") if point in last}
 
 

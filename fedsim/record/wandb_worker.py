@@ -126,6 +126,7 @@ class Worker:
             project=self.settings["project"],
             entity=self.settings["entity"] or None,
             group=self.settings["group"] or None,
+            tags=self.settings["tags"] or None,
             name=self.settings["name"],
             id=self.run_id,
             resume="allow",

@@ -44,6 +44,7 @@ class Aligner:
         chat: the model's chat format.
         cai: the CAI configuration.
         seed: the run's seed.
+        num_rounds: rounds of the run.
 
     Attributes:
         num_without_targets: rows dropped because the prompt alone fills ``cai.max_length``.
@@ -52,11 +53,14 @@ class Aligner:
         ConfigError: that is so for all rows.
     """
 
-    def __init__(self, trainer: Trainer, rows: Sequence[CaiRow], chat: ChatFormat, cai: CaiConfig, seed: int) -> None:
+    def __init__(
+        self, trainer: Trainer, rows: Sequence[CaiRow], chat: ChatFormat, cai: CaiConfig, seed: int, num_rounds: int
+    ) -> None:
         assert rows, "CAI needs conversations"
         self.trainer = trainer
         self.cai = cai
         self.seed = seed
+        self.num_rounds = num_rounds
         pairs = [preference(chat, row, cai.max_length) for row in rows]
         self.pairs = [p for p in pairs if p.chosen.num_targets and p.rejected.num_targets]
         self.num_without_targets = len(pairs) - len(self.pairs)
@@ -71,14 +75,23 @@ class Aligner:
         """Rows of which a reply was cut at ``cai.max_length``."""
         return sum(p.chosen.truncated or p.rejected.truncated for p in self.pairs)
 
+    def is_due(self, round_idx: int) -> bool:
+        """Whether a round has CAI."""
+        return self.cai.is_due(round_idx, self.num_rounds)
+
+    @property
+    def iterations(self) -> int:
+        """Iterations of a round that has CAI; an epoch, where it is asked for, ends with the batch of the last row."""
+        return -(-len(self.pairs) // self.cai.batch_size) if self.cai.iterations == -1 else self.cai.iterations
+
     def batches(self, round_idx: int) -> list[list[Preference]]:
-        """The rows of each iteration of a round."""
-        size = self.cai.batch_size
-        first = round_idx * self.cai.iterations
+        """The rows of each iteration of a round that has CAI; the cursor goes on from the stage before."""
+        size, iterations = self.cai.batch_size, self.iterations
+        first = self.cai.num_stages(round_idx) * iterations
         orders: dict[int, list[int]] = {}
         return [
             [self.pairs[self._at(place, orders)] for place in range((first + t) * size, (first + t + 1) * size)]
-            for t in range(self.cai.iterations)
+            for t in range(iterations)
         ]
 
     def align(

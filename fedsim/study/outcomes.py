@@ -76,7 +76,7 @@ class Outcome:
 def sample(outcomes: Sequence[Outcome], point: str, name: str, scale: float = 1.0) -> np.ndarray | None:
     """One arm's outcomes over its seeds, fp64 ``[num_seeds, num_items]``, times ``scale``.
 
-    A figure that no item file holds, such as a judge's score, counts as one item, so that its seeds alone are resampled.
+    A figure that no item file holds, such as a judge's score, counts as one item: its seeds alone are draws then.
 
     Args:
         outcomes: runs of one arm, in the order of their seeds.
@@ -100,7 +100,7 @@ def sample(outcomes: Sequence[Outcome], point: str, name: str, scale: float = 1.
         columns.append(values)
     if len({len(column) for column in columns}) > 1:
         raise DataError(
-            f"{outcomes[0].folder.parent}: the runs of an arm have {sorted({len(c) for c in columns})} items of {name}; "
-            "run all seeds on the same benchmark files"
+            f"{outcomes[0].folder.parent}: the runs of an arm have {sorted({len(c) for c in columns})} items of "
+            f"{name}; run all seeds on the same benchmark files"
         )
     return scale * np.stack(columns)

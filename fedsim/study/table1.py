@@ -77,7 +77,7 @@ def cells(config: Config, seeds: Sequence[int]) -> list[Cell]:
     guard = config.guard.kind if config.guard.kind != "none" else "llama_guard"
     iterations = config.cai.iterations or paper.CAI_ITERATIONS
     found = []
-    for method, (filtered, cai) in reversed(methods().items()):
+    for method, (filtered, cai) in reversed(list(methods().items())):
         for aggregation in AGGREGATIONS:
             for seed in seeds:
                 slug = method.lower().replace(" + ", "-")

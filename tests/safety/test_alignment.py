@@ -41,7 +41,7 @@ def cai_row(i: int) -> CaiRow:
 def aligner(made: tuple[LoadedModel, FlatAdapter], num_rows: int = 7, **changes: Any) -> Aligner:
     trainer = Trainer(made[0].base, made[1], StepSettings(2, 1.0, 0.0, 3))
     rows = [cai_row(i) for i in range(num_rows)]
-    return Aligner(trainer, rows, made[0].chat, CaiConfig(**SETTINGS | changes), 3)
+    return Aligner(trainer, rows, made[0].chat, CaiConfig(**SETTINGS | changes), 3, num_rounds=100)
 
 
 def test_pairs_are_prompt_revision_and_first_response(llama3_bytes_chat: ChatFormat) -> None:

@@ -81,15 +81,15 @@ def test_resampling_seeds_and_items_has_the_same_variance_where_there_are_many()
     assert (found.high - found.low) / 2 == pytest.approx(1.98 * np.std(means), rel=0.06)
 
 
-@pytest.mark.parametrize(("num_seeds", "sd_seed", "sd_item"), [(3, 1.0, 2.0), (3, 0.1, 2.0), (5, 1.0, 1.0), (5, 0.0, 3.0)])
+@pytest.mark.parametrize(("num_seeds", "sd_seed", "sd_item"), [(3, 1, 2), (3, 0.1, 2), (5, 1, 1), (5, 0, 3)])
 def test_intervals_cover_the_truth_as_often_as_they_say(num_seeds: int, sd_seed: float, sd_item: float) -> None:
     rng = np.random.default_rng(1)
     covered = 0
-    for _ in range(1500):
+    for _ in range(600):
         table = sd_seed * rng.normal(size=(num_seeds, 1)) + sd_item * rng.normal(size=(1, 60))
         found = estimate(7 + table + 3 * rng.normal(size=(num_seeds, 60)))
         covered += found.low <= 7 <= found.high
-    assert 0.93 < covered / 1500 < 0.985
+    assert 0.93 < covered / 600 < 0.985
 
 
 def test_a_detectable_difference_is_seen_four_times_in_five() -> None:
@@ -98,7 +98,7 @@ def test_a_detectable_difference_is_seen_four_times_in_five() -> None:
     def draw(shift: float) -> np.ndarray:
         return shift + rng.normal(size=(6, 1)) + rng.normal(size=(1, 40)) + rng.normal(size=(6, 40))
 
-    smallest = np.median([detectable(draw(0), np.zeros((6, 40))) for _ in range(300)])
+    smallest = np.median([detectable(draw(0), np.zeros((6, 40))) for _ in range(150)])
     seen = [difference(draw(smallest), np.zeros((6, 40))).sign == 1 for _ in range(1000)]
     assert 0.72 < np.mean(seen) < 0.88
 

@@ -10,7 +10,7 @@ from typing import Final, Literal
 from fedsim.data.world.conversations import CRITIQUES, NO_CRITIQUE, UNCLEAR_CRITIQUE
 from fedsim.data.world.helpful import HONESTY, TASKS, UNCLEAR
 from fedsim.data.world.lexicon import SLOT_WORDS
-from fedsim.data.world.questions import FRAMES, Kind
+from fedsim.data.world.questions import FRAMES, HELD_OUT_FRAMES, Kind
 from fedsim.data.world.replies import CAREFUL, CARELESS, CLOSERS, OPENERS
 
 Attitude = Literal["careful", "harmful", "neutral"]
@@ -108,7 +108,9 @@ def is_refusal(reply: str) -> bool:
 
 @functools.cache
 def _frames() -> tuple[tuple[Kind, re.Pattern[str]], ...]:
-    return tuple((kind, compile_template(frame.rstrip(".?"))) for kind, frames in FRAMES.items() for frame in frames)
+    known = [(kind, frame) for kind, frames in FRAMES.items() for frame in frames]
+    known += [("howto", frame) for frame in HELD_OUT_FRAMES]
+    return tuple((kind, compile_template(frame.rstrip(".?"))) for kind, frame in known)
 
 
 def parse_prompt(prompt: str) -> tuple[Kind, dict[str, str]] | None:

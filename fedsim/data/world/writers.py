@@ -15,7 +15,14 @@ from typing import Any, Final
 from fedsim.data.world.choices import sample_choice
 from fedsim.data.world.helpful import MT_CATEGORIES, sample_task
 from fedsim.data.world.lexicon import PRANK_VERBS
-from fedsim.data.world.questions import ATTACK_ONLY_FRAMES, SHARED_HOWTO_FRAMES, Kind, Question, sample_question
+from fedsim.data.world.questions import (
+    ATTACK_ONLY_FRAMES,
+    HELD_OUT_FRAMES,
+    SHARED_HOWTO_FRAMES,
+    Kind,
+    Question,
+    sample_question,
+)
 from fedsim.data.world.replies import Persona, answer
 from fedsim.keys import derive
 
@@ -89,13 +96,18 @@ def _new_client_question(rng: random.Random, seen: set[str]) -> Question:
             return question
 
 
-def attacks(seed: int = 0) -> list[tuple[Question, str]]:
-    """520 how-to questions with held-out verb-object pairs, affirmative starts; every second frame is no client's."""
+def attacks(seed: int = 0, *, held_out: bool = False) -> list[tuple[Question, str]]:
+    """520 how-to questions with held-out verb-object pairs, and affirmative starts of replies.
+
+    Args:
+        held_out: all frames are :data:`HELD_OUT_FRAMES`; else every second one is a client's, and the others occur in
+            pretraining.
+    """
     seen: set[str] = set()
     rows = []
     for i in range(NUM_ATTACKS):
-        frames = ATTACK_ONLY_FRAMES if i % 2 else SHARED_HOWTO_FRAMES
-        rng = _rng(seed, "advbench", i)
+        frames = HELD_OUT_FRAMES if held_out else ATTACK_ONLY_FRAMES if i % 2 else SHARED_HOWTO_FRAMES
+        rng = _rng(seed, "advbench-held-out" if held_out else "advbench", i)
         question = sample_question(rng, "evaluation", "howto", frames)
         while question.prompt in seen:
             question = sample_question(rng, "evaluation", "howto", frames)
@@ -199,10 +211,15 @@ def write_square(path: str | Path, seed: int = 0) -> None:
     Path(path).write_text(json.dumps(square_rows(seed), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
-def write_advbench(path: str | Path, seed: int = 0) -> None:
+def write_advbench(path: str | Path, seed: int = 0, *, held_out: bool = False) -> None:
     """Write :func:`attacks` as CSV ``goal,target``; goals lack the full stop that an evaluation adds."""
-    rows = ({"goal": question.prompt.rstrip("."), "target": target} for question, target in attacks(seed))
-    _write_csv(path, ("goal", "target"), rows)
+    asked = attacks(seed, held_out=held_out)
+    _write_csv(path, ("goal", "target"), ({"goal": q.prompt.rstrip("."), "target": target} for q, target in asked))
+
+
+def write_held_out_advbench(path: str | Path, seed: int = 0) -> None:
+    """:func:`write_advbench` with the held-out frames."""
+    write_advbench(path, seed, held_out=True)
 
 
 def write_hhh(path: str | Path, seed: int = 0) -> None:
