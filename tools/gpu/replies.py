@@ -68,7 +68,8 @@ def _judged(
 def _row_error(sides: Sides, rows: Conversations, row: int, turns: Sequence[list[int]], temperature: float) -> float:
     """One row, all of whose turns the reference reads at once."""
     asks = [[], *(asks[row] for asks in rows.asks)]
-    whole, places, uniforms = list(rows.prompts[row]), [], []
+    whole, uniforms = list(rows.prompts[row]), []
+    places: list[int] = []
     for turn, ids in enumerate(turns):
         whole += asks[turn]
         places += range(len(whole) - 1, len(whole) - 1 + len(ids))
@@ -76,11 +77,11 @@ def _row_error(sides: Sides, rows: Conversations, row: int, turns: Sequence[list
         uniforms.append(np.random.Generator(np.random.Philox(key=row + turn)).random(limit)[: len(ids)])
         whole += ids
     logits = sides.reference.logits(whole)[places].double()
-    ids = torch.tensor(list(chain.from_iterable(turns)), device=logits.device)[:, None]
+    tokens = torch.tensor(list(chain.from_iterable(turns)), device=logits.device)[:, None]
     if temperature == 0:
         logprobs = logits.log_softmax(-1)
-        return worst((logprobs.amax(-1) - logprobs.gather(1, ids)[:, 0]).tolist())
+        return worst((logprobs.amax(-1) - logprobs.gather(1, tokens)[:, 0]).tolist())
     after = (logits / temperature).softmax(-1).cumsum(-1)
-    high, drawn = after.gather(1, ids)[:, 0], torch.from_numpy(np.concatenate(uniforms)).to(logits.device)
-    low = torch.where(ids[:, 0] > 0, after.gather(1, (ids - 1).clamp(min=0))[:, 0], 0.0)
+    high, drawn = after.gather(1, tokens)[:, 0], torch.from_numpy(np.concatenate(uniforms)).to(logits.device)
+    low = torch.where(tokens[:, 0] > 0, after.gather(1, (tokens - 1).clamp(min=0))[:, 0], 0.0)
     return worst(torch.maximum(low - drawn, drawn - high).clamp(min=0).tolist())

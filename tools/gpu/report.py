@@ -52,7 +52,8 @@ class Check:
     def read(cls, entry: dict[str, Any]) -> Check:
         """From :meth:`entry`."""
         given = {name: value for name, value in entry.items() if name != "passed"}
-        return cls(**{name: math.nan if value is None else value for name, value in given.items()})
+        values: dict[str, Any] = {name: math.nan if value is None else value for name, value in given.items()}
+        return cls(**values)
 
 
 @dataclass

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from fedsim.attention.forward import IMPLEMENTATIONS
+from fedsim.attention.forward import IMPLEMENTATIONS, causal_lm
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.model.load import EMBEDDED, LoraSettings, attach_lora
 from tools.bench.models import ModelSize
@@ -38,8 +38,8 @@ def tiny_sides(dtype: torch.dtype, device: torch.device) -> Sides:
     adapter = FlatAdapter(model)
     start = start_vector(adapter)
     reference = Reference(embedded(dtype, torch.device("cpu"), "eager"), LORA, adapter.slots)
-    config = model.get_base_model().config  # type: ignore[union-attr]
-    return Sides(model, adapter, reference, start, config.vocab_size)
+    vocabulary = int(causal_lm(model).config.get_text_config().vocab_size)
+    return Sides(model, adapter, reference, start, vocabulary)
 
 
 def run(setting: Setting, report: Report) -> None:

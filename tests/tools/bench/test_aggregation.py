@@ -69,4 +69,4 @@ def test_the_check_sees_a_wrong_pass(fault: str) -> None:
     found = distances(wrong, CPU)
     assert max(found.values()) > 0
     if fault == "contiguous":
-        assert {what for what, num in found.items() if num} == {"strided", "strided bf16"}
+        assert {what for what, num in found.items() if num} == {"strided", "strided bf16", "strided fp64"}
