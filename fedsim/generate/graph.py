@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from functools import cache
-from typing import Any, Protocol
+from typing import Protocol
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -65,17 +65,19 @@ def graph_path(implementation: str) -> str:
     return f"decode_graph/{names.get(implementation, implementation)}"
 
 
+_LIVE: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
+
+
 def capture_cuda(step: Callable[[], None]) -> Graph:
-    """Capture a step that has run once before. One replay follows another, so all captures share their memory."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=_pool()):
+    """Capture a step that has run once before. One replay follows another, so all live captures share their memory.
+
+    A pool of memory ends with its last graph, and torch refuses a later capture into it: that one gets a new pool.
+    """
+    graph, other = torch.cuda.CUDAGraph(), next(iter(_LIVE), None)
+    with torch.cuda.graph(graph, pool=None if other is None else other.pool()):
         step()
+    _LIVE.add(graph)
     return graph
-
-
-@cache
-def _pool() -> Any:
-    return torch.cuda.graph_pool_handle()
 
 
 def can_be_captured(model: nn.Module) -> bool:

@@ -164,26 +164,29 @@ def triton_pass() -> Accumulate:
     return fixed_point_triton.accumulate
 
 
-def distances(accumulate: Accumulate, device: torch.device) -> dict[str, float]:
-    """Integers in which a pass differs from plain torch's on the CPU, by case."""
+def distances(
+    accumulate: Accumulate, device: torch.device, sizes: Sequence[int] = (1, 7, 1023, 1025, 100_003)
+) -> dict[str, float]:
+    """Integers in which a pass differs from plain torch's on the CPU, by case, of vectors of these sizes."""
     g = torch.Generator().manual_seed(0)
     found: dict[str, float] = {}
 
     def compare(what: str, vectors: Sequence[torch.Tensor], factors: torch.Tensor) -> None:
         want, got = (torch.full(vectors[0].shape, 5, device=place) for place in (torch.device("cpu"), device))
         fixed_point.accumulate_torch(want, vectors, factors)
-        accumulate(got, [_moved(vector, device) for vector in vectors], factors.to(device))
+        accumulate(got, [moved(vector, device) for vector in vectors], factors.to(device))
         found[what] = found.get(what, 0.0) + differing(got.cpu(), want)
 
-    for size in (1, 7, 1023, 1025, 100_003):
+    factors = torch.linspace(-3e14, 5e14, 9, dtype=torch.float64)
+    for size in sizes:
         wide = torch.randn(9, 3 * size, generator=g) * 10.0 ** (torch.rand(9, 3 * size, generator=g) * 12 - 9)
-        factors = torch.linspace(-3e14, 5e14, 9, dtype=torch.float64)
         for what, vectors in (
             ("fp32", wide[:, :size]),
             ("bf16", wide[:, :size].bfloat16()),
             ("fp64", wide[:, :size].double()),
             ("strided", wide[:, ::3]),
             ("strided bf16", wide.bfloat16()[:, 1::3]),
+            ("strided fp64", wide.double()[:, 2::3]),
         ):
             for num in (1, 4, 5, 9):
                 compare(what, list(vectors[:num]), factors[:num])
@@ -196,7 +199,7 @@ def distances(accumulate: Accumulate, device: torch.device) -> dict[str, float]:
     return found
 
 
-def _moved(vector: torch.Tensor, device: torch.device) -> torch.Tensor:
+def moved(vector: torch.Tensor, device: torch.device) -> torch.Tensor:
     """On ``device``, with its stride kept."""
     stride = vector.stride(0)
     spread = torch.zeros(max(1, len(vector) * stride), dtype=vector.dtype, device=device)[::stride][: len(vector)]

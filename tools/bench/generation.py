@@ -80,15 +80,16 @@ class Conversations:
     def ours(
         self, model: PreTrainedModel, num_slots: int, temperature: float, capture: Capture | None = capture_cuda
     ) -> list[list[list[int]]]:
-        """Ids by row and turn; ``capture`` is of use on CUDA, None takes no graphs."""
+        """Ids by row and turn; None takes no graphs, and neither does :func:`capture_cuda` without a GPU."""
+        has_graphs = capture is not None and (self.bench.cuda or capture is not capture_cuda)
         decoder = Decoder(
             model,
             num_slots,
             max_new_tokens=max(map(max, self.replies)),
             temperature=temperature,
             eos_ids=frozenset(),
-            graphs=Graphs(capture) if self.bench.cuda and capture else None,
-            block=CUDA_BLOCK if self.bench.cuda else 1,
+            graphs=Graphs(capture) if capture is not None and has_graphs else None,
+            block=CUDA_BLOCK if self.bench.cuda or has_graphs else 1,
         )
         said: list[list[list[int]]] = [[prompt] for prompt in self.prompts]
 
@@ -151,7 +152,7 @@ def plain_generate(
 
 
 @dataclass(frozen=True)
-class _Called:
+class Called:
     """In a graph's place: the same steps, launched one kernel at a time."""
 
     replay: Callable[[], None]
@@ -254,7 +255,7 @@ def replayed(bench: Bench, rows: Conversations, implementation: str) -> Correctn
     what, moved = f"{path}: share of rows whose replayed tokens are not the eager ones", math.nan
     model = inner(bench.adapted(attention=implementation)[0])
     try:
-        graphs, eager = rows.ours(model, 5, 0.0), rows.ours(model, 5, 0.0, capture=_Called)
+        graphs, eager = rows.ours(model, 5, 0.0), rows.ours(model, 5, 0.0, capture=Called)
         moved = sum(a != b for a, b in zip(graphs, eager, strict=True)) / len(eager)
     except RuntimeError as error:
         what += f" ({type(error).__name__}: {next(iter(str(error).splitlines()), '')})"

@@ -48,7 +48,7 @@ def test_the_callback_subtracts_in_place() -> None:
 
 def test_a_right_pass_differs_nowhere() -> None:
     found = distances(fixed_point.accumulate_torch, CPU)
-    assert set(found.values()) == {0.0} and len(found) == 7
+    assert set(found.values()) == {0.0} and len(found) == 8
 
 
 @pytest.mark.parametrize("fault", ["halves", "fp32", "added", "contiguous"])
@@ -69,4 +69,4 @@ def test_the_check_sees_a_wrong_pass(fault: str) -> None:
     found = distances(wrong, CPU)
     assert max(found.values()) > 0
     if fault == "contiguous":
-        assert {what for what, num in found.items() if num} == {"strided", "strided bf16"}
+        assert {what for what, num in found.items() if num} == {"strided", "strided bf16", "strided fp64"}
