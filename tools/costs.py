@@ -142,12 +142,14 @@ def tell(asked: argparse.Namespace) -> None:
 
 def page(found: Report, work: Mapping[str, Any], runs: Any) -> str:
     """``docs/costs.md``."""
+    first, *others = found.formulas(work)
     parts = [
         "# What the paper's runs cost",
         "Written by `python tools/costs.py --readme`; nothing below is typed in.",
         found.table().markdown(),
         found.caption,
-        "\n".join(f"- {line}" for line in found.formulas(work)),
+        first,
+        "\n".join(f"- {line}" for line in others),
     ]
     return "\n\n".join([*parts, *([runs.markdown()] if runs else [])]) + "\n"
 

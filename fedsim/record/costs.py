@@ -228,7 +228,8 @@ class Report:
             "Projected columns: measured rows scaled by the ratio of peaks"
             if self.measured.projects
             else f"Columns of other machines: arithmetic, not measured: {self.why}. They take Llama-3.1-8B's work at "
-            "the fraction of the floor that the small model reaches here, an assumption; in brackets fixed fractions"
+            "the fraction of the floor that the small model reaches here, an assumption, and in brackets at fixed "
+            "fractions; what GPUs share loses in both as much as it does here"
         )
         return f"{how}. Rows: {self.measured.stamp}."
 
