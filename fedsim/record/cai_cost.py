@@ -86,42 +86,48 @@ def epoch_iterations(num_rows: int, batch_size: int) -> int:
     return math.ceil(num_rows / batch_size)
 
 
+def at_paper_counts(iteration_s: float) -> dict[str, float]:
+    """Seconds of what :data:`fedsim.record.paper.COSTS` calls by these names, with an iteration of so many seconds."""
+    few = paper.CAI_ITERATIONS * iteration_s
+    return {"cai_epoch": paper.CAI_EPOCH_ITERATIONS * iteration_s, "cai_round": few, "cai": paper.NUM_ROUNDS * few}
+
+
 def table(cost: Cost) -> Table:
     """The paper's table beside what was measured and what follows from it."""
     here = cost.steps.iteration_s
     own_round, own_all = cost.round_iterations * here, cost.num_rounds
     epoch, few, rounds = paper.CAI_EPOCH_ITERATIONS, paper.CAI_ITERATIONS, paper.NUM_ROUNDS
     printed = {name: 60 * paper.COSTS[name].minutes for name in ("cai_epoch", "cai_round", "cai")}
-    paper_counts = [epoch * here, few * here]
+    counted = at_paper_counts(here)
     lines = [
         ["iterations of an epoch", f"{epoch:,}", f"{epoch:,}", f"{cost.epoch_iterations:,}"],
         ["iterations of a round", f"{few:,}", f"{few:,}", f"{cost.round_iterations:,}"],
-        ["one iteration (SFT + DPO step)", _time(printed["cai_round"] / few), _time(here), _time(here)],
-        ["a round with a whole epoch", *map(_time, (printed["cai_epoch"], paper_counts[0], cost.epoch_s))],
-        ["a round with few iterations", *map(_time, (printed["cai_round"], paper_counts[1], own_round))],
+        ["one iteration (SFT + DPO step)", time_text(printed["cai_round"] / few), time_text(here), time_text(here)],
+        ["a round with a whole epoch", *map(time_text, (printed["cai_epoch"], counted["cai_epoch"], cost.epoch_s))],
+        ["a round with few iterations", *map(time_text, (printed["cai_round"], counted["cai_round"], own_round))],
         [
             "saved by that",
             *map(
-                _saved,
-                (printed["cai_epoch"], paper_counts[0], cost.epoch_s),
-                (printed["cai_round"], paper_counts[1], own_round),
+                saved,
+                (printed["cai_epoch"], counted["cai_epoch"], cost.epoch_s),
+                (printed["cai_round"], counted["cai_round"], own_round),
             ),
         ],
         ["rounds", f"{rounds}", f"{rounds}", f"{own_all}"],
         [
             "all rounds with an epoch each",
-            *map(_time, (rounds * printed["cai_epoch"], rounds * paper_counts[0], own_all * cost.epoch_s)),
+            *map(time_text, (rounds * printed["cai_epoch"], rounds * counted["cai_epoch"], own_all * cost.epoch_s)),
         ],
         [
             "all rounds with few iterations",
-            *map(_time, (printed["cai"], rounds * paper_counts[1], own_all * own_round)),
+            *map(time_text, (printed["cai"], counted["cai"], own_all * own_round)),
         ],
         ["conversations, written once", f"{paper.NUM_CAI_ROWS:,}", f"{paper.NUM_CAI_ROWS:,}", f"{cost.asked_rows:,}"],
         [
             "writing them",
             "not stated",
-            _time(cost.written_s / cost.written_rows * paper.NUM_CAI_ROWS),
-            _time(cost.writing_s),
+            time_text(cost.written_s / cost.written_rows * paper.NUM_CAI_ROWS),
+            time_text(cost.writing_s),
         ],
     ]
     head = ["", "paper, 4 x A100", "here, the paper's counts", "here, this configuration"]
@@ -129,13 +135,15 @@ def table(cost: Cost) -> Table:
     return Table(head, [[line[0], *(cell.rjust(widths[i]) for i, cell in enumerate(line[1:], 1))] for line in lines])
 
 
-def _time(seconds: float) -> str:
+def time_text(seconds: float) -> str:
+    """``37 ms``, ``3.84 s`` or ``1 h 20 min``."""
     if seconds < 1:
         return f"{1000 * seconds:.3g} ms"
     return f"{seconds:.3g} s" if seconds < 59.95 else duration(seconds)
 
 
-def _saved(whole: float, part: float) -> str:
+def saved(whole: float, part: float) -> str:
+    """``-96 %``: how far ``part`` is from ``whole``."""
     return f"{100 * (part / whole - 1):+.0f} %"
 
 
@@ -149,16 +157,16 @@ def page(cost: Cost, heading: str) -> str:
         "",
         table(cost).plain(),
         "",
-        f"timed: {count} iteration(s), an SFT step {_time(sft)} and a DPO step {_time(dpo)} on average; "
+        f"timed: {count} iteration(s), an SFT step {time_text(sft)} and a DPO step {time_text(dpo)} on average; "
         f"{cost.num_rows:,} rows / {cost.batch_size} = {cost.epoch_iterations:,} iterations an epoch "
         f"(paper: {paper.NUM_CAI_ROWS:,} / {paper.BATCH_SIZE} = {paper.CAI_EPOCH_ITERATIONS:,})",
-        f"writing: timed on {cost.written_rows:,} of {cost.asked_rows:,} conversations, {_time(cost.written_s)}",
+        f"writing: timed on {cost.written_rows:,} of {cost.asked_rows:,} conversations, {time_text(cost.written_s)}",
     ]
     if cost.full_epoch:
         off = 100 * (cost.extrapolated_s / cost.epoch_s - 1)
         lines.append(
-            f"the whole epoch took {_time(cost.epoch_s)}; its first {cost.extrapolated_from} iteration(s) would have "
-            f"foretold {_time(cost.extrapolated_s)}, {off:+.1f} %"
+            f"the whole epoch took {time_text(cost.epoch_s)}; its first {cost.extrapolated_from} iteration(s) would "
+            f"have foretold {time_text(cost.extrapolated_s)}, {off:+.1f} %"
         )
     else:
         lines.append("the epoch is extrapolated; --full-epoch runs it")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import copy
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel, StoppingCriteriaList
 
 from fedsim.config import GuardConfig
 from fedsim.generate.prefix import candidate_logits, read_head
-from fedsim.model.cost import ModelCost, Work
+from fedsim.model.cost import Effort, ModelCost, Work
 from fedsim.model.load import LoraSettings
 from fedsim.safety.guard import units_of
 from tools.bench.generation import Limits
@@ -140,12 +141,9 @@ class Guard:
         self.model.eval()
         vocab = bench.size.vocab_size
         self.pair = [SAFE % vocab, UNSAFE % vocab]
-        half = (MEAN - SHARED - CLOSING) / 2
-        lengths = sorted(
-            p + r + CLOSING for p, r in zip(draw("prompt", count, half), draw("reply", count, half), strict=True)
-        )
         head = random_ids(SHARED, vocab, "head")
-        self.prompts = [np.asarray(head + random_ids(n, vocab, "tail", i), np.int32) for i, n in enumerate(lengths)]
+        tails = tail_lengths(count)
+        self.prompts = [np.asarray(head + random_ids(n, vocab, "tail", i), np.int32) for i, n in enumerate(tails)]
 
     def thinned(self, count: int) -> Guard:
         """The same guard with about ``count`` of the rows, evenly from the shortest to the longest."""
@@ -180,18 +178,29 @@ class Guard:
     def floor(self, most: int) -> float:
         """Seconds at the device's peak, with ``most`` tokens of a pass."""
         base = peer(self.model)
-        cost, tails = ModelCost.of(base), [len(prompt) - SHARED for prompt in self.prompts]
-        work = Work(
-            tokens=SHARED + sum(tails),
-            pairs=SHARED**2 + sum(tail * (SHARED + tail) for tail in tails),
-            passes=1 + len(units_of(tails, most)),
-        )
-        effort, peak = cost.forward(work), self.bench.peak()
-        config = base.config
-        layer = cost.body / config.num_hidden_layers
-        keys_and_values = 2 * config.hidden_size * config.num_key_value_heads * config.head_dim
-        flops = effort.flops - 2 * sum(tails) * (layer - keys_and_values)
-        return max(flops / peak.flops, effort.num_bytes / peak.bytes_per_s)
+        tails = [len(prompt) - SHARED for prompt in self.prompts]
+        effort, peak = scoring(ModelCost.of(base), base.config, tails, most), self.bench.peak()
+        return max(effort.flops / peak.flops, effort.num_bytes / peak.bytes_per_s)
+
+
+def tail_lengths(count: int) -> list[int]:
+    """Tokens of each prompt after the shared head, shortest first."""
+    half = (MEAN - SHARED - CLOSING) / 2
+    replies = draw("reply", count, half)
+    return sorted(p + r + CLOSING for p, r in zip(draw("prompt", count, half), replies, strict=True))
+
+
+def scoring(cost: ModelCost, config: Any, tails: Sequence[int], most: int) -> Effort:
+    """Work of scoring behind the shared head, with ``most`` tokens of a pass; ``config`` is the model's."""
+    work = Work(
+        tokens=SHARED + sum(tails),
+        pairs=SHARED**2 + sum(tail * (SHARED + tail) for tail in tails),
+        passes=1 + len(units_of(tails, most)),
+    )
+    effort = cost.forward(work)
+    layer = cost.body / config.num_hidden_layers
+    keys_and_values = 2 * config.hidden_size * config.num_key_value_heads * config.head_dim
+    return replace(effort, flops=effort.flops - 2 * sum(tails) * (layer - keys_and_values))
 
 
 def peer(model: PeftModel) -> PreTrainedModel:

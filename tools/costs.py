@@ -1,0 +1,170 @@
+"""The paper's elapsed times beside measured rows and their projection: ``python tools/costs.py [RUN …] [--readme]``.
+
+Arithmetic alone: nothing is run. ``--rows`` is a machine's folder of committed benchmark rows (by default a GPU's, if
+there is one), ``--target`` a machine to project to, such as 4xH200 (may be repeated). RUN directories add the seconds
+of their phases. ``--json FILE`` writes all figures, ``--readme`` the README's table and ``docs/costs.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from fedsim.errors import ConfigError  # noqa: E402
+from fedsim.launching import Parser, launched  # noqa: E402
+from fedsim.record.blocks import replace_block  # noqa: E402
+from fedsim.record.costs import Measured, Piece, Report, machine, report, run_table  # noqa: E402
+from fedsim.record.metrics import MetricLog  # noqa: E402
+from fedsim.record.metrics import Row as MetricRow  # noqa: E402
+from tools.bench.local_step import FAST  # noqa: E402
+from tools.bench.models import GPU  # noqa: E402
+from tools.bench.paper_work import paper_work  # noqa: E402
+from tools.bench.rows import Row, StageResult  # noqa: E402
+
+README, PAGE = ROOT / "README.md", ROOT / "docs" / "costs.md"
+RESULTS = ROOT / "tools" / "bench" / "results"
+TARGETS = ("4xA100-SXM4-80GB", "4xH200")
+# Stage and beginning of the row's name, the best first, and the entry of its shapes that a unit is one of.
+PIECES: dict[str, tuple[str, Sequence[str], str]] = {
+    "local_step": ("local_step", (f"{FAST}, dropout 0.05", FAST), ""),
+    "cai_iteration": ("cai_iteration", (FAST,), ""),
+    "guard_row": ("guard", ("",), "rows"),
+    "conversation": ("generation", ("CAI's three turns, 64 slots",), "rows"),
+    "aggregation": ("aggregation", ("fast sum and FedAvg's step",), ""),
+    "correction": ("aggregation", ("SCAFFOLD's correction",), ""),
+}
+
+
+def committed(results: Path = RESULTS) -> dict[str, dict[str, StageResult]]:
+    """Stages by folder name, GPUs first."""
+    found = {}
+    for folder in sorted(path for path in results.glob("*") if path.is_dir()):
+        stages = {file.stem: StageResult.read(file) for file in sorted(folder.glob("*.json"))}
+        if stages:
+            found[folder.name] = stages
+    return dict(sorted(found.items(), key=lambda entry: not _of_gpu(entry[1])))
+
+
+def chosen(name: str | None, known: Mapping[str, dict[str, StageResult]]) -> dict[str, StageResult]:
+    """The rows of a folder, named alone or as a path.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    key = next(iter(known), "") if name is None else Path(name).name
+    if key not in known:
+        there = ", ".join(known) or "none; run tools/bench/run.py"
+        raise ConfigError(f"--rows {name or RESULTS}: no committed rows of that machine; known: {there}")
+    return known[key]
+
+
+def read(stages: Mapping[str, StageResult]) -> Measured:
+    """The pieces of a machine's rows, and where they are from."""
+    facts = next(iter(stages.values())).facts
+    pieces = {}
+    for piece, (stage, names, unit) in PIECES.items():
+        row = _row(stages[stage].rows, names) if stage in stages else None
+        if row is not None and row.seconds is not None and row.fraction_of_floor is not None:
+            pieces[piece] = Piece(row.seconds.p50 / (row.shapes[unit] if unit else 1), row.fraction_of_floor)
+    lane = _figure(stages["wide_lane"].rows, "share_of_16_rows") if "wide_lane" in stages else None
+    commits = ", ".join(sorted({(result.facts["commit"] or "unknown")[:10] for result in stages.values()}))
+    dates = ", ".join(sorted({result.facts["date"][:10] for result in stages.values()}))
+    gpu = _of_gpu(stages)
+    place = facts["device"] if gpu else f"{facts['device']}, {facts['threads']} thread(s), no GPU"
+    stamp = f"{place}, {facts['model']}, {dates}, commit {commits}"
+    return Measured(
+        facts["device"] if gpu else "CPU", facts["model"], gpu and facts["model"] == GPU.name, stamp, pieces, lane
+    )
+
+
+def _of_gpu(stages: Mapping[str, StageResult]) -> bool:
+    return all(result.facts["device"].startswith("NVIDIA") for result in stages.values())
+
+
+def _row(rows: Sequence[Row], names: Sequence[str]) -> Row | None:
+    """The first row that begins with the first of ``names`` that there is."""
+    return next((row for name in names for row in rows if row.name.startswith(name)), None)
+
+
+def _figure(rows: Sequence[Row], name: str) -> float | None:
+    return next((row.figures[name] for row in rows if name in row.figures), None)
+
+
+def run_rows(folders: Sequence[Path]) -> dict[str, list[MetricRow]]:
+    """Metric rows of run directories, by name.
+
+    Raises:
+        ConfigError: one is no run directory.
+    """
+    for folder in folders:
+        if not (folder / "metrics.jsonl").is_file():
+            raise ConfigError(f"{folder}: has no metrics.jsonl; give the directory of a run, such as runs/demo")
+    return {folder.resolve().name: MetricLog(folder / "metrics.jsonl").rows() for folder in folders}
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = Parser(prog="tools/costs.py", description=(__doc__ or "").partition("\n\n")[2])
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="directories of finished runs")
+    parser.add_argument("--rows", help="folder of committed rows, by name or path")
+    parser.add_argument("--target", action="append", help=f"a machine to project to; {' and '.join(TARGETS)}")
+    parser.add_argument("--json", type=Path, help="write the figures as JSON to this file")
+    parser.add_argument("--readme", action="store_true", help="write the README's table and docs/costs.md")
+    return parser.parse_args(arguments)
+
+
+def tell(asked: argparse.Namespace) -> None:
+    """Compute, print and write."""
+    targets = [machine(text) for text in asked.target or TARGETS]
+    known, runs, work = committed(), run_rows(asked.runs), paper_work()
+    measured = read(chosen(asked.rows, known))
+    why = "these rows are of a CPU" if any(map(_of_gpu, known.values())) else "no GPU row is committed"
+    found = report(measured, work, targets, why)
+    seconds = run_table(runs)
+    parts = [found.table().plain(), "", found.caption, "", *found.formulas(work)]
+    print("\n".join([*parts, *(["", seconds.plain()] if runs else [])]))
+    if asked.json is not None:
+        content = {"work": {name: asdict(effort) for name, effort in work.items()}, **asdict(found)}
+        _write(asked.json, json.dumps({**content, "runs": [seconds.head, *seconds.rows] if runs else []}) + "\n")
+    if asked.readme:
+        block = f"{found.table().markdown()}\n\n{found.caption} Formulas: [docs/costs.md](docs/costs.md)."
+        _write(README, replace_block(README.read_text(encoding="utf-8"), "costs", block))
+        _write(PAGE, page(found, work, seconds if runs else None))
+
+
+def page(found: Report, work: Mapping[str, Any], runs: Any) -> str:
+    """``docs/costs.md``."""
+    first, *others = found.formulas(work)
+    parts = [
+        "# What the paper's runs cost",
+        "Written by `python tools/costs.py --readme`; nothing below is typed in.",
+        found.table().markdown(),
+        found.caption,
+        first,
+        "\n".join(f"- {line}" for line in others),
+    ]
+    return "\n\n".join([*parts, *([runs.markdown()] if runs else [])]) + "\n"
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written ({error.strerror}); give another path") from error
+
+
+def main() -> int:
+    """Show the costs; a mistake is one line."""
+    return launched(lambda: parse(sys.argv[1:]), tell)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
