@@ -1,4 +1,4 @@
-"""Arms of several runs: their figures with intervals, over seeds where there are several, beside the paper's Table 1."""
+"""Arms of several runs: figures with intervals, over seeds where there are several, beside the paper's Table 1."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def report(runs: Sequence[Run]) -> tuple[str, dict[str, bytes]]:
         html.section("Sample answers", [samples(run) for run in runs]),
         html.section("Manifests", [manifest(run) for run in runs]),
     ]
-    return html.page(f"fedsim: {', '.join(run.facts.name for run in runs)}", parts), files
+    return html.page(f"fedsim: {runs[0].facts.name if len(runs) == 1 else num}", parts), files
 
 
 def headline(run: Run) -> str:
@@ -84,7 +84,10 @@ def headline(run: Run) -> str:
         if any(measured(row, benchmark.metric) is not None for row in run.points.values())
     ]
     facts = run.facts
-    return f"{facts.name} ({facts.arm}, seed {facts.seed}, {duration(facts.total_s)}): {'; '.join(found) or 'not evaluated'}."
+    return (
+        f"{facts.name} ({facts.arm}, seed {facts.seed}, {duration(facts.total_s)}): "
+        f"{'; '.join(found) or 'not evaluated'}."
+    )
 
 
 def guard(run: Run) -> str:
@@ -113,7 +116,7 @@ def samples(run: Run) -> str:
     lines = [
         [
             f"{sample.category}: {sample.turns[turn]}",
-            *(sample.answers[p][turn] if p in sample.answers else "" for p in points),
+            *(sample.answers.get(p, ("", ""))[turn] for p in points),
         ]
         for sample in run.samples
         for turn in (0, 1)
