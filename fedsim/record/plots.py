@@ -221,9 +221,9 @@ def _widen(axes: Axes, span: float) -> None:
         axes.ticklabel_format(axis="y", useOffset=False)
 
 
-def legend_below(axes: Axes) -> None:
-    """One row under the axes, where it covers no error bar."""
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3, frameon=False)
+def legend_below(axes: Axes, num_columns: int = 3) -> None:
+    """Under the axes, where it covers no error bar."""
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=num_columns, frameon=False)
 
 
 def round_axis(axes: Axes, places: Sequence[int]) -> None:

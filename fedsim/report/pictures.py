@@ -41,11 +41,18 @@ def overlay(runs: Sequence[Run], name: str, label: str) -> Figure | None:
             rows = [row for row in run.rows if row["stage"] == "eval" and row.get("point") == point]
             places += [row["round"] + 1 for row in rows]
             draw_points(
-                axes, rows, name, 0.05 * (i - len(runs) / 2), label=run.facts.name + ending, linestyle=line, **style
+                axes,
+                rows,
+                name,
+                0.05 * (i - len(runs) / 2),
+                label=run.facts.name + ending,
+                linestyle=line,
+                markerfacecolor="white" if point == "before_cai" else None,
+                **style,
             )
     round_axis(axes, places)
     axes.set_ylabel(label)
-    legend_below(axes)
+    legend_below(axes, 2)
     return figure
 
 
@@ -65,7 +72,7 @@ def client_losses(run: Run) -> Figure | None:
     axes.plot(*zip(*means, strict=True), color=PHASE_COLORS[0], label="mean, by rows")
     round_axis(axes, [place for place, _ in found])
     axes.set_ylabel("loss, nats per token")
-    legend_below(axes)
+    legend_below(axes, 2)
     return figure
 
 
@@ -83,7 +90,7 @@ def idle(runs: Sequence[Run]) -> Figure | None:
             )
     round_axis(axes, [place for points in series for place, _ in points])
     axes.set_ylabel("idle, %")
-    legend_below(axes)
+    legend_below(axes, 2)
     return figure
 
 
@@ -100,5 +107,5 @@ def cost(runs: Sequence[Run], name: str, label: str) -> Figure | None:
                           color=PHASE_COLORS[i % 8], marker=MARKERS[i % 8], label=run.facts.name)  # fmt: skip
     axes.set_xlabel("seconds of the run")
     axes.set_ylabel(label)
-    legend_below(axes)
+    legend_below(axes, 2)
     return figure
