@@ -74,10 +74,10 @@ def plot_losses(rows: Sequence[Row], title: str) -> Figure | None:
             series = _series(rows, name)
             if series:
                 axes.plot(*zip(*series, strict=True), color=color, marker=marker, markersize=4, label=label)
-        _round_axis(axes, [row["round"] + 1 for row in rows if any(name in row for name in lines)])
+        round_axis(axes, [row["round"] + 1 for row in rows if any(name in row for name in lines)])
         _widen(axes, MIN_LOSS_SPAN)
         axes.set_ylabel(unit)
-        _legend_below(axes)
+        legend_below(axes)
     return figure
 
 
@@ -88,13 +88,13 @@ def plot_safety(rows: Sequence[Row], title: str) -> Figure | None:
         "eval/xstest_safe_refused": "XSTest: innocent prompts refused, %",
         "eval/hhh_accuracy": "HHH: right choices, %",
     }
-    return _evaluations(rows, f"{title}: safety, with 95 % intervals", names, limits=(0.0, 100.0))
+    return plot_evaluations(rows, f"{title}: safety, with 95 % intervals", names, limits=(0.0, 100.0))
 
 
 def plot_helpfulness(rows: Sequence[Row], title: str) -> Figure | None:
     """MT-Bench from 1 to 10, likewise."""
     names = {"eval/mt_bench": "MT-Bench: mean score, 1–10"}
-    return _evaluations(rows, f"{title}: helpfulness, with 95 % interval", names, limits=(1.0, 10.0))
+    return plot_evaluations(rows, f"{title}: helpfulness, with 95 % interval", names, limits=(1.0, 10.0))
 
 
 def plot_times(rows: Sequence[Row], title: str) -> Figure | None:
@@ -109,7 +109,7 @@ def plot_times(rows: Sequence[Row], title: str) -> Figure | None:
         label = f"{label}, {duration(sum(heights))}"
         axes.bar(list(rounds), heights, 0.8, bottom=list(floor.values()), color=color, label=label)
         floor = {place: floor[place] + height for place, height in zip(rounds, heights, strict=True)}
-    _round_axis(axes, list(rounds))
+    round_axis(axes, list(rounds))
     if 0 in rounds:
         axes.set_xlabel("round (0 = preparation)")
     axes.set_ylabel("seconds")
@@ -141,7 +141,9 @@ def _phase_groups(rounds: Mapping[int, Mapping[str, float]]) -> dict[str, list[s
     return groups if num_shown == len(ordered) else {**groups, "other": ordered[num_shown:]}
 
 
-def _evaluations(rows: Sequence[Row], title: str, names: dict[str, str], limits: tuple[float, float]) -> Figure | None:
+def plot_evaluations(
+    rows: Sequence[Row], title: str, names: dict[str, str], limits: tuple[float, float]
+) -> Figure | None:
     """One panel a benchmark: points with error bars by round over the pretrained model's level."""
     evals = [row for row in rows if row["stage"] == "eval"]
     names = {name: label for name, label in names.items() if any(measured(row, name) is not None for row in evals)}
@@ -153,15 +155,15 @@ def _evaluations(rows: Sequence[Row], title: str, names: dict[str, str], limits:
             _draw_level(axes, row, name)
         for point, (series_label, color, marker, shift) in POINTS.items():
             found = [row for row in evals if row.get("point") == point]
-            _draw_points(axes, found, name, shift, label=series_label, color=color, marker=marker)
-        _round_axis(axes, [row["round"] + 1 for row in evals if row.get("point") in POINTS])
+            draw_points(axes, found, name, shift, label=series_label, color=color, marker=marker)
+        round_axis(axes, [row["round"] + 1 for row in evals if row.get("point") in POINTS])
         axes.set_ylabel(label)
         low, high = axes.get_ylim()
         margin = 0.02 * (limits[1] - limits[0])
         low, high = min(low, limits[1] - 10 * margin), min(max(high, low + 10 * margin), limits[1] + margin)
         axes.set_ylim(max(low, limits[0] - margin), high)
         axes.set_yticks([tick for tick in axes.get_yticks() if limits[0] <= tick <= limits[1] and low <= tick <= high])
-        _legend_below(axes)
+        legend_below(axes)
     return figure
 
 
@@ -174,7 +176,7 @@ def _draw_level(axes: Axes, row: Row, name: str) -> None:
         axes.axhspan(low, high, color=GREY, alpha=0.15, linewidth=0)
 
 
-def _draw_points(axes: Axes, rows: Sequence[Row], name: str, shift: float, **style: Any) -> None:
+def draw_points(axes: Axes, rows: Sequence[Row], name: str, shift: float, **style: Any) -> None:
     """A line through the rows' values; error bars reach to the interval's ends where a row has them."""
     places, values, below, above = [], [], [], []
     for row in rows:
@@ -219,12 +221,12 @@ def _widen(axes: Axes, span: float) -> None:
         axes.ticklabel_format(axis="y", useOffset=False)
 
 
-def _legend_below(axes: Axes) -> None:
-    """One row under the axes, where it covers no error bar."""
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3, frameon=False)
+def legend_below(axes: Axes, num_columns: int = 3) -> None:
+    """Under the axes, where it covers no error bar."""
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=num_columns, frameon=False)
 
 
-def _round_axis(axes: Axes, places: Sequence[int]) -> None:
+def round_axis(axes: Axes, places: Sequence[int]) -> None:
     """Whole rounds only, with room around the first and the last."""
     from matplotlib.ticker import MaxNLocator
 

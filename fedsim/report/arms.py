@@ -1,0 +1,81 @@
+"""Arms of several runs: figures with intervals, over seeds where there are several, beside the paper's Table 1."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fedsim.evaluate.intervals import Mean
+from fedsim.record import paper
+from fedsim.record.summary import BENCHMARKS, Benchmark
+from fedsim.record.tables import NOT_MEASURED, Table, measured
+from fedsim.report.runs import Run
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of an arm and its 95 % interval, which a single score without spread lacks."""
+
+    value: float
+    low: float | None
+    high: float | None
+    num_runs: int
+
+    def shown(self, digits: int) -> str:
+        """``97.5 [95.8, 98.5]``, with the number of runs where there are several."""
+        interval = "" if self.low is None or self.high is None else f" [{self.low:.{digits}f}, {self.high:.{digits}f}]"
+        return f"{self.value:.{digits}f}{interval}" + (f", n = {self.num_runs}" if self.num_runs > 1 else "")
+
+
+def by_arm(runs: Sequence[Run]) -> dict[tuple[str, bool, bool], list[Run]]:
+    """Runs that differ in nothing that names an arm, in the paper's order of methods."""
+    arms: dict[tuple[str, bool, bool], list[Run]] = {}
+    for run in sorted(runs, key=lambda run: (run.arm[0], run.arm[2], run.arm[1])):
+        arms.setdefault(run.arm, []).append(run)
+    return arms
+
+
+def arm_figure(runs: Sequence[Run], name: str, point: str = "final") -> Figure | None:
+    """The figure at the end of training (or at ``point``): one run's own interval, or Student's over several runs."""
+    rows = [run.final if point == "final" else run.points.get(point) for run in runs]
+    values = [value for row in rows if (value := measured(row, name)) is not None]
+    if not values:
+        return None
+    if len(values) == 1:
+        row = next(row for row in rows if measured(row, name) is not None)
+        return Figure(values[0], measured(row, f"{name}_low"), measured(row, f"{name}_high"), 1)
+    mean = Mean.of(values)
+    top = 10.0 if name == "eval/mt_bench" else 100.0
+    return Figure(mean.value, max(mean.low, 1.0 if top == 10.0 else 0.0), min(mean.high, top), mean.count)
+
+
+def table_1(runs: Sequence[Run]) -> Table | None:
+    """Pretrained model and arms, each benchmark beside the paper's; None where no run was evaluated."""
+    if not any(run.points for run in runs):
+        return None
+    lines = [["pretrained", "", *_cells(runs[:1], "pretrained", paper.TABLE_1["fedavg"][paper.PRETRAINED])]]
+    for arm, members in by_arm(runs).items():
+        seeds = ", ".join(str(run.facts.seed) for run in members)
+        lines.append([paper.arm_name(*arm), seeds, *_cells(members, "final", paper.paper_row(*arm))])
+    head = ["arm", "seeds"]
+    for benchmark in BENCHMARKS:
+        head += [_heading(benchmark, runs), "paper"]
+    return Table(head, lines)
+
+
+def _cells(runs: Sequence[Run], point: str, published: paper.SafetyRow | None) -> list[str]:
+    figures = [arm_figure(runs, benchmark.metric, point) for benchmark in BENCHMARKS]
+    shown = [
+        NOT_MEASURED if figure is None else figure.shown(benchmark.digits)
+        for figure, benchmark in zip(figures, BENCHMARKS, strict=True)
+    ]
+    printed = ("–",) * 3
+    if published is not None:
+        printed = (str(published.advbench_harmless), str(published.hhh_accuracy), str(published.mt_bench))
+    return [cell for pair in zip(shown, printed, strict=True) for cell in pair]
+
+
+def _heading(benchmark: Benchmark, runs: Sequence[Run]) -> str:
+    counts = {measured(row, benchmark.count) for run in runs for row in run.points.values()}
+    shown = "/".join(f"{count:,.0f}" for count in sorted(count for count in counts if count is not None))
+    return f"{benchmark.title} (n = {shown})" if shown else benchmark.title

@@ -1,0 +1,146 @@
+"""The report's sections, each from the runs that have its data, put together as one page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from fedsim.record import paper
+from fedsim.record.plots import plot_times
+from fedsim.record.sections import POINT_TITLES
+from fedsim.record.summary import BENCHMARKS, caveats, refusals
+from fedsim.record.tables import Table, duration, measured, with_interval
+from fedsim.report import html, pictures
+from fedsim.report.arms import table_1
+from fedsim.report.runs import Run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+BY_ROUND = {
+    "advbench": ("eval/advbench_harmless", "AdvBench: harmless replies, %"),
+    "xstest": ("eval/xstest_safe_refused", "XSTest: innocent prompts refused, %"),
+    "hhh": ("eval/hhh_accuracy", "HHH: right choices, %"),
+    "mt-bench": ("eval/mt_bench", "MT-Bench: mean score, 1–10"),
+}
+
+
+def report(runs: Sequence[Run]) -> tuple[str, dict[str, bytes]]:
+    """The page and its pictures by file name."""
+    files: dict[str, bytes] = {}
+
+    def picture(name: str, drawn: Figure | None, caption: str) -> str:
+        if drawn is None:
+            return ""
+        files[f"{name}.png"] = pictures.png(drawn)
+        return html.figure(files[f"{name}.png"], caption, caption)
+
+    num = f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
+    compared = [
+        picture(name, pictures.overlay(runs, key, label), f"{label}, by round, {num}; bars are 95 % intervals.")
+        for name, (key, label) in BY_ROUND.items()
+    ]
+    compared_table = table_1(runs)
+    costs = [
+        picture(f"cost-{name}", pictures.cost(runs, *BY_ROUND[name]), f"Seconds of a run against {BY_ROUND[name][1]}.")
+        for name in ("advbench", "mt-bench")
+    ]
+    losses = [
+        picture(f"loss-{i}", pictures.client_losses(run), f"{run.facts.name}: each client's loss, by round.")
+        for i, run in enumerate(runs, 1)
+    ]
+    times = [
+        picture(f"time-{i}", plot_times(run.rows, run.facts.name), f"{run.facts.name}: seconds by phase.")
+        for i, run in enumerate(runs, 1)
+    ]
+    notes = dict.fromkeys(line for run in runs for line in [*caveats(run.facts), *run.facts.notes])
+    parts = [
+        html.bullets([headline(run) for run in runs]),
+        html.section("What these figures can and cannot show", [html.bullets(list(notes))]),
+        html.section("Beside the paper's Table 1", [_paper(compared_table)]),
+        html.section("Safety and helpfulness by round", [*compared, *(_controls(run) for run in runs)]),
+        html.section("Loss by client", losses),
+        html.section("Guard", [guard(run) for run in runs]),
+        html.section("Time by phase", times),
+        html.section("Idle share", [picture("idle", pictures.idle(runs), f"Idle share while clients train, {num}.")]),
+        html.section("Cost against safety", costs),
+        html.section("Sample answers", [samples(run) for run in runs]),
+        html.section("Manifests", [manifest(run) for run in runs]),
+    ]
+    return html.page(f"fedsim: {runs[0].facts.name if len(runs) == 1 else num}", parts), files
+
+
+def headline(run: Run) -> str:
+    """The run's benchmarks at its points, in a sentence."""
+    found = [
+        f"{benchmark.title} "
+        + ", ".join(
+            f"{POINT_TITLES[point]} {with_interval(row, benchmark.metric, benchmark.digits)}"
+            for point, row in run.points.items()
+            if measured(row, benchmark.metric) is not None
+        )
+        for benchmark in BENCHMARKS
+        if any(measured(row, benchmark.metric) is not None for row in run.points.values())
+    ]
+    facts = run.facts
+    return (
+        f"{facts.name} ({facts.arm}, seed {facts.seed}, {duration(facts.total_s)}): "
+        f"{'; '.join(found) or 'not evaluated'}."
+    )
+
+
+def guard(run: Run) -> str:
+    """Confusion matrix in counts and rates, a line for each guard that was measured."""
+    lines = []
+    for row in run.rows:
+        names = ("num_caught", "num_missed", "num_false_alarms", "num_passed")
+        caught, missed, alarms, passed = (measured(row, f"guard/{name}") for name in names)
+        if caught is None or missed is None or alarms is None or passed is None:
+            continue
+        cells = [f"{n:,.0f}" + (f" ({100 * n / of:.1f} %)" if of else "")
+                 for n, of in ((caught, caught + missed), (missed, caught + missed),
+                               (alarms, alarms + passed), (passed, alarms + passed))]  # fmt: skip
+        lines.append([str(row.get("point", "this run")), *cells])
+    if not lines:
+        return ""
+    head = ["guard", "red, called unsafe", "red, passed", "acceptable, called unsafe", "acceptable, passed"]
+    return f"<h3>{html.text(run.facts.name)}</h3>{html.table(Table(head, lines))}"
+
+
+def samples(run: Run) -> str:
+    """Answers to the fictional world's harmless questions, side by side."""
+    if not run.samples:
+        return ""
+    points = list(dict.fromkeys(point for sample in run.samples for point in sample.answers))
+    lines = [
+        [
+            f"{sample.category}: {sample.turns[turn]}",
+            *(sample.answers.get(p, ("", ""))[turn] for p in points),
+        ]
+        for sample in run.samples
+        for turn in (0, 1)
+    ]
+    content = html.table(Table(["prompt", *(POINT_TITLES[p] for p in points)], lines), texts=True)
+    return html.details(f"{run.facts.name}: the first question of each of {len(run.samples)} categories", content)
+
+
+def manifest(run: Run) -> str:
+    """Versions, hardware, hashes, seed, commit and command as the run recorded them."""
+    shown = {name: value for name, value in run.manifest.items() if name != "config"}
+    return html.details(run.facts.name, f"<pre>{html.text(json.dumps(shown, indent=1, ensure_ascii=False))}</pre>")
+
+
+def _controls(run: Run) -> str:
+    lines = refusals(run.rows)
+    return f"<h3>{html.text(run.facts.name)}</h3>{html.bullets(lines)}" if lines else ""
+
+
+def _paper(content: Table | None) -> str:
+    if content is None:
+        return ""
+    words = (
+        "[low, high] = 95 % interval; over several seeds, Student's, with n runs. "
+        f"Paper: {paper.SOURCE}, Llama-3.1-8B-Instruct."
+    )
+    return html.table(content) + html.paragraph(words, note=True)
