@@ -34,8 +34,9 @@ class Comparison:
 
     @property
     def title(self) -> str:
-        """Such as ``FL + filter − FL``."""
-        return f"{self.treated} − {self.control}"
+        """Such as ``(FL + filter) − FL``."""
+        treated, control = (f"({name})" if "+" in name else name for name in (self.treated, self.control))
+        return f"{treated} − {control}"
 
     def published(self, aggregation: paper.Aggregation, benchmark: str) -> float:
         """The paper's own difference, in the benchmark's points."""

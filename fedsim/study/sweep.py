@@ -11,6 +11,7 @@ from fedsim.config import to_flat
 from fedsim.study.effects import Effect, detectable, difference, estimate
 from fedsim.study.grid import Comparison, Sweep, point_name
 from fedsim.study.outcomes import Outcome, sample
+from fedsim.study.table1 import scale_of
 
 #: Figures of the item files that are points rather than shares.
 POINTS: Final = ("mt_bench", "mt_bench_turn_1", "mt_bench_turn_2")
@@ -82,7 +83,7 @@ def estimates(sweep: Sweep, runs: Runs, figure: str) -> dict[str, Effect]:
     for point in sweep.points:
         values = figure_sample(runs[point_name(point)], figure)
         if values is not None:
-            found[point_name(point)] = estimate(values)
+            found[point_name(point)] = estimate(values, scale_of(figure))
     return found
 
 

@@ -132,7 +132,7 @@ class TableOne:
     def estimate(self, arm: Arm, figure: str) -> Effect | None:
         """Mean over seeds and items with its 95 % interval."""
         found = self.sample(arm, figure)
-        return None if found is None else estimate(found)
+        return None if found is None else estimate(found, scale_of(figure))
 
     def difference(self, aggregation: paper.Aggregation, comparison: Comparison, figure: str) -> Finding | None:
         """A paired difference, and whether it bears out the paper's."""
@@ -148,6 +148,11 @@ class TableOne:
             comparison.published(aggregation, figure),
             verdict(effect, sign) if sign else "no claim",
         )
+
+
+def scale_of(figure: str) -> tuple[float, float]:
+    """Ends of a figure's scale."""
+    return (1.0, 10.0) if figure.startswith("mt_bench") else (0.0, 100.0)
 
 
 FIRST: Final = next(iter(methods()))
