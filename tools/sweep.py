@@ -7,16 +7,14 @@ over seeds and prompts. Sweeps that ship with fedsim are in ``configs/sweeps``; 
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from fedsim.errors import ConfigError
 from fedsim.launching import Parser, launched
-from fedsim.record.blocks import write_block
 from fedsim.study.cells import run_cells
-from fedsim.study.command import add_run_options, launch_of, parse_seeds, say, write_csv
+from fedsim.study.command import add_run_options, launch_of, made_by, parse_seeds, publish, say, write_csv
 from fedsim.study.grid import FORMS, Sweep, point_name, read_sweep
 from fedsim.study.outcomes import Outcome
 from fedsim.study.stamp import measured_on
@@ -31,12 +29,12 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Sweep]:
     parser = Parser(prog="tools/sweep.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_run_options(parser, default_seeds="")
     parser.add_argument("--form", choices=FORMS, default="quick", help="how much of the grid (default quick)")
-    parser.add_argument("--readme", action="store_true", help="also write finding and plot into README and docs/")
     args = parser.parse_intermixed_args(argv)
     files = [word for word in args.words if "=" not in word]
     if len(files) != 1:
         raise ConfigError(f"command line: one sweep file, such as configs/sweeps/cai.yaml, not {len(files)}")
     args.words.remove(files[0])
+    args.made_by = made_by("tools/sweep.py", sys.argv[1:] if argv is None else argv)
     return args, read_sweep(Path(files[0]), args.form)
 
 
@@ -57,11 +55,14 @@ def run(args: argparse.Namespace, sweep: Sweep) -> None:
     write_plot(sweep, runs, launch.folder / "sweep.png")
     (launch.folder / "finding.md").write_text("\n".join([*lines, "", stamp, ""]), encoding="utf-8")
     print("\n".join(["", *lines, "", stamp, f"Written: {launch.folder}/sweep.csv, sweep.png, finding.md"]), flush=True)
-    if args.readme:
-        picture = f"docs/sweep-{sweep.name}.png"
-        shutil.copyfile(launch.folder / "sweep.png", ROOT / picture)
-        block = "\n\n".join([*lines, stamp, f"![{sweep.what}]({picture})"])
-        write_block(ROOT / "README.md", f"sweep-{sweep.name}", block)
+    if args.publish:
+        docs = ROOT / "docs"
+        files = {launch.folder / f"sweep.{kind}": docs / f"sweep-{sweep.name}.{kind}" for kind in ("png", "csv")}
+        source = f"Made by {args.made_by}; figures: [sweep-{sweep.name}.csv](sweep-{sweep.name}.csv)."
+        text = "\n\n".join(
+            ["\n".join(f"- {line}" for line in lines), f"![{sweep.what}](sweep-{sweep.name}.png)", stamp, source]
+        )
+        publish(docs / "sweeps.md", sweep.name, text, files)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

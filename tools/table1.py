@@ -13,10 +13,9 @@ from pathlib import Path
 
 from fedsim.config import load_config
 from fedsim.launching import Parser, launched
-from fedsim.record.blocks import write_block
 from fedsim.study import table1
 from fedsim.study.cells import Launch, run_cells
-from fedsim.study.command import add_run_options, launch_of, parse_seeds, say, write_csv
+from fedsim.study.command import add_run_options, launch_of, made_by, parse_seeds, publish, say, write_csv
 from fedsim.study.outcomes import Outcome
 from fedsim.study.stamp import measured_on
 
@@ -28,8 +27,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="tools/table1.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_run_options(parser, default_seeds="0-2")
     table1.add_schedule_option(parser)
-    parser.add_argument("--readme", action="store_true", help="also write the table into the README")
-    return parser.parse_intermixed_args(argv)
+    args = parser.parse_intermixed_args(argv)
+    args.made_by = made_by("tools/table1.py", sys.argv[1:] if argv is None else argv)
+    return args
 
 
 def run_arms(launch: Launch, seeds: Sequence[int]) -> dict[table1.Arm, list[Outcome]]:
@@ -44,33 +44,31 @@ def run_arms(launch: Launch, seeds: Sequence[int]) -> dict[table1.Arm, list[Outc
     return found
 
 
-def page(table: table1.TableOne, seeds: Sequence[int]) -> str:
-    """The study as Markdown."""
-    manifests = [outcome.manifest for outcomes in table.runs.values() for outcome in outcomes]
-    parts = [
-        table1.arm_table(table).markdown(),
-        f"{len(seeds)} seed(s): {', '.join(map(str, seeds))}. [low, high] = 95 % interval over seeds and prompts. "
-        + measured_on(manifests),
-        table1.claim_table(table).markdown(),
-        "Differences are paired by seed and prompt. Would show from: the smallest true difference that this many seeds "
-        "and prompts show with 80 % power at the 5 % level. The paper gives single runs without intervals.",
-    ]
-    controls = table1.control_table(table)
-    return "\n\n".join(parts if controls is None else [*parts, controls.markdown()])
-
-
 def run(args: argparse.Namespace) -> None:
     """Run what is missing, and write the table."""
     seeds = parse_seeds(args.seeds)
     launch = launch_of(args, table1.STUDY, table1.CONFIG, table1.PAPER_SCHEDULE if args.paper else {})
     table = table1.TableOne(run_arms(launch, seeds))
-    text = page(table, seeds)
-    (launch.folder / "table1.md").write_text(f"# Table 1\n\n{text}\n", encoding="utf-8")
-    write_csv(launch.folder / "table1.csv", table1.tidy_rows(table))
-    shown = "\n\n".join(part.plain() for part in (table1.arm_table(table), table1.claim_table(table)))
-    print(f"\n{shown}\n\nWritten: {launch.folder}/table1.md, table1.csv", flush=True)
-    if args.readme:
-        write_block(ROOT / "README.md", "table1", text)
+    stamp = measured_on([outcome.manifest for outcomes in table.runs.values() for outcome in outcomes])
+    note = (
+        f"{len(seeds)} seed(s): {', '.join(map(str, seeds))}; attacks: eval.advbench={table.attacks}. [low, high] = 95 "
+        f"% interval over seeds and prompts. {stamp}"
+    )
+    found = "\n".join(table1.verdicts(table))
+    controls = table1.control_table(table)
+    parts = [table1.arm_table(table).markdown(), note, found, table1.claim_table(table).markdown(), table1.CLAIM_NOTE]
+    parts += [] if controls is None else [controls.markdown()]
+    folder = launch.folder
+    (folder / "table1.md").write_text("\n\n".join(["# Table 1", *parts]) + "\n", encoding="utf-8")
+    write_csv(folder / "table1.csv", table1.tidy_rows(table))
+    shown = [table1.arm_table(table).plain(), note, table1.claim_table(table).plain(), found]
+    shown += [] if controls is None else [controls.plain()]
+    print("", *shown, f"Written: {folder}/table1.md, table1.csv", sep="\n\n", flush=True)
+    if args.publish:
+        source = f"Made by {args.made_by}."
+        publish(ROOT / "README.md", "table1", "\n\n".join([*parts[:3], source]), {})
+        figures = {folder / "table1.csv": ROOT / "docs" / "table1.csv"}
+        publish(ROOT / "docs" / "table1.md", "table1", "\n\n".join([*parts, source]), figures)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,11 +13,10 @@ from pathlib import Path
 
 from fedsim.config import load_config
 from fedsim.launching import Parser, launched
-from fedsim.record.blocks import write_block
 from fedsim.study import table1, table2
 from fedsim.study.cells import run_cells
 from fedsim.study.claims import FILTER
-from fedsim.study.command import add_run_options, launch_of, parse_seeds, say
+from fedsim.study.command import add_run_options, launch_of, made_by, parse_seeds, publish, say
 from fedsim.study.outcomes import Outcome
 from fedsim.study.stamp import measured_on
 
@@ -29,8 +28,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="tools/table2.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_run_options(parser, default_seeds="0-2")
     table1.add_schedule_option(parser)
-    parser.add_argument("--readme", action="store_true", help="also write the table into the README")
-    return parser.parse_intermixed_args(argv)
+    args = parser.parse_intermixed_args(argv)
+    args.made_by = made_by("tools/table2.py", sys.argv[1:] if argv is None else argv)
+    return args
 
 
 def run(args: argparse.Namespace) -> None:
@@ -49,8 +49,8 @@ def run(args: argparse.Namespace) -> None:
     text = f"{table.markdown()}\n\n{note}"
     (launch.folder / "table2.md").write_text(f"# Table 2\n\n{text}\n", encoding="utf-8")
     print(f"\n{table.plain()}\n\n{note}\n\nWritten: {launch.folder}/table2.md", flush=True)
-    if args.readme:
-        write_block(ROOT / "README.md", "table2", text)
+    if args.publish:
+        publish(ROOT / "README.md", "table2", f"{text} Made by {args.made_by}.", {})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

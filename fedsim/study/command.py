@@ -6,6 +6,8 @@ import argparse
 import csv
 import os
 import re
+import shlex
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +18,11 @@ import torch
 from fedsim.config import load_config
 from fedsim.config.command_line import split_words
 from fedsim.errors import ConfigError
+from fedsim.record.blocks import write_block
 from fedsim.study.cells import Launch
+
+PUBLISH = "--publish"
+"""Option that also writes a study's result into README.md and docs/."""
 
 ENTRY = Path(__file__).resolve().parents[2] / "launch" / "run.py"
 
@@ -26,6 +32,7 @@ def add_run_options(parser: argparse.ArgumentParser, default_seeds: str) -> None
     parser.add_argument("words", nargs="*", metavar="CONFIG.yaml | key=value", help="config file and overrides")
     parser.add_argument("--seeds", default=default_seeds, help=f"such as 0-2 or 3,5,8 (default {default_seeds})")
     parser.add_argument("--nproc", type=int, help="processes of a run (default: one a GPU, else 1)")
+    parser.add_argument(PUBLISH, action="store_true", help="also write the result into README.md and docs/")
     parser.add_argument("--jobs", type=int, help="runs at once (default: 1 on GPUs, else as many as fill the cores)")
 
 
@@ -93,3 +100,23 @@ def write_csv(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
         writer = csv.DictWriter(file, list(columns), lineterminator="\n")
         writer.writeheader()
         writer.writerows(records)
+
+
+def made_by(program: str, argv: Sequence[str]) -> str:
+    """The command as a reader would type it: without where this machine keeps things, and without publishing."""
+    words = [word for word in argv if word != PUBLISH and not word.startswith("record.")]
+    return f"`python {shlex.join([program, *words])}`"
+
+
+def publish(page: Path, block: str, text: str, files: Mapping[Path, Path]) -> None:
+    """Write a study's result into a page's block, and copy what it shows.
+
+    Args:
+        page: a Markdown page that has the block.
+        block: its name.
+        text: new content.
+        files: source → destination.
+    """
+    for source, target in files.items():
+        shutil.copyfile(source, target)
+    write_block(page, block, text)

@@ -107,6 +107,11 @@ class TableOne:
             "mt_bench": "mt_bench",
         }
 
+    @property
+    def attacks(self) -> str:
+        """Where the attacks came from, as the configuration has it."""
+        return next(iter(self.runs.values()))[0].config.eval.advbench
+
     def sample(self, arm: Arm, figure: str) -> Any:
         """fp64 ``[num_seeds, num_items]`` of an arm, in percent or points; None where it was not measured.
 
@@ -215,6 +220,35 @@ def claim_table(table: TableOne) -> Table:
                 shown = _shown(found.effect, digits, "+")
                 lines.append([label, title, shown, smallest, f"{found.published:+.1f}", found.verdict])
     return Table(head, lines, num_text=2)
+
+
+CLAIM_NOTE: Final = (
+    "Differences are paired by seed and prompt. Would show from: the smallest true difference that this many seeds and "
+    "prompts show with 80 % power at the 5 % level. The paper's differences are of single runs, without intervals."
+)
+"""What stands under :func:`claim_table`."""
+
+
+def verdicts(table: TableOne) -> list[str]:
+    """How many of the paper's differences have its sign here, per aggregation, and which have another or none."""
+    lines = []
+    for aggregation in table.aggregations:
+        by_verdict: dict[str, list[str]] = {}
+        for comparison in COMPARISONS:
+            for name, (title, *_) in BENCHMARKS.items():
+                found = table.difference(aggregation, comparison, name)
+                if found is not None:
+                    by_verdict.setdefault(found.verdict, []).append(f"{comparison.title} on {title}")
+        total = sum(map(len, by_verdict.values()))
+        line = (
+            f"- {paper.ALGORITHM_NAMES[aggregation]}: {len(by_verdict.get('reproduced', []))} of {total} differences "
+        )
+        line += "have the paper's sign"
+        for verdict_, phrase in (("contradicted", "the opposite sign"), ("cannot tell", "an interval that holds 0")):
+            if which := by_verdict.get(verdict_):
+                line += f"; {phrase}: {', '.join(which)}"
+        lines.append(f"{line}.")
+    return lines
 
 
 def tidy_rows(table: TableOne) -> list[dict[str, Any]]:
