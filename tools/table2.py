@@ -42,9 +42,10 @@ def run(args: argparse.Namespace) -> None:
     folders = run_cells(wanted, launch, say)
     outcomes = [Outcome(folders[cell.name]) for cell in wanted]
     table = table2.guard_table(outcomes)
+    stamp = measured_on([outcome.manifest for outcome in outcomes])
     note = (
         f"Positive = red. {len(seeds)} seed(s): {', '.join(map(str, seeds))}. [low, high] = 95 % interval over seeds "
-        f"and rows. Undefined: in some seed the guard called no row unsafe. {measured_on([o.manifest for o in outcomes])}"
+        f"and rows. Undefined: in some seed the guard called no row unsafe. {stamp}"
     )
     text = f"{table.markdown()}\n\n{note}"
     (launch.folder / "table2.md").write_text(f"# Table 2\n\n{text}\n", encoding="utf-8")
