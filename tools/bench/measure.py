@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -31,6 +32,17 @@ def seconds_of(call: Callable[[], object], device: torch.device) -> float:
     call()
     synchronise(device)
     return time.perf_counter() - began
+
+
+@contextmanager
+def deterministic(on: bool) -> Iterator[None]:
+    """torch's deterministic algorithms, which exact mode asks for."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(on)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def launches(call: Callable[[], object], repeats: int, together: int = 20) -> list[float]:

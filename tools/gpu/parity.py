@@ -122,17 +122,6 @@ def attending(sides: Sides, name: str) -> Iterator[None]:
         sides.base.set_attn_implementation(before)
 
 
-@contextmanager
-def deterministic(on: bool) -> Iterator[None]:
-    """torch's deterministic algorithms, which exact mode asks for."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(on)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
-
-
 def check_all(report: Report, sides: Sides, of: str) -> None:
     """Forward and backward passes by every backend; one that breaks off fails, alone."""
     known = Known(sides)

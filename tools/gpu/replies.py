@@ -10,8 +10,9 @@ import torch
 
 from fedsim.generate.graph import Capture, capture_cuda
 from tools.bench.generation import Called, Conversations, inner
+from tools.bench.measure import deterministic
 from tools.bench.stage import Bench
-from tools.gpu.parity import Sides, attending, backends, deterministic, worst
+from tools.gpu.parity import Sides, attending, backends, worst
 from tools.gpu.report import Report
 
 TURNS = 3

@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from fedsim.attention.forward import IMPLEMENTATIONS, causal_lm
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.model.load import EMBEDDED, LoraSettings, attach_lora
+from tools.bench.measure import deterministic
 from tools.bench.models import ModelSize
 from tools.bench.stage import Bench, start_vector
-from tools.gpu.parity import Sides, check_all, deterministic
+from tools.gpu.parity import Sides, check_all
 from tools.gpu.reference import Reference
 from tools.gpu.replies import check_replies
 from tools.gpu.report import Report, Setting
