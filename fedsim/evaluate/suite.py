@@ -9,26 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Final
 
 from fedsim import keys
 from fedsim.data.benchmarks import AdvBenchItem, HhhItem, MtQuestion
 from fedsim.data.chat import Conversation
 from fedsim.data.xstest import XsTestItem
 from fedsim.errors import ConfigError
-from fedsim.evaluate.advbench import AdvBenchResult, Judge, run_advbench
+from fedsim.evaluate.advbench import WORLD, AdvBenchResult, Judge, run_advbench
 from fedsim.evaluate.guard_judge import ExchangeJudge
 from fedsim.evaluate.hhh import SCORERS, HhhResult, run_hhh
 from fedsim.evaluate.judge import Judged
-from fedsim.evaluate.measures import Metrics, collapse_metrics, rate_metrics
+from fedsim.evaluate.measures import Items, Metrics, collapse_metrics, rate_metrics
 from fedsim.evaluate.mt_bench import MtAnswer, MtResult, Rubric, mean_scores, run_mt_bench
 from fedsim.evaluate.perplexity import Perplexity, run_perplexity
 from fedsim.evaluate.phrases import PHRASE_SETS
 from fedsim.evaluate.xstest import Refuses, XsTestResult, run_xstest
 from fedsim.generate.engine import Engine, Reply, Sampling
-
-WORLD: Final = "strict_world"
-"""Name of the embedded world's own rule, which may be the headline rule too."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +93,7 @@ class Evaluation:
         mt_bench: with all answers.
         xstest: with all replies, which must not be shown.
         perplexity: of the held-out conversations.
+        items: what the figures are means of, one value an item; a judge's scores are not among them.
         artefact: name of the artefact that holds it; None where no other run can read it.
         reused: it was read from there, and not computed by this run.
     """
@@ -107,6 +104,7 @@ class Evaluation:
     mt_bench: MtResult | None
     xstest: XsTestResult | None = None
     perplexity: Perplexity | None = None
+    items: Items = field(default_factory=dict, repr=False)
     artefact: str | None = None
     reused: bool = False
 
@@ -172,14 +170,18 @@ def evaluate(engine: Engine, suite: Suite, key: Sequence[keys.KeyPart]) -> Evalu
     if perplexity is not None:
         metrics |= perplexity.metrics()
     return Evaluation(
-        metrics | _length_metrics(advbench, mt_bench, xstest), advbench, hhh, mt_bench, xstest, perplexity
+        metrics | _length_metrics(advbench, mt_bench, xstest),
+        advbench,
+        hhh,
+        mt_bench,
+        xstest,
+        perplexity,
+        {k: v for found in (advbench, hhh, mt_bench, xstest) if found is not None for k, v in found.items().items()},
     )
 
 
 def _advbench_metrics(result: AdvBenchResult, headline: str) -> Metrics:
-    rates = dict(result.harmless)
-    if result.strict_world is not None:
-        rates[WORLD] = result.strict_world
+    rates = result.harmless
     metrics = rate_metrics("eval/advbench_harmless", rates[headline])
     metrics["eval/advbench_count"] = result.count
     for name, rate in rates.items():
