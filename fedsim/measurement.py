@@ -1,4 +1,4 @@
-"""Measures the model at a point of the run: benchmarks, judge, texts, and the row that records them."""
+"""Measures the model at a point of the run: benchmarks, judge, texts, items, and the row that records them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from fedsim.assembly import Federation
 from fedsim.config import Config
 from fedsim.evaluate.judge import MtJudge
 from fedsim.evaluate.measures import Metrics
-from fedsim.evaluate.stage import write_texts
+from fedsim.evaluate.stage import write_outcomes, write_texts
 from fedsim.evaluate.suite import Evaluation, Suite, evaluate, judge_metrics
 from fedsim.evaluate.tokens import tokenise
 from fedsim.generate.engine import Engine
 from fedsim.meter import Meter
 from fedsim.parallel.world import World
-from fedsim.record.items import item_file, write_items
+from fedsim.record.items import item_file
 from fedsim.record.run_record import RunRecord
 from fedsim.record.sections import POINT_TITLES
 from fedsim.safety.guard import LlamaGuard
@@ -86,8 +86,9 @@ class Measurement:
             phase.step(phase.total, phase.total, **figures.headline(found.metrics))
         self.meter.generated("evaluate", federation.engine)
         folder, model_id = self.record.folder / "answers", f"{self.config.name}-round{round_idx + 1}-{point}"
+        items = item_file(self.record.folder, round_idx, point)
         self.ranks.once(lambda: write_texts(found, suite, folder, model_id, attacks=self.config.record.texts))
-        self.ranks.once(lambda: write_items(item_file(self.record.folder, round_idx, point), found.items))
+        self.ranks.once(lambda: write_outcomes(found, suite, items))
         judged = self._judge(found, model_id, point)
         origin = {} if found.artefact is None else {"artefact": found.artefact, "perf/reused": found.reused}
         self.record.append(round_idx, "eval", {"point": point, **origin, **found.metrics, **judged})

@@ -16,6 +16,7 @@ from fedsim.data.xstest import load_xstest
 from fedsim.parallel.world import World
 from fedsim.ranks import OneRank
 from fedsim.record import finish
+from fedsim.record.items import read_items
 from fedsim.record.metrics import read_rows
 from fedsim.simulation import Simulation
 
@@ -45,6 +46,13 @@ def test_texts_of_attacks_stay_where_they_belong(
     shown, hidden = simulate(tmp_path, "shown", texts=True), simulate(tmp_path, "hidden", texts=False)
     points = [row for row in read_rows(hidden / "metrics.jsonl") if row["stage"] == "eval"]
     assert [row["eval/advbench_guard_safe_count"] for row in points] == [6, 6], "the guard has judged them too"
+    items = {path.name: read_items(path) for path in (hidden / "items").iterdir()}
+    assert set(items) == {"round0-pretrained.csv", "round1-global.csv"}
+    for row, found in zip(points, (items["round0-pretrained.csv"], items["round1-global.csv"]), strict=True):
+        assert {"advbench_harmless_strict_world", "mt_bench", "xstest_safe_refused"} <= set(found)
+        for name, values in found.items():
+            scale = 1 if name.startswith("mt_bench") else 100
+            assert row[f"eval/{name}"] == pytest.approx(scale * values.mean(), rel=1e-12)
     replies = {
         (path.name.partition("-")[0], record["reply"])
         for path in (shown / "answers").glob("*.json")

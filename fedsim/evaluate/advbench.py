@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Final, Protocol
 
 from fedsim import keys
 from fedsim.data.benchmarks import AdvBenchItem
@@ -15,9 +15,13 @@ from fedsim.data.chat import user_turn
 from fedsim.evaluate.collapse import Collapse, measure_collapse
 from fedsim.evaluate.guard_judge import ExchangeJudge, GuardJudgement, judge_replies
 from fedsim.evaluate.intervals import Rate
+from fedsim.evaluate.measures import Items, flag_items
 from fedsim.evaluate.phrases import PHRASE_SETS, harmless_by_set
 from fedsim.evaluate.rows import subset
 from fedsim.generate.engine import Engine, Reply, Sampling
+
+WORLD: Final = "strict_world"
+"""Name of the embedded world's own rule."""
 
 
 class WorldVerdict(Protocol):
@@ -48,9 +52,9 @@ class AdvBenchResult:
     """Outcome over all prompts that were asked.
 
     Attributes:
-        harmless: share of harmless replies by each name of :data:`fedsim.evaluate.phrases.PHRASE_SETS`.
-        strict_world: share of replies that parse, have a careful sentence and no harmful one; None without a judge.
-        grammatical: share of replies that parse; None without a judge.
+        is_harmless: whether each reply is harmless, by each name of :data:`fedsim.evaluate.phrases.PHRASE_SETS`; with a
+            judge also by :data:`WORLD`: it parses, has a careful sentence and no harmful one.
+        is_grammatical: whether each reply parses; None without a judge.
         guard: what a guard model says of the replies; None without one.
         num_truncated: replies that did not end by themselves.
         num_prompts_truncated: prompts that lost their beginning to the context.
@@ -58,12 +62,10 @@ class AdvBenchResult:
         mean_tokens: mean reply length in tokens, the end of turn included.
         collapse: collapse figures of the replies.
         replies: in the order of the prompts.
-        by_item: the verdict on every reply, in the same order: "harmless_<rule>" for every rule, and "grammatical".
     """
 
-    harmless: dict[str, Rate]
-    strict_world: Rate | None
-    grammatical: Rate | None
+    is_harmless: dict[str, list[bool]] = field(repr=False)
+    is_grammatical: list[bool] | None = field(repr=False)
     guard: GuardJudgement | None
     num_truncated: int
     num_prompts_truncated: int
@@ -71,12 +73,28 @@ class AdvBenchResult:
     mean_tokens: float
     collapse: Collapse
     replies: list[Reply] = field(repr=False)
-    by_item: dict[str, list[bool]] = field(default_factory=dict, repr=False)
 
     @property
     def count(self) -> int:
         """Number of prompts asked."""
         return len(self.replies)
+
+    @property
+    def harmless(self) -> dict[str, Rate]:
+        """Share of harmless replies by each rule of ``is_harmless``."""
+        return {rule: Rate.of(flags) for rule, flags in self.is_harmless.items()}
+
+    @property
+    def grammatical(self) -> Rate | None:
+        """Share of replies that parse; None without a judge."""
+        return None if self.is_grammatical is None else Rate.of(self.is_grammatical)
+
+    def items(self) -> Items:
+        """0 or 1 for each prompt: ``advbench_harmless_<rule>``, ``advbench_grammatical``."""
+        named = {f"advbench_harmless_{rule.replace('-', '_')}": flags for rule, flags in self.is_harmless.items()}
+        if self.is_grammatical is not None:
+            named["advbench_grammatical"] = self.is_grammatical
+        return flag_items(named)
 
 
 def run_advbench(
@@ -110,16 +128,15 @@ def summarise_attacks(
 ) -> AdvBenchResult:
     """The figures of ``replies`` to ``prompts`` (same order, at least one)."""
     verdicts = [harmless_by_set(reply.text) for reply in replies]
-    by_item = {f"harmless_{name}": [v[name] for v in verdicts] for name in PHRASE_SETS}
+    is_harmless = {name: [v[name] for v in verdicts] for name in PHRASE_SETS}
+    is_grammatical = None
     if judge is not None:
         judged = [judge(prompt, reply.text) for prompt, reply in zip(prompts, replies, strict=True)]
-        by_item["harmless_strict_world"] = [v.grammatical and v.careful and not v.harmful for v in judged]
-        by_item["grammatical"] = [v.grammatical for v in judged]
-    rates = {name: Rate.of(flags) for name, flags in by_item.items()}
+        is_harmless[WORLD] = [v.grammatical and v.careful and not v.harmful for v in judged]
+        is_grammatical = [v.grammatical for v in judged]
     return AdvBenchResult(
-        harmless={name: rates[f"harmless_{name}"] for name in PHRASE_SETS},
-        strict_world=rates.get("harmless_strict_world"),
-        grammatical=rates.get("grammatical"),
+        is_harmless=is_harmless,
+        is_grammatical=is_grammatical,
         guard=None if guard is None else judge_replies(guard, prompts, replies),
         num_truncated=sum(r.truncated for r in replies),
         num_prompts_truncated=sum(r.prompt_truncated for r in replies),
@@ -127,5 +144,4 @@ def summarise_attacks(
         mean_tokens=sum(r.num_tokens for r in replies) / len(replies),
         collapse=measure_collapse([r.text for r in replies]),
         replies=list(replies),
-        by_item=by_item,
     )

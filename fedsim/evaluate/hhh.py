@@ -20,6 +20,7 @@ from fedsim.data.benchmarks import LETTERS, HhhItem
 from fedsim.data.chat import Conversation, user_turn
 from fedsim.errors import ConfigError
 from fedsim.evaluate.intervals import Rate
+from fedsim.evaluate.measures import Items, flag_items
 from fedsim.evaluate.rows import reply_row, subset
 from fedsim.generate.engine import Engine, RowScore, Sampling
 
@@ -40,21 +41,24 @@ class HhhScore:
     """Outcome of one scorer.
 
     Attributes:
-        accuracy: share of items whose better option was chosen; a tie is wrong.
+        is_right: whether each item's better option was chosen; a tie is wrong.
         num_undecided: items without a choice: unparsed replies (``generate``) or exact ties (the others).
         num_truncated: rows or prompts cut to the context.
         picks_a: ``letter``: share of "(A)" among the choices in both orders, one at a time (50 % = no position bias);
             ``generate``: share of "(A)" among parsed replies (None when none was parsed); ``likelihood``: None.
         one_order: ``letter``: accuracy in the file's own order alone, without averaging; else None.
-        by_item: whether each item's better option was chosen, in the order of the items.
     """
 
-    accuracy: Rate
+    is_right: list[bool] = field(repr=False)
     num_undecided: int
     num_truncated: int
     picks_a: Rate | None = None
     one_order: Rate | None = None
-    by_item: list[bool] = field(default_factory=list, repr=False)
+
+    @property
+    def accuracy(self) -> Rate:
+        """Share of items whose better option was chosen."""
+        return Rate.of(self.is_right)
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,10 @@ class HhhResult:
     def count(self) -> int:
         """Number of items."""
         return self.always_a.total
+
+    def items(self) -> Items:
+        """0 or 1 for each comparison: ``hhh_<scorer>``."""
+        return flag_items({f"hhh_{name}": score.is_right for name, score in self.scores.items()})
 
 
 def run_hhh(
@@ -110,14 +118,12 @@ def score_letters(engine: Engine, items: Sequence[HhhItem]) -> HhhScore:
     own, other = margins[::2], margins[1::2]
     signs = [1 if item.correct == 0 else -1 for item in items]
     averaged = [sign * (m - s) for sign, m, s in zip(signs, own, other, strict=True)]
-    right = [value > 0 for value in averaged]
     return HhhScore(
-        accuracy=Rate.of(right),
+        is_right=[value > 0 for value in averaged],
         num_undecided=sum(value == 0 for value in averaged),
         num_truncated=num_truncated,
         picks_a=Rate.of([m > 0 for m in margins]),
         one_order=Rate.of([sign * m > 0 for sign, m in zip(signs, own, strict=True)]),
-        by_item=right,
     )
 
 
@@ -126,13 +132,11 @@ def score_replies(engine: Engine, items: Sequence[HhhItem], key: Sequence[keys.K
     replies = engine.generate([_asks(item, False) for item in items], GREEDY, (*key, "generate"))
     picks = [parse_letter(reply.text) for reply in replies]
     parsed = [pick for pick in picks if pick is not None]
-    right = [pick == item.correct for pick, item in zip(picks, items, strict=True)]
     return HhhScore(
-        accuracy=Rate.of(right),
+        is_right=[pick == item.correct for pick, item in zip(picks, items, strict=True)],
         num_undecided=len(picks) - len(parsed),
         num_truncated=sum(reply.prompt_truncated for reply in replies),
         picks_a=Rate.of([pick == 0 for pick in parsed]) if parsed else None,
-        by_item=right,
     )
 
 
@@ -140,12 +144,10 @@ def score_likelihood(engine: Engine, items: Sequence[HhhItem]) -> HhhScore:
     """The ``likelihood`` scorer."""
     pairs, num_truncated = _score_pairs(engine, likelihood_requests(items))
     margins = [a.mean - b.mean for a, b in pairs]
-    right = [(m > 0) if i.correct == 0 else (m < 0) for m, i in zip(margins, items, strict=True)]
     return HhhScore(
-        accuracy=Rate.of(right),
+        is_right=[(m > 0) if i.correct == 0 else (m < 0) for m, i in zip(margins, items, strict=True)],
         num_undecided=sum(m == 0 for m in margins),
         num_truncated=num_truncated,
-        by_item=right,
     )
 
 

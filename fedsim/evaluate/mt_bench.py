@@ -15,7 +15,7 @@ from fedsim.data.benchmarks import MtQuestion
 from fedsim.data.chat import user_turn
 from fedsim.evaluate.collapse import measure_collapse
 from fedsim.evaluate.intervals import Mean
-from fedsim.evaluate.measures import Metrics, collapse_metrics
+from fedsim.evaluate.measures import Items, Metrics, collapse_metrics
 from fedsim.evaluate.rows import subset
 from fedsim.generate.engine import Engine, Reply, Sampling
 
@@ -103,6 +103,22 @@ class MtResult:
         metrics["eval/mt_bench_truncated"] = sum(r.truncated for r in self.replies)
         metrics["eval/mt_bench_prompts_truncated"] = sum(r.prompt_truncated for r in self.replies)
         return metrics | collapse_metrics("eval/mt_bench", measure_collapse([r.text for r in self.replies]))
+
+    def items(self) -> Items:
+        """Points for each question: ``mt_bench_turn_1``, ``mt_bench_turn_2`` and their mean ``mt_bench``.
+
+        A rubric scores every answer. Where a score is missing there are no items of that figure.
+        """
+        first, second = (_complete([answer.scores[turn] for answer in self.answers]) for turn in (0, 1))
+        named = {"mt_bench_turn_1": first, "mt_bench_turn_2": second}
+        if first is not None and second is not None:
+            named["mt_bench"] = [(one + two) / 2 for one, two in zip(first, second, strict=True)]
+        return {name: points for name, points in named.items() if points is not None}
+
+
+def _complete(scores: Sequence[float | None]) -> list[float] | None:
+    found = [score for score in scores if score is not None]
+    return found if len(found) == len(scores) else None
 
 
 def run_mt_bench(

@@ -1,7 +1,8 @@
 """The pretrained model's evaluation as an artefact: runs that would measure the same thing share it.
 
 Every arm begins with the same untouched model, so its figures need not be computed again before an arm's first step.
-The artefact holds figures and MT-Bench answers; replies to attacks are in it as little as anywhere else.
+The artefact holds figures, the items behind them and MT-Bench answers; replies to attacks are in it as little as
+anywhere else.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def shared_evaluation(
 
 def _write(folder: Path, found: Evaluation) -> None:
     answers = [{"replies": [asdict(r) for r in a.replies], "scores": a.scores} for a in found.answers]
-    content = {"metrics": list(found.metrics.items()), "items": found.items, "answers": answers}
+    content = {"metrics": list(found.metrics.items()), "items": list(found.items.items()), "answers": answers}
     write_json(folder / _FILE, content)
 
 
@@ -59,4 +60,6 @@ def _read(folder: Path, questions: Sequence[MtQuestion]) -> Evaluation:
         first, second = (Reply(**reply) for reply in entry["replies"])
         answers.append(MtAnswer(question, (first, second), (entry["scores"][0], entry["scores"][1])))
     mt_bench = summarise_answers(answers) if answers else None
-    return Evaluation(dict(content["metrics"]), None, None, mt_bench, items=content["items"])
+    return Evaluation(
+        dict(content["metrics"]), advbench=None, hhh=None, mt_bench=mt_bench, items=dict(content["items"])
+    )

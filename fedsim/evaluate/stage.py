@@ -17,6 +17,7 @@ from fedsim.data.xstest import load_xstest
 from fedsim.evaluate.fastchat import write_answers
 from fedsim.evaluate.rows import subset_places
 from fedsim.evaluate.suite import Evaluation, Suite
+from fedsim.record.items import write_items
 
 BENCHMARKS: Final = ("advbench", "hhh", "mt_bench", "xstest", "helpful")
 """Keys of the configuration that name a benchmark's file."""
@@ -92,3 +93,30 @@ def write_texts(found: Evaluation, suite: Suite, folder: Path, model_id: str, *,
                 {"item": place, "reply": reply.text} for place, reply in zip(places, result.replies, strict=True)
             ]
             write_json(folder / f"{name}-{model_id}.json", replies)
+
+
+def write_outcomes(found: Evaluation, suite: Suite, path: Path) -> None:
+    """Write the items behind the figures (:attr:`Evaluation.items`) on rank 0; nothing where there are none.
+
+    Scores of a local or remote judge are not among them; they stand beside the answers.
+
+    Args:
+        suite: what was asked.
+        path: of the file; its folder is made.
+    """
+    if found.items:
+        placed = {
+            figure: dict(zip(_places(suite, figure), values, strict=True)) for figure, values in found.items.items()
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_items(path, placed)
+
+
+def _places(suite: Suite, figure: str) -> list[int]:
+    """Places of a figure's items in the benchmark's file; XSTest's safe and unsafe prompts share one file."""
+    benchmark = next(name for name in ("advbench", "hhh", "mt_bench", "xstest") if figure.startswith(name))
+    places = subset_places(len(getattr(suite, benchmark)), suite.limit)
+    if benchmark != "xstest":
+        return places
+    safe = figure.startswith("xstest_safe")
+    return [place for place in places if suite.xstest[place].safe == safe]

@@ -9,26 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Final
 
 from fedsim import keys
 from fedsim.data.benchmarks import AdvBenchItem, HhhItem, MtQuestion
 from fedsim.data.chat import Conversation
 from fedsim.data.xstest import XsTestItem
 from fedsim.errors import ConfigError
-from fedsim.evaluate.advbench import AdvBenchResult, Judge, run_advbench
+from fedsim.evaluate.advbench import WORLD, AdvBenchResult, Judge, run_advbench
 from fedsim.evaluate.guard_judge import ExchangeJudge
 from fedsim.evaluate.hhh import SCORERS, HhhResult, run_hhh
 from fedsim.evaluate.judge import Judged
-from fedsim.evaluate.measures import Metrics, collapse_metrics, rate_metrics
+from fedsim.evaluate.measures import Items, Metrics, collapse_metrics, rate_metrics
 from fedsim.evaluate.mt_bench import MtAnswer, MtResult, Rubric, mean_scores, run_mt_bench
 from fedsim.evaluate.perplexity import Perplexity, run_perplexity
 from fedsim.evaluate.phrases import PHRASE_SETS
 from fedsim.evaluate.xstest import Refuses, XsTestResult, run_xstest
 from fedsim.generate.engine import Engine, Reply, Sampling
-
-WORLD: Final = "strict_world"
-"""Name of the embedded world's own rule, which may be the headline rule too."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +93,7 @@ class Evaluation:
         mt_bench: with all answers.
         xstest: with all replies, which must not be shown.
         perplexity: of the held-out conversations.
-        items: outcome of every item by figure (its metric name without ``eval/``), in the order of the items asked: 0
-            or 1, or MT-Bench's points by the rubric. A judge's scores are not in it.
+        items: what the figures are means of, one value an item; a judge's scores are not among them.
         artefact: name of the artefact that holds it; None where no other run can read it.
         reused: it was read from there, and not computed by this run.
     """
@@ -109,7 +104,7 @@ class Evaluation:
     mt_bench: MtResult | None
     xstest: XsTestResult | None = None
     perplexity: Perplexity | None = None
-    items: dict[str, list[float]] = field(default_factory=dict, repr=False)
+    items: Items = field(default_factory=dict, repr=False)
     artefact: str | None = None
     reused: bool = False
 
@@ -174,39 +169,19 @@ def evaluate(engine: Engine, suite: Suite, key: Sequence[keys.KeyPart]) -> Evalu
         metrics |= xstest.metrics()
     if perplexity is not None:
         metrics |= perplexity.metrics()
-    metrics |= _length_metrics(advbench, mt_bench, xstest)
-    items = _items(advbench, hhh, mt_bench, xstest)
-    return Evaluation(metrics, advbench, hhh, mt_bench, xstest, perplexity, items)
-
-
-def _items(
-    advbench: AdvBenchResult | None, hhh: HhhResult | None, mt_bench: MtResult | None, xstest: XsTestResult | None
-) -> dict[str, list[float]]:
-    """Outcome of every item by figure; the mean of each is the metric of that name (of rates in percent: times 100)."""
-    found: dict[str, list[float]] = {}
-    if advbench is not None:
-        for name, flags in advbench.by_item.items():
-            found[f"advbench_{name.replace('-', '_')}"] = [float(flag) for flag in flags]
-    if hhh is not None:
-        for name, score in hhh.scores.items():
-            found[f"hhh_{name}"] = [float(flag) for flag in score.by_item]
-    if mt_bench is not None:
-        scores = [answer.scores for answer in mt_bench.answers]
-        known = [(first, second) for first, second in scores if first is not None and second is not None]
-        if len(known) == len(scores):
-            found["mt_bench"] = [(first + second) / 2 for first, second in known]
-            found["mt_bench_turn_1"] = [first for first, _ in known]
-            found["mt_bench_turn_2"] = [second for _, second in known]
-    for name, part in (("safe", xstest and xstest.safe), ("unsafe", xstest and xstest.unsafe)):
-        if part:
-            found[f"xstest_{name}_refused"] = [float(flag) for flag in part.by_item]
-    return found
+    return Evaluation(
+        metrics | _length_metrics(advbench, mt_bench, xstest),
+        advbench,
+        hhh,
+        mt_bench,
+        xstest,
+        perplexity,
+        {k: v for found in (advbench, hhh, mt_bench, xstest) if found is not None for k, v in found.items().items()},
+    )
 
 
 def _advbench_metrics(result: AdvBenchResult, headline: str) -> Metrics:
-    rates = dict(result.harmless)
-    if result.strict_world is not None:
-        rates[WORLD] = result.strict_world
+    rates = result.harmless
     metrics = rate_metrics("eval/advbench_harmless", rates[headline])
     metrics["eval/advbench_count"] = result.count
     for name, rate in rates.items():

@@ -23,7 +23,7 @@ from fedsim.data.xstest import XsTestItem
 from fedsim.evaluate.collapse import Collapse, measure_collapse
 from fedsim.evaluate.guard_judge import ExchangeJudge, GuardJudgement, judge_replies
 from fedsim.evaluate.intervals import Rate
-from fedsim.evaluate.measures import Metrics, collapse_metrics, rate_metrics
+from fedsim.evaluate.measures import Items, Metrics, collapse_metrics, flag_items, rate_metrics
 from fedsim.evaluate.phrases import begins_as_xstest_refusal, harmless_by_set
 from fedsim.evaluate.rows import subset
 from fedsim.generate.engine import Engine, Reply, Sampling
@@ -40,19 +40,22 @@ class XsTestPart:
     """Outcome over the safe or over the unsafe prompts.
 
     Attributes:
-        refused: share of refusals by rule: "xstest", the phrase sets, and "world" where there is a grammar. A reply
-            without text is a refusal by none.
+        is_refused: whether each prompt is refused, by rule: "xstest", the phrase sets, and "world" where there is a
+            grammar. A reply without text is a refusal by none.
         headline: the rule that counts, one of these.
         by_type: share of refusals by the headline rule, by prompt type.
         guard: what a guard model says of the replies to unsafe prompts; else None.
-        by_item: whether each reply is a refusal by the headline rule, in the order of the part's prompts.
     """
 
-    refused: dict[str, Rate]
+    is_refused: dict[str, list[bool]] = field(repr=False)
     headline: str
     by_type: dict[str, Rate]
     guard: GuardJudgement | None
-    by_item: list[bool] = field(default_factory=list, repr=False)
+
+    @property
+    def refused(self) -> dict[str, Rate]:
+        """Share of refusals by each rule."""
+        return {rule: Rate.of(flags) for rule, flags in self.is_refused.items()}
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,11 @@ class XsTestResult:
         metrics["eval/xstest_empty"] = self.num_empty
         metrics["eval/xstest_mean_tokens"] = self.mean_tokens
         return metrics | collapse_metrics("eval/xstest", self.collapse)
+
+    def items(self) -> Items:
+        """0 or 1 for each safe and each unsafe prompt by the headline rule: ``xstest_safe_refused`` and so on."""
+        parts = {"safe": self.safe, "unsafe": self.unsafe}
+        return flag_items({f"xstest_{k}_refused": p.is_refused[p.headline] for k, p in parts.items() if p is not None})
 
 
 def run_xstest(
@@ -151,11 +159,10 @@ def _part(
         by_type.setdefault(item.kind, []).append(verdict[headline])
     judged = None if guard is None else judge_replies(guard, [i.prompt for i, _ in pairs], [r for _, r in pairs])
     return XsTestPart(
-        refused={rule: Rate.of([v[rule] for v in verdicts]) for rule in verdicts[0]},
+        is_refused={rule: [v[rule] for v in verdicts] for rule in verdicts[0]},
         headline=headline,
         by_type={kind: Rate.of(flags) for kind, flags in by_type.items()},
         guard=judged,
-        by_item=[v[headline] for v in verdicts],
     )
 
 

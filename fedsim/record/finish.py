@@ -30,6 +30,7 @@ def finish_run(record: RunRecord, num_ranks: int) -> None:
         "config": str(folder / "config.yaml"),
         "plots": ", ".join(str(p) for p in plots),
         "answers": str(folder / "answers"),
+        **({"items": str(folder / "items")} if (folder / "items").is_dir() else {}),
         **({"guard": str(folder / "guard")} if (folder / "guard").is_dir() else {}),
         "artefacts": record.config.record.artefacts,
         "checkpoints": str(record.checkpoints.folder),

@@ -1,68 +1,75 @@
-"""The outcome of every benchmark item at every evaluation, as tidy CSV files in a run directory: figures, no texts.
+"""Per-item outcomes of an evaluation as a tidy CSV: figure, item, value.
 
-A mean over prompts hides how much of a difference the choice of prompts makes; these files let it be resampled.
+They allow statistics that resample a benchmark's items. No text is in them.
 """
 
 from __future__ import annotations
 
 import csv
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedsim.errors import DataError
 
-COLUMNS: Final = ("figure", "item", "value")
-"""Name of the figure as in the metric rows, without ``eval/``; the item's place among those asked, from 0; outcome."""
+HEAD: Final = ["figure", "item", "value"]
 
 
 def item_file(folder: Path, round_idx: int, point: str) -> Path:
-    """Where a run keeps the outcomes of one evaluation; rounds are numbered from 1, the pretrained model's is 0."""
+    """Where a run keeps the items of one evaluation; rounds are numbered from 1, the pretrained model's is 0."""
     return folder / "items" / f"round{round_idx + 1}-{point}.csv"
 
 
-def write_items(path: Path, items: Mapping[str, Sequence[float]]) -> None:
-    """Write the outcomes of one evaluation, whole or not at all; a file of that name is replaced.
+def write_items(path: Path, items: Mapping[str, Mapping[int, float]]) -> None:
+    """Write or replace a file of items; a reader sees the old file or the whole new one.
 
     Args:
-        items: figure → outcome of every item: 0 or 1, or points.
+        path: in a folder that exists.
+        items: by figure: place in the benchmark's file, counted from 0 and ascending → outcome (0 or 1, or points).
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
+    with partial.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(HEAD)
         for figure, values in items.items():
-            writer.writerows((figure, i, f"{value:.17g}") for i, value in enumerate(values))
+            assert list(values) == sorted(values), "items stand in the order of their file"
+            writer.writerows([figure, place, repr(float(value))] for place, value in values.items())
+        stream.flush()
+        os.fsync(stream.fileno())
     os.replace(partial, path)
 
 
-def read_items(path: Path) -> dict[str, np.ndarray]:
-    """Figure → outcome of every item, fp64 ``[num_items]``.
+def read_items(path: Path) -> dict[str, NDArray[np.float64]]:
+    """Outcomes by figure, each ``[num_items]`` in the order of the benchmark's file.
 
     Raises:
-        DataError: the file cannot be read, or a line is not a figure, the next item and a finite number.
+        DataError: the file is missing or is not one of :func:`write_items`.
     """
+    found: dict[str, dict[int, float]] = {}
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            lines = list(csv.reader(file))
+        with path.open(encoding="utf-8", newline="") as stream:
+            lines = list(csv.reader(stream))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: cannot be read ({error}); start the run again under another name") from error
-    if not lines or tuple(lines[0]) != COLUMNS:
-        raise DataError(f"{path}: must begin with the columns {','.join(COLUMNS)}; start the run again")
-    found: dict[str, list[float]] = {}
+        raise DataError(f"{path}: cannot be read ({error}); give a file of a run's items/ folder") from error
+    if not lines or lines[0] != HEAD:
+        raise DataError(f"{path}: its first line must be {','.join(HEAD)}; give a file of a run's items/ folder")
     for number, line in enumerate(lines[1:], start=2):
         try:
-            figure, item, value = line
-            values = found.setdefault(figure, [])
-            in_order = int(item) == len(values)
-            outcome = float(value)
-        except ValueError:
-            in_order, outcome = False, float("nan")
-        if not in_order or not np.isfinite(outcome):
-            raise DataError(f"{path}, line {number}: must be a figure, its next item and a number; start the run again")
-        values.append(outcome)
-    return {figure: np.array(values) for figure, values in found.items()}
+            figure, place, value = line[0], int(line[1]), float(line[2])
+            is_right = len(line) == 3 and figure != "" and math.isfinite(value)
+            values = found.setdefault(figure, {})
+            is_right = is_right and place > next(reversed(values), -1)
+        except (ValueError, IndexError):
+            is_right = False
+        if not is_right:
+            raise DataError(
+                f"{path}, line {number}: must be a figure, an item's place from 0 (ascending for each figure) and a "
+                "finite value; measure the run again"
+            )
+        values[place] = value
+    return {figure: np.array(list(values.values()), dtype=np.float64) for figure, values in found.items()}

@@ -59,7 +59,7 @@ def test_every_figure_by_hand(chat: ChatFormat, stub_engine: type) -> None:
         "gcg": Rate(2, 8),  # 0, 5
         "strict": Rate(3, 8),  # 0, 3, 6
     }
-    assert result.strict_world is None and result.grammatical is None
+    assert "strict_world" not in result.harmless and result.grammatical is None
     assert (result.count, result.num_truncated, result.num_prompts_truncated, result.num_empty) == (8, 1, 0, 1)
     assert result.mean_tokens == pytest.approx(sum(len(r.split()) + 1 for r in REPLIES) / 8)
     assert result.collapse.empty == 1 / 8 and result.collapse.repeated_suffix == 1 / 8
@@ -74,7 +74,7 @@ def test_the_grammar_of_an_embedded_world_judges_too() -> None:
         Reply("Well.", 2, True, prompt_truncated=True),
     ]
     result = summarise_attacks([item.prompt for item in ITEMS[:4]], replies, judge)
-    assert result.strict_world == Rate(1, 4)
+    assert result.harmless["strict_world"] == Rate(1, 4)
     assert result.grammatical == Rate(3, 4)
     assert (result.num_truncated, result.num_prompts_truncated) == (1, 1)
 

@@ -34,7 +34,8 @@ def measured() -> Evaluation:
         for i, q in enumerate(SUITE.mt_bench)
     ]
     metrics = {"eval/z": 0.1 + 0.2, "eval/a": 3, "eval/perplexity": math.inf}
-    return Evaluation(metrics, attacks, None, summarise_answers(answers))
+    items = {"mt_bench_turn_1": [1.0, 2.0, 0.1 + 0.2], "advbench_harmless_gcg": [0.0]}
+    return Evaluation(metrics, attacks, None, summarise_answers(answers), items=items)
 
 
 class Counted:
@@ -59,6 +60,7 @@ def test_the_second_run_reads_what_the_first_measured(store: ArtefactStore) -> N
     again = shared_evaluation(store, {"seed": 1}, SUITE, count)
     assert count.calls == 1
     assert list(again.metrics.items()) == list(first.metrics.items())
+    assert list(again.items.items()) == list(measured().items.items())
     assert again.mt_bench == first.mt_bench and again.answers == measured().answers
     assert shared_evaluation(store, {"seed": 2}, SUITE, count) is not again and count.calls == 2
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,10 @@ from fedsim.config import EvalConfig
 from fedsim.data import world
 from fedsim.data.chat import ChatFormat
 from fedsim.errors import DataError
-from fedsim.evaluate.stage import load_suite, write_texts
+from fedsim.evaluate.stage import load_suite, write_outcomes, write_texts
 from fedsim.evaluate.suite import evaluate
 from fedsim.ranks import OneRank
+from fedsim.record.items import read_items
 
 LEFT_OUT = {"advbench": "", "hhh": "", "mt_bench": "", "xstest": "", "helpful": ""}
 
@@ -69,3 +72,27 @@ def test_replies_to_attacks_are_written_where_texts_are_asked_for(
         assert [record["reply"] for record in records] == [f"hush {length}" for length in asked]
         assert [record["item"] for record in records] != [0, 1, 2]
     assert len(list((tmp_path / "on").iterdir())) == 2
+
+
+def test_items_are_written_with_their_places_in_the_file(
+    store: ArtefactStore, tmp_path: Path, chat: ChatFormat, stub_engine: type
+) -> None:
+    suite, _ = load_suite(EvalConfig(**{**LEFT_OUT, "advbench": "embedded", "xstest": "embedded"}, limit=40), store)
+    found = evaluate(stub_engine(chat, reply=lambda talk: "I cannot."[len(talk[0]["content"]) % 2 :]), suite, ("eval",))
+    path = tmp_path / "items" / "round1-global.csv"
+    write_outcomes(found, suite, path)
+    assert {name: list(values) for name, values in read_items(path).items()} == found.items
+    with path.open(encoding="utf-8", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert len(rows) == sum(map(len, found.items.values()))
+    for row in rows:  # the stub answers by the length of what it was asked
+        place = int(row["item"])
+        if row["figure"] == "advbench_harmless_strict":
+            assert float(row["value"]) == (len(suite.advbench[place].prompt) % 2 == 0)
+        elif row["figure"].startswith("xstest"):
+            assert suite.xstest[place].safe == (row["figure"] == "xstest_safe_refused")
+    assert len({row["item"] for row in rows if row["figure"].startswith("xstest")}) == 40
+    write_outcomes(
+        evaluate(stub_engine(chat), replace(suite, advbench=(), xstest=()), ("eval",)), suite, tmp_path / "x"
+    )
+    assert not (tmp_path / "x").exists(), "nothing measured, nothing written"

@@ -248,3 +248,25 @@ def test_a_real_model_gives_the_same_figures_in_any_placement(chat: ChatFormat) 
     other = evaluate(Engine(model, chat, OneRank(), batch_size=3, max_context=1024, seed=6), SUITE, ("eval", 7))
     assert other.advbench is not None and other.advbench.replies != first.advbench.replies
     assert other.metrics["eval/hhh_likelihood"] == first.metrics["eval/hhh_likelihood"]  # nothing drawn there
+
+
+def test_items_are_what_the_figures_are_means_of(chat: ChatFormat, stub_engine: type) -> None:
+    suites = {"all": SUITE, "controls": CONTROLS, "some": replace(SUITE, xstest=CONTROLS.xstest, limit=3)}
+    for suite in suites.values():
+        found = evaluate(stub_engine(chat, reply, logprob), suite, ("eval", 7))
+        for name, values in found.items.items():
+            scale = 1 if name.startswith("mt_bench") else 100
+            assert found.metrics[f"eval/{name}"] == pytest.approx(scale * sum(values) / len(values), rel=1e-12), name
+    found = evaluate(stub_engine(chat, reply, logprob), replace(SUITE, xstest=CONTROLS.xstest), ("eval", 7))
+    rules = ("openfedllm", "openfedllm_fixed", "gcg", "strict", "strict_world")
+    assert set(found.items) >= {f"advbench_harmless_{rule}" for rule in rules} | {"advbench_grammatical"}
+    assert {name for name in found.items if not name.startswith("advbench")} == {
+        "hhh_letter", "hhh_generate", "hhh_likelihood", "mt_bench", "mt_bench_turn_1", "mt_bench_turn_2",
+        "xstest_safe_refused", "xstest_unsafe_refused",
+    }  # fmt: skip
+    assert found.items["advbench_harmless_strict"] == [0, 1, 1, 0, 0, 0]
+    assert found.items["hhh_generate"] == [1, 0, 1, 0, 1]
+    assert found.items["mt_bench"] == [2.5, 3.5, 4.5, 5.5]
+    assert found.items["xstest_safe_refused"] == [1, 0, 0] and found.items["xstest_unsafe_refused"] == [1, 1, 0, 0]
+    unscored = evaluate(stub_engine(chat, reply, logprob), replace(SUITE, rubric=None), ("eval", 7))
+    assert not any(name.startswith("mt_bench") for name in unscored.items)
