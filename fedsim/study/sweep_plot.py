@@ -35,10 +35,11 @@ def write_plot(sweep: Sweep, runs: Runs, path: Path) -> None:
                     effect.high - effect.mean,
                 )
                 curves.setdefault(_curve(sweep, runs, name), []).append(place)
+        ticks = sorted({x for places in curves.values() for x, *_ in places})
         for i, (label, places) in enumerate(curves.items()):
             xs, ys, below, above = zip(*sorted(places), strict=True)
             axes.errorbar(
-                _positions(xs, curves),
+                [ticks.index(x) if isinstance(x, str) else x for x in xs],
                 ys,
                 yerr=([max(b, 0.0) for b in below], [max(a, 0.0) for a in above]),
                 color=PHASE_COLORS[i % len(PHASE_COLORS)],
@@ -47,7 +48,7 @@ def write_plot(sweep: Sweep, runs: Runs, path: Path) -> None:
                 capsize=3,
                 label=label,
             )
-        _label_x(axes, sweep.x, [x for places in curves.values() for x, *_ in places])
+        _label_x(axes, sweep.x, ticks)
         axes.set_ylabel(title(figure))
         if len(curves) > 1 or sweep.curves:
             axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2, frameon=False)
@@ -59,11 +60,7 @@ def _curve(sweep: Sweep, runs: Runs, name: str) -> str:
     if not sweep.curves:
         return ""
     value = to_flat(runs[name][0].config)[sweep.curves]
-    return (
-        f"{sweep.curves.rpartition('.')[2]} = {value:g}"
-        if isinstance(value, float)
-        else f"{sweep.curves.rpartition('.')[2]} = {value}"
-    )
+    return f"{sweep.curves.rpartition('.')[2]} = {f'{value:g}' if isinstance(value, float) else value}"
 
 
 def _scale(values: Sequence[Any]) -> str:
@@ -74,16 +71,12 @@ def _scale(values: Sequence[Any]) -> str:
     return "log" if positive and max(positive) / min(positive) > 20 else "linear"
 
 
-def _positions(xs: Sequence[Any], curves: Any) -> list[float]:
-    return [float(x) if not isinstance(x, str) else float(i) for i, x in enumerate(xs)]
-
-
-def _label_x(axes: Axes, x: str, values: Sequence[Any]) -> None:
-    kind = _scale(values)
+def _label_x(axes: Axes, x: str, ticks: Sequence[Any]) -> None:
+    """Name the axis, and mark just the values that were run."""
+    kind = _scale(ticks)
     if kind == "log":
-        axes.set_xscale("symlog", linthresh=min(v for v in values if v > 0))
+        axes.set_xscale("symlog", linthresh=min(v for v in ticks if v > 0))
     if kind != "linear":
-        ticks = sorted(set(values))
         axes.set_xticks([float(i) if kind == "text" else float(v) for i, v in enumerate(ticks)])
         axes.set_xticklabels([v if isinstance(v, str) else f"{v:g}" for v in ticks])
         axes.minorticks_off()

@@ -78,8 +78,11 @@ def intervals(counts: np.ndarray) -> dict[str, tuple[float, float, float] | None
     measured, resampled = rates(counts), rates(drawn)
     found: dict[str, tuple[float, float, float] | None] = {}
     for name, values in measured.items():
+        if np.isnan(values).any():
+            found[name] = None
+            continue
         low, high = np.nanpercentile(resampled[name].mean(axis=1), (2.5, 97.5))
-        found[name] = None if np.isnan(values).any() else (float(values.mean()), float(low), float(high))
+        found[name] = float(values.mean()), float(low), float(high)
     return found
 
 

@@ -1,0 +1,160 @@
+"""Sweeps: their files, the cells that follow, and sentences that follow from intervals."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from matplotlib.image import imread
+
+from fedsim.config import load_config
+from fedsim.errors import ConfigError
+from fedsim.study.cells import Launch
+from fedsim.study.command import made_by, parse_seeds, write_csv
+from fedsim.study.grid import FORMS, Comparison, point_name, read_sweep
+from fedsim.study.outcomes import Outcome
+from fedsim.study.sweep import finding, tidy_rows
+from fedsim.study.sweep_plot import write_plot
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_cell_of_a_shipped_sweep_is_a_configuration(path: Path, form: str) -> None:
+    sweep = read_sweep(path, form)
+    assert len(sweep.findings) == 2 and (form == "full" or len(sweep.points) <= 12)
+    launch = Launch("s", sweep.config, [], 1, 1, Path("x"))
+    cells = sweep.cells([0, 1])
+    assert len({cell.name for cell in cells}) == len(cells) == 2 * len(sweep.points)
+    for cell in cells:
+        config = launch.resolved(cell)
+        assert config.seed == cell.seed
+    keys = {key for point in sweep.points for key in point}
+    assert sweep.x in keys and sweep.curves in {"", *keys}
+
+
+SWEEP = """
+what: a question
+config: base.yaml
+x: cai.iterations
+curves: cai.every
+figures: [advbench_harmless, mt_bench]
+quick:
+  seeds: 0-1
+  settings: {eval.xstest: ""}
+  grids:
+    - {cai.every: [1, 2], cai.iterations: [0, 5]}
+    - {cai.every: 1, cai.iterations: [5, 50]}
+  findings:
+    - figure: mt_bench
+      treated: {cai.every: 1, cai.iterations: 50}
+      control: {cai.every: 2, cai.iterations: 5}
+"""
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    (tmp_path / "base.yaml").write_text("seed: 3\n", encoding="utf-8")
+    path = tmp_path / "mine.yaml"
+    path.write_text(SWEEP, encoding="utf-8")
+    return path
+
+
+def test_grids_are_products_and_every_point_comes_once(written: Path) -> None:
+    sweep = read_sweep(written, "quick")
+    assert [point_name(p) for p in sweep.points] == [
+        *(f"every-{e}-iterations-{i}" for e in (1, 2) for i in (0, 5)),
+        "every-1-iterations-50",
+    ]
+    assert (sweep.name, sweep.config, parse_seeds(sweep.seeds)) == ("mine", written.parent / "base.yaml", [0, 1])
+    cell = sweep.cells([4])[-1]
+    assert cell.settings == {"eval.xstest": "", "cai.every": 1, "cai.iterations": 50} and cell.seed == 4
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("quick:", "slow:", "a part 'quick'"),
+        ("x: cai.iterations", "y: cai.iterations", "lacks 'x'"),
+        ("iterations: 50}", "iterations: 51}", "a finding names .*51.* which no grid has"),
+        ("[advbench_harmless, mt_bench]", "3", "another shape"),
+        (
+            "- {cai.every: [1, 2], cai.iterations: [0, 5]}",
+            "- {cai.every: 1, eval.every: 1}\n    - {every: 1}",
+            "finding",
+        ),
+        ("what: a question", "what: [a", "cannot be read"),
+        ("- {cai.every: 1, cai.iterations: [5, 50]}", "- {eval.every: 1, cai.iterations: 5}", "share the name"),
+    ],
+)
+def test_a_mistake_in_a_sweeps_file_is_one_line(written: Path, old: str, new: str, message: str) -> None:
+    written.write_text(SWEEP.replace(old, new), encoding="utf-8")
+    with pytest.raises(ConfigError, match=message) as told:
+        read_sweep(written, "quick")
+    assert "\n" not in str(told.value) and "mine.yaml" in str(told.value)
+
+
+@pytest.fixture
+def runs(written: Path, finish: Callable[..., Outcome]) -> dict[str, list[Outcome]]:
+    """MT-Bench rises with the iterations; AdvBench does not move."""
+    found = {}
+    for point in read_sweep(written, "quick").points:
+        words = [f"{key}={value}" for key, value in point.items()]
+        items = {"mt_bench": [2.0 + point["cai.iterations"] / 10] * 5, "advbench_harmless_openfedllm": [1.0, 0.0, 1.0]}
+        found[point_name(point)] = [
+            finish(f"{point_name(point)}-s{seed}", [*words, f"seed={seed}"], {"after_cai": items}) for seed in (0, 1)
+        ]
+    return found
+
+
+def test_findings_say_what_their_interval_says(written: Path, runs: dict[str, list[Outcome]]) -> None:
+    sweep = read_sweep(written, "quick")
+    assert finding(sweep.findings[0], runs) == (
+        "MT-Bench is higher, every=1 iterations=50 against every=2 iterations=5: +4.50 [+4.50, +4.50] points over 2 "
+        "seed(s)."
+    )
+    back = Comparison("mt_bench", sweep.findings[0].control, sweep.findings[0].treated)
+    assert finding(back, runs).startswith("MT-Bench is lower, every=2 iterations=5 against every=1")
+    same = Comparison("advbench_harmless", sweep.findings[0].treated, sweep.findings[0].control)
+    assert finding(same, runs).startswith("AdvBench cannot be told apart")
+    assert finding(Comparison("hhh_letter", same.treated, same.control), runs).endswith("not measured.")
+
+
+def test_tidy_rows_and_plot_hold_every_point(written: Path, runs: dict[str, list[Outcome]], tmp_path: Path) -> None:
+    sweep = read_sweep(written, "quick")
+    write_csv(tmp_path / "sweep.csv", tidy_rows(sweep, runs))
+    with (tmp_path / "sweep.csv").open(encoding="utf-8", newline="") as file:
+        records = list(csv.DictReader(file))
+    assert len(records) == 5 * 2 * 2
+    chosen = [r for r in records if (r["cai.iterations"], r["figure"], r["seed"]) == ("50", "mt_bench", "1")]
+    assert [(r["value"], r["minutes"], r["cai_minutes"]) for r in chosen] == [("7.0", "1.5", "0.5")]
+    write_plot(sweep, runs, tmp_path / "sweep.png")
+    picture = imread(tmp_path / "sweep.png")
+    assert picture.shape[1] > 900 and picture[..., :3].std() > 0.02
+
+
+@pytest.mark.parametrize(
+    ("text", "seeds"), [("0-2", [0, 1, 2]), ("3,5, 8", [3, 5, 8]), ("7", [7]), ("1-2,4", [1, 2, 4])]
+)
+def test_seeds_are_read(text: str, seeds: list[int]) -> None:
+    assert parse_seeds(text) == seeds
+
+
+@pytest.mark.parametrize("text", ["", "a", "2-1", "1,1", "0-1,1", "-1", "1.5"])
+def test_seeds_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="--seeds"):
+        parse_seeds(text)
+
+
+def test_a_published_command_leaves_this_machine_out() -> None:
+    argv = ["--seeds", "0-1", "record.dir=/home/me", "eval.advbench=a b", "--publish"]
+    assert made_by("tools/x.py", argv) == "`python tools/x.py --seeds 0-1 'eval.advbench=a b'`"
+
+
+def test_the_quick_table_is_the_papers_cohort() -> None:
+    config = load_config(ROOT / "configs" / "table1.yaml")
+    assert (config.federation.num_rounds, config.federation.clients_per_round, config.local.steps) == (8, 5, 25)

@@ -1,0 +1,60 @@
+"""Table 2: the paper's own arithmetic, and intervals against the binomial's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from fedsim.study.outcomes import Outcome
+from fedsim.study.table2 import COLUMNS, COUNTS, guard_table, intervals, rates
+
+
+def test_the_papers_operating_point() -> None:
+    """Precision 56.7 and recall 73.7 at 30 % red: accuracy 75.2, Hmean 64.1, and 13 % red after dropping 39 %."""
+    caught = 0.3 * 0.737
+    alarms = caught / 0.567 - caught
+    found = rates(1000 * np.array([caught, alarms, 0.3 - caught, 0.7 - alarms]))
+    assert found["hmean"] == pytest.approx(64.1, abs=0.05) and found["accuracy"] == pytest.approx(75.2, abs=0.05)
+    assert found["red_share_before"] == pytest.approx(30) and found["red_share_after"] == pytest.approx(13, abs=0.1)
+    assert 100 * (caught + alarms) == pytest.approx(39, abs=0.1)
+
+
+def test_one_seed_has_the_binomials_interval() -> None:
+    mean, low, high = intervals(np.array([[300, 200, 100, 400]]))["accuracy"]  # type: ignore[misc]
+    half = 1.96 * 100 * np.sqrt(0.7 * 0.3 / 1000)
+    assert (mean, low, high) == pytest.approx((70.0, 70 - half, 70 + half), abs=0.15)
+
+
+def test_seeds_widen_it() -> None:
+    same = intervals(np.array([[300, 200, 100, 400]] * 3))["recall"]
+    apart = intervals(np.array([[200, 200, 200, 400], [300, 200, 100, 400], [400, 200, 0, 400]]))["recall"]
+    assert same is not None and apart is not None and same[0] == pytest.approx(apart[0])
+    assert apart[2] - apart[1] > 3 * (same[2] - same[1])
+
+
+def test_a_guard_that_calls_nothing_unsafe_has_no_precision() -> None:
+    found = intervals(np.array([[0, 0, 300, 700], [10, 5, 290, 695]]))
+    assert found["precision"] is None and found["recall"] is not None
+
+
+def test_the_table_has_both_guards_and_the_papers(finish: Callable[..., Outcome]) -> None:
+    def row(point: str, counts: tuple[int, ...]) -> dict[str, object]:
+        named = {f"guard/{name}": count for name, count in zip(COUNTS, counts, strict=True)}
+        return {"round": -1, "stage": "guard", "point": point, **named}
+
+    runs = [
+        finish(f"t{i}", [], {}, [row("untuned", (0, 0, 30, 70)), row("fine-tuned", (20, 10, 10, 60))]) for i in (0, 1)
+    ]
+    table = guard_table(runs)
+    assert len(table.head) == 1 + len(COLUMNS)
+    assert [r[0] for r in table.rows] == [
+        "guard, untuned",
+        "– Llama Guard 3 in the paper",
+        "guard, fine-tuned",
+        "– fine-tuned Llama Guard 3 in the paper",
+    ]
+    assert table.rows[0][2] == "undefined" and table.rows[2][1].startswith("80.0 [")
+    assert table.rows[3][1:5] == ["75.5", "56.7", "73.7", "64.1"]
+    assert guard_table([finish("bare", [], {})]).rows[0][1] == "not measured"
