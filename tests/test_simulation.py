@@ -347,3 +347,29 @@ def test_what_is_there_before_the_rounds_is_left_to_itself_in_them(make: Make) -
     simulation.run()
     assert frozen[0] > 10_000 and gc.get_freeze_count() == 0
     assert dead == [True], "garbage is not kept with them"
+
+
+def test_rounds_without_cai_lie_between_its_stages(make: Make, tmp_path: Path) -> None:
+    """Every second of three rounds, and the last; stopped after the round without CAI, it goes on to the same end."""
+    words = ["cai.iterations=2", "cai.every=2", "eval.every=1", "data.federated_rows=30", "federation.num_rounds=3"]
+    straight = make(40, 60, *words, "name=straight")
+    straight.run()
+    points = [(row["round"], row["point"]) for row in rows_of(straight, "eval")]
+    assert points == [(-1, "pretrained"), (0, "global"), *((r, p) for r in (1, 2) for p in ("before_cai", "after_cai"))]
+    assert ["cai/num_iterations" in row for row in rows_of(straight, "round")] == [False, True, True]
+
+    def stop(round_idx: int) -> None:
+        if round_idx == 0:
+            raise KeyboardInterrupt
+
+    stopped = make(40, 60, *words, "name=stopped")
+    counts = stopped.record.counts
+    stopped.record.counts = lambda round_idx: (counts(round_idx), stop(round_idx))  # type: ignore
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run()
+    again = make(40, 60, *words, "name=stopped")
+    again.run()
+    assert torch.equal(final_adapter(again), final_adapter(straight))
+    for stage in ("eval", "round"):
+        found, wanted = ([decided(row) for row in rows_of(run, stage)] for run in (again, straight))
+        assert found == wanted

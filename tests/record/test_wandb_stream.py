@@ -47,7 +47,9 @@ Said = list[str]
 
 
 def made_config(*overrides: str) -> Config:
-    return load_config(None, ["name=tracked", "wandb.mode=offline", "wandb.group=arms", *overrides])
+    return load_config(
+        None, ["name=tracked", "wandb.mode=offline", "wandb.group=arms", "wandb.tags=[seed-0]", *overrides]
+    )
 
 
 def begin(folder: Path) -> MetricLog:
@@ -191,6 +193,7 @@ def check_with_wandbs_own_reader(folder: Path, found: list[tuple[int, dict[str, 
     runs = [r["run"] for r in records if r["type"] == "run"]
     assert len({run["run_id"] for run in runs}) == 1 and len(runs) == 3  # the second session had nothing to log
     assert {run["project"] for run in runs} == {"fedsim"} and {run["run_group"] for run in runs} == {"arms"}
+    assert all(run["tags"] == ["seed-0"] for run in runs)
     assert all("host" not in run and "git" not in run for run in runs)
     configs = [r["config"]["update"] for r in records if r["type"] == "config"]
     (config,) = [c for c in configs if "federation" in c]  # once, in the first session
@@ -207,7 +210,7 @@ def check_with_wandbs_own_reader(folder: Path, found: list[tuple[int, dict[str, 
 def test_a_run_whose_last_step_is_not_on_disk_is_not_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "run"
     add_round(begin(folder), 0)
-    settings = {"mode": "offline", "project": "p", "entity": "", "group": "", "name": "n", "limit_s": 20.0}
+    settings = {"mode": "offline", "project": "p", "entity": "", "group": "", "tags": [], "name": "n", "limit_s": 20.0}
     for lost, complete in ((1, ""), (0, "offline")):
         worker = wandb_worker.Worker(folder, settings, {})
         worker.run = SimpleNamespace(summary={}, finish=lambda exit_code: None)
@@ -432,9 +435,9 @@ def test_online_goes_on_where_the_server_is(
     assert said == []
     one, two = calls(noted, "init")
     assert one == two
-    kept = {name: one[name] for name in ("mode", "project", "entity", "group", "name", "resume", "dir")}
-    assert kept == {"mode": "online", "project": "mine", "entity": "team", "group": "arms", "name": "tracked",
-                    "resume": "allow", "dir": str(folder)}  # fmt: skip
+    kept = {name: one[name] for name in ("mode", "project", "entity", "group", "tags", "name", "resume", "dir")}
+    assert kept == {"mode": "online", "project": "mine", "entity": "team", "group": "arms", "tags": ["seed-0"],
+                    "name": "tracked", "resume": "allow", "dir": str(folder)}  # fmt: skip
     assert one["id"] == json.loads((folder / "wandb.json").read_text())["id"]
     wanted = steps_of(log.rows())
     assert calls(noted, "log") == [[step, wanted[step], True] for step in (0, 1, 2)]
@@ -479,7 +482,7 @@ def test_a_directory_that_starts_anew_gets_another_id(tmp_path: Path) -> None:
     (tmp_path / "run" / "wandb.json").write_text('{"id": "old"}')
     claimed(config).release()
     assert not (tmp_path / "run" / "wandb.json").exists()
-    assert {"wandb.mode", "wandb.project", "wandb.entity", "wandb.group"} <= FREE_KEYS
+    assert {"wandb.mode", "wandb.project", "wandb.entity", "wandb.group", "wandb.tags"} <= FREE_KEYS
 
 
 class Stopped(Exception):

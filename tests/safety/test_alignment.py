@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedsim.config import CaiConfig
 from fedsim.data.chat import ChatFormat, assistant_turn, user_turn
@@ -140,3 +142,30 @@ def test_cut_rows_are_counted(make_adapted: Make) -> None:
     assert aligner(made, max_length=longest - 1).num_truncated == 7
     with pytest.raises(ConfigError, match=r"cai.max_length=16: leaves no room for a reply after any of the 7 prompts"):
         aligner(made, max_length=16)
+
+
+@given(st.integers(0, 9), st.integers(1, 30))
+def test_stages_of_a_schedule(every: int, num_rounds: int) -> None:
+    """What comes before a round is counted as it comes, and the last round always has CAI."""
+    cai = CaiConfig(iterations=3, every=every)
+    due = [cai.is_due(r, num_rounds) for r in range(num_rounds)]
+    assert [cai.num_stages(r) for r in range(num_rounds)] == [sum(due[:r]) for r in range(num_rounds)]
+    assert due[-1] and (every != 1 or all(due)) and (every != 0 or sum(due) == 1)
+    assert not any(CaiConfig(iterations=0, every=every).is_due(r, num_rounds) for r in range(num_rounds))
+
+
+@pytest.mark.parametrize(("num_rows", "size"), [(7, 2), (12, 3), (5, 8)])
+def test_an_epoch_takes_every_row(make_adapted: Make, num_rows: int, size: int) -> None:
+    cai = aligner(make_adapted(), num_rows, iterations=-1, batch_size=size)
+    place = {id(pair): i for i, pair in enumerate(cai.pairs)}
+    stage = [place[id(pair)] for batch in cai.batches(0) for pair in batch]
+    assert len(stage) == -(-num_rows // size) * size
+    assert sorted(stage[:num_rows]) == list(range(num_rows))
+
+
+def test_the_cursor_stands_still_in_rounds_without_cai(make_adapted: Make) -> None:
+    often, seldom = (aligner(make_adapted(), 7, iterations=2, every=every, batch_size=2) for every in (1, 3))
+    for stage, round_idx in enumerate((2, 5, 8)):
+        places = [[[cai.pairs.index(p) for p in batch] for batch in cai.batches(r)]
+                  for cai, r in ((often, stage), (seldom, round_idx))]  # fmt: skip
+        assert places[0] == places[1]
