@@ -21,6 +21,13 @@ class Figure:
     high: float | None
     num_runs: int
 
+    @property
+    def reach(self) -> list[list[float]] | None:
+        """How far the interval goes down and up, as error bars take it; None without one."""
+        if self.low is None or self.high is None:
+            return None
+        return [[max(self.value - self.low, 0.0)], [max(self.high - self.value, 0.0)]]
+
     def shown(self, digits: int) -> str:
         """``97.5 [95.8, 98.5]``, with the number of runs where there are several."""
         interval = "" if self.low is None or self.high is None else f" [{self.low:.{digits}f}, {self.high:.{digits}f}]"
@@ -61,6 +68,29 @@ def table_1(runs: Sequence[Run]) -> Table | None:
     for benchmark in BENCHMARKS:
         head += [_heading(benchmark, runs), "paper"]
     return Table(head, lines)
+
+
+def headlines(runs: Sequence[Run]) -> list[str]:
+    """What each method did beside plain federated training, one sentence an aggregation; none without such arms."""
+    arms, lines = by_arm(runs), []
+    for (algorithm, filtered, cai), plain in arms.items():
+        if filtered or cai:
+            continue
+        others = {arm: found for arm, found in arms.items() if arm[0] == algorithm and found is not plain}
+        for benchmark in BENCHMARKS:
+            base, start = arm_figure(plain, benchmark.metric), arm_figure(runs, benchmark.metric, "pretrained")
+            if base is None:
+                continue
+            words = [
+                f"{paper.method_name(arm[1], arm[2])} {figure.value:.{benchmark.digits}f}"
+                for arm, found in others.items()
+                if (figure := arm_figure(found, benchmark.metric)) is not None
+            ]
+            before = "" if start is None else f" (pretrained {start.value:.{benchmark.digits}f})"
+            beside = f"; {', '.join(words)}" if words else ""
+            name = paper.ALGORITHM_NAMES[algorithm]
+            lines.append(f"{benchmark.title}, {name}: FL {base.value:.{benchmark.digits}f}{before}{beside}.")
+    return lines
 
 
 def _cells(runs: Sequence[Run], point: str, published: paper.SafetyRow | None) -> list[str]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedsim.record import paper
 from fedsim.record.plots import plot_times
@@ -12,11 +13,14 @@ from fedsim.record.sections import POINT_TITLES
 from fedsim.record.summary import BENCHMARKS, caveats, refusals
 from fedsim.record.tables import Table, duration, measured, with_interval
 from fedsim.report import html, pictures
-from fedsim.report.arms import table_1
+from fedsim.report.arms import by_arm, headlines, table_1
 from fedsim.report.runs import Run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+PATH = re.compile(r"(?:/[^/\s=\"']+)+/([^/\s\"']*)")
+"""An absolute path; the group is its last part."""
 
 BY_ROUND = {
     "advbench": ("eval/advbench_harmless", "AdvBench: harmless replies, %"),
@@ -30,40 +34,67 @@ def report(runs: Sequence[Run]) -> tuple[str, dict[str, bytes]]:
     """The page and its pictures by file name."""
     files: dict[str, bytes] = {}
 
-    def picture(name: str, drawn: Figure | None, caption: str) -> str:
+    def picture(name: str, drawn: Figure | None, alt: str, caption: str) -> str:
         if drawn is None:
             return ""
         files[f"{name}.png"] = pictures.png(drawn)
-        return html.figure(files[f"{name}.png"], caption, caption)
+        return html.figure(files[f"{name}.png"], alt, caption)
 
     num = f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
+    arms = f"{len(by_arm(runs))} arm(s), {num}"
     compared = [
-        picture(name, pictures.overlay(runs, key, label), f"{label}, by round, {num}; bars are 95 % intervals.")
+        picture(
+            f"{name}-{kind}",
+            draw(runs, key, label),
+            f"{alt}: {label}",
+            f"{label}, {words}, {arms}; bars: 95 % intervals.",
+        )
         for name, (key, label) in BY_ROUND.items()
+        for kind, draw, alt, words in (
+            ("rounds", pictures.overlay, "Lines over rounds", "by round"),
+            ("arms", pictures.dots, "One dot an arm", "before CAI and at the end"),
+        )
     ]
     compared_table = table_1(runs)
     costs = [
-        picture(f"cost-{name}", pictures.cost(runs, *BY_ROUND[name]), f"Seconds of a run against {BY_ROUND[name][1]}.")
+        picture(
+            f"cost-{name}",
+            pictures.cost(runs, *BY_ROUND[name]),
+            f"One dot an arm: seconds to the right, {BY_ROUND[name][1]} upwards",
+            f"Mean seconds of a run against {BY_ROUND[name][1]}, {arms}.",
+        )
         for name in ("advbench", "mt-bench")
     ]
     losses = [
-        picture(f"loss-{i}", pictures.client_losses(run), f"{run.facts.name}: each client's loss, by round.")
+        picture(
+            f"loss-{i}",
+            pictures.client_losses(run),
+            "Dots of clients over rounds, and a line of their mean",
+            f"{run.facts.name}: loss of each client that trained, over {run.facts.num_rounds} rounds.",
+        )
         for i, run in enumerate(runs, 1)
     ]
     times = [
-        picture(f"time-{i}", plot_times(run.rows, run.facts.name), f"{run.facts.name}: seconds by phase.")
+        picture(
+            f"time-{i}",
+            plot_times(run.rows, run.facts.name),
+            "Stacked bars, one a round",
+            f"{run.facts.name}: seconds by phase, {duration(run.facts.total_s)} in all.",
+        )
         for i, run in enumerate(runs, 1)
     ]
+    words = f"Share of the processes' time without work while clients train, {num}."
+    idle_picture = picture("idle", pictures.idle(runs), "Lines over rounds: idle share in percent", words)
     notes = dict.fromkeys(line for run in runs for line in [*caveats(run.facts), *run.facts.notes])
     parts = [
-        html.bullets([headline(run) for run in runs]),
+        html.bullets(headlines(runs) if len(by_arm(runs)) > 1 else [headline(run) for run in runs]),
         html.section("What these figures can and cannot show", [html.bullets(list(notes))]),
         html.section("Beside the paper's Table 1", [_paper(compared_table)]),
         html.section("Safety and helpfulness by round", [*compared, *(_controls(run) for run in runs)]),
         html.section("Loss by client", losses),
         html.section("Guard", [guard(run) for run in runs]),
         html.section("Time by phase", times),
-        html.section("Idle share", [picture("idle", pictures.idle(runs), f"Idle share while clients train, {num}.")]),
+        html.section("Idle share", [idle_picture]),
         html.section("Cost against safety", costs),
         html.section("Sample answers", [samples(run) for run in runs]),
         html.section("Manifests", [manifest(run) for run in runs]),
@@ -127,8 +158,17 @@ def samples(run: Run) -> str:
 
 def manifest(run: Run) -> str:
     """Versions, hardware, hashes, seed, commit and command as the run recorded them."""
-    shown = {name: value for name, value in run.manifest.items() if name != "config"}
+    shown = {name: _without_places(value) for name, value in run.manifest.items() if name != "config"}
     return html.details(run.facts.name, f"<pre>{html.text(json.dumps(shown, indent=1, ensure_ascii=False))}</pre>")
+
+
+def _without_places(value: Any) -> Any:
+    """A manifest's value with absolute paths cut to their last part: a page may leave the machine."""
+    if isinstance(value, dict):
+        return {name: _without_places(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_places(inner) for inner in value]
+    return PATH.sub(lambda match: match[1], value) if isinstance(value, str) else value
 
 
 def _controls(run: Run) -> str:

@@ -7,15 +7,20 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from fedsim.record.plots import PHASE_COLORS, canvas, draw_points, legend_below, round_axis
+from fedsim.record import paper
+from fedsim.record.plots import GREY, canvas, draw_points, legend_below, round_axis
 from fedsim.record.tables import measured
+from fedsim.report.arms import arm_figure, by_arm
 from fedsim.report.runs import Run
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+# Of Okabe and Ito's palette those that a line on white shows, then two darker ones.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#332288", "#882255")
 CLIENT_LOSS = re.compile(r"client/loss_(\d{3,})")
-MARKERS = "os^vDPX*"
+MARKERS = "os^vDhX*"
 
 
 def png(figure: Figure) -> bytes:
@@ -29,13 +34,15 @@ def png(figure: Figure) -> bytes:
 
 
 def overlay(runs: Sequence[Run], name: str, label: str) -> Figure | None:
-    """A benchmark by round, one colour a run; what CAI started from is dashed."""
-    if not any(measured(row, name) is not None for run in runs for row in run.rows):
+    """A benchmark by round, one colour a run; what CAI started from is dashed. None where one round alone has it."""
+    rounds = {row["round"] for run in runs for row in run.rows if measured(row, name) is not None and row["round"] >= 0}
+    if len(rounds) < 2:
         return None
     figure, (axes,) = canvas(1, label)
     places = []
+    _level(axes, runs, name)
     for i, run in enumerate(runs):
-        style = {"color": PHASE_COLORS[i % 8], "marker": MARKERS[i % 8]}
+        style = {"color": COLORS[i % 8], "marker": MARKERS[i % 8]}
         for point, line, ending in (
             ("before_cai", "--", ", before CAI"), ("after_cai", "-", ""), ("global", "-", "")):  # fmt: skip
             rows = [row for row in run.rows if row["stage"] == "eval" and row.get("point") == point]
@@ -56,6 +63,37 @@ def overlay(runs: Sequence[Run], name: str, label: str) -> Figure | None:
     return figure
 
 
+def dots(runs: Sequence[Run], name: str, label: str) -> Figure | None:
+    """A benchmark at the end of training, one line an arm, with 95 % intervals; None where it was not measured."""
+    found = {paper.arm_name(*arm): members for arm, members in by_arm(runs).items() if arm_figure(members, name)}
+    if not found:
+        return None
+    figure, (axes,) = canvas(1, label)
+    for i, members in enumerate(found.values()):
+        for point, color, marker in (("before_cai", COLORS[1], "v"), ("final", COLORS[0], "o")):
+            value = arm_figure(members, name, point)
+            if value is not None:
+                known = {"before_cai": "before CAI", "final": "at the end"}[point]
+                shown = known not in axes.get_legend_handles_labels()[1]
+                axes.errorbar(value.value, i, xerr=value.reach, color=color, marker=marker, capsize=3,
+                              linestyle="none", label=known if shown else None)  # fmt: skip
+    _level(axes, runs, name, upright=True)
+    axes.set_yticks(range(len(found)), list(found))
+    axes.set_ylim(len(found) - 0.5, -0.5)
+    axes.set_xlabel(label)
+    axes.grid(axis="x", color="#dddddd", linewidth=0.8)
+    legend_below(axes, 3)
+    return figure
+
+
+def _level(axes: Axes, runs: Sequence[Run], name: str, *, upright: bool = False) -> None:
+    """The pretrained model's figure as a dashed line."""
+    value = arm_figure(runs, name, "pretrained")
+    if value is not None:
+        draw = axes.axvline if upright else axes.axhline
+        draw(value.value, color=GREY, linestyle=":", linewidth=1.4, label="pretrained", zorder=1)
+
+
 def client_losses(run: Run) -> Figure | None:
     """Every client's mean loss in the rounds it trained in, over their mean."""
     found = [
@@ -67,9 +105,9 @@ def client_losses(run: Run) -> Figure | None:
     if not found:
         return None
     figure, (axes,) = canvas(1, f"{run.facts.name}: loss by client")
-    axes.plot(*zip(*found, strict=True), "o", color=PHASE_COLORS[4], markersize=5, label="a client")
+    axes.plot(*zip(*found, strict=True), "o", color=COLORS[5], markersize=5, label="a client")
     means = [(row["round"] + 1, m) for row in run.rows if (m := measured(row, "client/loss")) is not None]
-    axes.plot(*zip(*means, strict=True), color=PHASE_COLORS[0], label="mean, by rows")
+    axes.plot(*zip(*means, strict=True), color=COLORS[0], label="mean, by rows")
     round_axis(axes, [place for place, _ in found])
     axes.set_ylabel("loss, nats per token")
     legend_below(axes, 2)
@@ -85,9 +123,7 @@ def idle(runs: Sequence[Run]) -> Figure | None:
     figure, (axes,) = canvas(1, "Idle share by round")
     for i, (run, points) in enumerate(zip(runs, series, strict=True)):
         if points:
-            axes.plot(
-                *zip(*points, strict=True), color=PHASE_COLORS[i % 8], marker=MARKERS[i % 8], label=run.facts.name
-            )
+            axes.plot(*zip(*points, strict=True), color=COLORS[i % 8], marker=MARKERS[i % 8], label=run.facts.name)
     round_axis(axes, [place for points in series for place, _ in points])
     axes.set_ylabel("idle, %")
     legend_below(axes, 2)
@@ -95,17 +131,17 @@ def idle(runs: Sequence[Run]) -> Figure | None:
 
 
 def cost(runs: Sequence[Run], name: str, label: str) -> Figure | None:
-    """Seconds of each run against a benchmark at its end."""
+    """Mean seconds of an arm's runs against a benchmark at their end; None where it was not measured."""
     if not any(measured(run.final, name) is not None for run in runs):
         return None
     figure, (axes,) = canvas(1, f"Cost against {label}")
-    for i, run in enumerate(runs):
-        value, low, high = (measured(run.final, name + end) for end in ("", "_low", "_high"))
+    for i, (arm, members) in enumerate(by_arm(runs).items()):
+        value = arm_figure(members, name)
         if value is not None:
-            spread = ([value - (value if low is None else low)], [(value if high is None else high) - value])
-            axes.errorbar([run.facts.total_s], [value], yerr=spread, capsize=3, linestyle="none",
-                          color=PHASE_COLORS[i % 8], marker=MARKERS[i % 8], label=run.facts.name)  # fmt: skip
-    axes.set_xlabel("seconds of the run")
+            seconds = sum(run.facts.total_s for run in members) / len(members)
+            axes.errorbar([seconds], [value.value], yerr=value.reach, capsize=3, linestyle="none", color=COLORS[i % 8],
+                          marker=MARKERS[i % 8], label=paper.arm_name(*arm))  # fmt: skip
+    axes.set_xlabel("seconds of a run")
     axes.set_ylabel(label)
     legend_below(axes, 2)
     return figure
