@@ -27,7 +27,8 @@ figcaption, .note { color: #444; font-size: .92rem; }
 .box { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-size: .92rem; } th, td { padding: .3rem .6rem; border-bottom: 1px solid #ddd;
   text-align: left; vertical-align: top; overflow-wrap: normal; } th { background: #f4f4f4; }
-td:first-child { min-width: 8rem; } td.n, th.n { text-align: right; white-space: nowrap; } td.t { min-width: 11rem; white-space: pre-wrap; }
+td:first-child { min-width: 8rem; }
+td.n, th.n { text-align: right; white-space: nowrap; } td.t { min-width: 11rem; white-space: pre-wrap; }
 details { margin: .6rem 0; } summary { cursor: pointer; font-weight: 600; padding: .3rem 0; }
 pre { white-space: pre-wrap; font-size: .85rem; background: #f6f6f6; padding: .6rem; }
 @media print { @page { size: A4; margin: 14mm; } body { padding: 0; max-width: none; font-size: 10pt; }
