@@ -175,6 +175,7 @@ class _Pool:
     def run(self, cells: Sequence[Cell]) -> None:
         """Run all cells to their end, and tell of those that failed."""
         waiting, begun, started = list(cells), set[int](), time.monotonic()
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no run outlives it
         try:
             while waiting or self.running:
                 busy = {job.cell.seed for job in self.running if job.cell.seed not in begun}
@@ -188,6 +189,7 @@ class _Pool:
         finally:
             for job in self.running:
                 _kill(job.process)
+            signal.signal(signal.SIGTERM, before)
         if self.failed:
             told = "; ".join(f"{name}: {why}" for name, why in list(self.failed.items())[:3])
             raise RunError(

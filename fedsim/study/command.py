@@ -53,10 +53,10 @@ def launch_of(
     config = file or default_config
     own = [f"{key}={value}" for key, value in (settings or {}).items()]
     num_gpus = torch.cuda.device_count()
-    num_processes = args.nproc or max(num_gpus, 1)
+    num_processes = max(num_gpus, 1) if args.nproc is None else args.nproc
     threads = load_config(config, [*own, *overrides]).parallel.threads
-    fitting = max(1, num_cores() // (num_processes * threads))
-    num_jobs = args.jobs or (1 if num_gpus else fitting)
+    fitting = max(1, num_cores() // max(num_processes * threads, 1))
+    num_jobs = args.jobs if args.jobs is not None else 1 if num_gpus else fitting
     for name, value in (("--nproc", num_processes), ("--jobs", num_jobs)):
         if value < 1:
             raise ConfigError(f"{name} {value}: must be at least 1")

@@ -29,7 +29,7 @@ class Effect:
 
     Attributes:
         mean: over seeds and items.
-        low: lower end of the 95 % interval.
+        low: lower end of the 95 % interval; −inf (and ``high`` inf) where a single outcome leaves it open.
         high: its upper end.
         num_seeds: rows of the table; with one, items alone count as draws.
         num_items: columns of the table; with one, seeds alone do.
@@ -45,6 +45,12 @@ class Effect:
     def sign(self) -> int:
         """+1 or −1 where the interval leaves out 0; else 0."""
         return (self.low > 0) - (self.high < 0)
+
+    def shown(self, digits: int, sign: str = "") -> str:
+        """``+1.2 [+0.3, +2.1]``, or the mean alone where there is no interval; ``sign`` is a format's sign option."""
+        if math.isinf(self.low):
+            return f"{self.mean:{sign}.{digits}f} (one outcome)"
+        return f"{self.mean:{sign}.{digits}f} [{self.low:{sign}.{digits}f}, {self.high:{sign}.{digits}f}]"
 
 
 def estimate(sample: np.ndarray, bounds: tuple[float, float] | None = None) -> Effect:
@@ -118,6 +124,10 @@ def _effect(table: np.ndarray) -> Effect:
     mean = float(table.mean())
     error, df = _standard_error(table)
     half = t_quantile(0.975, df) * error if error > 0 else 0.0
+    if (
+        error == 0 and table.shape[1] == 1
+    ):  # one score, or the same one from every seed: nothing tells how far it varies
+        half = math.inf
     return Effect(mean, mean - half, mean + half, *table.shape)
 
 

@@ -20,6 +20,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +88,7 @@ class Sweep:
 def point_name(point: Mapping[str, Any]) -> str:
     """A folder name that says what a point sets, such as ``every-1-iterations-25``."""
     parts = (f"{key.rpartition('.')[2]}-{value}" for key, value in point.items())
-    return "-".join(parts).replace("/", "-").replace(" ", "")
+    return re.sub(r"[^A-Za-z0-9.+_-]+", "-", "-".join(parts))
 
 
 def read_sweep(path: Path, form: str) -> Sweep:
@@ -115,22 +116,28 @@ def read_sweep(path: Path, form: str) -> Sweep:
             seeds=str(chosen["seeds"]),
             settings=dict(chosen.get("settings", {})),
             points=points,
-            findings=tuple(Comparison(**finding) for finding in chosen.get("findings", ())),
+            findings=tuple(_finding(**finding) for finding in chosen.get("findings", ())),
         )
     except KeyError as error:
         raise ConfigError(
             f"sweep {path}, form {form}: lacks {error.args[0]!r}; see configs/sweeps for examples"
         ) from error
-    except (TypeError, AttributeError) as error:
+    except (TypeError, AttributeError, ValueError) as error:
         raise ConfigError(f"sweep {path}, form {form}: has another shape than configs/sweeps ({error})") from error
     _check(path, sweep)
     return sweep
+
+
+def _finding(figure: str, treated: Mapping[str, Any], control: Mapping[str, Any]) -> Comparison:
+    return Comparison(figure, dict(treated), dict(control))
 
 
 def _points(grids: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The products of all grids, each point once."""
     points: list[dict[str, Any]] = []
     for grid in grids:
+        if not grid or not all(isinstance(key, str) for key in grid) or [] in grid.values():
+            raise ValueError(f"grid {dict(grid)}: needs keys, each with a value or a list of values")
         values = [value if isinstance(value, list) else [value] for value in grid.values()]
         for chosen in itertools.product(*values):
             point = dict(zip(grid, chosen, strict=True))

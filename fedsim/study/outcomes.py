@@ -43,8 +43,15 @@ class Outcome:
 
     @property
     def final(self) -> str:
-        """Point of the model that the run ended with."""
-        return next(point for point in FINAL if point in self.points)
+        """Point of the model that the run ended with.
+
+        Raises:
+            DataError: it was not evaluated.
+        """
+        found = [point for point in FINAL if point in self.points]
+        if not found:
+            raise DataError(f"{self.folder}: was not evaluated after its last round; run it again with a benchmark")
+        return found[0]
 
     def figure(self, point: str, name: str) -> float | None:
         """``eval/<name>`` as the run recorded it; None if it has none."""

@@ -97,9 +97,9 @@ def finding(comparison: Comparison, runs: Runs) -> str:
         return f"{name}, {versus}: not measured."
     effect = difference(ours, theirs)
     digits = 2 if comparison.figure in POINTS else 1
-    interval = f"{effect.mean:+.{digits}f} [{effect.low:+.{digits}f}, {effect.high:+.{digits}f}]"
-    if effect.low > 0 or effect.high < 0:
-        word = "higher" if effect.low > 0 else "lower"
+    interval = effect.shown(digits, "+")
+    if effect.sign != 0:
+        word = "higher" if effect.sign > 0 else "lower"
         return f"{name} is {word}, {versus}: {interval} points over {effect.num_seeds} seed(s)."
     smallest = detectable(ours, theirs)
     could = "" if smallest is None else f"; {effect.num_seeds} seeds would show {smallest:.{digits}f}"

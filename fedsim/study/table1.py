@@ -239,7 +239,7 @@ def verdicts(table: TableOne) -> list[str]:
                 found = table.difference(aggregation, comparison, name)
                 if found is not None:
                     by_verdict.setdefault(found.verdict, []).append(f"{comparison.title} on {title}")
-        total = sum(map(len, by_verdict.values()))
+        total = sum(len(which) for word, which in by_verdict.items() if word != "no claim")
         line = (
             f"- {paper.ALGORITHM_NAMES[aggregation]}: {len(by_verdict.get('reproduced', []))} of {total} differences "
         )
@@ -276,4 +276,4 @@ def tidy_rows(table: TableOne) -> list[dict[str, Any]]:
 def _shown(effect: Effect | None, digits: int, sign: str = "") -> str:
     if effect is None:
         return NOT_MEASURED
-    return f"{effect.mean:{sign}.{digits}f} [{effect.low:{sign}.{digits}f}, {effect.high:{sign}.{digits}f}]"
+    return effect.shown(digits, sign)

@@ -95,7 +95,8 @@ def test_a_failed_cell_is_told_and_done_again(launch: Launch) -> None:
     assert said[0] == "2 of 3 runs are finished already" and "1/1 fail: finished" in said[1]
 
 
-def test_a_study_that_is_interrupted_leaves_no_run_behind(launch: Launch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
+def test_a_study_that_is_ended_leaves_no_run_behind(launch: Launch, tmp_path: Path, ending: signal.Signals) -> None:
     script = tmp_path / "study.py"
     script.write_text(
         "from pathlib import Path\nfrom fedsim.study.cells import *\n"
@@ -111,7 +112,7 @@ def test_a_study_that_is_interrupted_leaves_no_run_behind(launch: Launch, tmp_pa
     deadline = time.monotonic() + 30
     while len(list(launch.folder.glob("hang*"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
-    study.send_signal(signal.SIGINT)
+    study.send_signal(ending)
     assert study.wait(timeout=30) != 0
     listed = subprocess.run(["pgrep", "-f", str(launch.entry)], capture_output=True, text=True, check=False).stdout
     assert listed.split() == []

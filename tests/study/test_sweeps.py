@@ -88,6 +88,11 @@ def test_grids_are_products_and_every_point_comes_once(written: Path) -> None:
             "finding",
         ),
         ("what: a question", "what: [a", "cannot be read"),
+        ('settings: {eval.xstest: ""}', "settings: abc", "another shape"),
+        ("treated: {cai.every: 1, cai.iterations: 50}", "treated: abc", "another shape"),
+        ("- {cai.every: 1, cai.iterations: [5, 50]}", "- {}", "needs keys"),
+        ("- {cai.every: 1, cai.iterations: [5, 50]}", "- {cai.every: []}", "needs keys"),
+        ("- {cai.every: 1, cai.iterations: [5, 50]}", "- {3: 4}", "needs keys"),
         ("- {cai.every: 1, cai.iterations: [5, 50]}", "- {eval.every: 1, cai.iterations: 5}", "share the name"),
     ],
 )
