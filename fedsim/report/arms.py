@@ -56,14 +56,21 @@ def arm_figure(runs: Sequence[Run], name: str, point: str = "final") -> Figure |
     return Figure(mean.value, max(mean.low, 1.0 if top == 10.0 else 0.0), min(mean.high, top), mean.count)
 
 
+def pretrained_figure(runs: Sequence[Run], name: str) -> Figure | None:
+    """The figure before training: the arms of a seed begin with the same model, so that each seed counts once."""
+    return arm_figure(list({run.facts.seed: run for run in runs}.values()), name, "pretrained")
+
+
 def table_1(runs: Sequence[Run]) -> Table | None:
     """Pretrained model and arms, each benchmark beside the paper's; None where no run was evaluated."""
     if not any(run.points for run in runs):
         return None
-    lines = [["pretrained", "", *_cells(runs[:1], "pretrained", paper.TABLE_1["fedavg"][paper.PRETRAINED])]]
+    start = [pretrained_figure(runs, benchmark.metric) for benchmark in BENCHMARKS]
+    lines = [["pretrained", "", *_cells(start, paper.TABLE_1["fedavg"][paper.PRETRAINED])]]
     for arm, members in by_arm(runs).items():
+        ends = [arm_figure(members, benchmark.metric) for benchmark in BENCHMARKS]
         seeds = ", ".join(str(run.facts.seed) for run in members)
-        lines.append([paper.arm_name(*arm), seeds, *_cells(members, "final", paper.paper_row(*arm))])
+        lines.append([paper.arm_name(*arm), seeds, *_cells(ends, paper.paper_row(*arm))])
     head = ["arm", "seeds"]
     for benchmark in BENCHMARKS:
         head += [_heading(benchmark, runs), "paper"]
@@ -78,7 +85,7 @@ def headlines(runs: Sequence[Run]) -> list[str]:
             continue
         others = {arm: found for arm, found in arms.items() if arm[0] == algorithm and found is not plain}
         for benchmark in BENCHMARKS:
-            base, start = arm_figure(plain, benchmark.metric), arm_figure(runs, benchmark.metric, "pretrained")
+            base, start = arm_figure(plain, benchmark.metric), pretrained_figure(runs, benchmark.metric)
             if base is None:
                 continue
             words = [
@@ -93,8 +100,7 @@ def headlines(runs: Sequence[Run]) -> list[str]:
     return lines
 
 
-def _cells(runs: Sequence[Run], point: str, published: paper.SafetyRow | None) -> list[str]:
-    figures = [arm_figure(runs, benchmark.metric, point) for benchmark in BENCHMARKS]
+def _cells(figures: Sequence[Figure | None], published: paper.SafetyRow | None) -> list[str]:
     shown = [
         NOT_MEASURED if figure is None else figure.shown(benchmark.digits)
         for figure, benchmark in zip(figures, BENCHMARKS, strict=True)

@@ -19,8 +19,8 @@ from fedsim.report.runs import Run
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PATH = re.compile(r"(?:/[^/\s=\"']+)+/([^/\s\"']*)")
-"""An absolute path; the group is its last part."""
+PATH = re.compile(r"""(?<![^\s"'=,(\[])(?:/[^/\s"']+)*/([^/\s"',)\]]+)/?""")
+"""An absolute path, at the beginning of a word or a value; the group is its last part."""
 
 BY_ROUND = {
     "advbench": ("eval/advbench_harmless", "AdvBench: harmless replies, %"),

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 from fedsim.record import paper
 from fedsim.record.plots import GREY, canvas, draw_points, legend_below, round_axis
 from fedsim.record.tables import measured
-from fedsim.report.arms import arm_figure, by_arm
+from fedsim.report.arms import arm_figure, by_arm, pretrained_figure
 from fedsim.report.runs import Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Of Okabe and Ito's palette those that a line on white shows, then two darker ones.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#332288", "#882255")
+# Okabe and Ito's palette, its faint colours darkened so that a line shows on white.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#AA4488", "#8C5A00", "#117799", "#332288", "#882255")
 CLIENT_LOSS = re.compile(r"client/loss_(\d{3,})")
 MARKERS = "os^vDhX*"
 
@@ -88,7 +88,7 @@ def dots(runs: Sequence[Run], name: str, label: str) -> Figure | None:
 
 def _level(axes: Axes, runs: Sequence[Run], name: str, *, upright: bool = False) -> None:
     """The pretrained model's figure as a dashed line."""
-    value = arm_figure(runs, name, "pretrained")
+    value = pretrained_figure(runs, name)
     if value is not None:
         draw = axes.axvline if upright else axes.axhline
         draw(value.value, color=GREY, linestyle=":", linewidth=1.4, label="pretrained", zorder=1)
@@ -105,9 +105,9 @@ def client_losses(run: Run) -> Figure | None:
     if not found:
         return None
     figure, (axes,) = canvas(1, f"{run.facts.name}: loss by client")
-    axes.plot(*zip(*found, strict=True), "o", color=COLORS[5], markersize=5, label="a client")
+    axes.plot(*zip(*found, strict=True), "o", color=COLORS[0], markersize=4, label="a client")
     means = [(row["round"] + 1, m) for row in run.rows if (m := measured(row, "client/loss")) is not None]
-    axes.plot(*zip(*means, strict=True), color=COLORS[0], label="mean, by rows")
+    axes.plot(*zip(*means, strict=True), color=COLORS[1], label="mean, by rows")
     round_axis(axes, [place for place, _ in found])
     axes.set_ylabel("loss, nats per token")
     legend_below(axes, 2)
