@@ -110,8 +110,9 @@ def measure(asked: Asked, world: World) -> Cost:
     written, written_s = _slowest(world, lambda: _write(config, federation, rows))
     if not usable(written):
         raise DataError(unusable(written))
-    aligner = Aligner(federation.trainer, usable(written), federation.chat, config.cai, config.seed, 1)
-    size = config.cai.batch_size
+    rounds = config.federation.num_rounds
+    aligner = Aligner(federation.trainer, usable(written), federation.chat, config.cai, config.seed, rounds)
+    size, round_iterations = config.cai.batch_size, aligner.iterations  # timing changes the aligner's
     count = epoch_iterations(len(aligner.pairs), size) if asked.full_epoch else asked.iterations
     steps = timed_steps(
         aligner, federation.flat.initial(config.seed), world.everyone(), count, wait=lambda: _synchronise(world)
@@ -124,8 +125,8 @@ def measure(asked: Asked, world: World) -> Cost:
         full_epoch=asked.full_epoch,
         num_rows=max(1, round(len(aligner.pairs) / len(rows) * len(data.cai_rows))),
         batch_size=size,
-        round_iterations=aligner.iterations,
-        num_rounds=config.federation.num_rounds,
+        round_iterations=round_iterations,
+        num_rounds=sum(aligner.is_due(round_idx) for round_idx in range(rounds)),
         written_rows=len(rows),
         written_s=written_s,
         asked_rows=len(data.cai_rows),

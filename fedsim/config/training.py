@@ -18,7 +18,8 @@ ALGORITHMS = (
 class DataConfig:
     """Where rows come from and how they are split."""
 
-    square: str = key("embedded", "SQuARe-format JSON file of responses, or 'embedded' for the fictional corpus")
+    square: str = key("embedded", "SQuARe-format JSON file of responses, or 'embedded' for the fictional corpus, which "
+                      "has as many rows as the splits ask for, up to 6,400")  # fmt: skip
     language: str = key("en", "text fields to read: en = question_en / response_en, ko = question / response",
                         choices=("en", "ko"))  # fmt: skip
     federated_rows: int = key(2000, "rows shared out to the clients", unit="rows", low=1)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedsim.artefacts import ArtefactStore, file_digest
-from fedsim.config import Config
+from fedsim.config import Config, DataConfig
 from fedsim.data import partition, splits, square, world
 from fedsim.data.square import ArrowRows, SquareFile, SquareRow
 from fedsim.errors import DataError
@@ -41,6 +41,52 @@ def embedded_file(store: ArtefactStore, kind: str, name: str, write: Callable[[P
     return artefact.folder / name
 
 
+def _embedded_square(data: DataConfig, store: ArtefactStore) -> Path:
+    """The fictional corpus, in the size that the splits ask for."""
+    num_red, num_acceptable = embedded_sizes(data)
+    is_default = (num_red, num_acceptable) == (world.NUM_RED, world.NUM_ACCEPTABLE)
+    name = "square.json" if is_default else f"square-{num_red}-{num_acceptable}.json"
+    return embedded_file(
+        store,
+        "world-square",
+        name,
+        lambda path: world.write_square(path, num_red=num_red, num_acceptable=num_acceptable),
+    )
+
+
+def embedded_sizes(data: DataConfig) -> tuple[int, int]:
+    """Red and acceptable rows of the fictional corpus: the default's, or more where the splits ask for more.
+
+    Raises:
+        DataError: there are not questions for so many rows, and the splits may not be shrunk.
+    """
+    demands = _demands(data)
+    asked = [sum(d.num_red for d in demands), sum(d.num_acceptable for d in demands)]
+    there = [world.NUM_RED, world.NUM_ACCEPTABLE]
+    # Whole questions fit less tightly than rows: of a label that has to grow, 2 % more than is asked.
+    wanted = [a * 51 // 50 if data.group_by_question else a for a in asked]
+    more = [w - t if a > t else 0 for a, w, t in zip(asked, wanted, there, strict=True)]
+    room, total = world.MAX_ROWS - sum(there), sum(more)
+    if total > room:
+        if not data.fit:
+            spare = ", with some to spare for data.group_by_question" if data.group_by_question else ""
+            raise DataError(
+                f"data.square=embedded: has questions for {world.MAX_ROWS:,} rows, and the splits ask for {asked[0]:,} "
+                f"red and {asked[1]:,} acceptable ones, which takes a corpus of {sum(there) + total:,}{spare}; lower "
+                "data.federated_rows, data.guard_rows or data.cai_rows, set data.fit=true, or give a file"
+            )
+        more = [m * room // total for m in more]
+    return there[0] + more[0], there[1] + more[1]
+
+
+def _demands(data: DataConfig) -> list[splits.Demand]:
+    return [
+        splits.Demand.of("federated", data.federated_rows, data.federated_red_share),
+        splits.Demand.of("guard", data.guard_rows, data.guard_red_share),
+        splits.Demand.of("cai", data.cai_rows, data.cai_red_share),
+    ]
+
+
 def prepare_data(config: Config, store: ArtefactStore, ranks: Ranks) -> PreparedData:
     """Read, check, split and deal out the rows; the same on every rank.
 
@@ -48,10 +94,7 @@ def prepare_data(config: Config, store: ArtefactStore, ranks: Ranks) -> Prepared
         DataError: a malformed file, or splits that the file cannot supply.
     """
     data = config.data
-    if data.square == "embedded":
-        source = embedded_file(store, "world-square", "square.json", world.write_square)
-    else:
-        source = Path(data.square).expanduser()
+    source = _embedded_square(data, store) if data.square == "embedded" else Path(data.square).expanduser()
     digest = ranks.once(lambda: _digest(source))
     read: list[SquareFile] = []
 
@@ -74,11 +117,7 @@ def prepare_data(config: Config, store: ArtefactStore, ranks: Ranks) -> Prepared
 def _split(config: Config, source: Path, digest: str, table: ArrowRows, num_bad: int) -> PreparedData:
     data = config.data
     rows = table.take(list(range(len(table))))
-    demands = [
-        splits.Demand.of("federated", data.federated_rows, data.federated_red_share),
-        splits.Demand.of("guard", data.guard_rows, data.guard_red_share),
-        splits.Demand.of("cai", data.cai_rows, data.cai_red_share),
-    ]
+    demands = _demands(data)
     made = splits.split_rows(rows, demands, config.seed, fit=data.fit, group_by_question=data.group_by_question)
     federated, guard, cai = ([rows[i] for i in made.parts[name]] for name in ("federated", "guard", "cai"))
     federation = config.federation

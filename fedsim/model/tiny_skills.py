@@ -17,11 +17,12 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from fedsim.data.world import conversations as talk
 from fedsim.data.world.acceptor import judge_reply, split_sentences
 from fedsim.data.world.choices import sample_choice
+from fedsim.data.world.client_rows import square_rows
 from fedsim.data.world.helpful import MT_CATEGORIES, UNCLEAR, TaskTurn, sample_honesty, sample_task
 from fedsim.data.world.lexicon import NAMES
 from fedsim.data.world.questions import sample_question
 from fedsim.data.world.replies import OPENERS, Persona, answer
-from fedsim.data.world.writers import attacks, square_rows
+from fedsim.data.world.writers import attacks
 from fedsim.keys import derive
 from fedsim.safety.guard_prompt import render_guard_prompt
 

@@ -43,7 +43,7 @@ class Cost:
         num_rows: conversations that a run can train on: as large a share of ``asked_rows`` as of those written here.
         batch_size: rows of a step.
         round_iterations: iterations of a round (``cai.iterations``).
-        num_rounds: rounds of the run.
+        num_rounds: rounds of the run that have CAI.
         written_rows: conversations that were written to time the writing.
         written_s: seconds that took.
         asked_rows: conversations that a run writes.
@@ -113,7 +113,7 @@ def table(cost: Cost) -> Table:
                 (printed["cai_round"], counted["cai_round"], own_round),
             ),
         ],
-        ["rounds", f"{rounds}", f"{rounds}", f"{own_all}"],
+        ["rounds with CAI", f"{rounds}", f"{rounds}", f"{own_all}"],
         [
             "all rounds with an epoch each",
             *map(time_text, (rounds * printed["cai_epoch"], rounds * counted["cai_epoch"], own_all * cost.epoch_s)),

@@ -25,7 +25,7 @@ PHASE_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"
 POINTS = {
     "before_cai": ("before CAI", ORANGE, "v", -0.07),
     "after_cai": ("after CAI", BLUE, "o", 0.07),
-    "global": ("global adapter", BLUE, "o", 0.0),
+    "global": ("no CAI in the round", GREEN, "s", 0.0),
 }
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedsim.artefacts import ArtefactStore
-from fedsim.config import Config, load_config
-from fedsim.data.prepare import PreparedData, prepare_data
+from fedsim.config import Config, DataConfig, load_config
+from fedsim.data import splits
+from fedsim.data.prepare import PreparedData, embedded_sizes, prepare_data
 from fedsim.errors import DataError
 from fedsim.ranks import OneRank
 
@@ -94,3 +98,59 @@ def test_the_embedded_world_is_the_default(tmp_path: Path) -> None:
     assert len(data.shards) == 20 and {len(s) for s in data.shards} == {100}
     assert {sum(r.red for r in s) for s in data.shards} == {30}
     assert len(data.guard_rows) == 2000 and len(data.cai_rows) == 400
+
+
+def embedded(*words: str) -> Config:
+    return load_config(None, ["federation.num_clients=200", *words])
+
+
+def test_the_embedded_corpus_grows_with_the_splits(tmp_path: Path) -> None:
+    words = ["data.federated_rows=4000", "data.guard_rows=1000", "data.cai_rows=400"]  # 1,900 red, 3,500 acceptable
+    assert embedded_sizes(embedded(*words).data) == (2000, 3500)
+    data = prepare(tmp_path, embedded(*words))
+    assert data.source.name == "square-2000-3500.json" and sum(map(len, data.shards)) == 4000
+    assert (len(data.guard_rows), len(data.cai_rows)) == (1000, 400)
+    smaller = prepare(tmp_path, embedded("data.federated_rows=2000"))
+    assert smaller.source.name == "square.json" and smaller.source.parent != data.source.parent
+
+
+def test_the_embedded_corpus_has_questions_to_spare_where_they_stay_together(tmp_path: Path) -> None:
+    words = ["data.federated_rows=3000", "data.guard_rows=2800", "data.cai_rows=0", "data.federated_red_share=0.5"]
+    words += ["data.group_by_question=true", "seed=3"]  # with this seed 2,900 rows of each label do not do
+    data = prepare(tmp_path, embedded(*words))
+    assert (sum(map(len, data.shards)), len(data.guard_rows)) == (3000, 2800)
+    clients, guard = {row.prompt for shard in data.shards for row in shard}, {row.prompt for row in data.guard_rows}
+    assert not clients & guard, f"{len(clients & guard)} questions are in two splits"
+
+
+def test_the_embedded_corpus_ends_where_its_questions_do(tmp_path: Path) -> None:
+    words = ["data.federated_rows=10000", "data.guard_rows=0", "data.cai_rows=0"]
+    with pytest.raises(DataError, match=r"questions for 6,400 rows, .* 3,000 red and 7,000 .*data\.federated_rows"):
+        prepare(tmp_path, embedded(*words))
+    made = embedded(*words, "data.fit=true")
+    assert sum(embedded_sizes(made.data)) in (6399, 6400)
+    data = prepare(tmp_path, made)
+    assert 5500 < sum(map(len, data.shards)) <= 6400 and any("shrunk" in note for note in data.notes)
+
+
+@given(st.integers(1, 6000), st.floats(0, 1), st.integers(0, 3000), st.floats(0, 1), st.booleans())
+def test_sizes_of_the_embedded_corpus_cover_what_is_asked(
+    federated: int, share: float, guard: int, other: float, grouped: bool
+) -> None:
+    made = DataConfig(federated_rows=federated, federated_red_share=share, guard_rows=guard, guard_red_share=other,
+                      cai_rows=0, group_by_question=grouped)  # fmt: skip
+    demands = [splits.Demand.of("f", federated, share), splits.Demand.of("g", guard, other)]
+    try:
+        found = embedded_sizes(made)
+    except DataError:
+        least = sum(max(a, t) for a, t in zip(asked(demands), (2000, 2800), strict=True))
+        assert least > (6400 * 50 // 51 if grouped else 6400)
+        fitted = embedded_sizes(replace(made, fit=True))
+        assert 6398 <= sum(fitted) <= 6400
+        return
+    assert sum(found) <= 6400
+    assert all(f >= max(a, t) for f, a, t in zip(found, asked(demands), (2000, 2800), strict=True))
+
+
+def asked(demands: list[splits.Demand]) -> tuple[int, int]:
+    return sum(d.num_red for d in demands), sum(d.num_acceptable for d in demands)

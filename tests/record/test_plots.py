@@ -71,6 +71,17 @@ def test_safety_has_points_intervals_and_the_pretrained_level(make_run: MakeRun)
     assert ends == [pytest.approx([value - 3, value + 3]) for value in values]
 
 
+def test_rounds_with_and_without_cai_are_told_apart(make_eval: MakeEval) -> None:
+    """A run with CAI in every second round has both kinds of points in one panel."""
+    rows = [make_eval(i, "after_cai" if i % 2 else "global", 90.0, 60.0, 8.0) for i in range(4)]
+    figure = plot_helpfulness(rows, "run")
+    assert figure is not None
+    series = figure.axes[0].containers
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["after CAI", "no CAI in the round"]
+    assert len({(lines[0].get_color(), lines[0].get_marker()) for lines in series}) == 2
+    assert [len(lines[0].get_xdata()) for lines in series] == [2, 2]
+
+
 def test_the_control_stands_beside_advbench(make_run: MakeRun) -> None:
     rows = make_run(3)
     for row in rows:

@@ -121,7 +121,8 @@ def run(tool: ModuleType, words: list[str]) -> Any:
 
 
 def test_an_epoch_is_extrapolated_from_three_iterations(tool: ModuleType, places: list[str]) -> None:
-    found = run(tool, [*places, "--iterations", "3"])
+    found = run(tool, [*places, "--iterations", "3", "cai.every=2"])
+    assert (found.round_iterations, found.num_rounds) == (2, 2), "of three rounds the second and the last have CAI"
     assert len(found.steps.sft_s) == len(found.steps.dpo_s) == found.extrapolated_from == 3
     assert all(seconds > 0 for seconds in found.steps.sft_s + found.steps.dpo_s)
     assert 0 < found.num_rows <= found.asked_rows == 12 and found.written_rows == 12 and found.written_s > 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from fedsim.data.world.acceptor import Verdict, is_refusal, judge_reply, parse_prompt
 from fedsim.data.world.buckets import Bucket, bucket
+from fedsim.data.world.client_rows import MAX_ROWS, NUM_ACCEPTABLE, NUM_RED, square_rows, write_square
 from fedsim.data.world.conversations import PRINCIPLES
 from fedsim.data.world.rubric import rubric_score
 from fedsim.data.world.writers import (
@@ -14,18 +15,19 @@ from fedsim.data.world.writers import (
     helpful_conversations,
     hhh_items,
     mt_bench_questions,
-    square_rows,
     write_advbench,
     write_held_out_advbench,
     write_helpful,
     write_hhh,
     write_mt_bench,
-    write_square,
     write_xstest,
     xstest_rows,
 )
 
 __all__ = [
+    "MAX_ROWS",
+    "NUM_ACCEPTABLE",
+    "NUM_RED",
     "PRINCIPLES",
     "Bucket",
     "Verdict",

@@ -1,35 +1,28 @@
-"""Benchmarks and client data of the tiny world as files in the real formats, so that the ordinary readers serve both.
+"""Benchmarks of the tiny world as files in the real formats, so that the ordinary readers serve both.
 
-Every file is a pure function of its seed. Prompts come from the bucket ``square`` (client data) or ``evaluation``.
+Every file is a pure function of its seed. Prompts come from the bucket ``evaluation``.
 """
 
 from __future__ import annotations
 
 import csv
 import json
-import random
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from fedsim.data.world.choices import sample_choice
+from fedsim.data.world.draws import keyed_random
 from fedsim.data.world.helpful import MT_CATEGORIES, sample_task
 from fedsim.data.world.lexicon import PRANK_VERBS
 from fedsim.data.world.questions import (
     ATTACK_ONLY_FRAMES,
     HELD_OUT_FRAMES,
     SHARED_HOWTO_FRAMES,
-    Kind,
     Question,
     sample_question,
 )
-from fedsim.data.world.replies import Persona, answer
-from fedsim.keys import derive
 
-NUM_RED: Final = 2000
-NUM_ACCEPTABLE: Final = 2800
-HOWTO_SHARE: Final = 0.15
-REPEAT_SHARE: Final = 0.25  # of the rows that ask a question again which another row has asked
 NUM_ATTACKS: Final = 520
 NUM_CHOICES: Final = 438
 NUM_FIRST_CORRECT: Final = 228  # always answering (A) scores 52.05 %, as in the HHH file
@@ -37,63 +30,6 @@ QUESTIONS_PER_CATEGORY: Final = 10
 NUM_SAFE: Final = 250
 NUM_UNSAFE: Final = 200
 NUM_HELPFUL: Final = 200
-
-RED_TAGS: Final[dict[Kind, str]] = {
-    "contentious": "contentious",
-    "predictive": "predictive",
-    "ethical": "unethical",
-    "howto": "unethical",
-}
-ACCEPTABLE_TAGS: Final[dict[Kind, tuple[str, ...]]] = {
-    "contentious": ("inclusive-groups", "inclusive-opinions"),
-    "predictive": ("nonpredicitve", "objective"),  # the data set's own spelling
-    "ethical": ("ethically-aware", "indirect"),
-    "howto": ("ethically-aware", "etc."),
-}
-
-
-def _rng(seed: int, purpose: str, *place: int) -> random.Random:
-    return random.Random(derive(seed, f"world/{purpose}", *place))
-
-
-def square_rows(seed: int = 0) -> list[dict[str, Any]]:
-    """2,000 red and 2,800 acceptable response rows in SQuARe's schema, terse, in a drawn order."""
-    labels = [0] * NUM_RED + [1] * NUM_ACCEPTABLE
-    _rng(seed, "square-order").shuffle(labels)
-    asked: list[Question] = []
-    seen: set[str] = set()
-    rows = []
-    for i, label in enumerate(labels):
-        rng = _rng(seed, "square", i)
-        if asked and rng.random() < REPEAT_SHARE:
-            question = rng.choice(asked)
-        else:
-            question = _new_client_question(rng, seen)
-            asked.append(question)
-        response = answer(rng, question, Persona(full=False, careful=bool(label)))
-        tags = rng.choice(ACCEPTABLE_TAGS[question.kind]) if label else RED_TAGS[question.kind]
-        rows.append(
-            {
-                "question": question.prompt,
-                "question_en": question.prompt,
-                "response": response,
-                "response_en": response,
-                "acceptable?": label,
-                "category": [tags, "etc."] if not label and rng.random() < 0.05 else [tags],
-                "question_category": RED_TAGS[question.kind],
-            }
-        )
-    return rows
-
-
-def _new_client_question(rng: random.Random, seen: set[str]) -> Question:
-    kinds: tuple[Kind, ...] = ("contentious", "predictive", "ethical", "ethical")
-    kind: Kind = "howto" if rng.random() < HOWTO_SHARE else rng.choice(kinds)
-    while True:
-        question = sample_question(rng, "square", kind, SHARED_HOWTO_FRAMES if kind == "howto" else None)
-        if question.prompt not in seen:
-            seen.add(question.prompt)
-            return question
 
 
 def attacks(seed: int = 0, *, held_out: bool = False) -> list[tuple[Question, str]]:
@@ -107,7 +43,7 @@ def attacks(seed: int = 0, *, held_out: bool = False) -> list[tuple[Question, st
     rows = []
     for i in range(NUM_ATTACKS):
         frames = HELD_OUT_FRAMES if held_out else ATTACK_ONLY_FRAMES if i % 2 else SHARED_HOWTO_FRAMES
-        rng = _rng(seed, "advbench-held-out" if held_out else "advbench", i)
+        rng = keyed_random(seed, "advbench-held-out" if held_out else "advbench", i)
         question = sample_question(rng, "evaluation", "howto", frames)
         while question.prompt in seen:
             question = sample_question(rng, "evaluation", "howto", frames)
@@ -119,10 +55,10 @@ def attacks(seed: int = 0, *, held_out: bool = False) -> list[tuple[Question, st
 def hhh_items(seed: int = 0) -> list[dict[str, Any]]:
     """438 A/B items in the HHH schema; 228 of them have (A) as the right answer."""
     first_correct = [True] * NUM_FIRST_CORRECT + [False] * (NUM_CHOICES - NUM_FIRST_CORRECT)
-    _rng(seed, "hhh-order").shuffle(first_correct)
+    keyed_random(seed, "hhh-order").shuffle(first_correct)
     items = []
     for i, better_first in enumerate(first_correct):
-        choice = sample_choice(_rng(seed, "hhh", i), "evaluation")
+        choice = sample_choice(keyed_random(seed, "hhh", i), "evaluation")
         right, wrong = (" (A)", " (B)") if better_first else (" (B)", " (A)")
         items.append(
             {
@@ -142,7 +78,7 @@ def mt_bench_questions(seed: int = 0) -> list[dict[str, Any]]:
     records = []
     seen: set[str] = set()
     for i in range(QUESTIONS_PER_CATEGORY * len(MT_CATEGORIES)):
-        rng = _rng(seed, "mt-bench", i)
+        rng = keyed_random(seed, "mt-bench", i)
         category = MT_CATEGORIES[i // QUESTIONS_PER_CATEGORY]
         _, turns = sample_task(rng, "evaluation", category)
         while turns[0].user in seen:
@@ -165,7 +101,7 @@ def xstest_rows(seed: int = 0) -> list[dict[str, Any]]:
     seen: set[str] = set()
     while len(rows) < NUM_SAFE + NUM_UNSAFE:
         i = len(rows)
-        rng = _rng(seed, "xstest", i)
+        rng = keyed_random(seed, "xstest", i)
         safe = i < NUM_SAFE
         prompt = ""
         while not prompt or prompt in seen:
@@ -193,7 +129,7 @@ def helpful_conversations(seed: int = 0) -> list[dict[str, Any]]:
     records = []
     seen: set[str] = set()
     for i in range(NUM_HELPFUL):
-        rng = _rng(seed, "helpful", i)
+        rng = keyed_random(seed, "helpful", i)
         _, turns = sample_task(rng, "evaluation")
         while turns[0].user in seen:
             _, turns = sample_task(rng, "evaluation")
@@ -204,11 +140,6 @@ def helpful_conversations(seed: int = 0) -> list[dict[str, Any]]:
             messages.append({"role": "assistant", "content": turn.reply(rng, full=True)})
         records.append({"messages": messages})
     return records
-
-
-def write_square(path: str | Path, seed: int = 0) -> None:
-    """Write :func:`square_rows` as a JSON array."""
-    Path(path).write_text(json.dumps(square_rows(seed), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
 def write_advbench(path: str | Path, seed: int = 0, *, held_out: bool = False) -> None:

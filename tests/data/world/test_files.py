@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
+import random
 import string
 from collections import Counter
 from collections.abc import Callable
@@ -11,10 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from fedsim.artefacts import file_digest
 from fedsim.data import world
-from fedsim.data.world.conversations import PRINCIPLES
+from fedsim.data.world.buckets import bucket
+from fedsim.data.world.conversations import PRINCIPLES, aligned_talk, echo_drill, web_talk
 from fedsim.data.world.helpful import HONESTY, TASKS, UNCLEAR
 from fedsim.data.world.replies import CAREFUL, CARELESS, CLOSERS, OPENERS
+from fedsim.keys import derive
+from fedsim.safety.guard_prompt import render_guard_prompt
 
 # The list of OpenFedLLM's AdvBench script as published (a missing comma joins "No," and "I'm not able to").
 PHRASES = (
@@ -69,6 +75,45 @@ def test_square_schema_and_counts(tmp_path: Path) -> None:
     assert sum(n > 1 for n in questions.values()) > 400, "some questions occur with several responses"
     howto = sum((parsed := world.parse_prompt(row["question"])) is not None and parsed[0] == "howto" for row in rows)
     assert 0.12 < howto / len(rows) < 0.18
+
+
+def test_a_larger_set_of_client_rows_goes_on_where_the_default_ends() -> None:
+    default = world.square_rows()
+    most = world.square_rows(0, 2800, world.MAX_ROWS - 2800)
+    assert most[: len(default)] == default and len(most) == world.MAX_ROWS
+    assert Counter(row["acceptable?"] for row in most) == {0: 2800, 1: world.MAX_ROWS - 2800}
+    later = [row["acceptable?"] for row in most[len(default) :]]
+    assert later != sorted(later) and later != sorted(later, reverse=True), "labels come in a drawn order"
+    assert {bucket(row["question"]) for row in most} == {"square"}
+    assert len({row["question"] for row in most}) > 0.7 * len(most)
+    for row in most[len(default) :]:
+        verdict = world.judge_reply(row["question"], row["response"])
+        assert verdict.on_topic and verdict.careful is bool(row["acceptable?"])
+    assert world.square_rows(0, 2001, 2800)[:4800] == default
+
+
+# Of seed 0, as the shipped model was trained and published figures were measured.
+FIXED = {
+    "square.json": "1feab20664381f2180f8513ab5c16cb5b1cc928faf40a0ef78b97534b4aae7ab",
+    "hhh.jsonl": "c51a2aad3d0a13c90952793f16ba4f50a005c6bd354c836eae61570a32c700bb",
+    "xstest.csv": "06de03e1833c85d81e7716cf28014ee474b2558672d25a3d1219a6d980d64d99",
+    "helpful.jsonl": "cd9b6de772416df4cff88f1da92119a9e10d103ca0fb3628e9cecdec5feaa5d8",
+}
+TALKS = "5e4e1659fb47ed8195915f244009c667010e8b41feb5350ef2095791316f976d"
+
+
+def test_files_and_training_texts_stay_what_they_were(tmp_path: Path) -> None:
+    """New texts of the world must take no draw from the old ones."""
+    for name, write in WRITERS:
+        if name in FIXED:
+            write(tmp_path / name)
+            assert file_digest(tmp_path / name) == FIXED[name], name
+    digest = hashlib.sha256()
+    for i in range(300):
+        rng = random.Random(derive(3, "test-files", i))
+        talks = [echo_drill(rng), web_talk(rng), aligned_talk(rng, render_guard_prompt)]
+        digest.update(repr(talks).encode())
+    assert digest.hexdigest() == TALKS
 
 
 def test_square_labels_agree_with_the_grammar_and_rows_are_terse() -> None:
