@@ -58,17 +58,17 @@ def estimate(sample: np.ndarray, bounds: tuple[float, float] | None = None) -> E
 
     Args:
         sample: ``[num_seeds, num_items]``, finite.
-        bounds: ends of the scale, which no interval leaves. Where all outcomes lie at one end, the interval is Wilson's
-            for as many items as there are: outcomes that never vary say nothing of how far they could.
+        bounds: ends of the scale, which no interval leaves. Where a rate lies at one end (a scale that begins at 0),
+            the interval is Wilson's for as many items as there are: what never varies does not say how far it could.
 
     Raises:
         DataError: the table is empty or holds NaN or infinity.
     """
     found = _effect(_checked(sample))
-    if bounds is None:
+    if bounds is None or math.isinf(found.low):
         return found
     low, high = max(found.low, bounds[0]), min(found.high, bounds[1])
-    if found.mean in bounds:
+    if bounds[0] == 0 and found.mean in bounds:  # a rate, not points
         at_top = found.mean == bounds[1]
         reach = Rate(found.num_items, found.num_items).interval[0]  # of n successes in n
         width = (1 - reach) * (bounds[1] - bounds[0])
@@ -99,8 +99,8 @@ def detectable(treated: np.ndarray, control: np.ndarray) -> float | None:
 
 
 def verdict(effect: Effect, sign: int) -> str:
-    """What a difference says of a claim that it has ``sign`` (+1 or −1)."""
-    if effect.sign == 0:
+    """What a difference says of a claim that it has ``sign`` (+1 or −1); one seed cannot tell."""
+    if effect.sign == 0 or effect.num_seeds == 1:
         return "cannot tell"
     return "reproduced" if effect.sign == sign else "contradicted"
 

@@ -54,6 +54,8 @@ def axis_value(outcomes: Sequence[Outcome], x: str) -> float | str:
         found = [row[x] for outcome in outcomes for row in outcome.rows if row["stage"] == "filter" and x in row]
         return float(np.mean(found)) if found else float("nan")
     value = to_flat(outcomes[0].config)[x]
+    if x == "cai.iterations" and value == -1:  # an epoch: as many as it took
+        value = max(row.get("cai/num_iterations", 0) for row in outcomes[0].rows)
     return value if isinstance(value, str) else float(value)
 
 

@@ -224,7 +224,9 @@ def claim_table(table: TableOne) -> Table:
 
 CLAIM_NOTE: Final = (
     "Differences are paired by seed and prompt. Would show from: the smallest true difference that this many seeds and "
-    "prompts show with 80 % power at the 5 % level. The paper's differences are of single runs, without intervals."
+    "prompts show with about 80 % power at the 5 % level. Signs are those of the published figures, however small; the "
+    "paper's are single runs without intervals, and the last comparison follows from its table alone. The intervals "
+    "are not corrected for the number of comparisons, and comparisons with a figure at the end of its scale share data."
 )
 """What stands under :func:`claim_table`."""
 
@@ -243,7 +245,7 @@ def verdicts(table: TableOne) -> list[str]:
         line = (
             f"- {paper.ALGORITHM_NAMES[aggregation]}: {len(by_verdict.get('reproduced', []))} of {total} differences "
         )
-        line += "have the paper's sign"
+        line += "are reproduced (the paper's sign, and an interval without 0)"
         for verdict_, phrase in (("contradicted", "the opposite sign"), ("cannot tell", "an interval that holds 0")):
             if which := by_verdict.get(verdict_):
                 line += f"; {phrase}: {', '.join(which)}"
