@@ -1,7 +1,7 @@
 """The paper's Table 1 in one command: ``tools/table1.py [CONFIG.yaml] [key=value …] [--seeds 0-2] [--paper]``.
 
 Runs what is not finished yet (four methods under FedAvg and SCAFFOLD, every seed), then writes the table beside the
-published one, with 95 % intervals that count seeds and prompts as draws, and what each difference of the paper's comes to.
+published one, with 95 % intervals that count seeds and prompts as draws, and what the paper's differences come to.
 """
 
 from __future__ import annotations
