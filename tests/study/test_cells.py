@@ -99,7 +99,8 @@ def test_a_failed_cell_is_told_and_done_again(launch: Launch) -> None:
 def test_a_study_that_is_ended_leaves_no_run_behind(launch: Launch, tmp_path: Path, ending: signal.Signals) -> None:
     script = tmp_path / "study.py"
     script.write_text(
-        "from pathlib import Path\nfrom fedsim.study.cells import *\n"
+        "import signal\nfrom pathlib import Path\nfrom fedsim.study.cells import *\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it\n"
         f"launch = Launch('trial', Path({str(launch.config)!r}), {list(launch.overrides)!r}, 1, 2, "
         f"Path({str(launch.entry)!r}))\n"
         "run_cells([Cell('hang0', 0, {}), Cell('hang1', 1, {})], launch, print)\n",
