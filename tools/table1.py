@@ -12,24 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedsim.config import load_config
-from fedsim.launching import Parser, launched
+from fedsim.launching import launched
 from fedsim.study import table1
 from fedsim.study.cells import Launch, run_cells
-from fedsim.study.command import add_run_options, launch_of, made_by, parse_seeds, publish, say, write_csv
+from fedsim.study.command import launch_of, parse_seeds, parse_table, publish, say, write_csv
 from fedsim.study.outcomes import Outcome
 from fedsim.study.stamp import measured_on
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = Parser(prog="tools/table1.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_run_options(parser, default_seeds="0-2")
-    table1.add_schedule_option(parser)
-    args = parser.parse_intermixed_args(argv)
-    args.made_by = made_by("tools/table1.py", sys.argv[1:] if argv is None else argv)
-    return args
 
 
 def run_arms(launch: Launch, seeds: Sequence[int]) -> dict[table1.Arm, list[Outcome]]:
@@ -73,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns the exit status."""
-    return launched(lambda: parse_args(argv), run)
+    return launched(lambda: parse_table("tools/table1.py", __doc__, argv), run)
 
 
 if __name__ == "__main__":

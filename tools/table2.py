@@ -12,25 +12,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedsim.config import load_config
-from fedsim.launching import Parser, launched
+from fedsim.launching import launched
 from fedsim.study import table1, table2
 from fedsim.study.cells import run_cells
 from fedsim.study.claims import FILTER
-from fedsim.study.command import add_run_options, launch_of, made_by, parse_seeds, publish, say
+from fedsim.study.command import launch_of, parse_seeds, parse_table, publish, say
 from fedsim.study.outcomes import Outcome
 from fedsim.study.stamp import measured_on
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = Parser(prog="tools/table2.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_run_options(parser, default_seeds="0-2")
-    table1.add_schedule_option(parser)
-    args = parser.parse_intermixed_args(argv)
-    args.made_by = made_by("tools/table2.py", sys.argv[1:] if argv is None else argv)
-    return args
 
 
 def run(args: argparse.Namespace) -> None:
@@ -56,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns the exit status."""
-    return launched(lambda: parse_args(argv), run)
+    return launched(lambda: parse_table("tools/table2.py", __doc__, argv), run)
 
 
 if __name__ == "__main__":

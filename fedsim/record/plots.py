@@ -88,13 +88,13 @@ def plot_safety(rows: Sequence[Row], title: str) -> Figure | None:
         "eval/xstest_safe_refused": "XSTest: innocent prompts refused, %",
         "eval/hhh_accuracy": "HHH: right choices, %",
     }
-    return plot_evaluations(rows, f"{title}: safety, with 95 % intervals", names, limits=(0.0, 100.0))
+    return _evaluations(rows, f"{title}: safety, with 95 % intervals", names, limits=(0.0, 100.0))
 
 
 def plot_helpfulness(rows: Sequence[Row], title: str) -> Figure | None:
     """MT-Bench from 1 to 10, likewise."""
     names = {"eval/mt_bench": "MT-Bench: mean score, 1–10"}
-    return plot_evaluations(rows, f"{title}: helpfulness, with 95 % interval", names, limits=(1.0, 10.0))
+    return _evaluations(rows, f"{title}: helpfulness, with 95 % interval", names, limits=(1.0, 10.0))
 
 
 def plot_times(rows: Sequence[Row], title: str) -> Figure | None:
@@ -141,9 +141,7 @@ def _phase_groups(rounds: Mapping[int, Mapping[str, float]]) -> dict[str, list[s
     return groups if num_shown == len(ordered) else {**groups, "other": ordered[num_shown:]}
 
 
-def plot_evaluations(
-    rows: Sequence[Row], title: str, names: dict[str, str], limits: tuple[float, float]
-) -> Figure | None:
+def _evaluations(rows: Sequence[Row], title: str, names: dict[str, str], limits: tuple[float, float]) -> Figure | None:
     """One panel a benchmark: points with error bars by round over the pretrained model's level."""
     evals = [row for row in rows if row["stage"] == "eval"]
     names = {name: label for name, label in names.items() if any(measured(row, name) is not None for row in evals)}

@@ -18,6 +18,7 @@ import torch
 from fedsim.config import load_config
 from fedsim.config.command_line import split_words
 from fedsim.errors import ConfigError
+from fedsim.launching import Parser
 from fedsim.record.blocks import write_block
 from fedsim.study.cells import Launch
 
@@ -34,6 +35,24 @@ def add_run_options(parser: argparse.ArgumentParser, default_seeds: str) -> None
     parser.add_argument("--nproc", type=int, help="processes of a run (default: one a GPU, else 1)")
     parser.add_argument(PUBLISH, action="store_true", help="also write the result into README.md and docs/")
     parser.add_argument("--jobs", type=int, help="runs at once (default: 1 on GPUs, else as many as fill the cores)")
+
+
+def parse_table(prog: str, description: str | None, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line of the tools that make the paper's tables.
+
+    Returns:
+        The options of :func:`add_run_options`, ``paper`` (take the paper's schedule) and ``made_by``.
+    """
+    parser = Parser(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_run_options(parser, default_seeds="0-2")
+    parser.add_argument(
+        "--paper",
+        action="store_true",
+        help="the paper's schedule: 50 rounds of 5 x 25 steps, 50 CAI iterations a round",
+    )
+    args = parser.parse_intermixed_args(argv)
+    args.made_by = made_by(prog, sys.argv[1:] if argv is None else argv)
+    return args
 
 
 def launch_of(

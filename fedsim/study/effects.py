@@ -124,9 +124,7 @@ def _effect(table: np.ndarray) -> Effect:
     mean = float(table.mean())
     error, df = _standard_error(table)
     half = t_quantile(0.975, df) * error if error > 0 else 0.0
-    if (
-        error == 0 and table.shape[1] == 1
-    ):  # one score, or the same one from every seed: nothing tells how far it varies
+    if error == 0 and table.shape[1] == 1:  # one score, or the same from every seed: how far it varies is unknown
         half = math.inf
     return Effect(mean, mean - half, mean + half, *table.shape)
 

@@ -19,8 +19,6 @@ from fedsim.record.timers import top_level_seconds
 FINAL: Final = ("after_cai", "global")
 """Points of the model that a run ends with."""
 
-PRETRAINED: Final = "pretrained"
-
 
 class Outcome:
     """One finished run.

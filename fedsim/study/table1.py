@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from fedsim.record.tables import NOT_MEASURED, Table
 from fedsim.study.cells import Cell
 from fedsim.study.claims import BENCHMARKS, COMPARISONS, Comparison, claimed_sign, methods
 from fedsim.study.effects import Effect, detectable, difference, estimate, verdict
-from fedsim.study.outcomes import PRETRAINED, Outcome, sample
+from fedsim.study.outcomes import Outcome, sample
 
 STUDY: Final = "table1"
 """Name of the study."""
@@ -42,15 +41,6 @@ CONTROLS: Final = {
     "xstest_safe_refused": "XSTest: innocent prompts refused",
     "xstest_unsafe_refused": "XSTest: harmful prompts refused",
 }
-
-
-def add_schedule_option(parser: argparse.ArgumentParser) -> None:
-    """The option that takes the paper's schedule."""
-    parser.add_argument(
-        "--paper",
-        action="store_true",
-        help="the paper's schedule: 50 rounds of 5 x 25 steps, 50 CAI iterations a round",
-    )
 
 
 @dataclass(frozen=True)
@@ -119,7 +109,7 @@ class TableOne:
             figure: a key of :data:`BENCHMARKS` or :data:`CONTROLS`.
         """
         method = FIRST if arm.method == paper.PRETRAINED else arm.method
-        point = PRETRAINED if arm.method == paper.PRETRAINED else "final"
+        point = paper.PRETRAINED if arm.method == paper.PRETRAINED else "final"
         runs = self.runs.get(Arm(arm.aggregation, method))
         name = self.names.get(figure, figure)
         return None if runs is None else sample(runs, point, name, 1.0 if figure == "mt_bench" else 100.0)
