@@ -16,7 +16,7 @@ from fedsim.launching import Parser, launched
 from fedsim.study.cells import run_cells
 from fedsim.study.command import add_run_options, launch_of, made_by, parse_seeds, publish, say, write_csv
 from fedsim.study.grid import FORMS, Sweep, point_name, read_sweep
-from fedsim.study.outcomes import Outcome
+from fedsim.study.outcomes import Outcome, check_paired
 from fedsim.study.stamp import measured_on
 from fedsim.study.sweep import finding, tidy_rows
 from fedsim.study.sweep_plot import write_plot
@@ -41,7 +41,8 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Sweep]:
 def run(args: argparse.Namespace, sweep: Sweep) -> None:
     """Run the cells and write what they show."""
     seeds = parse_seeds(args.seeds or sweep.seeds)
-    launch = launch_of(args, f"sweep-{sweep.name}-{args.form}", sweep.config)
+    varied = {key for point in sweep.points for key in point}
+    launch = launch_of(args, f"sweep-{sweep.name}-{args.form}", sweep.config, sweep.settings, varied)
     cells = sweep.cells(seeds)
     say(f"{sweep.what}: {len(sweep.points)} points, {len(seeds)} seed(s): {len(cells)} runs, {launch.num_jobs} at once")
     folders = run_cells(cells, launch, say)
@@ -49,6 +50,7 @@ def run(args: argparse.Namespace, sweep: Sweep) -> None:
         point_name(point): [Outcome(folders[f"{point_name(point)}-s{seed}"]) for seed in seeds]
         for point in sweep.points
     }
+    check_paired(list(runs.values()))
     lines = [finding(comparison, runs) for comparison in sweep.findings]
     stamp = measured_on([outcome.manifest for outcomes in runs.values() for outcome in outcomes])
     write_csv(launch.folder / "sweep.csv", tidy_rows(sweep, runs))

@@ -37,7 +37,7 @@ def run_arms(launch: Launch, seeds: Sequence[int]) -> dict[table1.Arm, list[Outc
 def run(args: argparse.Namespace) -> None:
     """Run what is missing, and write the table."""
     seeds = parse_seeds(args.seeds)
-    launch = launch_of(args, table1.STUDY, table1.CONFIG, table1.PAPER_SCHEDULE if args.paper else {})
+    launch = launch_of(args, table1.STUDY, table1.CONFIG, table1.PAPER_SCHEDULE if args.paper else {}, table1.VARIED)
     table = table1.TableOne(run_arms(launch, seeds))
     stamp = measured_on([outcome.manifest for outcomes in table.runs.values() for outcome in outcomes])
     note = (

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def run(args: argparse.Namespace) -> None:
     """Run what is missing, and write the table."""
     seeds = parse_seeds(args.seeds)
-    launch = launch_of(args, table1.STUDY, table1.CONFIG, table1.PAPER_SCHEDULE if args.paper else {})
+    launch = launch_of(args, table1.STUDY, table1.CONFIG, table1.PAPER_SCHEDULE if args.paper else {}, table1.VARIED)
     planned = table1.cells(load_config(launch.config, launch.overrides), seeds)
     wanted = [cell for cell in planned if cell.labels == {"aggregation": "FedAvg", "method": FILTER}]
     folders = run_cells(wanted, launch, say)

@@ -39,12 +39,7 @@ class Rate:
     @property
     def interval(self) -> tuple[float, float]:
         """Lower and upper end of the 95 % interval, 0 to 1."""
-        n, p, zz = self.total, self.value, Z_95 * Z_95
-        centre = (p + zz / (2 * n)) / (1 + zz / n)
-        half = Z_95 * math.sqrt(p * (1 - p) / n + zz / (4 * n * n)) / (1 + zz / n)
-        low = 0.0 if self.successes == 0 else max(0.0, centre - half)
-        high = 1.0 if self.successes == n else min(1.0, centre + half)
-        return low, high
+        return wilson(self.value, self.total)
 
     @property
     def percent(self) -> float:
@@ -60,6 +55,16 @@ class Rate:
     def __str__(self) -> str:
         low, high = self.percent_interval
         return f"{self.percent:.1f} % [{low:.1f}, {high:.1f}] of {self.total}"
+
+
+def wilson(share: float, total: float) -> tuple[float, float]:
+    """Wilson's 95 % score interval of a share of ``total`` draws; the share may be a mean over seeds, and so any."""
+    n, p, zz = total, share, Z_95 * Z_95
+    centre = (p + zz / (2 * n)) / (1 + zz / n)
+    half = Z_95 * math.sqrt(p * (1 - p) / n + zz / (4 * n * n)) / (1 + zz / n)
+    low = 0.0 if p == 0 else max(0.0, centre - half)
+    high = 1.0 if p == 1 else min(1.0, centre + half)
+    return low, high
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,17 @@ def _cells(figures: Sequence[Figure | None], published: paper.SafetyRow | None) 
 
 
 def _heading(benchmark: Benchmark, runs: Sequence[Run]) -> str:
-    counts = {measured(row, benchmark.count) for run in runs for row in run.points.values()}
-    shown = "/".join(f"{count:,.0f}" for count in sorted(count for count in counts if count is not None))
+    shown = item_counts(runs, benchmark.count)
     return f"{benchmark.title} (n = {shown})" if shown else benchmark.title
+
+
+def item_counts(runs: Sequence[Run], name: str) -> str:
+    """How many items a benchmark had, such as ``130``; every number there was, ``120/130``, and "" if none is known."""
+    counts = {measured(row, name) for run in runs for row in run.points.values()}
+    return "/".join(f"{count:,.0f}" for count in sorted(count for count in counts if count is not None))
+
+
+def in_words(runs: Sequence[Run], name: str) -> str:
+    """The figure of every arm at the end of training, for those who cannot see a picture."""
+    found = {paper.arm_name(*arm): arm_figure(members, name) for arm, members in by_arm(runs).items()}
+    return "; ".join(f"{arm}: {figure.shown(1)}" for arm, figure in found.items() if figure is not None)

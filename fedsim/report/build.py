@@ -13,7 +13,7 @@ from fedsim.record.sections import POINT_TITLES
 from fedsim.record.summary import BENCHMARKS, caveats, refusals
 from fedsim.record.tables import Table, duration, measured, with_interval
 from fedsim.report import html, pictures
-from fedsim.report.arms import by_arm, headlines, table_1
+from fedsim.report.arms import by_arm, headlines, in_words, item_counts, table_1
 from fedsim.report.runs import Run
 
 if TYPE_CHECKING:
@@ -22,11 +22,12 @@ if TYPE_CHECKING:
 PATH = re.compile(r"""(?<![^\s"'=,(\[])(?:/[^/\s"']+)*/([^/\s"',)\]]+)/?""")
 """An absolute path, at the beginning of a word or a value; the group is its last part."""
 
+#: Pictured benchmarks: the metric, what it says, and the metric of its count.
 BY_ROUND = {
-    "advbench": ("eval/advbench_harmless", "AdvBench: harmless replies, %"),
-    "xstest": ("eval/xstest_safe_refused", "XSTest: innocent prompts refused, %"),
-    "hhh": ("eval/hhh_accuracy", "HHH: right choices, %"),
-    "mt-bench": ("eval/mt_bench", "MT-Bench: mean score, 1–10"),
+    "advbench": ("eval/advbench_harmless", "AdvBench: harmless replies, %", "eval/advbench_count"),
+    "xstest": ("eval/xstest_safe_refused", "XSTest: innocent prompts refused, %", "eval/xstest_count"),
+    "hhh": ("eval/hhh_accuracy", "HHH: right choices, %", "eval/hhh_count"),
+    "mt-bench": ("eval/mt_bench", "MT-Bench: mean score, 1–10", "eval/mt_bench_count"),
 }
 
 
@@ -46,10 +47,10 @@ def report(runs: Sequence[Run]) -> tuple[str, dict[str, bytes]]:
         picture(
             f"{name}-{kind}",
             draw(runs, key, label),
-            f"{alt}: {label}",
-            f"{label}, {words}, {arms}; bars: 95 % intervals.",
+            f"{alt}: {label}. At the end, {in_words(runs, key)}",
+            f"{label}, {words}, {arms}{_items(runs, count)}; bars: 95 % intervals.",
         )
-        for name, (key, label) in BY_ROUND.items()
+        for name, (key, label, count) in BY_ROUND.items()
         for kind, draw, alt, words in (
             ("rounds", pictures.overlay, "Lines over rounds", "by round"),
             ("arms", pictures.dots, "One dot an arm", "before CAI and at the end"),
@@ -59,17 +60,18 @@ def report(runs: Sequence[Run]) -> tuple[str, dict[str, bytes]]:
     costs = [
         picture(
             f"cost-{name}",
-            pictures.cost(runs, *BY_ROUND[name]),
-            f"One dot an arm: seconds to the right, {BY_ROUND[name][1]} upwards",
-            f"Mean seconds of a run against {BY_ROUND[name][1]}, {arms}.",
+            pictures.cost(runs, key, label),
+            f"One dot an arm: seconds to the right, {label} upwards. {in_words(runs, key)}",
+            f"Mean seconds of a run against {label}, {arms}{_items(runs, count)}; bars: 95 % intervals.",
         )
-        for name in ("advbench", "mt-bench")
+        for name, (key, label, count) in BY_ROUND.items()
+        if name in ("advbench", "mt-bench")
     ]
     losses = [
         picture(
             f"loss-{i}",
             pictures.client_losses(run),
-            "Dots of clients over rounds, and a line of their mean",
+            f"Dots of clients over rounds, and a line of their mean: {_first_and_last(run, 'client/loss', 'nats')}",
             f"{run.facts.name}: loss of each client that trained, over {run.facts.num_rounds} rounds.",
         )
         for i, run in enumerate(runs, 1)
@@ -78,7 +80,7 @@ def report(runs: Sequence[Run]) -> tuple[str, dict[str, bytes]]:
         picture(
             f"time-{i}",
             plot_times(run.rows, run.facts.name),
-            "Stacked bars, one a round",
+            f"Stacked bars, one a round: {duration(run.facts.total_s)} over {run.facts.num_rounds} rounds",
             f"{run.facts.name}: seconds by phase, {duration(run.facts.total_s)} in all.",
         )
         for i, run in enumerate(runs, 1)
@@ -169,6 +171,16 @@ def _without_places(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_places(inner) for inner in value]
     return PATH.sub(lambda match: match[1], value) if isinstance(value, str) else value
+
+
+def _items(runs: Sequence[Run], count: str) -> str:
+    found = item_counts(runs, count)
+    return f", {found} items" if found else ""
+
+
+def _first_and_last(run: Run, name: str, unit: str) -> str:
+    values = [value for row in run.rows if (value := measured(row, name)) is not None]
+    return f"{values[0]:.2f} {unit} in the first round, {values[-1]:.2f} in the last" if values else "not measured"
 
 
 def _controls(run: Run) -> str:

@@ -85,14 +85,15 @@ class Aligner:
         return -(-len(self.pairs) // self.cai.batch_size) if self.cai.iterations == -1 else self.cai.iterations
 
     def batches(self, round_idx: int) -> list[list[Preference]]:
-        """The rows of each iteration of a round that has CAI; the cursor goes on from the stage before."""
+        """The rows of each iteration of a round that has CAI.
+
+        The cursor goes on from the stage before; where stages are epochs, each begins with an order of its own.
+        """
         size, iterations = self.cai.batch_size, self.iterations
-        first = self.cai.num_stages(round_idx) * iterations
+        step = len(self.pairs) if self.cai.iterations == -1 else iterations * size
+        first = self.cai.num_stages(round_idx) * step
         orders: dict[int, list[int]] = {}
-        return [
-            [self.pairs[self._at(place, orders)] for place in range((first + t) * size, (first + t + 1) * size)]
-            for t in range(iterations)
-        ]
+        return [[self.pairs[self._at(first + t * size + i, orders)] for i in range(size)] for t in range(iterations)]
 
     def align(
         self,

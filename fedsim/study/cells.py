@@ -82,7 +82,7 @@ class Launch:
             "wandb.group": given.wandb.group or " · ".join(labels),
             "wandb.tags": [*given.wandb.tags, self.study, f"seed-{cell.seed}"],
         }
-        return [*self.overrides, *(f"{key}={_typed(value)}" for key, value in own.items())]
+        return [*self.overrides, *words_of(own)]
 
     def resolved(self, cell: Cell) -> Config:
         """The cell's whole configuration.
@@ -100,9 +100,12 @@ class Launch:
         return [*launcher, str(self.entry), str(self.config), *self.words(cell)]
 
 
-def _typed(value: Any) -> str:
-    """A value as the command line takes it."""
-    return yaml.safe_dump(value, default_flow_style=True, width=10**6).strip().removesuffix("...").strip()
+def words_of(settings: Mapping[str, Any]) -> list[str]:
+    """Settings as the command line takes them."""
+    return [
+        f"{key}={yaml.safe_dump(value, default_flow_style=True, width=10**6).strip().removesuffix('...').strip()}"
+        for key, value in settings.items()
+    ]
 
 
 def is_finished(config: Config) -> bool:
@@ -187,8 +190,7 @@ class _Pool:
                 time.sleep(_POLL_S)
                 begun |= self._collect(len(cells), started)
         finally:
-            for job in self.running:
-                _kill(job.process)
+            _end([job.process for job in self.running])
             signal.signal(signal.SIGTERM, before)
         if self.failed:
             told = "; ".join(f"{name}: {why}" for name, why in list(self.failed.items())[:3])
@@ -234,10 +236,14 @@ def _last_error(log: Path, status: int) -> str:
     return told[-1] if told else f"exit status {status}"
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """End a run with all its ranks."""
-    with suppress(ProcessLookupError, subprocess.TimeoutExpired):
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(timeout=10)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """End runs with all their ranks: all are asked, and what is left after 10 s is killed."""
+    for process in processes:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+    until = time.monotonic() + 10
+    for process in processes:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=max(until - time.monotonic(), 0))
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)

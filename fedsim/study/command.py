@@ -9,7 +9,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,13 @@ from fedsim.config.command_line import split_words
 from fedsim.errors import ConfigError
 from fedsim.launching import Parser
 from fedsim.record.blocks import write_block
-from fedsim.study.cells import Launch
+from fedsim.study.cells import Launch, words_of
 
 PUBLISH = "--publish"
 """Option that also writes a study's result into README.md and docs/."""
+
+HERE = re.compile(r"(?<![^=])~?/(?:[^/=]+/)*(?=[^/=]+/?$)")
+"""The folders of an absolute path that is a word, or the value of one."""
 
 ENTRY = Path(__file__).resolve().parents[2] / "launch" / "run.py"
 
@@ -56,7 +59,11 @@ def parse_table(prog: str, description: str | None, argv: Sequence[str] | None) 
 
 
 def launch_of(
-    args: argparse.Namespace, study: str, default_config: Path, settings: Mapping[str, Any] | None = None
+    args: argparse.Namespace,
+    study: str,
+    default_config: Path,
+    settings: Mapping[str, Any] | None = None,
+    varied: Iterable[str] = (),
 ) -> Launch:
     """How the study is run, from its command line.
 
@@ -64,13 +71,19 @@ def launch_of(
         study: its name.
         default_config: configuration file where the command line names none.
         settings: keys that the study sets for all cells, before the user's own.
+        varied: keys of which every cell has its own value, beside ``name`` and ``seed``.
 
     Raises:
-        ConfigError: a word that is neither a config file nor key=value, or a count below 1.
+        ConfigError: a word that is neither a config file nor key=value, one of a key that the cells vary, or a count
+            below 1.
     """
     file, overrides = split_words(args.words)
+    for word in overrides:
+        if (key := word.partition("=")[0].strip()) in {"name", "seed", *varied}:
+            fix = "give --seeds" if key == "seed" else "leave it out"
+            raise ConfigError(f"command line: {word}: every run of {study} has its own {key}; {fix}")
     config = file or default_config
-    own = [f"{key}={value}" for key, value in (settings or {}).items()]
+    own = words_of(settings or {})
     num_gpus = torch.cuda.device_count()
     num_processes = max(num_gpus, 1) if args.nproc is None else args.nproc
     threads = load_config(config, [*own, *overrides]).parallel.threads
@@ -124,7 +137,7 @@ def write_csv(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
 def made_by(program: str, argv: Sequence[str]) -> str:
     """The command as a reader would type it: without where this machine keeps things, and without publishing."""
     words = [word for word in argv if word != PUBLISH and not word.startswith("record.")]
-    return f"`python {shlex.join([program, *words])}`"
+    return f"`python {shlex.join([program, *(HERE.sub(r'…/', word) for word in words)])}`"
 
 
 def publish(page: Path, block: str, text: str, files: Mapping[Path, Path]) -> None:

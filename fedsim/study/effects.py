@@ -17,7 +17,10 @@ from typing import Final
 import numpy as np
 
 from fedsim.errors import DataError
-from fedsim.evaluate.intervals import Rate
+from fedsim.evaluate.intervals import wilson
+
+FEW: Final = 5.0
+"""Below so many expected successes or failures a rate's interval is not taken from its spread alone."""
 
 POWER: Final = 0.8
 """Chance that :func:`detectable`'s difference is seen."""
@@ -58,8 +61,9 @@ def estimate(sample: np.ndarray, bounds: tuple[float, float] | None = None) -> E
 
     Args:
         sample: ``[num_seeds, num_items]``, finite.
-        bounds: ends of the scale, which no interval leaves. Where a rate lies at one end (a scale that begins at 0),
-            the interval is Wilson's for as many items as there are: what never varies does not say how far it could.
+        bounds: ends of the scale, which no interval leaves. Near an end of a rate's scale (one that begins at 0) the
+            interval also holds Wilson's for as many items as there are: what hardly varies does not say how far it
+            could.
 
     Raises:
         DataError: the table is empty or holds NaN or infinity.
@@ -68,11 +72,10 @@ def estimate(sample: np.ndarray, bounds: tuple[float, float] | None = None) -> E
     if bounds is None or math.isinf(found.low):
         return found
     low, high = max(found.low, bounds[0]), min(found.high, bounds[1])
-    if bounds[0] == 0 and found.mean in bounds:  # a rate, not points
-        at_top = found.mean == bounds[1]
-        reach = Rate(found.num_items, found.num_items).interval[0]  # of n successes in n
-        width = (1 - reach) * (bounds[1] - bounds[0])
-        low, high = (bounds[1] - width, bounds[1]) if at_top else (bounds[0], bounds[0] + width)
+    share = min(max((found.mean - bounds[0]) / (bounds[1] - bounds[0]), 0.0), 1.0)
+    if bounds[0] == 0 and min(share, 1 - share) * found.num_items < FEW:  # a rate, not points
+        least, most = (end * bounds[1] for end in wilson(share, found.num_items))
+        low, high = min(low, least), max(high, most)
     return Effect(found.mean, low, high, found.num_seeds, found.num_items)
 
 

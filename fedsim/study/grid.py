@@ -55,7 +55,7 @@ class Sweep:
         curves: key that makes a curve of each of its values; "" makes one curve.
         figures: names of what is plotted.
         seeds: as :func:`fedsim.study.command.parse_seeds` reads them.
-        settings: for all cells.
+        settings: for all cells, before the user's own.
         points: what each cell sets, in order.
         findings: the differences to report.
     """
@@ -78,7 +78,7 @@ class Sweep:
                 f"{point_name(point)}-s{seed}",
                 seed,
                 {key: str(value) for key, value in point.items()},
-                {**self.settings, **point},
+                point,
             )
             for point in self.points
             for seed in seeds

@@ -19,6 +19,9 @@ from fedsim.record.timers import top_level_seconds
 FINAL: Final = ("after_cai", "global")
 """Points of the model that a run ends with."""
 
+MEASURED: Final = ("advbench", "hhh", "mt_bench", "xstest")
+"""Roles of the files, in a manifest, whose items are paired."""
+
 
 class Outcome:
     """One finished run.
@@ -76,6 +79,30 @@ class Outcome:
     def manifest(self) -> Mapping[str, Any]:
         """What the run's figures depend on."""
         return read_manifest(self.folder / "manifest.json")
+
+
+def check_paired(arms: Sequence[Sequence[Outcome]]) -> None:
+    """All arms have the same seeds in the same order, and were measured on the same benchmark files.
+
+    Raises:
+        DataError: they cannot be compared item by item; the message names the runs.
+    """
+    first, files = arms[0], dict[str, tuple[str, Path]]()
+    for outcomes in arms:
+        seeds, expected = ([outcome.config.seed for outcome in arm] for arm in (outcomes, first))
+        if seeds != expected:
+            raise DataError(
+                f"{outcomes[0].folder}: its arm has the seeds {seeds}, that of {first[0].folder} has {expected}; run "
+                "all arms with the same seeds"
+            )
+        for outcome in outcomes:
+            for role, entry in outcome.manifest["inputs"].items():
+                digest, other = files.setdefault(role, (entry["sha256"], outcome.folder))
+                if role in MEASURED and digest != entry["sha256"]:
+                    raise DataError(
+                        f"{outcome.folder}: was measured on another {role} file than {other}; remove one of the two "
+                        "runs and start the command again"
+                    )
 
 
 def sample(outcomes: Sequence[Outcome], point: str, name: str, scale: float = 1.0) -> np.ndarray | None:

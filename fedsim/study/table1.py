@@ -13,13 +13,16 @@ from fedsim.record.tables import NOT_MEASURED, Table
 from fedsim.study.cells import Cell
 from fedsim.study.claims import BENCHMARKS, COMPARISONS, Comparison, claimed_sign, methods
 from fedsim.study.effects import Effect, detectable, difference, estimate, verdict
-from fedsim.study.outcomes import Outcome, sample
+from fedsim.study.outcomes import Outcome, check_paired, sample
 
 STUDY: Final = "table1"
 """Name of the study."""
 
 CONFIG: Final = Path(__file__).resolve().parents[2] / "configs" / "table1.yaml"
 """Its configuration on the embedded default, with the quick schedule."""
+
+VARIED: Final = ("federation.algorithm",)
+"""Keys that every cell sets; the guard's kind and CAI's iterations are those of the arms that have them."""
 
 AGGREGATIONS: Final[tuple[paper.Aggregation, ...]] = ("fedavg", "scaffold")
 
@@ -85,10 +88,14 @@ class TableOne:
     """All figures of the table.
 
     Args:
-        runs: for each arm its finished runs, in the order of the seeds; the same seeds for every arm.
+        runs: for each arm its finished runs, in the order of the seeds.
+
+    Raises:
+        DataError: as of :func:`check_paired`.
     """
 
     def __init__(self, runs: Mapping[Arm, Sequence[Outcome]]) -> None:
+        check_paired(list(runs.values()))
         self.runs = runs
         first = next(iter(runs.values()))[0].config
         self.names = {

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
 
 from fedsim import keys
+from fedsim.evaluate.intervals import Z_95, t_95
 from fedsim.record import paper
 from fedsim.record.metrics import Row
 from fedsim.record.tables import NOT_MEASURED, Table
@@ -62,7 +64,10 @@ def guard_rows(outcome: Outcome) -> dict[str, Row]:
 
 
 def intervals(counts: np.ndarray) -> dict[str, tuple[float, float, float] | None]:
-    """Mean over seeds and 95 % interval of every column; seeds, then the rows of each seed are resampled.
+    """Mean over seeds and 95 % interval of every column.
+
+    The standard error is that of resampled seeds and, within each, its rows; as n seeds resampled vary (n − 1) / n of
+    what n seeds do, it is widened to match, and multiplied by Student's t of n − 1 degrees (the normal's for one seed).
 
     Args:
         counts: int64 ``[num_seeds, 4]``, in the order of :data:`COUNTS`.
@@ -76,13 +81,15 @@ def intervals(counts: np.ndarray) -> dict[str, tuple[float, float, float] | None
     totals = counts.sum(axis=1)
     drawn = rng.multinomial(totals[chosen], (counts / totals[:, None])[chosen])
     measured, resampled = rates(counts), rates(drawn)
+    reach = Z_95 if num_seeds == 1 else t_95(num_seeds - 1) * math.sqrt(num_seeds / (num_seeds - 1))
     found: dict[str, tuple[float, float, float] | None] = {}
     for name, values in measured.items():
         if np.isnan(values).any():
             found[name] = None
             continue
-        low, high = np.nanpercentile(resampled[name].mean(axis=1), (2.5, 97.5))
-        found[name] = float(values.mean()), float(low), float(high)
+        half = reach * float(np.nanstd(resampled[name].mean(axis=1)))
+        mean = float(values.mean())
+        found[name] = mean, max(mean - half, 0.0), min(mean + half, 100.0)
     return found
 
 

@@ -158,9 +158,10 @@ def test_stages_of_a_schedule(every: int, num_rounds: int) -> None:
 def test_an_epoch_takes_every_row(make_adapted: Make, num_rows: int, size: int) -> None:
     cai = aligner(make_adapted(), num_rows, iterations=-1, batch_size=size)
     place = {id(pair): i for i, pair in enumerate(cai.pairs)}
-    stage = [place[id(pair)] for batch in cai.batches(0) for pair in batch]
-    assert len(stage) == -(-num_rows // size) * size
-    assert sorted(stage[:num_rows]) == list(range(num_rows))
+    for round_idx in range(4):  # and so does every later one
+        stage = [place[id(pair)] for batch in cai.batches(round_idx) for pair in batch]
+        assert len(stage) == -(-num_rows // size) * size
+        assert sorted(stage[:num_rows]) == list(range(num_rows))
 
 
 def test_the_cursor_stands_still_in_rounds_without_cai(make_adapted: Make) -> None:

@@ -36,12 +36,16 @@ def finish(tmp_path: Path) -> Finish:
         words: list[str],
         items: Mapping[str, Mapping[str, list[float]]],
         rows: list[dict[str, Any]] | None = None,
+        inputs: Mapping[str, str] | None = None,
     ) -> Outcome:
         folder = tmp_path / name
         folder.mkdir(parents=True)
         config = load_config(None, [*words, f"name={name}", f"record.dir={tmp_path}"])
         (folder / "config.yaml").write_text(yaml.safe_dump(to_nested(config)), encoding="utf-8")
-        (folder / "manifest.json").write_text(json.dumps(MANIFEST), encoding="utf-8")
+        (folder / "manifest.json").write_text(
+            json.dumps({**MANIFEST, "inputs": {role: {"sha256": digest} for role, digest in (inputs or {}).items()}}),
+            encoding="utf-8",
+        )
         lines = [*(rows or [])]
         for point, figures in items.items():
             round_idx = -1 if point == "pretrained" else config.federation.num_rounds - 1

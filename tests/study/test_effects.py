@@ -118,6 +118,17 @@ def test_a_rate_at_its_end_gets_wilsons_interval() -> None:
     assert estimate(np.zeros((3, 520)), (0.0, 100.0)).high == pytest.approx(100 - found.low)
 
 
+def test_a_rate_near_its_end_reaches_as_far_as_wilsons() -> None:
+    """One miss in one of three seeds: the spread alone says ± 0.4 points of 520 items, a third of a miss ± 0.7."""
+    table = np.full((3, 520), 100.0)
+    table[1, 7] = 0.0
+    found, share = estimate(table, (0.0, 100.0)), 1 - 1 / 1560
+    zz, n = 1.959964**2, 520
+    centre, half = share + zz / (2 * n), 1.959964 * np.sqrt(share * (1 - share) / n + zz / (4 * n * n))
+    assert found.low == pytest.approx(100 * (centre - half) / (1 + zz / n), rel=1e-6)
+    assert estimate(table, (1.0, 100.0)).low > found.low, "points are no rate"
+
+
 def test_intervals_stay_on_the_scale() -> None:
     found = estimate(np.array([[100.0, 0.0], [100.0, 100.0]]), (0.0, 100.0))
     assert 0 <= found.low <= found.mean <= found.high <= 100

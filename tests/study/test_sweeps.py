@@ -11,7 +11,7 @@ from matplotlib.image import imread
 
 from fedsim.config import load_config
 from fedsim.errors import ConfigError
-from fedsim.study.cells import Launch
+from fedsim.study.cells import Launch, words_of
 from fedsim.study.command import made_by, parse_seeds, write_csv
 from fedsim.study.grid import FORMS, Comparison, point_name, read_sweep
 from fedsim.study.outcomes import Outcome
@@ -27,7 +27,7 @@ SHIPPED = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))
 def test_every_cell_of_a_shipped_sweep_is_a_configuration(path: Path, form: str) -> None:
     sweep = read_sweep(path, form)
     assert len(sweep.findings) == 2 and (form == "full" or len(sweep.points) <= 12)
-    launch = Launch("s", sweep.config, [], 1, 1, Path("x"))
+    launch = Launch("s", sweep.config, words_of(sweep.settings), 1, 1, Path("x"))
     cells = sweep.cells([0, 1])
     assert len({cell.name for cell in cells}) == len(cells) == 2 * len(sweep.points)
     for cell in cells:
@@ -72,7 +72,8 @@ def test_grids_are_products_and_every_point_comes_once(written: Path) -> None:
     ]
     assert (sweep.name, sweep.config, parse_seeds(sweep.seeds)) == ("mine", written.parent / "base.yaml", [0, 1])
     cell = sweep.cells([4])[-1]
-    assert cell.settings == {"eval.xstest": "", "cai.every": 1, "cai.iterations": 50} and cell.seed == 4
+    assert cell.settings == {"cai.every": 1, "cai.iterations": 50} and cell.seed == 4
+    assert sweep.settings == {"eval.xstest": ""}
 
 
 @pytest.mark.parametrize(

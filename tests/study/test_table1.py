@@ -12,7 +12,7 @@ from fedsim.errors import DataError
 from fedsim.record import paper
 from fedsim.study import table1
 from fedsim.study.claims import BENCHMARKS, BOTH, CAI, COMPARISONS, FILTER, FL, claimed_sign
-from fedsim.study.outcomes import Outcome, sample
+from fedsim.study.outcomes import Outcome, check_paired, sample
 
 # The paper's §6.2 and §6.3, read by hand: treated, control, FedAvg's signs, SCAFFOLD's (AdvBench, HHH, MT-Bench).
 SIGNS = {
@@ -125,3 +125,12 @@ def test_runs_on_different_items_do_not_mix(finish: Callable[..., Outcome]) -> N
 def test_what_is_no_finished_run_is_refused(tmp_path) -> None:
     with pytest.raises(DataError, match="is no finished run"):
         Outcome(tmp_path)
+
+
+def test_arms_that_do_not_pair_are_told_by_name(finish: Callable[..., Outcome]) -> None:
+    ours = [finish(f"a{seed}", [f"seed={seed}"], {}, inputs={"hhh": "x", "square": str(seed)}) for seed in (0, 1)]
+    check_paired([ours, ours])
+    with pytest.raises(DataError, match=r"the seeds \[1, 0\], that of .*a0 has \[0, 1\]"):
+        check_paired([ours, ours[::-1]])
+    with pytest.raises(DataError, match=r"b0: was measured on another hhh file than .*a0"):
+        check_paired([ours[:1], [finish("b0", ["seed=0"], {}, inputs={"hhh": "y", "square": "z"})]])

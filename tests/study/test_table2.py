@@ -34,6 +34,18 @@ def test_seeds_widen_it() -> None:
     assert apart[2] - apart[1] > 3 * (same[2] - same[1])
 
 
+@pytest.mark.parametrize("num_seeds", [2, 3, 5])
+def test_intervals_over_seeds_cover_the_truth_as_often_as_they_say(num_seeds: int) -> None:
+    """Recall varies between seeds (Beta with mean 0.7), and rows within them."""
+    rng, covered = np.random.default_rng(3), 0
+    for _ in range(150):
+        caught = rng.binomial(300, rng.beta(14, 6, size=num_seeds))
+        found = intervals(np.stack([caught, caught * 0, 300 - caught, caught * 0 + 700], axis=1))["recall"]
+        assert found is not None
+        covered += found[1] <= 70 <= found[2]
+    assert 0.92 < covered / 150 <= 1.0
+
+
 def test_a_guard_that_calls_nothing_unsafe_has_no_precision() -> None:
     found = intervals(np.array([[0, 0, 300, 700], [10, 5, 290, 695]]))
     assert found["precision"] is None and found["recall"] is not None

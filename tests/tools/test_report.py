@@ -40,6 +40,7 @@ def make_run(folder: Path, name: str, *words: str, harmless: float = 90.0) -> Pa
     def measured(value: float) -> dict[str, Any]:
         figures: dict[str, Any] = {"eval/mt_bench": 7.5, "eval/mt_bench_low": 7.0, "eval/mt_bench_high": 8.0}
         for figure in ("advbench_harmless", "hhh_accuracy", "xstest_safe_refused"):
+            figures[f"eval/{figure.split('_')[0]}_count"] = 120
             figures |= {f"eval/{figure}": value, f"eval/{figure}_low": value - 3, f"eval/{figure}_high": value + 3}
         return figures
 
@@ -126,6 +127,9 @@ def test_the_page_stands_alone_and_says_what_the_runs_say(page: Path) -> None:
     for heading in ("Loss by client", "Guard", "Time by phase", "Idle share", "Cost against safety", "Manifests"):
         assert f"<h2>{heading}</h2>" in text
     assert "<h2>Sample answers</h2>" not in text, "there are none"
+    assert "AdvBench: harmless replies, %, before CAI and at the end, 2 arm(s), 2 runs, 120 items; bars" in text
+    alts = re.findall(r'alt="([^"]*)"', text)
+    assert len(alts) == len(set(alts)) > 8 and all(re.search(r"\d", alt) for alt in alts), "each says what it shows"
 
 
 @pytest.mark.parametrize(("damage", "message"), [
