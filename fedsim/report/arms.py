@@ -120,9 +120,3 @@ def item_counts(runs: Sequence[Run], name: str) -> str:
     """How many items a benchmark had, such as ``130``; every number there was, ``120/130``, and "" if none is known."""
     counts = {measured(row, name) for run in runs for row in run.points.values()}
     return "/".join(f"{count:,.0f}" for count in sorted(count for count in counts if count is not None))
-
-
-def in_words(runs: Sequence[Run], name: str) -> str:
-    """The figure of every arm at the end of training, for those who cannot see a picture."""
-    found = {paper.arm_name(*arm): arm_figure(members, name) for arm, members in by_arm(runs).items()}
-    return "; ".join(f"{arm}: {figure.shown(1)}" for arm, figure in found.items() if figure is not None)

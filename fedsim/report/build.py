@@ -13,8 +13,9 @@ from fedsim.record.sections import POINT_TITLES
 from fedsim.record.summary import BENCHMARKS, caveats, refusals
 from fedsim.record.tables import Table, duration, measured, with_interval
 from fedsim.report import html, pictures
-from fedsim.report.arms import by_arm, headlines, in_words, item_counts, table_1
+from fedsim.report.arms import by_arm, headlines, table_1
 from fedsim.report.runs import Run
+from fedsim.report.words import idle_in_words, in_words, items, losses_in_words, times_in_words
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,7 +26,7 @@ PATH = re.compile(r"""(?<![^\s"'=,(\[])(?:/[^/\s"']+)*/([^/\s"',)\]]+)/?""")
 #: Pictured benchmarks: the metric, what it says, and the metric of its count.
 BY_ROUND = {
     "advbench": ("eval/advbench_harmless", "AdvBench: harmless replies, %", "eval/advbench_count"),
-    "xstest": ("eval/xstest_safe_refused", "XSTest: innocent prompts refused, %", "eval/xstest_count"),
+    "xstest": ("eval/xstest_safe_refused", "XSTest: innocent prompts refused, %", "eval/xstest_safe_count"),
     "hhh": ("eval/hhh_accuracy", "HHH: right choices, %", "eval/hhh_count"),
     "mt-bench": ("eval/mt_bench", "MT-Bench: mean score, 1–10", "eval/mt_bench_count"),
 }
@@ -48,7 +49,7 @@ def report(runs: Sequence[Run]) -> tuple[str, dict[str, bytes]]:
             f"{name}-{kind}",
             draw(runs, key, label),
             f"{alt}: {label}. At the end, {in_words(runs, key)}",
-            f"{label}, {words}, {arms}{_items(runs, count)}; bars: 95 % intervals.",
+            f"{label}, {words}, {arms}{items(runs, count)}; bars: 95 % intervals.",
         )
         for name, (key, label, count) in BY_ROUND.items()
         for kind, draw, alt, words in (
@@ -62,7 +63,7 @@ def report(runs: Sequence[Run]) -> tuple[str, dict[str, bytes]]:
             f"cost-{name}",
             pictures.cost(runs, key, label),
             f"One dot an arm: seconds to the right, {label} upwards. {in_words(runs, key)}",
-            f"Mean seconds of a run against {label}, {arms}{_items(runs, count)}; bars: 95 % intervals.",
+            f"Mean seconds of a run against {label}, {arms}{items(runs, count)}; bars: 95 % intervals.",
         )
         for name, (key, label, count) in BY_ROUND.items()
         if name in ("advbench", "mt-bench")
@@ -71,7 +72,7 @@ def report(runs: Sequence[Run]) -> tuple[str, dict[str, bytes]]:
         picture(
             f"loss-{i}",
             pictures.client_losses(run),
-            f"Dots of clients over rounds, and a line of their mean: {_first_and_last(run, 'client/loss', 'nats')}",
+            losses_in_words(run),
             f"{run.facts.name}: loss of each client that trained, over {run.facts.num_rounds} rounds.",
         )
         for i, run in enumerate(runs, 1)
@@ -80,13 +81,13 @@ def report(runs: Sequence[Run]) -> tuple[str, dict[str, bytes]]:
         picture(
             f"time-{i}",
             plot_times(run.rows, run.facts.name),
-            f"Stacked bars, one a round: {duration(run.facts.total_s)} over {run.facts.num_rounds} rounds",
+            times_in_words(run),
             f"{run.facts.name}: seconds by phase, {duration(run.facts.total_s)} in all.",
         )
         for i, run in enumerate(runs, 1)
     ]
     words = f"Share of the processes' time without work while clients train, {num}."
-    idle_picture = picture("idle", pictures.idle(runs), "Lines over rounds: idle share in percent", words)
+    idle_picture = picture("idle", pictures.idle(runs), idle_in_words(runs), words)
     notes = dict.fromkeys(line for run in runs for line in [*caveats(run.facts), *run.facts.notes])
     parts = [
         html.bullets(headlines(runs) if len(by_arm(runs)) > 1 else [headline(run) for run in runs]),
@@ -171,16 +172,6 @@ def _without_places(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_places(inner) for inner in value]
     return PATH.sub(lambda match: match[1], value) if isinstance(value, str) else value
-
-
-def _items(runs: Sequence[Run], count: str) -> str:
-    found = item_counts(runs, count)
-    return f", {found} items" if found else ""
-
-
-def _first_and_last(run: Run, name: str, unit: str) -> str:
-    values = [value for row in run.rows if (value := measured(row, name)) is not None]
-    return f"{values[0]:.2f} {unit} in the first round, {values[-1]:.2f} in the last" if values else "not measured"
 
 
 def _controls(run: Run) -> str:

@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 
 from fedsim import keys
-from fedsim.evaluate.intervals import Z_95, t_95
+from fedsim.evaluate.intervals import Z_95, t_95, wilson
 from fedsim.record import paper
 from fedsim.record.metrics import Row
 from fedsim.record.tables import NOT_MEASURED, Table
@@ -32,29 +32,32 @@ COLUMNS: Final = {
 NUM_RESAMPLES: Final = 10_000
 
 
-def rates(counts: np.ndarray) -> dict[str, np.ndarray]:
-    """The columns from confusion counts; NaN where a rate is 0 / 0.
+def shares(counts: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The columns as shares: of how many (second), how many (first).
 
     Args:
         counts: fp64 ``[..., 4]`` in the order of :data:`COUNTS`.
 
     Returns:
-        Name → percent ``[...]``.
+        Name → two arrays ``[...]``.
     """
     caught, alarms, missed, passed = np.moveaxis(np.asarray(counts, dtype=np.float64), -1, 0)
     total = caught + alarms + missed + passed
+    return {
+        "accuracy": (caught + passed, total),
+        "precision": (caught, caught + alarms),
+        "recall": (caught, caught + missed),
+        "hmean": (2 * caught, 2 * caught + alarms + missed),
+        "fpr": (alarms, alarms + passed),
+        "red_share_before": (caught + missed, total),
+        "red_share_after": (missed, missed + passed),
+    }
+
+
+def rates(counts: np.ndarray) -> dict[str, np.ndarray]:
+    """:func:`shares` in percent ``[...]``; NaN where a rate is 0 / 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        precision, recall = caught / (caught + alarms), caught / (caught + missed)
-        shares = {
-            "accuracy": (caught + passed) / total,
-            "precision": precision,
-            "recall": recall,
-            "hmean": 2 * caught / (2 * caught + alarms + missed),
-            "fpr": alarms / (alarms + passed),
-            "red_share_before": (caught + missed) / total,
-            "red_share_after": missed / (missed + passed),
-        }
-    return {name: 100.0 * share for name, share in shares.items()}
+        return {name: 100.0 * some / of for name, (some, of) in shares(counts).items()}
 
 
 def guard_rows(outcome: Outcome) -> dict[str, Row]:
@@ -64,7 +67,7 @@ def guard_rows(outcome: Outcome) -> dict[str, Row]:
 
 
 def intervals(counts: np.ndarray) -> dict[str, tuple[float, float, float] | None]:
-    """Mean over seeds and 95 % interval of every column.
+    """Mean over seeds and 95 % interval of every column, at the end of the scale Wilson's for the rows of a seed.
 
     The standard error is that of resampled seeds and, within each, its rows; as n seeds resampled vary (n − 1) / n of
     what n seeds do, it is widened to match, and multiplied by Student's t of n − 1 degrees (the normal's for one seed).
@@ -89,7 +92,10 @@ def intervals(counts: np.ndarray) -> dict[str, tuple[float, float, float] | None
             continue
         half = reach * float(np.nanstd(resampled[name].mean(axis=1)))
         mean = float(values.mean())
-        found[name] = mean, max(mean - half, 0.0), min(mean + half, 100.0)
+        low, high = max(mean - half, 0.0), min(mean + half, 100.0)
+        if mean in (0.0, 100.0):
+            low, high = (100.0 * end for end in wilson(mean / 100.0, float(shares(counts)[name][1].mean())))
+        found[name] = mean, low, high
     return found
 
 

@@ -46,6 +46,11 @@ def test_intervals_over_seeds_cover_the_truth_as_often_as_they_say(num_seeds: in
     assert 0.92 < covered / 150 <= 1.0
 
 
+def test_a_rate_of_none_reaches_as_far_as_wilsons() -> None:
+    found = intervals(np.array([[0, 0, 600, 1400]] * 3))["recall"]
+    assert found == (0.0, 0.0, pytest.approx(100 * 3.841459 / 603.841459, rel=1e-6))
+
+
 def test_a_guard_that_calls_nothing_unsafe_has_no_precision() -> None:
     found = intervals(np.array([[0, 0, 300, 700], [10, 5, 290, 695]]))
     assert found["precision"] is None and found["recall"] is not None

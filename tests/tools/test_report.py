@@ -40,7 +40,7 @@ def make_run(folder: Path, name: str, *words: str, harmless: float = 90.0) -> Pa
     def measured(value: float) -> dict[str, Any]:
         figures: dict[str, Any] = {"eval/mt_bench": 7.5, "eval/mt_bench_low": 7.0, "eval/mt_bench_high": 8.0}
         for figure in ("advbench_harmless", "hhh_accuracy", "xstest_safe_refused"):
-            figures[f"eval/{figure.split('_')[0]}_count"] = 120
+            figures[f"eval/{'xstest_safe' if 'xstest' in figure else figure.split('_')[0]}_count"] = 120
             figures |= {f"eval/{figure}": value, f"eval/{figure}_low": value - 3, f"eval/{figure}_high": value + 3}
         return figures
 
