@@ -1,0 +1,140 @@
+"""The studies' commands from the command line on: runs, files, pages and what they refuse; the runs are pretended."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import tools.sweep
+import tools.table1
+import tools.table2
+from fedsim.study import command
+from tests.study.conftest import MANIFEST
+
+ROOT = Path(__file__).parents[2]
+
+# In launch/run.py's place: leaves what a finished run leaves, with figures that follow from its configuration.
+ENTRY = f"""
+import json, sys
+from pathlib import Path
+import yaml
+from fedsim.config import load_config
+from fedsim.config.loading import to_nested
+from fedsim.record.items import item_file, write_items
+config = load_config(Path(sys.argv[1]), sys.argv[2:])
+folder = Path(config.record.dir) / config.name
+(folder / "items").mkdir(parents=True)
+(folder / "config.yaml").write_text(yaml.safe_dump(to_nested(config)))
+(folder / "manifest.json").write_text({json.dumps(MANIFEST)!r})
+last = config.federation.num_rounds - 1
+counts = dict(zip(("caught", "false_alarms", "missed", "passed"), (20, 10, 10 + config.seed, 60)))
+guard = {{f"guard/num_{{k}}": v for k, v in counts.items()}}
+rows = [{{"round": -1, "stage": "guard", "point": "fine-tuned", **guard}}]
+quality = 3 * (config.guard.kind != "none") + min(config.cai.iterations, 6)
+final = "after_cai" if config.cai.iterations else "global"
+figures = ("advbench_harmless_" + config.eval.advbench_phrases.replace("-", "_"), "hhh_" + config.eval.hhh_scorer)
+for round_idx, point, right in ((-1, "pretrained", 10), (last, final, quality)):
+    rows.append({{"round": round_idx, "stage": "eval", "point": point}})
+    flags = [float(i < right) for i in range(10)]
+    write_items(item_file(folder, round_idx, point), {{f: dict(enumerate(flags)) for f in (*figures, "mt_bench")}})
+rows.append({{"round": last, "stage": "round", "time/train_s": 60, "time/cai_s": 30}})
+(folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
+(folder / "summary.md").write_text("done")
+"""
+
+Shown = Callable[[], str]
+
+
+@pytest.fixture(autouse=True)
+def _pretended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = tmp_path / "entry.py"
+    entry.write_text(ENTRY, encoding="utf-8")
+    monkeypatch.setattr(command, "ENTRY", entry)
+
+
+@pytest.fixture
+def pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of README.md and docs/ that the commands may write."""
+    place = tmp_path / "pages"
+    shutil.copytree(ROOT / "docs", place / "docs")
+    shutil.copy(ROOT / "README.md", place)
+    for tool in (tools.sweep, tools.table1, tools.table2):
+        monkeypatch.setattr(tool, "ROOT", place)
+    return place
+
+
+def test_both_tables_from_the_same_runs(tmp_path: Path, pages: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [f"record.dir={tmp_path / 'runs'}", "--seeds", "3-4", "--jobs", "2", "--publish"]
+    assert tools.table1.main(words) == 0
+    shown, told = capsys.readouterr()
+    assert "16/16 " in told and "FedAvg: (FL + CAI) − FL" in shown
+    assert tools.table2.main(words) == 0
+    shown, told = capsys.readouterr()
+    assert "2 of 2 runs are finished already" in told and "guard, fine-tuned" in shown
+    folder = tmp_path / "runs" / "table1"
+    with (folder / "table1.csv").open(encoding="utf-8", newline="") as file:
+        found = {(r["aggregation"], r["method"], r["figure"]): r["mean"] for r in csv.DictReader(file)}
+    assert found["scaffold", "FL + CAI", "advbench_harmless"] == "60.0", "six right of ten"
+    assert found["fedavg", "FL + filter + CAI", "hhh_accuracy"] == "90.0"
+    readme = (pages / "README.md").read_text(encoding="utf-8")
+    made = "--seeds 3-4 --jobs 2`."
+    assert f"Made by `python tools/table1.py {made}" in readme and f"Made by `python tools/table2.py {made}" in readme
+    assert (
+        str(tmp_path) not in readme
+        and (pages / "docs" / "table1.csv").read_bytes() == (folder / "table1.csv").read_bytes()
+    )
+
+
+def test_a_sweep_writes_its_finding_and_its_page(
+    tmp_path: Path, pages: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "base.yaml").write_text("eval: {advbench_phrases: gcg}\n", encoding="utf-8")
+    (pages / "docs" / "sweeps.md").write_text("<!-- mine: begin -->\n<!-- mine: end -->\n", encoding="utf-8")
+    sweep = tmp_path / "mine.yaml"
+    sweep.write_text(
+        "{what: a question, config: base.yaml, x: cai.iterations, figures: [mt_bench], quick: {seeds: 0-1, "
+        "settings: {guard.kind: none, eval.xstest: ''}, grids: [{cai.iterations: [2, 4]}], findings: [{figure: "
+        "mt_bench, treated: {cai.iterations: 4}, control: {cai.iterations: 2}}]}}",
+        encoding="utf-8",
+    )
+    words = [str(sweep), f"record.dir={tmp_path / 'runs'}", "eval.helpful=", "--publish"]
+    assert tools.sweep.main(words) == 0
+    shown, _ = capsys.readouterr()
+    finding = "MT-Bench"
+    folder = tmp_path / "runs" / "sweep-mine-quick"
+    assert finding in shown and finding in (folder / "finding.md").read_text(encoding="utf-8")
+    page = (pages / "docs" / "sweeps.md").read_text(encoding="utf-8")
+    assert "Made by `python tools/sweep.py '…/mine.yaml' eval.helpful=`" in page and str(tmp_path) not in page
+    assert (pages / "docs" / "sweep-mine.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "iterations-2-s0" / "config.yaml").read_text(encoding="utf-8").count("xstest: ''") == 1
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("seed=3", r"seed=3: every run of .* has its own seed; give --seeds"),
+        ("name=x", r"name=x: every run of .* has its own name; leave it out"),
+        ("federation.algorithm=fedavg", r"has its own federation.algorithm; leave it out"),
+        ("--jobs=0", r"--jobs 0: must be at least 1"),
+        ("--seeds=2-1", r"must go upwards"),
+    ],
+)
+def test_what_a_table_varies_cannot_be_set(word: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tools.table1.main([word]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and re.search(message, told)
+
+
+def test_a_sweeps_own_keys_cannot_be_set_but_its_settings_can(capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(ROOT / "configs" / "sweeps" / "filter-threshold.yaml")
+    assert tools.sweep.main([path, "guard.threshold=0.5"]) == 2
+    assert "guard.threshold=0.5: every run of sweep-filter-threshold-quick has its own" in capsys.readouterr().err
+    args, sweep = tools.sweep.parse_args([path, "eval.xstest=embedded"])
+    launch = command.launch_of(args, "s", sweep.config, sweep.settings)
+    assert launch.resolved(sweep.cells([0])[0]).eval.xstest == "embedded"
