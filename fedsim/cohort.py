@@ -126,15 +126,16 @@ class CohortRunner:
         for index, job in enumerate(mine):
             done = index * steps
             report = None if on_step is None else _shifted(on_step, done, steps * len(mine))
-            outcome = self.trainer.train(
-                job.client,
-                self.shards[job.client],
-                round_idx,
-                state,
-                self.controls.load(job.client),
-                lanes[job],
-                report,
-            )
+            with self.world.journal.at(client=job.client):
+                outcome = self.trainer.train(
+                    job.client,
+                    self.shards[job.client],
+                    round_idx,
+                    state,
+                    self.controls.load(job.client),
+                    lanes[job],
+                    report,
+                )
             outcomes.append(outcome)
             if job.first_rank == self.world.rank:
                 reporting.append(outcome)

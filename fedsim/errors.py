@@ -10,6 +10,11 @@ from __future__ import annotations
 class FedsimError(Exception):
     """Root of every error that fedsim raises on purpose."""
 
+    @property
+    def status(self) -> int:
+        """Exit status of a process that it ends."""
+        return 2
+
 
 class ConfigError(FedsimError, ValueError):
     """A configuration key or value is wrong."""
@@ -37,3 +42,23 @@ class JudgeError(FedsimError, RuntimeError):
 
 class RunError(FedsimError, RuntimeError):
     """The run cannot go on: ranks disagree, or another rank failed."""
+
+
+class Stopped(FedsimError):
+    """The run ends early because it was asked to; all finished rounds are on disk.
+
+    Args:
+        message: after which round.
+        signal: number of the signal that asked.
+    """
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message, signal)
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+    @property
+    def status(self) -> int:
+        """128 + the signal's number, as shells have it."""
+        return 128 + int(self.args[1])

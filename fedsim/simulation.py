@@ -15,12 +15,14 @@ from fedsim.checkpoint import Checkpoint
 from fedsim.cohort import agreed_checksums
 from fedsim.config import Config
 from fedsim.disk import explaining_full_disk
+from fedsim.errors import Stopped
 from fedsim.evaluate.suite import Suite
 from fedsim.federation.algorithms import ADAPTER
 from fedsim.federation.sampling import cosine_by_round
 from fedsim.measurement import UNTOUCHED, Measurement, Shared
 from fedsim.meter import Meter
 from fedsim.model.cost import ModelCost
+from fedsim.parallel.stopping import signal_name
 from fedsim.parallel.world import World
 from fedsim.plan import plan_text
 from fedsim.preflight import preflight
@@ -45,8 +47,9 @@ class Simulation:
         self.config = config
         self.world = world
         self.ranks = world.ranks
-        self.record = RunRecord(config, world.ranks, synchronize=world.device.type == "cuda")
-        self.store = ArtefactStore(Path(config.record.artefacts).expanduser(), world.ranks, self.record.say)
+        self.record = RunRecord(config, world.ranks, world.device.type == "cuda", world.journal)
+        folder = Path(config.record.artefacts).expanduser()
+        self.store = ArtefactStore(folder, world.ranks, self.record.say, world.journal)
         self.preparation = Preparation(config, world, self.record, self.store)
 
     def check(self) -> None:
@@ -71,6 +74,7 @@ class Simulation:
             try:
                 self.record.claim()
                 self._run()
+                self.record.finished()
             finally:
                 gc.unfreeze()
                 self.record.release()
@@ -113,7 +117,9 @@ class Simulation:
         gc.collect()  # what is frozen is never freed: garbage must not be among it
         gc.freeze()  # libraries, model and data stay: a full collection, which takes 0.1 s, need not look at them again
         for round_idx in range(checkpoint.round_idx + 1, config.federation.num_rounds):
-            checkpoint = self._round(federation, round_idx, checkpoint, aligner, measurement)
+            with record.round(round_idx, config.federation.num_rounds):
+                checkpoint = self._round(federation, round_idx, checkpoint, aligner, measurement)
+            self._stop_if_asked(round_idx + 1)
         record.progress.outside_rounds()
         self.ranks.once(lambda: federation.flat.save(record.folder / "adapter", checkpoint.state.adapter))
         self.ranks.once(lambda: finish_run(record, self.world.size))
@@ -149,7 +155,6 @@ class Simulation:
     ) -> Checkpoint:
         """One round: cohort, local training, aggregation, CAI, evaluation, record, checkpoint."""
         record, settings = self.record, self.config.federation
-        record.progress.round(round_idx, settings.num_rounds)
         cohort, num_sat_out = federation.cohort(round_idx)
         self.meter.begin()
         state, cost = before.state, self._cost(before)
@@ -191,7 +196,23 @@ class Simulation:
         metrics |= {f"global/{name}_checksum": digest for name, digest in checksums.items()}
         seconds = self.record.timers.pop()
         self.record.append(after.round_idx, "round", metrics | seconds | self.meter.pop(seconds))
-        self.ranks.once(lambda: self._save(federation, after))
+        with self.record.journal.at(stage="saving"):
+            self.ranks.once(lambda: self._save(federation, after))
+
+    def _stop_if_asked(self, num_done: int) -> None:
+        """End between two rounds if any process was asked to.
+
+        Raises:
+            Stopped: on every rank.
+        """
+        num_rounds = self.config.federation.num_rounds
+        asked = max(self.ranks.gather(self.world.stop.signal))
+        if asked and num_done < num_rounds:
+            raise Stopped(
+                f"{signal_name(asked)} came; {num_done} of {num_rounds} rounds are done, and the same command goes on "
+                "from there",
+                asked,
+            )
 
     def _save(self, federation: Federation, after: Checkpoint) -> None:
         self.record.checkpoints.save(after)

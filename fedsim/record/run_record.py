@@ -24,6 +24,8 @@ from fedsim.federation.algorithms import ServerState
 from fedsim.federation.client_state import ClientStateStore
 from fedsim.federation.registry import build_algorithm
 from fedsim.ranks import Ranks
+from fedsim.record.ending import forget_ending, write_ending
+from fedsim.record.journal import Journal
 from fedsim.record.metrics import MetricLog
 from fedsim.record.paper import arm_name
 from fedsim.record.places import check_folder, run_folder
@@ -44,12 +46,13 @@ class RunRecord:
         config: the run's configuration.
         ranks: to agree on what is there.
         synchronize: wait for the GPU at phase ends.
-
+        journal: this rank's log, opened once the directory is this run's.
     """
 
-    def __init__(self, config: Config, ranks: Ranks, synchronize: bool) -> None:
+    def __init__(self, config: Config, ranks: Ranks, synchronize: bool, journal: Journal | None = None) -> None:
         self.config = config
         self.ranks = ranks
+        self.journal = Journal(ranks.rank) if journal is None else journal
         self.folder = run_folder(config)
         self.progress = Progress(sys.stderr, enabled=ranks.is_main)
         self.timers = PhaseTimers(synchronize)
@@ -67,6 +70,7 @@ class RunRecord:
             ConfigError, CheckpointError: as :meth:`check_directory`, or another process holds it.
         """
         self.ranks.once(self._claim)
+        self.journal.open(self.folder)
 
     def check_directory(self) -> None:
         """Find out whether the run may use its directory; nothing is written.
@@ -101,9 +105,21 @@ class RunRecord:
 
     @contextmanager
     def phase(self, name: str, timer: str, unit: str = "") -> Iterator[Phase]:
-        """A timed phase with a progress line."""
-        with self.timers.phase(timer), self.progress.phase(name, 0, unit) as shown:
+        """A timed phase with a progress line and lines in the log."""
+        with self.journal.at(stage=name), self.timers.phase(timer), self.progress.phase(name, 0, unit) as shown:
             yield shown
+
+    @contextmanager
+    def round(self, round_idx: int, num_rounds: int) -> Iterator[None]:
+        """A round, for the progress lines and the log."""
+        self.progress.round(round_idx, num_rounds)
+        with self.journal.at(round=round_idx + 1):
+            yield
+
+    def finished(self) -> None:
+        """The run has come to its end."""
+        if self.ranks.is_main:
+            write_ending(self.folder, "finished", 0, "all rounds are done", 0, {})
 
     def header(self, num_ranks: int, device: torch.device) -> None:
         """What runs, where, before anything happens."""
@@ -123,6 +139,7 @@ class RunRecord:
     def say(self, text: str) -> None:
         """One line of progress."""
         self.progress.note(text)
+        self.journal.write("note", text=text)
 
     def _claim(self) -> None:
         """Make the directory, or check that it holds this very run; one that finished no round is started anew."""
@@ -137,6 +154,7 @@ class RunRecord:
                 "give another directory"
             ) from error
         self._check_directory(was_taken)
+        forget_ending(self.folder)
         if self.checkpoints.any():
             return
         (self.folder / "manifest.json").unlink(missing_ok=True)
