@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -17,6 +18,9 @@ from typing import Final
 
 GRACE_S: Final = 20.0
 """Seconds from the signal until the process ends itself in mid-round: launchers kill after 30 s."""
+
+_ONE_KEY_S: Final = 1.0
+"""A SIGINT within this of the first is the same key, passed on by a launcher."""
 
 SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
@@ -27,11 +31,12 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal = 0
         self.on_deadline: Callable[[int], None] = lambda number: None
+        self._since = 0.0
         self._timer: threading.Timer | None = None
 
     @contextmanager
     def listening(self, grace_s: float = GRACE_S) -> Iterator[None]:
-        """Take the signals inside the block; a second SIGINT ends the process at once.
+        """Take the signals inside the block; a second press of Ctrl-C ends the process at once.
 
         Handlers belong to the main thread: elsewhere nothing is changed.
         """
@@ -40,10 +45,10 @@ class StopRequest:
             return
 
         def note(number: int, frame: FrameType | None) -> None:
-            if self.signal and number == signal.SIGINT:
-                os._exit(128 + number)
+            if self.signal and number == signal.SIGINT and time.monotonic() - self._since > _ONE_KEY_S:
+                self._end()
             if not self.signal:
-                self.signal = number
+                self.signal, self._since = number, time.monotonic()
                 self._timer = threading.Timer(grace_s, self._end)
                 self._timer.daemon = True
                 self._timer.start()

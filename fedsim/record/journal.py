@@ -13,11 +13,11 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import fedsim
 
@@ -37,7 +37,7 @@ class Journal:
         self.folder: Path | None = None
         self._place: dict[str, int | str] = {}
         self._failed: tuple[BaseException, dict[str, int | str]] | None = None
-        self._file: IO[str] | None = None
+        self._path: Path | None = None
 
     @property
     def place(self) -> Place:
@@ -46,26 +46,23 @@ class Journal:
 
     def open(self, folder: Path) -> None:
         """From now on lines go to ``folder``, the run directory, after those of earlier sessions."""
-        self.close()
-        path = log_file(folder, self.rank)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _cut_torn_end(path)
+        self._path = log_file(folder, self.rank)
+        with suppress(OSError):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            _cut_torn_end(self._path)
         self.folder = folder
-        self._file = path.open("a", encoding="utf-8")
         self.write("start", pid=os.getpid(), fedsim=fedsim.__version__)
 
     def close(self) -> None:
         """Write no more lines."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        self._path = None
 
     def write(self, event: str, **facts: Any) -> None:
-        """One line: what happened, and where."""
-        if self._file is not None:
+        """One line: what happened, and where; a log that cannot be written ends no run."""
+        if self._path is not None:
             line = {"utc": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **self._place, **facts}
-            self._file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
-            self._file.flush()
+            with suppress(OSError), self._path.open("a", encoding="utf-8", errors="replace") as file:
+                file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
 
     @contextmanager
     def at(self, **place: int | str) -> Iterator[None]:

@@ -5,13 +5,12 @@ Every rank holds one, so that all take the same branches; only rank 0 writes and
 
 from __future__ import annotations
 
-import fcntl
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 import yaml
@@ -26,6 +25,7 @@ from fedsim.federation.registry import build_algorithm
 from fedsim.ranks import Ranks
 from fedsim.record.ending import forget_ending, write_ending
 from fedsim.record.journal import Journal
+from fedsim.record.lock import DirectoryLock
 from fedsim.record.metrics import MetricLog
 from fedsim.record.paper import arm_name
 from fedsim.record.places import check_folder, run_folder
@@ -61,7 +61,7 @@ class RunRecord:
         self.metrics_file = self.folder / "metrics.jsonl"
         self.notes: list[str] = []
         self.stream = WandbStream(self.folder, config, self.progress.note)
-        self._lock: IO[str] | None = None
+        self._lock = DirectoryLock(self.folder)
 
     def claim(self) -> None:
         """Make the run directory this process's own until :meth:`release`.
@@ -70,6 +70,7 @@ class RunRecord:
             ConfigError, CheckpointError: as :meth:`check_directory`, or another process holds it.
         """
         self.ranks.once(self._claim)
+        self._lock.join()
         self.journal.open(self.folder)
 
     def check_directory(self) -> None:
@@ -147,7 +148,7 @@ class RunRecord:
         was_taken = self._is_taken()  # before this very call writes into it
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._hold_lock()
+            self._lock.hold(self.say)
         except OSError as error:
             raise ConfigError(
                 f"record.dir={self.config.record.dir!r}: {self.folder} cannot be made or written ({error.strerror}); "
@@ -182,23 +183,10 @@ class RunRecord:
                     )
             self._check_same(self.folder / "config.yaml")
 
-    def _hold_lock(self) -> None:
-        """Keep a second process from the same directory for as long as this one lives."""
-        self._lock = (self.folder / ".lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(
-                f"{self.folder}: another process is running this very run; wait for it, or give this one another name "
-                "(name=...)"
-            ) from error
-
     def release(self) -> None:
         """End what is still open and let another process have the directory."""
         self.stream.close()
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        self._lock.release()
 
     def _check_same(self, path: Path) -> None:
         try:
