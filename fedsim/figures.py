@@ -6,33 +6,34 @@ from collections import Counter
 from collections.abc import Sequence
 
 from fedsim.cohort import CohortResult
+from fedsim.config import FailuresConfig
 from fedsim.evaluate.collapse import measure_collapse
 from fedsim.evaluate.measures import Metrics, collapse_metrics
 from fedsim.federation.attendance import Attendance
-from fedsim.federation.failures import ClientFailure
+from fedsim.federation.failures import REASONS, ClientFailure
 from fedsim.record.client_failures import FAILED
 from fedsim.safety.cai_data import CaiRow
 from fedsim.safety.filtering import COUNTS, Filtered
 from fedsim.safety.guard_curves import curve_metrics
 
 
-def of_attendance(attendance: Attendance) -> Metrics:
-    """How many were drawn and did not train, and what each straggler managed; no figure of what did not happen."""
+def of_attendance(attendance: Attendance, settings: FailuresConfig) -> Metrics:
+    """How many were drawn and did not train, and what each straggler managed; only what the settings make happen."""
     metrics: Metrics = {"client/num_sat_out": len(attendance.sat_out)}
-    if attendance.dropped_out:
+    if settings.dropout_rate > 0:
         metrics["client/num_dropped_out"] = len(attendance.dropped_out)
-    if attendance.stragglers:
+    if settings.straggler_rate > 0:
         metrics["client/num_stragglers"] = len(attendance.stragglers)
     return metrics | {f"client/steps_{client:03d}": steps for client, steps in attendance.stragglers.items()}
 
 
-def of_failures(failures: Sequence[ClientFailure]) -> Metrics:
-    """``client/num_failed``, by reason, and each client's reason, if any failed."""
-    if not failures:
+def of_failures(failures: Sequence[ClientFailure], settings: FailuresConfig) -> Metrics:
+    """``client/num_failed``, by reason, and the reason of each client that failed; nothing where a failure stops."""
+    if settings.on_client_error == "stop":
         return {}
+    counts = Counter(failure.reason for failure in failures)
     metrics: Metrics = {"client/num_failed": len(failures)}
-    for reason, count in sorted(Counter(failure.reason for failure in failures).items()):
-        metrics[f"client/num_failed_{reason.replace(' ', '_')}"] = count
+    metrics |= {f"client/num_failed_{reason.replace(' ', '_')}": counts[reason] for reason in REASONS}
     return metrics | {f"{FAILED}{failure.client:03d}": failure.reason for failure in failures}
 
 

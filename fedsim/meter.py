@@ -11,7 +11,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 
@@ -60,9 +60,8 @@ class Meter:
             for batch in trainer.batches(client, cohorts.shards[client], round_idx, steps[client]):
                 self._add("train", self.cost.train(rows_work(batch, passes=-(-len(batch) // size))))
         self._seconds["train"] = max(result.busy_s)
-        num_vectors = (1 + trainer.algorithm.has_control) * (
-            len(result.delivered) + 2
-        )  # fp32 deltas in, an fp64 sum out
+        num_summed = len(result.delivered) + 2  # fp32 deltas in, an fp64 sum out
+        num_vectors = (1 + trainer.algorithm.has_control) * num_summed
         self._add("aggregate", Effort(num_bytes=4.0 * num_vectors * trainer.trainer.adapter.size))
 
     def aligned(self, aligner: Aligner, round_idx: int) -> None:

@@ -179,7 +179,7 @@ class Simulation:
         record, cohorts = self.record, federation.cohorts
         attendance = federation.attendance(round_idx)
         delivered: list[int] = []
-        metrics = figures.of_attendance(attendance)
+        metrics = figures.of_attendance(attendance, cohorts.failures)
         if attendance.steps:
             with record.phase("local training", "train", "steps") as phase:
                 work = cohorts.train(attendance.steps, round_idx, state, cost, phase.step)
@@ -194,7 +194,7 @@ class Simulation:
             cost = result.seconds_per_token
             local, num_rounds = self.config.local, self.config.federation.num_rounds
             metrics["client/lr"] = cosine_by_round(round_idx, num_rounds, local.lr, local.lr_min)
-            metrics |= figures.of_failures(result.failures) | figures.of_training(result)
+            metrics |= figures.of_failures(result.failures, cohorts.failures) | figures.of_training(result)
             self.meter.trained(cohorts, attendance.steps, round_idx, result)
             federation.controls.advance(delivered if federation.algorithm.has_control else (), round_idx)
         if not delivered:

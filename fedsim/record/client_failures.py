@@ -33,10 +33,8 @@ def section(rows: Sequence[Row]) -> list[str]:
             [str(client), reason, _listed(found), str(len(found))] for (client, reason), found in sorted(rounds.items())
         ]
         parts.append(Table(["client", "reason", "rounds", "times"], lines, num_text=3).markdown())
-    counts = [
-        f"- simulated {what}: {count:,} over all rounds" for what, count in (("drop-outs", dropped), ("stragglers", slow))
-        if count
-    ]  # fmt: skip
+    simulated = {"drop-outs": dropped, "stragglers": slow}
+    counts = [f"- simulated {what}: {count:,} over all rounds" for what, count in simulated.items() if count]
     return [*parts, "\n".join(counts)] if counts else parts
 
 
