@@ -27,12 +27,12 @@ def of_attendance(attendance: Attendance, settings: FailuresConfig) -> Metrics:
     return metrics | {f"client/steps_{client:03d}": steps for client, steps in attendance.stragglers.items()}
 
 
-def of_failures(failures: Sequence[ClientFailure], settings: FailuresConfig) -> Metrics:
+def of_failures(failures: Sequence[ClientFailure], settings: FailuresConfig) -> dict[str, float | int | str]:
     """``client/num_failed``, by reason, and the reason of each client that failed; nothing where a failure stops."""
     if settings.on_client_error == "stop":
         return {}
     counts = Counter(failure.reason for failure in failures)
-    metrics: Metrics = {"client/num_failed": len(failures)}
+    metrics: dict[str, float | int | str] = {"client/num_failed": len(failures)}
     metrics |= {f"client/num_failed_{reason.replace(' ', '_')}": counts[reason] for reason in REASONS}
     return metrics | {f"{FAILED}{failure.client:03d}": failure.reason for failure in failures}
 

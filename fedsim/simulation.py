@@ -179,7 +179,7 @@ class Simulation:
         record, cohorts = self.record, federation.cohorts
         attendance = federation.attendance(round_idx)
         delivered: list[int] = []
-        metrics = figures.of_attendance(attendance, cohorts.failures)
+        metrics: dict[str, Any] = {**figures.of_attendance(attendance, cohorts.failures)}
         if attendance.steps:
             with record.phase("local training", "train", "steps") as phase:
                 work = cohorts.train(attendance.steps, round_idx, state, cost, phase.step)

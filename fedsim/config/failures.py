@@ -23,3 +23,15 @@ class FailuresConfig:
                                 "drawn uniformly, in a round", low=0, high=1)  # fmt: skip
     stragglers: str = key("partial", "partial = a straggler's update counts like any other, drop = it is left out",
                           choices=("partial", "drop"))  # fmt: skip
+
+    def words(self) -> str:
+        """What is asked for, such as ``skip a client that fails, stop below 1; 20 % drop out``."""
+        skip = f"skip a client that fails, stop below {self.min_clients}"
+        parts = [skip if self.on_client_error == "skip" else "a client that fails ends the run"]
+        if self.max_update_norm > 0:
+            parts.append(f"updates of a norm of at most {self.max_update_norm:g}")
+        if self.dropout_rate > 0:
+            parts.append(f"{100 * self.dropout_rate:g} % drop out")
+        if self.straggler_rate > 0:
+            parts.append(f"{100 * self.straggler_rate:g} % straggle ({self.stragglers})")
+        return "; ".join(parts)

@@ -25,7 +25,7 @@ BRIEF = ["guard.kind=none", "cai.iterations=0", "eval.every=0", "eval.limit=1", 
          "eval.xstest=", "eval.helpful=", "eval.guard_judge=none", "failures.on_client_error=skip",
          "failures.min_clients=0"]  # fmt: skip
 MIXED = ["federation.algorithm=scaffold", "failures.dropout_rate=0.2", "failures.straggler_rate=0.5"]
-# Two clients a round, in the first the two that fail: on four processes each has a lane of two, equal ranks being
+# Two clients a round, in the first the two that fail: on four processes each has a wide lane, equal ranks being
 # assumed; the member that meets the row that raises does so alone.
 PAIRS = ["federation.algorithm=scaffold", "federation.scaffold_correction=gradient", "federation.clients_per_round=2",
          "federation.num_rounds=4", "seed=24"]  # fmt: skip
@@ -129,7 +129,8 @@ def test_failures_are_the_same_on_1_2_and_4_processes(
     if overrides is MIXED:
         assert sum(row["client/num_dropped_out"] for row in rows) and sum(row["client/num_stragglers"] for row in rows)
     else:
-        assert dict(answers[0][0]["widths"][:2]) == {RAISES: 2, IS_NAN: 2}
+        first = dict(answers[0][0]["widths"][:2])
+        assert first.keys() == {RAISES, IS_NAN} and min(first.values()) > 1
         assert [row["client/num_trained"] for row in rows] == [0, 1, 2, 2]
 
 
