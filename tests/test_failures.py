@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fedsim import cohort as cohort_module
 from fedsim.config import load_config
 from fedsim.errors import RunError
 from fedsim.federation.attendance import happens, straggler_steps
@@ -196,10 +197,19 @@ def test_a_damaged_control_variate_is_its_clients_failure_and_stays(run: Make) -
 
 
 @pytest.mark.parametrize("policy", ["partial", "drop"])
-def test_drop_outs_and_stragglers_are_counted_as_they_were_drawn(run: Make, policy: str) -> None:
+def test_drop_outs_and_stragglers_are_counted_as_they_were_drawn(
+    run: Make, policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned: dict[int, Any] = {}
+    plan_round = cohort_module.plan_round
+    monkeypatch.setattr(
+        cohort_module,
+        "plan_round",
+        lambda tokens, *rest, **named: (planned.update({len(planned): tokens}), plan_round(tokens, *rest, **named))[1],
+    )
     overrides = ["failures.dropout_rate=0.3", "failures.straggler_rate=0.5", f"failures.stragglers={policy}"]
     done = run(*overrides, "federation.num_rounds=4", change=len)
-    total = 0
+    total, plans = 0, iter(planned.values())
     for round_idx, row in enumerate(done.rounds()):
         cohort = sample_cohort(6, 5, round_idx, 0)
         here = [k for k in cohort if not happens(0.3, 0, "drop out", round_idx, k)]
@@ -209,8 +219,10 @@ def test_drop_outs_and_stragglers_are_counted_as_they_were_drawn(run: Make, poli
         assert {n: v for n, v in row.items() if "/steps_" in n} == {f"client/steps_{k:03d}": v for k, v in slow.items()}
         assert row["client/num_trained"] == len(trained)
         trainer, shards = done.federation.cohorts.trainer, done.federation.shards
-        tokens = sum(trainer.num_tokens(k, shards[k], round_idx, steps) for k, steps in trained.items())
+        work = {k: trainer.num_tokens(k, shards[k], round_idx, steps) for k, steps in trained.items()}
+        tokens = sum(work.values())
         if trained:
+            assert next(plans) == work
             inputs = tokens - 7 * sum(trained.values())  # a row's last token is only a target
             assert (row["client/num_tokens"], row["perf/tokens"]) == (tokens, inputs)
             assert row["client/num_rows"] == sum(len(shards[k]) for k in trained), "partial updates count in full"
