@@ -16,6 +16,7 @@ from fedsim import cohort as cohort_module
 from fedsim.config import load_config
 from fedsim.errors import RunError
 from fedsim.federation.attendance import happens, straggler_steps
+from fedsim.federation.failures import ClientFailure
 from fedsim.federation.sampling import sample_cohort
 from fedsim.federation.scaffold import CONTROL
 from fedsim.parallel.world import World
@@ -194,6 +195,26 @@ def test_a_damaged_control_variate_is_its_clients_failure_and_stays(run: Make) -
     assert any("control variate of client" in line and line.startswith(f"client {victim} ") for line in done.said)
     rounds = done.federation.controls.index
     assert rounds[victim] == 0 and all(rounds[k] == 1 for k in sample_cohort(6, 5, 1, 0) if k != victim)
+
+
+def test_what_another_member_saw_counts_here_too(run: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A member that fails after the last step: this rank holds the client's outcome, and must not use it."""
+
+    def spoil_first(shards: list[list[Any]]) -> None:
+        shards[0] = [dataclasses.replace(row, weight=float("inf")) for row in shards[0]]
+
+    alone = run(SKIP, SCAFFOLD, "federation.num_rounds=1", "name=alone", change=spoil_first)
+    gather = OneRank.gather
+    seen = ClientFailure(0, "not finite", 0, "seen by another member")
+    told = lambda ranks, value: [*gather(ranks, value), [seen]] if value == [] else gather(ranks, value)  # noqa: E731
+    monkeypatch.setattr(OneRank, "gather", told)
+    done = run(SKIP, SCAFFOLD, "federation.num_rounds=1", change=len)
+    (row,), (want,) = done.rounds(), alone.rounds()
+    assert row["client/num_trained"] == 4 and row["client/failed_000"] == "not finite"
+    assert {n: v for n, v in row.items() if n.startswith(("client/", "global/"))} == {
+        n: v for n, v in want.items() if n.startswith(("client/", "global/"))
+    }
+    assert not list(done.simulation.record.client_state.glob("client000000-*"))
 
 
 @pytest.mark.parametrize("policy", ["partial", "drop"])
