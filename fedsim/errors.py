@@ -62,3 +62,26 @@ class Stopped(FedsimError):
     def status(self) -> int:
         """128 + the signal's number, as shells have it."""
         return 128 + int(self.args[1])
+
+
+class NotFiniteError(RunError):
+    """Training gave a loss, gradient or update with a number that is NaN or infinite."""
+
+
+class ClientError(RunError):
+    """A client's part in a round failed; ``failures.on_client_error`` says what follows.
+
+    Args:
+        reason: one of :data:`fedsim.federation.failures.REASONS`.
+        message: what happened, on one line.
+        trace: the traceback of an error that is not fedsim's own, as text.
+    """
+
+    def __init__(self, reason: str, message: str, trace: str = "") -> None:
+        super().__init__(reason, message, trace)
+        self.reason = reason
+        self.message = message
+        self.trace = trace
+
+    def __str__(self) -> str:
+        return self.message

@@ -17,7 +17,7 @@ from fedsim.config import Config
 from fedsim.disk import explaining_full_disk
 from fedsim.errors import Stopped
 from fedsim.evaluate.suite import Suite
-from fedsim.federation.algorithms import ADAPTER
+from fedsim.federation.algorithms import ADAPTER, ServerState
 from fedsim.federation.sampling import cosine_by_round
 from fedsim.measurement import UNTOUCHED, Measurement, Shared
 from fedsim.meter import Meter
@@ -154,24 +154,9 @@ class Simulation:
         measurement: Measurement,
     ) -> Checkpoint:
         """One round: cohort, local training, aggregation, CAI, evaluation, record, checkpoint."""
-        record, settings = self.record, self.config.federation
-        cohort, num_sat_out = federation.cohort(round_idx)
+        record = self.record
         self.meter.begin()
-        state, cost = before.state, self._cost(before)
-        metrics: dict[str, Any] = {"client/num_trained": len(cohort), "client/num_sat_out": num_sat_out}
-        if cohort:
-            with record.phase("local training", "train", "steps") as phase:
-                work = federation.cohorts.train(cohort, round_idx, state, cost, phase.step)
-            with record.phase("aggregation", "aggregate") as phase:
-                result = federation.cohorts.reduce(work, state, cost)
-                state = federation.step(state, result.aggregated.sums)
-                phase.update(0, loss=figures.mean_loss(result))
-            cost = result.seconds_per_token
-            local = self.config.local
-            metrics["client/lr"] = cosine_by_round(round_idx, settings.num_rounds, local.lr, local.lr_min)
-            metrics |= figures.of_training(result)
-            self.meter.trained(federation.cohorts, cohort, round_idx, result)
-            federation.controls.advance(cohort if federation.algorithm.has_control else (), round_idx)
+        state, cost, metrics = self._train(federation, round_idx, before.state, self._cost(before))
         is_due = measurement.is_due(round_idx)
         has_cai = aligner is not None and aligner.is_due(round_idx)
         if aligner is not None and has_cai:
@@ -188,6 +173,38 @@ class Simulation:
         after = Checkpoint(round_idx, state, dict(federation.controls.index), cost)
         self._close_round(federation, after, metrics)
         return after
+
+    def _train(
+        self, federation: Federation, round_idx: int, state: ServerState, cost: tuple[float, ...]
+    ) -> tuple[ServerState, tuple[float, ...], dict[str, Any]]:
+        """Local training and the server's step; returns the state and ranks' costs after it, and its figures.
+
+        A round in which no client delivers an update changes neither the server's state nor a control variate.
+        """
+        record, cohorts = self.record, federation.cohorts
+        attendance = federation.attendance(round_idx)
+        delivered: list[int] = []
+        metrics: dict[str, Any] = {**figures.of_attendance(attendance, cohorts.failures)}
+        if attendance.steps:
+            with record.phase("local training", "train", "steps") as phase:
+                work = cohorts.train(attendance.steps, round_idx, state, cost, phase.step)
+            with record.phase("aggregation", "aggregate") as phase:
+                result = cohorts.reduce(work, state, cost)
+                delivered = result.delivered
+                if delivered:
+                    state = federation.step(state, result.aggregated.sums)
+                    phase.update(0, loss=figures.mean_loss(result))
+            for failure in result.failures:
+                record.say(failure.words())
+            cost = result.seconds_per_token
+            local, num_rounds = self.config.local, self.config.federation.num_rounds
+            metrics["client/lr"] = cosine_by_round(round_idx, num_rounds, local.lr, local.lr_min)
+            metrics |= figures.of_failures(result.failures, cohorts.failures) | figures.of_training(result)
+            self.meter.trained(cohorts, attendance.steps, round_idx, result)
+            federation.controls.advance(delivered if federation.algorithm.has_control else (), round_idx)
+        if not delivered:
+            record.say("no client delivered an update: the global adapter stays as it is")
+        return state, cost, {"client/num_trained": len(delivered)} | metrics
 
     def _close_round(self, federation: Federation, after: Checkpoint, metrics: dict[str, Any]) -> None:
         """Prove that the ranks agree, write the round's row, then the checkpoint that makes the round count."""
