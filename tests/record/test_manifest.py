@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from fedsim.errors import CheckpointError, DataError
-from fedsim.record.manifest import git_state, hardware, versions, write_manifest
+from fedsim.record.manifest import hardware, versions, write_manifest
 
 
 def test_what_a_manifest_holds(tmp_path: Path) -> None:
@@ -60,26 +59,6 @@ def test_versions_are_the_installed_ones() -> None:
 def test_hardware_is_this_machine() -> None:
     found = hardware()
     assert found["cores"] >= 1 and found["memory_bytes"] > 2**28 and isinstance(found["gpus"], list)
-
-
-def test_git_state_sees_commit_and_changes(tmp_path: Path) -> None:
-    def git(*words: str) -> str:
-        identity = ("-c", "user.name=t", "-c", "user.email=t@t", "-c", "commit.gpgsign=false")
-        command = ["git", "-C", str(tmp_path), *identity, *words]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-    assert git_state(tmp_path) is None
-    git("init", "-q")
-    assert git_state(tmp_path) is None  # nothing committed
-    (tmp_path / "a.txt").write_text("a")
-    git("add", "a.txt")
-    git("commit", "-qm", "first", "--no-verify")
-    head = git("rev-parse", "HEAD")
-    (tmp_path / "untracked.txt").write_text("b")
-    assert git_state(tmp_path) == {"commit": head, "modified": False}
-    (tmp_path / "a.txt").write_text("changed")
-    assert git_state(tmp_path) == {"commit": head, "modified": True}
-    assert git_state(tmp_path / "sub") is None
 
 
 def test_a_run_does_not_go_on_with_changed_inputs_or_models(tmp_path: Path) -> None:
