@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from fedsim.errors import ConfigError, FedsimError
 
@@ -21,6 +21,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"command line: {message}; {self.prog} --help shows the form")
+
+    def print_help(self, file: Any = None) -> None:
+        """Of several processes the first prints."""
+        if os.environ.get("RANK", "0") == "0":
+            super().print_help(file)
 
 
 def launched(read: Callable[[], T], work: Callable[[T], None]) -> int:
