@@ -12,6 +12,7 @@ import pytest
 
 from fedsim.errors import CheckpointError, DataError
 from fedsim.record.manifest import hardware, versions, write_manifest
+from fedsim.version import made_by
 
 
 def test_what_a_manifest_holds(tmp_path: Path) -> None:
@@ -27,7 +28,7 @@ def test_what_a_manifest_holds(tmp_path: Path) -> None:
     assert manifest["inputs"] == {"square": expected}
     assert manifest["models"] == {"base": "ab" * 32} and manifest["attention"] == {"base": "eager"}
     assert manifest["started"]["num_ranks"] == 4 and manifest["started"]["utc"].endswith("+00:00")
-    assert manifest["threads"]["torch"] >= 1
+    assert manifest["threads"]["torch"] >= 1 and manifest["git"] == made_by()["git"]
     assert "resumed" not in manifest
 
 
@@ -38,6 +39,7 @@ def test_a_resume_adds_to_the_manifest_it_finds(tmp_path: Path) -> None:
     write_manifest(tmp_path, {"seed": 1}, {}, {}, {"model": "sdpa"}, num_ranks=3)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert [entry["attention"] for entry in manifest["resumed"]] == [{}, {"model": "sdpa"}]
+    assert [entry["git"] for entry in manifest["resumed"]] == [first["git"]] * 2, "a session may have another commit"
     assert [entry["num_ranks"] for entry in manifest.pop("resumed")] == [2, 3]
     assert manifest == first
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
