@@ -105,6 +105,7 @@ def test_a_damaged_artefact_is_built_anew(counting: Counting, damage: str) -> No
     assert counting.get({"a": 1}).reused
     if damage != "note":
         assert any("damaged" in line for line in counting.log)
+    assert not any("was made by" in line for line in counting.log), "damage is no other version"
 
 
 def test_a_failing_build_or_write_leaves_nothing(counting: Counting) -> None:

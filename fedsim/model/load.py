@@ -275,25 +275,15 @@ def check_model_dir(path: str, key: str) -> Path:
     """The model's directory, with whole config, weights and tokenizer in it; nothing is loaded.
 
     Raises:
-        ModelError: it is no directory, or a file in it is missing, cut short or not valid JSON.
+        ModelError: it is no directory, a file in it is missing, cut short or not valid JSON, or it asks for code of its
+            own, holds weights only as pickle, or is an adapter.
     """
     folder = model_dir(path)
     if not folder.is_dir():
         raise ModelError(
             f"{key}={str(folder)!r}: is not a directory; download the model and give its path, or use 'embedded'"
         )
-    if (
-        folder / "adapter_config.json"
-    ).is_file():  # transformers would load the model that it names in this one's place
-        raise ModelError(
-            f"{key}={str(folder)!r}: is an adapter (adapter_config.json), which names another model; merge the adapter "
-            "into its model, or give the model's own directory"
-        )
-    if not any(folder.glob("*.safetensors")) and (pickles := sorted(p.name for x in PICKLES for p in folder.glob(x))):
-        raise ModelError(
-            f"{key}={str(folder)!r}: its weights are there only as pickle ({pickles[0]}), which can run code and is "
-            "never read; give them as *.safetensors (transformers' save_pretrained writes them)"
-        )
+    _check_trusted_form(folder, key)
     needed = {
         "config.json": ["config.json"],
         "weights (*.safetensors)": ["*.safetensors"],
@@ -311,6 +301,20 @@ def check_model_dir(path: str, key: str) -> Path:
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{key}: {file} is damaged or cut short ({error}); download it again") from error
     return folder
+
+
+def _check_trusted_form(folder: Path, key: str) -> None:
+    """The directory holds a model itself, in a form that cannot run code."""
+    if (folder / "adapter_config.json").is_file():  # transformers would load it too, or the model that it names
+        raise ModelError(
+            f"{key}={str(folder)!r}: is an adapter (adapter_config.json), which names another model; merge the adapter "
+            "into its model, or give the model's own directory"
+        )
+    if not any(folder.glob("*.safetensors")) and (pickles := sorted(p.name for x in PICKLES for p in folder.glob(x))):
+        raise ModelError(
+            f"{key}={str(folder)!r}: its weights are there only as pickle ({pickles[0]}), which can run code and is "
+            "never read; give them as *.safetensors (transformers' save_pretrained writes them)"
+        )
 
 
 def _check_json(file: Path, key: str) -> None:
