@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -124,11 +125,15 @@ class CheckpointStore:
         return _read(self.folder / f"round-{round_idx:06d}")
 
     def kept_client_rounds(self) -> list[Mapping[int, int]]:
-        """Client indices of all whole checkpoints, to know which control variates are still needed."""
-        indices = []
+        """Client indices of all checkpoints, to know which control variates are still needed.
+
+        Only the notes are read: a checkpoint's vectors are of no interest here, and checking them would take as long as
+        writing them has.
+        """
+        indices: list[Mapping[int, int]] = []
         for folder in self._folders():
-            with suppress(CheckpointError):  # a damaged one that a fall-back left behind needs none
-                indices.append(_read(folder).client_rounds)
+            with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # a damaged one needs none
+                indices.append(_client_rounds(_note(folder)))
         return indices
 
     def _folders(self) -> list[Path]:
@@ -146,7 +151,7 @@ def _checked(folder: Path, check: Callable[[Checkpoint], None]) -> Checkpoint:
 
 def _read(folder: Path) -> Checkpoint:
     try:
-        note = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
+        note = _note(folder)
         for name, digest in note["files"].items():
             if file_digest(folder / name) != digest:
                 raise CheckpointError(f"{folder / name}: does not match its SHA-256")
@@ -154,8 +159,17 @@ def _read(folder: Path) -> Checkpoint:
         return Checkpoint(
             int(note["round_idx"]),
             ServerState(tensors.pop(ADAPTER), tensors, int(note["num_server_steps"])),
-            {int(c): int(r) for c, r in note["client_rounds"].items()},
+            _client_rounds(note),
             tuple(float(s) for s in note["seconds_per_token"]),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: cannot be read ({error})") from error
+
+
+def _note(folder: Path) -> dict[str, Any]:
+    note: dict[str, Any] = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
+    return note
+
+
+def _client_rounds(note: Mapping[str, Any]) -> dict[int, int]:
+    return {int(c): int(r) for c, r in note["client_rounds"].items()}

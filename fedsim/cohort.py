@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fedsim.data.chat import TokenRow
 from fedsim.errors import RunError
@@ -135,11 +135,13 @@ class CohortRunner:
                 lanes[job],
                 report,
             )
+            if outcome.control is not None:
+                if job.first_rank == self.world.rank:
+                    self.controls.save(job.client, round_idx, outcome.control)
+                outcome = replace(outcome, control=None)  # on disk: a rank's whole cohort need not be held in memory
             outcomes.append(outcome)
             if job.first_rank == self.world.rank:
                 reporting.append(outcome)
-                if outcome.control is not None:
-                    self.controls.save(job.client, round_idx, outcome.control)
         return outcomes, reporting
 
 

@@ -113,6 +113,47 @@ class Mean:
         return cls(mean, mean - half, mean + half, n)
 
 
+@dataclass(frozen=True)
+class Slope:
+    """How much a series grows from one value to the next, by least squares, with Student's 95 % t interval.
+
+    Attributes:
+        value: growth a step.
+        low: lower end of the interval.
+        high: upper end.
+        count: number of values.
+    """
+
+    value: float
+    low: float
+    high: float
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float], num_blocks: int = 10) -> Slope:
+        """The slope over the means of ``num_blocks`` blocks of equal length, with blocks − 2 degrees of freedom.
+
+        Neighbours in a series depend on each other, which would make an interval over single values too narrow; blocks
+        hardly do. The oldest values are left out where blocks would be unequal; fewer values than blocks are blocks of
+        one.
+
+        Args:
+            values: at least 3.
+        """
+        n, blocks = len(values), min(num_blocks, len(values))
+        assert blocks >= 3, "a slope with an interval needs three values"
+        size = n // blocks
+        used = values[n - blocks * size :]
+        means = [math.fsum(used[i * size : (i + 1) * size]) / size for i in range(blocks)]
+        places = [size * (i - (blocks - 1) / 2) for i in range(blocks)]
+        spread = math.fsum(x * x for x in places)
+        level = math.fsum(means) / blocks
+        slope = math.fsum(x * y for x, y in zip(places, means, strict=True)) / spread
+        residuals = [y - level - slope * x for x, y in zip(places, means, strict=True)]
+        half = t_95(blocks - 2) * math.sqrt(math.fsum(r * r for r in residuals) / (blocks - 2) / spread)
+        return cls(slope, slope - half, slope + half, n)
+
+
 @lru_cache(maxsize=256)
 def t_95(freedom: int) -> float:
     """The two-sided 95 % point of Student's t with ``freedom`` ≥ 1 degrees of freedom (2.228 for 10).
