@@ -87,11 +87,11 @@ def sentence(found: StageResult) -> str:
     size, figures = row.shapes["numbers"], row.figures
     ms = {name: number(1e3 * figures[name]) for name in ("save_s", "clear_s")}
     return (
-        f"SCAFFOLD's state of {row.shapes['clients']:,} clients, {size:,} numbers ({byte_size(4 * size)}) each, is a file "
-        f"a client that is mapped into memory while it is used: {ms['save_s']} ms to write one, "
-        f"{number(1e3 * row.seconds.p50)} ms to read and check one, {number(figures['check_s'])} s for a resume's check of "
-        f"all, in which resident memory grew by {byte_size(figures['check_peak_bytes'])} at most, {ms['clear_s']} ms for a "
-        "round's clearing away."
+        f"SCAFFOLD's state of {row.shapes['clients']:,} clients, {size:,} numbers ({byte_size(4 * size)}) each, is a "
+        f"file a client that is mapped into memory while it is used: {ms['save_s']} ms to write one, "
+        f"{number(1e3 * row.seconds.p50)} ms to read and check one, {number(figures['check_s'])} s for a resume's "
+        f"check of all, in which resident memory grew by {byte_size(figures['check_peak_bytes'])} at most, "
+        f"{ms['clear_s']} ms for a round's clearing away."
     )
 
 
@@ -131,7 +131,7 @@ def tell(asked: argparse.Namespace) -> None:
         row = measure(Path(folder), asked.clients, asked.size)
     found = StageResult(NAME, facts, [], [row])
     print(sentence(found))
-    found.write(asked.out or running.row_file(NAME, facts["device"]))
+    running.write_rows(found, asked.out)
 
 
 def main() -> int:

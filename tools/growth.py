@@ -1,23 +1,30 @@
 """Whether what a run holds grows: the slope of what each round leaves behind, and a stated limit.
 
 A series is each round's smallest value, what the round leaves behind; rounds of the warm-up and the last one, in which
-pictures and a summary are made, do not count. Growth is the least-squares slope over ten blocks of rounds with Student's
-95 % interval. It is flat if the whole interval is below the limit, it grows if the whole interval is above it, and else
-more rounds are needed to tell.
+pictures and a summary are made, do not count. Growth is the least-squares slope over ten blocks of rounds with
+Student's 95 % interval. It is flat if the whole interval is below the limit, it grows if the whole interval is above
+it, and else more rounds are needed to tell.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fedsim.errors import RunError
 from fedsim.evaluate.intervals import Slope
-from tools.watching import Sample
+from tools.watching import CORE, Sample
 
 MEMORY, HANDLES, FILES, DISK = "resident memory", "open files", "files in the run directory", "their bytes"
-LIMITS = {MEMORY: 2.0**20, HANDLES: 1.0, FILES: 1.0, DISK: 65536.0}  # in 100 rounds
+LIMITS = {MEMORY: 2.0**20, HANDLES: 1.0, FILES: 1.0, DISK: 65536.0}  # in SPAN rounds
+CORE_LIMIT = 4 * LIMITS[MEMORY]  # W&B's own program: its heap grows by 3 MiB in its first 350 rounds, and then no more
 SPAN = 100
+FLAT, GROWS, UNDECIDED = "flat", "grows", "undecided"
+
+
+def limit(quantity: str, owner: str) -> float:
+    """The largest growth in :data:`SPAN` rounds that counts as flat."""
+    return CORE_LIMIT if (quantity, owner) == (MEMORY, CORE) else LIMITS[quantity]
 
 
 @dataclass(frozen=True)
@@ -37,16 +44,16 @@ class Growth:
     slope: Slope
 
     @property
-    def limit(self) -> float:
+    def bound(self) -> float:
         """The largest growth in :data:`SPAN` rounds that counts as flat."""
-        return LIMITS[self.quantity]
+        return limit(self.quantity, self.owner)
 
     @property
     def verdict(self) -> str:
         """``flat``, ``grows`` or ``undecided``, by the module's rule."""
-        if self.slope.high < self.limit:
-            return "flat"
-        return "grows" if self.slope.low > self.limit else "undecided"
+        if self.slope.high < self.bound:
+            return FLAT
+        return GROWS if self.slope.low > self.bound else UNDECIDED
 
 
 @dataclass(frozen=True)
@@ -99,14 +106,13 @@ def judge(samples: Sequence[Sample], num_ranks: int, warm_up: int) -> Soak:
     return Soak(num_ranks, len(rounds), growths, logs / span, evaluations / span)
 
 
-def _by_owner(rounds: Iterable[Sequence[Mapping[str, int]]]) -> dict[str, list[int]]:
-    """Each process's smallest value of each round; those that were there in less than half of the rounds are left out."""
+def _by_owner(rounds: Sequence[Sequence[Mapping[str, int]]]) -> dict[str, list[int]]:
+    """Each process's smallest value of each round; one that was there in less than half of them is left out."""
     found: dict[str, list[int]] = {}
-    count = 0
-    for count, seen in enumerate(rounds, start=1):
+    for seen in rounds:
         for owner in {name for values in seen for name in values}:
             found.setdefault(owner, []).append(min(values[owner] for values in seen if owner in values))
-    return {owner: values for owner, values in sorted(found.items()) if 2 * len(values) >= count and len(values) >= 3}
+    return {owner: values for owner, values in sorted(found.items()) if len(values) >= max(3, len(rounds) / 2)}
 
 
 def _growth(quantity: str, owner: str, values: Sequence[int]) -> Growth:

@@ -96,6 +96,20 @@ def row_file(name: str, device: str) -> Path:
     return RESULTS / slug / FOLDER / f"{name}.json"
 
 
+def write_rows(found: StageResult, asked: Path | None) -> None:
+    """Write a tool's rows, to :func:`row_file` if nothing else is asked for.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    path = asked or row_file(found.stage, str(found.facts["device"]))
+    try:
+        found.write(path)
+    except OSError as error:
+        raise ConfigError(f"--out {path}: cannot be written ({error.strerror}); give another path") from error
+    print(f"written: {path}")
+
+
 def newest_rows(name: str, results: Path = RESULTS) -> StageResult:
     """A tool's newest committed rows of any device.
 

@@ -1,9 +1,9 @@
 """Does a long run keep its memory, open files and disk? ``tools/soak.py [--nproc 1,4] [CONFIG.yaml] [key=value …]``.
 
-A small run of 200 rounds (SCAFFOLD, CAI in every round, a checkpoint after each) is started with ``launch/run.py``, once
-with each number of processes, and watched from outside: resident memory and open file descriptors of every process, and
-the files of the run directory. What counts as flat stands in ``tools/growth.py``; the exit status is 1 unless everything
-is. Logs, and what is kept of every evaluation, grow on purpose: their bytes are told.
+A small run of 200 rounds (SCAFFOLD, CAI in every round, a checkpoint after each) is started with ``launch/run.py``,
+once with each number of processes, and watched from outside: resident memory and open file descriptors of every
+process, and the files of the run directory. What counts as flat stands in ``tools/growth.py``; the exit status is 2
+unless everything is. Logs, and what is kept of every evaluation, grow on purpose: their bytes are told.
 
 The rows go to ``tools/bench/results/<device>/operations/soak.json``; ``--readme`` runs nothing and writes the README's
 block from them and from those of ``tools/client_scale.py``.
@@ -21,13 +21,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [str(ROOT), *(p for p in sys.path if Path(p).resolve() != Path(__file__).resolve().parent)]
 
 from fedsim.config import load_config  # noqa: E402
-from fedsim.errors import ConfigError, RunError  # noqa: E402
+from fedsim.errors import RunError  # noqa: E402
 from fedsim.launching import Parser, launched  # noqa: E402
 from fedsim.record.tables import Table, byte_size, number  # noqa: E402
 from tools import client_scale, running  # noqa: E402
 from tools.bench.rows import Row, StageResult  # noqa: E402
-from tools.growth import DISK, FILES, HANDLES, LIMITS, MEMORY, SPAN, Soak, judge  # noqa: E402
-from tools.watching import watch  # noqa: E402
+from tools.growth import DISK, FILES, GROWS, HANDLES, MEMORY, SPAN, UNDECIDED, Soak, judge, limit  # noqa: E402
+from tools.watching import CORE, WORKER, watch  # noqa: E402
 
 NAME = "soak"
 WARM_UP = 20
@@ -37,6 +37,8 @@ SMALL = [
     "local.batch_size=4", "local.micro_batch_size=2", "model.lora_r=4", "guard.kind=none", "cai.iterations=1",
     "cai.batch_size=4", "eval.every=20", "eval.limit=5", "eval.max_new_tokens=16", "eval.batch_size=4",
 ]  # fmt: skip
+
+
 def soak(num_ranks: int, words: Sequence[str], folder: Path, warm_up: int, limit_s: float) -> Soak:
     """Run and watch.
 
@@ -88,10 +90,12 @@ def rows_of(found: Soak) -> list[Row]:
 WRITTEN = "logs and evaluations"
 GROUPS = {  # lines of the table: the rows' quantity, the beginning of the owner's name, and what it is called
     "resident memory of a rank": (MEMORY, "rank"),
-    "resident memory of W&B's processes": (MEMORY, "W&B"),
+    "resident memory of W&B's worker": (MEMORY, WORKER),
+    "resident memory of W&B's own program": (MEMORY, CORE),
     "resident memory of the launcher": (MEMORY, "launcher"),
     "open files of a rank": (HANDLES, "rank"),
-    "open files of W&B's processes": (HANDLES, "W&B"),
+    "open files of W&B's worker": (HANDLES, WORKER),
+    "open files of W&B's own program": (HANDLES, CORE),
     "open files of the launcher": (HANDLES, "launcher"),
     "files in the run directory": (FILES, ""),
     "bytes of them, without logs": (DISK, ""),
@@ -106,8 +110,8 @@ def table(rows: Sequence[Row]) -> Table:
         found = [_worst(rows, quantity, owner, count) for count in counts]
         if any(found):
             size = byte_size if quantity in (MEMORY, DISK) else number
-            limit = f"{title} (limit {size(LIMITS[quantity])})"
-            lines.append([limit, *("–" if row is None else _cell(row, quantity) for row in found)])
+            told = f"{title} (limit {size(limit(quantity, owner))})"
+            lines.append([told, *("–" if row is None else _cell(row, quantity) for row in found)])
     written = {row.shapes["ranks"]: row.figures for row in rows if row.name == WRITTEN}
     for title, figure in (("logs, a round", "log_bytes"), ("kept of evaluations, a round", "evaluation_bytes")):
         lines.append([title, *(byte_size(written[count][figure]) for count in counts)])
@@ -175,8 +179,8 @@ def tell(asked: argparse.Namespace) -> None:
             print(f"{count} process(es)", flush=True)
             rows += rows_of(soak(count, asked.words, Path(folder), asked.warm_up, asked.limit_s))
     print(table(rows).plain())
-    StageResult(NAME, facts, [], rows).write(asked.out or running.row_file(NAME, facts["device"]))
-    bad = [f"{row.shapes['owner'] or 'run'}: {row.name} {row.note}" for row in rows if row.note in ("grows", "undecided")]
+    running.write_rows(StageResult(NAME, facts, [], rows), asked.out)
+    bad = [f"{row.shapes['owner'] or 'run'}: {row.name} {row.note}" for row in rows if row.note in (GROWS, UNDECIDED)]
     if bad:
         raise RunError(f"not flat: {'; '.join(bad)}; look for what holds on to it, or give more rounds where undecided")
 

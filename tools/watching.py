@@ -18,6 +18,7 @@ INTERVAL_S = 0.03
 RESCAN_S = 1.0  # new processes appear when a run starts; looking for them costs more than a sample
 #: What a run adds to on purpose: its logs, and what is kept of every evaluation. All else may not grow.
 LOGS, EVALUATIONS = "logs", "evaluations"
+WORKER, CORE = "W&B's worker", "wandb-core"
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Sample:
 
     Attributes:
         round_idx: the last round with a row in metrics.jsonl; −1 before the first.
-        resident: bytes of resident memory, by process ("rank 0", "launcher", "W&B").
+        resident: bytes of resident memory, by process ("rank 0", "launcher", :data:`WORKER`, :data:`CORE`).
         handles: open file descriptors, likewise.
         files: number of files in the run directory, without those of evaluations.
         kept_bytes: bytes of those that are no logs: checkpoints, client state, what is written once.
@@ -89,8 +90,8 @@ def watch(
 class Family:
     """A process and its descendants, by what they are.
 
-    Ranks are what a launcher starts, or the command itself where it starts none. W&B's worker and what that starts are
-    one entry.
+    Ranks are what a launcher starts, or the command itself where it starts none. W&B's worker is fedsim's own process,
+    wandb-core W&B's program that it starts.
     """
 
     def __init__(self, pid: int) -> None:
@@ -142,7 +143,10 @@ def _rank(child: psutil.Process, launcher: psutil.Process) -> str | None:
 
 
 def _name(child: psutil.Process) -> str:
-    return "W&B" if any("wandb" in word and "=" not in word for word in child.cmdline()) else "others"
+    words = child.cmdline()
+    if "fedsim.record.wandb_worker" in words:
+        return WORKER
+    return CORE if any(CORE in word for word in words[:1]) else "others"
 
 
 def disk_use(folder: Path) -> tuple[int, int, int, int]:

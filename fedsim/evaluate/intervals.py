@@ -1,4 +1,4 @@
-"""Rates and means with their counts and 95 % intervals; nothing is reported without them."""
+"""Rates, means and slopes with their counts and 95 % intervals; nothing is reported without them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from statistics import NormalDist
 from typing import Final
 
@@ -131,23 +132,23 @@ class Slope:
 
     @classmethod
     def of(cls, values: Sequence[float], num_blocks: int = 10) -> Slope:
-        """The slope over the means of ``num_blocks`` blocks of equal length, with blocks − 2 degrees of freedom.
+        """The slope over the means of ``num_blocks`` blocks, as long as one another but for one value, with blocks − 2
+        degrees of freedom.
 
         Neighbours in a series depend on each other, which would make an interval over single values too narrow; blocks
-        hardly do. The oldest values are left out where blocks would be unequal; fewer values than blocks are blocks of
-        one.
+        hardly do. Fewer values than blocks are blocks of one.
 
         Args:
             values: at least 3.
         """
         n, blocks = len(values), min(num_blocks, len(values))
         assert blocks >= 3, "a slope with an interval needs three values"
-        size = n // blocks
-        used = values[n - blocks * size :]
-        means = [math.fsum(used[i * size : (i + 1) * size]) / size for i in range(blocks)]
-        places = [size * (i - (blocks - 1) / 2) for i in range(blocks)]
+        ends = [i * n // blocks for i in range(blocks + 1)]
+        means = [math.fsum(values[a:b]) / (b - a) for a, b in pairwise(ends)]
+        middles = [(a + b) / 2 for a, b in pairwise(ends)]
+        centre, level = math.fsum(middles) / blocks, math.fsum(means) / blocks
+        places = [middle - centre for middle in middles]
         spread = math.fsum(x * x for x in places)
-        level = math.fsum(means) / blocks
         slope = math.fsum(x * y for x, y in zip(places, means, strict=True)) / spread
         residuals = [y - level - slope * x for x, y in zip(places, means, strict=True)]
         half = t_95(blocks - 2) * math.sqrt(math.fsum(r * r for r in residuals) / (blocks - 2) / spread)

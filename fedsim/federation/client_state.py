@@ -102,4 +102,4 @@ def _file_name(client: int, round_idx: int) -> str:
 
 def _digest(vector: torch.Tensor) -> str:
     """BLAKE2b of the bytes as they lie in memory; a copy would hold a second control variate."""
-    return hashlib.blake2b(vector.numpy(), digest_size=16).hexdigest()
+    return hashlib.blake2b(vector.numpy().data, digest_size=16).hexdigest()
