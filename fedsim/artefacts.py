@@ -21,6 +21,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from fedsim.ranks import Ranks
+from fedsim.record.journal import Journal
 from fedsim.version import made_by, maker
 
 T = TypeVar("T")
@@ -49,12 +50,14 @@ class ArtefactStore:
         folder: made if absent.
         ranks: rank 0 looks up and writes; all ranks may share the work of building.
         log: told what is built or reused.
+        journal: told what this rank is building.
     """
 
-    def __init__(self, folder: Path, ranks: Ranks, log: Callable[[str], None]) -> None:
+    def __init__(self, folder: Path, ranks: Ranks, log: Callable[[str], None], journal: Journal | None = None) -> None:
         self.folder = folder
         self.ranks = ranks
         self.log = log
+        self.journal = Journal(ranks.rank) if journal is None else journal
 
     def get(
         self,
@@ -80,8 +83,10 @@ class ArtefactStore:
             return Artefact(folder, reused=True)
         if (why := self.ranks.once(lambda: self._outdated(kind, facts))) is not None:
             self.log(f"{kind}: {why}")
-        result = build()
-        self.ranks.once(lambda: self._publish(folder, facts, lambda partial: write(partial, result)))
+        with self.journal.at(stage=f"making {kind}"):
+            result = build()
+        with self.journal.at(stage=f"writing {kind}"):
+            self.ranks.once(lambda: self._publish(folder, facts, lambda partial: write(partial, result)))
         self.log(f"{kind}: written to {folder}")
         return Artefact(folder, reused=False)
 
