@@ -139,11 +139,17 @@ class CheckpointStore:
         return _read(self.folder / f"round-{round_idx:06d}")
 
     def kept_client_rounds(self) -> list[Mapping[int, int]]:
-        """Client indices of all whole checkpoints, to know which control variates are still needed."""
-        indices = []
+        """Client indices of all checkpoints, to know which control variates are still needed.
+
+        Only the notes are read: a checkpoint's vectors are of no interest here, and checking them would take as long as
+        writing them has.
+        """
+        indices: list[Mapping[int, int]] = []
         for folder in self._folders():
-            with suppress(CheckpointError):  # a damaged one that a fall-back left behind needs none
-                indices.append(_read(folder).client_rounds)
+            with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # damaged or foreign: needs none
+                note = _note(folder)
+                _check_format(folder, note)
+                indices.append(_client_rounds(note))
         return indices
 
     def _folders(self) -> list[Path]:
@@ -161,7 +167,7 @@ def _checked(folder: Path, check: Callable[[Checkpoint], None]) -> Checkpoint:
 
 def _read(folder: Path) -> Checkpoint:
     try:
-        note = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
+        note = _note(folder)
         _check_format(folder, note)
         for name, digest in note["files"].items():
             if file_digest(folder / name) != digest:
@@ -170,7 +176,7 @@ def _read(folder: Path) -> Checkpoint:
         return Checkpoint(
             int(note["round_idx"]),
             ServerState(tensors.pop(ADAPTER), tensors, int(note["num_server_steps"])),
-            {int(c): int(r) for c, r in note["client_rounds"].items()},
+            _client_rounds(note),
             tuple(float(s) for s in note["seconds_per_token"]),
         )
     except OtherFormatError:
@@ -181,7 +187,7 @@ def _read(folder: Path) -> Checkpoint:
 
 def _say_maker(folder: Path, say: Callable[[str], None]) -> None:
     """A round that another fedsim computed may differ from what this one would have computed."""
-    wrote = maker(json.loads((folder / "checkpoint.json").read_text(encoding="utf-8")).get("made_by"))
+    wrote = maker(_note(folder).get("made_by"))
     if wrote != (this := maker(made_by())):
         say(f"{folder} was written by {wrote}; {this} goes on")
 
@@ -194,3 +200,12 @@ def _check_format(folder: Path, note: Mapping[str, Any]) -> None:
             f"{maker(made_by())} with format {FORMAT}; go on with the fedsim that wrote it (check out its commit), or "
             "start anew under another name (name=...)"
         )
+
+
+def _note(folder: Path) -> dict[str, Any]:
+    note: dict[str, Any] = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
+    return note
+
+
+def _client_rounds(note: Mapping[str, Any]) -> dict[int, int]:
+    return {int(c): int(r) for c, r in note["client_rounds"].items()}

@@ -176,3 +176,14 @@ def test_a_save_that_was_cut_off_is_not_seen(tmp_path: Path) -> None:
     assert same(made(1), store.load(print)) and not partial.exists()
     store.save(made(1, ()))
     assert same(made(1, ()), store.load(print)), "a round may be saved again"
+
+
+def test_clearing_away_asks_the_notes_alone(tmp_path: Path) -> None:
+    """Every round does it: neither vectors nor checksums are read, and what has no note needs no control variate."""
+    store = CheckpointStore(tmp_path, 3)
+    for round_idx in range(3):
+        store.save(made(round_idx))
+    for folder in tmp_path.iterdir():
+        (folder / "state.safetensors").unlink()
+    (tmp_path / "round-000001" / "checkpoint.json").write_text('{"client_rounds": [')
+    assert store.kept_client_rounds() == [{3: 0, 11: 0}, {3: 2, 11: 0}]
