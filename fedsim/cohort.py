@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from fedsim.config import FailuresConfig
 from fedsim.data.chat import TokenRow
@@ -114,6 +114,9 @@ class CohortRunner:
     ) -> LocalWork:
         """Train this rank's part of a cohort from ``state``; a client that fails is set aside.
 
+        Control variates are written as soon as they are known; those of a client that another rank saw fail are never
+        taken (:meth:`ClientStateStore.advance`), and deleted with the round's checkpoint.
+
         Args:
             steps: optimizer steps of each client; all have rows.
         """
@@ -124,7 +127,7 @@ class CohortRunner:
         return work
 
     def reduce(self, work: LocalWork, state: ServerState, seconds_per_token: Sequence[float]) -> CohortResult:
-        """Agree on who failed, write the others' control variates, and sum their updates: the round's one reduction.
+        """Agree on who failed, and sum the others' updates: the round's one reduction.
 
         Raises:
             RunError: clients failed and the policy ends the run; the same on every rank.
@@ -134,9 +137,6 @@ class CohortRunner:
         delivered = sorted(work.tokens.keys() - {failure.client for failure in failures})
         check_round(failures, len(delivered), work.round_idx, self.failures)
         reporting = [outcome for outcome in work.reporting if outcome.client in delivered]
-        for outcome in reporting:
-            if outcome.control is not None:
-                self.controls.save(outcome.client, work.round_idx, outcome.control)
         result = aggregate(
             [outcome for outcome in work.outcomes if outcome.client in delivered],
             reporting,
@@ -184,6 +184,10 @@ class CohortRunner:
                 work.failures.append(failure)
                 self.world.journal.write("client failed", **asdict(failure))
                 continue
+            if outcome.control is not None:
+                if job.first_rank == rank:
+                    self.controls.save(job.client, work.round_idx, outcome.control)  # counts once all have agreed
+                outcome = replace(outcome, control=None)  # on disk: a rank's whole cohort need not be held in memory
             work.outcomes.append(outcome)
             if job.first_rank == rank:
                 work.reporting.append(outcome)

@@ -10,7 +10,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from fedsim.errors import ConfigError, FedsimError, RunError, Stopped
 
@@ -22,6 +22,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"command line: {message}; {self.prog} --help shows the form")
+
+    def print_help(self, file: Any = None) -> None:
+        """Of several processes the first prints."""
+        if os.environ.get("RANK", "0") == "0":
+            super().print_help(file)
 
 
 def launched(read: Callable[[], T], work: Callable[[T], None]) -> int:

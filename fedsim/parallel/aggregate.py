@@ -73,9 +73,10 @@ def aggregate(
     deltas = [Term(o.delta, o.weight) for o in reporting]
     controls = [Term(o.control_delta) for o in reporting if o.control_delta is not None]
     table = torch.zeros(len(cohort), len(_CLIENT_FIELDS), dtype=torch.float64, device=device)
+    places = {client: place for place, client in enumerate(cohort)}
     for outcome in reporting:
         values = [float(getattr(outcome, name)) for name in _CLIENT_FIELDS]
-        table[list(cohort).index(outcome.client)] = torch.tensor(values, dtype=torch.float64)
+        table[places[outcome.client]] = torch.tensor(values, dtype=torch.float64)
     busy = torch.zeros(2, world_size, dtype=torch.float64, device=device)
     busy[0, rank] = sum(o.seconds for o in outcomes)
     busy[1, rank] = sum(o.num_tokens for o in outcomes)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar, cast
 
 import torch
@@ -206,6 +207,7 @@ def process_world(*, exact: bool, threads: int, timeout_s: float) -> Iterator[Wo
             with alone(journal):
                 yield World(OneRank(), device, exact, journal=journal, stop=stop)
             return
+        _stay_on_this_machine(size)
         one_gpu_each = device.type == "cuda" and torch.cuda.device_count() >= size
         backend = "cpu:gloo,cuda:nccl" if one_gpu_each else "gloo"
         timeout = timedelta(seconds=timeout_s)
@@ -229,6 +231,15 @@ def _world_size() -> int:
             f"WORLD_SIZE={given!r}: must be a whole number >= 1; unset it, or start with torchrun or deepspeed"
         )
     return int(given)
+
+
+def _stay_on_this_machine(size: int) -> None:
+    """Let gloo listen on the loopback interface alone, where all processes are here; a user's own choice counts.
+
+    By itself it takes the address that the machine's name has, and what it receives is unpickled.
+    """
+    if os.environ.get("LOCAL_WORLD_SIZE", str(size)) == str(size) and Path("/sys/class/net/lo").exists():
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
 def _meet(timeout: timedelta) -> tuple[dist.Store, int]:

@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-import fedsim
 from fedsim.record.journal import Place
+from fedsim.version import made_by
 
 Reason = Literal["finished", "stopped", "error", "lost rank"]
 
@@ -36,7 +36,7 @@ def write_ending(folder: Path, reason: Reason, status: int, message: str, rank: 
         "rank": rank,
         **place,
         "utc": datetime.now(UTC).isoformat(timespec="seconds"),
-        "fedsim": fedsim.__version__,
+        **made_by(),
     }
     partial = folder / f".{EXIT_FILE}.{os.getpid()}"
     try:

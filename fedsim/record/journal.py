@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import fedsim
+from fedsim.version import made_by
 
 Place = Mapping[str, int | str]
 """Where a rank is: ``stage``, ``round`` (from 1) and ``client``, as far as they are known."""
@@ -51,7 +51,7 @@ class Journal:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             _cut_torn_end(self._path)
         self.folder = folder
-        self.write("start", pid=os.getpid(), fedsim=fedsim.__version__)
+        self.write("start", pid=os.getpid(), **made_by())
 
     def close(self) -> None:
         """Write no more lines."""

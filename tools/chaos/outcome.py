@@ -35,8 +35,13 @@ def outcome(run: Path, artefacts: Path) -> dict[str, Any]:
         "client_state": {p.name: file_digest(p) for p in sorted((run / "client_state").iterdir())},
         "replies": {p.name: file_digest(p) for p in sorted((run / "answers").glob("*-round*.json"))},
         "answers": answers,
-        "artefacts": {str(p.relative_to(artefacts)): file_digest(p) for p in artefacts.rglob("*") if p.is_file()},
+        "artefacts": {str(p.relative_to(artefacts)): file_digest(p) for p in artefacts.rglob("*") if _is_content(p)},
     }
+
+
+def _is_content(path: Path) -> bool:
+    """``artefact.json`` holds digests of the others, and the commit that wrote them."""
+    return path.is_file() and path.name != "artefact.json"
 
 
 def different(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
