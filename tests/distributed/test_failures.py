@@ -79,7 +79,7 @@ def simulate(overrides: list[str], stop: int | None) -> dict[str, Any]:
             simulation.record.checkpoints.save = stopping  # type: ignore[method-assign]
             simulation.run()
     except (RunError, SystemExit, Stopped) as ended:
-        error = f"{type(ended).__name__}: {ended}"
+        error = "; ".join([f"{type(ended).__name__}: {ended}", *getattr(ended, "__notes__", [])])
     finally:
         cohort.plan_round = plan_round
     return {"widths": widths, "error": error}
@@ -139,5 +139,6 @@ def test_a_member_that_raises_ends_the_run_with_its_own_words(pool: Any, square_
     words = ["failures.on_client_error=stop", "failures.min_clients=1", "federation.clients_per_round=1", "seed=1"]
     first, second = pool.run(2, simulate, [*BRIEF, *words, *places(tmp_path, square_file)], None)
     assert first["widths"][-1] == (RAISES, 2) and second["error"] == "SystemExit: 2"
-    assert first["error"].startswith("RunError: round 3: client 2 failed (raised) on rank ")
-    assert "IndexError" in first["error"] and "set failures.on_client_error=skip" in first["error"]
+    assert first["error"].startswith("RunError: client 2 failed (raised): IndexError")
+    assert first["error"][-len(", local training, round 3, client 2") :] == ", local training, round 3, client 2"
+    assert "set failures.on_client_error=skip" in first["error"]

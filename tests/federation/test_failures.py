@@ -38,9 +38,10 @@ def test_stop_names_round_rank_client_and_cause() -> None:
     with pytest.raises(RunError) as caught:
         check_round(SOME, 3, 4, FailuresConfig())
     assert str(caught.value) == (
-        "round 5: client 7 failed (raised) on rank 1: IndexError: too far (1 more client(s) failed); set "
+        "client 7 failed (raised): IndexError: too far (1 more client(s) failed); set "
         "failures.on_client_error=skip to go on without a client that fails\nTraceback\n  of it"
     )
+    assert caught.value.__notes__ == ["rank 1, local training, round 5, client 7"]
 
 
 def test_skip_needs_min_clients() -> None:
