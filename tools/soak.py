@@ -3,8 +3,8 @@
 A small run of 200 rounds (SCAFFOLD, CAI in every round, a checkpoint after each) is started with ``launch/run.py``,
 once with each number of processes, and watched from outside: resident memory and open file descriptors of every
 process, and the files of the run directory. glibc is told to give back at once what is freed (``MALLOC``): left alone
-its heap wanders by several MiB, among which a leak would hide. What counts as flat stands in ``tools/growth.py``; the exit status is 2
-unless everything is. Logs, and what is kept of every evaluation, grow on purpose: their bytes are told.
+its heap wanders by several MiB, among which a leak would hide. What counts as flat stands in ``tools/growth.py``; the
+exit status is 2 unless everything is. Logs, and what is kept of every evaluation, grow on purpose: their bytes are told.
 
 The rows go to ``tools/bench/results/<device>/operations/soak.json``; ``--readme`` runs nothing and writes the README's
 block from them and from those of ``tools/client_scale.py``.
@@ -149,8 +149,8 @@ def block() -> str:
     return "\n\n".join(
         [
             table(found.rows).markdown(),
-            f"Level, growth and verdict over {' and '.join(map(str, rounds))} rounds after a warm-up, glibc giving back "
-            "at once what is freed; of several ranks the one whose interval reaches highest. "
+            f"Level, growth and verdict over {' and '.join(map(str, rounds))} rounds after a warm-up, glibc giving "
+            "back at once what is freed; of several ranks the one whose interval reaches highest. "
             f"{running.measured_on(found)} Made by `python tools/soak.py`.",
             f"{client_scale.sentence(state)} {running.measured_on(state)} Made by `python tools/client_scale.py`.",
         ]
