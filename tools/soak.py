@@ -4,7 +4,7 @@ A small run of 200 rounds (SCAFFOLD, CAI in every round, a checkpoint after each
 once with each number of processes, and watched from outside: resident memory and open file descriptors of every
 process, and the files of the run directory. glibc is told to give back at once what is freed (``MALLOC``): left alone
 its heap wanders by several MiB, among which a leak would hide. What counts as flat stands in ``tools/growth.py``; the
-exit status is 2 unless everything is. Logs, and what is kept of every evaluation, grow on purpose: their bytes are told.
+exit status is 2 unless everything is. Logs, and what is kept of evaluations, grow on purpose: their bytes are told.
 
 The rows go to ``tools/bench/results/<device>/operations/soak.json``; ``--readme`` runs nothing and writes the README's
 block from them and from those of ``tools/client_scale.py``.
