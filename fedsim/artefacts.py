@@ -1,7 +1,8 @@
 """Results that runs share: written once under a hash of everything they depend on, reused by whoever needs them.
 
 An artefact is a folder ``<kind>-<hash>`` whose ``artefact.json`` holds what it depends on and the SHA-256 of each file.
-It appears by one rename, so a half-written one is never seen; a damaged one is built anew.
+It appears by one rename, so a half-written one is never seen; a damaged one is built anew. The hash covers the source
+that makes it, so that what another fedsim has made otherwise is never taken; which fedsim made it stands in the note.
 """
 
 from __future__ import annotations
@@ -20,8 +21,13 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from fedsim.ranks import Ranks
+from fedsim.record.journal import Journal
+from fedsim.version import made_by, maker
 
 T = TypeVar("T")
+
+SOFTWARE = {"code": "source of what makes it", "versions": "version of a package"}
+"""Dependencies that are software, in words: artefacts that differ in these alone are of the same data and settings."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +50,14 @@ class ArtefactStore:
         folder: made if absent.
         ranks: rank 0 looks up and writes; all ranks may share the work of building.
         log: told what is built or reused.
+        journal: told what this rank is building.
     """
 
-    def __init__(self, folder: Path, ranks: Ranks, log: Callable[[str], None]) -> None:
+    def __init__(self, folder: Path, ranks: Ranks, log: Callable[[str], None], journal: Journal | None = None) -> None:
         self.folder = folder
         self.ranks = ranks
         self.log = log
+        self.journal = Journal(ranks.rank) if journal is None else journal
 
     def get(
         self,
@@ -73,8 +81,12 @@ class ArtefactStore:
         if self.ranks.once(lambda: self._intact(folder)):
             self.log(f"{kind}: reused {folder}")
             return Artefact(folder, reused=True)
-        result = build()
-        self.ranks.once(lambda: self._publish(folder, facts, lambda partial: write(partial, result)))
+        if (why := self.ranks.once(lambda: self._outdated(kind, facts))) is not None:
+            self.log(f"{kind}: {why}")
+        with self.journal.at(stage=f"making {kind}"):
+            result = build()
+        with self.journal.at(stage=f"writing {kind}"):
+            self.ranks.once(lambda: self._publish(folder, facts, lambda partial: write(partial, result)))
         self.log(f"{kind}: written to {folder}")
         return Artefact(folder, reused=False)
 
@@ -91,13 +103,29 @@ class ArtefactStore:
             self.log(f"{folder} is damaged: it is built anew")
         return whole
 
+    def _outdated(self, kind: str, facts: Mapping[str, Any]) -> str | None:
+        """Why an artefact of the same data and settings cannot be taken; None where there is none."""
+        wanted = json_form(facts)
+        for note in sorted(self.folder.glob(f"{kind}-*/artefact.json")):
+            try:
+                found = json.loads(note.read_text(encoding="utf-8"))
+                depends = dict(found["depends"])
+            except (OSError, ValueError, KeyError, TypeError):
+                continue  # damaged, or no artefact
+            changed = {name for name in depends.keys() | wanted.keys() if depends.get(name) != wanted.get(name)}
+            if changed and changed <= SOFTWARE.keys():
+                what = " and ".join(SOFTWARE[name] for name in sorted(changed))
+                made = maker(found.get("made_by"))
+                return f"{note.parent} was made by {made}, with another {what}; it stays, and one is built anew"
+        return None
+
     def _publish(self, folder: Path, facts: Mapping[str, Any], write: Callable[[Path], None]) -> None:
         partial = self.folder / f".{folder.name}.{uuid.uuid4().hex}"
         partial.mkdir(parents=True)
         try:
             write(partial)
             files = {str(p.relative_to(partial)): file_digest(p) for p in sorted(partial.rglob("*")) if p.is_file()}
-            write_json(partial / "artefact.json", {"depends": facts, "files": files})
+            write_json(partial / "artefact.json", {"depends": facts, "files": files, "made_by": made_by()})
             sync_folder(partial)
             self._place(partial, folder)
         finally:
@@ -118,6 +146,11 @@ class ArtefactStore:
             with suppress(FileNotFoundError):  # another run has moved it already
                 os.rename(folder, aside)
             shutil.rmtree(aside, ignore_errors=True)
+
+
+def json_form(value: Any) -> Any:
+    """A JSON-able value as it is read back: tuples are lists, and keys texts."""
+    return json.loads(json.dumps(value))
 
 
 def digest_of(value: Any) -> str:

@@ -1,7 +1,8 @@
 """One checkpoint per round: everything that the next round starts from.
 
 A checkpoint is a folder that appears by one rename and carries the SHA-256 of its files. Loading takes the newest whole
-one and says which damaged ones it passed over. There is no generator state: every draw comes from its key.
+one and says which damaged ones it passed over. There is no generator state: every draw comes from its key. Another
+version's is resumed from only if its format is this one's.
 """
 
 from __future__ import annotations
@@ -22,6 +23,14 @@ from safetensors.torch import load_file, save_file
 from fedsim.artefacts import file_digest, sync_folder, write_json
 from fedsim.errors import CheckpointError
 from fedsim.federation.algorithms import ADAPTER, ServerState
+from fedsim.version import made_by, maker
+
+FORMAT = 1
+"""To be raised with every change of what a checkpoint holds or means."""
+
+
+class OtherFormatError(CheckpointError):
+    """A checkpoint is whole, but written by a fedsim whose checkpoints mean something else."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +84,8 @@ class CheckpointStore:
         tensors = {name: vector.detach().cpu().contiguous() for name, vector in checkpoint.state.named().items()}
         save_file(tensors, str(partial / "state.safetensors"))
         note = {
+            "format": FORMAT,
+            "made_by": made_by(),
             "round_idx": checkpoint.round_idx,
             "num_server_steps": checkpoint.state.num_steps,
             "client_rounds": {str(c): r for c, r in checkpoint.client_rounds.items()},
@@ -90,19 +101,22 @@ class CheckpointStore:
         """The newest whole checkpoint, or None if the run has none.
 
         Args:
-            say: hears of damaged ones.
+            say: hears of damaged ones, and which other fedsim wrote the one that is loaded.
             check: raises CheckpointError where a checkpoint is whole but of no use: something that it names elsewhere
                 is damaged, or its vectors do not fit the algorithm.
 
         Raises:
-            CheckpointError: there are checkpoints and all are damaged.
+            CheckpointError: there are checkpoints and all are damaged, or one is of another format.
         """
         found: Checkpoint | None = None
         damaged: list[CheckpointError] = []
         for folder in reversed(self._folders()):
             try:
                 found = _checked(folder, check)
+                _say_maker(folder, say)
                 break
+            except OtherFormatError:
+                raise  # falling back would lose rounds that are whole
             except CheckpointError as error:
                 damaged.append(error)
         for passed in damaged:
@@ -132,8 +146,10 @@ class CheckpointStore:
         """
         indices: list[Mapping[int, int]] = []
         for folder in self._folders():
-            with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # a damaged one needs none
-                indices.append(_client_rounds(_note(folder)))
+            with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # damaged or foreign: needs none
+                note = _note(folder)
+                _check_format(folder, note)
+                indices.append(_client_rounds(note))
         return indices
 
     def _folders(self) -> list[Path]:
@@ -152,6 +168,7 @@ def _checked(folder: Path, check: Callable[[Checkpoint], None]) -> Checkpoint:
 def _read(folder: Path) -> Checkpoint:
     try:
         note = _note(folder)
+        _check_format(folder, note)
         for name, digest in note["files"].items():
             if file_digest(folder / name) != digest:
                 raise CheckpointError(f"{folder / name}: does not match its SHA-256")
@@ -162,8 +179,27 @@ def _read(folder: Path) -> Checkpoint:
             _client_rounds(note),
             tuple(float(s) for s in note["seconds_per_token"]),
         )
+    except OtherFormatError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: cannot be read ({error})") from error
+
+
+def _say_maker(folder: Path, say: Callable[[str], None]) -> None:
+    """A round that another fedsim computed may differ from what this one would have computed."""
+    wrote = maker(_note(folder).get("made_by"))
+    if wrote != (this := maker(made_by())):
+        say(f"{folder} was written by {wrote}; {this} goes on")
+
+
+def _check_format(folder: Path, note: Mapping[str, Any]) -> None:
+    """What is no note at all is damaged, not of another format; the first formats had no number."""
+    if isinstance(note["round_idx"], int) and (found := note.get("format", 0)) != FORMAT:
+        raise OtherFormatError(
+            f"{folder}: was written by {maker(note.get('made_by'))} in format {found!r}, and this is "
+            f"{maker(made_by())} with format {FORMAT}; go on with the fedsim that wrote it (check out its commit), or "
+            "start anew under another name (name=...)"
+        )
 
 
 def _note(folder: Path) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def test_texts_of_attacks_stay_where_they_belong(
     shown, hidden = simulate(tmp_path, "shown", texts=True), simulate(tmp_path, "hidden", texts=False)
     points = [row for row in read_rows(hidden / "metrics.jsonl") if row["stage"] == "eval"]
     assert [row["eval/advbench_guard_safe_count"] for row in points] == [6, 6], "the guard has judged them too"
-    items = {path.name: read_items(path) for path in (hidden / "items").iterdir()}
+    items = {path.name: read_items(path) for path in (hidden / "items").glob("*.csv")}
     assert set(items) == {"round0-pretrained.csv", "round1-global.csv"}
     for row, found in zip(points, (items["round0-pretrained.csv"], items["round1-global.csv"]), strict=True):
         assert {"advbench_harmless_strict_world", "mt_bench", "xstest_safe_refused"} <= set(found)

@@ -15,7 +15,8 @@ from fedsim.config import load_config
 from fedsim.config.command_line import DEFAULT
 from fedsim.errors import ConfigError
 from fedsim.record.blocks import write_block
-from fedsim.record.manifest import git_state, hardware, package_versions
+from fedsim.record.manifest import hardware, package_versions
+from fedsim.version import git_state
 from tools.bench.rows import StageResult
 
 ROOT = Path(__file__).resolve().parents[1]

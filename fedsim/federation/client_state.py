@@ -60,7 +60,7 @@ class ClientStateStore:
     def save(self, client: int, round_idx: int, control: torch.Tensor) -> None:
         """Write c_i of a round; it counts once :meth:`advance` is told."""
         path = self._path(client, round_idx)
-        partial = path.with_suffix(".partial")
+        partial = path.with_suffix(f".{os.getpid()}.partial")
         vector = control.detach().cpu().contiguous()
         save_file({"control": vector}, str(partial), metadata={"blake2b": _digest(vector)})
         with partial.open("rb") as stream:

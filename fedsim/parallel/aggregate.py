@@ -66,7 +66,7 @@ def aggregate(
     Args:
         outcomes: clients that this rank took part in training (for its busy time).
         reporting: those of them that it reports (a wide lane reports once, from its first member).
-        cohort: all clients that trained in the round, in order.
+        cohort: all clients that delivered an update in the round, in order; without any the sums are 0.
         size: length of the adapter.
         num_clients: clients of the federation, N.
     """
@@ -85,7 +85,7 @@ def aggregate(
     control_size = size if has_control else 0
     sizes = [size, control_size, *[len(cohort)] * len(_CLIENT_FIELDS), world_size, world_size]
     # Figures have one term per rank, but only one rank's entry is not 0. The grid must not depend on the world's size.
-    delta, control, *rest = summer.sum(segments, sizes, count=len(cohort))
+    delta, control, *rest = summer.sum(segments, sizes, count=max(1, len(cohort)))
     figures = [column.tolist() for column in rest]
     clients = [
         ClientReport(client, int(rows), weight, loss, first, int(tokens))

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from fedsim.cohort import CohortRunner
+from fedsim.config import FailuresConfig
 from fedsim.errors import CheckpointError
 from fedsim.federation.algorithms import ServerState
 from fedsim.federation.client_state import ClientStateStore
@@ -103,10 +104,10 @@ def test_memory_of_a_thousand_clients_is_that_of_a_few(tmp_path: Path) -> None:
         os.link(store._path(0, 0), store._path(client, 0))
     index = dict.fromkeys(range(clients), 0)
     store.advance(index, 0)
-    few = 3 * 4 * size
+    few = 20 * 4 * size  # bytes of 20 clients; other libraries' own allocations come and go
     assert peak_growth(lambda: store.check(index, size)) < few
     assert peak_growth(lambda: [store.load(client) is None for client in range(clients)]) < few
-    assert peak_growth(lambda: [store.load(client) for client in range(10)]) > few, "what is held shows"
+    assert peak_growth(lambda: [store.load(client) for client in range(50)]) > few, "what is held shows"
 
 
 def test_a_mapped_control_variate_is_the_readers_own(tmp_path: Path) -> None:
@@ -128,7 +129,7 @@ class Recruit:
     num_steps = 1
     local = SimpleNamespace(batch_size=4, micro_batch_size=2)
 
-    def num_tokens(self, client: int, rows: Any, round_idx: int) -> int:
+    def num_tokens(self, client: int, rows: Any, round_idx: int, num_steps: int) -> int:
         return 10
 
     def train(self, client: int, *rest: Any) -> ClientOutcome:
@@ -139,8 +140,8 @@ class Recruit:
 def test_a_round_holds_no_control_variate_that_is_on_disk(tmp_path: Path) -> None:
     store = ClientStateStore(tmp_path)
     world = World(OneRank(), torch.device("cpu"), exact=True)
-    runner = CohortRunner(world, Recruit(), [[]] * 6, store, wide_lanes=False)  # type: ignore[arg-type]
-    work = runner.train([1, 4], 7, ServerState(torch.zeros(3), {}, 0), [1e-4])
+    runner = CohortRunner(world, Recruit(), [[]] * 6, store, FailuresConfig(), wide_lanes=False)  # type: ignore[arg-type]
+    work = runner.train({1: 1, 4: 1}, 7, ServerState(torch.zeros(3), {}, 0), [1e-4])
     assert all(o.control is None and o.control_delta is not None for o in [*work.outcomes, *work.reporting])
     store.advance([1, 4], 7)
     assert [store.load(client).tolist() for client in (1, 4)] == [[2.0] * 3, [5.0] * 3]  # type: ignore[union-attr]
