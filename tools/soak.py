@@ -31,7 +31,7 @@ from tools.growth import DISK, FILES, GROWS, HANDLES, MEMORY, SPAN, UNDECIDED, S
 from tools.watching import CORE, WORKER, watch  # noqa: E402
 
 NAME = "soak"
-WARM_UP = 20
+WARM_UP = 40  # caches and heaps fill
 SMALL = [
     "name=soak", "federation.algorithm=scaffold", "federation.num_clients=6", "federation.clients_per_round=5",
     "federation.num_rounds=200", "data.federated_rows=60", "data.guard_rows=16", "data.cai_rows=12", "local.steps=2",
