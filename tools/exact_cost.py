@@ -1,11 +1,11 @@
 """What exact mode costs: ``tools/exact_cost.py [--nproc 1,4] [--repeats 3] [CONFIG.yaml] [key=value …]``.
 
-Runs the configuration (the demo by default, four rounds without a guard) with ``parallel.exact`` on and off, once with
-each number of processes, and takes the seconds of each phase from ``metrics.jsonl``. The settings take turns, each
-repeat begins with another one, and what runs share (CAI conversations, the pretrained model's evaluation) is made
-before by one run of each setting that does not count. The first round of a run does not count either. Shown are medians
-over rounds and repeats, with the quartiles, and the ratio of exact to fast: median of the repeats' own ratios, with the
-smallest and the largest.
+Runs the configuration (the demo by default, four rounds without a guard, 100 items of each benchmark) with
+``parallel.exact`` on and off, once with each number of processes, and takes the seconds of each phase from
+``metrics.jsonl``. The settings take turns, each repeat begins with another one, and what runs share (CAI conversations,
+the pretrained model's evaluation) is made before by one run of each setting that does not count; nor does the first
+round of any run. Shown are medians over rounds and repeats, with the quartiles, and the ratio of exact to fast: median
+of the repeats' own ratios, with the smallest and the largest.
 
 The rows go to ``tools/bench/results/<device>/operations/exact_cost.json``; ``--readme`` runs nothing and writes the
 README's block from them.
@@ -35,7 +35,7 @@ from tools import running  # noqa: E402
 from tools.bench.rows import Row, StageResult  # noqa: E402
 
 NAME = "exact_cost"
-BRIEF = ["name=cost", "federation.num_rounds=4", "guard.kind=none", "eval.every=2", "wandb.mode=off"]
+BRIEF = ["name=cost", "federation.num_rounds=4", "guard.kind=none", "eval.every=2", "eval.limit=100", "wandb.mode=off"]
 PHASES = ("train", "aggregate", "cai", "evaluate", "round")
 TITLES = {
     "train": "local training",
@@ -170,7 +170,8 @@ def block() -> str:
     made = " ".join(["python tools/exact_cost.py", *found.facts["words"]])
     return (
         f"{table(found.rows).markdown()}\n\nSeconds of a round, median [quartiles] over {repeats} run(s) each that "
-        f"took turns; ratio: median [smallest, largest] of the turns. {running.measured_on(found)} Made by `{made}`."
+        f"took turns; ratio: median [smallest, largest] of the turns. The demo with {', '.join(BRIEF[1:])}, unless "
+        f"overridden. {running.measured_on(found)} Made by `{made}`."
     )
 
 

@@ -2,8 +2,9 @@
 
 A small run of 200 rounds (SCAFFOLD, CAI in every round, a checkpoint after each) is started with ``launch/run.py``,
 once with each number of processes, and watched from outside: resident memory and open file descriptors of every
-process, and the files of the run directory. What counts as flat stands in ``tools/growth.py``; the exit status is 2
-unless everything is. Logs, and what is kept of every evaluation, grow on purpose: their bytes are told.
+process, and the files of the run directory. glibc is told to give back at once what is freed (``MALLOC``): left alone
+its heap wanders by several MiB, among which a leak would hide. What counts as flat stands in ``tools/growth.py``; the
+exit status is 2 unless everything is. Logs, and what is kept of evaluations, grow on purpose: their bytes are told.
 
 The rows go to ``tools/bench/results/<device>/operations/soak.json``; ``--readme`` runs nothing and writes the README's
 block from them and from those of ``tools/client_scale.py``.
@@ -30,13 +31,19 @@ from tools.growth import DISK, FILES, GROWS, HANDLES, MEMORY, SPAN, UNDECIDED, S
 from tools.watching import CORE, WORKER, watch  # noqa: E402
 
 NAME = "soak"
-WARM_UP = 20
+WARM_UP = 40  # caches and heaps fill
 SMALL = [
     "name=soak", "federation.algorithm=scaffold", "federation.num_clients=6", "federation.clients_per_round=5",
     "federation.num_rounds=200", "data.federated_rows=60", "data.guard_rows=16", "data.cai_rows=12", "local.steps=2",
     "local.batch_size=4", "local.micro_batch_size=2", "model.lora_r=4", "guard.kind=none", "cai.iterations=1",
     "cai.batch_size=4", "eval.every=20", "eval.limit=5", "eval.max_new_tokens=16", "eval.batch_size=4",
 ]  # fmt: skip
+MALLOC = {
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+    "MALLOC_TOP_PAD_": "0",
+    "MALLOC_ARENA_MAX": "1",
+}
 
 
 def soak(num_ranks: int, words: Sequence[str], folder: Path, warm_up: int, limit_s: float) -> Soak:
@@ -58,7 +65,7 @@ def soak(num_ranks: int, words: Sequence[str], folder: Path, warm_up: int, limit
             running.command(num_ranks, [*words, *places]),
             folder / str(num_ranks) / config.name,
             out,
-            environment=running.environment(),
+            environment=running.environment() | MALLOC,
             limit_s=limit_s,
             say=say,
         )
@@ -142,8 +149,9 @@ def block() -> str:
     return "\n\n".join(
         [
             table(found.rows).markdown(),
-            f"Level, growth and verdict over {' and '.join(map(str, rounds))} rounds after a warm-up; of several ranks "
-            f"the one whose interval reaches highest. {running.measured_on(found)} Made by `python tools/soak.py`.",
+            f"Level, growth and verdict over {' and '.join(map(str, rounds))} rounds after a warm-up, glibc giving "
+            "back at once what is freed; of several ranks the one whose interval reaches highest. "
+            f"{running.measured_on(found)} Made by `python tools/soak.py`.",
             f"{client_scale.sentence(state)} {running.measured_on(state)} Made by `python tools/client_scale.py`.",
         ]
     )

@@ -144,7 +144,8 @@ class Slope:
         n, blocks = len(values), min(num_blocks, len(values))
         assert blocks >= 3, "a slope with an interval needs three values"
         ends = [i * n // blocks for i in range(blocks + 1)]
-        means = [math.fsum(values[a:b]) / (b - a) for a, b in pairwise(ends)]
+        from_first = [value - values[0] for value in values]  # so that what stands still has a slope of exactly 0
+        means = [math.fsum(from_first[a:b]) / (b - a) for a, b in pairwise(ends)]
         middles = [(a + b) / 2 for a, b in pairwise(ends)]
         centre, level = math.fsum(middles) / blocks, math.fsum(means) / blocks
         places = [middle - centre for middle in middles]

@@ -210,6 +210,8 @@ def process_world(*, exact: bool, threads: int, timeout_s: float) -> Iterator[Wo
         _stay_on_this_machine(size)
         one_gpu_each = device.type == "cuda" and torch.cuda.device_count() >= size
         backend = "cpu:gloo,cuda:nccl" if one_gpu_each else "gloo"
+        # torch keeps the last 2,000 collectives with their stacks, which over some hundred rounds looks like a leak
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "100")
         timeout = timedelta(seconds=timeout_s)
         store, rank = _meet(timeout)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
