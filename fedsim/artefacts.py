@@ -1,6 +1,6 @@
 """Results that runs share: written once under a hash of everything they depend on, reused by whoever needs them.
 
-An artefact is a folder ``<kind>-<hash>`` whose ``artefact.json`` holds what it depends on and the SHA-256 of each file.
+An artefact is a folder ``<kind>-<hash>`` whose note ``artefact.json`` says what it depends on (:func:`write_note`).
 It appears by one rename, so a half-written one is never seen; a damaged one is built anew.
 """
 
@@ -17,11 +17,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
+from fedsim.errors import CheckpointError
+from fedsim.json_text import parse_json
 from fedsim.ranks import Ranks
 
 T = TypeVar("T")
+
+NOTE: Final = "artefact.json"
+SEAL: Final = "sha256"
 
 
 @dataclass(frozen=True)
@@ -79,25 +84,22 @@ class ArtefactStore:
         return Artefact(folder, reused=False)
 
     def _intact(self, folder: Path) -> bool:
-        note = folder / "artefact.json"
-        if not note.is_file():
+        if not (folder / NOTE).is_file():
             return False
         try:
-            files: dict[str, str] = json.loads(note.read_text(encoding="utf-8"))["files"]
-            whole = all(file_digest(folder / name) == digest for name, digest in files.items())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            whole = False
-        if not whole:
+            is_own = read_note(folder, NOTE)["name"] == folder.name
+        except (CheckpointError, KeyError):
+            is_own = False
+        if not is_own:
             self.log(f"{folder} is damaged: it is built anew")
-        return whole
+        return is_own
 
     def _publish(self, folder: Path, facts: Mapping[str, Any], write: Callable[[Path], None]) -> None:
         partial = self.folder / f".{folder.name}.{uuid.uuid4().hex}"
         partial.mkdir(parents=True)
         try:
             write(partial)
-            files = {str(p.relative_to(partial)): file_digest(p) for p in sorted(partial.rglob("*")) if p.is_file()}
-            write_json(partial / "artefact.json", {"depends": facts, "files": files})
+            write_note(partial, NOTE, {"name": folder.name, "depends": facts})
             sync_folder(partial)
             self._place(partial, folder)
         finally:
@@ -118,6 +120,34 @@ class ArtefactStore:
             with suppress(FileNotFoundError):  # another run has moved it already
                 os.rename(folder, aside)
             shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_note(folder: Path, name: str, facts: Mapping[str, Any]) -> None:
+    """Write a JSON file of ``facts``, the SHA-256 of every file that is in the folder, and its own (:data:`SEAL`)."""
+    files = {str(p.relative_to(folder)): file_digest(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+    content = json.loads(json.dumps({**facts, "files": files}))  # as it will be read: keys are texts
+    write_json(folder / name, {**content, SEAL: digest_of(content)})
+
+
+def read_note(folder: Path, name: str) -> dict[str, Any]:
+    """What :func:`write_note` wrote; neither the note nor a file has changed since.
+
+    Raises:
+        CheckpointError: one of them has, or is missing; names it.
+    """
+    try:
+        note: dict[str, Any] = parse_json((folder / name).read_text(encoding="utf-8"))
+        seal = note.pop(SEAL)
+        if digest_of(note) != seal:
+            raise CheckpointError(f"{folder / name}: does not match its SHA-256")
+        for file, digest in note["files"].items():
+            if file_digest(folder / file) != digest:
+                raise CheckpointError(f"{folder / file}: does not match its SHA-256")
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder}: cannot be read ({error})") from error
+    return note
 
 
 def digest_of(value: Any) -> str:

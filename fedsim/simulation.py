@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -46,7 +47,7 @@ class Simulation:
         self.world = world
         self.ranks = world.ranks
         self.record = RunRecord(config, world.ranks, synchronize=world.device.type == "cuda")
-        self.store = ArtefactStore(Path(config.record.artefacts).expanduser(), world.ranks, self.record.say)
+        self.store = ArtefactStore(Path(os.path.expanduser(config.record.artefacts)), world.ranks, self.record.say)
         self.preparation = Preparation(config, world, self.record, self.store)
 
     def check(self) -> None:

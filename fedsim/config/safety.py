@@ -19,7 +19,8 @@ class GuardConfig:
     action: str = key("drop", "what happens to a row that is called unsafe: drop = it is left out (paper), refuse = "
                       "guard.refusal takes its response's place, downweight = it counts guard.red_weight in the loss "
                       "and in the client's weight", choices=("drop", "refuse", "downweight"))  # fmt: skip
-    refusal: str = key("I'm sorry, but I can't help with that.", "refuse: the response that replaces the row's own")
+    refusal: str = key("I'm sorry, but I can't help with that.", "refuse: the response that replaces the row's own",
+                       lines=True)  # fmt: skip
     red_weight: float = key(0.1, "downweight: weight of a row that is called unsafe; 0 trains as if it were dropped, "
                             "1 as if it were not", low=0, high=1)  # fmt: skip
     threshold: float = key(0.5, "a row is unsafe from this probability on; 0.5 = greedy decoding", above=0, below=1)

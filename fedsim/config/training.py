@@ -100,8 +100,9 @@ class FederationConfig:
         choices=("iid", "fixed_red_share", "beta_red_share", "dirichlet", "quantity_skew"),
     )
     beta_concentration: float = key(10.0, "beta_red_share: a + b of the Beta distribution around the whole set's red "
-                                    "share; small = clients are red or not, large = equal shares", above=0)  # fmt: skip
-    dirichlet_alpha: float = key(1.0, "dirichlet, quantity_skew: small = skewed, large = equal", above=0)
+                                    "share; small = clients are red or not, large = equal shares",
+                                    low=1e-9, high=1e9)  # fmt: skip
+    dirichlet_alpha: float = key(1.0, "dirichlet, quantity_skew: small = skewed, large = equal", low=1e-9, high=1e9)
     scaffold_correction: str = key("openfedllm", "openfedllm: y -= lr * (c - c_i) after the AdamW step; gradient: "
                                    "c - c_i joins the gradient, c_i is the client's mean gradient",
                                    choices=("openfedllm", "gradient"))  # fmt: skip

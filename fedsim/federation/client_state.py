@@ -44,11 +44,11 @@ class ClientStateStore:
             with safe_open(str(path), framework="pt") as file:
                 vector: torch.Tensor = file.get_tensor("control")
                 written = (file.metadata() or {}).get("blake2b")
-        except (OSError, SafetensorError, KeyError) as error:
+        except (OSError, SafetensorError) as error:  # also where there is no "control", or another kind of file
             raise CheckpointError(f"{path}: control variate of client {client} cannot be read ({error})") from error
         if vector.dtype != torch.float32:
             raise CheckpointError(f"{path}: control variate of client {client} is {vector.dtype}, not torch.float32")
-        if written != _digest(vector):
+        if written != _digest(vector, path.name):
             raise CheckpointError(f"{path}: control variate of client {client} does not match its checksum")
         return vector
 
@@ -75,7 +75,7 @@ class ClientStateStore:
         path = self._path(client, round_idx)
         partial = path.with_suffix(".partial")
         vector = control.detach().cpu().contiguous()
-        save_file({"control": vector}, str(partial), metadata={"blake2b": _digest(vector)})
+        save_file({"control": vector}, str(partial), metadata={"blake2b": _digest(vector, path.name)})
         with partial.open("rb") as stream:
             os.fsync(stream.fileno())
         os.replace(partial, path)
@@ -95,5 +95,6 @@ class ClientStateStore:
         return self.folder / f"client{client:06d}-round{round_idx:06d}.safetensors"
 
 
-def _digest(vector: torch.Tensor) -> str:
-    return hashlib.blake2b(vector.numpy().tobytes(), digest_size=16).hexdigest()
+def _digest(vector: torch.Tensor, name: str) -> str:
+    """Over the numbers and the file's name, so that another client's or round's file is not taken for it."""
+    return hashlib.blake2b(vector.numpy().tobytes(), digest_size=16, key=name.encode()).hexdigest()
