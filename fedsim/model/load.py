@@ -27,7 +27,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from fedsim.attention.choice import Choice, choose
-from fedsim.data.chat import ChatFormat
+from fedsim.data.chat import ChatFormat, user_turn
 from fedsim.errors import ModelError
 from fedsim.json_text import parse_json
 from fedsim.model.fitness import check_fitness, switch_dropout_off
@@ -198,9 +198,13 @@ def load_chat(folder: Path, key: str) -> ChatFormat:
     """
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        chat = ChatFormat(tokenizer)
+        chat.prompt([user_turn(TEXTS[0])])  # so that what is wrong with it shows here, not in the middle of a run
+    except ModelError:
+        raise
     except Exception as error:  # the tokenizers library raises bare exceptions
         raise ModelError(f"{key}={str(folder)!r}: its tokenizer cannot be loaded: {reason(error)}") from error
-    return ChatFormat(tokenizer)
+    return chat
 
 
 def _read(folder: Path, config: PretrainedConfig, key: str, dtype: torch.dtype, attention: Choice) -> PreTrainedModel:

@@ -141,20 +141,27 @@ class Store:
         return self.store.get("kites", {"number": number}, [keys], build, write).folder
 
 
+def contents(folder: Path) -> dict[str, Any]:
+    """Every file of an artefact; of its note the meaning, as a line more or less in it does no harm."""
+    files: dict[str, Any] = {str(p): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    note = str(folder / "artefact.json")
+    return files | {note: json.loads(files[note])}
+
+
 @cases(100)
 @given(data=st.data())
 def test_a_damaged_artefact_is_built_anew(folders: pytest.TempPathFactory, data: st.DataObject) -> None:
     made = Store(folders.mktemp("artefacts"))
     one, two = made.get(1), made.get(2)
     name = data.draw(st.sampled_from(["artefact.json", "value.txt", "sub/more.txt"]))
-    before = {str(p): p.read_bytes() for p in one.rglob("*") if p.is_file()}
+    before = contents(one)
     if data.draw(st.integers(0, 9)) == 0:
         shutil.rmtree(one)
         shutil.copytree(two, one)
     else:
         mishap(data, one / name, two / name)
     assert made.get(1) == one
-    assert {str(p): p.read_bytes() for p in one.rglob("*") if p.is_file()} == before
+    assert contents(one) == before
     assert made.built in (2, 3)
     assert made.get(1) == one and made.built <= 3, "whole from then on"
 
