@@ -234,6 +234,20 @@ def test_no_file_takes_long(tmp_path: Path, text: str) -> None:
     assert time.monotonic() - began < 20
 
 
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("federation.num_clients", "federation.num_rounds", "local.steps", "cai.iterations", "guard.tune_epochs"),
+        *("model.lora_r", "guard.lora_r", "parallel.threads", "parallel.timeout_s", "judge.timeout_s"),
+    ],
+)
+def test_a_count_that_no_run_could_come_to_is_refused(key: str) -> None:
+    """What is laid out before a run, or handed to a clock, must be of a size that a machine has."""
+    for value in ("1e12", str(2**63 - 1), str(2**63)):
+        with pytest.raises(ConfigError, match=f"^{key.replace('.', '[.]')}=.*must be "):
+            load_config(None, [f"{key}={value}"])
+
+
 @cases(60)
 @given(
     kind=st.sampled_from(["beta_red_share", "dirichlet", "quantity_skew"]),
