@@ -37,7 +37,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> pytest.TempPathFactory:
     return tmp_path_factory
 
 
-MISHAPS = ["damage", "empty", "missing", "folder", "swap"]
+MISHAPS = ["damage", "digit", "digit", "empty", "missing", "folder", "swap"]
 
 
 def mishap(data: st.DataObject, path: Path, other: Path) -> None:
@@ -46,6 +46,11 @@ def mishap(data: st.DataObject, path: Path, other: Path) -> None:
     kind = data.draw(st.sampled_from(MISHAPS))
     if kind == "damage":
         path.write_bytes(data.draw(damaged(whole)))
+    elif kind == "digit":  # the file stays well-formed and says something else
+        places = [i for i, byte in enumerate(whole) if chr(byte).isdigit() and byte < 128]
+        if places:
+            i = data.draw(st.sampled_from(places))
+            path.write_bytes(whole[:i] + b"9876543210"[whole[i] - 48 : whole[i] - 47] + whole[i + 1 :])
     elif kind == "empty":
         path.write_bytes(b"")
     elif kind == "swap":
