@@ -2,6 +2,7 @@
 # make test      lint, types and all tests
 # make bench     time every stage beside its peers, under 10 minutes; the rows go to tools/bench/results/
 # make lint      ruff and mypy alone;  make format  lets ruff lay out the code
+# make audit     known vulnerabilities of the pinned versions; needs the network (ARGS="-s osv" asks another service)
 # make clean     remove .venv, builds and caches; runs/ stays
 #
 # Variables: PYTHON (3.11 or 3.12), NPROC, CONFIG, ARGS="key=value ...", PYTEST_ARGS, VENV, and
@@ -19,7 +20,7 @@ BIN := $(VENV)/bin
 INPUTS := constraints.txt setup.cfg pyproject.toml
 export OMP_NUM_THREADS := 1
 
-.PHONY: help demo test bench lint format clean
+.PHONY: help demo test bench lint format audit clean
 .DELETE_ON_ERROR:
 
 help:
@@ -43,6 +44,9 @@ format: $(VENV)/installed-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+audit: $(VENV)/installed-audit
+	$(BIN)/python tools/audit.py constraints.txt $(ARGS)
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -61,3 +65,8 @@ $(VENV)/installed: $(VENV)/torch
 $(VENV)/installed-test: $(VENV)/torch
 	$(BIN)/pip install -c constraints.txt -e '.[test,dev]'
 	@touch $(VENV)/installed $@
+
+# It needs some of what is pinned, and is none of it.
+$(VENV)/installed-audit: $(VENV)/torch
+	$(BIN)/pip install -c constraints.txt pip-audit
+	@touch $@

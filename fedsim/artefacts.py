@@ -1,7 +1,8 @@
 """Results that runs share: written once under a hash of everything they depend on, reused by whoever needs them.
 
 An artefact is a folder ``<kind>-<hash>`` whose note ``artefact.json`` says what it depends on (:func:`write_note`).
-It appears by one rename, so a half-written one is never seen; a damaged one is built anew.
+It appears by one rename, so a half-written one is never seen; a damaged one is built anew. The hash covers the source
+that makes it, so that what another fedsim has made otherwise is never taken; which fedsim made it stands in the note.
 """
 
 from __future__ import annotations
@@ -22,11 +23,16 @@ from typing import Any, Final, TypeVar
 from fedsim.errors import CheckpointError
 from fedsim.json_text import parse_json
 from fedsim.ranks import Ranks
+from fedsim.record.journal import Journal
+from fedsim.version import made_by, maker
 
 T = TypeVar("T")
 
 NOTE: Final = "artefact.json"
 SEAL: Final = "sha256"
+
+SOFTWARE = {"code": "source of what makes it", "versions": "version of a package"}
+"""Dependencies that are software, in words: artefacts that differ in these alone are of the same data and settings."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +55,14 @@ class ArtefactStore:
         folder: made if absent.
         ranks: rank 0 looks up and writes; all ranks may share the work of building.
         log: told what is built or reused.
+        journal: told what this rank is building.
     """
 
-    def __init__(self, folder: Path, ranks: Ranks, log: Callable[[str], None]) -> None:
+    def __init__(self, folder: Path, ranks: Ranks, log: Callable[[str], None], journal: Journal | None = None) -> None:
         self.folder = folder
         self.ranks = ranks
         self.log = log
+        self.journal = Journal(ranks.rank) if journal is None else journal
 
     def get(
         self,
@@ -78,8 +86,12 @@ class ArtefactStore:
         if self.ranks.once(lambda: self._intact(folder)):
             self.log(f"{kind}: reused {folder}")
             return Artefact(folder, reused=True)
-        result = build()
-        self.ranks.once(lambda: self._publish(folder, facts, lambda partial: write(partial, result)))
+        if (why := self.ranks.once(lambda: self._outdated(kind, facts))) is not None:
+            self.log(f"{kind}: {why}")
+        with self.journal.at(stage=f"making {kind}"):
+            result = build()
+        with self.journal.at(stage=f"writing {kind}"):
+            self.ranks.once(lambda: self._publish(folder, facts, lambda partial: write(partial, result)))
         self.log(f"{kind}: written to {folder}")
         return Artefact(folder, reused=False)
 
@@ -87,19 +99,37 @@ class ArtefactStore:
         if not (folder / NOTE).is_file():
             return False
         try:
-            is_own = read_note(folder, NOTE)["name"] == folder.name
-        except (CheckpointError, KeyError):
+            note = parse_json((folder / NOTE).read_text(encoding="utf-8"))
+            check_note(folder / NOTE, note)
+            is_own = note["name"] == folder.name
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             is_own = False
         if not is_own:
             self.log(f"{folder} is damaged: it is built anew")
         return is_own
+
+    def _outdated(self, kind: str, facts: Mapping[str, Any]) -> str | None:
+        """Why an artefact of the same data and settings cannot be taken; None where there is none."""
+        wanted = json_form(facts)
+        for note in sorted(self.folder.glob(f"{kind}-*/artefact.json")):
+            try:
+                found = parse_json(note.read_text(encoding="utf-8"))
+                depends = dict(found["depends"])
+            except (OSError, ValueError, KeyError, TypeError):
+                continue  # damaged, or no artefact
+            changed = {name for name in depends.keys() | wanted.keys() if depends.get(name) != wanted.get(name)}
+            if changed and changed <= SOFTWARE.keys():
+                what = " and ".join(SOFTWARE[name] for name in sorted(changed))
+                made = maker(found.get("made_by"))
+                return f"{note.parent} was made by {made}, with another {what}; it stays, and one is built anew"
+        return None
 
     def _publish(self, folder: Path, facts: Mapping[str, Any], write: Callable[[Path], None]) -> None:
         partial = self.folder / f".{folder.name}.{uuid.uuid4().hex}"
         partial.mkdir(parents=True)
         try:
             write(partial)
-            write_note(partial, NOTE, {"name": folder.name, "depends": facts})
+            write_note(partial / NOTE, {"name": folder.name, "depends": facts, "made_by": made_by()})
             sync_folder(partial)
             self._place(partial, folder)
         finally:
@@ -122,32 +152,29 @@ class ArtefactStore:
             shutil.rmtree(aside, ignore_errors=True)
 
 
-def write_note(folder: Path, name: str, facts: Mapping[str, Any]) -> None:
-    """Write a JSON file of ``facts``, the SHA-256 of every file that is in the folder, and its own (:data:`SEAL`)."""
-    files = {str(p.relative_to(folder)): file_digest(p) for p in sorted(folder.rglob("*")) if p.is_file()}
-    content = json.loads(json.dumps({**facts, "files": files}))  # as it will be read: keys are texts
-    write_json(folder / name, {**content, SEAL: digest_of(content)})
+def write_note(path: Path, facts: Mapping[str, Any]) -> None:
+    """Write a JSON file of ``facts``, the SHA-256 of every file that lies beside it, and its own (:data:`SEAL`)."""
+    files = {str(p.relative_to(path.parent)): file_digest(p) for p in sorted(path.parent.rglob("*")) if p.is_file()}
+    content = json_form({**facts, "files": files})
+    write_json(path, {**content, SEAL: digest_of(content)})
 
 
-def read_note(folder: Path, name: str) -> dict[str, Any]:
-    """What :func:`write_note` wrote; neither the note nor a file has changed since.
+def check_note(path: Path, note: Mapping[str, Any]) -> None:
+    """Whether neither a note of :func:`write_note`, as it was read, nor a file beside it has changed.
 
     Raises:
         CheckpointError: one of them has, or is missing; names it.
     """
-    try:
-        note: dict[str, Any] = parse_json((folder / name).read_text(encoding="utf-8"))
-        seal = note.pop(SEAL)
-        if digest_of(note) != seal:
-            raise CheckpointError(f"{folder / name}: does not match its SHA-256")
-        for file, digest in note["files"].items():
-            if file_digest(folder / file) != digest:
-                raise CheckpointError(f"{folder / file}: does not match its SHA-256")
-    except CheckpointError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder}: cannot be read ({error})") from error
-    return note
+    if digest_of({name: value for name, value in note.items() if name != SEAL}) != note.get(SEAL):
+        raise CheckpointError(f"{path}: does not match its SHA-256")
+    for file, digest in note["files"].items():
+        if file_digest(path.parent / file) != digest:
+            raise CheckpointError(f"{path.parent / file}: does not match its SHA-256")
+
+
+def json_form(value: Any) -> Any:
+    """A JSON-able value as it is read back: tuples are lists, and keys texts."""
+    return json.loads(json.dumps(value))
 
 
 def digest_of(value: Any) -> str:

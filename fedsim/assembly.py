@@ -12,6 +12,7 @@ from fedsim.data.chat import ChatFormat, TokenRow, assistant_turn, user_turn
 from fedsim.data.square import SquareRow
 from fedsim.errors import RunError
 from fedsim.federation.algorithms import Algorithm, RoundSums, ServerState
+from fedsim.federation.attendance import Attendance, attend
 from fedsim.federation.client_state import ClientStateStore
 from fedsim.federation.elementwise import all_finite
 from fedsim.federation.participation import Participation, can_train
@@ -87,11 +88,12 @@ class Federation:
                 )
         return after
 
-    def cohort(self, round_idx: int) -> tuple[list[int], int]:
-        """Who trains in a round, and how many were drawn but sit out because they have no rows to train on."""
+    def attendance(self, round_idx: int) -> Attendance:
+        """Who trains in a round and for how many steps, and what keeps the others that were drawn."""
         drawn = self.participation.drawn(round_idx)
         able = [client for client in drawn if can_train(self.shards[client])]
-        return able, len(drawn) - len(able)
+        clients = self.cohorts.trainer
+        return attend(drawn, able, clients.num_steps, round_idx, clients.seed, self.cohorts.failures)
 
 
 def assemble(config: Config, world: World, shards: Sequence[Sequence[SquareRow]], client_state: Path) -> Federation:
@@ -123,7 +125,7 @@ def assemble(config: Config, world: World, shards: Sequence[Sequence[SquareRow]]
     clients = ClientTrainer(trainer, algorithm, objective, local, num_steps, federation.num_rounds, config.seed)
     tokens = participation.shards([[tokenise(loaded.chat, row, local.max_length) for row in s] for s in shards])
     controls = ClientStateStore(client_state)
-    cohorts = CohortRunner(world, clients, tokens, controls, wide_lanes=config.parallel.wide_lanes)
+    cohorts = CohortRunner(world, clients, tokens, controls, config.failures, wide_lanes=config.parallel.wide_lanes)
     return Federation(loaded, flat, trainer, engine, algorithm, participation, tokens, controls, cohorts)
 
 

@@ -2,6 +2,7 @@
 
 A checkpoint is a folder that appears by one rename and carries the SHA-256 of all that is in it. Loading takes the
 newest whole one and says which damaged ones it passed over. There is no generator state: every draw comes from its key.
+Another version's is resumed from only if its format is this one's.
 """
 
 from __future__ import annotations
@@ -12,15 +13,25 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from fedsim.artefacts import read_note, sync_folder, write_note
+from fedsim.artefacts import SEAL, check_note, sync_folder, write_note
 from fedsim.errors import CheckpointError
 from fedsim.federation.algorithms import ADAPTER, ServerState
+from fedsim.json_text import parse_json
+from fedsim.version import made_by, maker
+
+FORMAT = 2
+"""To be raised with every change of what a checkpoint holds or means."""
+
+
+class OtherFormatError(CheckpointError):
+    """A checkpoint is whole, but written by a fedsim whose checkpoints mean something else."""
+
 
 NOTE: Final = "checkpoint.json"
 
@@ -76,12 +87,14 @@ class CheckpointStore:
         tensors = {name: vector.detach().cpu().contiguous() for name, vector in checkpoint.state.named().items()}
         save_file(tensors, str(partial / "state.safetensors"))
         note = {
+            "format": FORMAT,
+            "made_by": made_by(),
             "round_idx": checkpoint.round_idx,
             "num_server_steps": checkpoint.state.num_steps,
             "client_rounds": {str(c): r for c, r in checkpoint.client_rounds.items()},
             "seconds_per_token": list(checkpoint.seconds_per_token),
         }
-        write_note(partial, NOTE, note)
+        write_note(partial / NOTE, note)
         sync_folder(partial)
 
     def load(
@@ -90,19 +103,22 @@ class CheckpointStore:
         """The newest whole checkpoint, or None if the run has none.
 
         Args:
-            say: hears of damaged ones.
+            say: hears of damaged ones, and which other fedsim wrote the one that is loaded.
             check: raises CheckpointError where a checkpoint is whole but of no use: something that it names elsewhere
                 is damaged, or its vectors do not fit the algorithm.
 
         Raises:
-            CheckpointError: there are checkpoints and all are damaged.
+            CheckpointError: there are checkpoints and all are damaged, or one is of another format.
         """
         found: Checkpoint | None = None
         damaged: list[CheckpointError] = []
         for folder in reversed(self._folders()):
             try:
                 found = _checked(folder, check)
+                _say_maker(folder, say)
                 break
+            except OtherFormatError:
+                raise  # falling back would lose rounds that are whole
             except CheckpointError as error:
                 damaged.append(error)
         for passed in damaged:
@@ -125,11 +141,17 @@ class CheckpointStore:
         return _read(self.folder / _name(round_idx))
 
     def kept_client_rounds(self) -> list[Mapping[int, int]]:
-        """Client indices of all whole checkpoints, to know which control variates are still needed."""
-        indices = []
+        """Client indices of all checkpoints, to know which control variates are still needed.
+
+        Only the notes are read: a checkpoint's vectors are of no interest here, and checking them would take as long as
+        writing them has.
+        """
+        indices: list[Mapping[int, int]] = []
         for folder in self._folders():
-            with suppress(CheckpointError):  # a damaged one that a fall-back left behind needs none
-                indices.append(_read(folder).client_rounds)
+            with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # damaged or foreign: needs none
+                note = _note(folder)
+                _check_format(folder, note)
+                indices.append(_client_rounds(note))
         return indices
 
     def _folders(self) -> list[Path]:
@@ -151,17 +173,47 @@ def _checked(folder: Path, check: Callable[[Checkpoint], None]) -> Checkpoint:
 
 def _read(folder: Path) -> Checkpoint:
     try:
-        note = read_note(folder, NOTE)
+        note = _note(folder)
+        if SEAL not in note:  # as in the formats before 2
+            _check_format(folder, note)
+        check_note(folder / NOTE, note)
+        _check_format(folder, note)
         if folder.name != _name(note["round_idx"]):
             raise CheckpointError(f"{folder}: holds the checkpoint {_name(note['round_idx'])}")
         tensors: dict[str, torch.Tensor] = load_file(str(folder / "state.safetensors"))
         return Checkpoint(
             int(note["round_idx"]),
             ServerState(tensors.pop(ADAPTER), tensors, int(note["num_server_steps"])),
-            {int(c): int(r) for c, r in note["client_rounds"].items()},
+            _client_rounds(note),
             tuple(float(s) for s in note["seconds_per_token"]),
         )
     except CheckpointError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: cannot be read ({error})") from error
+
+
+def _say_maker(folder: Path, say: Callable[[str], None]) -> None:
+    """A round that another fedsim computed may differ from what this one would have computed."""
+    wrote = maker(_note(folder).get("made_by"))
+    if wrote != (this := maker(made_by())):
+        say(f"{folder} was written by {wrote}; {this} goes on")
+
+
+def _check_format(folder: Path, note: Mapping[str, Any]) -> None:
+    """What is no note at all is damaged, not of another format; the first formats had no number."""
+    if isinstance(note["round_idx"], int) and (found := note.get("format", 0)) != FORMAT:
+        raise OtherFormatError(
+            f"{folder}: was written by {maker(note.get('made_by'))} in format {found!r}, and this is "
+            f"{maker(made_by())} with format {FORMAT}; go on with the fedsim that wrote it (check out its commit), or "
+            "start anew under another name (name=...)"
+        )
+
+
+def _note(folder: Path) -> dict[str, Any]:
+    note: dict[str, Any] = parse_json((folder / NOTE).read_text(encoding="utf-8"))
+    return note
+
+
+def _client_rounds(note: Mapping[str, Any]) -> dict[int, int]:
+    return {int(c): int(r) for c, r in note["client_rounds"].items()}

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 
+from fedsim.config import FailuresConfig
 from fedsim.data.chat import TokenRow
-from fedsim.errors import RunError
+from fedsim.errors import ClientError, RunError
 from fedsim.federation.algorithms import ServerState
 from fedsim.federation.client_state import ClientStateStore
+from fedsim.federation.failures import ClientFailure, by_client, check_round, checked
 from fedsim.federation.outcome import ClientOutcome
 from fedsim.parallel.aggregate import Aggregated, aggregate
-from fedsim.parallel.planner import Plan, plan_round
+from fedsim.parallel.planner import Plan, learned_cost, plan_round
 from fedsim.parallel.world import World
-from fedsim.ranks import Ranks
+from fedsim.ranks import Lane, Ranks
 from fedsim.train.client import ClientTrainer
+from fedsim.train.own_work import ContainedWork
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +32,7 @@ class LocalWork:
         tokens: work of each client.
         outcomes: clients that this rank took part in training.
         reporting: those of them that it reports: a wide lane reports once, from its first member.
+        failures: clients that failed, as this rank saw it.
     """
 
     round_idx: int
@@ -35,6 +40,7 @@ class LocalWork:
     tokens: Mapping[int, int]
     outcomes: list[ClientOutcome]
     reporting: list[ClientOutcome]
+    failures: list[ClientFailure]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,16 +48,29 @@ class CohortResult:
     """What a round's training gave, the same on every rank.
 
     Attributes:
-        aggregated: sums and reports.
+        aggregated: sums and reports of the clients that delivered an update.
+        failures: clients that did not, ascending.
         plan: how clients were placed.
         seconds_per_token: updated cost of each rank.
-        idle_share: share of rank-seconds without local training, of the longest rank's time.
+        busy_s: seconds that each rank spent in local training, on clients that failed too.
     """
 
     aggregated: Aggregated
+    failures: list[ClientFailure]
     plan: Plan
     seconds_per_token: tuple[float, ...]
-    idle_share: float
+    busy_s: list[float]
+
+    @property
+    def delivered(self) -> list[int]:
+        """The clients whose updates were summed, ascending."""
+        return [report.client for report in self.aggregated.clients]
+
+    @property
+    def idle_share(self) -> float:
+        """Share of rank-seconds without local training, of the longest rank's time."""
+        longest = max(self.busy_s)
+        return 1.0 - sum(self.busy_s) / (len(self.busy_s) * longest) if longest > 0 else 0.0
 
 
 class CohortRunner:
@@ -62,6 +81,7 @@ class CohortRunner:
         trainer: this process's client trainer.
         shards: tokenised rows of every client, the same on every rank.
         controls: control variates of clients.
+        failures: what a client's failure does to a round.
         wide_lanes: whether ranks may share a client.
     """
 
@@ -71,6 +91,7 @@ class CohortRunner:
         trainer: ClientTrainer,
         shards: Sequence[Sequence[TokenRow]],
         controls: ClientStateStore,
+        failures: FailuresConfig,
         *,
         wide_lanes: bool,
     ) -> None:
@@ -78,30 +99,48 @@ class CohortRunner:
         self.trainer = trainer
         self.shards = shards
         self.controls = controls
+        self.failures = failures
         self.wide_lanes = wide_lanes
         local = trainer.local
         self.num_micro_batches = -(-local.batch_size // local.micro_batch_size)
 
     def train(
         self,
-        cohort: Sequence[int],
+        steps: Mapping[int, int],
         round_idx: int,
         state: ServerState,
         seconds_per_token: Sequence[float],
         on_step: Callable[[int, int], None] | None = None,
     ) -> LocalWork:
-        """Train this rank's part of ``cohort`` (all have rows) from ``state``; control variates are written to disk."""
-        tokens = {c: self.trainer.num_tokens(c, self.shards[c], round_idx) for c in cohort}
+        """Train this rank's part of a cohort from ``state``; a client that fails is set aside.
+
+        Control variates are written as soon as they are known; those of a client that another rank saw fail are never
+        taken (:meth:`ClientStateStore.advance`), and deleted with the round's checkpoint.
+
+        Args:
+            steps: optimizer steps of each client; all have rows.
+        """
+        tokens = {c: self.trainer.num_tokens(c, self.shards[c], round_idx, steps[c]) for c in steps}
         plan = plan_round(tokens, seconds_per_token, self.num_micro_batches, wide_lanes=self.wide_lanes)
-        outcomes, reporting = self._train(plan, round_idx, state, on_step)
-        return LocalWork(round_idx, plan, tokens, outcomes, reporting)
+        work = LocalWork(round_idx, plan, tokens, [], [], [])
+        self._train(work, steps, state, on_step)
+        return work
 
     def reduce(self, work: LocalWork, state: ServerState, seconds_per_token: Sequence[float]) -> CohortResult:
-        """Sum the updates over all ranks: the one reduction of the round."""
+        """Agree on who failed, and sum the others' updates: the round's one reduction.
+
+        Raises:
+            RunError: clients failed and the policy ends the run; the same on every rank.
+        """
+        found = [failure for share in self.world.ranks.gather(work.failures) for failure in share]
+        failures = by_client(found)
+        delivered = sorted(work.tokens.keys() - {failure.client for failure in failures})
+        check_round(failures, len(delivered), work.round_idx, self.failures)
+        reporting = [outcome for outcome in work.reporting if outcome.client in delivered]
         result = aggregate(
-            work.outcomes,
-            work.reporting,
-            sorted(work.tokens),
+            [outcome for outcome in work.outcomes if outcome.client in delivered],
+            reporting,
+            delivered,
             size=state.adapter.numel(),
             has_control=self.trainer.algorithm.has_control,
             num_clients=len(self.shards),
@@ -110,56 +149,70 @@ class CohortRunner:
             world_size=self.world.size,
             device=state.adapter.device,
         )
-        cost = learned_cost(seconds_per_token, result.busy_s, work.plan, work.tokens, self.num_micro_batches)
-        longest = max(result.busy_s)
-        idle = 1.0 - sum(result.busy_s) / (self.world.size * longest) if longest > 0 else 0.0
-        return CohortResult(result, work.plan, cost, idle)
+        tokens = {client: work.tokens[client] for client in delivered}
+        cost = learned_cost(seconds_per_token, result.busy_s, work.plan, tokens, self.num_micro_batches)
+        busy_s = list(result.busy_s)
+        for failure in found:
+            busy_s[failure.rank] += failure.seconds
+        return CohortResult(result, failures, work.plan, cost, busy_s)
 
     def _train(
-        self, plan: Plan, round_idx: int, state: ServerState, on_step: Callable[[int, int], None] | None
-    ) -> tuple[list[ClientOutcome], list[ClientOutcome]]:
+        self,
+        work: LocalWork,
+        steps: Mapping[int, int],
+        state: ServerState,
+        on_step: Callable[[int, int], None] | None,
+    ) -> None:
         """This rank's jobs in the plan's order. Every rank asks for every wide lane, in the same order."""
-        lanes = {job: self.world.lane(job.first_rank, job.width) for job in plan.jobs}
-        mine = [job for job in plan.jobs if self.world.rank in job.ranks]
-        steps = self.trainer.num_steps
-        outcomes, reporting = [], []
-        for index, job in enumerate(mine):
-            done = index * steps
-            report = None if on_step is None else _shifted(on_step, done, steps * len(mine))
-            outcome = self.trainer.train(
-                job.client,
-                self.shards[job.client],
-                round_idx,
-                state,
-                self.controls.load(job.client),
-                lanes[job],
-                report,
-            )
-            outcomes.append(outcome)
-            if job.first_rank == self.world.rank:
-                reporting.append(outcome)
-                if outcome.control is not None:
-                    self.controls.save(job.client, round_idx, outcome.control)
-        return outcomes, reporting
+        rank = self.world.rank
+        lanes = {job: self.world.lane(job.first_rank, job.width) for job in work.plan.jobs}
+        mine = [job for job in work.plan.jobs if rank in job.ranks]
+        done, total = 0, sum(steps[job.client] for job in mine)
+        for job in mine:
+            report = None if on_step is None else _shifted(on_step, done, total)
+            done += steps[job.client]
+            began = time.perf_counter()
+            try:
+                with self.world.journal.at(client=job.client):
+                    outcome = self._train_client(
+                        job.client, work.round_idx, state, lanes[job], report, steps[job.client]
+                    )
+            except ClientError as error:
+                error.with_traceback(None)  # its frames hold the client's vectors
+                seconds = time.perf_counter() - began
+                failure = ClientFailure(job.client, error.reason, rank, error.message, error.trace, seconds)
+                work.failures.append(failure)
+                self.world.journal.write("client failed", **asdict(failure))
+                continue
+            if outcome.control is not None:
+                if job.first_rank == rank:
+                    self.controls.save(job.client, work.round_idx, outcome.control)  # counts once all have agreed
+                outcome = replace(outcome, control=None)  # on disk: a rank's whole cohort need not be held in memory
+            work.outcomes.append(outcome)
+            if job.first_rank == rank:
+                work.reporting.append(outcome)
 
+    def _train_client(
+        self,
+        client: int,
+        round_idx: int,
+        state: ServerState,
+        lane: Lane,
+        on_step: Callable[[int, int], None] | None,
+        num_steps: int,
+    ) -> ClientOutcome:
+        """One client's update.
 
-def learned_cost(
-    known: Sequence[float], busy_s: Sequence[float], plan: Plan, tokens: Mapping[int, int], num_micro_batches: int
-) -> tuple[float, ...]:
-    """Seconds per token of each rank: half the old figure, half what this round measured; kept where nothing was.
-
-    A wide job counts as the tokens that its slowest member computed.
-    """
-    cost = list(known)
-    for rank in range(len(cost)):
-        work = sum(
-            tokens[job.client] * -(-num_micro_batches // job.width) / num_micro_batches
-            for job in plan.jobs
-            if rank in job.ranks
-        )
-        if work > 0 and busy_s[rank] > 0:
-            cost[rank] = 0.5 * cost[rank] + 0.5 * busy_s[rank] / work
-    return tuple(cost)
+        Raises:
+            ClientError: any of it failed; an error of the sums that a lane shares is no client's, and ends the run.
+        """
+        own = ContainedWork()
+        control = own.do(lambda: self.controls.load(client))
+        rows = self.shards[client]
+        outcome = self.trainer.train(client, rows, round_idx, state, control, lane, on_step, num_steps, own)
+        own.do(lambda: checked(outcome, self.failures.max_update_norm))
+        own.check()
+        return outcome
 
 
 def agreed_checksums(state: ServerState, ranks: Ranks) -> dict[str, str]:

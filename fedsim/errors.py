@@ -10,6 +10,11 @@ from __future__ import annotations
 class FedsimError(Exception):
     """Root of every error that fedsim raises on purpose."""
 
+    @property
+    def status(self) -> int:
+        """Exit status of a process that it ends."""
+        return 2
+
 
 class ConfigError(FedsimError, ValueError):
     """A configuration key or value is wrong."""
@@ -37,3 +42,46 @@ class JudgeError(FedsimError, RuntimeError):
 
 class RunError(FedsimError, RuntimeError):
     """The run cannot go on: ranks disagree, or another rank failed."""
+
+
+class Stopped(FedsimError):
+    """The run ends early because it was asked to; all finished rounds are on disk.
+
+    Args:
+        message: after which round.
+        signal: number of the signal that asked.
+    """
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message, signal)
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+    @property
+    def status(self) -> int:
+        """128 + the signal's number, as shells have it."""
+        return 128 + int(self.args[1])
+
+
+class NotFiniteError(RunError):
+    """Training gave a loss, gradient or update with a number that is NaN or infinite."""
+
+
+class ClientError(RunError):
+    """A client's part in a round failed; ``failures.on_client_error`` says what follows.
+
+    Args:
+        reason: one of :data:`fedsim.federation.failures.REASONS`.
+        message: what happened, on one line.
+        trace: the traceback of an error that is not fedsim's own, as text.
+    """
+
+    def __init__(self, reason: str, message: str, trace: str = "") -> None:
+        super().__init__(reason, message, trace)
+        self.reason = reason
+        self.message = message
+        self.trace = trace
+
+    def __str__(self) -> str:
+        return self.message

@@ -2,18 +2,53 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from fedsim.cohort import CohortResult
+from fedsim.config import FailuresConfig
 from fedsim.evaluate.collapse import measure_collapse
 from fedsim.evaluate.measures import Metrics, collapse_metrics
+from fedsim.federation.attendance import Attendance
+from fedsim.federation.failures import REASONS, ClientFailure
+from fedsim.record.client_failures import FAILED
 from fedsim.safety.cai_data import CaiRow
 from fedsim.safety.filtering import COUNTS, Filtered
 from fedsim.safety.guard_curves import curve_metrics
 
 
+def of_attendance(attendance: Attendance, settings: FailuresConfig) -> Metrics:
+    """How many were drawn and did not train, and what each straggler managed; only what the settings make happen."""
+    metrics: Metrics = {"client/num_sat_out": len(attendance.sat_out)}
+    if settings.dropout_rate > 0:
+        metrics["client/num_dropped_out"] = len(attendance.dropped_out)
+    if settings.straggler_rate > 0:
+        metrics["client/num_stragglers"] = len(attendance.stragglers)
+    return metrics | {f"client/steps_{client:03d}": steps for client, steps in attendance.stragglers.items()}
+
+
+def of_failures(failures: Sequence[ClientFailure], settings: FailuresConfig) -> dict[str, float | int | str]:
+    """``client/num_failed``, by reason, and the reason of each client that failed; nothing where a failure stops."""
+    if settings.on_client_error == "stop":
+        return {}
+    counts = Counter(failure.reason for failure in failures)
+    metrics: dict[str, float | int | str] = {"client/num_failed": len(failures)}
+    metrics |= {f"client/num_failed_{reason.replace(' ', '_')}": counts[reason] for reason in REASONS}
+    return metrics | {f"{FAILED}{failure.client:03d}": failure.reason for failure in failures}
+
+
 def of_training(result: CohortResult) -> Metrics:
-    """``client/…`` means over the round's clients (weighted by rows where it says so), and how the lanes were used."""
+    """``client/…`` means over the clients that delivered an update (weighted by rows where it says so), and the lanes'
+    use."""
+    return (_of_clients(result) if result.delivered else {}) | {
+        "parallel/idle_share": result.idle_share,
+        "parallel/planned_idle_share": result.plan.idle_share,
+        "parallel/planned_makespan_s": result.plan.makespan_s,
+        "parallel/makespan_s": max(result.busy_s),
+    }
+
+
+def _of_clients(result: CohortResult) -> Metrics:
     clients = result.aggregated.clients
     rows = sum(c.num_rows for c in clients)
     metrics: Metrics = {
@@ -22,13 +57,7 @@ def of_training(result: CohortResult) -> Metrics:
         "client/num_rows": rows,
         "client/num_tokens": sum(c.num_tokens for c in clients),
     }
-    metrics |= {f"client/loss_{c.client:03d}": c.loss for c in clients}
-    return metrics | {
-        "parallel/idle_share": result.idle_share,
-        "parallel/planned_idle_share": result.plan.idle_share,
-        "parallel/planned_makespan_s": result.plan.makespan_s,
-        "parallel/makespan_s": max(result.aggregated.busy_s),
-    }
+    return metrics | {f"client/loss_{c.client:03d}": c.loss for c in clients}
 
 
 def mean_loss(result: CohortResult) -> float:

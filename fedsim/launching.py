@@ -7,11 +7,12 @@ import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
-from fedsim.errors import ConfigError, FedsimError
+from fedsim.errors import ConfigError, FedsimError, RunError, Stopped
 
 T = TypeVar("T")
 
@@ -22,9 +23,14 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"command line: {message}; {self.prog} --help shows the form")
 
+    def print_help(self, file: Any = None) -> None:
+        """Of several processes the first prints."""
+        if os.environ.get("RANK", "0") == "0":
+            super().print_help(file)
+
 
 def launched(read: Callable[[], T], work: Callable[[T], None]) -> int:
-    """Run ``work(read())``; returns the exit status, 2 after a user's error, which is one line.
+    """Run ``work(read())``; returns the exit status: an error's own, which is one line; 1 after a bug.
 
     Args:
         read: reads the command; it fails alike on every rank.
@@ -42,13 +48,35 @@ def launched(read: Callable[[], T], work: Callable[[T], None]) -> int:
         work(command)
     except FedsimError as error:
         report(error)
-        return 2
+        return error.status
+    except Exception as error:  # a bug: its traceback comes first, so that the cause is still the last line
+        traceback.print_exception(error)
+        report(unforeseen(error))
+        return 1
     return 0
 
 
 def report(error: FedsimError) -> None:
     """The error as one line; torchrun, whose own report follows, is told the cause, so that it also ends with it."""
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    print(line_of(error), file=sys.stderr, flush=True)
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        cause = {"message": str(error), "extraInfo": {"timestamp": int(time.time()) - 1}}  # earliest = root cause
+        cause = {
+            "message": line_of(error).partition(": ")[2],
+            "extraInfo": {"timestamp": int(time.time()) - 1},
+        }  # earliest = root cause
         Path(path).write_text(json.dumps({"message": cause}), encoding="utf-8")
+
+
+def unforeseen(error: Exception) -> FedsimError:
+    """An error that is not fedsim's as one that is, with its notes."""
+    found = RunError(f"{type(error).__name__}: {error}")
+    for note in getattr(error, "__notes__", []):
+        found.add_note(note)
+    return found
+
+
+def line_of(error: FedsimError) -> str:
+    """``error: what (where)``, a traceback below if there is one; ``stopped: …`` where that was asked for."""
+    where = f" ({'; '.join(notes)})" if (notes := getattr(error, "__notes__", [])) else ""
+    first, end, trace = str(error).partition("\n")
+    return f"{'stopped' if isinstance(error, Stopped) else 'error'}: {first}{where}{end}{trace}"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 
@@ -46,15 +46,22 @@ class Meter:
         """A round begins."""
         self._began = time.perf_counter()
 
-    def trained(self, cohorts: CohortRunner, cohort: Sequence[int], round_idx: int, result: CohortResult) -> None:
-        """The clients' local training and the aggregation that followed it."""
+    def trained(self, cohorts: CohortRunner, steps: Mapping[int, int], round_idx: int, result: CohortResult) -> None:
+        """The clients' local training and the aggregation that followed it.
+
+        Work that came to nothing, of clients that failed, is not counted; its time is.
+
+        Args:
+            steps: optimizer steps of each client.
+        """
         trainer = cohorts.trainer
         size = trainer.local.micro_batch_size
-        for client in cohort:
-            for batch in trainer.batches(client, cohorts.shards[client], round_idx):
+        for client in result.delivered:
+            for batch in trainer.batches(client, cohorts.shards[client], round_idx, steps[client]):
                 self._add("train", self.cost.train(rows_work(batch, passes=-(-len(batch) // size))))
-        self._seconds["train"] = max(result.aggregated.busy_s)
-        num_vectors = (1 + trainer.algorithm.has_control) * (len(cohort) + 2)  # fp32 deltas in, an fp64 sum out
+        self._seconds["train"] = max(result.busy_s)
+        num_summed = len(result.delivered) + 2  # fp32 deltas in, an fp64 sum out
+        num_vectors = (1 + trainer.algorithm.has_control) * num_summed
         self._add("aggregate", Effort(num_bytes=4.0 * num_vectors * trainer.trainer.adapter.size))
 
     def aligned(self, aligner: Aligner, round_idx: int) -> None:

@@ -19,8 +19,8 @@ def memory_needs(config: Config, shapes: Mapping[str, ModelShape], num_ranks: in
 
     Vectors as long as the adapter, in fp32: the adapter, its gradient and AdamW's two moments (4); the server's; while
     it trains, in exact mode a gradient of each micro-batch of the batch, else one sum; at the end of a round, the delta
-    of each client that the rank has trained, and the control variate and its change where there is one (if all clients
-    have as many tokens).
+    of each client that the rank has trained, and the change of the control variate where there is one, which itself is
+    held for one client at a time (if all clients have as many tokens).
     """
     model, local, cai, judged = shapes["model"], config.local, config.cai, config.eval
     rows = local.micro_batch_size
@@ -31,7 +31,7 @@ def memory_needs(config: Config, shapes: Mapping[str, ModelShape], num_ranks: in
     if judged.guard_judge != "none":  # stays with its adapter and that one's gradient
         guard_bytes = shapes["guard"].weight_bytes + 4 * 2 * shapes["guard"].adapter_size
     needs = _guard_needs(config, shapes["guard"], model_bytes) if "guard" in shapes else []
-    outcomes = (1 + 2 * algorithm.has_control) * clients_per_rank(config, num_ranks)
+    outcomes = (1 + algorithm.has_control) * clients_per_rank(config, num_ranks) + algorithm.has_control
     needs.append(
         training_need(
             model,

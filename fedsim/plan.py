@@ -47,6 +47,7 @@ def work(config: Config, data: PreparedData, suite: Suite) -> dict[str, str]:
         f"{federation.num_rounds} rounds of {num_clients} client(s), {steps} steps of {local.batch_size} rows "
         f"each: {federation.num_rounds * num_clients * steps * local.batch_size:,} rows in all"
     )
+    facts["failures"] = config.failures.words()
     if cai.is_on:
         stages = sum(cai.is_due(i, federation.num_rounds) for i in range(federation.num_rounds))
         amount = "an epoch" if cai.iterations == -1 else f"{cai.iterations} iterations"

@@ -16,12 +16,14 @@ from fedsim.checkpoint import Checkpoint
 from fedsim.cohort import agreed_checksums
 from fedsim.config import Config
 from fedsim.disk import explaining_full_disk
+from fedsim.errors import Stopped
 from fedsim.evaluate.suite import Suite
-from fedsim.federation.algorithms import ADAPTER
+from fedsim.federation.algorithms import ADAPTER, ServerState
 from fedsim.federation.sampling import cosine_by_round
 from fedsim.measurement import UNTOUCHED, Measurement, Shared
 from fedsim.meter import Meter
 from fedsim.model.cost import ModelCost
+from fedsim.parallel.stopping import signal_name
 from fedsim.parallel.world import World
 from fedsim.plan import plan_text
 from fedsim.preflight import preflight
@@ -46,8 +48,9 @@ class Simulation:
         self.config = config
         self.world = world
         self.ranks = world.ranks
-        self.record = RunRecord(config, world.ranks, synchronize=world.device.type == "cuda")
-        self.store = ArtefactStore(Path(os.path.expanduser(config.record.artefacts)), world.ranks, self.record.say)
+        self.record = RunRecord(config, world.ranks, world.device.type == "cuda", world.journal)
+        folder = Path(os.path.expanduser(config.record.artefacts))
+        self.store = ArtefactStore(folder, world.ranks, self.record.say, world.journal)
         self.preparation = Preparation(config, world, self.record, self.store)
 
     def check(self) -> None:
@@ -72,6 +75,7 @@ class Simulation:
             try:
                 self.record.claim()
                 self._run()
+                self.record.finished()
             finally:
                 gc.unfreeze()
                 self.record.release()
@@ -114,7 +118,9 @@ class Simulation:
         gc.collect()  # what is frozen is never freed: garbage must not be among it
         gc.freeze()  # libraries, model and data stay: a full collection, which takes 0.1 s, need not look at them again
         for round_idx in range(checkpoint.round_idx + 1, config.federation.num_rounds):
-            checkpoint = self._round(federation, round_idx, checkpoint, aligner, measurement)
+            with record.round(round_idx, config.federation.num_rounds):
+                checkpoint = self._round(federation, round_idx, checkpoint, aligner, measurement)
+            self._stop_if_asked(round_idx + 1)
         record.progress.outside_rounds()
         self.ranks.once(lambda: federation.flat.save(record.folder / "adapter", checkpoint.state.adapter))
         self.ranks.once(lambda: finish_run(record, self.world.size))
@@ -149,25 +155,9 @@ class Simulation:
         measurement: Measurement,
     ) -> Checkpoint:
         """One round: cohort, local training, aggregation, CAI, evaluation, record, checkpoint."""
-        record, settings = self.record, self.config.federation
-        record.progress.round(round_idx, settings.num_rounds)
-        cohort, num_sat_out = federation.cohort(round_idx)
+        record = self.record
         self.meter.begin()
-        state, cost = before.state, self._cost(before)
-        metrics: dict[str, Any] = {"client/num_trained": len(cohort), "client/num_sat_out": num_sat_out}
-        if cohort:
-            with record.phase("local training", "train", "steps") as phase:
-                work = federation.cohorts.train(cohort, round_idx, state, cost, phase.step)
-            with record.phase("aggregation", "aggregate") as phase:
-                result = federation.cohorts.reduce(work, state, cost)
-                state = federation.step(state, result.aggregated.sums)
-                phase.update(0, loss=figures.mean_loss(result))
-            cost = result.seconds_per_token
-            local = self.config.local
-            metrics["client/lr"] = cosine_by_round(round_idx, settings.num_rounds, local.lr, local.lr_min)
-            metrics |= figures.of_training(result)
-            self.meter.trained(federation.cohorts, cohort, round_idx, result)
-            federation.controls.advance(cohort if federation.algorithm.has_control else (), round_idx)
+        state, cost, metrics = self._train(federation, round_idx, before.state, self._cost(before))
         is_due = measurement.is_due(round_idx)
         has_cai = aligner is not None and aligner.is_due(round_idx)
         if aligner is not None and has_cai:
@@ -185,6 +175,38 @@ class Simulation:
         self._close_round(federation, after, metrics)
         return after
 
+    def _train(
+        self, federation: Federation, round_idx: int, state: ServerState, cost: tuple[float, ...]
+    ) -> tuple[ServerState, tuple[float, ...], dict[str, Any]]:
+        """Local training and the server's step; returns the state and ranks' costs after it, and its figures.
+
+        A round in which no client delivers an update changes neither the server's state nor a control variate.
+        """
+        record, cohorts = self.record, federation.cohorts
+        attendance = federation.attendance(round_idx)
+        delivered: list[int] = []
+        metrics: dict[str, Any] = {**figures.of_attendance(attendance, cohorts.failures)}
+        if attendance.steps:
+            with record.phase("local training", "train", "steps") as phase:
+                work = cohorts.train(attendance.steps, round_idx, state, cost, phase.step)
+            with record.phase("aggregation", "aggregate") as phase:
+                result = cohorts.reduce(work, state, cost)
+                delivered = result.delivered
+                if delivered:
+                    state = federation.step(state, result.aggregated.sums)
+                    phase.update(0, loss=figures.mean_loss(result))
+            for failure in result.failures:
+                record.say(failure.words())
+            cost = result.seconds_per_token
+            local, num_rounds = self.config.local, self.config.federation.num_rounds
+            metrics["client/lr"] = cosine_by_round(round_idx, num_rounds, local.lr, local.lr_min)
+            metrics |= figures.of_failures(result.failures, cohorts.failures) | figures.of_training(result)
+            self.meter.trained(cohorts, attendance.steps, round_idx, result)
+            federation.controls.advance(delivered if federation.algorithm.has_control else (), round_idx)
+        if not delivered:
+            record.say("no client delivered an update: the global adapter stays as it is")
+        return state, cost, {"client/num_trained": len(delivered)} | metrics
+
     def _close_round(self, federation: Federation, after: Checkpoint, metrics: dict[str, Any]) -> None:
         """Prove that the ranks agree, write the round's row, then the checkpoint that makes the round count."""
         checksums = agreed_checksums(after.state, self.ranks)
@@ -192,7 +214,23 @@ class Simulation:
         metrics |= {f"global/{name}_checksum": digest for name, digest in checksums.items()}
         seconds = self.record.timers.pop()
         self.record.append(after.round_idx, "round", metrics | seconds | self.meter.pop(seconds))
-        self.ranks.once(lambda: self._save(federation, after))
+        with self.record.journal.at(stage="saving"):
+            self.ranks.once(lambda: self._save(federation, after))
+
+    def _stop_if_asked(self, num_done: int) -> None:
+        """End between two rounds if any process was asked to.
+
+        Raises:
+            Stopped: on every rank.
+        """
+        num_rounds = self.config.federation.num_rounds
+        asked = max(self.ranks.gather(self.world.stop.signal))
+        if asked and num_done < num_rounds:
+            raise Stopped(
+                f"{signal_name(asked)} came; {num_done} of {num_rounds} rounds are done, and the same command goes on "
+                "from there",
+                asked,
+            )
 
     def _save(self, federation: Federation, after: Checkpoint) -> None:
         self.record.checkpoints.save(after)

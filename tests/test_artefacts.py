@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from fedsim import artefacts
 from fedsim.artefacts import Artefact, ArtefactStore, digest_of, file_digest, source_digest
 from fedsim.ranks import OneRank
+from fedsim.version import made_by, maker
 
 
 class Counting:
@@ -103,6 +105,7 @@ def test_a_damaged_artefact_is_built_anew(counting: Counting, damage: str) -> No
     assert counting.get({"a": 1}).reused
     if damage != "note":
         assert any("damaged" in line for line in counting.log)
+    assert not any("was made by" in line for line in counting.log), "damage is no other version"
 
 
 def test_a_failing_build_or_write_leaves_nothing(counting: Counting) -> None:
@@ -162,3 +165,38 @@ def test_a_damaged_artefact_gives_way(tmp_path: Path) -> None:
 
 def _put(folder: Path, text: str) -> None:
     (folder / "text").write_text(text)
+
+
+def test_an_artefact_of_other_code_is_named_and_stays(counting: Counting, tmp_path: Path) -> None:
+    """Same data and settings, other source or versions: built anew, and the log says who made the old one."""
+    (tmp_path / "one.py").write_text("X = 1\n")
+    code = [load_module(tmp_path / "one.py")]
+    depends = {"a": (1, 2), "versions": {"torch": "1"}}
+    old = counting.get(depends, code).folder
+    (tmp_path / "one.py").write_text("X = 2\n")
+    new = counting.get(depends, code).folder
+    told = [line for line in counting.log if "built anew" in line]
+    assert told == [
+        f"thing: {old} was made by {maker(made_by())}, with another source of what makes it; it stays, and one is "
+        "built anew"
+    ]
+    assert new != old and old.is_dir()
+    counting.get({**depends, "versions": {"torch": "2"}}, code)
+    assert "with another version of a package" in counting.log[-2]
+    num_told = len(counting.log)
+    for other, kind in (({"a": (1, 3), "versions": {"torch": "1"}}, "thing"), (depends, "thin"), ({}, "thing")):
+        counting.get(other, code, kind)  # other data, another kind, other settings: no version of the same
+    assert not any("built anew" in line for line in counting.log[num_told:])
+    (old / "artefact.json").write_text("{")
+    assert counting.get(depends, code).reused, "a damaged neighbour is in nobody's way"
+
+
+def test_the_commit_is_in_the_note_and_not_in_the_key(counting: Counting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another commit that computes the same reuses it."""
+    folder = counting.get({"a": 1}).folder
+    assert json.loads((folder / "artefact.json").read_text())["made_by"] == made_by()
+    other = {"fedsim": "9.9.9", "git": {"commit": "0" * 40, "modified": True}}
+    monkeypatch.setattr(artefacts, "made_by", lambda: other)
+    again = counting.get({"a": 1})
+    assert again.reused and again.folder == folder
+    assert json.loads((counting.get({"a": 2}).folder / "artefact.json").read_text())["made_by"] == other

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from fedsim.checkpoint import Checkpoint, CheckpointStore
+from fedsim.artefacts import SEAL, digest_of
+from fedsim.checkpoint import FORMAT, Checkpoint, CheckpointStore
 from fedsim.config import FederationConfig, ServerOptimizerConfig
 from fedsim.errors import CheckpointError
 from fedsim.federation.algorithms import ServerState
 from fedsim.federation.registry import build_algorithm
+from fedsim.version import made_by, maker
 
 
 def made(round_idx: int, names: tuple[str, ...] = ("control",)) -> Checkpoint:
@@ -96,6 +99,45 @@ def test_a_damaged_newest_falls_back_and_says_so(tmp_path: Path, how: str) -> No
     assert len(said) == 3 and not any("is used" in line for line in said), "none is used"
 
 
+def rewrite(folder: Path, **changes: object) -> None:
+    """Change entries of a checkpoint's note; None takes one out."""
+    note = json.loads((folder / "checkpoint.json").read_text()) | changes
+    left = {name: value for name, value in note.items() if value is not None}
+    left[SEAL] = digest_of({name: value for name, value in left.items() if name != SEAL})
+    (folder / "checkpoint.json").write_text(json.dumps(left))
+
+
+def test_another_format_is_refused_with_its_maker(tmp_path: Path) -> None:
+    """Neither read nor passed over: falling back would lose rounds that are whole."""
+    store = CheckpointStore(tmp_path, 3)
+    store.save(made(0))
+    store.save(made(1))
+    assert json.loads((tmp_path / "round-000001" / "checkpoint.json").read_text())["made_by"] == made_by()
+    other = {"fedsim": "9.8.7", "git": {"commit": "abcdef0123456789", "modified": False}}
+    rewrite(tmp_path / "round-000001", format=FORMAT + 1, made_by=other)
+    said: list[str] = []
+    with pytest.raises(CheckpointError) as caught:
+        store.load(said.append)
+    assert said == [] and "\n" not in str(caught.value)
+    for part in ("round-000001", "fedsim 9.8.7, commit abcdef0123", f"format {FORMAT + 1}", "check out", "name=..."):
+        assert part in str(caught.value)
+    rewrite(tmp_path / "round-000001", format=None, made_by=None)
+    with pytest.raises(CheckpointError, match="a fedsim that has left no version in format 0"):
+        store.load(said.append)
+    assert store.kept_client_rounds() == [{3: 0, 11: 0}]
+
+
+def test_another_version_of_the_same_format_is_gone_on_with(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, 3)
+    store.save(made(1))
+    rewrite(tmp_path / "round-000001", made_by={"fedsim": "9.8.7", "git": None})
+    said: list[str] = []
+    assert same(made(1), store.load(said.append))
+    assert said == [
+        f"{tmp_path / 'round-000001'} was written by fedsim 9.8.7, commit unknown; {maker(made_by())} goes on"
+    ]
+
+
 def test_a_run_goes_on_past_damaged_checkpoints(tmp_path: Path) -> None:
     """After a fall-back, damaged newer ones may lie there still: the next rounds replace them one by one."""
     store = CheckpointStore(tmp_path, 3)
@@ -136,3 +178,14 @@ def test_a_save_that_was_cut_off_is_not_seen(tmp_path: Path) -> None:
     assert same(made(1), store.load(print)) and not partial.exists()
     store.save(made(1, ()))
     assert same(made(1, ()), store.load(print)), "a round may be saved again"
+
+
+def test_clearing_away_asks_the_notes_alone(tmp_path: Path) -> None:
+    """Every round does it: neither vectors nor checksums are read, and what has no note needs no control variate."""
+    store = CheckpointStore(tmp_path, 3)
+    for round_idx in range(3):
+        store.save(made(round_idx))
+    for folder in tmp_path.iterdir():
+        (folder / "state.safetensors").unlink()
+    (tmp_path / "round-000001" / "checkpoint.json").write_text('{"client_rounds": [')
+    assert store.kept_client_rounds() == [{3: 0, 11: 0}, {3: 2, 11: 0}]

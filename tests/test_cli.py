@@ -22,6 +22,7 @@ from fedsim.data.world import square_rows
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.model.load import EMBEDDED, LoraSettings, load_model
 from fedsim.record.metrics import read_rows
+from fedsim.version import made_by, maker
 
 ROOT = Path(__file__).parents[1]
 SMALL = "tests/distributed/small.yaml"
@@ -188,6 +189,7 @@ def test_a_whole_run_writes_every_file(finished: Ended, run_folder: Path) -> Non
         "summary.md",
         "adapter/adapter_config.json",
         "adapter/adapter_model.safetensors",
+        *(f"{folder}/fedsim.json" for folder in ("adapter", "answers", "guard", "items")),
         "checkpoints/round-000001/state.safetensors",
         "checkpoints/round-000001/checkpoint.json",
     } <= names
@@ -196,6 +198,7 @@ def test_a_whole_run_writes_every_file(finished: Ended, run_folder: Path) -> Non
     assert all((run_folder / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
     summary = (run_folder / "summary.md").read_text(encoding="utf-8")
     assert all(name in summary for name in pictures)
+    assert f"Written by {maker(made_by())};" in summary
     stages = [(row["round"], row["stage"]) for row in read_rows(run_folder / "metrics.jsonl")]
     assert {(-1, "filter"), (-1, "eval"), (-1, "cai_data"), (0, "round"), (1, "round"), (1, "eval")} <= set(stages)
     manifest = json.loads((run_folder / "manifest.json").read_text(encoding="utf-8"))

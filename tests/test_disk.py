@@ -20,8 +20,10 @@ from fedsim.config import load_config
 from fedsim.data.world import square_rows
 from fedsim.disk import explaining_full_disk, is_disk_full
 from fedsim.errors import DataError, DiskFullError, FedsimError
-from fedsim.parallel.world import World, portable
+from fedsim.parallel.failing import portable
+from fedsim.parallel.world import World
 from fedsim.ranks import OneRank
+from fedsim.record.journal import Journal
 from fedsim.record.metrics import decided_rows, read_rows
 from fedsim.record.places import DiskRoom
 from fedsim.simulation import Simulation
@@ -94,7 +96,7 @@ def test_every_librarys_error_is_known(small_disk: Path) -> None:
     with pytest.raises(OSError, match="No space") as text:
         (small_disk / "b").write_text("x" * 4_000_000)
     assert is_disk_full(tensors.value) and is_disk_full(text.value)
-    assert isinstance(portable(tensors.value, 1), DiskFullError)
+    assert isinstance(portable(tensors.value, Journal(1)), DiskFullError)
 
 
 def test_other_errors_pass_unchanged(tmp_path: Path) -> None:

@@ -44,16 +44,16 @@ def rows(*lengths: int) -> list[Any]:
 
 
 def trained(meter: Meter, busy_s: list[float]) -> None:
-    """Two clients of two steps of three rows, in micro-batches of two; an adapter of 50 numbers."""
+    """Two clients of two steps of three rows, in micro-batches of two; one that failed; an adapter of 50."""
     trainer = SimpleNamespace(
         local=SimpleNamespace(micro_batch_size=2),
-        batches=lambda client, shard, round_idx: [shard, shard],
+        batches=lambda client, shard, round_idx, num_steps: [shard] * num_steps,
         algorithm=SimpleNamespace(has_control=True),
         trainer=SimpleNamespace(adapter=SimpleNamespace(size=50)),
     )
     cohorts: Any = SimpleNamespace(trainer=trainer, shards={4: rows(5, 6, 7), 9: rows(8, 9, 10)})
-    result: Any = SimpleNamespace(aggregated=SimpleNamespace(busy_s=busy_s))
-    meter.trained(cohorts, [4, 9], 0, result)
+    result: Any = SimpleNamespace(busy_s=busy_s, delivered=[4, 9])
+    meter.trained(cohorts, {4: 2, 7: 2, 9: 2}, 0, result)
 
 
 def test_training_is_charged_the_slowest_ranks_time() -> None:

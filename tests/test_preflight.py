@@ -240,7 +240,7 @@ WEIGHTS, VECTOR = 4000, 40
         (("parallel.exact=false",), 1, 4 + 1 + 1 + 5),  # one sum of gradients
         ((), 5, 4 + 4 + 1 + 1),
         (("parallel.wide_lanes=false",), 2, 4 + 4 + 1 + 3),
-        (("federation.algorithm=scaffold",), 1, 4 + 4 + 2 + 3 * 5),  # the server's control; c_i and its change
+        (("federation.algorithm=scaffold",), 1, 4 + 4 + 2 + 2 * 5 + 1),  # the server's control; changes of c_i, one c_i
         (("federation.algorithm=fedadam",), 1, 4 + 4 + 3 + 5),
         (("federation.algorithm=local",), 1, 4 + 4 + 1 + 1),
     ],

@@ -46,7 +46,7 @@ def test_texts_of_attacks_stay_where_they_belong(
     shown, hidden = simulate(tmp_path, "shown", texts=True), simulate(tmp_path, "hidden", texts=False)
     points = [row for row in read_rows(hidden / "metrics.jsonl") if row["stage"] == "eval"]
     assert [row["eval/advbench_guard_safe_count"] for row in points] == [6, 6], "the guard has judged them too"
-    items = {path.name: read_items(path) for path in (hidden / "items").iterdir()}
+    items = {path.name: read_items(path) for path in (hidden / "items").glob("*.csv")}
     assert set(items) == {"round0-pretrained.csv", "round1-global.csv"}
     for row, found in zip(points, (items["round0-pretrained.csv"], items["round1-global.csv"]), strict=True):
         assert {"advbench_harmless_strict_world", "mt_bench", "xstest_safe_refused"} <= set(found)
@@ -55,7 +55,7 @@ def test_texts_of_attacks_stay_where_they_belong(
             assert row[f"eval/{name}"] == pytest.approx(scale * values.mean(), rel=1e-12)
     replies = {
         (path.name.partition("-")[0], record["reply"])
-        for path in (shown / "answers").glob("*.json")
+        for path in (shown / "answers").glob("*-round*.json")
         for record in json.loads(path.read_text(encoding="utf-8"))
     }
     assert {name for name, _ in replies} == {"advbench", "xstest"} and len(replies) >= 6

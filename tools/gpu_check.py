@@ -29,8 +29,9 @@ sys.path[:] = [str(ROOT), *(p for p in sys.path if Path(p).resolve() != Path(__f
 
 import torch  # noqa: E402
 
-from fedsim.record.manifest import git_state, hardware, package_versions  # noqa: E402
+from fedsim.record.manifest import hardware, package_versions  # noqa: E402
 from fedsim.record.tables import Table  # noqa: E402
+from fedsim.version import git_state  # noqa: E402
 from tools.bench.stage import LeftOut  # noqa: E402
 from tools.gpu.report import Check, Report, Setting  # noqa: E402
 

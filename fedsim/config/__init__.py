@@ -1,5 +1,6 @@
 """Typed configuration: dataclasses, YAML files and ``key=value`` overrides."""
 
+from fedsim.config.failures import FailuresConfig
 from fedsim.config.loading import describe, from_flat, help_text, load_config, to_flat, to_nested
 from fedsim.config.measuring import EvalConfig, JudgeConfig, ParallelConfig, RecordConfig, WandbConfig
 from fedsim.config.safety import CaiConfig, GuardConfig
@@ -19,6 +20,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "EvalConfig",
+    "FailuresConfig",
     "FederationConfig",
     "GuardConfig",
     "JudgeConfig",

@@ -16,6 +16,7 @@ import yaml
 from fedsim.config.keys import rule_of
 from fedsim.config.measuring import EMBEDDED, HELD_OUT, is_embedded
 from fedsim.config.schema import Config
+from fedsim.config.secrets import check_no_secret
 from fedsim.errors import ConfigError
 
 Flat = dict[str, Any]
@@ -55,6 +56,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
                 f"override {_quoted(text)}: must have the form key=value, such as federation.num_rounds=8"
             )
         name = name.strip()
+        check_no_secret(name, value, is_key=name in kinds)
         flat[name] = _parse(value, name, is_text=kinds.get(name) is str)
     return from_flat(flat)
 
@@ -63,6 +65,7 @@ def from_flat(flat: Mapping[str, Any]) -> Config:
     """A config from dotted keys; keys that are absent take their defaults."""
     known = {name: (owner, declared) for name, owner, declared in _fields(Config)}
     for name in flat:
+        check_no_secret(name, flat[name], is_key=name in known)
         if name not in known:
             raise ConfigError(_unknown(name, flat[name], list(known)))
     groups: dict[str, dict[str, Any]] = {}

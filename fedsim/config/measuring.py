@@ -78,6 +78,11 @@ class JudgeConfig:
                 "judge.base_url: must not hold '@', as a user's name and password would be written to config.yaml; "
                 "take them out, and export OPENAI_API_KEY for an endpoint that wants a key"
             )
+        if "?" in self.base_url or "#" in self.base_url:  # not repeated: a key may stand behind it
+            raise ConfigError(
+                "judge.base_url: must end with its path, such as /v1: what stands behind '?' or '#' would be written "
+                "to config.yaml, and never reach the endpoint; export OPENAI_API_KEY for one that wants a key"
+            )
 
 
 @dataclass(frozen=True)

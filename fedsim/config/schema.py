@@ -5,10 +5,18 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 
+from fedsim.config.failures import FailuresConfig
 from fedsim.config.keys import key
 from fedsim.config.measuring import EvalConfig, JudgeConfig, ParallelConfig, RecordConfig, WandbConfig
 from fedsim.config.safety import CaiConfig, GuardConfig
-from fedsim.config.training import DataConfig, FederationConfig, LocalConfig, ModelConfig, ServerOptimizerConfig
+from fedsim.config.training import (
+    BASELINES,
+    DataConfig,
+    FederationConfig,
+    LocalConfig,
+    ModelConfig,
+    ServerOptimizerConfig,
+)
 from fedsim.errors import ConfigError
 
 
@@ -22,6 +30,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     local: LocalConfig = field(default_factory=LocalConfig)
     federation: FederationConfig = field(default_factory=FederationConfig)
+    failures: FailuresConfig = field(default_factory=FailuresConfig)
     server_optimizer: ServerOptimizerConfig = field(default_factory=ServerOptimizerConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     cai: CaiConfig = field(default_factory=CaiConfig)
@@ -60,6 +69,29 @@ class Config:
             )
         if self.cai.is_on and self.data.cai_rows == 0 and self.data.guard_rows == 0:
             raise ConfigError("cai.iterations needs questions: set data.cai_rows or data.guard_rows")
+        self._check_failures()
+
+    def _check_failures(self) -> None:
+        """Failures, drop-outs and stragglers belong to cohorts whose clients take enough steps."""
+        failures, federation = self.failures, self.federation
+        if failures.min_clients > federation.clients_per_round:
+            raise ConfigError(
+                f"failures.min_clients={failures.min_clients}: must be <= federation.clients_per_round "
+                f"({federation.clients_per_round}); lower it, or draw more clients"
+            )
+        if failures.straggler_rate > 0 and self.local.steps < 2:
+            raise ConfigError(
+                f"failures.straggler_rate={failures.straggler_rate!r}: a straggler takes fewer steps than "
+                f"local.steps={self.local.steps}, and at least one; set local.steps to 2 or more, or the rate to 0"
+            )
+        if federation.algorithm in BASELINES:
+            usual = FailuresConfig(max_update_norm=failures.max_update_norm)
+            for name, wanted in vars(usual).items():
+                if getattr(failures, name) != wanted:
+                    raise ConfigError(
+                        f"failures.{name}={getattr(failures, name)!r}: federation.algorithm={federation.algorithm} has "
+                        f"one participant and no cohort that could go on without it; leave the key at {wanted!r}"
+                    )
 
 
 def _real(path: str) -> str:

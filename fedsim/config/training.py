@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from fedsim.config.keys import key
 from fedsim.errors import ConfigError
 
+BASELINES = ("local", "centralised")
+"""Values of federation.algorithm that have one participant instead of a cohort."""
+
 ALGORITHMS = (
     *("fedavg", "fedprox", "fedavgm", "fedadagrad", "fedyogi", "fedadam", "scaffold"),
-    *("local", "centralised"),
+    *BASELINES,
 )
 """Values of federation.algorithm."""
 

@@ -1,7 +1,8 @@
 """The one chat-template path: conversations in, token ids and loss masks out.
 
 Training, guard, CAI and every evaluation go through :class:`ChatFormat`, so that a prompt has the same ids wherever it
-is used. Chat markers inside user text are defused before rendering: data can never forge a turn.
+is used. Chat markers inside user text are defused before rendering: data can never forge a turn. transformers renders
+in jinja2's sandbox: a template from a model directory can neither reach Python's objects nor files.
 """
 
 from __future__ import annotations
@@ -103,6 +104,13 @@ class ChatFormat:
         if tokenizer.eos_token_id is None:
             raise ModelError(f"tokenizer {tokenizer.name_or_path!r} has no eos_token: add one to tokenizer_config.json")
         self.tokenizer = tokenizer
+        try:
+            tokenizer.get_chat_template()
+        except ValueError as error:
+            raise ModelError(
+                f"tokenizer {tokenizer.name_or_path!r} has several chat templates, and none is its default: keep the "
+                "one to use, in chat_template.jinja"
+            ) from error
         self._remembered: dict[Hashable, Any] = {}
         self._tokens = Markers(token_markers(tokenizer))
         self.end_ids = frozenset({int(tokenizer.eos_token_id), *self._closing_ids()})
@@ -152,7 +160,7 @@ class ChatFormat:
                 date_string=_DATE,  # what Llama's templates take in the place of today's date
                 enable_thinking=False,  # Qwen 3 and others: the reply itself is what is trained and measured
             )
-        except Exception as error:  # a template is a program: it may refuse a conversation, or fail in any way
+        except Exception as error:  # a template is a program: its own errors, the sandbox's, or one of any operation
             roles = ", ".join(m["role"] for m in conversation)
             said = " ".join(str(error).split())[:300] or type(error).__name__
             raise ModelError(

@@ -1,4 +1,4 @@
-"""Rates and means with their counts and 95 % intervals; nothing is reported without them."""
+"""Rates, means and slopes with their counts and 95 % intervals; nothing is reported without them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from statistics import NormalDist
 from typing import Final
 
@@ -111,6 +112,48 @@ class Mean:
         residuals = [math.fsum(value - mean for value in group) for group in groups]
         half = t_95(n - 1) * math.sqrt(n / (n - 1) * math.fsum(r * r for r in residuals)) / num_values
         return cls(mean, mean - half, mean + half, n)
+
+
+@dataclass(frozen=True)
+class Slope:
+    """How much a series grows from one value to the next, by least squares, with Student's 95 % t interval.
+
+    Attributes:
+        value: growth a step.
+        low: lower end of the interval.
+        high: upper end.
+        count: number of values.
+    """
+
+    value: float
+    low: float
+    high: float
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float], num_blocks: int = 10) -> Slope:
+        """The slope over the means of ``num_blocks`` blocks, as long as one another but for one value, with blocks − 2
+        degrees of freedom.
+
+        Neighbours in a series depend on each other, which would make an interval over single values too narrow; blocks
+        hardly do. Fewer values than blocks are blocks of one.
+
+        Args:
+            values: at least 3.
+        """
+        n, blocks = len(values), min(num_blocks, len(values))
+        assert blocks >= 3, "a slope with an interval needs three values"
+        ends = [i * n // blocks for i in range(blocks + 1)]
+        from_first = [value - values[0] for value in values]  # so that what stands still has a slope of exactly 0
+        means = [math.fsum(from_first[a:b]) / (b - a) for a, b in pairwise(ends)]
+        middles = [(a + b) / 2 for a, b in pairwise(ends)]
+        centre, level = math.fsum(middles) / blocks, math.fsum(means) / blocks
+        places = [middle - centre for middle in middles]
+        spread = math.fsum(x * x for x in places)
+        slope = math.fsum(x * y for x, y in zip(places, means, strict=True)) / spread
+        residuals = [y - level - slope * x for x, y in zip(places, means, strict=True)]
+        half = t_95(blocks - 2) * math.sqrt(math.fsum(r * r for r in residuals) / (blocks - 2) / spread)
+        return cls(slope, slope - half, slope + half, n)
 
 
 @lru_cache(maxsize=256)

@@ -1,7 +1,8 @@
-"""Control variates of clients between rounds, one file per client and round.
+"""Control variates of clients between rounds, one file per client and round, mapped into memory while it is used.
 
 A round writes new files and never touches old ones, so a run that stops in a round resumes from the files that its last
-checkpoint names. Any rank can train any client in any round.
+checkpoint names. Any rank can train any client in any round. safetensors maps a file and gives a tensor over the map
+(private: writing to it leaves the file alone), so that memory holds the clients in use, not all that there are.
 """
 
 from __future__ import annotations
@@ -37,20 +38,7 @@ class ClientStateStore:
         Raises:
             CheckpointError: the file that the index names is missing or damaged, or holds another type.
         """
-        if client not in self.index:
-            return None
-        path = self._path(client, self.index[client])
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                vector: torch.Tensor = file.get_tensor("control")
-                written = (file.metadata() or {}).get("blake2b")
-        except (OSError, SafetensorError) as error:  # also where there is no "control", or another kind of file
-            raise CheckpointError(f"{path}: control variate of client {client} cannot be read ({error})") from error
-        if vector.dtype != torch.float32:
-            raise CheckpointError(f"{path}: control variate of client {client} is {vector.dtype}, not torch.float32")
-        if written != _digest(vector, path.name):
-            raise CheckpointError(f"{path}: control variate of client {client} does not match its checksum")
-        return vector
+        return self._read(client, self.index[client]) if client in self.index else None
 
     def check(self, index: Mapping[int, int], size: int) -> None:
         """Read every file that ``index`` names.
@@ -62,8 +50,7 @@ class ClientStateStore:
             CheckpointError: one of them is missing, damaged, or of another type or shape.
         """
         for client, round_idx in index.items():
-            vector = ClientStateStore(self.folder, index).load(client)
-            assert vector is not None
+            vector = self._read(client, round_idx)
             if vector.shape != (size,):
                 raise CheckpointError(
                     f"{self._path(client, round_idx)}: control variate of client {client} has shape "
@@ -73,7 +60,7 @@ class ClientStateStore:
     def save(self, client: int, round_idx: int, control: torch.Tensor) -> None:
         """Write c_i of a round; it counts once :meth:`advance` is told."""
         path = self._path(client, round_idx)
-        partial = path.with_suffix(".partial")
+        partial = path.with_suffix(f".{os.getpid()}.partial")
         vector = control.detach().cpu().contiguous()
         save_file({"control": vector}, str(partial), metadata={"blake2b": _digest(vector, path.name)})
         with partial.open("rb") as stream:
@@ -86,15 +73,36 @@ class ClientStateStore:
 
     def drop_unused(self, indices: Iterable[Mapping[int, int]]) -> None:
         """Delete the files that none of these indices (those of the kept checkpoints) names."""
-        kept = {self._path(client, round_idx) for index in indices for client, round_idx in index.items()}
-        for path in self.folder.iterdir():
-            if path not in kept:
-                path.unlink(missing_ok=True)
+        kept = {_file_name(client, round_idx) for index in indices for client, round_idx in index.items()}
+        for name in os.listdir(self.folder):
+            if name not in kept:
+                (self.folder / name).unlink(missing_ok=True)
+
+    def _read(self, client: int, round_idx: int) -> torch.Tensor:
+        path = self._path(client, round_idx)
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                vector: torch.Tensor = file.get_tensor("control")
+                written = (file.metadata() or {}).get("blake2b")
+        except (OSError, SafetensorError, KeyError) as error:
+            raise CheckpointError(f"{path}: control variate of client {client} cannot be read ({error})") from error
+        if vector.dtype != torch.float32:
+            raise CheckpointError(f"{path}: control variate of client {client} is {vector.dtype}, not torch.float32")
+        if written != _digest(vector, path.name):
+            raise CheckpointError(f"{path}: control variate of client {client} does not match its checksum")
+        return vector
 
     def _path(self, client: int, round_idx: int) -> Path:
-        return self.folder / f"client{client:06d}-round{round_idx:06d}.safetensors"
+        return self.folder / _file_name(client, round_idx)
+
+
+def _file_name(client: int, round_idx: int) -> str:
+    return f"client{client:06d}-round{round_idx:06d}.safetensors"
 
 
 def _digest(vector: torch.Tensor, name: str) -> str:
-    """Over the numbers and the file's name, so that another client's or round's file is not taken for it."""
-    return hashlib.blake2b(vector.numpy().tobytes(), digest_size=16, key=name.encode()).hexdigest()
+    """BLAKE2b of the bytes as they lie in memory; a copy would hold a second control variate.
+
+    The key is the file's name, so that another client's or round's file is not taken for it.
+    """
+    return hashlib.blake2b(vector.numpy().data, digest_size=16, key=name.encode()).hexdigest()

@@ -35,6 +35,8 @@ from fedsim.model.fitness import check_fitness, switch_dropout_off
 transformers_logging.disable_progress_bar()  # fedsim shows its own progress
 
 INDEX = "model.safetensors.index.json"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+"""Weight files that can run code, and are never read."""
 EMBEDDED = Path(__file__).parent / "tiny"
 TEXTS = ("The wind carries a kite over the hill.", "Water boils at sea level.")
 """What a model that has just been loaded is tried on."""
@@ -142,7 +144,7 @@ def read_config(folder: Path, key: str) -> tuple[PretrainedConfig, dict[str, flo
             random routing.
     """
     try:
-        config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+        config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever a configuration class does with its values
         raise ModelError(
             f"{key}={str(folder)!r}: its config.json cannot be loaded: {reason(error)}; give a complete Hugging Face "
@@ -197,7 +199,9 @@ def load_chat(folder: Path, key: str) -> ChatFormat:
         ModelError: it cannot be read, or has no end-of-sequence token or no chat template that works.
     """
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
         chat = ChatFormat(tokenizer)
         chat.prompt([user_turn(TEXTS[0])])  # so that what is wrong with it shows here, not in the middle of a run
     except ModelError:
@@ -219,6 +223,7 @@ def _read(folder: Path, config: PretrainedConfig, key: str, dtype: torch.dtype, 
             attn_implementation=attention.implementation,
             use_safetensors=True,
             local_files_only=True,
+            trust_remote_code=False,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
@@ -275,13 +280,15 @@ def check_model_dir(path: str, key: str) -> Path:
     """The model's directory, with whole config, weights and tokenizer in it; nothing is loaded.
 
     Raises:
-        ModelError: it is no directory, or a file in it is missing, cut short or not valid JSON.
+        ModelError: it is no directory, a file in it is missing, cut short or not valid JSON, or it asks for code of its
+            own, holds weights only as pickle, or is an adapter.
     """
     folder = model_dir(path)
     if not folder.is_dir():
         raise ModelError(
             f"{key}={str(folder)!r}: is not a directory; download the model and give its path, or use 'embedded'"
         )
+    _check_trusted_form(folder, key)
     needed = {
         "config.json": ["config.json"],
         "weights (*.safetensors)": ["*.safetensors"],
@@ -301,6 +308,20 @@ def check_model_dir(path: str, key: str) -> Path:
     return folder
 
 
+def _check_trusted_form(folder: Path, key: str) -> None:
+    """The directory holds a model itself, in a form that cannot run code."""
+    if (folder / "adapter_config.json").is_file():  # transformers would load it too, or the model that it names
+        raise ModelError(
+            f"{key}={str(folder)!r}: is an adapter (adapter_config.json), which names another model; merge the adapter "
+            "into its model, or give the model's own directory"
+        )
+    if not any(folder.glob("*.safetensors")) and (pickles := sorted(p.name for x in PICKLES for p in folder.glob(x))):
+        raise ModelError(
+            f"{key}={str(folder)!r}: its weights are there only as pickle ({pickles[0]}), which can run code and is "
+            "never read; give them as *.safetensors (transformers' save_pretrained writes them)"
+        )
+
+
 def _check_json(file: Path, key: str) -> None:
     """A file that is there holds a JSON object; the weight files that an index names are there too."""
     if not file.is_file():
@@ -311,6 +332,11 @@ def _check_json(file: Path, key: str) -> None:
         raise ModelError(f"{key}: {file} is not valid JSON ({error}); download it again") from error
     if not isinstance(content, dict):
         raise ModelError(f"{key}: {file} must be a JSON object, is a {type(content).__name__}; download it again")
+    if content.get("auto_map"):
+        raise ModelError(
+            f"{key}: {file} asks for code of its own (auto_map), which fedsim never runs; give a model whose "
+            "architecture is part of transformers, or remove auto_map where transformers knows its model_type"
+        )
     if file.name == INDEX:
         files = content.get("weight_map", {})
         if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):

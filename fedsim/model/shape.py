@@ -97,7 +97,10 @@ def model_shape(
     try:
         with torch.device("meta"):
             base = AutoModelForCausalLM.from_config(
-                copy.deepcopy(config), dtype=base_dtype, attn_implementation=backend.implementation
+                copy.deepcopy(config),
+                dtype=base_dtype,
+                attn_implementation=backend.implementation,
+                trust_remote_code=False,
             )
     except Exception as error:  # whatever torch does with sizes that make no sense
         raise ModelError(

@@ -66,16 +66,17 @@ def aggregate(
     Args:
         outcomes: clients that this rank took part in training (for its busy time).
         reporting: those of them that it reports (a wide lane reports once, from its first member).
-        cohort: all clients that trained in the round, in order.
+        cohort: all clients that delivered an update in the round, in order; without any the sums are 0.
         size: length of the adapter.
         num_clients: clients of the federation, N.
     """
     deltas = [Term(o.delta, o.weight) for o in reporting]
     controls = [Term(o.control_delta) for o in reporting if o.control_delta is not None]
     table = torch.zeros(len(cohort), len(_CLIENT_FIELDS), dtype=torch.float64, device=device)
+    places = {client: place for place, client in enumerate(cohort)}
     for outcome in reporting:
         values = [float(getattr(outcome, name)) for name in _CLIENT_FIELDS]
-        table[list(cohort).index(outcome.client)] = torch.tensor(values, dtype=torch.float64)
+        table[places[outcome.client]] = torch.tensor(values, dtype=torch.float64)
     busy = torch.zeros(2, world_size, dtype=torch.float64, device=device)
     busy[0, rank] = sum(o.seconds for o in outcomes)
     busy[1, rank] = sum(o.num_tokens for o in outcomes)
@@ -84,7 +85,7 @@ def aggregate(
     control_size = size if has_control else 0
     sizes = [size, control_size, *[len(cohort)] * len(_CLIENT_FIELDS), world_size, world_size]
     # Figures have one term per rank, but only one rank's entry is not 0. The grid must not depend on the world's size.
-    delta, control, *rest = summer.sum(segments, sizes, count=len(cohort))
+    delta, control, *rest = summer.sum(segments, sizes, count=max(1, len(cohort)))
     figures = [column.tolist() for column in rest]
     clients = [
         ClientReport(client, int(rows), weight, loss, first, int(tokens))

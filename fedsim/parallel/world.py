@@ -5,30 +5,28 @@ This file and its neighbours in ``fedsim/parallel`` are the only ones that touch
 
 from __future__ import annotations
 
-import atexit
 import os
 import pickle
-import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
-from fedsim.disk import is_disk_full
-from fedsim.errors import DiskFullError, FedsimError, RunError
+from fedsim.errors import FedsimError, RunError
+from fedsim.parallel.failing import alone, portable, stop_here, together
 from fedsim.parallel.planner import deal_units
+from fedsim.parallel.stopping import StopRequest
 from fedsim.parallel.sums import Summer, Traffic
 from fedsim.ranks import OneRank, Ranks
+from fedsim.record.journal import Journal
 
 T = TypeVar("T")
 R = TypeVar("R")
-
-_GRACE_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -50,6 +48,8 @@ class World:
         exact: whether sums are order-independent.
         timeout: a collective of a lane that waits longer ends the run.
         traffic: bytes that this process has handed to collectives.
+        journal: where this process is, and its log.
+        stop: whether it was asked to stop.
     """
 
     ranks: Ranks
@@ -57,6 +57,8 @@ class World:
     exact: bool
     timeout: timedelta = timedelta(minutes=30)
     traffic: Traffic = field(default_factory=Traffic)
+    journal: Journal = field(default_factory=Journal)
+    stop: StopRequest = field(default_factory=StopRequest)
     _groups: dict[tuple[int, int], dist.ProcessGroup | None] = field(default_factory=dict)
 
     @property
@@ -93,10 +95,12 @@ class GroupRanks:
 
     Args:
         traffic: counts what this rank contributes.
+        journal: knows where this rank is when it fails.
     """
 
-    def __init__(self, traffic: Traffic) -> None:
+    def __init__(self, traffic: Traffic, journal: Journal) -> None:
         self.traffic = traffic
+        self.journal = journal
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
         self.is_main = self.rank == 0
@@ -116,7 +120,7 @@ class GroupRanks:
             try:
                 done[unit] = compute(units[unit])
             except Exception as error:
-                failure = portable(error, self.rank)
+                failure = portable(error, self.journal)
                 break
             if on_done is not None:
                 on_done(len(done))
@@ -136,7 +140,7 @@ class GroupRanks:
             try:
                 result = compute()
             except Exception as error:
-                failure = portable(error, 0)
+                failure = portable(error, self.journal)
             box[0] = self._pickled((result, failure))
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         if not self.is_main:
@@ -152,7 +156,7 @@ class GroupRanks:
         try:
             result = compute()
         except Exception as error:
-            failure = portable(error, self.rank)
+            failure = portable(error, self.journal)
         shares = self.gather((result, failure))
         for _, failed in shares:
             if failed is not None:
@@ -172,24 +176,13 @@ class GroupRanks:
         return data
 
 
-def portable(error: Exception, rank: int) -> FedsimError:
-    """An error that can travel to other ranks: fedsim's own as it is, any other with its traceback as text."""
-    if isinstance(error, FedsimError):
-        return error
-    if is_disk_full(error):
-        return DiskFullError(str(error))
-    trace = "".join(traceback.format_exception(error))
-    return RunError(f"rank {rank} failed with {type(error).__name__}: {error}\n{trace}")
-
-
 @contextmanager
 def process_world(*, exact: bool, threads: int, timeout_s: float) -> Iterator[World]:
     """Join the processes that a launcher started (or run alone), and leave them in every case.
 
     Any launcher will do that sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT: torchrun, deepspeed, or a
-    user's own, whether or not it ends the other processes when one fails. An error leaves on rank 0, or on the first
-    rank that fails alone. The others fail alike, or because they miss that rank: they end quietly with exit status 2,
-    so that a user reads one error, the cause.
+    user's own, whether or not it ends the other processes when one fails. :mod:`fedsim.parallel.failing` says how they
+    leave.
 
     Args:
         exact: order-independent sums and deterministic kernels.
@@ -206,27 +199,30 @@ def process_world(*, exact: bool, threads: int, timeout_s: float) -> Iterator[Wo
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     size = _world_size()
     device = _device(size)
-    if size == 1:
-        yield World(OneRank(), device, exact)
-        return
-    one_gpu_each = device.type == "cuda" and torch.cuda.device_count() >= size
-    backend = "cpu:gloo,cuda:nccl" if one_gpu_each else "gloo"
-    timeout = timedelta(seconds=timeout_s)
-    store, rank = _meet(timeout)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-    try:
-        traffic = Traffic()
-        yield World(GroupRanks(traffic), device, exact, timeout, traffic)
-    except Exception as error:
-        speaks = _speaks(store, rank)
-        if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-            atexit.register(_outlast, store, size)  # the store is in this process, and the others have yet to ask it
-        if not speaks:
-            time.sleep(1.0)  # launchers end every rank when one exits: let the one that speaks be the first
-            raise SystemExit(2) from error
-        raise
-    finally:
-        dist.destroy_process_group()
+    stop = StopRequest()
+    with stop.listening():
+        if size == 1:
+            journal = Journal()
+            stop.on_deadline = lambda number: stop_here(journal, number, size, timeout_s)
+            with alone(journal):
+                yield World(OneRank(), device, exact, journal=journal, stop=stop)
+            return
+        _stay_on_this_machine(size)
+        one_gpu_each = device.type == "cuda" and torch.cuda.device_count() >= size
+        backend = "cpu:gloo,cuda:nccl" if one_gpu_each else "gloo"
+        # torch keeps the last 2,000 collectives with their stacks, which over some hundred rounds looks like a leak
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "100")
+        timeout = timedelta(seconds=timeout_s)
+        store, rank = _meet(timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        journal = Journal(rank)
+        stop.on_deadline = lambda number: stop_here(journal, number, size, timeout_s)
+        try:
+            with together(store, journal, size, timeout_s):
+                traffic = Traffic()
+                yield World(GroupRanks(traffic, journal), device, exact, timeout, traffic, journal, stop)
+        finally:
+            dist.destroy_process_group()
 
 
 def _world_size() -> int:
@@ -237,6 +233,15 @@ def _world_size() -> int:
             f"WORLD_SIZE={given!r}: must be a whole number >= 1; unset it, or start with torchrun or deepspeed"
         )
     return int(given)
+
+
+def _stay_on_this_machine(size: int) -> None:
+    """Let gloo listen on the loopback interface alone, where all processes are here; a user's own choice counts.
+
+    By itself it takes the address that the machine's name has, and what it receives is unpickled.
+    """
+    if os.environ.get("LOCAL_WORLD_SIZE", str(size)) == str(size) and Path("/sys/class/net/lo").exists():
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
 def _meet(timeout: timedelta) -> tuple[dist.Store, int]:
@@ -250,33 +255,8 @@ def _meet(timeout: timedelta) -> tuple[dist.Store, int]:
             f"the processes cannot meet ({values}): {' '.join(str(error).split())[:200]}; start them with torchrun or "
             "deepspeed, and give each run on a machine a --master_port of its own"
         ) from error
-    return store, rank
-
-
-def _outlast(store: dist.Store, size: int, patience_s: float = 10.0) -> None:
-    """Stay until every rank has asked who speaks, or for ``patience_s``."""
-    deadline = time.monotonic() + patience_s
-    while time.monotonic() < deadline and int(store.add("fedsim/failures", 0)) < size:
-        time.sleep(0.05)
-
-
-def _speaks(store: dist.Store, rank: int) -> bool:
-    """Whether this failed rank reports its error: rank 0 where it fails too, else the first rank that failed.
-
-    The others give rank 0 :data:`_GRACE_S` seconds to fail. True where that cannot be asked, so that no error is lost.
-    """
-    deadline = time.monotonic() + _GRACE_S
-    try:
-        if rank == 0:
-            store.add("fedsim/rank_0_failed", 1)
-        while rank != 0 and store.add("fedsim/rank_0_failed", 0) == 0 and time.monotonic() < deadline:
-            time.sleep(0.02)
-        may_speak = rank == 0 or store.add("fedsim/rank_0_failed", 0) == 0
-        speaks = may_speak and store.add("fedsim/spoken", 1) == 1
-        store.add("fedsim/failures", 1)
-        return speaks
-    except RuntimeError:
-        return True
+    # torchrun keeps its store over a restart: the addresses and words of the ranks before must not be found there.
+    return dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store), rank
 
 
 def _device(size: int) -> torch.device:

@@ -28,6 +28,7 @@ from fedsim.parallel.zero_config import import_deepspeed
 from fedsim.ranks import Lane, Term
 from fedsim.train.loop import Item, Pass, StepSettings, Trainer, TrainingPlan, TrainingStats
 from fedsim.train.objectives import Objective
+from fedsim.train.own_work import OwnWork
 
 
 class ZeroTrainer(Trainer):
@@ -60,9 +61,10 @@ class ZeroTrainer(Trainer):
 
         Raises:
             ConfigError: DeepSpeed refuses its settings.
-            RunError: a loss or gradient was not finite.
+            NotFiniteError: a loss or gradient was not finite.
         """
         assert type(plan.correction) is Correction, "federated corrections have no place here"
+        assert type(plan.own) is OwnWork, "nor have clients, whose errors are contained: one here ends the run"
         replica = _Replica(self.model, self.adapter, objective)
         with _deepspeed_engine(replica, self.config, lane) as self._engine:
             return super().run(plan, objective, lane, on_step)

@@ -11,6 +11,10 @@ from fedsim.record.plots import write_plots
 from fedsim.record.run_record import RunRecord
 from fedsim.record.summary import BENCHMARKS, RunFacts, eval_points, facts_from, summary_markdown, terminal_table
 from fedsim.record.timers import top_level_seconds
+from fedsim.version import made_by, maker, sign
+
+SIGNED = ("adapter", "answers", "items", "guard")
+"""Folders of results that are of use by themselves: each says which fedsim finished them."""
 
 
 def finish_run(record: RunRecord, num_ranks: int) -> None:
@@ -47,7 +51,11 @@ def finish_run(record: RunRecord, num_ranks: int) -> None:
         plots=[p.name for p in plots],
         notes=record.notes,
         guard_tables=read_tables(folder / "guard"),
+        maker=maker(made_by()),
     )
+    for name in SIGNED:
+        if (folder / name).is_dir() and not (folder / name / "fedsim.json").exists():
+            sign(folder / name)
     (folder / "summary.md").write_text(summary_markdown(rows, facts), encoding="utf-8")
     print(f"\n{terminal_table(rows, facts)}", flush=True)
     record.stream.close(headline(rows, facts))  # last: a server that does not answer takes nothing from the run

@@ -6,9 +6,8 @@ import importlib.metadata
 import os
 import platform
 import shlex
-import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import fedsim
 from fedsim.artefacts import file_digest, write_json
 from fedsim.errors import CheckpointError, DataError
 from fedsim.json_text import parse_json
+from fedsim.version import made_by
 
 PACKAGES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "datasets", "numpy")
 
@@ -50,7 +50,7 @@ def write_manifest(
     """
     path = directory / "manifest.json"
     now = {"utc": datetime.now(UTC).isoformat(timespec="seconds"), "command": command_line(), "num_ranks": num_ranks}
-    where = {"versions": versions(), "hardware": hardware(), "attention": dict(attention)}
+    where = {"versions": versions(), "git": made_by()["git"], "hardware": hardware(), "attention": dict(attention)}
     if path.exists():
         manifest = read_manifest(path)
         _check_unchanged(path, manifest, inputs, model_hashes)
@@ -59,7 +59,6 @@ def write_manifest(
         manifest = {
             "started": now,
             **where,
-            "git": git_state(Path(fedsim.__file__).resolve().parents[1]),
             "threads": {"torch": torch.get_num_threads(), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS")},
             "seed": config.get("seed"),
             "inputs": {role: _file_entry(role, file) for role, file in inputs.items()},
@@ -87,22 +86,6 @@ def package_versions(packages: Iterable[str]) -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = None
     return found
-
-
-def git_state(root: Path, ignoring: Sequence[str] = ()) -> dict[str, Any] | None:
-    """Commit of the clone at ``root`` and whether tracked files differ from it; None outside a clone of its own.
-
-    Args:
-        ignoring: files and folders, relative to ``root``, whose changes do not count.
-    """
-    if not (root / ".git").exists():
-        return None
-    commit = _output("git", "-C", str(root), "rev-parse", "HEAD")
-    if commit is None:
-        return None
-    others = [f":(exclude){path}" for path in ignoring]
-    changes = _output("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no", "--", ".", *others)
-    return {"commit": commit, "modified": changes != ""}
 
 
 def hardware() -> dict[str, Any]:
@@ -172,11 +155,3 @@ def _cpu_model() -> str:
     except OSError:
         return platform.processor()
     return platform.processor()
-
-
-def _output(*command: str) -> str | None:
-    """What a command prints; None if it cannot run or fails."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -91,8 +91,45 @@ def read_rows(path: Path, allow_torn_end: bool = False) -> list[Row]:
     torn = lines.pop()  # a crash may have cut it within a character
     if torn and not allow_torn_end:
         lines.append(torn)
+    return _parsed(path, lines, first=1)
+
+
+class NewRows:
+    """The rows that a file has gained since the last look, for whoever follows a run: memory and time per look do not
+    grow with the file.
+
+    Args:
+        path: a ``metrics.jsonl``, which need not exist yet and is only appended to meanwhile.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._place = 0
+        self._count = 0
+
+    def read(self) -> list[Row]:
+        """Whole new rows, oldest first; a line that is just being written comes with the next look.
+
+        Raises:
+            CheckpointError: as :func:`read_rows`.
+        """
+        if not self.path.exists():
+            return []
+        with self.path.open("rb") as file:
+            file.seek(self._place)
+            whole, end, _ = file.read().rpartition(b"\n")
+        if not end:
+            return []
+        rows = _parsed(self.path, whole.decode("utf-8").split("\n"), first=self._count + 1)
+        self._place += len(whole) + len(end)
+        self._count += len(rows)
+        return rows
+
+
+def _parsed(path: Path, lines: Iterable[str], first: int) -> list[Row]:
+    """Lines as rows; ``first`` is the first one's number in the file."""
     rows: list[Row] = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(lines, start=first):
         try:
             row = parse_json(line.decode())
         except UnicodeDecodeError as error:

@@ -5,13 +5,12 @@ Every rank holds one, so that all take the same branches; only rank 0 writes and
 
 from __future__ import annotations
 
-import fcntl
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 import yaml
@@ -24,6 +23,9 @@ from fedsim.federation.algorithms import ServerState
 from fedsim.federation.client_state import ClientStateStore
 from fedsim.federation.registry import build_algorithm
 from fedsim.ranks import Ranks
+from fedsim.record.ending import forget_ending, write_ending
+from fedsim.record.journal import Journal
+from fedsim.record.lock import DirectoryLock
 from fedsim.record.metrics import MetricLog
 from fedsim.record.paper import arm_name
 from fedsim.record.places import check_folder, run_folder
@@ -44,12 +46,13 @@ class RunRecord:
         config: the run's configuration.
         ranks: to agree on what is there.
         synchronize: wait for the GPU at phase ends.
-
+        journal: this rank's log, opened once the directory is this run's.
     """
 
-    def __init__(self, config: Config, ranks: Ranks, synchronize: bool) -> None:
+    def __init__(self, config: Config, ranks: Ranks, synchronize: bool, journal: Journal | None = None) -> None:
         self.config = config
         self.ranks = ranks
+        self.journal = Journal(ranks.rank) if journal is None else journal
         self.folder = run_folder(config)
         self.progress = Progress(sys.stderr, enabled=ranks.is_main)
         self.timers = PhaseTimers(synchronize)
@@ -58,7 +61,7 @@ class RunRecord:
         self.metrics_file = self.folder / "metrics.jsonl"
         self.notes: list[str] = []
         self.stream = WandbStream(self.folder, config, self.progress.note)
-        self._lock: IO[str] | None = None
+        self._lock = DirectoryLock(self.folder)
 
     def claim(self) -> None:
         """Make the run directory this process's own until :meth:`release`.
@@ -67,6 +70,8 @@ class RunRecord:
             ConfigError, CheckpointError: as :meth:`check_directory`, or another process holds it.
         """
         self.ranks.once(self._claim)
+        self._lock.join()
+        self.journal.open(self.folder)
 
     def check_directory(self) -> None:
         """Find out whether the run may use its directory; nothing is written.
@@ -101,9 +106,21 @@ class RunRecord:
 
     @contextmanager
     def phase(self, name: str, timer: str, unit: str = "") -> Iterator[Phase]:
-        """A timed phase with a progress line."""
-        with self.timers.phase(timer), self.progress.phase(name, 0, unit) as shown:
+        """A timed phase with a progress line and lines in the log."""
+        with self.journal.at(stage=name), self.timers.phase(timer), self.progress.phase(name, 0, unit) as shown:
             yield shown
+
+    @contextmanager
+    def round(self, round_idx: int, num_rounds: int) -> Iterator[None]:
+        """A round, for the progress lines and the log."""
+        self.progress.round(round_idx, num_rounds)
+        with self.journal.at(round=round_idx + 1):
+            yield
+
+    def finished(self) -> None:
+        """The run has come to its end."""
+        if self.ranks.is_main:
+            write_ending(self.folder, "finished", 0, "all rounds are done", 0, {})
 
     def header(self, num_ranks: int, device: torch.device) -> None:
         """What runs, where, before anything happens."""
@@ -123,6 +140,7 @@ class RunRecord:
     def say(self, text: str) -> None:
         """One line of progress."""
         self.progress.note(text)
+        self.journal.write("note", text=text)
 
     def _claim(self) -> None:
         """Make the directory, or check that it holds this very run; one that finished no round is started anew."""
@@ -130,13 +148,14 @@ class RunRecord:
         was_taken = self._is_taken()  # before this very call writes into it
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._hold_lock()
+            self._lock.hold(self.say)
         except OSError as error:
             raise ConfigError(
                 f"record.dir={self.config.record.dir!r}: {self.folder} cannot be made or written ({error.strerror}); "
                 "give another directory"
             ) from error
         self._check_directory(was_taken)
+        forget_ending(self.folder)
         if self.checkpoints.any():
             return
         (self.folder / "manifest.json").unlink(missing_ok=True)
@@ -164,23 +183,10 @@ class RunRecord:
                     )
             self._check_same(self.folder / "config.yaml")
 
-    def _hold_lock(self) -> None:
-        """Keep a second process from the same directory for as long as this one lives."""
-        self._lock = (self.folder / ".lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(
-                f"{self.folder}: another process is running this very run; wait for it, or give this one another name "
-                "(name=...)"
-            ) from error
-
     def release(self) -> None:
         """End what is still open and let another process have the directory."""
         self.stream.close()
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        self._lock.release()
 
     def _check_same(self, path: Path) -> None:
         try:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedsim.config.measuring import is_embedded
-from fedsim.record import guard_section, paper, sections
+from fedsim.record import client_failures, guard_section, paper, sections
 from fedsim.record.metrics import Row
 from fedsim.record.tables import Table, duration, measured, with_interval
 
@@ -88,6 +88,7 @@ class RunFacts:
         plots: file names of pictures beside ``summary.md``.
         notes: further lines, such as rows that a split left over.
         guard_tables: the guard's tables beside the metric rows (see :func:`guard_section.read_tables`).
+        maker: the fedsim that writes the summary (:func:`fedsim.version.maker`).
     """
 
     name: str
@@ -109,6 +110,7 @@ class RunFacts:
     plots: Sequence[str] = ()
     notes: Sequence[str] = ()
     guard_tables: guard_section.Tables = field(default_factory=dict)
+    maker: str = ""
 
     @property
     def arm(self) -> str:
@@ -125,6 +127,7 @@ def facts_from(
     plots: Sequence[str] = (),
     notes: Sequence[str] = (),
     guard_tables: guard_section.Tables | None = None,
+    maker: str = "",
 ) -> RunFacts:
     """The facts that a resolved configuration (dotted keys → values) decides, and those only the run knows."""
     sources = ("data.square", "eval.advbench", "eval.hhh", "eval.mt_bench", "eval.xstest", "eval.helpful")
@@ -148,6 +151,7 @@ def facts_from(
         plots=plots,
         notes=notes,
         guard_tables=guard_tables or {},
+        maker=maker,
     )
 
 
@@ -161,12 +165,14 @@ def summary_markdown(rows: Sequence[Row], facts: RunFacts) -> str:
     parts += sections.evaluations(eval_points(rows))
     parts += guard_section.guard(rows, facts.guard, facts.guard_tables)
     parts += sections.clients(rows)
+    parts += client_failures.section(rows)
     parts += sections.cai(rows)
     parts += sections.times(rows)
     if facts.notes:
         parts += ["## Notes", "\n".join(f"- {note}" for note in facts.notes)]
     if facts.places:
         parts += ["## Where everything is", "\n".join(f"- {what}: `{where}`" for what, where in facts.places.items())]
+    parts += [f"Written by {facts.maker}; manifest.json names all versions."] if facts.maker else []
     return "\n\n".join(parts) + "\n"
 
 

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedsim.record.metrics import Row, read_rows
+from fedsim.record.metrics import NewRows, Row
 from fedsim.record.wandb_file import read_history
 
 Figures = dict[str, float | int | bool]
@@ -75,14 +75,17 @@ class Worker:
         self.complete = known.get("complete") == self.mode  # summary and all: nothing is left to do
         self.run: Any = None
         self.next_step = 0
+        self._log = NewRows(folder / "metrics.jsonl")
+        self._waiting: list[Row] = []  # of rounds that do not count yet
         if self.mode == "offline":
             self.next_step = self._written_steps()
 
     def stream(self, round_idx: int) -> None:
         """Log every step up to the round's that W&B does not have."""
-        rows = read_rows(self.folder / "metrics.jsonl", allow_torn_end=True)
-        steps = {step: figures for step, figures in steps_of(rows).items() if step <= round_idx + 1}
-        if self.complete or max(steps) < self.next_step:
+        rows = self._waiting + self._log.read()
+        self._waiting = [row for row in rows if row["round"] > round_idx]
+        steps = steps_of(row for row in rows if row["round"] <= round_idx)
+        if self.complete or max(steps, default=-1) < self.next_step:
             return
         if self.run is None:
             self._begin()

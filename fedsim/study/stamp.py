@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from fedsim.version import commit_of
+
 PACKAGES = ("torch", "transformers", "peft", "fedsim")
 
 
@@ -21,12 +23,6 @@ def measured_on(manifests: Sequence[Mapping[str, Any]]) -> str:
     commits = _each(commit_of(m) for m in manifests)
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     return f"Measured on {when}: {machines}; runs of {processes} process(es); {versions}, commit {commits}."
-
-
-def commit_of(manifest: Mapping[str, Any]) -> str:
-    """The commit's first ten digits, and whether tracked files differed from it; "unknown" outside a clone."""
-    git = manifest.get("git")
-    return "unknown" if not git else git["commit"][:10] + (" with changes" if git["modified"] else "")
 
 
 def _machine(hardware: Mapping[str, Any]) -> str:

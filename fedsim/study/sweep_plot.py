@@ -51,7 +51,7 @@ def write_plot(sweep: Sweep, runs: Runs, path: Path) -> None:
         _label_x(axes, sweep.x, ticks)
         axes.set_ylabel(title(figure))
         if len(curves) > 1 or sweep.curves:
-            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2, frameon=False)
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3, frameon=False)
     figure_.savefig(path, dpi=150)
 
 
@@ -71,13 +71,27 @@ def _scale(values: Sequence[Any]) -> str:
     return "log" if positive and max(positive) / min(positive) > 20 else "linear"
 
 
+def _far_enough(places: Sequence[float], least: float = 0.045) -> list[bool]:
+    """Which labels can be read: those that keep ``least`` (a share of the axis) from the one before that is shown."""
+    shown: list[bool] = []
+    last = -math.inf
+    for place in places:
+        shown.append(place - last >= least)
+        last = place if shown[-1] else last
+    return shown
+
+
 def _label_x(axes: Axes, x: str, ticks: Sequence[Any]) -> None:
     """Name the axis, and mark just the values that were run."""
     kind = _scale(ticks)
     if kind == "log":
         axes.set_xscale("symlog", linthresh=min(v for v in ticks if v > 0))
     if kind != "linear":
-        axes.set_xticks([float(i) if kind == "text" else float(v) for i, v in enumerate(ticks)])
-        axes.set_xticklabels([v if isinstance(v, str) else f"{v:g}" for v in ticks])
+        places = [float(i) if kind == "text" else float(v) for i, v in enumerate(ticks)]
+        axes.set_xticks(places)
+        room = _far_enough([float(place) for place in axes.transAxes.inverted().transform(
+            axes.transData.transform([(place, 0.0) for place in places]))[:, 0]])  # fmt: skip
+        labels = [v if isinstance(v, str) else f"{v:g}" for v in ticks]
+        axes.set_xticklabels([label if free else "" for label, free in zip(labels, room, strict=True)])
         axes.minorticks_off()
     axes.set_xlabel(x)

@@ -15,13 +15,14 @@ import torch
 from transformers import PreTrainedModel
 
 from fedsim import keys
-from fedsim.errors import RunError
+from fedsim.errors import NotFiniteError
 from fedsim.federation.algorithms import Correction
 from fedsim.federation.elementwise import all_finite
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.ranks import Lane, Term
 from fedsim.train.dropout import KeyedDropout, Part
 from fedsim.train.objectives import Objective
+from fedsim.train.own_work import OwnWork
 
 Item = TypeVar("Item")
 
@@ -56,6 +57,7 @@ class TrainingPlan(Generic[Item]):
         longest: tokens of the longest item that may come, as the objective counts them. Outside exact mode,
             micro-batches share a pass while they are no more than ``micro_batch_size`` times that: what a pass's memory
             is reckoned for. 0: each has a pass of its own.
+        own: runs what this member computes apart from the lane's sums.
     """
 
     batches: Sequence[Sequence[Item]]
@@ -64,6 +66,7 @@ class TrainingPlan(Generic[Item]):
     correction: Correction = field(default_factory=Correction)
     what: str = "training"
     longest: int = 0
+    own: OwnWork = field(default_factory=OwnWork)
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,21 +138,33 @@ class Trainer:
             on_step: called with (steps done, steps) after each step.
 
         Raises:
-            RunError: a loss or gradient was not finite.
+            NotFiniteError: a loss or gradient was not finite.
+            ClientError: ``plan.own`` has kept an error: at once on a lane of one rank, else once all steps are done.
         """
         self._reset_optimizer()
         was_training = self.model.training
         self.model.train(objective.uses_dropout)
         rows = []
-        for step, batch in enumerate(plan.batches):
-            rows.append(self._step(step, batch, plan, objective, lane))
-            if on_step is not None:
-                on_step(step + 1, len(plan.batches))
-        self.model.train(was_training)
+        try:
+            for step, batch in enumerate(plan.batches):
+                rows.append(self._step(step, batch, plan, objective, lane))
+                if lane.size == 1:
+                    plan.own.check()
+                if on_step is not None:
+                    on_step(step + 1, len(plan.batches))
+        finally:
+            self.model.train(was_training)
+        stats = plan.own.do(lambda: self._stats(rows, plan, objective))
+        plan.own.check()
+        assert stats is not None
+        return stats
+
+    def _stats(self, rows: list[torch.Tensor], plan: TrainingPlan[Item], objective: Objective[Item]) -> TrainingStats:
+        """What the steps gave, once it is known to be finite."""
         table = torch.stack(rows).cpu()
         if not torch.isfinite(table).all() or not all_finite(self.adapter.values):
             bad = next((i for i, row in enumerate(table) if not torch.isfinite(row).all()), len(rows) - 1)
-            raise RunError(
+            raise NotFiniteError(
                 f"{plan.what}: the loss or gradient became NaN or infinite in step {bad + 1} of {len(rows)}; "
                 "lower the learning rate, or clip with local.max_grad_norm"
             )
@@ -161,10 +176,23 @@ class Trainer:
         self, step: int, batch: Sequence[Item], plan: TrainingPlan[Item], objective: Objective[Item], lane: Lane
     ) -> torch.Tensor:
         """One optimizer step; returns [gradient norm, loss, statistics…] in fp64 on the model's device."""
-        grad = self.adapter.grad
-        gradients, stats, count = self._backward(step, batch, plan, objective, lane)
-        sizes = [grad.numel(), 1 + len(objective.stat_names)]
+        sizes = [self.adapter.size, 1 + len(objective.stat_names)]
+        terms = plan.own.do(lambda: self._backward(step, batch, plan, objective, lane))
+        gradients, stats, count = terms or self._no_terms(sizes)
         total_grad, total_stats = lane.summer.sum([gradients, stats], sizes, count)
+        row = plan.own.do(lambda: self._update(step, total_grad, total_stats, plan))
+        return self.adapter.values.new_full((1 + sizes[1],), torch.nan, dtype=torch.float64) if row is None else row
+
+    def _no_terms(self, sizes: Sequence[int]) -> tuple[list[Term], list[Term], int]:
+        """NaN in the place of what this member cannot compute, so that no member takes the sum for a result."""
+        gradient, stats = (self.adapter.values.new_full((size,), torch.nan) for size in sizes)
+        return [Term(gradient)], [Term(stats.double())], 1
+
+    def _update(
+        self, step: int, total_grad: torch.Tensor, total_stats: torch.Tensor, plan: TrainingPlan[Item]
+    ) -> torch.Tensor:
+        """The optimizer's step on the batch's gradient, alike on every member; returns what :meth:`_step` does."""
+        grad = self.adapter.grad
         grad.copy_(total_grad)
         plan.correction.on_loss_gradient(grad, self.adapter.values)
         norm = torch.linalg.vector_norm(grad)

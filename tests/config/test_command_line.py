@@ -37,3 +37,17 @@ def test_nothing_runs_the_demo() -> None:
 def test_mistakes_are_config_errors(words: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_command(words)
+
+
+@pytest.mark.parametrize(("rank", "is_shown"), [(None, True), ("0", True), ("1", False), ("3", False)])
+def test_of_several_processes_one_prints_the_help(
+    rank: str | None, is_shown: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    with pytest.raises(SystemExit) as ended:
+        parse_command(["--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr()
+    assert ("federation.num_rounds" in shown.out, shown.err) == (is_shown, "")

@@ -6,7 +6,6 @@ each number of processes; the artefacts are compared too.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -21,14 +20,13 @@ from typing import Any
 import pytest
 
 from fedsim import cohort
-from fedsim.artefacts import file_digest
 from fedsim.checkpoint import Checkpoint
 from fedsim.config import load_config
 from fedsim.errors import RunError
 from fedsim.parallel.world import process_world
 from fedsim.record import finish
-from fedsim.record.metrics import decided_rows, read_rows
 from fedsim.simulation import Simulation
+from tools.chaos.outcome import different, outcome
 
 ROOT = Path(__file__).parents[2]
 SMALL = Path(__file__).parent / "small.yaml"
@@ -66,9 +64,6 @@ BRIEF = [
 FEDPROX = ["federation.algorithm=fedprox", "federation.prox_mu=5.0", *BRIEF]
 FEDADAM = ["federation.algorithm=fedadam", "server_optimizer.lr=0.01", *BRIEF]
 CENTRALISED = ["federation.algorithm=centralised", *BRIEF]
-
-# In the order in which a run makes them.
-PARTS = ("artefacts", "rows", "client_state", "client_rounds", "last", "state", "adapter", "replies", "answers")
 
 
 class Stopped(Exception):
@@ -121,32 +116,9 @@ def places(folder: Path, square_file: Path) -> list[str]:
     return [f"data.square={square_file}", f"record.dir={folder}", f"record.artefacts={folder / 'artefacts'}"]
 
 
-def outcome(folder: Path) -> dict[str, Any]:
-    """Everything that a run decided, by what it is; texts only as hashes."""
-    run = folder / "small"
-    last = sorted((run / "checkpoints").iterdir())[-1]
-    answers = {}
-    for path in sorted((run / "answers" / "mt_bench" / "model_answer").glob("*.jsonl")):
-        turns = [json.loads(line)["choices"] for line in path.read_text(encoding="utf-8").splitlines()]
-        answers[path.name] = hashlib.sha256(json.dumps(turns).encode()).hexdigest()
-    artefacts = folder / "artefacts"
-    return {
-        "rows": [json.dumps(row) for row in decided_rows(read_rows(run / "metrics.jsonl"))],
-        "adapter": file_digest(run / "adapter" / "adapter_model.safetensors"),
-        "state": file_digest(last / "state.safetensors"),
-        "last": last.name,
-        "client_rounds": json.loads((last / "checkpoint.json").read_text())["client_rounds"],
-        "client_state": {p.name: file_digest(p) for p in sorted((run / "client_state").iterdir())},
-        "replies": {p.name: file_digest(p) for p in sorted((run / "answers").glob("*-round*.json"))},
-        "answers": answers,
-        "artefacts": {str(p.relative_to(artefacts)): file_digest(p) for p in artefacts.rglob("*") if p.is_file()},
-    }
-
-
 def assert_same(found: dict[str, Any], wanted: dict[str, Any], what: str) -> None:
     """Compare part by part, so that a failure names the first stage that differs."""
-    for part in PARTS:
-        assert found[part] == wanted[part], f"{what}: {part} differ"
+    assert (parts := different(found, wanted)) == [], f"{what}: {parts[0]} differ"
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +134,7 @@ def straight(
             folders = {size: tmp_path_factory.mktemp(f"straight{size}") for size in sizes}
             jobs = [(n, simulate, [*overrides, *places(f, square_file)], None) for n, f in folders.items()]
             widths = dict(zip(folders, pool.run_all(jobs), strict=True))
-            known[key] = {n: outcome(f) | {"widths": widths[n]} for n, f in folders.items()}
+            known[key] = {n: outcome(f / "small", f / "artefacts") | {"widths": widths[n]} for n, f in folders.items()}
         return known[key]
 
     return run
@@ -234,7 +206,7 @@ def test_a_stopped_run_that_is_resumed_equals_one_that_was_not(
     assert kept == [f"round-{i:06d}" for i in range(stop[1] + (stop[0] == "after"))]
     assert not (tmp_path / "small" / "adapter").exists()
     pool.run(sizes[1], simulate, words, None)
-    assert_same(outcome(tmp_path), straight(overrides)[1], "resumed against straight")
+    assert_same(outcome(tmp_path / "small", tmp_path / "artefacts"), straight(overrides)[1], "resumed against straight")
 
 
 def descendants(pid: int) -> list[int]:
@@ -266,4 +238,8 @@ def test_a_run_killed_in_mid_round_is_resumed(pool: Any, square_file: Path, tmp_
         "the second round, or at worst the third, was under way"
     )
     pool.run(3, simulate, words, None)
-    assert_same(outcome(tmp_path), straight(SCAFFOLD)[1], "killed and resumed against straight")
+    assert_same(
+        outcome(tmp_path / "small", tmp_path / "artefacts"),
+        straight(SCAFFOLD)[1],
+        "killed and resumed against straight",
+    )

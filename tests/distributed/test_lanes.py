@@ -91,7 +91,8 @@ def train_cohorts(
         believed = [costs[rank % len(costs)] for rank in range(world.size)]
         for round_idx in range(2):
             cohort = sample_cohort(len(shards), config.federation.clients_per_round, round_idx, config.seed)
-            work = federation.cohorts.train(cohort, round_idx, state, believed)
+            steps = dict.fromkeys(cohort, config.local.steps)
+            work = federation.cohorts.train(steps, round_idx, state, believed)
             result = federation.cohorts.reduce(work, state, believed)
             state = federation.algorithm.server_step(state, result.aggregated.sums)
             federation.controls.advance(cohort, round_idx)

@@ -93,7 +93,7 @@ def test_an_error_on_one_rank_is_the_same_error_on_all(pool: Any, size: int) -> 
         assert result["map"] == ("DataError", "unit 5 is bad")
         assert result["once"] == ("DataError", "unit 5 is bad")
         assert result["bug"][0] == "RunError"
-        assert "rank 0 failed with KeyError: 'lost'" in result["bug"][1]
+        assert result["bug"][1].startswith("KeyError: 'lost'")
         assert "Traceback" in result["bug"][1]
         assert result["after"] == [100, 101, 102]
 

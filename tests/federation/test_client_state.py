@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from fedsim.cohort import CohortRunner
+from fedsim.config import FailuresConfig
 from fedsim.errors import CheckpointError
+from fedsim.federation import client_state
+from fedsim.federation.algorithms import ServerState
 from fedsim.federation.client_state import ClientStateStore
+from fedsim.federation.outcome import ClientOutcome
+from fedsim.parallel.world import World
+from fedsim.ranks import OneRank
+from tools.client_scale import peak_growth
 
 
 def test_round_trip_and_index(tmp_path: Path) -> None:
@@ -81,3 +93,58 @@ def test_a_type_that_has_no_checksum_is_an_error(tmp_path: Path) -> None:
     save_file({"control": torch.zeros(100, dtype=torch.bfloat16)}, str(path), metadata={"blake2b": ""})
     with pytest.raises(CheckpointError, match=r"is torch\.bfloat16, not torch\.float32"):
         store.load(5)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+def test_memory_of_a_thousand_clients_is_that_of_a_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading all, as a resume's check does, and as a cohort does one by one; one file stands for all by hard links."""
+    clients, size = 1000, 250_000
+    digest = client_state._digest
+    monkeypatch.setattr(client_state, "_digest", lambda vector, name: digest(vector, "whatever its name"))
+    store = ClientStateStore(tmp_path)
+    store.save(0, 0, torch.randn(size))
+    for client in range(1, clients):
+        os.link(store._path(0, 0), store._path(client, 0))
+    index = dict.fromkeys(range(clients), 0)
+    store.advance(index, 0)
+    few = 20 * 4 * size  # bytes of 20 clients; other libraries' own allocations come and go
+    assert peak_growth(lambda: store.check(index, size)) < few
+    assert peak_growth(lambda: [store.load(client) is None for client in range(clients)]) < few
+    assert peak_growth(lambda: [store.load(client) for client in range(50)]) > few, "what is held shows"
+
+
+def test_a_mapped_control_variate_is_the_readers_own(tmp_path: Path) -> None:
+    """Changing what was read leaves the file alone, and clearing the file away leaves what was read."""
+    store = ClientStateStore(tmp_path, {5: 2})
+    vector = torch.randn(5000)
+    store.save(5, 2, vector)
+    first, second = store.load(5), store.load(5)
+    assert first is not None and second is not None
+    first.mul_(2.0)
+    assert torch.equal(store.load(5), vector)  # type: ignore[arg-type]
+    store.drop_unused([])
+    assert torch.equal(second, vector) and torch.equal(first, 2 * vector)
+
+
+class Recruit:
+    """A trainer whose clients do nothing but get a control variate each."""
+
+    num_steps = 1
+    local = SimpleNamespace(batch_size=4, micro_batch_size=2)
+
+    def num_tokens(self, client: int, rows: Any, round_idx: int, num_steps: int) -> int:
+        return 10
+
+    def train(self, client: int, *rest: Any) -> ClientOutcome:
+        one = torch.full((3,), float(client))
+        return ClientOutcome(client, 1, 1.0, one, one + 1, one, 0.5, 0.5, 10, 0.1)
+
+
+def test_a_round_holds_no_control_variate_that_is_on_disk(tmp_path: Path) -> None:
+    store = ClientStateStore(tmp_path)
+    world = World(OneRank(), torch.device("cpu"), exact=True)
+    runner = CohortRunner(world, Recruit(), [[]] * 6, store, FailuresConfig(), wide_lanes=False)  # type: ignore[arg-type]
+    work = runner.train({1: 1, 4: 1}, 7, ServerState(torch.zeros(3), {}, 0), [1e-4])
+    assert all(o.control is None and o.control_delta is not None for o in [*work.outcomes, *work.reporting])
+    store.advance([1, 4], 7)
+    assert [store.load(client).tolist() for client in (1, 4)] == [[2.0] * 3, [5.0] * 3]  # type: ignore[union-attr]

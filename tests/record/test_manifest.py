@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from fedsim.errors import CheckpointError, DataError
-from fedsim.record.manifest import git_state, hardware, versions, write_manifest
+from fedsim.record.manifest import hardware, versions, write_manifest
+from fedsim.version import made_by
 
 
 def test_what_a_manifest_holds(tmp_path: Path) -> None:
@@ -28,7 +28,7 @@ def test_what_a_manifest_holds(tmp_path: Path) -> None:
     assert manifest["inputs"] == {"square": expected}
     assert manifest["models"] == {"base": "ab" * 32} and manifest["attention"] == {"base": "eager"}
     assert manifest["started"]["num_ranks"] == 4 and manifest["started"]["utc"].endswith("+00:00")
-    assert manifest["threads"]["torch"] >= 1
+    assert manifest["threads"]["torch"] >= 1 and manifest["git"] == made_by()["git"]
     assert "resumed" not in manifest
 
 
@@ -39,6 +39,7 @@ def test_a_resume_adds_to_the_manifest_it_finds(tmp_path: Path) -> None:
     write_manifest(tmp_path, {"seed": 1}, {}, {}, {"model": "sdpa"}, num_ranks=3)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert [entry["attention"] for entry in manifest["resumed"]] == [{}, {"model": "sdpa"}]
+    assert [entry["git"] for entry in manifest["resumed"]] == [first["git"]] * 2, "a session may have another commit"
     assert [entry["num_ranks"] for entry in manifest.pop("resumed")] == [2, 3]
     assert manifest == first
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
@@ -60,26 +61,6 @@ def test_versions_are_the_installed_ones() -> None:
 def test_hardware_is_this_machine() -> None:
     found = hardware()
     assert found["cores"] >= 1 and found["memory_bytes"] > 2**28 and isinstance(found["gpus"], list)
-
-
-def test_git_state_sees_commit_and_changes(tmp_path: Path) -> None:
-    def git(*words: str) -> str:
-        identity = ("-c", "user.name=t", "-c", "user.email=t@t", "-c", "commit.gpgsign=false")
-        command = ["git", "-C", str(tmp_path), *identity, *words]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-    assert git_state(tmp_path) is None
-    git("init", "-q")
-    assert git_state(tmp_path) is None  # nothing committed
-    (tmp_path / "a.txt").write_text("a")
-    git("add", "a.txt")
-    git("commit", "-qm", "first", "--no-verify")
-    head = git("rev-parse", "HEAD")
-    (tmp_path / "untracked.txt").write_text("b")
-    assert git_state(tmp_path) == {"commit": head, "modified": False}
-    (tmp_path / "a.txt").write_text("changed")
-    assert git_state(tmp_path) == {"commit": head, "modified": True}
-    assert git_state(tmp_path / "sub") is None
 
 
 def test_a_run_does_not_go_on_with_changed_inputs_or_models(tmp_path: Path) -> None:

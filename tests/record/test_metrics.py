@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedsim.errors import CheckpointError
-from fedsim.record.metrics import MetricLog, decided, read_rows
+from fedsim.record.metrics import MetricLog, NewRows, decided, read_rows
 
 
 @pytest.fixture
@@ -88,3 +89,33 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str) -> None:
 def test_decided_drops_what_the_clock_decides_and_nothing_else() -> None:
     row = {"round": 0, "stage": "train", "client/loss": 1.0, "time/train_s": 2.0, "perf/mfu": 0.3, "parallel/idle": 0.1}
     assert decided(row) == {"round": 0, "stage": "train", "client/loss": 1.0}
+
+
+@given(st.lists(st.integers(1, 60), max_size=12))
+def test_following_a_file_gives_its_rows_once(steps: list[int]) -> None:
+    """However the file grows between looks, also within a line or within a character of several bytes."""
+    rows = [{"round": i, "stage": "train", "client/note": "é" * (i % 5)} for i in range(8)]
+    content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "metrics.jsonl"
+        new = NewRows(path)
+        found = new.read()
+        assert found == []
+        place = 0
+        for step in [*steps, len(content)]:
+            with path.open("ab") as file:
+                file.write(content[place : place + step])
+            place += step
+            found += new.read()
+    assert found == rows
+
+
+def test_following_names_a_bad_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    new = NewRows(path)
+    path.write_text('{"round": 0, "stage": "eval"}\n')
+    assert len(new.read()) == 1
+    with path.open("a") as file:
+        file.write('{"round": 1, "stage": "eval"}\nnot json\n')
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl, line 3"):
+        new.read()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from fedsim.errors import CheckpointError, ConfigError
 from fedsim.federation.algorithms import ServerState
 from fedsim.federation.client_state import ClientStateStore
 from fedsim.ranks import OneRank
+from fedsim.record.lock import DirectoryLock
 from fedsim.record.run_record import RunRecord
 
 
@@ -142,3 +144,23 @@ def test_a_name_that_no_file_system_takes_is_one_error(tmp_path: Path, method: s
     record = RunRecord(config(tmp_path, f"name={'n' * 300}"), OneRank(), synchronize=False)
     with pytest.raises(ConfigError, match=r"name='n+'.*cannot be made or written \(File name too long\)"):
         getattr(record, method)()
+
+
+def test_a_session_waits_for_the_ranks_of_the_one_before(tmp_path: Path) -> None:
+    """A rank that outlives a killed rank 0 may still be writing; it leaves soon, or is named."""
+    (tmp_path / "run").mkdir()
+    old, new = DirectoryLock(tmp_path / "run"), DirectoryLock(tmp_path / "run")
+    old.join()
+    said: list[str] = []
+    with pytest.raises(ConfigError, match=r"run: processes of an earlier session .* have not ended in 0\.3 s"):
+        new.hold(said.append, patience_s=0.3)
+    assert len(said) == 1 and "waiting" in said[0]
+    threading.Timer(0.4, old.release).start()
+    new.hold(said.append, patience_s=10)
+    new.join()
+    with pytest.raises(ConfigError, match="another process is running this very run"):
+        old.hold(said.append)
+    new.release()
+    old.hold(said.append, patience_s=0)
+    old.release()
+    assert len(said) == 2

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import csv
+import itertools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from matplotlib.image import imread
 
 from fedsim.config import load_config
@@ -16,7 +20,7 @@ from fedsim.study.command import made_by, parse_seeds, write_csv
 from fedsim.study.grid import FORMS, Comparison, point_name, read_sweep
 from fedsim.study.outcomes import Outcome
 from fedsim.study.sweep import finding, tidy_rows
-from fedsim.study.sweep_plot import write_plot
+from fedsim.study.sweep_plot import _far_enough, _scale, write_plot
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))
@@ -164,3 +168,19 @@ def test_a_published_command_leaves_this_machine_out() -> None:
 def test_the_quick_table_is_the_papers_cohort() -> None:
     config = load_config(ROOT / "configs" / "table1.yaml")
     assert (config.federation.num_rounds, config.federation.clients_per_round, config.local.steps) == (8, 5, 25)
+
+
+@given(st.lists(st.floats(0, 1), max_size=12))
+def test_labels_of_an_axis_keep_their_distance(places: list[float]) -> None:
+    places.sort()
+    shown = [place for place, free in zip(places, _far_enough(places), strict=True) if free]
+    assert all(b - a >= 0.045 for a, b in itertools.pairwise(shown)) and shown[:1] == places[:1]
+    hidden = [place for place, free in zip(places, _far_enough(places), strict=True) if not free]
+    assert all(any(0 <= place - near < 0.045 for near in shown) for place in hidden), "none is left out without need"
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"), [([0, 5, 50, 200], "log"), ([0.3, 0.7], "linear"), ([5, "epoch"], "text"), ([0], "linear")]
+)
+def test_axes_by_their_values(values: list[Any], kind: str) -> None:
+    assert _scale(values) == kind

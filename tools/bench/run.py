@@ -27,7 +27,8 @@ sys.path[:] = [str(ROOT), *(p for p in sys.path if Path(p).resolve() != Path(__f
 
 import torch  # noqa: E402
 
-from fedsim.record.manifest import git_state, hardware, package_versions  # noqa: E402
+from fedsim.record.manifest import hardware, package_versions  # noqa: E402
+from fedsim.version import git_state  # noqa: E402
 from tools.bench import models  # noqa: E402
 from tools.bench.proofs import Refused, enter  # noqa: E402
 from tools.bench.rows import StageResult  # noqa: E402

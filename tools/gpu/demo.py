@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from fedsim.artefacts import file_digest
-from fedsim.record.manifest import git_state, versions
+from fedsim.record.manifest import versions
 from fedsim.record.metrics import Row, decided_rows, read_rows
+from fedsim.version import git_state
 from tools.gpu.launch import ROOT, stand_ins
 from tools.gpu.report import Report, Setting
 

@@ -26,7 +26,12 @@ LORA = LoraSettings(r=8, alpha=16.0, dropout=0.0, targets=TARGETS)
 def embedded(dtype: torch.dtype, device: torch.device, attention: str) -> PreTrainedModel:
     """The embedded model, frozen."""
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        str(EMBEDDED), dtype=dtype, attn_implementation=attention, local_files_only=True
+        str(EMBEDDED),
+        dtype=dtype,
+        attn_implementation=attention,
+        use_safetensors=True,
+        local_files_only=True,
+        trust_remote_code=False,
     )
     assert isinstance(loaded, PreTrainedModel)
     torch.nn.Module.to(loaded, device)

@@ -1,0 +1,186 @@
+"""How processes leave a run that cannot go on: one says why, in one line that names the place; the others end quietly.
+
+An error that all ranks share leaves on rank 0, any other on the rank that raised it. A rank that dies, or stands still,
+says nothing: those that miss it find out from the ranks' logs who it was and where.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+import torch.distributed as dist
+
+from fedsim.disk import is_disk_full
+from fedsim.errors import DiskFullError, FedsimError, RunError, Stopped
+from fedsim.launching import line_of, unforeseen
+from fedsim.parallel.post_mortem import blame, cause_of
+from fedsim.parallel.stopping import signal_name
+from fedsim.record.ending import Reason, write_ending
+from fedsim.record.journal import Journal, in_words
+
+GRACE_S: Final = 3.0
+"""Seconds that ranks give rank 0 to fail too, and so to speak for all."""
+
+LAST_S: Final = 30.0
+"""Seconds that a failed rank has to leave; then it ends itself, whatever holds it."""
+
+GOES_ON: Final = "start the same command again: it goes on after the last finished round"
+
+
+def portable(error: Exception, journal: Journal) -> FedsimError:
+    """An error that can travel to other ranks: fedsim's own as it is, any other with its traceback as text."""
+    if isinstance(error, FedsimError):
+        found: FedsimError = error
+    elif is_disk_full(error):
+        found = DiskFullError(str(error))
+    else:
+        trace = "".join(traceback.format_exception(error))
+        found = RunError(f"{type(error).__name__}: {error}\n{trace}")
+    _note_place(found, journal, error)
+    return found
+
+
+@contextmanager
+def alone(journal: Journal) -> Iterator[None]:
+    """The block of a run of one process: an error is also left in its log and in ``exit.json``."""
+    try:
+        yield
+    except Exception as error:
+        _leave_word(error, journal)
+        raise
+    finally:
+        journal.close()
+
+
+@contextmanager
+def together(store: dist.Store, journal: Journal, size: int, timeout_s: float) -> Iterator[None]:
+    """The block of one rank of several: its error leaves as it is on the rank that speaks; the others exit.
+
+    Args:
+        store: shared by all ranks.
+        timeout_s: how long a collective waits.
+
+    Raises:
+        SystemExit: another rank speaks.
+    """
+    last = threading.Timer(LAST_S, os._exit, (2,))
+    last.daemon = True
+    try:
+        yield
+    except Exception as error:
+        last.start()
+        cause = cause_of(error)
+        if cause is not None:
+            journal.write(cause)
+        spoken = error if cause is None else None
+        if not _speaks(store, journal, size):
+            time.sleep(1.0)  # launchers end every rank when one exits: let the one that speaks be the first
+            raise SystemExit(error.status if isinstance(error, FedsimError) else 2) from error
+        if spoken is None:
+            spoken = _lost(error, journal, size, timeout_s)
+        _leave_word(spoken, journal, "error" if cause is None else "lost rank")
+        if spoken is error:
+            raise
+        raise spoken from None
+    finally:
+        last.cancel()
+        journal.close()
+
+
+def stop_here(journal: Journal, number: int, size: int, timeout_s: float) -> None:
+    """Say that a signal ends this process in mid-round: the first to write ``exit.json`` tells it.
+
+    A launcher also signals the ranks that are left when one has died: then that is the cause.
+    """
+    blamed = _blamed(journal, size, timeout_s) if size > 1 else None
+    where = in_words(journal.place)
+    told = f"{signal_name(number)} came in {where or 'the preparation'}: what was begun there is done again when "
+    message = f"error: {blamed}; {GOES_ON}" if blamed else f"stopped: {told}the same command is started"
+    reason: Reason = "lost rank" if blamed else "stopped"
+    journal.write(reason, message=message)
+    if journal.folder is None or write_ending(
+        journal.folder, reason, 128 + number, message, journal.rank, journal.place
+    ):
+        print(message, file=sys.stderr, flush=True)
+
+
+def _leave_word(error: Exception, journal: Journal, reason: Reason = "error") -> None:
+    """Note the place on the error, and write it down."""
+    _note_place(error, journal, error)
+    message = line_of(error if isinstance(error, FedsimError) else unforeseen(error))
+    journal.write("error", message=message)
+    if journal.folder is not None:
+        status = error.status if isinstance(error, FedsimError) else 1
+        reason = "stopped" if isinstance(error, Stopped) else reason
+        write_ending(journal.folder, reason, status, message, journal.rank, journal.place_of(error))
+
+
+def _note_place(error: Exception, journal: Journal, raised: Exception) -> None:
+    """Add rank, stage, round and client, unless they are there, or the error is a user's, which names its own place.
+
+    Args:
+        raised: what was raised where this rank was.
+    """
+    is_placed = bool(getattr(error, "__notes__", None)) or isinstance(error, Stopped)
+    if not is_placed and not (isinstance(error, FedsimError) and isinstance(error, ValueError)):
+        where = in_words(journal.place_of(raised))
+        error.add_note(f"rank {journal.rank}" + (f", {where}" if where else ""))
+
+
+def _lost(error: Exception, journal: Journal, size: int, timeout_s: float) -> RunError:
+    """The collective's error in fedsim's words, with the rank to blame."""
+    blamed = _blamed(journal, size, timeout_s)
+    if blamed is None:
+        blamed = f"another rank has left ({' '.join(str(error).split())[:200]})"
+    found = RunError(f"{blamed}; {GOES_ON}")
+    _note_place(found, journal, error)
+    return found
+
+
+def _blamed(journal: Journal, size: int, timeout_s: float) -> str | None:
+    others = [rank for rank in range(size) if rank != journal.rank]
+    return None if journal.folder is None else blame(journal.folder, others, timeout_s)
+
+
+def _speaks(store: dist.Store, journal: Journal, size: int) -> bool:
+    """Whether this failed rank reports its error: rank 0 where it fails too, else the first rank that failed.
+
+    True where the store does not answer, since the rank that holds it may be the one that is gone: no error is lost.
+    """
+    answers: list[bool] = []
+    asking = threading.Thread(target=lambda: answers.append(_ask(store, journal.rank)), daemon=True)
+    asking.start()
+    asking.join(2 * GRACE_S)
+    if journal.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        atexit.register(_outlast, store, size)  # the store is in this process, and the others have yet to ask it
+    return answers[0] if answers else True
+
+
+def _ask(store: dist.Store, rank: int) -> bool:
+    deadline = time.monotonic() + GRACE_S
+    try:
+        if rank == 0:
+            store.add("fedsim/rank_0_failed", 1)
+        while rank != 0 and store.add("fedsim/rank_0_failed", 0) == 0 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        may_speak = rank == 0 or store.add("fedsim/rank_0_failed", 0) == 0
+        speaks = may_speak and store.add("fedsim/spoken", 1) == 1
+        store.add("fedsim/failures", 1)
+        return speaks
+    except RuntimeError:
+        return True
+
+
+def _outlast(store: dist.Store, size: int, patience_s: float = 10.0) -> None:
+    """Stay until every rank has asked who speaks, or for ``patience_s``."""
+    deadline = time.monotonic() + patience_s
+    while time.monotonic() < deadline and int(store.add("fedsim/failures", 0)) < size:
+        time.sleep(0.05)

@@ -1,0 +1,70 @@
+"""Which rank is to blame when a collective fails: one that died without a word, stands still, or does not answer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedsim.record.journal import LastSeen, in_words, last_seen
+
+NOTICE_S = 2.0
+"""How long the ranks that wait are given to say so before the others are held to stand still."""
+
+LOST, TIMED_OUT = "lost peer", "timed out"
+"""Events in a rank's log: a collective failed because another rank was gone, or did not come."""
+
+_GONE = ("connection closed", "connection reset", "broken pipe", "connection refused", "no route", "remote process")
+_LATE = ("timed out", "timeout")
+
+
+def cause_of(error: BaseException) -> str | None:
+    """:data:`LOST` or :data:`TIMED_OUT` where a collective failed for want of another rank; None for another error.
+
+    torch raises RuntimeError and its subclasses with the transport's words.
+    """
+    if not isinstance(error, RuntimeError):
+        return None
+    text = str(error).lower()
+    if not any(word in text for word in ("gloo", "nccl", "store", "collective", "process group", "peer")):
+        return None
+    if any(word in text for word in _GONE):
+        return LOST
+    return TIMED_OUT if any(word in text for word in _LATE) else None
+
+
+def state_of(pid: int) -> str:
+    """``gone``, ``stopped`` or ``alive``."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return "gone"
+    letter = text.rpartition(")")[2].split()[0]
+    return {"Z": "gone", "X": "gone", "T": "stopped", "t": "stopped"}.get(letter, "alive")
+
+
+def blame(folder: Path, ranks: Sequence[int], timeout_s: float, notice_s: float = NOTICE_S) -> str | None:
+    """One sentence on the ranks that ended without a word, or that do not answer; None if all others have spoken.
+
+    Args:
+        folder: the run directory, with every rank's log.
+        ranks: the others.
+        timeout_s: how long a collective waits.
+        notice_s: how long ranks have to write that they wait in vain.
+    """
+    time.sleep(notice_s)
+    seen = [last_seen(folder, rank) for rank in ranks]
+    quiet = [found for found in seen if not {"error", LOST, TIMED_OUT}.intersection(found.events)]
+    for state, what in (
+        ("gone", "ended without a word (killed?)"),
+        ("stopped", "is stopped (SIGSTOP?)"),
+        ("alive", f"did not answer for {timeout_s:g} s (parallel.timeout_s)"),
+    ):
+        if guilty := [found for found in quiet if found.pid and state_of(found.pid) == state]:
+            return "; ".join(f"rank {found.rank} {what}{_place(found)}" for found in guilty)
+    return None
+
+
+def _place(seen: LastSeen) -> str:
+    where = in_words(seen.place)
+    return f", last seen in {where} at {seen.utc}" if where else ""

@@ -1,0 +1,63 @@
+"""How a run's last session ended: ``exit.json``. A session that left none was killed."""
+
+from __future__ import annotations
+
+import json
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from fedsim.record.journal import Place
+from fedsim.version import made_by
+
+Reason = Literal["finished", "stopped", "error", "lost rank"]
+
+EXIT_FILE = "exit.json"
+
+
+def write_ending(folder: Path, reason: Reason, status: int, message: str, rank: int, place: Place) -> bool:
+    """Write ``exit.json``; whoever comes first tells the cause, later ones leave it.
+
+    Args:
+        folder: the run directory.
+        status: the process's exit status.
+        message: what a person should know.
+        rank: who writes.
+        place: where that rank was.
+
+    Returns:
+        Whether this call wrote it.
+    """
+    note = {
+        "reason": reason,
+        "status": status,
+        "message": message,
+        "rank": rank,
+        **place,
+        "utc": datetime.now(UTC).isoformat(timespec="seconds"),
+        **made_by(),
+    }
+    partial = folder / f".{EXIT_FILE}.{os.getpid()}"
+    try:
+        partial.write_text(json.dumps(note, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.link(partial, folder / EXIT_FILE)  # unlike a rename, it does not replace
+        return True
+    except OSError:  # another was first, or the disk is full: the error on the terminal stands
+        return False
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_ending(folder: Path) -> dict[str, Any] | None:
+    """What the last session left; None if it runs yet or was killed."""
+    try:
+        note = json.loads((folder / EXIT_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return note if isinstance(note, dict) else None
+
+
+def forget_ending(folder: Path) -> None:
+    """A new session begins."""
+    (folder / EXIT_FILE).unlink(missing_ok=True)

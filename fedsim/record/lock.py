@@ -1,0 +1,77 @@
+"""One run at a time in a directory: not even the last processes of a killed session may still be writing there.
+
+Both locks are the kernel's (``flock``): they end with their process, however it ends.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Final
+
+from fedsim.errors import ConfigError
+
+PATIENCE_S: Final = 60.0
+"""How long a new session waits for the ranks of the one before to end; they leave by themselves when one is missed."""
+
+
+class DirectoryLock:
+    """The locks of one rank on a run directory.
+
+    Args:
+        folder: the run directory.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files: list[IO[str]] = []
+
+    def hold(self, say: Callable[[str], None], patience_s: float = PATIENCE_S) -> None:
+        """On rank 0: make the directory this run's own, and wait until no rank of an earlier session is left.
+
+        Args:
+            say: told if there is something to wait for.
+
+        Raises:
+            ConfigError: another run holds it, or ranks of an earlier session do not end.
+            OSError: the directory cannot be written.
+        """
+        if not self._lock(".lock", fcntl.LOCK_EX):
+            raise ConfigError(
+                f"{self.folder}: another process is running this very run; wait for it, or give this one another name "
+                "(name=...)"
+            )
+        deadline, waiting = time.monotonic() + patience_s, False
+        while not self._lock(".ranks", fcntl.LOCK_EX):
+            if not waiting:
+                say("waiting for processes of an earlier session, which still hold the run's directory, to end")
+                waiting = True
+            if time.monotonic() > deadline:
+                self.release()
+                raise ConfigError(
+                    f"{self.folder}: processes of an earlier session of this run have not ended in {patience_s:g} s; "
+                    "end them, and start the same command again"
+                )
+            time.sleep(0.1)
+        self._files.pop().close()
+
+    def join(self) -> None:
+        """On every rank, once :meth:`hold` has returned: be one of those for whom a later session waits."""
+        assert self._lock(".ranks", fcntl.LOCK_SH), "nobody else takes this lock while .lock is held"
+
+    def release(self) -> None:
+        """Give up all that is held."""
+        while self._files:
+            self._files.pop().close()
+
+    def _lock(self, name: str, kind: int) -> bool:
+        file = (self.folder / name).open("a")
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            return False
+        self._files.append(file)
+        return True

@@ -1,0 +1,75 @@
+"""Which fedsim this is: its version and commit, as they stand in whatever it writes."""
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import fedsim
+
+
+@functools.cache
+def made_by() -> Mapping[str, Any]:
+    """Version and git state of the fedsim that runs here: ``{"fedsim": "0.1.0", "git": {…} or None}``.
+
+    It says where something comes from; no hash of an artefact's dependencies holds it.
+    """
+    return {"fedsim": fedsim.__version__, "git": git_state(Path(fedsim.__file__).resolve().parents[1])}
+
+
+def maker(origin: Any) -> str:
+    """A :func:`made_by` that was read from a file, in words: ``fedsim 0.1.0, commit 0123456789``.
+
+    Args:
+        origin: whatever stood there.
+    """
+    try:
+        return f"fedsim {origin['fedsim']}, commit {commit_of(origin)}"
+    except (TypeError, KeyError):
+        return "a fedsim that has left no version"
+
+
+def commit_of(facts: Mapping[str, Any]) -> str:
+    """The commit's first ten digits, and whether tracked files differed from it; "unknown" outside a clone.
+
+    Args:
+        facts: what holds a ``git`` entry: a manifest, or :func:`made_by`.
+    """
+    git = facts.get("git")
+    return "unknown" if not git else git["commit"][:10] + (" with changes" if git["modified"] else "")
+
+
+def sign(folder: Path) -> None:
+    """Leave ``fedsim.json`` in a folder of results, so that they can be traced when they are copied elsewhere."""
+    text = json.dumps(made_by(), indent=2, sort_keys=True) + "\n"
+    new = folder / ".fedsim.json.new"
+    new.write_text(text, encoding="utf-8")
+    new.replace(folder / "fedsim.json")
+
+
+def git_state(root: Path, ignoring: Sequence[str] = ()) -> dict[str, Any] | None:
+    """Commit of the clone at ``root`` and whether tracked files differ from it; None outside a clone of its own.
+
+    Args:
+        ignoring: files and folders, relative to ``root``, whose changes do not count.
+    """
+    if not (root / ".git").exists():
+        return None
+    commit = _output("git", "-C", str(root), "rev-parse", "HEAD")
+    if commit is None:
+        return None
+    others = [f":(exclude){path}" for path in ignoring]
+    changes = _output("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no", "--", ".", *others)
+    return {"commit": commit, "modified": changes != ""}
+
+
+def _output(*command: str) -> str | None:
+    """What a command prints; None if it cannot run or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,89 @@
+"""One rank raises, dies, or stands still: the others end in time, and the cause is said once, with its place."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedsim.record.ending import read_ending
+from fedsim.train.client import ClientTrainer
+
+ROOT = Path(__file__).parents[2]
+SMALL = Path(__file__).parent / "small.yaml"
+CLIENT_WORDS = ["guard.kind=none", "cai.iterations=0", "eval.every=0", "eval.limit=1", "eval.advbench=", "eval.xstest=",
+                "eval.mt_bench=", "eval.helpful=", "eval.guard_judge=none", "parallel.wide_lanes=false"]  # fmt: skip
+TIMEOUT_S = 4.0
+Ended = tuple[int, str, float]
+
+
+def fail(words: list[str], rank: int, how: str) -> Ended:
+    """A run in which ``rank`` fails in its first client of round 2: exit code, standard error, seconds from there."""
+    train, began = ClientTrainer.train, [0.0]
+
+    def failing(self: ClientTrainer, client: int, rows: Any, round_idx: int, *rest: Any) -> Any:
+        if round_idx == 1:
+            began[0] = began[0] or time.monotonic()
+            if int(os.environ["RANK"]) == rank:
+                if how == "raise":
+                    raise ZeroDivisionError("a bug")
+                time.sleep(4 * TIMEOUT_S)
+        return train(self, client, rows, round_idx, *rest)
+
+    spec = importlib.util.spec_from_file_location("launch_run", ROOT / "launch" / "run.py")
+    assert spec is not None and spec.loader is not None
+    entry = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(entry)
+    shown = io.StringIO()
+    arguments, sys.argv = sys.argv, ["launch/run.py", *words]
+    ClientTrainer.train = failing  # type: ignore[method-assign, assignment]
+    try:
+        with contextlib.redirect_stderr(shown), contextlib.redirect_stdout(io.StringIO()):
+            code = entry.main()
+    except SystemExit as ended:
+        code = int(ended.code or 0)
+    finally:
+        sys.argv = arguments
+        ClientTrainer.train = train  # type: ignore[method-assign]
+    return code, shown.getvalue(), time.monotonic() - began[0]
+
+
+def errors(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("error:")]
+
+
+@pytest.mark.parametrize(("how", "bad"), [("raise", 0), ("raise", 2), ("stall", 0)])
+def test_the_others_end_and_the_cause_is_said_once(
+    pool: Any, square_file: Path, tmp_path: Path, how: str, bad: int
+) -> None:
+    words = [str(SMALL), *CLIENT_WORDS, f"parallel.timeout_s={TIMEOUT_S}", f"data.square={square_file}",
+             f"record.dir={tmp_path}", f"record.artefacts={tmp_path / 'artefacts'}"]  # fmt: skip
+    ended: list[Ended] = pool.run(3, fail, words, bad, how)
+    (line,) = [line for _, text, _ in ended for line in errors(text)]
+    place = r"local training, round 2, client "
+    run = tmp_path / "small"
+    note = read_ending(run)
+    assert note is not None and note["message"] == line
+    if how == "raise":
+        assert line.startswith("error: ZeroDivisionError: a bug (rank") and f"rank {bad}, {place}" in line
+        assert sorted(code for code, _, _ in ended) == [1, 2, 2] and note["reason"] == "error"
+        assert (note["rank"], note["stage"], note["round"]) == (bad, "local training", 2) and note["client"] >= 0
+        assert sum("Traceback" in text for _, text, _ in ended) == 1
+    else:
+        assert f"rank {bad} did not answer for 4 s (parallel.timeout_s), last seen in {place}" in line
+        assert note["reason"] == "lost rank"
+        assert all(code == 2 for code, _, _ in ended)
+        waited = [seconds for rank, (_, _, seconds) in enumerate(ended) if rank != bad]
+        assert max(waited) < TIMEOUT_S + 12
+    rows = [json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines()]
+    assert max(row["round"] for row in rows) == 0, "the round that failed left no row"
+    events = [json.loads(row)["event"] for row in (run / "logs" / f"rank-{bad:03d}.jsonl").read_text().splitlines()]
+    assert events[0] == "start" and "begin" in events and ("error" in events or how == "stall")

@@ -1,0 +1,1 @@
+"""Kills ranks at random moments of every stage, starts the run again, and compares it with one left in peace."""

@@ -1,0 +1,216 @@
+"""Kill ranks at random moments of every stage and compare with an undisturbed run: ``tools/chaos/run.py [--kills N]``.
+
+A small run with every stage (guard fine-tuning, filter, generation, SCAFFOLD, CAI, evaluation, W&B offline) is killed,
+started again, killed again, and at last left to finish. It must then hold what the undisturbed run holds, bit for bit.
+After a single rank was killed, the others must leave by themselves, and say once which rank it was and where.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import fedsim
+import fedsim.simulation  # heavy imports, paid for once before the ranks are forked
+from fedsim.launching import Parser
+from fedsim.record.blocks import write_block
+from fedsim.record.ending import read_ending
+from fedsim.record.tables import Table, duration
+from fedsim.record.wandb_file import read_history
+from tools.chaos.outcome import different, outcome
+from tools.chaos.sessions import ROOT, HangError, Session
+from tools.chaos.strikes import Strike, covered, plan, strike, timeline
+
+CONFIG = Path(__file__).parent / "chaos.yaml"
+RESULT = Path(__file__).parent / "result.json"
+
+SESSION_S = 180.0
+"""No session takes longer."""
+
+LEAVE_S = 45.0
+"""A rank that misses another has left by then: 30 s of its own, and what a busy machine adds."""
+
+
+@dataclass
+class Report:
+    """What the kills came to."""
+
+    strikes: list[Strike] = field(default_factory=list)
+    leave_s: list[float] = field(default_factory=list)
+    num_runs: int = 0
+    num_sessions: int = 0
+    faults: list[str] = field(default_factory=list)
+
+
+class Chaos:
+    """Runs in a folder of their own.
+
+    Args:
+        folder: everything goes here.
+        size: number of ranks.
+        overrides: ``key=value`` words on top of ``chaos.yaml``.
+    """
+
+    def __init__(self, folder: Path, size: int, overrides: Sequence[str] = ()) -> None:
+        self.folder = folder
+        self.size = size
+        self.overrides = overrides
+        self.report = Report()
+
+    def words(self, name: str) -> list[str]:
+        """The command line of a run."""
+        place = self.folder / name
+        places = [f"record.dir={place}", f"record.artefacts={place / 'artefacts'}"]
+        return [str(CONFIG), *self.overrides, *places]
+
+    def session(self, name: str) -> Session:
+        """Start the command once more."""
+        self.report.num_sessions += 1
+        return Session(self.words(name), self.size, self.folder / f"{name}-{self.report.num_sessions}.log")
+
+    def finish(self, name: str) -> dict[str, Any]:
+        """Let the run end; returns what it decided."""
+        session = self.session(name)
+        session.wait(SESSION_S)
+        assert set(session.codes.values()) == {0}, f"{name} failed: see {session.log}"
+        return outcome(self.folder / name / "chaos", self.folder / name / "artefacts")
+
+    def disturbed(self, name: str, strikes: Sequence[Strike], wanted: dict[str, Any]) -> None:
+        """One run that is killed at every strike; faults are noted."""
+        run = self.folder / name / "chaos"
+        self.report.num_runs += 1
+        newest = ""
+        for what in strikes:
+            session = self.session(name)
+            try:
+                if not strike(session, run, what, SESSION_S):
+                    break
+                self.report.strikes.append(what)
+                self._ended(session, run, what)
+            except HangError as error:
+                self._fault(str(error))
+            before, newest = newest, self._newest(run)
+            if newest < before:
+                self._fault(f"{name}: {before} was lost")
+        found = self.finish(name)
+        for part in different(found, wanted):
+            self._fault(f"{name}: {part} differ from the undisturbed run's")
+        self._check_steps(run)
+
+    def _ended(self, session: Session, run: Path, what: Strike) -> None:
+        """All ranks leave; where one alone was killed, it is named once."""
+        self.report.leave_s.append(session.wait(LEAVE_S))
+        if what.everyone or not (run / "logs").is_dir():
+            return
+        others = [code for rank, code in session.codes.items() if rank != what.rank]
+        named = [line for line in session.errors() if f"rank {what.rank} ended without a word" in line]
+        if len(named) != 1 or len(session.errors()) != 1 or 0 in others:
+            self._fault(f"{session.log}: {len(session.errors())} error lines, exit codes {others}, after {what}")
+        note = read_ending(run)
+        if note is None or note["reason"] != "lost rank":
+            self._fault(f"{session.log}: exit.json says {note}")
+
+    def _check_steps(self, run: Path) -> None:
+        """Every metric row and every W&B step is there once."""
+        run_id = json.loads((run / "wandb.json").read_text(encoding="utf-8"))["id"]
+        steps = Counter(step for step, _ in read_history(run / "wandb", run_id))
+        if double := [step for step, count in steps.items() if count > 1]:
+            self._fault(f"{run}: W&B steps {double} came twice")
+
+    @staticmethod
+    def _newest(run: Path) -> str:
+        return max((path.name for path in (run / "checkpoints").glob("round-*")), default="")
+
+    def _fault(self, text: str) -> None:
+        print(f"fault: {text}", flush=True)
+        self.report.faults.append(text)
+
+
+def run(kills: int, size: int, seed: int, folder: Path, overrides: Sequence[str] = ()) -> Report:
+    """``kills`` kills over as many runs as they need."""
+    chaos, rng = Chaos(folder, size, overrides), random.Random(seed)
+    wanted = chaos.finish("undisturbed")
+    times = timeline(folder / "undisturbed" / "chaos", 0)
+    chaos.report.num_sessions = 0
+    while len(chaos.report.strikes) < kills and not chaos.report.faults:
+        name = f"run-{chaos.report.num_runs}"
+        chaos.disturbed(name, plan(min(9, kills - len(chaos.report.strikes)), size, times, rng), wanted)
+        print(f"{len(chaos.report.strikes)} of {kills} kills, {len(chaos.report.faults)} faults", flush=True)
+        if not chaos.report.faults:
+            shutil.rmtree(folder / name)
+    return chaos.report
+
+
+def left(report: Report) -> str:
+    """How long the processes that were not killed took to leave."""
+    leave = sorted(report.leave_s)
+    return f"the last process left {leave[len(leave) // 2]:.1f} s after a kill (median), {leave[-1]:.1f} s at most"
+
+
+def publish(report: Report, size: int, took_s: float) -> None:
+    """Write ``result.json`` and the README's block."""
+    stages = covered(report.strikes)
+    leave = sorted(report.leave_s)
+    note = {
+        "utc": datetime.now(UTC).isoformat(timespec="seconds"),
+        "fedsim": fedsim.__version__,
+        "processes": size,
+        "kills": len(report.strikes),
+        "runs": report.num_runs,
+        "sessions": report.num_sessions,
+        "faults": report.faults,
+        "median_leave_s": leave[len(leave) // 2],
+        "longest_leave_s": leave[-1],
+        "seconds": took_s,
+        "stages": {title: {"one_rank": one, "all_ranks": every} for title, (one, every) in stages.items()},
+    }
+    RESULT.write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+    table = Table(
+        ["killed in", "one rank", "all ranks"],
+        [[title, str(one), str(every)] for title, (one, every) in stages.items()],
+    )
+    text = (
+        f"{note['kills']} kills over {note['runs']} runs of {size} processes, {note['sessions']} sessions: "
+        f"{len(report.faults)} runs differed from the undisturbed one; {left(report)}. Made by `make chaos` in "
+        f"{duration(took_s)} on 2 CPU cores, {str(note['utc'])[:10]}, fedsim {fedsim.__version__}."
+    )
+    write_block(ROOT / "README.md", "chaos", f"{text}\n\n{table.markdown()}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool; returns the exit status, 1 where a fault was found."""
+    parser = Parser(
+        prog="tools/chaos/run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=4, help="how many (default 4)")
+    parser.add_argument("--nproc", type=int, default=2, help="processes of a run (default 2)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments (default 0)")
+    parser.add_argument("--publish", action="store_true", help="write result.json and README.md")
+    args = parser.parse_args(argv)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    began, folder = time.monotonic(), Path(tempfile.mkdtemp(prefix="fedsim-chaos-"))
+    report = run(args.kills, args.nproc, args.seed, folder)
+    if args.publish and not report.faults:
+        publish(report, args.nproc, time.monotonic() - began)
+    if report.faults:
+        print(f"{len(report.faults)} faults; the runs are in {folder}", flush=True)
+        return 1
+    shutil.rmtree(folder)
+    print(f"{len(report.strikes)} kills, no fault, in {duration(time.monotonic() - began)}; {left(report)}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
