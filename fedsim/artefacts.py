@@ -1,6 +1,6 @@
 """Results that runs share: written once under a hash of everything they depend on, reused by whoever needs them.
 
-An artefact is a folder ``<kind>-<hash>`` whose ``artefact.json`` holds what it depends on and the SHA-256 of each file.
+An artefact is a folder ``<kind>-<hash>`` whose note ``artefact.json`` says what it depends on (:func:`write_note`).
 It appears by one rename, so a half-written one is never seen; a damaged one is built anew. The hash covers the source
 that makes it, so that what another fedsim has made otherwise is never taken; which fedsim made it stands in the note.
 """
@@ -18,13 +18,18 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
+from fedsim.errors import CheckpointError
+from fedsim.json_text import parse_json
 from fedsim.ranks import Ranks
 from fedsim.record.journal import Journal
 from fedsim.version import made_by, maker
 
 T = TypeVar("T")
+
+NOTE: Final = "artefact.json"
+SEAL: Final = "sha256"
 
 SOFTWARE = {"code": "source of what makes it", "versions": "version of a package"}
 """Dependencies that are software, in words: artefacts that differ in these alone are of the same data and settings."""
@@ -91,24 +96,24 @@ class ArtefactStore:
         return Artefact(folder, reused=False)
 
     def _intact(self, folder: Path) -> bool:
-        note = folder / "artefact.json"
-        if not note.is_file():
+        if not (folder / NOTE).is_file():
             return False
         try:
-            files: dict[str, str] = json.loads(note.read_text(encoding="utf-8"))["files"]
-            whole = all(file_digest(folder / name) == digest for name, digest in files.items())
+            note = parse_json((folder / NOTE).read_text(encoding="utf-8"))
+            check_note(folder / NOTE, note)
+            is_own = note["name"] == folder.name
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            whole = False
-        if not whole:
+            is_own = False
+        if not is_own:
             self.log(f"{folder} is damaged: it is built anew")
-        return whole
+        return is_own
 
     def _outdated(self, kind: str, facts: Mapping[str, Any]) -> str | None:
         """Why an artefact of the same data and settings cannot be taken; None where there is none."""
         wanted = json_form(facts)
         for note in sorted(self.folder.glob(f"{kind}-*/artefact.json")):
             try:
-                found = json.loads(note.read_text(encoding="utf-8"))
+                found = parse_json(note.read_text(encoding="utf-8"))
                 depends = dict(found["depends"])
             except (OSError, ValueError, KeyError, TypeError):
                 continue  # damaged, or no artefact
@@ -124,8 +129,7 @@ class ArtefactStore:
         partial.mkdir(parents=True)
         try:
             write(partial)
-            files = {str(p.relative_to(partial)): file_digest(p) for p in sorted(partial.rglob("*")) if p.is_file()}
-            write_json(partial / "artefact.json", {"depends": facts, "files": files, "made_by": made_by()})
+            write_note(partial / NOTE, {"name": folder.name, "depends": facts, "made_by": made_by()})
             sync_folder(partial)
             self._place(partial, folder)
         finally:
@@ -146,6 +150,26 @@ class ArtefactStore:
             with suppress(FileNotFoundError):  # another run has moved it already
                 os.rename(folder, aside)
             shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_note(path: Path, facts: Mapping[str, Any]) -> None:
+    """Write a JSON file of ``facts``, the SHA-256 of every file that lies beside it, and its own (:data:`SEAL`)."""
+    files = {str(p.relative_to(path.parent)): file_digest(p) for p in sorted(path.parent.rglob("*")) if p.is_file()}
+    content = json_form({**facts, "files": files})
+    write_json(path, {**content, SEAL: digest_of(content)})
+
+
+def check_note(path: Path, note: Mapping[str, Any]) -> None:
+    """Whether neither a note of :func:`write_note`, as it was read, nor a file beside it has changed.
+
+    Raises:
+        CheckpointError: one of them has, or is missing; names it.
+    """
+    if digest_of({name: value for name, value in note.items() if name != SEAL}) != note.get(SEAL):
+        raise CheckpointError(f"{path}: does not match its SHA-256")
+    for file, digest in note["files"].items():
+        if file_digest(path.parent / file) != digest:
+            raise CheckpointError(f"{path.parent / file}: does not match its SHA-256")
 
 
 def json_form(value: Any) -> Any:

@@ -1,36 +1,39 @@
 """One checkpoint per round: everything that the next round starts from.
 
-A checkpoint is a folder that appears by one rename and carries the SHA-256 of its files. Loading takes the newest whole
-one and says which damaged ones it passed over. There is no generator state: every draw comes from its key. Another
-version's is resumed from only if its format is this one's.
+A checkpoint is a folder that appears by one rename and carries the SHA-256 of all that is in it. Loading takes the
+newest whole one and says which damaged ones it passed over. There is no generator state: every draw comes from its key.
+Another version's is resumed from only if its format is this one's.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from fedsim.artefacts import file_digest, sync_folder, write_json
+from fedsim.artefacts import SEAL, check_note, sync_folder, write_note
 from fedsim.errors import CheckpointError
 from fedsim.federation.algorithms import ADAPTER, ServerState
+from fedsim.json_text import parse_json
 from fedsim.version import made_by, maker
 
-FORMAT = 1
+FORMAT = 2
 """To be raised with every change of what a checkpoint holds or means."""
 
 
 class OtherFormatError(CheckpointError):
     """A checkpoint is whole, but written by a fedsim whose checkpoints mean something else."""
+
+
+NOTE: Final = "checkpoint.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +67,7 @@ class CheckpointStore:
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint; drop those beyond ``keep``, and newer ones: damaged, and done anew from here on."""
-        final = self.folder / f"round-{checkpoint.round_idx:06d}"
+        final = self.folder / _name(checkpoint.round_idx)
         partial = self.folder / f".{final.name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         try:
@@ -90,9 +93,8 @@ class CheckpointStore:
             "num_server_steps": checkpoint.state.num_steps,
             "client_rounds": {str(c): r for c, r in checkpoint.client_rounds.items()},
             "seconds_per_token": list(checkpoint.seconds_per_token),
-            "files": {"state.safetensors": file_digest(partial / "state.safetensors")},
         }
-        write_json(partial / "checkpoint.json", note)
+        write_note(partial / NOTE, note)
         sync_folder(partial)
 
     def load(
@@ -136,7 +138,7 @@ class CheckpointStore:
         Raises:
             CheckpointError: it is missing or damaged.
         """
-        return _read(self.folder / f"round-{round_idx:06d}")
+        return _read(self.folder / _name(round_idx))
 
     def kept_client_rounds(self) -> list[Mapping[int, int]]:
         """Client indices of all checkpoints, to know which control variates are still needed.
@@ -156,6 +158,10 @@ class CheckpointStore:
         return sorted(self.folder.glob("round-*")) if self.folder.is_dir() else []
 
 
+def _name(round_idx: int) -> str:
+    return f"round-{round_idx:06d}"
+
+
 def _checked(folder: Path, check: Callable[[Checkpoint], None]) -> Checkpoint:
     found = _read(folder)
     try:
@@ -168,10 +174,12 @@ def _checked(folder: Path, check: Callable[[Checkpoint], None]) -> Checkpoint:
 def _read(folder: Path) -> Checkpoint:
     try:
         note = _note(folder)
+        if SEAL not in note:  # as in the formats before 2
+            _check_format(folder, note)
+        check_note(folder / NOTE, note)
         _check_format(folder, note)
-        for name, digest in note["files"].items():
-            if file_digest(folder / name) != digest:
-                raise CheckpointError(f"{folder / name}: does not match its SHA-256")
+        if folder.name != _name(note["round_idx"]):
+            raise CheckpointError(f"{folder}: holds the checkpoint {_name(note['round_idx'])}")
         tensors: dict[str, torch.Tensor] = load_file(str(folder / "state.safetensors"))
         return Checkpoint(
             int(note["round_idx"]),
@@ -179,7 +187,7 @@ def _read(folder: Path) -> Checkpoint:
             _client_rounds(note),
             tuple(float(s) for s in note["seconds_per_token"]),
         )
-    except OtherFormatError:
+    except CheckpointError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: cannot be read ({error})") from error
@@ -203,7 +211,7 @@ def _check_format(folder: Path, note: Mapping[str, Any]) -> None:
 
 
 def _note(folder: Path) -> dict[str, Any]:
-    note: dict[str, Any] = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
+    note: dict[str, Any] = parse_json((folder / NOTE).read_text(encoding="utf-8"))
     return note
 
 

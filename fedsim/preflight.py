@@ -6,6 +6,7 @@ expensive stage of every run; ``launch/run.py --check`` makes them, prints the p
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,7 +107,7 @@ def _check(config: Config, world: World) -> tuple[dict[str, ModelShape], DiskRoo
     """One rank's checks: sizes of the models, space on the disk, and the memory that the rank can have."""
     check_world_size(config, world.size)
     check_folder(run_folder(config), f"record.dir={config.record.dir!r}, name={config.name!r}")
-    check_folder(Path(config.record.artefacts).expanduser(), f"record.artefacts={config.record.artefacts!r}")
+    check_folder(Path(os.path.expanduser(config.record.artefacts)), f"record.artefacts={config.record.artefacts!r}")
     shapes = {role: _check_model(config, role, path, world.device) for role, path in models_in_use(config).items()}
     if config.cai.is_on:
         load_constitution(constitution_file(config.cai.constitution))

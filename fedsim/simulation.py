@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -48,7 +49,7 @@ class Simulation:
         self.world = world
         self.ranks = world.ranks
         self.record = RunRecord(config, world.ranks, world.device.type == "cuda", world.journal)
-        folder = Path(config.record.artefacts).expanduser()
+        folder = Path(os.path.expanduser(config.record.artefacts))
         self.store = ArtefactStore(folder, world.ranks, self.record.say, world.journal)
         self.preparation = Preparation(config, world, self.record, self.store)
 

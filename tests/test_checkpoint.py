@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedsim.artefacts import SEAL, digest_of
 from fedsim.checkpoint import FORMAT, Checkpoint, CheckpointStore
 from fedsim.config import FederationConfig, ServerOptimizerConfig
 from fedsim.errors import CheckpointError
@@ -102,6 +103,7 @@ def rewrite(folder: Path, **changes: object) -> None:
     """Change entries of a checkpoint's note; None takes one out."""
     note = json.loads((folder / "checkpoint.json").read_text()) | changes
     left = {name: value for name, value in note.items() if value is not None}
+    left[SEAL] = digest_of({name: value for name, value in left.items() if name != SEAL})
     (folder / "checkpoint.json").write_text(json.dumps(left))
 
 

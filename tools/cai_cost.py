@@ -100,7 +100,7 @@ def measure(asked: Asked, world: World) -> Cost:
     config = asked.config
     preflight(config, world)
     record = RunRecord(config, world.ranks, synchronize=world.device.type == "cuda")
-    store = ArtefactStore(Path(config.record.artefacts).expanduser(), world.ranks, record.say)
+    store = ArtefactStore(Path(os.path.expanduser(config.record.artefacts)), world.ranks, record.say)
     prepare = Preparation(config, world, record, store)
     data = prepare.read().data
     few = [shard[:1] for shard in data.shards]  # nobody trains

@@ -284,7 +284,7 @@ def check_trace(trace: Path) -> None:
 def profile(config: Config, chosen: int, trace: Path | None) -> None:
     """Simulate, trace and print."""
     parallel = config.parallel
-    folder = Path(config.record.dir).expanduser() / config.name
+    folder = Path(os.path.expanduser(config.record.dir)) / config.name
     target = trace or folder / f"trace-round{chosen + 1}.json.gz"
     with (
         ExitStack() as held,

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import Field, dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 T = TypeVar("T")
+
+_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_SEVERAL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+"""The same but for tabs and line ends."""
 
 
 @dataclass(frozen=True)
@@ -18,6 +23,7 @@ class Rule:
         above: the value must be greater than this.
         below: the value must be less than this.
         choices: the only allowed values.
+        lines: a text may have several lines; else it has none of the characters that control a terminal.
     """
 
     low: float | None = None
@@ -25,11 +31,15 @@ class Rule:
     above: float | None = None
     below: float | None = None
     choices: tuple[str, ...] | None = None
+    lines: bool = False
 
     def broken_by(self, value: Any) -> str | None:
         """The rule in words if ``value`` breaks it, else None."""
         if self.choices is not None and value not in self.choices:
             return f"must be one of {', '.join(self.choices)}"
+        texts = value if isinstance(value, list) else [value]
+        if any(isinstance(text, str) and (_SEVERAL if self.lines else _CONTROL).search(text) for text in texts):
+            return "must not hold control characters or bytes that are not UTF-8"
         if isinstance(value, int | float) and not isinstance(value, bool):
             inside = (
                 (self.low is None or value >= self.low)

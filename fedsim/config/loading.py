@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import difflib
+import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -12,11 +14,18 @@ from typing import Any, get_type_hints
 import yaml
 
 from fedsim.config.keys import rule_of
+from fedsim.config.measuring import EMBEDDED, HELD_OUT, is_embedded
 from fedsim.config.schema import Config
 from fedsim.config.secrets import check_no_secret
 from fedsim.errors import ConfigError
 
 Flat = dict[str, Any]
+
+_LARGEST = 2**63 - 1
+"""Whole numbers above it fit neither a tensor nor an array."""
+
+_SHOWN = 200
+"""Characters of a value that an error shows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +52,9 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     for text in overrides:
         name, sign, value = text.partition("=")
         if not sign:
-            raise ConfigError(f"override {text!r}: must have the form key=value, such as federation.num_rounds=8")
+            raise ConfigError(
+                f"override {_quoted(text)}: must have the form key=value, such as federation.num_rounds=8"
+            )
         name = name.strip()
         check_no_secret(name, value, is_key=name in kinds)
         flat[name] = _parse(value, name, is_text=kinds.get(name) is str)
@@ -138,25 +149,38 @@ def _read_file(path: Path, seen: tuple[Path, ...]) -> Flat:
     if path.resolve() in seen:
         raise ConfigError(f"config {path}: its base: files refer to each other in a circle; remove one of the links")
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+        content = _yaml(path.read_text(encoding="utf-8"), _UniqueKeys)
     except OSError as error:
         raise ConfigError(f"config {path}: cannot be read ({error.strerror}); give the path of a YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config {path}: is not valid YAML ({' '.join(str(error).split())})") from error
+    except ValueError as error:
+        raise ConfigError(f"config {path}: is not valid YAML ({error})") from error
     if content is None:
         content = {}
     if not isinstance(content, dict):
         raise ConfigError(f"config {path}: must be a mapping of keys to values, is a {type(content).__name__}")
     base = _meant(content.pop("base", None), is_text=False)
-    if base is not None and not isinstance(base, str):
-        raise ConfigError(f"config {path}: base={base!r} must be the path of a config file, relative to this file")
+    if base is not None and not (isinstance(base, str) and base.isprintable()):
+        raise ConfigError(
+            f"config {path}: base={_quoted(base)} must be the path of a config file, relative to this file"
+        )
     flat = {} if base is None else _read_file(path.parent / base, (*seen, path.resolve()))
     leaves = list(_leaves(content, ""))
-    named = [name for name, _ in leaves]
-    repeated = [name for name in named if named.count(name) > 1]
-    if repeated:
-        raise ConfigError(f"config {path}: {repeated[0]} is given twice; remove one of the lines")
+    for name, count in Counter(name for name, _ in leaves).items():
+        if count > 1:
+            raise ConfigError(f"config {path}: {_plain(name)} is given twice; remove one of the lines")
     return flat | dict(leaves)
+
+
+def _yaml(text: str, loader: type[yaml.SafeLoader]) -> Any:
+    """The value of a YAML text; ValueError with a reason of one line, whatever PyYAML makes of a malformed one."""
+    try:
+        return yaml.load(text, Loader=loader)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    except yaml.YAMLError as error:
+        raise ValueError(_plain(" ".join(str(error).split()))) from error
+    except Exception as error:  # tags and dates that do not fit their values, numbers of thousands of digits
+        raise ValueError(f"a value cannot be read as what its form or tag says: {_plain(str(error))}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,14 +199,24 @@ def _meant(value: Any, *, is_text: bool) -> Any:
     return value.source if is_date or (is_text and value.value is not None) else value.value
 
 
-class _UniqueKeys(yaml.SafeLoader):
+class _Plain(yaml.SafeLoader):
+    """YAML without aliases: a few lines of them can stand for more than any memory holds, or for themselves."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            where = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not taken; write the value out", where)
+        return super().compose_node(parent, index)
+
+
+class _UniqueKeys(_Plain):
     """YAML in which a repeated key is an error instead of the last one winning, and values know what was written."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [name.value for name, _ in node.value]
-        repeated = [name for name in names if names.count(name) > 1]
-        if repeated:
-            raise yaml.constructor.ConstructorError(None, None, f"{repeated[0]} is given twice", node.start_mark)
+        names = Counter(name.value for name, _ in node.value if isinstance(name, yaml.ScalarNode))
+        for name, count in names.items():
+            if count > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{name} is given twice", node.start_mark)
         made = super().construct_mapping(node, deep)
         for name, value in node.value:
             key = self.construct_object(name, deep=True)
@@ -202,9 +236,11 @@ def _leaves(content: Mapping[Any, Any], prefix: str) -> Iterator[tuple[str, Any]
 def _parse(value: str, name: str, *, is_text: bool) -> Any:
     """The value as YAML reads it; for a text key, what is no text to YAML stays as it was typed (``name=010``)."""
     try:
-        parsed = yaml.safe_load(value) if value.strip() else ""
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {name}={value!r}: the value is not valid YAML; quote it") from error
+        parsed = _yaml(value, _Plain) if value.strip() else ""
+    except ValueError as error:
+        raise ConfigError(
+            f"override {_plain(name)}={_quoted(value)}: the value is not valid YAML ({error}); quote it"
+        ) from error
     is_date = isinstance(parsed, datetime.date)  # no key is one: an error shows it as it was typed
     return value.strip() if is_date or (is_text and not isinstance(parsed, str)) else parsed
 
@@ -216,7 +252,9 @@ def _checked(name: str, value: Any, kind: Any, declared: dataclasses.Field[Any])
     value = _coerced(name, value, kind, rule.words())
     broken = rule.broken_by(value)
     if broken is not None:
-        raise ConfigError(f"{name}={value!r}: {broken}{_nearest_choice(value, rule.choices)}")
+        raise ConfigError(f"{name}={_quoted(value)}: {broken}{_nearest_choice(value, rule.choices)}")
+    if value == HELD_OUT and _default_of(declared) == EMBEDDED and not is_embedded(name, value):
+        raise ConfigError(f"{name}={value!r}: eval.advbench alone has such items; set {EMBEDDED!r}, or give a path")
     return value
 
 
@@ -227,6 +265,8 @@ def _coerced(name: str, value: Any, kind: Any, rule: str) -> Any:
             number = float(value)
         except ValueError:
             number = float("nan")
+        except OverflowError:
+            number = float("inf")
         value = number if number == number else value
     if kind is int and isinstance(value, float) and value.is_integer():
         value = int(value)
@@ -238,10 +278,26 @@ def _coerced(name: str, value: Any, kind: Any, rule: str) -> Any:
     if not isinstance(value, plain) or (isinstance(value, bool) and kind is not bool) or kind == list[str]:
         wanted = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
         words = wanted.get(getattr(kind, "__name__", ""), "a list of names, such as [q_proj, v_proj]")
-        raise ConfigError(f"{name}={value!r}: must be {words}{f' ({rule})' if rule else ''}")
-    if isinstance(value, float) and value in (float("inf"), float("-inf")):
-        raise ConfigError(f"{name}={value!r}: must be a finite number")
+        raise ConfigError(f"{name}={_quoted(value)}: must be {words}{f' ({rule})' if rule else ''}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{name}={value!r}: must be a finite number{f' ({rule})' if rule else ''}")
+    if isinstance(value, int) and abs(value) > _LARGEST:
+        raise ConfigError(f"{name}={_quoted(value)}: must be at most {_LARGEST}")
     return value
+
+
+def _quoted(value: Any) -> str:
+    """A value in an error: one line of bearable length."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no whole number of more than 4,300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
+def _plain(name: str) -> str:
+    """A key or a library's words in an error: likewise, without quotes where all can be printed."""
+    return name if name.isprintable() and len(name) <= 2 * _SHOWN else _quoted(name)
 
 
 def _nearest_choice(value: Any, choices: tuple[str, ...] | None) -> str:
@@ -258,6 +314,6 @@ def _unknown(name: str, value: Any, known: Sequence[str]) -> str:
     ]
     sections = [k for k in known if k.startswith(f"{name}.")]
     if sections:
-        return f"{name}={value!r}: is a group of keys, not a key; set one of {', '.join(sections)}"
+        return f"{name}={_quoted(value)}: is a group of keys, not a key; set one of {', '.join(sections)}"
     hint = f"the nearest key is {close[0]}" if close else "no key is close"
-    return f"{name}={value!r}: is not a configuration key; {hint} (launch/run.py --help lists all keys)"
+    return f"{_plain(name)}={_quoted(value)}: is not a configuration key; {hint} (launch/run.py --help lists all keys)"

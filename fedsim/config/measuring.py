@@ -66,7 +66,7 @@ class JudgeConfig:
     max_new_tokens: int = key(2048, "longest judgment", unit="tokens", low=1)
     workers: int = key(4, "openai: requests under way at once", low=1)
     retries: int = key(5, "openai: further attempts after a failed request, with growing pauses", low=0)
-    timeout_s: float = key(120.0, "openai: longest wait for a whole answer", unit="s", above=0)
+    timeout_s: float = key(120.0, "openai: longest wait for a whole answer", unit="s", above=0, high=1e8)
 
     def __post_init__(self) -> None:
         if self.kind == "openai" and not self.model:
@@ -90,9 +90,9 @@ class ParallelConfig:
     """How the work is spread over processes."""
 
     exact: bool = key(True, "bit-identical results for any number of processes; off: floating-point sums")
-    threads: int = key(1, "CPU threads of each process; part of exact mode's contract", low=1)
+    threads: int = key(1, "CPU threads of each process; part of exact mode's contract", low=1, high=1024)
     wide_lanes: bool = key(True, "let several ranks share one client where that ends the round sooner")
-    timeout_s: float = key(1800.0, "a collective that waits longer than this ends the run", unit="s", above=0)
+    timeout_s: float = key(1800.0, "a collective that waits longer than this ends the run", unit="s", above=0, high=1e8)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ class GuardConfig:
     action: str = key("drop", "what happens to a row that is called unsafe: drop = it is left out (paper), refuse = "
                       "guard.refusal takes its response's place, downweight = it counts guard.red_weight in the loss "
                       "and in the client's weight", choices=("drop", "refuse", "downweight"))  # fmt: skip
-    refusal: str = key("I'm sorry, but I can't help with that.", "refuse: the response that replaces the row's own")
+    refusal: str = key("I'm sorry, but I can't help with that.", "refuse: the response that replaces the row's own",
+                       lines=True)  # fmt: skip
     red_weight: float = key(0.1, "downweight: weight of a row that is called unsafe; 0 trains as if it were dropped, "
                             "1 as if it were not", low=0, high=1)  # fmt: skip
     threshold: float = key(0.5, "a row is unsafe from this probability on; 0.5 = greedy decoding", above=0, below=1)
@@ -27,7 +28,7 @@ class GuardConfig:
     batch_tokens: int = key(2048, "tokens scored at once, of what follows the prompts' common head; a longer row is "
                             "scored alone", unit="tokens", low=1)  # fmt: skip
     tune_epochs: float = key(5.0, "fine-tuning passes over the guard set; 0 = use the guard as it is", unit="epochs",
-                             low=0)  # fmt: skip
+                             low=0, high=10_000)  # fmt: skip
     tune_lr: float = key(1e-4, "fine-tuning learning rate (AdamW, linear decay to 0)", above=0)
     tune_batch_size: int = key(16, "rows of one fine-tuning step", unit="rows", low=1)
     deepspeed: str = key("", "fine-tune under DeepSpeed ZeRO-2 with this JSON file, or the name of one in "
@@ -39,7 +40,7 @@ class GuardConfig:
         False,
         "also let the guard model, as it is, judge the rows under the policy that guard.policy is not, to compare",
     )
-    lora_r: int = key(16, "LoRA rank of the guard", low=1)
+    lora_r: int = key(16, "LoRA rank of the guard", low=1, high=65_536)
     lora_alpha: float = key(32.0, "LoRA alpha of the guard", above=0)
     lora_dropout: float = key(0.05, "LoRA dropout of the guard", low=0, below=1)
     lora_targets: list[str] = key(["q_proj", "v_proj"], "linear layers of the guard that get LoRA")
@@ -56,7 +57,8 @@ class CaiConfig:
     """Constitutional AI on the global adapter after each round (paper §4.2)."""
 
     iterations: int = key(0, "CAI iterations of a round that has CAI; one = an SFT and a DPO step on the same rows; 0 "
-                          "= no CAI; -1 = an epoch over the usable rows", unit="iterations", low=-1)  # fmt: skip
+                          "= no CAI; -1 = an epoch over the usable rows", unit="iterations", low=-1,
+                          high=1_000_000)  # fmt: skip
     every: int = key(1, "CAI after every so many rounds, and after the last one in any case; 0 = after the last one "
                      "only (post hoc)", unit="rounds", low=0)  # fmt: skip
     batch_size: int = key(16, "rows of one SFT or DPO step", unit="rows", low=1)

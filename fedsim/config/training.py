@@ -51,7 +51,7 @@ class ModelConfig:
         choices=("auto", "varlen", "flash_attention_2", "sdpa", "eager"),
     )
     max_context: int = key(4096, "longest prompt and reply together", unit="tokens", low=64)
-    lora_r: int = key(32, "LoRA rank", low=1)
+    lora_r: int = key(32, "LoRA rank", low=1, high=65_536)
     lora_alpha: float = key(64.0, "LoRA alpha; the update is scaled by alpha / rank", above=0)
     lora_dropout: float = key(0.05, "dropout on the LoRA input during training", low=0, below=1)
     lora_targets: list[str] = key(["q_proj", "v_proj"], "names of the linear layers that get LoRA")
@@ -61,7 +61,7 @@ class ModelConfig:
 class LocalConfig:
     """A client's local training in one round."""
 
-    steps: int = key(25, "optimizer steps of a client in a round", unit="steps", low=1)
+    steps: int = key(25, "optimizer steps of a client in a round", unit="steps", low=1, high=1_000_000)
     batch_size: int = key(16, "rows of one optimizer step", unit="rows", low=1)
     micro_batch_size: int = key(
         4, "rows of one forward and backward pass, of clients, guard tuning and CAI", unit="rows", low=1
@@ -92,9 +92,9 @@ class FederationConfig:
         "rows in one place, as many steps a round as a cohort takes",
         choices=ALGORITHMS,
     )
-    num_clients: int = key(20, "simulated clients", low=1)
+    num_clients: int = key(20, "simulated clients", low=1, high=1_000_000)
     clients_per_round: int = key(5, "clients of a round's cohort", low=1)
-    num_rounds: int = key(50, "rounds", low=1)
+    num_rounds: int = key(50, "rounds", low=1, high=1_000_000)
     partition: str = key(
         "fixed_red_share",
         "how rows reach clients: fixed_red_share = each client gets the same share of red rows; iid = at random; "
@@ -103,8 +103,9 @@ class FederationConfig:
         choices=("iid", "fixed_red_share", "beta_red_share", "dirichlet", "quantity_skew"),
     )
     beta_concentration: float = key(10.0, "beta_red_share: a + b of the Beta distribution around the whole set's red "
-                                    "share; small = clients are red or not, large = equal shares", above=0)  # fmt: skip
-    dirichlet_alpha: float = key(1.0, "dirichlet, quantity_skew: small = skewed, large = equal", above=0)
+                                    "share; small = clients are red or not, large = equal shares",
+                                    low=1e-9, high=1e9)  # fmt: skip
+    dirichlet_alpha: float = key(1.0, "dirichlet, quantity_skew: small = skewed, large = equal", low=1e-9, high=1e9)
     scaffold_correction: str = key("openfedllm", "openfedllm: y -= lr * (c - c_i) after the AdamW step; gradient: "
                                    "c - c_i joins the gradient, c_i is the client's mean gradient",
                                    choices=("openfedllm", "gradient"))  # fmt: skip

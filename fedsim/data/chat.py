@@ -15,7 +15,7 @@ from typing import Any, Literal, TypedDict, TypeVar
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from fedsim.data.markers import Markers, template_markers, token_markers
+from fedsim.data.markers import Markers, normalised, template_markers, token_markers
 from fedsim.errors import ModelError
 
 
@@ -123,11 +123,17 @@ class ChatFormat:
 
     def defuse(self, text: str) -> str:
         """``text`` with every chat marker broken by a space after its first character (``< |eot_id|>``)."""
-        return self._markers.break_in(text)
+        return self._broken(self._markers, text)
 
     def defuse_tokens(self, text: str) -> str:
         """As :meth:`defuse`, for text that goes into a turn which the template does not write: tokens alone count."""
-        return self._tokens.break_in(text)
+        return self._broken(self._tokens, text)
+
+    def _broken(self, markers: Markers, text: str) -> str:
+        """``text`` without markers, also after the tokenizer's own changes, such as a wide letter made a plain one."""
+        broken = markers.break_in(text)
+        changed = normalised(self.tokenizer, broken)
+        return broken if (again := markers.break_in(changed)) == changed else again
 
     def render(self, conversation: Sequence[Message], *, reply_follows: bool) -> str:
         """The conversation as the template writes it; ``reply_follows`` adds the assistant header."""
@@ -156,9 +162,10 @@ class ChatFormat:
             )
         except Exception as error:  # a template is a program: its own errors, the sandbox's, or one of any operation
             roles = ", ".join(m["role"] for m in conversation)
+            said = " ".join(str(error).split())[:300] or type(error).__name__
             raise ModelError(
                 f"chat template of {self.tokenizer.name_or_path!r} cannot write a conversation of the roles {roles}: "
-                f"{' '.join(str(error).split())[:300] or type(error).__name__}; use a model whose template can"
+                f"{said}; use a model whose template can"
             ) from error
         assert isinstance(text, str)
         return text

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from fedsim.errors import DataError
+from fedsim.json_text import NotJsonError, parse_json
 
 Item = TypeVar("Item")
 
@@ -25,7 +25,7 @@ def csv_rows(path: Path, columns: Sequence[str], header: str) -> Iterator[tuple[
     Raises:
         DataError: the file cannot be read, lacks a column, or a row has more fields than the header.
     """
-    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), restval="")
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), restval="", strict=True)
     try:
         for column in columns:
             if column not in (reader.fieldnames or ()):
@@ -49,12 +49,26 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {number}: not JSON ({error.msg}, column {error.colno})") from None
+            record = parse_json(line)
+        except NotJsonError as error:
+            column = "" if error.column is None else f", column {error.column}"
+            raise DataError(f"{path}, line {number}: not JSON ({error.reason}{column})") from None
         if not isinstance(record, dict):
             raise DataError(f"{path}, line {number}: must be a JSON object")
         yield number, record
+
+
+def json_file(path: Path) -> Any:
+    """The value that a whole JSON file holds.
+
+    Raises:
+        DataError: the file cannot be read or is not JSON.
+    """
+    try:
+        return parse_json(read_text(path))
+    except NotJsonError as error:
+        line = "" if error.line is None else f", line {error.line}"
+        raise DataError(f"{path}{line}: is not valid JSON ({error.reason})") from None
 
 
 def read_text(path: Path) -> str:

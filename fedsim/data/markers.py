@@ -50,6 +50,17 @@ def token_markers(tokenizer: PreTrainedTokenizerBase) -> set[str]:
     Further added tokens are texts that a tokenizer happens to know whole, such as runs of spaces or HTML tags.
     """
     template = tokenizer.get_chat_template()
+    found = _token_texts(tokenizer, template)
+    return found | {normalised(tokenizer, text) for text in found}
+
+
+def normalised(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """``text`` as the tokenizer looks at it where it searches for tokens; most tokenizers change nothing."""
+    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+    return text if normalizer is None else str(normalizer.normalize_str(text))
+
+
+def _token_texts(tokenizer: PreTrainedTokenizerBase, template: str) -> set[str]:
     added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     written = [str(token) for token in tokenizer.added_tokens_decoder.values() if str(token) in template]
     return {*map(str, tokenizer.all_special_tokens), *added, *(text for text in written if _is_marker(text))}

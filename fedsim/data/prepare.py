@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,7 +95,7 @@ def prepare_data(config: Config, store: ArtefactStore, ranks: Ranks) -> Prepared
         DataError: a malformed file, or splits that the file cannot supply.
     """
     data = config.data
-    source = _embedded_square(data, store) if data.square == "embedded" else Path(data.square).expanduser()
+    source = _embedded_square(data, store) if data.square == "embedded" else Path(os.path.expanduser(data.square))
     digest = ranks.once(lambda: _digest(source))
     read: list[SquareFile] = []
 

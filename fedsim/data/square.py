@@ -6,11 +6,11 @@ A file is a JSON array of rows with ``question``, ``question_en``, ``response``,
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedsim.data.files import json_file
 from fedsim.errors import DataError
 
 _LABELS = {0: False, 1: True, "0": False, "1": True}  # True and False equal 1 and 0
@@ -123,16 +123,7 @@ class ArrowRows:
 
 
 def _entries(path: Path) -> list[Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read ({error.strerror}); give the path of a SQuARe response file"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: is not UTF-8 (byte {error.start}); SQuARe files are UTF-8 JSON") from error
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}, line {error.lineno}: is not valid JSON ({error.msg})") from error
+    content = json_file(path)
     if not isinstance(content, list):
         raise DataError(f"{path}: must be a JSON array of rows, is {type(content).__name__}")
     return content

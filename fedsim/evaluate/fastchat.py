@@ -19,6 +19,7 @@ from fedsim.data.benchmarks import question_id, two_texts
 from fedsim.data.files import json_lines
 from fedsim.errors import ConfigError, DataError
 from fedsim.evaluate.mt_bench import MtAnswer
+from fedsim.json_text import parse_json
 
 Row = dict[str, Any]
 
@@ -183,7 +184,7 @@ class JudgmentFile:
         """
         if not self.path.exists():
             return []
-        *lines, last = self.path.read_text(encoding="utf-8").split("\n")
+        *lines, last = self.path.read_bytes().split(b"\n")
         rows = [self._row(line, number) for number, line in enumerate(lines, start=1) if line.strip()]
         return [*rows, self._row(last, len(lines) + 1)] if _is_whole(last) else rows
 
@@ -228,10 +229,10 @@ class JudgmentFile:
                 _write_lines(self.path, kept)
             return merged
 
-    def _row(self, line: str, number: int) -> Row:
+    def _row(self, line: bytes, number: int) -> Row:
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
+            row = parse_json(line.decode())
+        except ValueError:
             row = None
         if not isinstance(row, dict) or not row.get("judge"):
             row = {}
@@ -247,11 +248,11 @@ class JudgmentFile:
             yield
 
 
-def _is_whole(line: str) -> bool:
+def _is_whole(line: bytes) -> bool:
     """Whether a last line without line end is a whole JSON value, as in a file that was edited by hand."""
     try:
-        json.loads(line)
-    except json.JSONDecodeError:
+        parse_json(line.decode())
+    except ValueError:
         return False
     return True
 
@@ -266,7 +267,7 @@ def _end_line(file: IO[bytes]) -> None:
         return
     file.seek(0)
     last = file.read().rpartition(b"\n")[2]
-    if _is_whole(last.decode(errors="replace")):
+    if _is_whole(last):
         file.write(b"\n")
     else:
         file.truncate(size - len(last))

@@ -178,5 +178,5 @@ def _score_pairs(engine: Engine, asked: Sequence[Asked]) -> tuple[list[tuple[Row
         for conversation, replies in asked
         for reply in replies
     ]
-    scores = engine.score(rows)
+    scores = engine.score(rows, "eval.hhh")
     return list(zip(scores[::2], scores[1::2], strict=True)), sum(row.truncated for row in rows)

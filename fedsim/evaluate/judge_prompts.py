@@ -36,7 +36,8 @@ FIELDS: Final[Mapping[str, frozenset[str]]] = {
     ),
 }
 
-_RATINGS: Final = (re.compile(r"\[\[([0-9]+\.?[0-9]*)\]\]"), re.compile(r"\[([0-9]+\.?[0-9]*)\]"))
+# FastChat's ([0-9]+\.?[0-9]*) takes the same texts, but hours over a million digits.
+_RATINGS: Final = (re.compile(r"\[\[([0-9]+(?:\.[0-9]*)?)\]\]"), re.compile(r"\[([0-9]+(?:\.[0-9]*)?)\]"))
 
 
 @dataclass(frozen=True)
@@ -148,8 +149,11 @@ def parse_rating(judgment: str) -> float:
 
 def _fields(template: str, place: str) -> set[str]:
     try:
-        return {name for _, name, _, _ in Formatter().parse(template) if name is not None}
+        fields = [part[1:] for part in Formatter().parse(template) if part[1] is not None]
     except ValueError as error:
         raise DataError(
             f"{place}: field 'prompt_template' is no template ({error}); write a literal brace twice"
         ) from None
+    if any(form or conversion for _, form, conversion in fields):
+        raise DataError(f"{place}: field 'prompt_template' has a field with a format of its own; write {{name}} alone")
+    return {str(name) for name, _, _ in fields}

@@ -56,7 +56,7 @@ def run_perplexity(engine: Engine, conversations: Sequence[Conversation], *, lim
         limit: score only so many (:func:`subset`); 0 scores all.
     """
     rows = [_row(engine.chat, conversation, engine.max_context) for conversation in subset(conversations, limit)]
-    return summarise_scores(engine.score(rows), sum(row.truncated for row in rows))
+    return summarise_scores(engine.score(rows, "eval.helpful"), sum(row.truncated for row in rows))
 
 
 def summarise_scores(scores: Sequence[RowScore], num_truncated: int) -> Perplexity:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Final
@@ -61,7 +62,7 @@ def load_suite(settings: EvalConfig, store: ArtefactStore) -> tuple[Suite, dict[
 
 def _file(value: str, store: ArtefactStore, kind: str) -> Path:
     if not is_embedded(f"eval.{kind}", value):
-        return Path(value).expanduser()
+        return Path(os.path.expanduser(value))
     if value == HELD_OUT:
         return embedded_file(store, "world-advbench-held-out", "advbench.csv", world.write_held_out_advbench)
     if kind == "mt_bench":

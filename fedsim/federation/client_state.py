@@ -62,7 +62,7 @@ class ClientStateStore:
         path = self._path(client, round_idx)
         partial = path.with_suffix(f".{os.getpid()}.partial")
         vector = control.detach().cpu().contiguous()
-        save_file({"control": vector}, str(partial), metadata={"blake2b": _digest(vector)})
+        save_file({"control": vector}, str(partial), metadata={"blake2b": _digest(vector, path.name)})
         with partial.open("rb") as stream:
             os.fsync(stream.fileno())
         os.replace(partial, path)
@@ -88,7 +88,7 @@ class ClientStateStore:
             raise CheckpointError(f"{path}: control variate of client {client} cannot be read ({error})") from error
         if vector.dtype != torch.float32:
             raise CheckpointError(f"{path}: control variate of client {client} is {vector.dtype}, not torch.float32")
-        if written != _digest(vector):
+        if written != _digest(vector, path.name):
             raise CheckpointError(f"{path}: control variate of client {client} does not match its checksum")
         return vector
 
@@ -100,6 +100,9 @@ def _file_name(client: int, round_idx: int) -> str:
     return f"client{client:06d}-round{round_idx:06d}.safetensors"
 
 
-def _digest(vector: torch.Tensor) -> str:
-    """BLAKE2b of the bytes as they lie in memory; a copy would hold a second control variate."""
-    return hashlib.blake2b(vector.numpy().data, digest_size=16).hexdigest()
+def _digest(vector: torch.Tensor, name: str) -> str:
+    """BLAKE2b of the bytes as they lie in memory; a copy would hold a second control variate.
+
+    The key is the file's name, so that another client's or round's file is not taken for it.
+    """
+    return hashlib.blake2b(vector.numpy().data, digest_size=16, key=name.encode()).hexdigest()

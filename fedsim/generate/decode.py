@@ -19,9 +19,9 @@ from transformers import PreTrainedModel
 
 from fedsim.attention.forward import packed_logits
 from fedsim.attention.spans import put
-from fedsim.errors import RunError
 from fedsim.generate.graph import Graphs
 from fedsim.generate.pick import pick
+from fedsim.generate.score import unsound
 from fedsim.generate.slots import Extending, Slots, Stepping, grown
 from fedsim.generate.state import State
 
@@ -219,10 +219,7 @@ class Decoder:
         counts, alive, sound = self.state.read(self._num_active)
         if not all(sound):
             name = self._rows[sound.index(0)].request.name
-            raise RunError(
-                f"{name}: the model's logits became NaN or infinite; lower the learning rates, or use a model.dtype of "
-                "a larger range (bfloat16 or float32)"
-            )
+            raise unsound(name)
         ended = [slot for slot in range(self._num_active) if not alive[slot]]
         for slot in range(self._num_active):
             row = self._rows[slot]

@@ -16,7 +16,7 @@ from fedsim import keys
 from fedsim.data.chat import ChatFormat, Conversation, TokenRow, assistant_turn, user_turn
 from fedsim.generate.decode import Decoder, Made, Request
 from fedsim.generate.graph import Graphs, can_be_captured, capture_cuda, uses_graphs
-from fedsim.generate.score import score_unit
+from fedsim.generate.score import check_sound, score_unit
 from fedsim.generate.units import generation_units
 from fedsim.model.cost import Work, decode_work, rows_work
 from fedsim.ranks import Ranks
@@ -206,11 +206,18 @@ class Engine:
             block=CUDA_BLOCK if device.type == "cuda" else 1,
         )
 
-    def score(self, rows: Sequence[TokenRow]) -> list[RowScore]:
+    def score(self, rows: Sequence[TokenRow], name: str) -> list[RowScore]:
         """Log-probability of each row's targets (tokens with ``loss_mask``), in order.
 
         Units are ``batch_size`` rows, however long: logits are computed in chunks of a fixed size
         (:mod:`fedsim.model.logprobs`), so that the activations of the layers alone grow with the rows' lengths.
+
+        Args:
+            rows: what is scored.
+            name: of the rows, for an error.
+
+        Raises:
+            RunError: the model's logits are no numbers.
         """
         order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
         units = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
@@ -221,6 +228,7 @@ class Engine:
         done = self._run(compute, units, [float(sum(len(rows[i]) for i in u)) for u in units])
         self.work += rows_work(rows, passes=len(units))
         sums = self._in_order(units, done)
+        check_sound(sums, name)
         return [RowScore(value, row.num_targets) for value, row in zip(sums, rows, strict=True)]
 
     def _run(self, compute: Callable[[list[int]], T], units: list[list[int]], costs: list[float]) -> list[T]:

@@ -121,7 +121,11 @@ class FlatAdapter:
                 "the same base model, rank and targets"
             )
         for slot in self.slots:
-            self._view(vector, slot).copy_(tensors[_peft_name(slot.name)])
+            name = _peft_name(slot.name)
+            tensor = tensors[name]
+            if not tensor.is_floating_point() or not tensor.float().isfinite().all():
+                raise ModelError(f"{path}: {name} holds other than finite numbers; save the adapter anew")
+            self._view(vector, slot).copy_(tensor)
         return vector.to(self.values.device)
 
     def _peft_tensors(self, vector: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ own is switched off, whatever its configuration says: LoRA's is the one that fed
 from __future__ import annotations
 
 import hashlib
-import json
+import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +27,9 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from fedsim.attention.choice import Choice, choose
-from fedsim.data.chat import ChatFormat
+from fedsim.data.chat import ChatFormat, user_turn
 from fedsim.errors import ModelError
+from fedsim.json_text import parse_json
 from fedsim.model.fitness import check_fitness, switch_dropout_off
 
 transformers_logging.disable_progress_bar()  # fedsim shows its own progress
@@ -78,7 +79,7 @@ def max_positions(model: PreTrainedModel) -> int:
 
 def model_dir(path: str) -> Path:
     """The directory that ``model.path`` or ``guard.path`` names; 'embedded' is the tiny model."""
-    return EMBEDDED if path == "embedded" else Path(path).expanduser()
+    return EMBEDDED if path == "embedded" else Path(os.path.expanduser(path))
 
 
 def load_model(
@@ -201,9 +202,13 @@ def load_chat(folder: Path, key: str) -> ChatFormat:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
+        chat = ChatFormat(tokenizer)
+        chat.prompt([user_turn(TEXTS[0])])  # so that what is wrong with it shows here, not in the middle of a run
+    except ModelError:
+        raise
     except Exception as error:  # the tokenizers library raises bare exceptions
         raise ModelError(f"{key}={str(folder)!r}: its tokenizer cannot be loaded: {reason(error)}") from error
-    return ChatFormat(tokenizer)
+    return chat
 
 
 def _read(folder: Path, config: PretrainedConfig, key: str, dtype: torch.dtype, attention: Choice) -> PreTrainedModel:
@@ -322,7 +327,7 @@ def _check_json(file: Path, key: str) -> None:
     if not file.is_file():
         return
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{key}: {file} is not valid JSON ({error}); download it again") from error
     if not isinstance(content, dict):
@@ -334,9 +339,9 @@ def _check_json(file: Path, key: str) -> None:
         )
     if file.name == INDEX:
         files = content.get("weight_map", {})
-        if not isinstance(files, dict):
+        if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
             raise ModelError(f"{key}: {file}'s weight_map is no mapping of tensors to files; download it again")
-        named = sorted(set(map(str, files.values())))
+        named = sorted(set(files.values()))
         if lacking := [name for name in named if not (file.parent / name).is_file()]:
             raise ModelError(
                 f"{key}={str(file.parent)!r}: {len(lacking)} of the {len(named)} weight files that {INDEX} names are "

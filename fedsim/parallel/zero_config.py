@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -20,6 +19,7 @@ import torch
 
 from fedsim.config import Config
 from fedsim.errors import ConfigError
+from fedsim.json_text import parse_json
 
 SHIPPED: Final = Path(__file__).parents[1] / "configs" / "deepspeed"
 
@@ -143,9 +143,9 @@ def _decided(config: Config, num_ranks: int) -> dict[str, tuple[Any, str]]:
 
 def _read(path: str) -> dict[str, Any]:
     shipped = SHIPPED / f"{path}.json"
-    file = shipped if shipped.is_file() else Path(path).expanduser()
+    file = shipped if shipped.is_file() else Path(os.path.expanduser(path))
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_text(encoding="utf-8"))
     except OSError as error:
         names = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.json")))
         raise ConfigError(

@@ -6,6 +6,7 @@ They allow statistics that resample a benchmark's items. No text is in them.
 from __future__ import annotations
 
 import csv
+import io
 import math
 import os
 from collections.abc import Mapping
@@ -48,16 +49,19 @@ def read_items(path: Path) -> dict[str, NDArray[np.float64]]:
     """Outcomes by figure, each ``[num_items]`` in the order of the benchmark's file.
 
     Raises:
-        DataError: the file is missing or is not one of :func:`write_items`.
+        DataError: the file is missing, cut short, or is not one of :func:`write_items`.
     """
     found: dict[str, dict[int, float]] = {}
     try:
         with path.open(encoding="utf-8", newline="") as stream:
-            lines = list(csv.reader(stream))
+            text = stream.read()
+        lines = list(csv.reader(io.StringIO(text, newline="")))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: cannot be read ({error}); give a file of a run's items/ folder") from error
     if not lines or lines[0] != HEAD:
         raise DataError(f"{path}: its first line must be {','.join(HEAD)}; give a file of a run's items/ folder")
+    if not text.endswith("\n"):
+        raise DataError(f"{path}, line {len(lines)}: ends within the line; measure the run again")
     for number, line in enumerate(lines[1:], start=2):
         try:
             figure, place, value = line[0], int(line[1]), float(line[2])

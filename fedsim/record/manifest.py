@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import platform
 import shlex
@@ -18,6 +17,7 @@ import torch
 import fedsim
 from fedsim.artefacts import file_digest, write_json
 from fedsim.errors import CheckpointError, DataError
+from fedsim.json_text import parse_json
 from fedsim.version import made_by
 
 PACKAGES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "datasets", "numpy")
@@ -119,7 +119,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         CheckpointError: it is damaged.
     """
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = parse_json(path.read_text(encoding="utf-8"))
         hashes = [entry["sha256"] for entry in manifest["inputs"].values()] + list(manifest["models"].values())
         whole = all(isinstance(digest, str) for digest in hashes) and isinstance(manifest.get("resumed", []), list)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsim.errors import CheckpointError
+from fedsim.json_text import NotJsonError, parse_json
 
 Row = dict[str, Any]
 
@@ -81,10 +82,13 @@ def read_rows(path: Path, allow_torn_end: bool = False) -> list[Row]:
         allow_torn_end: leave out a last line that has no line end (a crash while it was written).
 
     Raises:
-        CheckpointError: a line is not a JSON object with ``round`` and ``stage``.
+        CheckpointError: it cannot be read, or a line is not a JSON object with ``round``, ``stage`` and plain values.
     """
-    lines = path.read_text(encoding="utf-8").split("\n")
-    torn = lines.pop()
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    torn = lines.pop()  # a crash may have cut it within a character
     if torn and not allow_torn_end:
         lines.append(torn)
     return _parsed(path, lines, first=1)
@@ -116,22 +120,26 @@ class NewRows:
             whole, end, _ = file.read().rpartition(b"\n")
         if not end:
             return []
-        rows = _parsed(self.path, whole.decode("utf-8").split("\n"), first=self._count + 1)
+        rows = _parsed(self.path, whole.split(b"\n"), first=self._count + 1)
         self._place += len(whole) + len(end)
         self._count += len(rows)
         return rows
 
 
-def _parsed(path: Path, lines: Iterable[str], first: int) -> list[Row]:
+def _parsed(path: Path, lines: Iterable[bytes], first: int) -> list[Row]:
     """Lines as rows; ``first`` is the first one's number in the file."""
     rows: list[Row] = []
     for number, line in enumerate(lines, start=first):
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise CheckpointError(f"{path}, line {number}: is not JSON ({error.msg}); remove the line") from error
-        if not isinstance(row, dict) or not isinstance(row.get("round"), int) or not isinstance(row.get("stage"), str):
+            row = parse_json(line.decode())
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{path}, line {number}: is not UTF-8; remove the line") from error
+        except NotJsonError as error:
+            raise CheckpointError(f"{path}, line {number}: is not JSON ({error.reason}); remove the line") from error
+        if not isinstance(row, dict) or type(row.get("round")) is not int or not isinstance(row.get("stage"), str):
             raise CheckpointError(f"{path}, line {number}: must be an object with a whole number 'round' and a 'stage'")
+        if not all(value is None or isinstance(value, bool | int | float | str) for value in row.values()):
+            raise CheckpointError(f"{path}, line {number}: must hold plain values alone; remove the line")
         rows.append(row)
     return rows
 

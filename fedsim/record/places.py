@@ -33,7 +33,7 @@ class DiskRoom:
 
 def run_folder(config: Config) -> Path:
     """The directory of a run."""
-    return Path(config.record.dir).expanduser() / config.name
+    return Path(os.path.expanduser(config.record.dir)) / config.name
 
 
 def check_folder(folder: Path, setting: str) -> None:

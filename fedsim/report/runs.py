@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import tempfile
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from fedsim.data.benchmarks import load_mt_bench
 from fedsim.data.world import write_mt_bench
 from fedsim.errors import DataError
 from fedsim.evaluate.fastchat import read_answers
+from fedsim.json_text import parse_json
 from fedsim.record.metrics import Row, read_rows
 from fedsim.record.summary import RunFacts, eval_points, facts_from
 from fedsim.record.timers import top_level_seconds
@@ -79,7 +79,7 @@ def load_run(folder: Path) -> Run:
     if done < planned or not (folder / "summary.md").is_file():
         raise DataError(f"{folder}: is not finished ({done} of {planned} rounds); start its command again to go on")
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        manifest = parse_json((folder / "manifest.json").read_text(encoding="utf-8"))
         num_ranks = manifest["started"]["num_ranks"]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder / 'manifest.json'}: is damaged; restore it") from error

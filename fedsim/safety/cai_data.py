@@ -19,6 +19,7 @@ from fedsim.data.chat import Conversation, assistant_turn, user_turn
 from fedsim.data.square import SquareRow
 from fedsim.errors import DataError
 from fedsim.generate.engine import Engine, Reply, Sampling
+from fedsim.json_text import NotJsonError, parse_json
 from fedsim.safety.constitution import Constitution
 
 Turn = Literal["response", "critique", "revision"]
@@ -197,9 +198,9 @@ def _to_json(row: CaiRow) -> dict[str, Any]:
 
 def _from_json(line: str, place: str) -> CaiRow:
     try:
-        entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{place}: is not valid JSON ({error.msg})") from error
+        entry = parse_json(line)
+    except NotJsonError as error:
+        raise DataError(f"{place}: is not valid JSON ({error.reason})") from error
     if not isinstance(entry, dict):
         raise DataError(f"{place}: must be an object, is {type(entry).__name__}")
     for name in (*_TEXT_KEYS, "chosen", "rejected"):
@@ -211,7 +212,7 @@ def _from_json(line: str, place: str) -> CaiRow:
     if (entry["chosen"], entry["rejected"]) != (entry["revision_response"], entry["init_response"]):
         raise DataError(f"{place}: 'chosen' must equal 'revision_response', and 'rejected' 'init_response'")
     truncated = entry.get("truncated", [])
-    if not isinstance(truncated, list) or not set(truncated) <= set(TURNS):
+    if not isinstance(truncated, list) or not all(turn in TURNS for turn in truncated):
         raise DataError(f"{place}: 'truncated' must be a list of {', '.join(TURNS)}")
     texts = {name: entry[name] for name in _TEXT_KEYS}
     return CaiRow(row_id=entry["row_id"], principle=entry["principle"], truncated=tuple(truncated), **texts)

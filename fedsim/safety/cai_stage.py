@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -70,7 +71,7 @@ def constitution_file(name: str) -> Path:
     shipped = CONSTITUTIONS / f"{name}.json"
     if shipped.is_file():
         return shipped
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if not path.is_file():
         names = ", ".join(sorted(p.stem for p in CONSTITUTIONS.glob("*.json")))
         raise ConfigError(f"cai.constitution={name!r}: is neither a file nor one that ships with fedsim ({names})")

@@ -6,12 +6,12 @@ A file is ``{"constitutions": [{"critic": str, "revision": str}, …], "system_c
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedsim.data.chat import Conversation, Message, assistant_turn, user_turn
+from fedsim.data.files import json_file
 from fedsim.errors import DataError
 
 
@@ -41,14 +41,7 @@ def load_constitution(path: Path) -> Constitution:
     Raises:
         DataError: missing or malformed, with the place.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); give the path of a constitution file") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: is not UTF-8 (byte {error.start}); save it as UTF-8 JSON") from error
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}, line {error.lineno}: is not valid JSON ({error.msg})") from error
+    content = json_file(path)
     if not isinstance(content, dict) or not isinstance(content.get("constitutions"), list):
         raise DataError(f"{path}: must be an object with a list 'constitutions' of critic and revision pairs")
     pairs = content["constitutions"]

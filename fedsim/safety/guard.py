@@ -14,6 +14,7 @@ from fedsim.data.chat import ChatFormat
 from fedsim.data.square import SquareRow
 from fedsim.errors import ConfigError
 from fedsim.generate.prefix import Head, candidate_logits, common_length, read_head
+from fedsim.generate.score import check_sound
 from fedsim.ranks import Ranks
 from fedsim.safety.guard_format import GuardFormat
 from fedsim.safety.verdict import Verdict
@@ -170,7 +171,9 @@ class LlamaGuard:
         finally:
             self.model.train(was_training)
         by_row = {i: p for unit, values in zip(units, done, strict=True) for i, p in zip(unit, values, strict=True)}
-        return [by_row[i] for i in range(len(prompts))]
+        probs = [by_row[i] for i in range(len(prompts))]
+        check_sound(probs, "guard scoring")
+        return probs
 
     def _progress(self, num_units: int) -> Callable[[int], None] | None:
         report = self.on_progress

@@ -68,7 +68,7 @@ class Launch:
     @property
     def folder(self) -> Path:
         """Where the study's runs, tables and logs go."""
-        return Path(load_config(self.config, self.overrides).record.dir).expanduser() / self.study
+        return Path(os.path.expanduser(load_config(self.config, self.overrides).record.dir)) / self.study
 
     def words(self, cell: Cell) -> list[str]:
         """The ``key=value`` words of a cell; what the user gave comes first, what makes the cell comes last."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -60,11 +61,20 @@ class Outcome:
         return None if value is None else float(value)
 
     def items(self, point: str, name: str) -> np.ndarray | None:
-        """Outcome of every item, fp64 ``[num_items]``; None if the figure is not kept by item."""
+        """Outcome of every item, fp64 ``[num_items]``; None if the figure is not kept by item.
+
+        Raises:
+            DataError: the file is damaged, or its items are not those behind the figure that the run recorded.
+        """
+        path = item_file(self.folder, int(self.points[point]["round"]), point)
         if point not in self._items:
-            path = item_file(self.folder, int(self.points[point]["round"]), point)
             self._items[point] = read_items(path) if path.is_file() else {}
-        return self._items[point].get(name)
+        values, recorded = self._items[point].get(name), self.figure(point, name)
+        if values is not None and recorded is not None:
+            mean = float(values.mean())
+            if not any(math.isclose(mean, recorded / unit, rel_tol=1e-9, abs_tol=1e-12) for unit in (1, 100)):
+                raise DataError(f"{path}: its items of {name} do not give the figure in metrics.jsonl; run it again")
+        return values
 
     @property
     def total_s(self) -> float:

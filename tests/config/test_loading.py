@@ -213,7 +213,9 @@ def test_unreadable_files(tmp_path: Path) -> None:
         {
             "seed": st.integers(0, 2**40),
             "local.lr": st.floats(1e-6, 1e3),
-            "name": st.text(st.characters(min_codepoint=0x30, max_codepoint=0x2FF), min_size=1),
+            "name": st.text(
+                st.characters(min_codepoint=0x30, max_codepoint=0x2FF, categories=["L", "N", "P", "S"]), min_size=1
+            ),
             "parallel.exact": st.booleans(),
             "model.lora_targets": st.lists(st.text("abc_", min_size=1), min_size=1),
         }

@@ -94,7 +94,7 @@ def test_malformed_files_name_the_place(tmp_path: Path, content: Any, words: lis
 
 
 def test_unreadable_files(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"cannot be read.*SQuARe response file"):
+    with pytest.raises(DataError, match=r"none.json: cannot be read"):
         load_square(tmp_path / "none.json")
     (tmp_path / "latin.json").write_bytes(b'["\xff"]')
     with pytest.raises(DataError, match="not UTF-8"):

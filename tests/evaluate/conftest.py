@@ -78,7 +78,7 @@ class StubEngine(Engine):
             )
         return turns
 
-    def score(self, rows: Sequence[TokenRow]) -> list[RowScore]:
+    def score(self, rows: Sequence[TokenRow], name: str) -> list[RowScore]:
         assert self._logprob is not None
         decode = self.chat.tokenizer.decode
         scores = []

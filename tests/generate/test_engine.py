@@ -127,11 +127,11 @@ def test_prompt_and_reply_never_outgrow_the_context(
 def test_scores_are_in_order(make_engine: Callable[..., Engine]) -> None:
     engine = make_engine()
     rows = [engine.chat.training_row([*c, assistant_turn("red " * (i % 3 + 1))], 200) for i, c in enumerate(CHATS)]
-    scores = engine.score(rows)
-    alone = [engine.score([row])[0] for row in rows]
+    scores = engine.score(rows, "rows")
+    alone = [engine.score([row], "rows")[0] for row in rows]
     assert [s.num_targets for s in scores] == [row.num_targets for row in rows]
     assert [s.logprob for s in scores] == pytest.approx([s.logprob for s in alone], rel=1e-5)
-    assert make_engine(ranks=ScatteredRanks()).score(rows) == scores
+    assert make_engine(ranks=ScatteredRanks()).score(rows, "rows") == scores
     assert scores[0].mean == scores[0].logprob / scores[0].num_targets
     assert RowScore(0.0, 0).mean == float("-inf")
 
@@ -146,7 +146,7 @@ def test_mode_progress_and_nothing_to_do(make_engine: Callable[..., Engine], mod
     finally:
         model.eval()
     assert seen == [(1, 3), (2, 3), (3, 3)]
-    assert engine.generate([], Sampling(0.0, 2), KEY) == [] and engine.score([]) == []
+    assert engine.generate([], Sampling(0.0, 2), KEY) == [] and engine.score([], "rows") == []
 
 
 def test_the_adapter_of_the_moment_is_used(make_adapted: Callable[..., Any]) -> None:

@@ -123,7 +123,7 @@ def test_the_engine_knows_what_it_has_done(make_llama: MakeLlama, llama3_bytes_c
     assert [r.num_tokens for r in replies] == [5] * 3
     assert engine.pop_work() == decode_work(turns, passes=2 * 5)
     rows = [row(9, 4), row(12, 3), row(7, 2)]
-    engine.score(rows)
-    engine.score(rows)
+    engine.score(rows, "rows")
+    engine.score(rows, "rows")
     assert engine.pop_work() == rows_work(rows, 2) + rows_work(rows, 2)
     assert engine.pop_work() == Work()

@@ -85,5 +85,5 @@ def test_unreadable_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="line 2: is not valid JSON"):
         load_constitution(tmp_path / "broken.json")
     (tmp_path / "latin.json").write_bytes(b'{"constitutions": "\xe9"}')
-    with pytest.raises(DataError, match="is not UTF-8"):
+    with pytest.raises(DataError, match="line 1: not UTF-8"):
         load_constitution(tmp_path / "latin.json")
