@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from fedsim.config import FailuresConfig
 from fedsim.data.chat import TokenRow
@@ -15,7 +15,7 @@ from fedsim.federation.client_state import ClientStateStore
 from fedsim.federation.failures import ClientFailure, by_client, check_round, checked
 from fedsim.federation.outcome import ClientOutcome
 from fedsim.parallel.aggregate import Aggregated, aggregate
-from fedsim.parallel.planner import Plan, plan_round
+from fedsim.parallel.planner import Plan, learned_cost, plan_round
 from fedsim.parallel.world import World
 from fedsim.ranks import Lane, Ranks
 from fedsim.train.client import ClientTrainer
@@ -178,8 +178,11 @@ class CohortRunner:
                         job.client, work.round_idx, state, lanes[job], report, steps[job.client]
                     )
             except ClientError as error:
+                error.with_traceback(None)  # its frames hold the client's vectors
                 seconds = time.perf_counter() - began
-                work.failures.append(ClientFailure(job.client, error.reason, rank, str(error), error.trace, seconds))
+                failure = ClientFailure(job.client, error.reason, rank, error.message, error.trace, seconds)
+                work.failures.append(failure)
+                self.world.journal.write("client failed", **asdict(failure))
                 continue
             if outcome.control is not None:
                 if job.first_rank == rank:
@@ -210,26 +213,6 @@ class CohortRunner:
         own.do(lambda: checked(outcome, self.failures.max_update_norm))
         own.check()
         return outcome
-
-
-def learned_cost(
-    known: Sequence[float], busy_s: Sequence[float], plan: Plan, tokens: Mapping[int, int], num_micro_batches: int
-) -> tuple[float, ...]:
-    """Seconds per token of each rank: half the old figure, half what this round measured; kept where nothing was.
-
-    A wide job counts as the tokens that its slowest member computed, one of a client that is not in ``tokens``, as it
-    failed, as none.
-    """
-    cost = list(known)
-    for rank in range(len(cost)):
-        work = sum(
-            tokens.get(job.client, 0) * -(-num_micro_batches // job.width) / num_micro_batches
-            for job in plan.jobs
-            if rank in job.ranks
-        )
-        if work > 0 and busy_s[rank] > 0:
-            cost[rank] = 0.5 * cost[rank] + 0.5 * busy_s[rank] / work
-    return tuple(cost)
 
 
 def agreed_checksums(state: ServerState, ranks: Ranks) -> dict[str, str]:

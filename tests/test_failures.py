@@ -22,6 +22,7 @@ from fedsim.federation.scaffold import CONTROL
 from fedsim.parallel.world import World
 from fedsim.ranks import OneRank
 from fedsim.record import finish
+from fedsim.record.journal import in_words
 from fedsim.record.metrics import Row, read_rows
 from fedsim.simulation import Simulation
 
@@ -142,19 +143,19 @@ def test_skip_leaves_failed_clients_out_of_every_sum(run: Make) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ([], r"^round 1: client 2 failed \(raised\) on rank 0: IndexError.* \(1 more client\(s\) failed\); set "
+        ([], r"^client 2 failed \(raised\): IndexError.* \(1 more client\(s\) failed\); set "
              r"failures\.on_client_error=skip"),
-        ([SKIP, "failures.min_clients=5"], r"^round 1: client 2 .*; 3 client\(s\) delivered an update, fewer than "
+        ([SKIP, "failures.min_clients=5"], r"^client 2 .*; 3 client\(s\) delivered an update, fewer than "
                                            r"failures\.min_clients=5"),
     ],
 )  # fmt: skip
-def test_a_run_ends_with_the_cause_and_writes_nothing_of_the_round(
+def test_a_run_ends_with_the_cause_and_the_round_does_not_count(
     run: Make, tmp_path: Path, overrides: list[str], message: str
 ) -> None:
     assert {RAISES, IS_NAN} <= set(sample_cohort(6, 5, 0, 0))
-    with pytest.raises(RunError, match=message):
+    with pytest.raises(RunError, match=message) as caught:
         run(SCAFFOLD, *overrides)
-    assert not list((tmp_path / "small" / "client_state").iterdir())
+    assert in_words(caught.value.place) == "rank 0, local training, round 1, client 2"
     assert not (tmp_path / "small" / "checkpoints").exists()
 
 

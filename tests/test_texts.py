@@ -55,7 +55,7 @@ def test_texts_of_attacks_stay_where_they_belong(
             assert row[f"eval/{name}"] == pytest.approx(scale * values.mean(), rel=1e-12)
     replies = {
         (path.name.partition("-")[0], record["reply"])
-        for path in (shown / "answers").glob("*.json")
+        for path in (shown / "answers").glob("*-round*.json")
         for record in json.loads(path.read_text(encoding="utf-8"))
     }
     assert {name for name, _ in replies} == {"advbench", "xstest"} and len(replies) >= 6

@@ -43,6 +43,10 @@ class ClientFailure:
         """``client 3 failed (not finite) on rank 1: …``."""
         return f"client {self.client} failed ({self.reason}) on rank {self.rank}: {self.message}"
 
+    def place(self, round_idx: int) -> dict[str, int | str]:
+        """Where it happened, as errors have it."""
+        return {"rank": self.rank, "stage": "local training", "round": round_idx + 1, "client": self.client}
+
 
 def checked(outcome: ClientOutcome, max_norm: float) -> ClientOutcome:
     """The outcome, if it may be added to the round's sums.
@@ -80,17 +84,20 @@ def check_round(
     """Whether the run may go on after a round's local training.
 
     Raises:
-        RunError: a client failed and the policy is to stop, or too few clients delivered an update.
+        RunError: a client failed and the policy is to stop, or too few clients delivered an update. It has the
+            place.
     """
     if not failures:
         return
     first = failures[0]
     others = f" ({len(failures) - 1} more client(s) failed)" if len(failures) > 1 else ""
-    cause = f"round {round_idx + 1}: {first.words()}{others}"
+    cause = f"client {first.client} failed ({first.reason}): {first.message}{others}"
     if settings.on_client_error == "stop":
         fix = "set failures.on_client_error=skip to go on without a client that fails"
     elif num_delivered < settings.min_clients:
         fix = f"{num_delivered} client(s) delivered an update, fewer than failures.min_clients={settings.min_clients}"
     else:
         return
-    raise RunError(f"{cause}; {fix}" + (f"\n{first.trace}" if first.trace else ""))
+    error = RunError(f"{cause}; {fix}" + (f"\n{first.trace}" if first.trace else ""))
+    error.place = first.place(round_idx)
+    raise error

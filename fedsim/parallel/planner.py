@@ -69,6 +69,26 @@ def plan_round(
     return best
 
 
+def learned_cost(
+    known: Sequence[float], busy_s: Sequence[float], plan: Plan, tokens: Mapping[int, int], num_micro_batches: int
+) -> tuple[float, ...]:
+    """Seconds per token of each rank: half the old figure, half what this round measured; kept where nothing was.
+
+    A wide job counts as the tokens that its slowest member computed, one of a client that is not in ``tokens``, as it
+    failed, as none.
+    """
+    cost = list(known)
+    for rank in range(len(cost)):
+        work = sum(
+            tokens.get(job.client, 0) * -(-num_micro_batches // job.width) / num_micro_batches
+            for job in plan.jobs
+            if rank in job.ranks
+        )
+        if work > 0 and busy_s[rank] > 0:
+            cost[rank] = 0.5 * cost[rank] + 0.5 * busy_s[rank] / work
+    return tuple(cost)
+
+
 def useful_ranks(cohort_size: int, num_micro_batches: int, *, wide_lanes: bool) -> int:
     """The most ranks that local training can use: one a client, or one a micro-batch where ranks may share a client."""
     return cohort_size * (num_micro_batches if wide_lanes else 1)

@@ -17,6 +17,7 @@ from fedsim.config import load_config
 from fedsim.errors import RunError
 from fedsim.parallel.world import process_world
 from fedsim.record import finish
+from fedsim.record.journal import in_words
 from fedsim.record.metrics import decided_rows, read_rows
 from fedsim.simulation import Simulation
 
@@ -80,6 +81,7 @@ def simulate(overrides: list[str], stop: int | None) -> dict[str, Any]:
             simulation.run()
     except (RunError, SystemExit, Stopped) as ended:
         error = f"{type(ended).__name__}: {ended}"
+        error += f"; {in_words(place)}" if (place := getattr(ended, "place", {})) else ""
     finally:
         cohort.plan_round = plan_round
     return {"widths": widths, "error": error}
@@ -139,5 +141,6 @@ def test_a_member_that_raises_ends_the_run_with_its_own_words(pool: Any, square_
     words = ["failures.on_client_error=stop", "failures.min_clients=1", "federation.clients_per_round=1", "seed=1"]
     first, second = pool.run(2, simulate, [*BRIEF, *words, *places(tmp_path, square_file)], None)
     assert first["widths"][-1] == (RAISES, 2) and second["error"] == "SystemExit: 2"
-    assert first["error"].startswith("RunError: round 3: client 2 failed (raised) on rank ")
-    assert "IndexError" in first["error"] and "set failures.on_client_error=skip" in first["error"]
+    assert first["error"].startswith("RunError: client 2 failed (raised): IndexError")
+    assert first["error"][-len(", local training, round 3, client 2") :] == ", local training, round 3, client 2"
+    assert "set failures.on_client_error=skip" in first["error"]
