@@ -1,6 +1,6 @@
 """What exact mode costs: ``tools/exact_cost.py [--nproc 1,4] [--repeats 3] [CONFIG.yaml] [key=value …]``.
 
-Runs the configuration (the demo by default, four rounds without a guard, 100 items of each benchmark) with
+Runs the configuration (the demo by default, four rounds without a guard, 50 items of each benchmark) with
 ``parallel.exact`` on and off, once with each number of processes, and takes the seconds of each phase from
 ``metrics.jsonl``. The settings take turns, each repeat begins with another one, and what runs share (CAI conversations,
 the pretrained model's evaluation) is made before by one run of each setting that does not count; nor does the first
@@ -35,7 +35,7 @@ from tools import running  # noqa: E402
 from tools.bench.rows import Row, StageResult  # noqa: E402
 
 NAME = "exact_cost"
-BRIEF = ["name=cost", "federation.num_rounds=4", "guard.kind=none", "eval.every=2", "eval.limit=100", "wandb.mode=off"]
+BRIEF = ["name=cost", "federation.num_rounds=4", "guard.kind=none", "eval.every=2", "eval.limit=50", "wandb.mode=off"]
 PHASES = ("train", "aggregate", "cai", "evaluate", "round")
 TITLES = {
     "train": "local training",
