@@ -120,13 +120,13 @@ class NewRows:
             whole, end, _ = file.read().rpartition(b"\n")
         if not end:
             return []
-        rows = _parsed(self.path, whole.decode("utf-8").split("\n"), first=self._count + 1)
+        rows = _parsed(self.path, whole.split(b"\n"), first=self._count + 1)
         self._place += len(whole) + len(end)
         self._count += len(rows)
         return rows
 
 
-def _parsed(path: Path, lines: Iterable[str], first: int) -> list[Row]:
+def _parsed(path: Path, lines: Iterable[bytes], first: int) -> list[Row]:
     """Lines as rows; ``first`` is the first one's number in the file."""
     rows: list[Row] = []
     for number, line in enumerate(lines, start=first):
