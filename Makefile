@@ -2,6 +2,7 @@
 # make test      lint, types and all tests
 # make bench     time every stage beside its peers, under 10 minutes; the rows go to tools/bench/results/
 # make lint      ruff and mypy alone;  make format  lets ruff lay out the code
+# make chaos     kill a run 100 times at random moments and compare, about half an hour; the result goes to README.md
 # make audit     known vulnerabilities of the pinned versions; needs the network (ARGS="-s osv" asks another service)
 # make clean     remove .venv, builds and caches; runs/ stays
 #
@@ -20,7 +21,7 @@ BIN := $(VENV)/bin
 INPUTS := constraints.txt setup.cfg pyproject.toml
 export OMP_NUM_THREADS := 1
 
-.PHONY: help demo test bench lint format audit clean
+.PHONY: help demo test bench chaos lint format audit clean
 .DELETE_ON_ERROR:
 
 help:
@@ -43,6 +44,9 @@ lint: $(VENV)/installed-test
 format: $(VENV)/installed-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+chaos: $(VENV)/installed-test
+	$(BIN)/python tools/chaos/run.py --kills 100 --publish $(ARGS)
 
 audit: $(VENV)/installed-audit
 	$(BIN)/python tools/audit.py constraints.txt $(ARGS)

@@ -6,9 +6,14 @@ All of them inherit :class:`FedsimError`; the ones that a user's input causes ar
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 class FedsimError(Exception):
     """Root of every error that fedsim raises on purpose."""
+
+    place: Mapping[str, int | str] = {}
+    """Where it was raised, as far as that is known: rank, stage, round (from 1), client."""
 
     @property
     def status(self) -> int:

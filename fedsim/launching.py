@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from fedsim.errors import ConfigError, FedsimError, RunError, Stopped
+from fedsim.record.journal import in_words
 
 T = TypeVar("T")
 
@@ -68,15 +69,14 @@ def report(error: FedsimError) -> None:
 
 
 def unforeseen(error: Exception) -> FedsimError:
-    """An error that is not fedsim's as one that is, with its notes."""
+    """An error that is not fedsim's as one that is, at its place."""
     found = RunError(f"{type(error).__name__}: {error}")
-    for note in getattr(error, "__notes__", []):
-        found.add_note(note)
+    found.place = getattr(error, "place", {})
     return found
 
 
 def line_of(error: FedsimError) -> str:
     """``error: what (where)``, a traceback below if there is one; ``stopped: …`` where that was asked for."""
-    where = f" ({'; '.join(notes)})" if (notes := getattr(error, "__notes__", [])) else ""
+    where = f" ({in_words(error.place)})" if error.place else ""
     first, end, trace = str(error).partition("\n")
     return f"{'stopped' if isinstance(error, Stopped) else 'error'}: {first}{where}{end}{trace}"

@@ -22,6 +22,7 @@ from fedsim.federation.scaffold import CONTROL
 from fedsim.parallel.world import World
 from fedsim.ranks import OneRank
 from fedsim.record import finish
+from fedsim.record.journal import in_words
 from fedsim.record.metrics import Row, read_rows
 from fedsim.simulation import Simulation
 
@@ -154,7 +155,7 @@ def test_a_run_ends_with_the_cause_and_the_round_does_not_count(
     assert {RAISES, IS_NAN} <= set(sample_cohort(6, 5, 0, 0))
     with pytest.raises(RunError, match=message) as caught:
         run(SCAFFOLD, *overrides)
-    assert caught.value.__notes__ == ["rank 0, local training, round 1, client 2"]
+    assert in_words(caught.value.place) == "rank 0, local training, round 1, client 2"
     assert not (tmp_path / "small" / "checkpoints").exists()
 
 

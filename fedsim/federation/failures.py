@@ -43,9 +43,9 @@ class ClientFailure:
         """``client 3 failed (not finite) on rank 1: …``."""
         return f"client {self.client} failed ({self.reason}) on rank {self.rank}: {self.message}"
 
-    def place(self, round_idx: int) -> str:
-        """Where it happened, as errors name it."""
-        return f"rank {self.rank}, local training, round {round_idx + 1}, client {self.client}"
+    def place(self, round_idx: int) -> dict[str, int | str]:
+        """Where it happened, as errors have it."""
+        return {"rank": self.rank, "stage": "local training", "round": round_idx + 1, "client": self.client}
 
 
 def checked(outcome: ClientOutcome, max_norm: float) -> ClientOutcome:
@@ -84,7 +84,7 @@ def check_round(
     """Whether the run may go on after a round's local training.
 
     Raises:
-        RunError: a client failed and the policy is to stop, or too few clients delivered an update. A note names the
+        RunError: a client failed and the policy is to stop, or too few clients delivered an update. It has the
             place.
     """
     if not failures:
@@ -99,5 +99,5 @@ def check_round(
     else:
         return
     error = RunError(f"{cause}; {fix}" + (f"\n{first.trace}" if first.trace else ""))
-    error.add_note(first.place(round_idx))
+    error.place = first.place(round_idx)
     raise error

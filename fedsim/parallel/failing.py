@@ -44,7 +44,7 @@ def portable(error: Exception, journal: Journal) -> FedsimError:
     else:
         trace = "".join(traceback.format_exception(error))
         found = RunError(f"{type(error).__name__}: {error}\n{trace}")
-    _note_place(found, journal, error)
+    _set_place(found, journal, error)
     return found
 
 
@@ -106,33 +106,32 @@ def stop_here(journal: Journal, number: int, size: int, timeout_s: float) -> Non
     message = f"error: {blamed}; {GOES_ON}" if blamed else f"stopped: {told}the same command is started"
     reason: Reason = "lost rank" if blamed else "stopped"
     journal.write(reason, message=message)
-    if journal.folder is None or write_ending(
-        journal.folder, reason, 128 + number, message, journal.rank, journal.place
-    ):
+    place = {"rank": journal.rank, **journal.place}
+    if journal.folder is None or write_ending(journal.folder, reason, 128 + number, message, place):
         print(message, file=sys.stderr, flush=True)
 
 
 def _leave_word(error: Exception, journal: Journal, reason: Reason = "error") -> None:
-    """Note the place on the error, and write it down."""
-    _note_place(error, journal, error)
+    """Note the place on the error, and write both down."""
+    _set_place(error, journal, error)
     message = line_of(error if isinstance(error, FedsimError) else unforeseen(error))
     journal.write("error", message=message)
     if journal.folder is not None:
         status = error.status if isinstance(error, FedsimError) else 1
         reason = "stopped" if isinstance(error, Stopped) else reason
-        write_ending(journal.folder, reason, status, message, journal.rank, journal.place_of(error))
+        place = getattr(error, "place", None) or {"rank": journal.rank, **journal.place_of(error)}
+        write_ending(journal.folder, reason, status, message, place)
 
 
-def _note_place(error: Exception, journal: Journal, raised: Exception) -> None:
-    """Add rank, stage, round and client, unless they are there, or the error is a user's, which names its own place.
+def _set_place(error: Exception, journal: Journal, raised: Exception) -> None:
+    """Note rank, stage, round and client, unless they are known, or the error is a user's, which names its own place.
 
     Args:
         raised: what was raised where this rank was.
     """
-    is_placed = bool(getattr(error, "__notes__", None)) or isinstance(error, Stopped)
-    if not is_placed and not (isinstance(error, FedsimError) and isinstance(error, ValueError)):
-        where = in_words(journal.place_of(raised))
-        error.add_note(f"rank {journal.rank}" + (f", {where}" if where else ""))
+    is_users = isinstance(error, FedsimError) and isinstance(error, ValueError)
+    if not getattr(error, "place", None) and not is_users and not isinstance(error, Stopped):
+        vars(error)["place"] = {"rank": journal.rank, **journal.place_of(raised)}
 
 
 def _lost(error: Exception, journal: Journal, size: int, timeout_s: float) -> RunError:
@@ -141,7 +140,7 @@ def _lost(error: Exception, journal: Journal, size: int, timeout_s: float) -> Ru
     if blamed is None:
         blamed = f"another rank has left ({' '.join(str(error).split())[:200]})"
     found = RunError(f"{blamed}; {GOES_ON}")
-    _note_place(found, journal, error)
+    _set_place(found, journal, error)
     return found
 
 

@@ -16,15 +16,14 @@ Reason = Literal["finished", "stopped", "error", "lost rank"]
 EXIT_FILE = "exit.json"
 
 
-def write_ending(folder: Path, reason: Reason, status: int, message: str, rank: int, place: Place) -> bool:
+def write_ending(folder: Path, reason: Reason, status: int, message: str, place: Place) -> bool:
     """Write ``exit.json``; whoever comes first tells the cause, later ones leave it.
 
     Args:
         folder: the run directory.
         status: the process's exit status.
         message: what a person should know.
-        rank: who writes.
-        place: where that rank was.
+        place: where it happened, with the rank.
 
     Returns:
         Whether this call wrote it.
@@ -33,7 +32,6 @@ def write_ending(folder: Path, reason: Reason, status: int, message: str, rank: 
         "reason": reason,
         "status": status,
         "message": message,
-        "rank": rank,
         **place,
         "utc": datetime.now(UTC).isoformat(timespec="seconds"),
         **made_by(),

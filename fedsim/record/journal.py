@@ -22,7 +22,7 @@ from typing import Any
 from fedsim.version import made_by
 
 Place = Mapping[str, int | str]
-"""Where a rank is: ``stage``, ``round`` (from 1) and ``client``, as far as they are known."""
+"""Where a rank is: ``stage``, ``round`` (from 1) and ``client``, as far as they are known; ``rank`` for others."""
 
 
 class Journal:
@@ -142,9 +142,9 @@ def last_seen(folder: Path, rank: int) -> LastSeen:
 
 
 def in_words(place: Place) -> str:
-    """``local training, round 3, client 7``."""
-    parts = [str(place["stage"])] if "stage" in place else []
-    return ", ".join([*parts, *(f"{name} {place[name]}" for name in ("round", "client") if name in place)])
+    """``rank 2, local training, round 3, client 7``."""
+    known = [name for name in ("rank", "stage", "round", "client") if name in place]
+    return ", ".join(str(place[name]) if name == "stage" else f"{name} {place[name]}" for name in known)
 
 
 def _cut_torn_end(path: Path) -> None:

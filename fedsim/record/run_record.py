@@ -120,7 +120,7 @@ class RunRecord:
     def finished(self) -> None:
         """The run has come to its end."""
         if self.ranks.is_main:
-            write_ending(self.folder, "finished", 0, "all rounds are done", 0, {})
+            write_ending(self.folder, "finished", 0, "all rounds are done", {"rank": 0})
 
     def header(self, num_ranks: int, device: torch.device) -> None:
         """What runs, where, before anything happens."""

@@ -17,6 +17,7 @@ from fedsim.config import load_config
 from fedsim.errors import RunError
 from fedsim.parallel.world import process_world
 from fedsim.record import finish
+from fedsim.record.journal import in_words
 from fedsim.record.metrics import decided_rows, read_rows
 from fedsim.simulation import Simulation
 
@@ -79,7 +80,8 @@ def simulate(overrides: list[str], stop: int | None) -> dict[str, Any]:
             simulation.record.checkpoints.save = stopping  # type: ignore[method-assign]
             simulation.run()
     except (RunError, SystemExit, Stopped) as ended:
-        error = "; ".join([f"{type(ended).__name__}: {ended}", *getattr(ended, "__notes__", [])])
+        error = f"{type(ended).__name__}: {ended}"
+        error += f"; {in_words(place)}" if (place := getattr(ended, "place", {})) else ""
     finally:
         cohort.plan_round = plan_round
     return {"widths": widths, "error": error}

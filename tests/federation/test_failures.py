@@ -13,6 +13,7 @@ from fedsim.config import FailuresConfig
 from fedsim.errors import ClientError, NotFiniteError, RunError
 from fedsim.federation.failures import ClientFailure, by_client, check_round, checked
 from fedsim.federation.outcome import ClientOutcome
+from fedsim.record.journal import in_words
 
 SKIP = FailuresConfig(on_client_error="skip", min_clients=2)
 SOME = [ClientFailure(7, "raised", 1, "IndexError: too far", "Traceback\n  of it"), ClientFailure(9, "norm", 0, "long")]
@@ -41,7 +42,7 @@ def test_stop_names_round_rank_client_and_cause() -> None:
         "client 7 failed (raised): IndexError: too far (1 more client(s) failed); set "
         "failures.on_client_error=skip to go on without a client that fails\nTraceback\n  of it"
     )
-    assert caught.value.__notes__ == ["rank 1, local training, round 5, client 7"]
+    assert in_words(caught.value.place) == "rank 1, local training, round 5, client 7"
 
 
 def test_skip_needs_min_clients() -> None:

@@ -81,13 +81,13 @@ def test_a_log_that_is_cut_anywhere_is_read_up_to_there(places: list[tuple[str, 
 
 def test_the_first_to_tell_the_cause_is_believed(tmp_path: Path) -> None:
     assert read_ending(tmp_path) is None
-    assert write_ending(tmp_path, "error", 2, "the cause", 1, {"stage": "saving", "round": 2})
-    assert not write_ending(tmp_path, "stopped", 143, "a consequence", 0, {})
+    assert write_ending(tmp_path, "error", 2, "the cause", {"rank": 1, "stage": "saving", "round": 2})
+    assert not write_ending(tmp_path, "stopped", 143, "a consequence", {})
     note = read_ending(tmp_path)
     assert note is not None and (note["message"], note["rank"], note["round"]) == ("the cause", 1, 2)
     assert [path.name for path in tmp_path.iterdir()] == ["exit.json"]
     forget_ending(tmp_path)
     forget_ending(tmp_path)
-    assert read_ending(tmp_path) is None and not write_ending(tmp_path / "gone", "error", 2, "x", 0, {})
+    assert read_ending(tmp_path) is None and not write_ending(tmp_path / "gone", "error", 2, "x", {})
     (tmp_path / "exit.json").write_text('{"reason"')
     assert read_ending(tmp_path) is None

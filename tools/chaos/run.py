@@ -22,16 +22,21 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import fedsim
-import fedsim.simulation  # heavy imports, paid for once before the ranks are forked
-from fedsim.launching import Parser
-from fedsim.record.blocks import write_block
-from fedsim.record.ending import read_ending
-from fedsim.record.tables import Table, duration
-from fedsim.record.wandb_file import read_history
-from tools.chaos.outcome import different, outcome
-from tools.chaos.sessions import ROOT, HangError, Session
-from tools.chaos.strikes import Strike, covered, plan, strike, timeline
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import fedsim  # noqa: E402
+import fedsim.simulation  # noqa: E402  heavy imports, paid for once before the ranks are forked
+from fedsim.launching import Parser  # noqa: E402
+from fedsim.record.blocks import write_block  # noqa: E402
+from fedsim.record.ending import read_ending  # noqa: E402
+from fedsim.record.manifest import hardware  # noqa: E402
+from fedsim.record.tables import Table, duration  # noqa: E402
+from fedsim.record.wandb_file import read_history  # noqa: E402
+from fedsim.version import commit_of, made_by  # noqa: E402
+from tools.chaos.outcome import different, outcome  # noqa: E402
+from tools.chaos.sessions import HangError, Session  # noqa: E402
+from tools.chaos.strikes import Strike, covered, plan, strike, timeline  # noqa: E402
 
 CONFIG = Path(__file__).parent / "chaos.yaml"
 RESULT = Path(__file__).parent / "result.json"
@@ -162,10 +167,10 @@ def left(report: Report) -> str:
 def publish(report: Report, size: int, took_s: float) -> None:
     """Write ``result.json`` and the README's block."""
     stages = covered(report.strikes)
-    leave = sorted(report.leave_s)
+    leave, machine = sorted(report.leave_s), hardware()
     note = {
         "utc": datetime.now(UTC).isoformat(timespec="seconds"),
-        "fedsim": fedsim.__version__,
+        **made_by(),
         "processes": size,
         "kills": len(report.strikes),
         "runs": report.num_runs,
@@ -184,7 +189,8 @@ def publish(report: Report, size: int, took_s: float) -> None:
     text = (
         f"{note['kills']} kills over {note['runs']} runs of {size} processes, {note['sessions']} sessions: "
         f"{len(report.faults)} runs differed from the undisturbed one; {left(report)}. Made by `make chaos` in "
-        f"{duration(took_s)} on 2 CPU cores, {str(note['utc'])[:10]}, fedsim {fedsim.__version__}."
+        f"{duration(took_s)} on {machine['cores']} cores of {machine['cpu']}, {str(note['utc'])[:10]}, fedsim "
+        f"{fedsim.__version__}, commit {commit_of(made_by())}."
     )
     write_block(ROOT / "README.md", "chaos", f"{text}\n\n{table.markdown()}")
 
