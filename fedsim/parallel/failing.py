@@ -124,14 +124,15 @@ def _leave_word(error: Exception, journal: Journal, reason: Reason = "error") ->
 
 
 def _set_place(error: Exception, journal: Journal, raised: Exception) -> None:
-    """Note rank, stage, round and client, unless they are known, or the error is a user's, which names its own place.
+    """Note rank, stage, round and client, unless they are known, or it is an error that names what it is about.
 
     Args:
         raised: what was raised where this rank was.
     """
-    is_users = isinstance(error, FedsimError) and isinstance(error, ValueError)
-    if not getattr(error, "place", None) and not is_users and not isinstance(error, Stopped):
-        vars(error)["place"] = {"rank": journal.rank, **journal.place_of(raised)}
+    names_its_own = isinstance(error, FedsimError) and not isinstance(error, RunError)
+    where = journal.place_of(raised)
+    if where and not names_its_own and not getattr(error, "place", None):
+        vars(error)["place"] = {"rank": journal.rank, **where}
 
 
 def _lost(error: Exception, journal: Journal, size: int, timeout_s: float) -> RunError:

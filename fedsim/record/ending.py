@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from fedsim.json_text import parse_json
 from fedsim.record.journal import Place
 from fedsim.version import made_by
 
@@ -50,7 +51,7 @@ def write_ending(folder: Path, reason: Reason, status: int, message: str, place:
 def read_ending(folder: Path) -> dict[str, Any] | None:
     """What the last session left; None if it runs yet or was killed."""
     try:
-        note = json.loads((folder / EXIT_FILE).read_text(encoding="utf-8"))
+        note = parse_json((folder / EXIT_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return note if isinstance(note, dict) else None

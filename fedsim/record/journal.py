@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from fedsim.json_text import NotJsonError, parse_json
 from fedsim.version import made_by
 
 Place = Mapping[str, int | str]
@@ -120,8 +121,8 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     found = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            record = json.loads(line)
-        except ValueError:
+            record = parse_json(line)
+        except NotJsonError:
             continue  # cut short: the process died while it wrote
         if isinstance(record, dict):
             found.append(record)
