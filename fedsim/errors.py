@@ -69,6 +69,10 @@ class Stopped(FedsimError):
         return 128 + int(self.args[1])
 
 
+class LostRankError(RunError):
+    """Another rank is gone, stands still, or does not answer; the message names it, ``place`` is where it was."""
+
+
 class NotFiniteError(RunError):
     """Training gave a loss, gradient or update with a number that is NaN or infinite."""
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from fedsim.errors import ConfigError, FedsimError, RunError, Stopped
+from fedsim.errors import ConfigError, FedsimError, LostRankError, RunError, Stopped
 from fedsim.record.journal import in_words
 
 T = TypeVar("T")
@@ -77,6 +77,7 @@ def unforeseen(error: Exception) -> FedsimError:
 
 def line_of(error: FedsimError) -> str:
     """``error: what (where)``, a traceback below if there is one; ``stopped: …`` where that was asked for."""
-    where = f" ({in_words(error.place)})" if error.place else ""
+    is_told = isinstance(error, LostRankError)  # by the message itself
+    where = f" ({in_words(error.place)})" if error.place and not is_told else ""
     first, end, trace = str(error).partition("\n")
     return f"{'stopped' if isinstance(error, Stopped) else 'error'}: {first}{where}{end}{trace}"

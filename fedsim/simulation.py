@@ -78,7 +78,8 @@ class Simulation:
                 self.record.finished()
             finally:
                 gc.unfreeze()
-                self.record.release()
+                self.record.stream.close()
+                self.world.when_leaving(self.record.release)
 
     def _explaining_full_disk(self) -> AbstractContextManager[None]:
         return explaining_full_disk([self.record.folder.parent, self.store.folder])
@@ -122,8 +123,9 @@ class Simulation:
                 checkpoint = self._round(federation, round_idx, checkpoint, aligner, measurement)
             self._stop_if_asked(round_idx + 1)
         record.progress.outside_rounds()
-        self.ranks.once(lambda: federation.flat.save(record.folder / "adapter", checkpoint.state.adapter))
-        self.ranks.once(lambda: finish_run(record, self.world.size))
+        with record.journal.at(stage="finishing"):
+            self.ranks.once(lambda: federation.flat.save(record.folder / "adapter", checkpoint.state.adapter))
+            self.ranks.once(lambda: finish_run(record, self.world.size))
 
     def _assemble(self, filtered: Filtered) -> Federation:
         with self.record.phase("load model", "load"):

@@ -11,6 +11,9 @@ from typing import Any
 
 import fedsim
 
+SIGNATURE = "fedsim.json"
+"""File in a folder of results that says which fedsim made them."""
+
 
 @functools.cache
 def made_by() -> Mapping[str, Any]:
@@ -44,11 +47,11 @@ def commit_of(facts: Mapping[str, Any]) -> str:
 
 
 def sign(folder: Path) -> None:
-    """Leave ``fedsim.json`` in a folder of results, so that they can be traced when they are copied elsewhere."""
+    """Leave :data:`SIGNATURE` in a folder of results, so that they can be traced when they are copied elsewhere."""
     text = json.dumps(made_by(), indent=2, sort_keys=True) + "\n"
     new = folder / ".fedsim.json.new"
     new.write_text(text, encoding="utf-8")
-    new.replace(folder / "fedsim.json")
+    new.replace(folder / SIGNATURE)
 
 
 def git_state(root: Path, ignoring: Sequence[str] = ()) -> dict[str, Any] | None:

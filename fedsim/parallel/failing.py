@@ -19,18 +19,18 @@ from typing import Final
 import torch.distributed as dist
 
 from fedsim.disk import is_disk_full
-from fedsim.errors import DiskFullError, FedsimError, RunError, Stopped
+from fedsim.errors import DiskFullError, FedsimError, LostRankError, RunError, Stopped
 from fedsim.launching import line_of, unforeseen
-from fedsim.parallel.post_mortem import blame, cause_of
-from fedsim.parallel.stopping import signal_name
+from fedsim.parallel.post_mortem import Blame, blame, cause_of
+from fedsim.parallel.stopping import GRACE_S, signal_name
 from fedsim.record.ending import Reason, write_ending
-from fedsim.record.journal import Journal, in_words
+from fedsim.record.journal import Journal, Place, in_words
 
-GRACE_S: Final = 3.0
+GRANT_S: Final = 3.0
 """Seconds that ranks give rank 0 to fail too, and so to speak for all."""
 
 LAST_S: Final = 30.0
-"""Seconds that a failed rank has to leave; then it ends itself, whatever holds it."""
+"""Seconds that taking the process group down may take; then the process ends itself, whatever holds it."""
 
 GOES_ON: Final = "start the same command again: it goes on after the last finished round"
 
@@ -49,11 +49,24 @@ def portable(error: Exception, journal: Journal) -> FedsimError:
 
 
 @contextmanager
+def in_time(seconds: float) -> Iterator[None]:
+    """End the process if the block takes longer."""
+    last = threading.Timer(seconds, os._exit, (2,))
+    last.daemon = True
+    last.start()
+    try:
+        yield
+    finally:
+        last.cancel()
+
+
+@contextmanager
 def alone(journal: Journal) -> Iterator[None]:
     """The block of a run of one process: an error is also left in its log and in ``exit.json``."""
     try:
         yield
     except Exception as error:
+        _log(error, journal)
         _leave_word(error, journal)
         raise
     finally:
@@ -69,58 +82,83 @@ def together(store: dist.Store, journal: Journal, size: int, timeout_s: float) -
         timeout_s: how long a collective waits.
 
     Raises:
+        LostRankError: in the place of a collective's error.
         SystemExit: another rank speaks.
     """
-    last = threading.Timer(LAST_S, os._exit, (2,))
-    last.daemon = True
     try:
         yield
     except Exception as error:
-        last.start()
         cause = cause_of(error)
-        if cause is not None:
-            journal.write(cause)
-        spoken = error if cause is None else None
-        if not _speaks(store, journal, size):
+        if cause is None:
+            _log(error, journal)
+        else:
+            journal.write(cause, message=str(error))
+        speaks = _speaks(store, journal, size)
+        if speaks is not False:
+            spoken = error if cause is None else _lost(error, journal, size, timeout_s)
+            was_first = _leave_word(spoken, journal)
+            speaks = was_first if speaks is None else True
+        if not speaks:
             time.sleep(1.0)  # launchers end every rank when one exits: let the one that speaks be the first
             raise SystemExit(error.status if isinstance(error, FedsimError) else 2) from error
-        if spoken is None:
-            spoken = _lost(error, journal, size, timeout_s)
-        _leave_word(spoken, journal, "error" if cause is None else "lost rank")
         if spoken is error:
             raise
         raise spoken from None
     finally:
-        last.cancel()
         journal.close()
 
 
-def stop_here(journal: Journal, number: int, size: int, timeout_s: float) -> None:
+def stop_here(journal: Journal, number: int, size: int) -> None:
     """Say that a signal ends this process in mid-round: the first to write ``exit.json`` tells it.
 
     A launcher also signals the ranks that are left when one has died: then that is the cause.
     """
-    blamed = _blamed(journal, size, timeout_s) if size > 1 else None
-    where = in_words(journal.place)
-    told = f"{signal_name(number)} came in {where or 'the preparation'}: what was begun there is done again when "
-    message = f"error: {blamed}; {GOES_ON}" if blamed else f"stopped: {told}the same command is started"
-    reason: Reason = "lost rank" if blamed else "stopped"
-    journal.write(reason, message=message)
-    place = {"rank": journal.rank, **journal.place}
+    where = in_words(journal.place) or "the preparation"
+    message = (
+        f"stopped: {signal_name(number)} came in {where}: what was begun there is done again when the same command is "
+        "started"
+    )
+    journal.write("stopped", message=message)
+    reason: Reason = "stopped"
+    place: Place = {"rank": journal.rank, **journal.place}
+    if size > 1 and (blamed := _blamed(journal, size, None)) is not None:
+        reason, place, message = "lost rank", blamed.place, f"error: {blamed.text}; {GOES_ON}"
     if journal.folder is None or write_ending(journal.folder, reason, 128 + number, message, place):
         print(message, file=sys.stderr, flush=True)
 
 
-def _leave_word(error: Exception, journal: Journal, reason: Reason = "error") -> None:
-    """Note the place on the error, and write both down."""
+def say_signal(journal: Journal, number: int) -> None:
+    """Tell that a signal was noted, once for all ranks."""
+    journal.write("signal", name=signal_name(number))
+    if journal.rank == 0:
+        print(
+            f"{signal_name(number)}: the run ends after this round, or where it is in {GRACE_S:g} s",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _log(error: Exception, journal: Journal) -> None:
+    """The error in this rank's log, with its place and, where it is a bug, its traceback."""
     _set_place(error, journal, error)
-    message = line_of(error if isinstance(error, FedsimError) else unforeseen(error))
-    journal.write("error", message=message)
-    if journal.folder is not None:
-        status = error.status if isinstance(error, FedsimError) else 1
-        reason = "stopped" if isinstance(error, Stopped) else reason
-        place = getattr(error, "place", None) or {"rank": journal.rank, **journal.place_of(error)}
-        write_ending(journal.folder, reason, status, message, place)
+    if isinstance(error, FedsimError):
+        journal.write("error", message=line_of(error))
+    else:
+        trace = "".join(traceback.format_exception(error))
+        journal.write("error", message=line_of(unforeseen(error)), trace=trace)
+
+
+def _leave_word(error: Exception, journal: Journal) -> bool:
+    """Write ``exit.json``; False if another rank was the first to."""
+    if journal.folder is None:
+        return True
+    known = error if isinstance(error, FedsimError) else unforeseen(error)
+    status = error.status if isinstance(error, FedsimError) else 1
+    reason: Reason = (
+        "stopped" if isinstance(error, Stopped) else "lost rank" if isinstance(error, LostRankError) else "error"
+    )
+    place = known.place or {"rank": journal.rank, **journal.place_of(error)}
+    return write_ending(journal.folder, reason, status, line_of(known), place)
 
 
 def _set_place(error: Exception, journal: Journal, raised: Exception) -> None:
@@ -135,37 +173,37 @@ def _set_place(error: Exception, journal: Journal, raised: Exception) -> None:
         vars(error)["place"] = {"rank": journal.rank, **where}
 
 
-def _lost(error: Exception, journal: Journal, size: int, timeout_s: float) -> RunError:
+def _lost(error: Exception, journal: Journal, size: int, timeout_s: float) -> LostRankError:
     """The collective's error in fedsim's words, with the rank to blame."""
     blamed = _blamed(journal, size, timeout_s)
     if blamed is None:
-        blamed = f"another rank has left ({' '.join(str(error).split())[:200]})"
-    found = RunError(f"{blamed}; {GOES_ON}")
-    _set_place(found, journal, error)
+        return LostRankError(f"another rank has left ({' '.join(str(error).split())[:200]}); {GOES_ON}")
+    found = LostRankError(f"{blamed.text}; {GOES_ON}")
+    found.place = blamed.place
     return found
 
 
-def _blamed(journal: Journal, size: int, timeout_s: float) -> str | None:
+def _blamed(journal: Journal, size: int, timeout_s: float | None) -> Blame | None:
     others = [rank for rank in range(size) if rank != journal.rank]
     return None if journal.folder is None else blame(journal.folder, others, timeout_s)
 
 
-def _speaks(store: dist.Store, journal: Journal, size: int) -> bool:
+def _speaks(store: dist.Store, journal: Journal, size: int) -> bool | None:
     """Whether this failed rank reports its error: rank 0 where it fails too, else the first rank that failed.
 
-    True where the store does not answer, since the rank that holds it may be the one that is gone: no error is lost.
+    None where the store does not answer, since the rank that holds it may be the one that is gone.
     """
-    answers: list[bool] = []
+    answers: list[bool | None] = []
     asking = threading.Thread(target=lambda: answers.append(_ask(store, journal.rank)), daemon=True)
     asking.start()
-    asking.join(2 * GRACE_S)
+    asking.join(2 * GRANT_S)
     if journal.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         atexit.register(_outlast, store, size)  # the store is in this process, and the others have yet to ask it
-    return answers[0] if answers else True
+    return answers[0] if answers else None
 
 
-def _ask(store: dist.Store, rank: int) -> bool:
-    deadline = time.monotonic() + GRACE_S
+def _ask(store: dist.Store, rank: int) -> bool | None:
+    deadline = time.monotonic() + GRANT_S
     try:
         if rank == 0:
             store.add("fedsim/rank_0_failed", 1)
@@ -176,7 +214,7 @@ def _ask(store: dist.Store, rank: int) -> bool:
         store.add("fedsim/failures", 1)
         return speaks
     except RuntimeError:
-        return True
+        return None
 
 
 def _outlast(store: dist.Store, size: int, patience_s: float = 10.0) -> None:

@@ -13,11 +13,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType
 from typing import Final
 
 GRACE_S: Final = 20.0
 """Seconds from the signal until the process ends itself in mid-round: launchers kill after 30 s."""
+
+_LAST_S: Final = 8.0
+"""Seconds that it may take to say so."""
 
 _ONE_KEY_S: Final = 1.0
 """A SIGINT within this of the first is the same key, passed on by a launcher."""
@@ -26,10 +28,20 @@ SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopRequest:
-    """Whether this process was asked to stop."""
+    """Whether this process was asked to stop.
+
+    The signals are read by a thread of their own: Python's handlers run in the main thread alone, which may be waiting
+    for another rank.
+
+    Attributes:
+        signal: the first signal that came; 0 before.
+        on_signal: called when it comes.
+        on_deadline: called when the grace is over, just before the process ends.
+    """
 
     def __init__(self) -> None:
         self.signal = 0
+        self.on_signal: Callable[[int], None] = lambda number: None
         self.on_deadline: Callable[[int], None] = lambda number: None
         self._since = 0.0
         self._timer: threading.Timer | None = None
@@ -43,27 +55,40 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-
-        def note(number: int, frame: FrameType | None) -> None:
-            if self.signal and number == signal.SIGINT and time.monotonic() - self._since > _ONE_KEY_S:
-                self._end()
-            if not self.signal:
-                self.signal, self._since = number, time.monotonic()
-                self._timer = threading.Timer(grace_s, self._end)
-                self._timer.daemon = True
-                self._timer.start()
-
-        before = {number: signal.signal(number, note) for number in SIGNALS}
+        read, write = os.pipe()
+        os.set_blocking(write, False)
+        handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        wakeup = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(read, grace_s), daemon=True).start()
         try:
             yield
         finally:
-            for number, handler in before.items():
+            signal.set_wakeup_fd(wakeup)
+            for number, handler in handlers.items():
                 signal.signal(number, handler)
+            os.close(write)  # ends the thread
             if self._timer is not None:
                 self._timer.cancel()
 
+    def _watch(self, read: int, grace_s: float) -> None:
+        with os.fdopen(read, "rb", buffering=0) as pipe:
+            while number := int.from_bytes(pipe.read(1)):
+                if number not in SIGNALS:
+                    continue
+                if not self.signal:
+                    self.signal, self._since = number, time.monotonic()
+                    self._timer = threading.Timer(grace_s, self._end)
+                    self._timer.daemon = True
+                    self._timer.start()
+                    self.on_signal(number)
+                elif number == signal.SIGINT and time.monotonic() - self._since > _ONE_KEY_S:
+                    self._end()
+
     def _end(self) -> None:
         """The round did not end in time."""
+        last = threading.Timer(_LAST_S, os._exit, (128 + self.signal,))
+        last.daemon = True
+        last.start()
         try:
             self.on_deadline(self.signal)
             sys.stderr.flush()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from fedsim.errors import FedsimError, RunError
-from fedsim.parallel.failing import alone, portable, stop_here, together
+from fedsim.parallel.failing import LAST_S, alone, in_time, portable, say_signal, stop_here, together
 from fedsim.parallel.planner import deal_units
 from fedsim.parallel.stopping import StopRequest
 from fedsim.parallel.sums import Summer, Traffic
@@ -50,6 +50,7 @@ class World:
         traffic: bytes that this process has handed to collectives.
         journal: where this process is, and its log.
         stop: whether it was asked to stop.
+        leaving: what is to be done once this process has said why it leaves; None does it at once.
     """
 
     ranks: Ranks
@@ -59,6 +60,7 @@ class World:
     traffic: Traffic = field(default_factory=Traffic)
     journal: Journal = field(default_factory=Journal)
     stop: StopRequest = field(default_factory=StopRequest)
+    leaving: ExitStack | None = None
     _groups: dict[tuple[int, int], dist.ProcessGroup | None] = field(default_factory=dict)
 
     @property
@@ -84,6 +86,13 @@ class World:
             group = self._groups[(first_rank, width)]
         summer = Summer(group, exact=self.exact, device=self.device, traffic=self.traffic)
         return Lane(self.rank - first_rank, width, summer)
+
+    def when_leaving(self, act: Callable[[], None]) -> None:
+        """Do something when this process leaves the world: not before its last word is written."""
+        if self.leaving is None:
+            act()
+        else:
+            self.leaving.callback(act)
 
     def everyone(self) -> Lane:
         """One lane of all ranks."""
@@ -203,9 +212,10 @@ def process_world(*, exact: bool, threads: int, timeout_s: float) -> Iterator[Wo
     with stop.listening():
         if size == 1:
             journal = Journal()
-            stop.on_deadline = lambda number: stop_here(journal, number, size, timeout_s)
-            with alone(journal):
-                yield World(OneRank(), device, exact, journal=journal, stop=stop)
+            stop.on_signal = lambda number: say_signal(journal, number)
+            stop.on_deadline = lambda number: stop_here(journal, number, size)
+            with ExitStack() as leaving, alone(journal):
+                yield World(OneRank(), device, exact, journal=journal, stop=stop, leaving=leaving)
             return
         _stay_on_this_machine(size)
         one_gpu_each = device.type == "cuda" and torch.cuda.device_count() >= size
@@ -216,13 +226,16 @@ def process_world(*, exact: bool, threads: int, timeout_s: float) -> Iterator[Wo
         store, rank = _meet(timeout)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         journal = Journal(rank)
-        stop.on_deadline = lambda number: stop_here(journal, number, size, timeout_s)
+        stop.on_signal = lambda number: say_signal(journal, number)
+        stop.on_deadline = lambda number: stop_here(journal, number, size)
         try:
-            with together(store, journal, size, timeout_s):
+            with ExitStack() as leaving, together(store, journal, size, timeout_s):
                 traffic = Traffic()
-                yield World(GroupRanks(traffic, journal), device, exact, timeout, traffic, journal, stop)
+                ranks = GroupRanks(traffic, journal)
+                yield World(ranks, device, exact, timeout, traffic, journal, stop, leaving)
         finally:
-            dist.destroy_process_group()
+            with in_time(LAST_S):
+                dist.destroy_process_group()
 
 
 def _world_size() -> int:

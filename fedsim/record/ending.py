@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +26,7 @@ def write_ending(folder: Path, reason: Reason, status: int, message: str, place:
         place: where it happened, with the rank.
 
     Returns:
-        Whether this call wrote it.
+        False if there was one: another has told the cause.
     """
     note = {
         "reason": reason,
@@ -37,15 +36,14 @@ def write_ending(folder: Path, reason: Reason, status: int, message: str, place:
         "utc": datetime.now(UTC).isoformat(timespec="seconds"),
         **made_by(),
     }
-    partial = folder / f".{EXIT_FILE}.{os.getpid()}"
     try:
-        partial.write_text(json.dumps(note, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.link(partial, folder / EXIT_FILE)  # unlike a rename, it does not replace
+        with (folder / EXIT_FILE).open("x", encoding="utf-8") as file:
+            file.write(json.dumps(note, indent=2, ensure_ascii=False) + "\n")
         return True
-    except OSError:  # another was first, or the disk is full: the error on the terminal stands
+    except FileExistsError:
         return False
-    finally:
-        partial.unlink(missing_ok=True)
+    except OSError:  # a full disk: the terminal alone can tell
+        return True
 
 
 def read_ending(folder: Path) -> dict[str, Any] | None:

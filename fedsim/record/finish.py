@@ -8,13 +8,10 @@ from fedsim.config import to_flat
 from fedsim.record.guard_section import read_tables
 from fedsim.record.metrics import MetricLog, Row
 from fedsim.record.plots import write_plots
-from fedsim.record.run_record import RunRecord
+from fedsim.record.run_record import SIGNED, RunRecord
 from fedsim.record.summary import BENCHMARKS, RunFacts, eval_points, facts_from, summary_markdown, terminal_table
 from fedsim.record.timers import top_level_seconds
-from fedsim.version import made_by, maker, sign
-
-SIGNED = ("adapter", "answers", "items", "guard")
-"""Folders of results that are of use by themselves: each says which fedsim finished them."""
+from fedsim.version import SIGNATURE, made_by, maker, sign
 
 
 def finish_run(record: RunRecord, num_ranks: int) -> None:
@@ -54,7 +51,7 @@ def finish_run(record: RunRecord, num_ranks: int) -> None:
         maker=maker(made_by()),
     )
     for name in SIGNED:
-        if (folder / name).is_dir() and not (folder / name / "fedsim.json").exists():
+        if (folder / name).is_dir() and not (folder / name / SIGNATURE).exists():
             sign(folder / name)
     (folder / "summary.md").write_text(summary_markdown(rows, facts), encoding="utf-8")
     print(f"\n{terminal_table(rows, facts)}", flush=True)

@@ -59,7 +59,8 @@ class DirectoryLock:
 
     def join(self) -> None:
         """On every rank, once :meth:`hold` has returned: be one of those for whom a later session waits."""
-        assert self._lock(".ranks", fcntl.LOCK_SH), "nobody else takes this lock while .lock is held"
+        has_joined = self._lock(".ranks", fcntl.LOCK_SH)
+        assert has_joined, "nobody else takes this lock while .lock is held"
 
     def release(self) -> None:
         """Give up all that is held."""

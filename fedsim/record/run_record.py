@@ -32,11 +32,16 @@ from fedsim.record.places import check_folder, run_folder
 from fedsim.record.progress import Phase, Progress
 from fedsim.record.timers import PhaseTimers
 from fedsim.record.wandb_stream import WandbStream
+from fedsim.version import SIGNATURE
 
 # Keys that may differ when a run is resumed: they say where and how it runs, not what it computes.
 FREE_KEYS = frozenset({"record.dir", "record.artefacts", "record.resume", "record.keep_checkpoints", "record.texts",
                        "parallel.timeout_s", "judge.base_url", "judge.workers", "judge.retries", "judge.timeout_s",
                        "wandb.mode", "wandb.project", "wandb.entity", "wandb.group", "wandb.tags"})  # fmt: skip
+
+
+SIGNED = ("adapter", "answers", "items", "guard")
+"""Folders of results that are of use by themselves: each says which fedsim finished them."""
 
 
 class RunRecord:
@@ -158,7 +163,8 @@ class RunRecord:
         forget_ending(self.folder)
         if self.checkpoints.any():
             return
-        (self.folder / "manifest.json").unlink(missing_ok=True)
+        for name in ("manifest.json", *(f"{part}/{SIGNATURE}" for part in SIGNED)):  # of a run that finished no round
+            (self.folder / name).unlink(missing_ok=True)
         self.stream.forget()
         partial = path.with_suffix(".partial")
         partial.write_text(yaml.safe_dump(to_nested(self.config), sort_keys=False), encoding="utf-8")

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Final, TypeVar
+
+import torch
 
 from fedsim.errors import ClientError, FedsimError, NotFiniteError
 from fedsim.federation.failures import NOT_FINITE, RAISED
 
 T = TypeVar("T")
+
+MACHINE: Final = (MemoryError, OSError, torch.OutOfMemoryError, torch.AcceleratorError)
+"""Errors of the machine and not of a client: another number of processes, or another day, would not have them."""
 
 
 class OwnWork:
@@ -24,7 +29,7 @@ class OwnWork:
 
 
 class ContainedWork(OwnWork):
-    """Keeps the first error, after which it computes nothing more.
+    """Keeps the first error, after which it computes nothing more; one of :data:`MACHINE` leaves at once.
 
     The member still joins every sum of the lane, with NaN terms, so that the other members neither wait for it nor take
     what they compute for a result. Only text of the error is kept: its frames hold activations.
@@ -38,6 +43,8 @@ class ContainedWork(OwnWork):
         if self.error is None:
             try:
                 return compute()
+            except MACHINE:
+                raise
             except Exception as error:
                 self.error = client_error(error)
         return None

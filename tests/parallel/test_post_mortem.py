@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from fedsim.errors import JudgeError
 from fedsim.parallel.post_mortem import LOST, TIMED_OUT, blame, cause_of, state_of
 from fedsim.record.journal import Journal, log_file
 
@@ -49,16 +50,20 @@ def test_states_of_a_process(process: subprocess.Popen[bytes]) -> None:
 
 def test_the_dead_come_before_the_silent(tmp_path: Path, process: subprocess.Popen[bytes]) -> None:
     log(tmp_path, 1, process.pid)
-    assert "rank 1 did not answer for 9 s (parallel.timeout_s), last seen in local training, round 3, client 7" in str(
-        blame(tmp_path, [1], 9.0, notice_s=0)
+    silent = blame(tmp_path, [1], 9.0, notice_s=0)
+    assert silent is not None and silent.text.startswith(
+        "rank 1 did not answer for 9 s (parallel.timeout_s), last seen in local training, round 3, client 7"
     )
+    assert blame(tmp_path, [1], None, notice_s=0) is None, "nobody has waited"
     log(tmp_path, 2, 2**22 + 1)  # above the kernel's largest process id
     found = blame(tmp_path, [1, 2], 9.0, notice_s=0)
-    assert found is not None and found.startswith("rank 2 ended without a word (killed?), last seen in local training")
-    assert "rank 1" not in found
+    assert found is not None and found == blame(tmp_path, [1, 2], None, notice_s=0)
+    assert found.text.startswith("rank 2 ended without a word (killed?), last seen in local training")
+    assert "rank 1" not in found.text
+    assert found.place == {"rank": 2, "stage": "local training", "round": 3, "client": 7}
 
 
-@pytest.mark.parametrize("event", ["error", LOST, TIMED_OUT])
+@pytest.mark.parametrize("event", ["error", "stopped", LOST, TIMED_OUT])
 def test_who_has_spoken_or_waits_is_not_to_blame(tmp_path: Path, event: str) -> None:
     log(tmp_path, 1, 2**22 + 1, event)
     assert blame(tmp_path, [1, 5], 9.0, notice_s=0) is None, "nor is one without a log"
@@ -72,3 +77,6 @@ def test_causes_by_the_transports_words() -> None:
     assert cause_of(dist.DistNetworkError("The client socket has timed out after 300000ms; store")) == TIMED_OUT
     assert cause_of(RuntimeError("the loss became NaN")) is None and cause_of(ValueError(gloo)) is None
     assert cause_of(RuntimeError("CUDA out of memory in peer")) is None
+    assert cause_of(JudgeError("the store: connection reset by peer")) is None, (
+        "fedsim's own errors have their own words"
+    )

@@ -64,15 +64,18 @@ class Chaos:
 
     Args:
         folder: everything goes here.
-        size: number of ranks.
+        sizes: numbers of ranks; each session takes one of them.
+        rng: draws it.
         overrides: ``key=value`` words on top of ``chaos.yaml``.
     """
 
-    def __init__(self, folder: Path, size: int, overrides: Sequence[str] = ()) -> None:
+    def __init__(self, folder: Path, sizes: Sequence[int], rng: random.Random, overrides: Sequence[str] = ()) -> None:
         self.folder = folder
-        self.size = size
+        self.sizes = sizes
+        self.rng = rng
         self.overrides = overrides
         self.report = Report()
+        self.steps: set[int] = set()
 
     def words(self, name: str) -> list[str]:
         """The command line of a run."""
@@ -83,13 +86,15 @@ class Chaos:
     def session(self, name: str) -> Session:
         """Start the command once more."""
         self.report.num_sessions += 1
-        return Session(self.words(name), self.size, self.folder / f"{name}-{self.report.num_sessions}.log")
+        log = self.folder / f"{name}-{self.report.num_sessions}.log"
+        return Session(self.words(name), self.rng.choice(self.sizes), log)
 
     def finish(self, name: str) -> dict[str, Any]:
         """Let the run end; returns what it decided."""
         session = self.session(name)
         session.wait(SESSION_S)
         assert set(session.codes.values()) == {0}, f"{name} failed: see {session.log}"
+        self.steps = self.steps or self._steps(self.folder / name / "chaos")
         return outcome(self.folder / name / "chaos", self.folder / name / "artefacts")
 
     def disturbed(self, name: str, strikes: Sequence[Strike], wanted: dict[str, Any]) -> None:
@@ -100,10 +105,13 @@ class Chaos:
         for what in strikes:
             session = self.session(name)
             try:
-                if not strike(session, run, what, SESSION_S):
+                hit = strike(session, run, what, SESSION_S)
+                if hit is None:
+                    if set(session.codes.values()) != {0}:
+                        self._fault(f"{session.log}: ended by itself with exit codes {session.codes}")
                     break
-                self.report.strikes.append(what)
-                self._ended(session, run, what)
+                self.report.strikes.append(hit)
+                self._ended(session, run, hit)
             except HangError as error:
                 self._fault(str(error))
             before, newest = newest, self._newest(run)
@@ -112,7 +120,8 @@ class Chaos:
         found = self.finish(name)
         for part in different(found, wanted):
             self._fault(f"{name}: {part} differ from the undisturbed run's")
-        self._check_steps(run)
+        if (steps := self._steps(run)) != self.steps:
+            self._fault(f"{run}: has the W&B steps {sorted(steps)}, not {sorted(self.steps)}")
 
     def _ended(self, session: Session, run: Path, what: Strike) -> None:
         """All ranks leave; where one alone was killed, it is named once."""
@@ -127,12 +136,13 @@ class Chaos:
         if note is None or note["reason"] != "lost rank":
             self._fault(f"{session.log}: exit.json says {note}")
 
-    def _check_steps(self, run: Path) -> None:
-        """Every metric row and every W&B step is there once."""
+    def _steps(self, run: Path) -> set[int]:
+        """W&B's steps, none of which may be there twice."""
         run_id = json.loads((run / "wandb.json").read_text(encoding="utf-8"))["id"]
         steps = Counter(step for step, _ in read_history(run / "wandb", run_id))
         if double := [step for step, count in steps.items() if count > 1]:
             self._fault(f"{run}: W&B steps {double} came twice")
+        return set(steps)
 
     @staticmethod
     def _newest(run: Path) -> str:
@@ -143,19 +153,23 @@ class Chaos:
         self.report.faults.append(text)
 
 
-def run(kills: int, size: int, seed: int, folder: Path, overrides: Sequence[str] = ()) -> Report:
+def run(kills: int, sizes: Sequence[int], seed: int, folder: Path, overrides: Sequence[str] = ()) -> Report:
     """``kills`` kills over as many runs as they need."""
-    chaos, rng = Chaos(folder, size, overrides), random.Random(seed)
+    rng = random.Random(seed)
+    chaos = Chaos(folder, sizes, rng, overrides)
     wanted = chaos.finish("undisturbed")
     times = timeline(folder / "undisturbed" / "chaos", 0)
-    chaos.report.num_sessions = 0
-    while len(chaos.report.strikes) < kills and not chaos.report.faults:
-        name = f"run-{chaos.report.num_runs}"
-        chaos.disturbed(name, plan(min(9, kills - len(chaos.report.strikes)), size, times, rng), wanted)
-        print(f"{len(chaos.report.strikes)} of {kills} kills, {len(chaos.report.faults)} faults", flush=True)
-        if not chaos.report.faults:
+    report = chaos.report
+    report.num_sessions = 0
+    while len(report.strikes) < kills and not report.faults:
+        name, before = f"run-{report.num_runs}", len(report.strikes)
+        chaos.disturbed(name, plan(min(9, kills - before), times, rng), wanted)
+        print(f"{len(report.strikes)} of {kills} kills, {len(report.faults)} faults", flush=True)
+        if report.num_runs > 10 + kills:
+            report.faults.append(f"{report.num_runs} runs held only {len(report.strikes)} kills")
+        if not report.faults:
             shutil.rmtree(folder / name)
-    return chaos.report
+    return report
 
 
 def left(report: Report) -> str:
@@ -164,14 +178,14 @@ def left(report: Report) -> str:
     return f"the last process left {leave[len(leave) // 2]:.1f} s after a kill (median), {leave[-1]:.1f} s at most"
 
 
-def publish(report: Report, size: int, took_s: float) -> None:
+def publish(report: Report, sizes: Sequence[int], took_s: float) -> None:
     """Write ``result.json`` and the README's block."""
     stages = covered(report.strikes)
     leave, machine = sorted(report.leave_s), hardware()
     note = {
         "utc": datetime.now(UTC).isoformat(timespec="seconds"),
         **made_by(),
-        "processes": size,
+        "processes": list(sizes),
         "kills": len(report.strikes),
         "runs": report.num_runs,
         "sessions": report.num_sessions,
@@ -187,10 +201,10 @@ def publish(report: Report, size: int, took_s: float) -> None:
         [[title, str(one), str(every)] for title, (one, every) in stages.items()],
     )
     text = (
-        f"{note['kills']} kills over {note['runs']} runs of {size} processes, {note['sessions']} sessions: "
-        f"{len(report.faults)} runs differed from the undisturbed one; {left(report)}. Made by `make chaos` in "
-        f"{duration(took_s)} on {machine['cores']} cores of {machine['cpu']}, {str(note['utc'])[:10]}, fedsim "
-        f"{fedsim.__version__}, commit {commit_of(made_by())}."
+        f"{note['kills']} kills over {note['runs']} runs, in {note['sessions']} sessions of "
+        f"{' or '.join(map(str, sizes))} processes: none of the runs differed from the undisturbed one; {left(report)}. "
+        f"Made by `make chaos` in {duration(took_s)} on {machine['cores']} cores of {machine['cpu']}, "
+        f"{str(note['utc'])[:10]}, fedsim {fedsim.__version__}, commit {commit_of(made_by())}."
     )
     write_block(ROOT / "README.md", "chaos", f"{text}\n\n{table.markdown()}")
 
@@ -201,15 +215,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="tools/chaos/run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kills", type=int, default=4, help="how many (default 4)")
-    parser.add_argument("--nproc", type=int, default=2, help="processes of a run (default 2)")
+    parser.add_argument("--nproc", default="2,3", help="numbers of processes; a session takes one (default 2,3)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default 0)")
     parser.add_argument("--publish", action="store_true", help="write result.json and README.md")
     args = parser.parse_args(argv)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     began, folder = time.monotonic(), Path(tempfile.mkdtemp(prefix="fedsim-chaos-"))
-    report = run(args.kills, args.nproc, args.seed, folder)
+    sizes = [int(size) for size in args.nproc.split(",")]
+    report = run(args.kills, sizes, args.seed, folder)
     if args.publish and not report.faults:
-        publish(report, args.nproc, time.monotonic() - began)
+        publish(report, sizes, time.monotonic() - began)
     if report.faults:
         print(f"{len(report.faults)} faults; the runs are in {folder}", flush=True)
         return 1

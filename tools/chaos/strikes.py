@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from fedsim.record.journal import log_file, read_log
+from fedsim.record.journal import last_seen, log_file, read_log
 from tools.chaos.sessions import Session
 
 #: Stages in which a rank is killed: title → the stage's name in a rank's log, by its beginning.
@@ -25,6 +25,8 @@ STAGES: Final = {
     "saving a round": "saving",
 }
 
+BETWEEN: Final = "between stages"
+
 ONCE: Final = frozenset(["guard fine-tuning", "filtering", "generation"])
 """Stages that a run does once: to strike there, the artefact must not be there yet."""
 
@@ -34,9 +36,9 @@ class Strike:
     """One kill.
 
     Attributes:
-        stage: title of the stage, a key of :data:`STAGES`.
+        stage: title of the stage, a key of :data:`STAGES`; once struck, the one that the rank was in.
         everyone: whether all ranks are killed, or only ``rank``.
-        rank: whose log is watched.
+        rank: whose log is watched, modulo the session's number of ranks; once struck, the very rank.
         occurrence: how often the stage begins in the session before it is time, from 1.
         delay_s: seconds from there.
     """
@@ -57,7 +59,7 @@ def timeline(run: Path, rank: int) -> dict[str, list[float]]:
     return found
 
 
-def plan(num: int, size: int, times: dict[str, list[float]], rng: random.Random) -> list[Strike]:
+def plan(num: int, times: dict[str, list[float]], rng: random.Random) -> list[Strike]:
     """``num`` strikes for one run: every stage in turn, those that come once first."""
     stages: list[str] = []
     while len(stages) < num:
@@ -69,25 +71,27 @@ def plan(num: int, size: int, times: dict[str, list[float]], rng: random.Random)
         typical = times.get(stage) or [0.0]
         occurrence = 1 if stage in ONCE else rng.randint(1, 2)
         delay = rng.uniform(0.0, sorted(typical)[len(typical) // 2])
-        strikes.append(Strike(stage, rng.random() < 0.4, rng.randrange(size), occurrence, delay))
+        strikes.append(Strike(stage, rng.random() < 0.4, rng.randrange(6), occurrence, delay))
     return strikes
 
 
-def strike(session: Session, run: Path, what: Strike, timeout_s: float) -> bool:
-    """Wait for the moment and kill; False where the session ended before."""
-    path = log_file(run, what.rank)
+def strike(session: Session, run: Path, what: Strike, timeout_s: float) -> Strike | None:
+    """Wait for the moment and kill; returns where it hit, None where the session ended before."""
+    rank = what.rank % len(session.pids)
+    path = log_file(run, rank)
     start = path.stat().st_size if path.is_file() else 0
     deadline = time.monotonic() + timeout_s
     while _begun(path, start, what.stage) < what.occurrence:
         if not session.running():
-            return False
+            return None
         assert time.monotonic() < deadline, f"{what.stage} never came"
         time.sleep(0.0005)
     time.sleep(what.delay_s)
     if not session.running():
-        return False
-    session.kill(range(len(session.pids)) if what.everyone else [what.rank])
-    return True
+        return None
+    session.kill(range(len(session.pids)) if what.everyone else [rank])
+    hit = _title(str(last_seen(run, rank).place.get("stage", "")))
+    return replace(what, stage=hit or BETWEEN, rank=rank)
 
 
 def _begun(path: Path, start: int, title: str) -> int:
@@ -112,5 +116,5 @@ def covered(strikes: Sequence[Strike]) -> dict[str, tuple[int, int]]:
             sum(s.stage == title and not s.everyone for s in strikes),
             sum(s.stage == title and s.everyone for s in strikes),
         )
-        for title in STAGES
+        for title in (*STAGES, BETWEEN)
     }
