@@ -202,7 +202,7 @@ def publish(report: Report, sizes: Sequence[int], took_s: float) -> None:
     )
     text = (
         f"{note['kills']} kills over {note['runs']} runs, in {note['sessions']} sessions of "
-        f"{' or '.join(map(str, sizes))} processes: none of the runs differed from the undisturbed one; {left(report)}. "
+        f"{' or '.join(map(str, sizes))} processes: no run differed from the undisturbed one; {left(report)}. "
         f"Made by `make chaos` in {duration(took_s)} on {machine['cores']} cores of {machine['cpu']}, "
         f"{str(note['utc'])[:10]}, fedsim {fedsim.__version__}, commit {commit_of(made_by())}."
     )
