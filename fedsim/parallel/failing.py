@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
 import sys
 import threading
 import time
@@ -128,14 +129,11 @@ def stop_here(journal: Journal, number: int, size: int) -> None:
 
 
 def say_signal(journal: Journal, number: int) -> None:
-    """Tell that a signal was noted, once for all ranks."""
+    """Note a signal in the log, and tell who presses Ctrl-C what follows; SIGTERM may be a launcher's own."""
     journal.write("signal", name=signal_name(number))
-    if journal.rank == 0:
-        print(
-            f"{signal_name(number)}: the run ends after this round, or where it is in {GRACE_S:g} s",
-            file=sys.stderr,
-            flush=True,
-        )
+    if journal.rank == 0 and number == signal.SIGINT:
+        told = f"the run ends after this round, or where it is in {GRACE_S:g} s; press Ctrl-C again to end it now"
+        print(f"{signal_name(number)}: {told}", file=sys.stderr, flush=True)
 
 
 def _log(error: Exception, journal: Journal) -> None:
