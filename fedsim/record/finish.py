@@ -35,6 +35,7 @@ def finish_run(record: RunRecord, num_ranks: int) -> None:
         **({"guard": str(folder / "guard")} if (folder / "guard").is_dir() else {}),
         "artefacts": record.config.record.artefacts,
         "checkpoints": str(record.checkpoints.folder),
+        "logs": str(folder / "logs"),
     }
     total_s = sum(sum(top_level_seconds(row).values()) for row in rows)  # over all sessions of a resumed run
     settings = to_flat(record.config)
