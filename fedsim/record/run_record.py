@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import yaml
 
-import fedsim
 from fedsim.checkpoint import Checkpoint, CheckpointStore
 from fedsim.config import Config, load_config, to_flat, to_nested
 from fedsim.errors import CheckpointError, ConfigError
@@ -32,7 +31,7 @@ from fedsim.record.places import check_folder, run_folder
 from fedsim.record.progress import Phase, Progress
 from fedsim.record.timers import PhaseTimers
 from fedsim.record.wandb_stream import WandbStream
-from fedsim.version import SIGNATURE
+from fedsim.version import SIGNATURE, made_by, maker
 
 # Keys that may differ when a run is resumed: they say where and how it runs, not what it computes.
 FREE_KEYS = frozenset({"record.dir", "record.artefacts", "record.resume", "record.keep_checkpoints", "record.texts",
@@ -140,7 +139,7 @@ class RunRecord:
             "sums": "exact (bit-identical for any number of processes)" if config.parallel.exact else "floating point",
             "directory": str(self.folder),
         }
-        self.progress.header(f"fedsim {fedsim.__version__}: run {config.name}", facts)
+        self.progress.header(f"{maker(made_by())}: run {config.name}", facts)
 
     def say(self, text: str) -> None:
         """One line of progress."""
