@@ -76,6 +76,7 @@ class Simulation:
                 self.record.claim()
                 self._run()
                 self.record.finished()
+                self.world.stop.obeyed()
             finally:
                 gc.unfreeze()
                 self.record.stream.close()
@@ -228,6 +229,7 @@ class Simulation:
         num_rounds = self.config.federation.num_rounds
         asked = max(self.ranks.gather(self.world.stop.signal))
         if asked and num_done < num_rounds:
+            self.world.stop.obeyed()
             raise Stopped(
                 f"{signal_name(asked)} came; {num_done} of {num_rounds} rounds are done, and the same command goes on "
                 "from there",

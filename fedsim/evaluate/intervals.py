@@ -14,6 +14,10 @@ Z_95: Final = NormalDist().inv_cdf(0.975)
 """1.95996…, the two-sided 95 % point of the normal distribution."""
 
 
+FEW: Final = 5.0
+"""Below so many expected successes or failures a rate's interval is not taken from its spread alone."""
+
+
 @dataclass(frozen=True)
 class Rate:
     """A share of counted things, ``successes`` of ``total`` (at least 1), with Wilson's 95 % score interval.
@@ -65,6 +69,24 @@ def wilson(share: float, total: float) -> tuple[float, float]:
     half = Z_95 * math.sqrt(p * (1 - p) / n + zz / (4 * n * n)) / (1 + zz / n)
     low = 0.0 if p == 0 else max(0.0, centre - half)
     high = 1.0 if p == 1 else min(1.0, centre + half)
+    return low, high
+
+
+def near_an_end(mean: float, low: float, high: float, top: float, total: float) -> tuple[float, float]:
+    """A rate's interval, kept on its scale; below :data:`FEW` successes or failures it also holds Wilson's.
+
+    What hardly varies does not say how far it could.
+
+    Args:
+        mean: 0 to ``top``.
+        top: upper end of the scale, such as 100 for percent.
+        total: draws behind the rate.
+    """
+    share = min(max(mean / top, 0.0), 1.0)
+    low, high = max(low, 0.0), min(high, top)
+    if min(share, 1 - share) * total < FEW:
+        least, most = wilson(share, total)
+        low, high = min(low, top * least), max(high, top * most)
     return low, high
 
 

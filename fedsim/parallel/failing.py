@@ -98,10 +98,10 @@ def together(store: dist.Store, journal: Journal, size: int, timeout_s: float) -
         if speaks is not False:
             spoken = error if cause is None else _lost(error, journal, size, timeout_s)
             was_first = _leave_word(spoken, journal)
-            speaks = was_first if speaks is None else True
+            speaks = was_first if speaks is None or cause is not None else True
         if not speaks:
             time.sleep(1.0)  # launchers end every rank when one exits: let the one that speaks be the first
-            raise SystemExit(error.status if isinstance(error, FedsimError) else 2) from error
+            raise SystemExit(error.status if cause is None and isinstance(error, FedsimError) else 2) from error
         if spoken is error:
             raise
         raise spoken from None
@@ -109,10 +109,13 @@ def together(store: dist.Store, journal: Journal, size: int, timeout_s: float) -
         journal.close()
 
 
-def stop_here(journal: Journal, number: int, size: int) -> None:
+def stop_here(journal: Journal, number: int, size: int, at_once: bool = False) -> None:
     """Say that a signal ends this process in mid-round: the first to write ``exit.json`` tells it.
 
     A launcher also signals the ranks that are left when one has died: then that is the cause.
+
+    Args:
+        at_once: do not wait for what other ranks may still write.
     """
     where = in_words(journal.place) or "the preparation"
     message = (
@@ -122,7 +125,7 @@ def stop_here(journal: Journal, number: int, size: int) -> None:
     journal.write("stopped", message=message)
     reason: Reason = "stopped"
     place: Place = {"rank": journal.rank, **journal.place}
-    if size > 1 and (blamed := _blamed(journal, size, None)) is not None:
+    if size > 1 and not at_once and (blamed := _blamed(journal, size, None)) is not None:
         reason, place, message = "lost rank", blamed.place, f"error: {blamed.text}; {GOES_ON}"
     if journal.folder is None or write_ending(journal.folder, reason, 128 + number, message, place):
         print(message, file=sys.stderr, flush=True)

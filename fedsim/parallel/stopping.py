@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Final
 
 GRACE_S: Final = 20.0
@@ -36,15 +36,17 @@ class StopRequest:
     Attributes:
         signal: the first signal that came; 0 before.
         on_signal: called when it comes.
-        on_deadline: called when the grace is over, just before the process ends.
+        on_deadline: called just before the process ends in mid-round; told whether it is a second Ctrl-C that ends it.
     """
 
     def __init__(self) -> None:
         self.signal = 0
         self.on_signal: Callable[[int], None] = lambda number: None
-        self.on_deadline: Callable[[int], None] = lambda number: None
+        self.on_deadline: Callable[[int, bool], None] = lambda number, at_once: None
         self._since = 0.0
         self._timer: threading.Timer | None = None
+        self._lock = threading.Lock()
+        self._is_over = False
 
     @contextmanager
     def listening(self, grace_s: float = GRACE_S) -> Iterator[None]:
@@ -57,40 +59,53 @@ class StopRequest:
             return
         read, write = os.pipe()
         os.set_blocking(write, False)
-        handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        watcher = threading.Thread(target=self._watch, args=(read, grace_s), daemon=True)
+        watcher.start()
         wakeup = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-        threading.Thread(target=self._watch, args=(read, grace_s), daemon=True).start()
+        handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
         try:
             yield
         finally:
-            signal.set_wakeup_fd(wakeup)
+            self.obeyed()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-            os.close(write)  # ends the thread
+            signal.set_wakeup_fd(wakeup)
+            os.close(write)  # ends the watcher
+            watcher.join(1.0)
+
+    def obeyed(self) -> None:
+        """The process is on its way out, or done: nothing needs to end it any more."""
+        with self._lock:
+            self._is_over = True
             if self._timer is not None:
                 self._timer.cancel()
 
     def _watch(self, read: int, grace_s: float) -> None:
         with os.fdopen(read, "rb", buffering=0) as pipe:
             while number := int.from_bytes(pipe.read(1)):
-                if number not in SIGNALS:
-                    continue
-                if not self.signal:
-                    self.signal, self._since = number, time.monotonic()
-                    self._timer = threading.Timer(grace_s, self._end)
-                    self._timer.daemon = True
-                    self._timer.start()
-                    self.on_signal(number)
+                if number in SIGNALS and not self.signal:
+                    self._first(number, grace_s)
                 elif number == signal.SIGINT and time.monotonic() - self._since > _ONE_KEY_S:
-                    self._end()
+                    self._end(at_once=True)
 
-    def _end(self) -> None:
-        """The round did not end in time."""
+    def _first(self, number: int, grace_s: float) -> None:
+        self.signal, self._since = number, time.monotonic()
+        with self._lock:
+            if self._is_over:
+                return
+            self._timer = threading.Timer(grace_s, self._end)
+            self._timer.daemon = True
+            self._timer.start()
+        with suppress(OSError):  # the terminal may be gone
+            self.on_signal(number)
+
+    def _end(self, at_once: bool = False) -> None:
+        """The round did not end in time, or is not to be waited for."""
         last = threading.Timer(_LAST_S, os._exit, (128 + self.signal,))
         last.daemon = True
         last.start()
         try:
-            self.on_deadline(self.signal)
+            self.on_deadline(self.signal, at_once)
             sys.stderr.flush()
         finally:
             os._exit(128 + self.signal)

@@ -208,12 +208,11 @@ def process_world(*, exact: bool, threads: int, timeout_s: float) -> Iterator[Wo
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     size = _world_size()
     device = _device(size)
-    stop = StopRequest()
+    stop, journal = StopRequest(), Journal(_rank())
+    stop.on_signal = lambda number: say_signal(journal, number)
+    stop.on_deadline = lambda number, at_once: stop_here(journal, number, size, at_once)
     with stop.listening():
         if size == 1:
-            journal = Journal()
-            stop.on_signal = lambda number: say_signal(journal, number)
-            stop.on_deadline = lambda number: stop_here(journal, number, size)
             with ExitStack() as leaving, alone(journal):
                 yield World(OneRank(), device, exact, journal=journal, stop=stop, leaving=leaving)
             return
@@ -225,9 +224,6 @@ def process_world(*, exact: bool, threads: int, timeout_s: float) -> Iterator[Wo
         timeout = timedelta(seconds=timeout_s)
         store, rank = _meet(timeout)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-        journal = Journal(rank)
-        stop.on_signal = lambda number: say_signal(journal, number)
-        stop.on_deadline = lambda number: stop_here(journal, number, size)
         try:
             with ExitStack() as leaving, together(store, journal, size, timeout_s):
                 traffic = Traffic()
@@ -246,6 +242,12 @@ def _world_size() -> int:
             f"WORLD_SIZE={given!r}: must be a whole number >= 1; unset it, or start with torchrun or deepspeed"
         )
     return int(given)
+
+
+def _rank() -> int:
+    """This process's rank as the launcher has it; what is no rank is told when the processes meet."""
+    given = os.environ.get("RANK", "0")
+    return int(given) if given.isdecimal() else 0
 
 
 def _stay_on_this_machine(size: int) -> None:

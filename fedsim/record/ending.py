@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -36,14 +38,22 @@ def write_ending(folder: Path, reason: Reason, status: int, message: str, place:
         "utc": datetime.now(UTC).isoformat(timespec="seconds"),
         **made_by(),
     }
+    text, partial = json.dumps(note, indent=2, ensure_ascii=False) + "\n", folder / f".{EXIT_FILE}.{os.getpid()}"
     try:
-        with (folder / EXIT_FILE).open("x", encoding="utf-8") as file:
-            file.write(json.dumps(note, indent=2, ensure_ascii=False) + "\n")
-        return True
+        partial.write_text(text, encoding="utf-8")
+        try:
+            os.link(partial, folder / EXIT_FILE)  # unlike a rename, it does not replace
+        except PermissionError:  # a file system without links
+            with (folder / EXIT_FILE).open("x", encoding="utf-8") as file:
+                file.write(text)
     except FileExistsError:
         return False
     except OSError:  # a full disk: the terminal alone can tell
-        return True
+        pass
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+    return True
 
 
 def read_ending(folder: Path) -> dict[str, Any] | None:

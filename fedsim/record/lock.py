@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Final
 
-from fedsim.errors import ConfigError
+from fedsim.errors import ConfigError, RunError
 
 PATIENCE_S: Final = 60.0
 """How long a new session waits for the ranks of the one before to end; they leave by themselves when one is missed."""
@@ -58,9 +58,13 @@ class DirectoryLock:
         self._files.pop().close()
 
     def join(self) -> None:
-        """On every rank, once :meth:`hold` has returned: be one of those for whom a later session waits."""
-        has_joined = self._lock(".ranks", fcntl.LOCK_SH)
-        assert has_joined, "nobody else takes this lock while .lock is held"
+        """On every rank, once :meth:`hold` has returned: be one of those for whom a later session waits.
+
+        Raises:
+            RunError: rank 0 is gone, and another session was quicker.
+        """
+        if not self._lock(".ranks", fcntl.LOCK_SH):
+            raise RunError(f"{self.folder}: another session has taken it, as this one's rank 0 has ended")
 
     def release(self) -> None:
         """Give up all that is held."""

@@ -17,10 +17,7 @@ from typing import Final
 import numpy as np
 
 from fedsim.errors import DataError
-from fedsim.evaluate.intervals import wilson
-
-FEW: Final = 5.0
-"""Below so many expected successes or failures a rate's interval is not taken from its spread alone."""
+from fedsim.evaluate.intervals import near_an_end
 
 POWER: Final = 0.8
 """Chance that :func:`detectable`'s difference is seen."""
@@ -72,10 +69,8 @@ def estimate(sample: np.ndarray, bounds: tuple[float, float] | None = None) -> E
     if bounds is None or math.isinf(found.low):
         return found
     low, high = max(found.low, bounds[0]), min(found.high, bounds[1])
-    share = min(max((found.mean - bounds[0]) / (bounds[1] - bounds[0]), 0.0), 1.0)
-    if bounds[0] == 0 and min(share, 1 - share) * found.num_items < FEW:  # a rate, not points
-        least, most = (end * bounds[1] for end in wilson(share, found.num_items))
-        low, high = min(low, least), max(high, most)
+    if bounds[0] == 0 and found.num_items > 1:  # a rate, not points
+        low, high = near_an_end(found.mean, low, high, bounds[1], found.num_items)
     return Effect(found.mean, low, high, found.num_seeds, found.num_items)
 
 

@@ -100,6 +100,8 @@ def finding(comparison: Comparison, runs: Runs) -> str:
     effect = difference(ours, theirs)
     digits = 2 if comparison.figure in POINTS else 1
     interval = effect.shown(digits, "+")
+    if effect.num_seeds == 1:
+        return f"{name}, {versus}: {interval} points, which one seed cannot tell from chance."
     if effect.sign != 0:
         word = "higher" if effect.sign > 0 else "lower"
         return f"{name} is {word}, {versus}: {interval} points over {effect.num_seeds} seed(s)."

@@ -109,6 +109,11 @@ class TableOne:
         """Where the attacks came from, as the configuration has it."""
         return next(iter(self.runs.values()))[0].config.eval.advbench
 
+    @property
+    def num_seeds(self) -> int:
+        """Runs of an arm."""
+        return len(next(iter(self.runs.values())))
+
     def sample(self, arm: Arm, figure: str) -> Any:
         """fp64 ``[num_seeds, num_items]`` of an arm, in percent or points; None where it was not measured.
 
@@ -238,14 +243,17 @@ def verdicts(table: TableOne) -> list[str]:
                 found = table.difference(aggregation, comparison, name)
                 if found is not None:
                     by_verdict.setdefault(found.verdict, []).append(f"{comparison.title} on {title}")
+        unclear = "an interval that holds 0" if table.num_seeds > 1 else "not to be told"
         total = sum(len(which) for word, which in by_verdict.items() if word != "no claim")
         line = (
             f"- {paper.ALGORITHM_NAMES[aggregation]}: {len(by_verdict.get('reproduced', []))} of {total} differences "
         )
         line += "are reproduced (the paper's sign, and an interval without 0)"
-        for verdict_, phrase in (("contradicted", "the opposite sign"), ("cannot tell", "an interval that holds 0")):
+        for verdict_, phrase in (("contradicted", "the opposite sign"), ("cannot tell", unclear)):
             if which := by_verdict.get(verdict_):
                 line += f"; {phrase}: {', '.join(which)}"
+        if table.num_seeds == 1:
+            line += "; one seed cannot tell, whatever its interval over prompts"
         lines.append(f"{line}.")
     return lines
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
 
 from fedsim import keys
-from fedsim.evaluate.intervals import Z_95, t_95, wilson
+from fedsim.evaluate.intervals import Mean, near_an_end
 from fedsim.record import paper
 from fedsim.record.metrics import Row
 from fedsim.record.tables import NOT_MEASURED, Table
@@ -67,10 +66,10 @@ def guard_rows(outcome: Outcome) -> dict[str, Row]:
 
 
 def intervals(counts: np.ndarray) -> dict[str, tuple[float, float, float] | None]:
-    """Mean over seeds and 95 % interval of every column, at the end of the scale Wilson's for the rows of a seed.
+    """Mean over seeds and 95 % interval of every column.
 
-    The standard error is that of resampled seeds and, within each, its rows; as n seeds resampled vary (n − 1) / n of
-    what n seeds do, it is widened to match, and multiplied by Student's t of n − 1 degrees (the normal's for one seed).
+    Over several seeds it is Student's over their rates, which vary with the rows too; one seed's rows are resampled.
+    Near an end of the scale the interval also holds Wilson's for the rows of a seed.
 
     Args:
         counts: int64 ``[num_seeds, 4]``, in the order of :data:`COUNTS`.
@@ -78,25 +77,24 @@ def intervals(counts: np.ndarray) -> dict[str, tuple[float, float, float] | None
     Returns:
         Name → (mean, low, high) in percent; None where the rate is undefined in some seed.
     """
-    rng = np.random.default_rng(keys.derive(0, "table2", *counts.ravel().tolist()))
-    num_seeds = len(counts)
-    chosen = rng.integers(num_seeds, size=(NUM_RESAMPLES, num_seeds))
-    totals = counts.sum(axis=1)
-    drawn = rng.multinomial(totals[chosen], (counts / totals[:, None])[chosen])
-    measured, resampled = rates(counts), rates(drawn)
-    reach = Z_95 if num_seeds == 1 else t_95(num_seeds - 1) * math.sqrt(num_seeds / (num_seeds - 1))
+    measured, parts = rates(counts), shares(counts)
     found: dict[str, tuple[float, float, float] | None] = {}
     for name, values in measured.items():
         if np.isnan(values).any():
             found[name] = None
             continue
-        half = reach * float(np.nanstd(resampled[name].mean(axis=1)))
-        mean = float(values.mean())
-        low, high = max(mean - half, 0.0), min(mean + half, 100.0)
-        if mean in (0.0, 100.0):
-            low, high = (100.0 * end for end in wilson(mean / 100.0, float(shares(counts)[name][1].mean())))
-        found[name] = mean, low, high
+        mean = Mean.of(values.tolist())
+        low, high = (mean.low, mean.high) if len(counts) > 1 else _resampled(counts[0], name)
+        found[name] = (mean.value, *near_an_end(mean.value, low, high, 100.0, float(parts[name][1].mean())))
     return found
+
+
+def _resampled(counts: np.ndarray, name: str) -> tuple[float, float]:
+    """Percentile interval of a rate over the rows of one seed, int64 ``[4]``."""
+    rng = np.random.default_rng(keys.derive(0, "table2", *counts.tolist()))
+    drawn = rates(rng.multinomial(counts.sum(), counts / counts.sum(), size=NUM_RESAMPLES))[name]
+    low, high = np.nanpercentile(drawn, (2.5, 97.5))
+    return float(low), float(high)
 
 
 def guard_table(outcomes: Sequence[Outcome]) -> Table:

@@ -43,9 +43,9 @@ class ContainedWork(OwnWork):
         if self.error is None:
             try:
                 return compute()
-            except MACHINE:
-                raise
             except Exception as error:
+                if isinstance(error, MACHINE) or "can't allocate memory" in str(error):  # torch's words on the CPU
+                    raise
                 self.error = client_error(error)
         return None
 

@@ -26,7 +26,7 @@ from fedsim.parallel.stopping import StopRequest
 from fedsim.record.journal import Journal
 stop, journal = StopRequest(), Journal()
 journal.open(Path(sys.argv[1]))
-stop.on_deadline = lambda number: stop_here(journal, number, int(sys.argv[3]))
+stop.on_deadline = lambda number, at_once: stop_here(journal, number, int(sys.argv[3]), at_once)
 with stop.listening(float(sys.argv[2])), journal.at(stage="local training", round=4):
     print("ready", flush=True)
     library, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
@@ -42,7 +42,7 @@ def end(folder: Path, grace_s: float, numbers: list[int], size: int = 1) -> tupl
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
         for number in numbers:
             process.send_signal(number)
-            time.sleep(1.2 if len(numbers) > 1 else 0)
+            time.sleep(2.5 if len(numbers) > 1 else 0)
         told = process.communicate(timeout=20)[1]
     return process.returncode, told
 
@@ -91,8 +91,30 @@ def test_a_signal_is_noted_and_the_handlers_come_back() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)  # as a launcher passes it on: the first one counts
         deadline = time.monotonic() + 5
-        while not stop.signal and time.monotonic() < deadline:
+        while not told and time.monotonic() < deadline:
             time.sleep(0.01)
         assert signal_name(stop.signal) == "SIGTERM"
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
     assert told == [signal.SIGTERM]
+
+
+def test_a_signal_as_the_last_thing_ends_nothing_later() -> None:
+    """The watcher may read it when the block is over."""
+    ends: list[int] = []
+    for _ in range(20):
+        stop = StopRequest()
+        stop._end = ends.append  # type: ignore[method-assign, assignment]
+        with stop.listening(grace_s=0.05):
+            os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.3)
+    assert ends == []
+
+
+def test_a_wish_that_is_obeyed_is_not_enforced() -> None:
+    stop, ends = StopRequest(), list[int]()
+    stop._end = ends.append  # type: ignore[method-assign, assignment]
+    with stop.listening(grace_s=0.2):
+        os.kill(os.getpid(), signal.SIGTERM)
+        stop.obeyed()
+        time.sleep(0.5)
+    assert ends == []

@@ -90,6 +90,10 @@ def strike(session: Session, run: Path, what: Strike, timeout_s: float) -> Strik
     if not session.running():
         return None
     session.kill(range(len(session.pids)) if what.everyone else [rank])
+    time.sleep(0.05)
+    if rank not in session.running() and session.codes[rank] == 0:  # it had ended a moment before
+        session.wait(timeout_s)
+        return None
     hit = _title(str(last_seen(run, rank).place.get("stage", "")))
     return replace(what, stage=hit or BETWEEN, rank=rank)
 
