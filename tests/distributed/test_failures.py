@@ -137,7 +137,7 @@ def test_failures_are_the_same_on_1_2_and_4_processes(
 
 
 def test_a_member_that_raises_ends_the_run_with_its_own_words(pool: Any, square_file: Path, tmp_path: Path) -> None:
-    """One client on a lane of two under the policy stop: one rank says what happened, whichever member it happened to."""
+    """One client on a lane of two under the policy stop: one rank says what happened, to whichever member it did."""
     words = ["failures.on_client_error=stop", "failures.min_clients=1", "federation.clients_per_round=1", "seed=1"]
     first, second = pool.run(2, simulate, [*BRIEF, *words, *places(tmp_path, square_file)], None)
     assert first["widths"][-1] == (RAISES, 2)
