@@ -12,6 +12,7 @@ from typing import IO
 
 import psutil
 
+from fedsim.processes import family, kill
 from fedsim.record.metrics import NewRows
 
 INTERVAL_S = 0.03
@@ -117,11 +118,7 @@ class Family:
 
     def end(self) -> None:
         """Kill whatever is left of them."""
-        try:
-            for process in [*self.root.children(recursive=True), self.root]:
-                process.kill()
-        except psutil.NoSuchProcess:
-            pass
+        kill(family(self.root.pid))
 
     def _find(self) -> None:
         self._due = time.monotonic() + RESCAN_S

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedsim.errors import FedsimError
+from fedsim.processes import state_of
 from fedsim.record.journal import LastSeen, Place, in_words, last_seen
 
 NOTICE_S = 2.0
@@ -36,16 +37,6 @@ def cause_of(error: BaseException) -> str | None:
     if any(word in text for word in _GONE):
         return LOST
     return TIMED_OUT if any(word in text for word in _LATE) else None
-
-
-def state_of(pid: int) -> str:
-    """``gone``, ``stopped`` or ``alive``."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return "gone"
-    letter = text.rpartition(")")[2].split()[0]
-    return {"Z": "gone", "X": "gone", "T": "stopped", "t": "stopped"}.get(letter, "alive")
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,9 @@ def write_ending(folder: Path, reason: Reason, status: int, message: str, place:
         partial.write_text(text, encoding="utf-8")
         try:
             os.link(partial, folder / EXIT_FILE)  # unlike a rename, it does not replace
-        except PermissionError:  # a file system without links
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without links
             with (folder / EXIT_FILE).open("x", encoding="utf-8") as file:
                 file.write(text)
     except FileExistsError:

@@ -32,77 +32,102 @@ BY_ROUND = {
 }
 
 
-def report(runs: Sequence[Run]) -> tuple[str, dict[str, bytes]]:
-    """The page and its pictures by file name."""
-    files: dict[str, bytes] = {}
+class Pictures:
+    """The page's pictures, each made once: its file, and the figure in the page.
 
-    def picture(name: str, drawn: Figure | None, alt: str, caption: str) -> str:
+    Attributes:
+        files: content by file name.
+    """
+
+    def __init__(self, runs: Sequence[Run]) -> None:
+        self.runs = runs
+        self.num = f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
+        self.arms = f"{len(by_arm(runs))} arm(s), {self.num}"
+        self.files: dict[str, bytes] = {}
+
+    def compared(self) -> list[str]:
+        """Every benchmark by round and by arm."""
+        return [
+            self._add(
+                f"{name}-{kind}",
+                draw(self.runs, key, label),
+                f"{alt}: {label}. At the end, {in_words(self.runs, key)}",
+                f"{label}, {words}, {self.arms}{items(self.runs, count)}; bars: 95 % intervals.",
+            )
+            for name, (key, label, count) in BY_ROUND.items()
+            for kind, draw, alt, words in (
+                ("rounds", pictures.overlay, "Lines over rounds", "by round"),
+                ("arms", pictures.dots, "One dot an arm", "before CAI and at the end"),
+            )
+        ]
+
+    def costs(self) -> list[str]:
+        """Seconds against safety and helpfulness."""
+        return [
+            self._add(
+                f"cost-{name}",
+                pictures.cost(self.runs, key, label),
+                f"One dot an arm: seconds to the right, {label} upwards. {in_words(self.runs, key)}",
+                f"Mean seconds of a run against {label}, {self.arms}{items(self.runs, count)}; bars: 95 % intervals.",
+            )
+            for name, (key, label, count) in BY_ROUND.items()
+            if name in ("advbench", "mt-bench")
+        ]
+
+    def losses(self) -> list[str]:
+        """Loss by client, a picture a run."""
+        return [
+            self._add(
+                f"loss-{i}",
+                pictures.client_losses(run),
+                losses_in_words(run),
+                f"{run.facts.name}: loss of each client that trained, over {run.facts.num_rounds} rounds.",
+            )
+            for i, run in enumerate(self.runs, 1)
+        ]
+
+    def times(self) -> list[str]:
+        """Seconds by phase, a picture a run."""
+        return [
+            self._add(
+                f"time-{i}",
+                plot_times(run.rows, run.facts.name),
+                times_in_words(run),
+                f"{run.facts.name}: seconds by phase, {duration(run.facts.total_s)} in all.",
+            )
+            for i, run in enumerate(self.runs, 1)
+        ]
+
+    def idle(self) -> list[str]:
+        """Idle share of all runs."""
+        words = f"Share of the processes' time without work while clients train, {self.num}."
+        return [self._add("idle", pictures.idle(self.runs), idle_in_words(self.runs), words)]
+
+    def _add(self, name: str, drawn: Figure | None, alt: str, caption: str) -> str:
         if drawn is None:
             return ""
-        files[f"{name}.png"] = pictures.png(drawn)
-        return html.figure(files[f"{name}.png"], alt, caption)
+        self.files[f"{name}.png"] = pictures.png(drawn)
+        return html.figure(self.files[f"{name}.png"], alt, caption)
 
-    num = f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
-    arms = f"{len(by_arm(runs))} arm(s), {num}"
-    compared = [
-        picture(
-            f"{name}-{kind}",
-            draw(runs, key, label),
-            f"{alt}: {label}. At the end, {in_words(runs, key)}",
-            f"{label}, {words}, {arms}{items(runs, count)}; bars: 95 % intervals.",
-        )
-        for name, (key, label, count) in BY_ROUND.items()
-        for kind, draw, alt, words in (
-            ("rounds", pictures.overlay, "Lines over rounds", "by round"),
-            ("arms", pictures.dots, "One dot an arm", "before CAI and at the end"),
-        )
-    ]
-    compared_table = table_1(runs)
-    costs = [
-        picture(
-            f"cost-{name}",
-            pictures.cost(runs, key, label),
-            f"One dot an arm: seconds to the right, {label} upwards. {in_words(runs, key)}",
-            f"Mean seconds of a run against {label}, {arms}{items(runs, count)}; bars: 95 % intervals.",
-        )
-        for name, (key, label, count) in BY_ROUND.items()
-        if name in ("advbench", "mt-bench")
-    ]
-    losses = [
-        picture(
-            f"loss-{i}",
-            pictures.client_losses(run),
-            losses_in_words(run),
-            f"{run.facts.name}: loss of each client that trained, over {run.facts.num_rounds} rounds.",
-        )
-        for i, run in enumerate(runs, 1)
-    ]
-    times = [
-        picture(
-            f"time-{i}",
-            plot_times(run.rows, run.facts.name),
-            times_in_words(run),
-            f"{run.facts.name}: seconds by phase, {duration(run.facts.total_s)} in all.",
-        )
-        for i, run in enumerate(runs, 1)
-    ]
-    words = f"Share of the processes' time without work while clients train, {num}."
-    idle_picture = picture("idle", pictures.idle(runs), idle_in_words(runs), words)
+
+def report(runs: Sequence[Run]) -> tuple[str, dict[str, bytes]]:
+    """The page and its pictures by file name."""
+    shown = Pictures(runs)
     notes = dict.fromkeys(line for run in runs for line in [*caveats(run.facts), *run.facts.notes])
     parts = [
         html.bullets(headlines(runs) if len(by_arm(runs)) > 1 else [headline(run) for run in runs]),
         html.section("What these figures can and cannot show", [html.bullets(list(notes))]),
-        html.section("Beside the paper's Table 1", [_paper(compared_table)]),
-        html.section("Safety and helpfulness by round", [*compared, *(_controls(run) for run in runs)]),
-        html.section("Loss by client", losses),
+        html.section("Beside the paper's Table 1", [_paper(table_1(runs))]),
+        html.section("Safety and helpfulness by round", [*shown.compared(), *(_controls(run) for run in runs)]),
+        html.section("Loss by client", shown.losses()),
         html.section("Guard", [guard(run) for run in runs]),
-        html.section("Time by phase", times),
-        html.section("Idle share", [idle_picture]),
-        html.section("Cost against safety", costs),
+        html.section("Time by phase", shown.times()),
+        html.section("Idle share", shown.idle()),
+        html.section("Cost against safety", shown.costs()),
         html.section("Sample answers", [samples(run) for run in runs]),
         html.section("Manifests", [manifest(run) for run in runs]),
     ]
-    return html.page(f"fedsim: {runs[0].facts.name if len(runs) == 1 else num}", parts), files
+    return html.page(f"fedsim: {runs[0].facts.name if len(runs) == 1 else shown.num}", parts), shown.files
 
 
 def headline(run: Run) -> str:

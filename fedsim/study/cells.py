@@ -17,12 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-import psutil
 import yaml
 
 from fedsim.config import Config, load_config, to_flat
 from fedsim.errors import ConfigError, RunError
 from fedsim.parallel.stopping import GRACE_S
+from fedsim.processes import family, kill
 from fedsim.record.places import run_folder
 from fedsim.record.run_record import FREE_KEYS
 from fedsim.record.tables import duration
@@ -240,7 +240,7 @@ def _last_error(log: Path, status: int) -> str:
 
 def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     """End runs with all their ranks, which a launcher starts in sessions of their own: asked first, then killed."""
-    ranks = [child for process in processes for child in _below(process.pid)]
+    everyone = [member for process in processes for member in family(process.pid)]
     for process in processes:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
@@ -248,17 +248,4 @@ def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     for process in processes:
         with suppress(subprocess.TimeoutExpired):
             process.wait(timeout=max(until - time.monotonic(), 0))
-    for process in processes:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    for rank in ranks:
-        with suppress(psutil.NoSuchProcess):
-            rank.kill()
-
-
-def _below(pid: int) -> list[psutil.Process]:
-    """All processes below one."""
-    try:
-        return psutil.Process(pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        return []
+    kill(everyone)

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import importlib.util
-import io
 import json
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +15,7 @@ from transformers import LlamaForCausalLM
 
 from fedsim.data.chat import ChatFormat
 from fedsim.data.world import square_rows
+from tests.distributed.entry import run_entry
 
 ROOT = Path(__file__).parents[2]
 SMALL = Path(__file__).parent / "small.yaml"
@@ -27,20 +24,8 @@ Ended = tuple[int, str, float]
 
 def launch(words: list[str]) -> Ended:
     """The entry point as this rank runs it: exit code, what went to standard error, and seconds."""
-    spec = importlib.util.spec_from_file_location("launch_run", ROOT / "launch" / "run.py")
-    assert spec is not None and spec.loader is not None
-    entry = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(entry)
-    shown, began = io.StringIO(), time.monotonic()
-    arguments, sys.argv = sys.argv, ["launch/run.py", *words]
-    try:
-        with contextlib.redirect_stderr(shown), contextlib.redirect_stdout(io.StringIO()):
-            code = entry.main()
-    except SystemExit as ended:
-        code = int(ended.code or 0)
-    finally:
-        sys.argv = arguments
-    return code, shown.getvalue(), time.monotonic() - began
+    began = time.monotonic()
+    return *run_entry(words), time.monotonic() - began
 
 
 def malformed_row(folder: Path) -> list[str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ from fedsim.checkpoint import Checkpoint
 from fedsim.config import load_config
 from fedsim.errors import RunError
 from fedsim.parallel.world import process_world
+from fedsim.processes import family, kill
 from fedsim.record import finish
 from fedsim.simulation import Simulation
 from tools.chaos.outcome import different, outcome
@@ -209,13 +209,6 @@ def test_a_stopped_run_that_is_resumed_equals_one_that_was_not(
     assert_same(outcome(tmp_path / "small", tmp_path / "artefacts"), straight(overrides)[1], "resumed against straight")
 
 
-def descendants(pid: int) -> list[int]:
-    """All processes below one."""
-    tasks = Path(f"/proc/{pid}/task").iterdir()
-    children = [int(word) for task in tasks for word in (task / "children").read_text().split()]
-    return [*children, *(grandchild for child in children for grandchild in descendants(child))]
-
-
 def test_a_run_killed_in_mid_round_is_resumed(pool: Any, square_file: Path, tmp_path: Path, straight: Any) -> None:
     """SIGKILL to torchrun and all its processes while the second round trains; resumed on another number."""
     words = [*SCAFFOLD, *places(tmp_path, square_file)]
@@ -230,8 +223,7 @@ def test_a_run_killed_in_mid_round_is_resumed(pool: Any, square_file: Path, tmp_
             assert process.poll() is None and time.monotonic() < deadline, log.read_text(encoding="utf-8")[-3000:]
             time.sleep(0.01)
     finally:
-        for pid in [process.pid, *descendants(process.pid)] if process.poll() is None else []:
-            os.kill(pid, signal.SIGKILL)
+        kill(family(process.pid) if process.poll() is None else [])
         process.wait()
     kept = {p.name for p in (tmp_path / "small" / "checkpoints").glob("round-*")}
     assert "round-000000" in kept and "round-000002" not in kept, (

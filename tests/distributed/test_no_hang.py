@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
-import io
 import json
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +12,7 @@ import pytest
 
 from fedsim.record.ending import read_ending
 from fedsim.train.client import ClientTrainer
+from tests.distributed.entry import run_entry
 
 ROOT = Path(__file__).parents[2]
 SMALL = Path(__file__).parent / "small.yaml"
@@ -38,22 +35,11 @@ def fail(words: list[str], rank: int, how: str) -> Ended:
                 time.sleep(4 * TIMEOUT_S)
         return train(self, client, rows, round_idx, *rest)
 
-    spec = importlib.util.spec_from_file_location("launch_run", ROOT / "launch" / "run.py")
-    assert spec is not None and spec.loader is not None
-    entry = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(entry)
-    shown = io.StringIO()
-    arguments, sys.argv = sys.argv, ["launch/run.py", *words]
     ClientTrainer.train = failing  # type: ignore[method-assign, assignment]
     try:
-        with contextlib.redirect_stderr(shown), contextlib.redirect_stdout(io.StringIO()):
-            code = entry.main()
-    except SystemExit as ended:
-        code = int(ended.code or 0)
+        return *run_entry(words), time.monotonic() - began[0]
     finally:
-        sys.argv = arguments
         ClientTrainer.train = train  # type: ignore[method-assign]
-    return code, shown.getvalue(), time.monotonic() - began[0]
 
 
 def errors(text: str) -> list[str]:

@@ -13,7 +13,8 @@ import pytest
 import torch.distributed as dist
 
 from fedsim.errors import JudgeError
-from fedsim.parallel.post_mortem import LOST, TIMED_OUT, blame, cause_of, state_of
+from fedsim.parallel.post_mortem import LOST, TIMED_OUT, blame, cause_of
+from fedsim.processes import state_of
 from fedsim.record.journal import Journal, log_file
 
 

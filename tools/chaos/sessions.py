@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import runpy
-import signal
 import socket
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+
+from fedsim.processes import family, kill
 
 ROOT = Path(__file__).resolve().parents[2]
 ENTRY = ROOT / "launch" / "run.py"
@@ -35,13 +37,10 @@ class Session:
         port = _free_port()
         self.pids = [_fork(words, rank, size, port, log) for rank in range(size)]
 
-    def kill(self, ranks: Sequence[int], number: int = signal.SIGKILL) -> None:
-        """Send a signal to some ranks, and, with SIGKILL, to what they have started."""
+    def kill(self, ranks: Sequence[int]) -> None:
+        """SIGKILL to some ranks and to what they have started."""
         for rank in ranks:
-            below = _below(self.pids[rank]) if number == signal.SIGKILL else []
-            for pid in [self.pids[rank], *below]:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, number)
+            kill(family(self.pids[rank]))
 
     def running(self) -> list[int]:
         """Ranks that have not ended."""
@@ -92,26 +91,9 @@ def _fork(words: Sequence[str], rank: int, size: int, port: int, log: Path) -> i
         with suppress(Exception):
             sys.stdout.flush()
             sys.stderr.flush()
-        _run_exit_functions()
+        with suppress(Exception):
+            atexit._run_exitfuncs()  # what an interpreter does at its end, without this process's own frames
         os._exit(status)
-
-
-def _run_exit_functions() -> None:
-    """What an interpreter does at its end, without this process's own frames."""
-    import atexit
-
-    with suppress(Exception):
-        atexit._run_exitfuncs()
-
-
-def _below(pid: int) -> list[int]:
-    """All processes below one."""
-    found = []
-    with suppress(OSError):
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            for word in (task / "children").read_text(encoding="utf-8").split():
-                found += [int(word), *_below(int(word))]
-    return found
 
 
 def _free_port() -> int:
