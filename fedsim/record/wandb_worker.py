@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedsim.record.metrics import NewRows, Row
+from fedsim.record.metrics import RESUME, NewRows, Row
 from fedsim.record.wandb_file import read_history
 
 Figures = dict[str, float | int | bool]
@@ -32,11 +32,14 @@ def steps_of(rows: Iterable[Row]) -> dict[int, Figures]:
 
     Where two rows of a round hold the same figure, the last keeps its name: ``eval/hhh_accuracy`` is the model at the
     end of the round (and the pretrained one at step 0). The others carry their point in the name's section:
-    ``eval_before_cai/hhh_accuracy``.
+    ``eval_before_cai/hhh_accuracy``. Of several sessions that began after the same round, the last one's start counts.
     """
     by_step: dict[int, list[Row]] = {}
     for row in rows:
-        by_step.setdefault(row["round"] + 1, []).append(row)
+        step = by_step.setdefault(row["round"] + 1, [])
+        if row["stage"] == RESUME:
+            step[:] = [other for other in step if other["stage"] != RESUME]
+        step.append(row)
     return {step: _merged(by_step[step]) for step in sorted(by_step)}
 
 

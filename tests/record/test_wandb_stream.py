@@ -22,7 +22,7 @@ from fedsim.config import Config, load_config, to_nested
 from fedsim.parallel.world import World
 from fedsim.ranks import OneRank
 from fedsim.record import finish, wandb_stream, wandb_worker
-from fedsim.record.metrics import CLOCK_PREFIXES, MetricLog, Row, read_rows
+from fedsim.record.metrics import CLOCK_PREFIXES, RESUME, MetricLog, Row, read_rows
 from fedsim.record.run_record import FREE_KEYS, RunRecord
 from fedsim.record.wandb_file import read_history
 from fedsim.record.wandb_stream import WandbStream
@@ -130,6 +130,20 @@ def test_rows_of_a_round_are_merged_and_none_overwrites_another(tmp_path: Path) 
         1: {"round": 0, "eval_before_cai/hhh_accuracy": 0.1, "eval/hhh_accuracy": 0.1 * 1e-300,
             "client/loss": 0.1**0.5, "client/num_rows": 2**53, "time/train_s": 0.7},
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("num_sessions", [1, 2, 5])
+def test_a_run_may_be_killed_in_the_same_round_again_and_again(tmp_path: Path, num_sessions: int) -> None:
+    """Each session leaves a row of its start after the same round."""
+    log = begin(tmp_path / "run")
+    add_round(log, 0)
+    for session in range(num_sessions):
+        log.append(0, RESUME, {"time/load_s": 1.0 + session, "time/train_s": 0.1 * session})
+    found = steps_of(log.rows())[1]
+    assert found["time/load_s"] == num_sessions and found["time_round/train_s"] == 0.7
+    assert found["time/train_s"] == 0.1 * (num_sessions - 1) and found["client/loss"] == 0.1**0.5
+    add_round(log, 1)
+    assert set(steps_of(log.rows())) == {0, 1, 2}
 
 
 def test_every_step_is_there_once_after_kills_cuts_and_resumes(tmp_path: Path, monkeypatch: Any) -> None:
