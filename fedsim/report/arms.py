@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedsim.evaluate.intervals import Mean
 from fedsim.record import paper
+from fedsim.record.metrics import Row
 from fedsim.record.summary import BENCHMARKS, Benchmark
 from fedsim.record.tables import NOT_MEASURED, Table, measured
 from fedsim.report.runs import Run
@@ -14,12 +16,12 @@ from fedsim.report.runs import Run
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of an arm and its 95 % interval, which a single score without spread lacks."""
+    """A figure of an arm and its 95 % interval, which a single score without spread lacks, over ``num_seeds`` seeds."""
 
     value: float
     low: float | None
     high: float | None
-    num_runs: int
+    num_seeds: int
 
     @property
     def reach(self) -> list[list[float]] | None:
@@ -31,7 +33,7 @@ class Figure:
     def shown(self, digits: int) -> str:
         """``97.5 [95.8, 98.5]``, with the number of runs where there are several."""
         interval = "" if self.low is None or self.high is None else f" [{self.low:.{digits}f}, {self.high:.{digits}f}]"
-        return f"{self.value:.{digits}f}{interval}" + (f", n = {self.num_runs}" if self.num_runs > 1 else "")
+        return f"{self.value:.{digits}f}{interval}" + (f", n = {self.num_seeds}" if self.num_seeds > 1 else "")
 
 
 def by_arm(runs: Sequence[Run]) -> dict[tuple[str, bool, bool], list[Run]]:
@@ -43,22 +45,32 @@ def by_arm(runs: Sequence[Run]) -> dict[tuple[str, bool, bool], list[Run]]:
 
 
 def arm_figure(runs: Sequence[Run], name: str, point: str = "final") -> Figure | None:
-    """The figure at the end of training (or at ``point``): one run's own interval, or Student's over several runs."""
-    rows = [run.final if point == "final" else run.points.get(point) for run in runs]
-    values = [value for row in rows if (value := measured(row, name)) is not None]
-    if not values:
+    """The figure at the end of training (or at ``point``): one run's own interval, or Student's over several seeds.
+
+    Runs of one seed share its draws and count once, as their mean.
+    """
+    by_seed: dict[int, list[tuple[float, Row]]] = {}
+    for run in runs:
+        row = run.final if point == "final" else run.points.get(point)
+        if row is not None and (value := measured(row, name)) is not None:
+            by_seed.setdefault(run.facts.seed, []).append((value, row))
+    if not by_seed:
         return None
-    if len(values) == 1:
-        row = next(row for row in rows if measured(row, name) is not None)
-        return Figure(values[0], measured(row, f"{name}_low"), measured(row, f"{name}_high"), 1)
-    mean = Mean.of(values)
+    means = [math.fsum(value for value, _ in found) / len(found) for found in by_seed.values()]
+    if len(means) == 1:
+        (found,) = by_seed.values()
+        row = found[0][1]
+        if len({value for value, _ in found}) > 1:
+            return Figure(means[0], None, None, 1)
+        return Figure(means[0], measured(row, f"{name}_low"), measured(row, f"{name}_high"), 1)
+    mean = Mean.of(means)
     top = 10.0 if name == "eval/mt_bench" else 100.0
     return Figure(mean.value, max(mean.low, 1.0 if top == 10.0 else 0.0), min(mean.high, top), mean.count)
 
 
 def pretrained_figure(runs: Sequence[Run], name: str) -> Figure | None:
-    """The figure before training: the arms of a seed begin with the same model, so that each seed counts once."""
-    return arm_figure(list({run.facts.seed: run for run in runs}.values()), name, "pretrained")
+    """The figure before training."""
+    return arm_figure(runs, name, "pretrained")
 
 
 def table_1(runs: Sequence[Run]) -> Table | None:

@@ -208,7 +208,6 @@ def _paper(content: Table | None) -> str:
     if content is None:
         return ""
     words = (
-        "[low, high] = 95 % interval; over several seeds, Student's, with n runs. "
-        f"Paper: {paper.SOURCE}, Llama-3.1-8B-Instruct."
+        f"[low, high] = 95 % interval; over several seeds (n), Student's. Paper: {paper.SOURCE}, Llama-3.1-8B-Instruct."
     )
     return html.table(content) + html.paragraph(words, note=True)

@@ -50,8 +50,9 @@ def write_plot(sweep: Sweep, runs: Runs, path: Path) -> None:
             )
         _label_x(axes, sweep.x, ticks)
         axes.set_ylabel(title(figure))
-        if len(curves) > 1 or sweep.curves:
-            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3, frameon=False)
+    if sweep.curves:  # the panels have the same curves
+        handles, names = panels[0].get_legend_handles_labels()
+        figure_.legend(handles, names, loc="outside lower center", ncols=5, frameon=False)
     figure_.savefig(path, dpi=150)
 
 

@@ -26,7 +26,7 @@ def made(seed: int = 0, harmless: float = 80.0, *words: str, **rows: Any) -> Run
 def test_several_seeds_of_an_arm_are_one_line_with_their_number() -> None:
     runs = [made(seed, value) for seed, value in ((0, 70.0), (1, 80.0), (2, 75.0))]
     figure = arm_figure(runs, "eval/advbench_harmless")
-    assert figure is not None and (figure.value, figure.num_runs) == (75.0, 3)
+    assert figure is not None and (figure.value, figure.num_seeds) == (75.0, 3)
     assert figure.high == pytest.approx(75 + 4.302653 * 5 / 3**0.5, rel=1e-4)
     table = table_1(runs)
     assert table is not None and len(table.rows) == 2
@@ -37,10 +37,22 @@ def test_several_seeds_of_an_arm_are_one_line_with_their_number() -> None:
     )
 
 
+def test_runs_of_one_seed_are_no_sample() -> None:
+    """A run and its repetition: no interval of width zero over "two"."""
+    own = {"eval/advbench_harmless_low": 65.0, "eval/advbench_harmless_high": 74.0}
+    twice = arm_figure([made(0, 70.0, **own), made(0, 70.0, **own)], "eval/advbench_harmless")
+    assert twice == arm_figure([made(0, 70.0, **own)], "eval/advbench_harmless")
+    assert twice is not None and (twice.low, twice.high, twice.num_seeds) == (65.0, 74.0, 1)
+    apart = arm_figure([made(0, 70.0, **own), made(0, 80.0, **own)], "eval/advbench_harmless")
+    assert apart is not None and (apart.value, apart.low, apart.num_seeds) == (75.0, None, 1)
+    mixed = arm_figure([made(0, 60.0), made(0, 80.0), made(1, 90.0)], "eval/advbench_harmless")
+    assert mixed is not None and (mixed.value, mixed.num_seeds) == (80.0, 2)
+
+
 def test_the_pretrained_model_counts_once_a_seed() -> None:
     runs = [made(0), made(0, 85.0, "cai.iterations=2"), made(1)]
     figure = pretrained_figure(runs, "eval/advbench_harmless")
-    assert figure is not None and (figure.value, figure.num_runs) == (90.5, 2)
+    assert figure is not None and (figure.value, figure.num_seeds) == (90.5, 2)
 
 
 def test_headlines_set_methods_beside_plain_training() -> None:
