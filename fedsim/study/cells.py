@@ -21,7 +21,7 @@ import yaml
 
 from fedsim.config import Config, load_config, to_flat
 from fedsim.errors import ConfigError, RunError
-from fedsim.parallel.stopping import GRACE_S
+from fedsim.parallel.stopping import GRACE_S, heard
 from fedsim.processes import family, kill
 from fedsim.record.places import run_folder
 from fedsim.record.run_record import FREE_KEYS
@@ -180,7 +180,8 @@ class _Pool:
     def run(self, cells: Sequence[Cell]) -> None:
         """Run all cells to their end, and tell of those that failed."""
         waiting, begun, started = list(cells), set[int](), time.monotonic()
-        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no run outlives it
+        # No run outlives the study: these signals too leave through the block below.
+        before = {number: signal.signal(number, _leave) for number in heard((signal.SIGTERM, signal.SIGHUP))}
         try:
             while waiting or self.running:
                 busy = {job.cell.seed for job in self.running if job.cell.seed not in begun}
@@ -193,7 +194,8 @@ class _Pool:
                 begun |= self._collect(len(cells), started)
         finally:
             _end([job.process for job in self.running])
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
         if self.failed:
             told = "; ".join(f"{name}: {why}" for name, why in list(self.failed.items())[:3])
             raise RunError(
@@ -229,6 +231,10 @@ class _Pool:
                 self.failed[job.cell.name] = _last_error(job.log, job.process.returncode)
                 self.say(f"{head}: failed after {taken}: {self.failed[job.cell.name]} (log: {job.log})")
         return {job.cell.seed for job in ended}
+
+
+def _leave(number: int, _: object) -> None:
+    sys.exit(128 + number)
 
 
 def _last_error(log: Path, status: int) -> str:

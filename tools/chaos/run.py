@@ -33,6 +33,7 @@ from fedsim.record.ending import read_ending  # noqa: E402
 from fedsim.record.manifest import hardware  # noqa: E402
 from fedsim.record.tables import Table, duration  # noqa: E402
 from fedsim.record.wandb_file import read_history  # noqa: E402
+from fedsim.terminal import steady_terminal  # noqa: E402
 from fedsim.version import commit_of, made_by  # noqa: E402
 from tools.chaos.outcome import different, outcome  # noqa: E402
 from tools.chaos.sessions import HangError, Session  # noqa: E402
@@ -209,6 +210,7 @@ def publish(report: Report, sizes: Sequence[int], took_s: float) -> None:
     write_block(ROOT / "README.md", "chaos", f"{text}\n\n{table.markdown()}")
 
 
+@steady_terminal()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns the exit status, 1 where a fault was found."""
     parser = Parser(
