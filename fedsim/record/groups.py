@@ -1,8 +1,8 @@
-"""Which runs may be put together: those that differ in the seed, and in where and how they ran, alone.
+"""Groups of runs that may be put together: they differ in seed, and in where and how they ran.
 
-The report, tables, sweeps and W&B groups take their groups from here. A file or model counts by its SHA-256 in the
-run's manifest, wherever it lay; one that the run did not read does not count. The commit of fedsim does not count
-either, but is named where it differs.
+The report, tables, sweeps and W&B groups take their groups from here. A file or model counts by its
+SHA-256 in the run's manifest, wherever it lay; one that the run did not read does not count. The
+commit of fedsim does not count either, but is named where it differs.
 """
 
 from __future__ import annotations
@@ -107,7 +107,8 @@ def differing_beside_arms(groups: Sequence[tuple[str, Settings]]) -> list[str]:
 def group_names(groups: Sequence[tuple[str, Settings]]) -> list[str]:
     """Names such as ``FedAvg, FL (local.lr=0.001)``: the arm, and what tells groups of one arm apart.
 
-    A name shows at most :data:`MAX_SHOWN` keys, and more only where these do not suffice; it then says how many differ.
+    A name shows all keys that differ where they are at most :data:`MAX_SHOWN`, else those that
+    suffice, and how many more differ.
 
     Args:
         groups: name of the arm and settings of each group; no two have both alike.
@@ -149,7 +150,7 @@ def _num_distinct(keys: Sequence[str], runs: Sequence[Settings]) -> int:
 
 
 def shown_value(key: str, own: Settings, among: Iterable[Settings]) -> str:
-    """A value in few letters: a file by its name, or by its SHA-256 where another file has that name.
+    """A value in few letters: a file by its name, with its SHA-256 where another has that name.
 
     Args:
         among: the settings from which this one is told apart.

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from fedsim.errors import DataError
 from fedsim.study.outcomes import Outcome
-from fedsim.study.table2 import COLUMNS, COUNTS, guard_table, intervals, rates
+from fedsim.study.table2 import COLUMNS, COUNTS, guard_table, intervals, rates, untuned_note
 
 
 def test_the_papers_operating_point() -> None:
@@ -66,9 +67,8 @@ def test_the_table_has_both_guards_and_the_papers(finish: Callable[..., Outcome]
         named = {f"guard/{name}": count for name, count in zip(COUNTS, counts, strict=True)}
         return {"round": -1, "stage": "guard", "point": point, **named}
 
-    runs = [
-        finish(f"t{i}", [], {}, [row("untuned", (0, 0, 30, 70)), row("fine-tuned", (20, 10, 10, 60))]) for i in (0, 1)
-    ]
+    points = [row("untuned", (0, 0, 30, 70)), row("fine-tuned", (20, 10, 10, 60))]
+    runs = [finish(f"t{seed}", [f"seed={seed}"], {}, points) for seed in (0, 1)]
     table = guard_table(runs)
     assert len(table.head) == 1 + len(COLUMNS)
     assert [r[0] for r in table.rows] == [
@@ -79,4 +79,8 @@ def test_the_table_has_both_guards_and_the_papers(finish: Callable[..., Outcome]
     ]
     assert table.rows[0][2] == "undefined" and table.rows[2][1].startswith("80.0 [")
     assert table.rows[3][1:5] == ["75.5", "56.7", "73.7", "64.1"]
-    assert guard_table([finish("bare", [], {})]).rows[0][1] == "not measured"
+    assert untuned_note(runs) == ""
+    bare = [finish("bare", [], {})]
+    assert guard_table(bare).rows[0][1] == "not measured" and "guard.measure_untuned=true" in untuned_note(bare)
+    with pytest.raises(DataError, match="both have seed 0"):
+        guard_table([runs[0], *bare])
