@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedsim.config.measuring import is_embedded
+from fedsim.config.measuring import is_embedded, is_unrated
 from fedsim.record import client_failures, guard_section, paper, sections
 from fedsim.record.metrics import Row
 from fedsim.record.sources import is_published
@@ -128,8 +128,8 @@ class RunFacts:
 
     @property
     def unrated(self) -> bool:
-        """MT-Bench is answered and nothing rates the answers: the embedded questions alone have a rubric."""
-        return self.mt_bench not in ("", "embedded") and not self.judge
+        """MT-Bench is answered, and nothing rates the answers."""
+        return is_unrated(self.mt_bench, judged=bool(self.judge))
 
 
 def facts_from(
