@@ -24,7 +24,7 @@ from fedsim.model.memory import Need
 from fedsim.model.shape import ModelShape
 from fedsim.needs import memory_needs
 from fedsim.parallel.world import World
-from fedsim.plan import plan_text
+from fedsim.plan import plan_text, work
 from fedsim.preflight import Preflight, check_world_size, models_in_use
 from fedsim.preflight import preflight as run_preflight
 from fedsim.preparation import Inputs
@@ -315,6 +315,16 @@ def test_a_stage_that_may_not_fit_is_a_warning(monkeypatch: pytest.MonkeyPatch) 
     assert len(found.warnings()) == sum(need.num_bytes > 4_000_000 for need in found.needs) > 0
     (line,) = [line for line in text.splitlines() if line.startswith("Warning: generation")]
     assert "may not fit into 3.81 MiB" in line and "eval.batch_size" in line
+
+
+@pytest.mark.parametrize(
+    ("words", "is_said"),
+    [(["eval.mt_bench=q.jsonl"], True), (["eval.mt_bench=q.jsonl", "judge.kind=openai"], False), ([], False)],
+)
+def test_the_plan_says_that_mt_bench_will_not_be_rated(words: list[str], is_said: bool) -> None:
+    data: Any = SimpleNamespace(shards=[[1]], guard_rows=[1], cai_rows=[1])
+    suite: Any = SimpleNamespace(counts=lambda: {})
+    assert ("MT-Bench" in work(load_config(None, words), data, suite)) == is_said
 
 
 def test_a_warning_comes_with_the_first_byte_too_much() -> None:

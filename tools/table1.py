@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedsim.config import load_config
+from fedsim.config.measuring import is_unrated
 from fedsim.launching import launched
 from fedsim.study import table1
 from fedsim.study.cells import Launch, run_cells
@@ -44,6 +45,9 @@ def run(args: argparse.Namespace) -> None:
         f"{len(seeds)} seed(s): {', '.join(map(str, seeds))}; attacks: eval.advbench={table.attacks}. [low, high] = 95 "
         f"% interval over seeds and prompts. {stamp}"
     )
+    first = next(iter(table.runs.values()))[0].config
+    if is_unrated(first.eval.mt_bench, judged=first.judge.kind != "none"):
+        note += " MT-Bench answers were written and not rated: judge.* sets a judge."
     found = "\n".join(table1.verdicts(table))
     controls = table1.control_table(table)
     parts = [table1.arm_table(table).markdown(), note, found, table1.claim_table(table).markdown(), table1.CLAIM_NOTE]

@@ -1,7 +1,7 @@
 """The paper's Table 2 in one command: ``tools/table2.py [CONFIG.yaml] [key=value …] [--seeds 0-2]``.
 
 The guard before and after fine-tuning on the clients' rows, and the red share before and after filtering, beside the
-published figures. The runs are Table 1's own (FedAvg, FL + filter), so that whoever has made that table has this one.
+published figures. The runs are Table 1's own (FedAvg, FL + filter): after that table, this one takes no further run.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ def run(args: argparse.Namespace) -> None:
         f"Positive = red. {len(seeds)} seed(s): {', '.join(map(str, seeds))}. [low, high] = 95 % interval over seeds "
         f"and rows. Undefined: in some seed the guard called no row unsafe. {stamp}"
     )
+    note = " ".join(filter(None, [note, table2.untuned_note(outcomes)]))
     text = f"{table.markdown()}\n\n{note}"
     (launch.folder / "table2.md").write_text(f"# Table 2\n\n{text}\n", encoding="utf-8")
     print(f"\n{table.plain()}\n\n{note}\n\nWritten: {launch.folder}/table2.md", flush=True)

@@ -16,6 +16,16 @@ def is_embedded(key_name: str, value: str) -> bool:
     return value == EMBEDDED or (key_name == "eval.advbench" and value == HELD_OUT)
 
 
+def is_unrated(mt_bench: str, *, judged: bool) -> bool:
+    """Tell MT-Bench answers that get no score: the embedded questions alone have a rubric.
+
+    Args:
+        mt_bench: ``eval.mt_bench``.
+        judged: there is a judge.
+    """
+    return mt_bench not in ("", EMBEDDED) and not judged
+
+
 @dataclass(frozen=True)
 class EvalConfig:
     """Benchmarks, run on the pretrained model and on the global adapter before and after CAI."""

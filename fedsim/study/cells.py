@@ -19,10 +19,12 @@ from typing import Any, Final
 
 import yaml
 
+from fedsim.artefacts import digest_of
 from fedsim.config import Config, load_config, to_flat
 from fedsim.errors import ConfigError, RunError
 from fedsim.parallel.stopping import GRACE_S, heard
 from fedsim.processes import family, kill
+from fedsim.record.groups import decides
 from fedsim.record.places import run_folder
 from fedsim.record.run_record import FREE_KEYS
 from fedsim.record.tables import duration
@@ -74,17 +76,26 @@ class Launch:
 
     def words(self, cell: Cell) -> list[str]:
         """The ``key=value`` words of a cell; what the user gave comes first, what makes the cell comes last."""
-        labels = [value for value in cell.labels.values() if value]
         given = load_config(self.config, self.overrides)
         own: dict[str, Any] = {
             **cell.settings,
             "name": cell.name,
             "seed": cell.seed,
             "record.dir": str(self.folder),
-            "wandb.group": given.wandb.group or " · ".join(labels),
+            "wandb.group": given.wandb.group or self.group(cell),
             "wandb.tags": [*given.wandb.tags, self.study, f"seed-{cell.seed}"],
         }
         return [*self.overrides, *words_of(own)]
+
+    def group(self, cell: Cell) -> str:
+        """W&B's group of the cell's seeds, such as ``table1 · FedAvg · FL + filter · 0a1b2c3d``.
+
+        Its end is a digest of the configuration without seed and places, so that a study that is run again with other
+        settings has groups of its own.
+        """
+        config = to_flat(load_config(self.config, [*self.overrides, *words_of(cell.settings)]))
+        digest = digest_of({key: value for key, value in config.items() if decides(key)})[:8]
+        return " · ".join([self.study, *(label for label in cell.labels.values() if label), digest])
 
     def resolved(self, cell: Cell) -> Config:
         """The cell's whole configuration.

@@ -8,7 +8,7 @@ from typing import Any, Final
 import numpy as np
 
 from fedsim.config import to_flat
-from fedsim.study.effects import Effect, detectable, difference, estimate
+from fedsim.study.effects import Effect, detectable, difference, estimate, shown_detectable
 from fedsim.study.grid import Comparison, Sweep, point_name
 from fedsim.study.outcomes import Outcome, sample
 from fedsim.study.table1 import scale_of
@@ -97,7 +97,8 @@ def finding(comparison: Comparison, runs: Runs) -> str:
     name = title(comparison.figure).split(":")[0]
     if ours is None or theirs is None:
         return f"{name}, {versus}: not measured."
-    effect = difference(ours, theirs)
+    scale = scale_of(comparison.figure)
+    effect = difference(ours, theirs, scale)
     digits = 2 if comparison.figure in POINTS else 1
     interval = effect.shown(digits, "+")
     if effect.num_seeds == 1:
@@ -105,8 +106,8 @@ def finding(comparison: Comparison, runs: Runs) -> str:
     if effect.sign != 0:
         word = "higher" if effect.sign > 0 else "lower"
         return f"{name} is {word}, {versus}: {interval} points over {effect.num_seeds} seed(s)."
-    smallest = detectable(ours, theirs)
-    could = "" if smallest is None else f"; {effect.num_seeds} seeds would show {smallest:.{digits}f}"
+    smallest = shown_detectable(detectable(ours, theirs), digits, scale)
+    could = f"; {effect.num_seeds} seeds would show {smallest}" if smallest else ""
     return f"{name} cannot be told apart, {versus}: {interval} points{could}."
 
 

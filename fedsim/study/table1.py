@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from fedsim.config import Config
+from fedsim.config import Config, to_flat
+from fedsim.errors import ConfigError
 from fedsim.record import paper
 from fedsim.record.tables import NOT_MEASURED, Table
 from fedsim.study.cells import Cell
 from fedsim.study.claims import BENCHMARKS, COMPARISONS, Comparison, claimed_sign, methods
-from fedsim.study.effects import Effect, detectable, difference, estimate, verdict
+from fedsim.study.effects import Effect, detectable, difference, estimate, shown_detectable, verdict
 from fedsim.study.outcomes import Outcome, check_paired, sample
 
 STUDY: Final = "table1"
@@ -66,6 +67,9 @@ def cells(config: Config, seeds: Sequence[int]) -> list[Cell]:
 
     A method's filter and CAI are as ``config`` has them; where it has none, the guard is ``llama_guard`` and CAI takes
     the paper's iterations. The arms with both come first, as their artefacts serve all others.
+
+    Raises:
+        ConfigError: the configuration makes a method that the paper's table has no row for, such as an oracle's filter.
     """
     guard = config.guard.kind if config.guard.kind != "none" else "llama_guard"
     iterations = config.cai.iterations or paper.CAI_ITERATIONS
@@ -79,6 +83,11 @@ def cells(config: Config, seeds: Sequence[int]) -> list[Cell]:
                     "guard.kind": guard if filtered else "none",
                     "cai.iterations": iterations if cai else 0,
                 }
+                if (own := paper.method_of({**to_flat(config), **settings})) != method:
+                    raise ConfigError(
+                        f"this configuration makes {own!r} where the paper's table has {method!r}: leave guard.kind, "
+                        "guard.action, guard.tune_epochs and cai.every at the paper's, or compare with tools/sweep.py"
+                    )
                 labels = {"aggregation": paper.ALGORITHM_NAMES[aggregation], "method": method}
                 found.append(Cell(f"{aggregation}-{slug}-s{seed}", seed, labels, settings))
     return found
@@ -147,7 +156,7 @@ class TableOne:
         control = self.sample(Arm(aggregation, comparison.control), figure)
         if treated is None or control is None:
             return None
-        effect = difference(treated, control)
+        effect = difference(treated, control, scale_of(figure))
         sign = claimed_sign(comparison, aggregation, figure)
         return Finding(
             effect,
@@ -218,7 +227,7 @@ def claim_table(table: TableOne) -> Table:
                         [label, title, NOT_MEASURED, "", f"{comparison.published(aggregation, name):+.1f}", ""]
                     )
                     continue
-                smallest = "" if found.detectable is None else f"{found.detectable:.{digits}f}"
+                smallest = shown_detectable(found.detectable, digits, scale_of(name))
                 shown = _shown(found.effect, digits, "+")
                 lines.append([label, title, shown, smallest, f"{found.published:+.1f}", found.verdict])
     return Table(head, lines, num_text=2)

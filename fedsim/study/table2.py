@@ -12,7 +12,7 @@ from fedsim.evaluate.intervals import Mean, near_an_end
 from fedsim.record import paper
 from fedsim.record.metrics import Row
 from fedsim.record.tables import NOT_MEASURED, Table
-from fedsim.study.outcomes import Outcome
+from fedsim.study.outcomes import Outcome, check_alike
 
 #: Confusion counts in a metric row: red and called unsafe, acceptable and called unsafe, red and passed, both not.
 COUNTS: Final = ("num_caught", "num_false_alarms", "num_missed", "num_passed")
@@ -98,7 +98,12 @@ def _resampled(counts: np.ndarray, name: str) -> tuple[float, float]:
 
 
 def guard_table(outcomes: Sequence[Outcome]) -> Table:
-    """Both guards over all seeds, each with the paper's line under it."""
+    """Both guards over all seeds, each with the paper's line under it.
+
+    Raises:
+        DataError: the runs are not seeds of one arm.
+    """
+    check_alike(outcomes)
     lines = []
     for point, label in (("untuned", "Llama Guard 3"), ("fine-tuned", "fine-tuned Llama Guard 3")):
         rows = [guard_rows(outcome).get(point) for outcome in outcomes]
@@ -112,6 +117,13 @@ def guard_table(outcomes: Sequence[Outcome]) -> Table:
         figures = {**vars(published), "red_share_before": 100 * paper.RED_SHARE}
         lines.append([f"– {label} in the paper", *(f"{figures[n]:.1f}" if n in figures else "" for n in COLUMNS)])
     return Table(["", *COLUMNS.values()], lines)
+
+
+def untuned_note(outcomes: Sequence[Outcome]) -> str:
+    """Why the untuned guard's row is empty, where it is, and how to fill it."""
+    if all("untuned" in guard_rows(outcome) for outcome in outcomes):
+        return ""
+    return "The untuned guard was not measured: guard.measure_untuned=true makes runs that measure it."
 
 
 def _shown(found: tuple[float, float, float] | None) -> str:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import tools.table2
+from fedsim.errors import DataError
 from fedsim.study.outcomes import Outcome
-from fedsim.study.table2 import COLUMNS, COUNTS, guard_table, intervals, rates
+from fedsim.study.table2 import COLUMNS, COUNTS, guard_table, intervals, rates, untuned_note
 
 
 def test_the_papers_operating_point() -> None:
@@ -66,9 +70,8 @@ def test_the_table_has_both_guards_and_the_papers(finish: Callable[..., Outcome]
         named = {f"guard/{name}": count for name, count in zip(COUNTS, counts, strict=True)}
         return {"round": 0, "stage": "guard", "point": point, **named}
 
-    runs = [
-        finish(f"t{i}", [], {}, [row("untuned", (0, 0, 30, 70)), row("fine-tuned", (20, 10, 10, 60))]) for i in (0, 1)
-    ]
+    points = [row("untuned", (0, 0, 30, 70)), row("fine-tuned", (20, 10, 10, 60))]
+    runs = [finish(f"t{seed}", [f"seed={seed}"], {}, points) for seed in (0, 1)]
     table = guard_table(runs)
     assert len(table.head) == 1 + len(COLUMNS)
     assert [r[0] for r in table.rows] == [
@@ -79,4 +82,23 @@ def test_the_table_has_both_guards_and_the_papers(finish: Callable[..., Outcome]
     ]
     assert table.rows[0][2] == "undefined" and table.rows[2][1].startswith("80.0 [")
     assert table.rows[3][1:5] == ["75.5", "56.7", "73.7", "64.1"]
-    assert guard_table([finish("bare", [], {})]).rows[0][1] == "not measured"
+    assert untuned_note(runs) == ""
+    bare = [finish("bare", [], {})]
+    assert guard_table(bare).rows[0][1] == "not measured" and "guard.measure_untuned=true" in untuned_note(bare)
+    with pytest.raises(DataError, match="both have seed 0"):
+        guard_table([runs[0], *bare])
+
+
+def test_the_papers_configuration_fills_both_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A whole run of configs/paper/base.yaml at micro size: the guard is measured before and after fine-tuning."""
+    sizes = ["data.federated_rows=40", "data.guard_rows=20", "guard.tune_epochs=1", "local.steps=1"]
+    sizes += ["federation.num_clients=2", "federation.clients_per_round=1", "federation.num_rounds=1"]
+    embedded = ["model.path=embedded", "guard.path=embedded", "data.square=embedded", "model.dtype=float32"]
+    embedded += [f"eval.{name}=" for name in ("advbench", "hhh", "mt_bench", "xstest")]
+    places = [f"record.dir={tmp_path}", f"record.artefacts={tmp_path}/artefacts", "wandb.mode=off"]
+    config = str(Path(__file__).parents[2] / "configs" / "paper" / "base.yaml")
+    assert tools.table2.main([config, *sizes, *embedded, *places, "--seeds=0", "--nproc=1", "--jobs=1"]) == 0
+    shown = capsys.readouterr().out
+    assert "not measured" not in shown
+    for guard in ("untuned", "fine-tuned"):
+        assert re.search(rf"^guard, {guard} +\d+\.\d \[", shown, re.MULTILINE), shown
