@@ -35,6 +35,9 @@ FAILED: Final = "$ERROR$"
 NOT_ASKED: Final = "Not asked: "
 """What the judgment begins with where a local judge's context has no room for the prompt."""
 
+CUT: Final = "$CUT$ "
+"""What the judgment begins with where it was cut off by length: whatever rating it holds, it has none."""
+
 KINDS: Final = {
     "question_id": int,
     "model": str,
@@ -118,8 +121,9 @@ def judgment_row(
 
 
 def pending(row: Row) -> bool:
-    """Whether the row says that there is no judgment yet, so that it is asked for again."""
-    return row["judgment"] == FAILED or row["judgment"].startswith(NOT_ASKED)
+    """Whether the row says that there is no whole judgment yet, so that it is asked for again."""
+    judgment: str = row["judgment"]
+    return judgment == FAILED or judgment.startswith((NOT_ASKED, CUT))
 
 
 def rubric_rows(answers: Iterable[MtAnswer], model_id: str, tstamp: float) -> list[Row]:
