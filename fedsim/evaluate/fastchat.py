@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 from fedsim.data.benchmarks import question_id, two_texts
-from fedsim.data.files import json_lines
+from fedsim.data.files import json_rows
 from fedsim.errors import ConfigError, DataError
 from fedsim.evaluate.mt_bench import MtAnswer
 from fedsim.json_text import parse_json
@@ -60,8 +60,7 @@ def read_answers(path: Path) -> dict[int, tuple[str, str]]:
         DataError: the file cannot be read, a field is missing or of another type, or an id occurs twice.
     """
     answers: dict[int, tuple[str, str]] = {}
-    for line, record in json_lines(path):
-        place = f"{path}, line {line}"
+    for place, record in json_rows(path, "question_id"):
         number, choices = question_id(record, place), record.get("choices")
         first = choices[0] if isinstance(choices, list) and choices else None
         turns = two_texts(first.get("turns")) if isinstance(first, dict) else None

@@ -15,7 +15,7 @@ from typing import Final
 
 from fedsim.data.benchmarks import MtQuestion
 from fedsim.data.chat import Conversation, Message, user_turn
-from fedsim.data.files import json_lines
+from fedsim.data.files import json_rows
 from fedsim.errors import DataError
 from fedsim.evaluate.fastchat import CUT, UNRATED, Place
 from fedsim.evaluate.mt_bench import SCALE
@@ -88,8 +88,8 @@ def load_judge_prompts(path: Path) -> dict[str, JudgePrompt]:
             has a field that FastChat does not fill in.
     """
     prompts: dict[str, JudgePrompt] = {}
-    for line, record in json_lines(path):
-        name, place = record.get("name"), f"{path}, line {line}"
+    for place, record in json_rows(path, "name"):
+        name = record.get("name")
         if not isinstance(name, str) or name not in FIELDS:
             continue
         system, template = record.get("system_prompt"), record.get("prompt_template")
