@@ -66,6 +66,8 @@ XSTEST = (
 #: MT-Bench answers that a judge did not rate: metric → what they are called.
 UNRATED = {
     "eval/mt_bench_unrated": "judged without a rating and left out of the means",
+    "eval/mt_bench_judgments_cut": "among these, whose judgment was cut off by length (raise "
+    "judge.max_new_tokens; python tools/judge.py RUN_DIR asks for them again)",
     "eval/mt_bench_not_asked": "not judged, as they do not fit into the judge's context, and left out of the means",
     "eval/mt_bench_judge_failed": "left unjudged, as the judge failed (python tools/judge.py RUN_DIR judges them)",
 }
@@ -190,7 +192,7 @@ def summary_markdown(rows: Sequence[Row], facts: RunFacts) -> str:
     """The whole of ``summary.md``."""
     parts = [f"# Run {facts.name}", *(f"> {line}" for line in caveats(facts)), _headline(facts)]
     parts += ["## Safety and helpfulness", arm_table(rows, facts, short=False).markdown(), _caption(rows, facts)]
-    lines = [*refusals(rows), *truncations(rows), *unrated(rows)]
+    lines = [*refusals(rows), *truncations(rows), *thoughts(rows), *unrated(rows)]
     parts += ["\n".join(f"- {line}" for line in lines)] if lines else []
     parts += [f"![{plot.removesuffix('.png')} by round]({plot})" for plot in facts.plots]
     parts += sections.evaluations(eval_points(rows))
@@ -212,7 +214,7 @@ def terminal_table(rows: Sequence[Row], facts: RunFacts) -> str:
     width = max((len(what) for what in facts.places), default=0)
     places = [f"  {what:<{width}}  {where}" for what, where in facts.places.items()]
     lines = [_headline(facts), "", arm_table(rows, facts, short=True).plain(), "", "[low, high] = 95 % interval"]
-    lines += [*refusals(rows), *truncations(rows), *unrated(rows), *caveats(facts)]
+    lines += [*refusals(rows), *truncations(rows), *thoughts(rows), *unrated(rows), *caveats(facts)]
     return "\n".join([*lines, *(["", "Written:", *places] if places else [])])
 
 
@@ -361,6 +363,17 @@ def truncations(rows: Sequence[Row]) -> list[str]:
         if counts:
             lines.append(f"{benchmark} replies truncated: {', '.join(counts)}.")
     return lines
+
+
+def thoughts(rows: Sequence[Row]) -> list[str]:
+    """``Replies with thoughts, ...: pretrained 12 of 1,130, 2 of them never ended``, where the model thinks."""
+    counts = [
+        f"{sections.POINT_TITLES[point]} {count:,.0f} of {row['eval/num_replies']:,.0f}, "
+        f"{row['eval/thoughts_unfinished']:,.0f} of them without an answer"
+        for point, row in eval_points(rows).items()
+        if (count := measured(row, "eval/thoughts"))
+    ]
+    return [f"Replies with thoughts, which are not part of an answer: {'; '.join(counts)}."] if counts else []
 
 
 def unrated(rows: Sequence[Row]) -> list[str]:

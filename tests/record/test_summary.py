@@ -322,10 +322,16 @@ def test_what_a_judge_did_not_rate_is_said(make_run: MakeRun, facts: RunFacts) -
     for row in rows:
         if row["stage"] == "eval":
             row |= {"eval/mt_bench_unrated": 0, "eval/mt_bench_judge_failed": 0}
+    assert "thoughts" not in summary_markdown(rows, facts)
     assert "without a rating" not in summary_markdown(rows, facts) and "unjudged" not in summary_markdown(rows, facts)
+    rows[-1] |= {"eval/mt_bench_judgments_cut": 2, "eval/thoughts": 7, "eval/thoughts_unfinished": 1}
+    rows[-1] |= {"eval/num_replies": 1130}
     rows[-1] |= {"eval/mt_bench_unrated": 3, "eval/mt_bench_judge_failed": 12, "eval/mt_bench_not_asked": 4}
     for text in (summary_markdown(rows, facts), terminal_table(rows, facts)):
         assert "MT-Bench answers judged without a rating and left out of the means: after CAI 3 of 160." in text
+        assert "among these, whose judgment was cut off by length (raise judge.max_new_tokens; " in text
+        assert "RUN_DIR asks for them again): after CAI 2 of 160." in text
+        assert "Replies with thoughts, which are not part of an answer: after CAI 7 of 1,130, 1 of them " in text
         assert "do not fit into the judge's context, and left out of the means: after CAI 4 of 160." in text
         assert "MT-Bench answers left unjudged, as the judge failed (python tools/judge.py RUN_DIR judges them)" in text
         assert ": after CAI 12 of 160." in text
