@@ -74,7 +74,7 @@ def test_another_family_s_template_is_used_as_it_is(chatml_chat: ChatFormat) -> 
     form = GuardFormat(chatml_chat, "square", 2048)
     ids, _ = form.prompt(USER, AGENT)
     assert text_of(chatml_chat, ids.tolist()) == (
-        f"<|im_start|>user\n{render_guard_prompt(USER, AGENT, 'square')}<|im_end|>\n<|im_start|>assistant\n\n\n"
+        f"<|im_start|>user\n{render_guard_prompt(USER, AGENT, 'square')}<|im_end|>\n<|im_start|>assistant\n"
     )
     assert text_of(chatml_chat, form.verdict_ids(True, ["unethical"])) == "unsafe\nS2<|im_end|>"
 
