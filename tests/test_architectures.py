@@ -34,7 +34,6 @@ from fedsim.data.batch import collate
 from fedsim.data.chat import ChatFormat, Conversation, TokenRow, assistant_turn, user_turn
 from fedsim.data.world import square_rows
 from fedsim.generate.decode import Decoder, Request
-from fedsim.generate.engine import Engine
 from fedsim.generate.prefix import candidate_logits, read_head
 from fedsim.model.load import LoadedModel, LoraSettings, load_model
 from fedsim.model.logprobs import target_logprobs

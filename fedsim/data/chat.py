@@ -16,7 +16,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from fedsim.data.markers import Markers, cut_marks, normalised, template_markers, token_markers
-from fedsim.data.template import Template, find_ending, probes
+from fedsim.data.template import PROBES, THOUGHT, Template, find_ending
 from fedsim.errors import ModelError
 
 
@@ -128,15 +128,30 @@ class ChatFormat:
             ModelError: a message is lost, altered, moved or repeated; or a prompt is no beginning of the whole
                 conversation, which ``trains`` needs.
         """
-        conversation: Conversation = []
-        for message in probes():
-            conversation.append({"role": message["role"], "content": self.defuse(message["content"])})
+        user, reply, again, last = PROBES
+        reply = self.defuse(THOUGHT + reply)
+        conversation: Conversation = [user_turn(user), assistant_turn(reply), user_turn(again), assistant_turn(last)]
         prompt = self.prompt(conversation[:-1])
         self.template.require_once(conversation[:-1], prompt.text)
         if trains:
             whole = self.render(conversation, reply_follows=False)
             self.template.require_once(conversation, whole)
             self.continuation(prompt, whole)
+
+    def notes(self) -> list[str]:
+        """What a user should know of how rows are made so far, one line each."""
+        notes = []
+        if self.left_to_reply:
+            notes.append(
+                f"prompts leave out the last {len(self.left_to_reply)} space(s) of the template's: the tokenizer joins "
+                "them with a reply's first word"
+            )
+        if self.num_joined:
+            notes.append(
+                f"{self.num_joined} row(s): the tokenizer joins the prompt's last characters with the reply's first "
+                "(line ends or brackets, say); the token of both is the first target"
+            )
+        return notes
 
     def defuse(self, text: str) -> str:
         """``text`` with every chat marker broken by a space after its first character (``< |eot_id|>``)."""
@@ -273,9 +288,9 @@ class ChatFormat:
         mask[len(prompt_ids) :] = True
         return TokenRow(ids[:max_length], mask[:max_length], truncated=len(ids) > max_length)
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of generated ids without special tokens, stripped at both ends."""
-        text = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+    def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
+        """Text of ids, stripped at both ends; without special tokens unless ``special``."""
+        text = self.tokenizer.decode(list(ids), skip_special_tokens=not special)
         assert isinstance(text, str)
         return text.strip()
 
@@ -283,4 +298,3 @@ class ChatFormat:
 def as_key(conversation: Sequence[Message]) -> tuple[tuple[str, str], ...]:
     """A conversation as a key of :meth:`ChatFormat.remember`."""
     return tuple((message["role"], message["content"]) for message in conversation)
-

@@ -1,7 +1,7 @@
 """A tokenizer's chat template: messages in, text out, and how a reply ends in it.
 
-Templates are programs of a model's author. What fedsim relies on is tried when one is loaded (:meth:`Template.check`),
-and every conversation is looked through after it was written: no message may be lost, altered or moved.
+Templates are programs of a model's author. What fedsim relies on is tried on probes when a model is loaded
+(:meth:`fedsim.data.chat.ChatFormat.check`), and every conversation is searched for its messages after it was written.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _RULE: Final = (
     "fedsim gives content as text, not as a list of parts, and needs every message once, unaltered and in order; use a "
     "model whose template writes them so, or correct chat_template.jinja"
 )
-# Letters of both cases, blanks, line ends and signs that templates have been seen to alter; numbers tell them apart.
-_PROBES: Final = tuple(f"7{n}1 Kite  {n} flies\n\n over \"A & B\" <c>, isn't it? 7{n}2" for n in range(4))
-_THOUGHT: Final = "<think>Up.</think> "
-"""Templates of thinking models cut earlier replies here; :mod:`fedsim.data.markers` breaks what they look for."""
+PROBES: Final = tuple(f'7{n}1 Kite  {n} flies\n\n over "A & B" <c>, isn\'t it? 7{n}2' for n in range(4))
+"""Unusual texts, all different: letters of both cases, blanks, line ends and signs that templates are seen to alter."""
+THOUGHT: Final = "<think>Up.</think> "
+"""What templates of thinking models cut from earlier replies (:func:`fedsim.data.markers.cut_marks`)."""
 
 
 class Template:
@@ -71,8 +71,8 @@ class Template:
         except Exception as error:  # a template is a program: its own errors, the sandbox's, or one of any operation
             said = " ".join(str(error).split())[:300] or type(error).__name__
             raise ModelError(
-                f"chat template of {self.name} cannot write a conversation of the roles {_roles(messages)}: {said}; use "
-                "a model whose template can"
+                f"chat template of {self.name} cannot write a conversation of the roles {_roles(messages)}: {said}; "
+                "use a model whose template can"
             ) from error
         assert isinstance(text, str)
         return text
@@ -108,17 +108,6 @@ class Template:
                     f"chat template of {self.name} writes message {number} of a conversation of the roles "
                     f"{_roles(messages)} {times} times: {_RULE}"
                 )
-
-
-def probes() -> list[dict[str, str]]:
-    """A conversation of unusual texts, all different: user, assistant, user, assistant."""
-    user, reply, again, last = _PROBES
-    return [
-        {"role": "user", "content": user},
-        {"role": "assistant", "content": _THOUGHT + reply},
-        {"role": "user", "content": again},
-        {"role": "assistant", "content": last},
-    ]
 
 
 @dataclass(frozen=True)

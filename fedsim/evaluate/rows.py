@@ -47,8 +47,8 @@ def reply_ids(chat: ChatFormat, conversation: Sequence[Message], reply: str) -> 
     start = whole.find(core, len(prompt.text))
     if start < 0:
         raise ModelError(
-            f"chat template of {chat.template.name} does not write a reply unaltered after the prompt that asks for it: "
-            "its replies cannot be scored; use a template whose generation prompt is a prefix of the text"
+            f"chat template of {chat.template.name} does not write a reply unaltered after the prompt that asks for "
+            "it: its replies cannot be scored; use a template whose generation prompt is a prefix of the text"
         )
     return chat.continuation(prompt, whole[: start + len(core)])
 

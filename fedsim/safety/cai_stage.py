@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 from fedsim import attention, generate, keys
 from fedsim.artefacts import ArtefactStore, file_digest
 from fedsim.config import Config
-from fedsim.data import chat, markers, square, template
+from fedsim.data import chat, markers, square
 from fedsim.data.square import SquareRow
 from fedsim.errors import ConfigError
 from fedsim.generate.engine import Engine, Sampling

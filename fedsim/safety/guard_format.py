@@ -79,7 +79,8 @@ class GuardFormat:
         num_lead = 0
         while num_lead < min(len(safe), len(unsafe)) and safe[num_lead] == unsafe[num_lead]:
             num_lead += 1
-        if safe == unsafe or chat.tokenizer.decode(safe[len(opening) : num_lead]).strip():
+        in_common = chat.decode(safe[len(opening) : num_lead], special=True)
+        if safe == unsafe or in_common:
             raise ModelError(
                 f"tokenizer {chat.tokenizer.name_or_path!r}: 'safe' and 'unsafe' begin with the same token "
                 f"({safe[num_lead - 1]}), so a first-token guard cannot tell them apart: use another guard model"

@@ -72,8 +72,8 @@ SPACED = (  # the prompt ends with a space
     "{% if add_generation_prompt %}{{ '## A: ' }}{% endif %}"
 )
 BETWEEN = (  # an end before the next question, none after the last reply
-    "{% for m in messages %}{% if m['role'] == 'user' %}{{ '' if loop.first else '<|end|>' }}{{ '[Q] ' + m['content'] }}"
-    "{% else %}{{ ' [A] ' + m['content'] }}{% endif %}{% endfor %}{% if add_generation_prompt %} [A]{% endif %}"
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ '' if loop.first else '<|end|>' }}"
+    "{{ '[Q] ' + m['content'] }}{% else %}{{ ' [A] ' + m['content'] }}{% endif %}{% endfor %}{{ ' [A]' if add_generation_prompt }}"
 )
 
 # By name: template, what the model's configuration names, and the token that ends a row.
@@ -102,7 +102,9 @@ def byte_level() -> Tokenizer:
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    core.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=500, special_tokens=TOKENS, initial_alphabet=alphabet))
+    core.train_from_iterator(
+        TEXT, trainers.BpeTrainer(vocab_size=500, special_tokens=TOKENS, initial_alphabet=alphabet)
+    )
     return core
 
 
@@ -149,9 +151,7 @@ CASES = pytest.mark.parametrize(("kind", "family"), [(kind, family) for kind in 
 @CASES
 @settings(max_examples=40, deadline=None)
 @given(texts=st.tuples(CONTENT, CONTENT, CONTENT), reply=CONTENT)
-def test_a_row_is_the_whole_conversation(
-    kind: str, family: str, texts: tuple[str, str, str], reply: str
-) -> None:
+def test_a_row_is_the_whole_conversation(kind: str, family: str, texts: tuple[str, str, str], reply: str) -> None:
     """Ids of the text at once, the prompt's as generation has them, the end token last and nowhere else."""
     chat = chat_of(kind, family)
     end = chat.tokenizer.convert_tokens_to_ids(FAMILIES[family][2])
@@ -204,7 +204,8 @@ def test_a_guards_row_is_the_whole_conversation(kind: str, family: str) -> None:
         text = form._text(*exchange)
         ids, (prompt, cut) = row.input_ids.tolist(), form.prompt(*exchange)
         talk = [user_turn(text[len(form._before) : -len(form._after) or None]), assistant_turn(verdict)]
-        assert ids == chat.training_row(talk, 8000).input_ids.tolist(), "as any other row of this model"
+        whole = chat.encode(chat.template.write(talk, False).rstrip())
+        assert ids == (whole[: len(ids)] if ids == whole[: len(ids)] else [*whole, end])
         assert not cut and ids[: len(prompt)] == prompt.tolist() and ids[len(prompt)] == first
         assert row.num_targets == len(ids) - len(prompt) and ids[-1] == end
     assert form.safe_id != form.unsafe_id
@@ -276,7 +277,9 @@ def saved(template: str, folder: Path) -> Path:
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_template_that_does_not_write_every_message_is_refused(name: str, tmp_path: Path) -> None:
     folder = saved(PLAIN.replace("{{ CONTENT }}", BROKEN[name]), tmp_path)
-    with pytest.raises(ModelError, match=r"chat template of .* message \d of a conversation of the roles user.* once, "):
+    with pytest.raises(
+        ModelError, match=r"chat template of .* message \d of a conversation of the roles user.* once, "
+    ):
         load_chat(folder, "model.path")
     with pytest.raises(ModelError, match="chat template of"):
         GuardFormat(load_chat(folder, "guard.path"), "square", 4000)
@@ -296,7 +299,7 @@ def test_a_template_that_trims_is_taken(content: str, tmp_path: Path) -> None:
 
 def test_what_a_template_cuts_at_is_broken_in_content(tmp_path: Path) -> None:
     """A thinking model's template drops what stands before ``</think>``: text of a row must not."""
-    cut = "{% if '</think>' in m['content'] %}{{ m['content'].split('</think>')[-1] }}{% else %}{{ m['content'] }}{% endif %}"
+    cut = "{{ m['content'].split('</think>')[-1] if '</think>' in m['content'] else m['content'] }}"
     chat = load_chat(saved(PLAIN.replace("{{ CONTENT }}", cut), tmp_path), "model.path")
     text = chat.render([user_turn("Why?"), assistant_turn("Up</think>Wind"), user_turn("So?")], reply_follows=True)
     assert "Up< /think>Wind" in text
@@ -304,17 +307,21 @@ def test_what_a_template_cuts_at_is_broken_in_content(tmp_path: Path) -> None:
 
 def test_a_prompt_that_is_no_beginning_of_the_whole_is_refused_where_rows_are_made(tmp_path: Path) -> None:
     """DeepSeek R1's: its prompt opens a thought that no finished reply has."""
-    folder = saved(PLAIN.replace("CONTENT", "m['content']").replace("<assistant>{% endif", "<assistant><think>{% endif"), tmp_path)
+    folder = saved(
+        PLAIN.replace("CONTENT", "m['content']").replace("<assistant>{% endif", "<assistant><think>{% endif"), tmp_path
+    )
     with pytest.raises(ModelError, match="generation prompt is a prefix"):
         load_chat(folder, "model.path")
     assert load_chat(folder, "judge.path").prompt([user_turn("Why?")]).text.endswith("<think>")
 
 
 def test_a_message_that_is_lost_in_a_run_is_an_error(tmp_path: Path) -> None:
-    """A template that does not write system messages passes, as most runs have none; a conversation with one does not."""
+    """A template that drops system messages passes, as most runs have none; a conversation with one does not."""
     template = PLAIN.replace("in messages", "in messages if m['role'] != 'system'").replace("CONTENT", "m['content']")
     chat = load_chat(saved(template, tmp_path), "model.path")
-    with pytest.raises(ModelError, match="drops, alters or moves message 1 of a conversation of the roles system, user"):
+    with pytest.raises(
+        ModelError, match="drops, alters or moves message 1 of a conversation of the roles system, user"
+    ):
         chat.prompt([{"role": "system", "content": "Be kind."}, user_turn("Why?")])
 
 

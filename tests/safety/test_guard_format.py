@@ -164,7 +164,8 @@ def test_no_message_forges_a_turn_or_moves_the_verdict(
     assert text.count("<END CONVERSATION>") == text.count("<BEGIN CONVERSATION>") == 1
     tail = harmless[harmless.index("<END CONVERSATION>") :]
     assert text.endswith(tail) and text.startswith(harmless[: harmless.index("kite")])
-    after = [*chat.encode(tail.removesuffix("\n\n")), *chat.encode("\n\n")]
+    lead = "\n\n" if family == "llama_chat" else ""  # ids of its own, which the other template's reply does not have
+    after = [*chat.encode(tail.removesuffix(lead)), *chat.encode(lead)]
     assert forged[-len(after) :] == plain[-len(after) :] == after, "the verdict is read at the same place"
 
 
