@@ -155,7 +155,7 @@ def test_safe_and_unsafe_that_begin_alike(
     from tokenizers import normalizers
 
     chat = make_bytes_chat()
-    chat.tokenizer.backend_tokenizer.normalizer = normalizers.Prepend("_")  # as a tokenizer with word-start marks does
+    chat.tokenizer.backend_tokenizer.normalizer = normalizers.Replace("unsafe", "sad")
     chat.tokenizer.save_pretrained(str(model))
     found = error(f"guard.path={model}")
     assert isinstance(found, ModelError)

@@ -238,7 +238,7 @@ class Engine:
             min(self.batch_size, num_rows),
             max_new_tokens=max_new_tokens,
             temperature=temperature,
-            eos_ids=self._eos_ids(),
+            eos_ids=self.chat.end_ids,
             graphs=Graphs(capture_cuda)
             if uses_graphs(device, self.model.config._attn_implementation) and can_be_captured(self.model)
             else None,
@@ -290,10 +290,3 @@ class Engine:
             return None
         share = -(-num_units // self.ranks.size)
         return lambda done: report(done, share)
-
-    def _eos_ids(self) -> frozenset[int]:
-        """End-of-turn ids: the chat format's and all that the model's generation config names (Llama 3 has three)."""
-        named = getattr(self.model, "generation_config", None)
-        ids = getattr(named, "eos_token_id", None)
-        extra = [ids] if isinstance(ids, int) else list(ids or [])
-        return self.chat.end_ids | frozenset(map(int, extra))

@@ -39,9 +39,11 @@ def model(make_llama: Callable[..., LlamaForCausalLM]) -> LlamaForCausalLM:
 
 @pytest.fixture()
 def make_engine(model: LlamaForCausalLM, llama3_bytes_chat: ChatFormat) -> Callable[..., Engine]:
+    ending = ChatFormat(llama3_bytes_chat.tokenizer, range(15))
+
     def make(**changes: Any) -> Engine:
         settings = {"batch_size": 4, "max_context": 256, "seed": 5, **changes}
-        return Engine(model, llama3_bytes_chat, settings.pop("ranks", OneRank()), **settings)
+        return Engine(model, ending, settings.pop("ranks", OneRank()), **settings)
 
     return make
 
