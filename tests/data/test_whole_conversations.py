@@ -73,7 +73,8 @@ SPACED = (  # the prompt ends with a space
 )
 BETWEEN = (  # an end before the next question, none after the last reply
     "{% for m in messages %}{% if m['role'] == 'user' %}{{ '' if loop.first else '<|end|>' }}"
-    "{{ '[Q] ' + m['content'] }}{% else %}{{ ' [A] ' + m['content'] }}{% endif %}{% endfor %}{{ ' [A]' if add_generation_prompt }}"
+    "{{ '[Q] ' + m['content'] }}{% else %}{{ ' [A] ' + m['content'] }}{% endif %}{% endfor %}"
+    "{{ ' [A]' if add_generation_prompt }}"
 )
 
 # By name: template, what the model's configuration names, and the token that ends a row.
