@@ -37,6 +37,7 @@ from fedsim.preparation import Guarded, Inputs
 from fedsim.ranks import OneRank
 from fedsim.record import finish
 from fedsim.record.metrics import Row, read_rows
+from fedsim.record.run_record import RunRecord
 from fedsim.safety.alignment import Alignment
 from fedsim.simulation import Simulation
 
@@ -137,6 +138,14 @@ class ToyAligner:
         return Alignment(vector + torch.tensor([0.0, 1.0, 0.0]), {"cai/sft_loss": 20.0 + round_idx})
 
 
+class ToyFederation(Federation):
+    """Writes down which states are moved to the device."""
+
+    def to_device(self, state: ServerState) -> ServerState:
+        self.flat.log.append(("to device", history(state.adapter)))  # type: ignore[attr-defined]
+        return super().to_device(state)
+
+
 class ToyMeter:
     def __init__(self, log: Log) -> None:
         self.log = log
@@ -170,20 +179,21 @@ class ToyMeasurement(Measurement):
 class ToyPreparation:
     """Hands out things by which their takers are known."""
 
-    def __init__(self, log: Log, lane_size: int, manifest: Path) -> None:
+    def __init__(self, log: Log, lane_size: int, record: RunRecord) -> None:
         self.log = log
         self.cai = ToyAligner(log, lane_size)
-        self.manifest = manifest
+        self.record = record
         self.guarded: Any = Guarded(SimpleNamespace(shards="kept shards"), {}, "judge")  # type: ignore[arg-type]
         self.inputs: Any = Inputs("data", Suite(limit=3), {})  # type: ignore[arg-type]
 
     def read(self) -> Inputs:
-        return self.inputs
+        with self.record.phase("data", "data"):
+            return self.inputs
 
     def write_manifest(self, inputs: Inputs, shapes: Any) -> None:
         assert inputs is self.inputs and set(shapes) == {"model"}
         self.log.append(("manifest",))
-        self.manifest.write_text("{}", encoding="utf-8")
+        (self.record.folder / "manifest.json").write_text("{}", encoding="utf-8")
 
     def filter(self, data: Any) -> Guarded:
         assert data is self.inputs.data
@@ -216,9 +226,17 @@ class Toy(Simulation):
         super().__init__(config, world)
         self.log = Log()
         self.said: list[str] = []
-        self.preparation: Any = ToyPreparation(self.log, world.size, self.record.folder / "manifest.json")
+        self.preparation: Any = ToyPreparation(self.log, world.size, self.record)
         self.record.say = self.said.append  # type: ignore[method-assign]
         self.after: Callable[[int], object] = lambda round_idx: None
+        save, counts = self.record.checkpoints.save, self.record.counts
+        self.record.checkpoints.save = lambda made: self._noted("checkpoint", made.round_idx, save, made)  # type: ignore
+        self.record.counts = lambda round_idx: self._noted("counts", round_idx, counts, round_idx)  # type: ignore
+        self.world.stop.obeyed = lambda: self.log.append(("obeyed",))  # type: ignore[method-assign]
+
+    def _noted(self, name: str, round_idx: int, act: Callable[..., None], given: Any) -> None:
+        act(given)
+        self.log.append((name, round_idx))
 
     def _assemble(self, filtered: Any) -> Federation:
         assert filtered.shards == "kept shards"
@@ -228,7 +246,7 @@ class Toy(Simulation):
         algorithm = build_algorithm(self.config.federation, self.config.server_optimizer)
         parts: list[Any] = [SimpleNamespace(chat=None), Flat(self.log), None, "engine", algorithm, Drawn(), shards]
         self.meter: Any = ToyMeter(self.log)
-        self.federation = Federation(*parts, controls, Cohorts(self.log, self.config, controls))  # type: ignore
+        self.federation = ToyFederation(*parts, controls, Cohorts(self.log, self.config, controls))  # type: ignore
         return self.federation
 
     def _measurement(self, federation: Federation, suite: Suite, shared: Any) -> Measurement:
@@ -403,10 +421,19 @@ def test_preparation_comes_first_and_is_recorded_once(done: Toy) -> None:
     assert names[:4] == ["manifest", "filter recorded", "measure", "conversations"]
     assert run.log.of("conversations") == [("conversations", True)]
     (prepared,) = run.rows("prepare")
-    assert prepared["round"] == -1 and "perf/seconds_of" in prepared and not run.rows("resume")
+    assert prepared["round"] == -1 and not run.rows("resume")
+    assert prepared["time/data_s"] >= 0 and prepared["perf/seconds_of"] == "time/data_s"
     assert not any("resumed" in line for line in run.said)
     ending = json.loads((run.record.folder / "exit.json").read_text(encoding="utf-8"))
-    assert ending["reason"] == "finished"
+    assert ending["reason"] == "finished" and run.log[-2:] == [("saved", "adapter", (4, 3)), ("obeyed",)]
+    assert (run.record.folder / "summary.md").is_file()
+    assert run.log.of("to device") == [("to device", (0, 0))]
+
+
+def test_a_round_counts_once_its_checkpoint_is_on_disk(done: Toy) -> None:
+    assert done.log.of("checkpoint", "counts") == [
+        (name, round_idx) for round_idx in range(NUM_ROUNDS) for name in ("checkpoint", "counts")
+    ]
 
 
 @pytest.mark.parametrize("stopped_after", [0, 2, NO_UPDATE])
@@ -421,6 +448,7 @@ def test_a_resumed_run_goes_on_from_the_checkpoint(make: Make, scaffold: Toy, st
     message = f"SIGTERM came; {stopped_after + 1} of {NUM_ROUNDS} rounds are done"
     with pytest.raises(Stopped, match=message):
         first.run()
+    assert first.log[-1] == ("obeyed",)
     again = make("federation.algorithm=scaffold")
     again.run()
     rest = STAGES.index(("round", stopped_after + 1))
@@ -429,6 +457,7 @@ def test_a_resumed_run_goes_on_from_the_checkpoint(make: Make, scaffold: Toy, st
     assert f"resumed after round {stopped_after + 1}/{NUM_ROUNDS}" in again.said
     (resumed,) = again.rows("resume")
     assert (resumed["round"], len(again.rows("prepare"))) == (stopped_after, 1)
+    assert again.log.of("to device") == [("to device", AFTER[stopped_after])] and "time/data_s" in resumed
     for round_idx in range(NUM_ROUNDS):
         want, found = scaffold.checkpoint(round_idx), again.checkpoint(round_idx)
         assert found.state.num_steps == want.state.num_steps and found.client_rounds == want.client_rounds
@@ -479,6 +508,58 @@ def test_what_ranks_cost_is_forgotten_where_their_number_has_changed(make: Make)
     again = make()
     again.run()
     assert again.log.of("train") == [("train", 5, (3, 2), {0: 9, 2: 9}, (1e-4,), 3)]
+
+
+def test_a_state_that_is_not_the_federation_s_is_passed_over(make: Make) -> None:
+    run = make()
+    run.run()
+    last = run.checkpoint(5)
+    run.record.checkpoints.save(replace(last, state=ServerState(torch.zeros(2))))
+    again = make()
+    again.run()
+    assert again.log.of("round") == [("round", 5)] and history(again.checkpoint(5).state.adapter) == (4, 3)
+
+
+def test_what_is_shown(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    """The header, the attention, a round's loss; lines after the rounds carry no round."""
+    run = make("federation.num_rounds=1")
+    run.run()
+    run.record.progress.note("all is over")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].endswith(": run demo") and lines[-1].endswith("] all is over")
+    (aggregated,) = [line for line in lines if "round 1/1 · aggregation" in line]
+    assert aggregated.endswith("loss 15")
+    assert [line for line in run.said if line.startswith("attention of the model: ")]
+
+
+class Pair(OneRank):
+    """Two processes that say the same."""
+
+    size = 2
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, value]
+
+
+class PairWorld(World):
+    """Its lanes have no process groups."""
+
+    def lane(self, first_rank: int, width: int) -> Any:
+        return SimpleNamespace(index=0, size=width, summer=None)
+
+
+def test_all_ranks_share_cai(make: Make) -> None:
+    """The aligner checks the size of its lane."""
+    config = make("federation.num_rounds=2").config
+    run = Toy(config, PairWorld(Pair(), torch.device("cpu"), exact=True))
+    run.run()
+    assert run.log.of("align") == [("align", 1, (2, 0))]
+    assert [event[4] for event in run.log.of("train")] == [(1e-4, 1e-4)] * 2, "what one rank cost is not two ranks'"
+
+
+def test_artefacts_may_lie_in_the_user_s_home(make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert make("record.artefacts=~/kites").store.folder == tmp_path / "kites"
 
 
 class Asked(OneRank):
