@@ -177,7 +177,7 @@ def test_a_client_that_fails_is_set_aside_and_the_others_go_on(cohort: Make) -> 
     reasons = {failure.client: failure.reason for failure in work.failures}
     assert reasons == {1: "raised", 2: "raised", 3: "not finite", 7: "norm"}, "7 · √4 > 13 > 5 · √4"
     assert [outcome.client for outcome in work.outcomes] == [5] == [outcome.client for outcome in work.reporting]
-    assert {path.name for path in made.controls.folder.iterdir()} == {f"client000005-round{ROUND:06d}.safetensors"}
+    assert {path.name for path in made.controls.folder.iterdir()} == {f"client000005-round{ROUND + 1:06d}.safetensors"}
     assert told == [(step, 8) for step in range(1, 9)]
     (rain,) = [failure for failure in work.failures if failure.client == 1]
     assert (rain.rank, rain.message, rain.trace) == (0, "it rains", "trace") and rain.seconds > 0
@@ -206,7 +206,7 @@ def test_a_rank_trains_its_own_jobs_and_reports_those_that_it_leads(cohort: Make
         assert [outcome.client for outcome in work.outcomes] == [(7, 4)[rank], 1]
         led[rank] = [outcome.client for outcome in work.reporting]
         assert told == [(step, 5) for step in range(1, 6)]
-        mine = {f"client{c:06d}-round{ROUND:06d}.safetensors" for c in led[rank]}
+        mine = {f"client{c:06d}-round{ROUND + 1:06d}.safetensors" for c in led[rank]}
         assert {path.name for path in made.controls.folder.iterdir()} == mine
         for path in made.controls.folder.iterdir():
             path.unlink()

@@ -143,13 +143,13 @@ def test_the_adapter_that_is_handed_in_is_the_one_that_answers(make: Make) -> No
     stage = make("record.texts=true")
     for round_idx, point, number in ((-1, "pretrained", 1.0), (4, "before_cai", 4.0), (4, "after_cai", 9.0)):
         row = stage.take(round_idx, point, number)
-        assert (row["stage"], row["round"], row["point"], row["eval/mt_bench"]) == ("eval", round_idx, point, number)
+        assert (row["stage"], row["round"], row["point"], row["eval/mt_bench"]) == ("eval", round_idx + 1, point, number)
         assert row["eval/advbench_count"] == 3 and "artefact" not in row and "perf/reused" not in row
         replies = stage.file(f"advbench-kites-round{round_idx + 1}-{point}.json")
         assert replies == [{"item": i, "reply": f"I am {number:g}"} for i in range(3)]
         answers = (stage.record.folder / "answers" / "mt_bench").rglob(f"kites-round{round_idx + 1}-{point}.jsonl")
         assert [f"I am {number:g}" in path.read_text(encoding="utf-8") for path in answers] == [True]
-        with item_file(stage.record.folder, round_idx, point).open(encoding="utf-8") as stream:
+        with item_file(stage.record.folder, round_idx + 1, point).open(encoding="utf-8") as stream:
             items = [line for line in csv.DictReader(stream) if line["figure"] == "mt_bench"]
         assert [float(line["value"]) for line in items] == [number, number]
     assert stage.metered == [("evaluate", stage.engine)] * 3

@@ -421,7 +421,7 @@ def test_preparation_comes_first_and_is_recorded_once(done: Toy) -> None:
     assert names[:4] == ["manifest", "filter recorded", "measure", "conversations"]
     assert run.log.of("conversations") == [("conversations", True)]
     (prepared,) = run.rows("prepare")
-    assert prepared["round"] == -1 and not run.rows("resume")
+    assert prepared["round"] == 0 and not run.rows("resume")
     assert prepared["time/data_s"] >= 0 and prepared["perf/seconds_of"] == "time/data_s"
     assert not any("resumed" in line for line in run.said)
     ending = json.loads((run.record.folder / "exit.json").read_text(encoding="utf-8"))
@@ -456,7 +456,7 @@ def test_a_resumed_run_goes_on_from_the_checkpoint(make: Make, scaffold: Toy, st
     assert again.log.of("conversations", "filter recorded") == [("conversations", False)]
     assert f"resumed after round {stopped_after + 1}/{NUM_ROUNDS}" in again.said
     (resumed,) = again.rows("resume")
-    assert (resumed["round"], len(again.rows("prepare"))) == (stopped_after, 1)
+    assert (resumed["round"], len(again.rows("prepare"))) == (stopped_after + 1, 1)
     assert again.log.of("to device") == [("to device", AFTER[stopped_after])] and "time/data_s" in resumed
     for round_idx in range(NUM_ROUNDS):
         want, found = scaffold.checkpoint(round_idx), again.checkpoint(round_idx)
@@ -476,7 +476,7 @@ def test_control_variates_advance_with_the_clients_that_delivered(scaffold: Toy)
         assert after.client_rounds == {0: last, 2: last}
         assert after.state.vectors[CONTROL].tolist() == [float(AFTER[round_idx][0])] * 3
     kept = {path.name for path in run.record.client_state.iterdir()}
-    assert kept == {f"client{c:06d}-round{r:06d}.safetensors" for c in (0, 2) for r in set(newest)}
+    assert kept == {f"client{c:06d}-round{r + 1:06d}.safetensors" for c in (0, 2) for r in set(newest)}
     checksums = [row["global/control_checksum"] for row in run.rows("round")]
     assert len(set(checksums)) == 4 and checksums[2] == checksums[3] == checksums[4]
     assert all(row["global/checksum"] != row["global/control_checksum"] for row in run.rows("round"))
@@ -486,7 +486,7 @@ def test_control_variates_of_dropped_checkpoints_go(make: Make) -> None:
     run = make("federation.algorithm=scaffold", "record.keep_checkpoints=1")
     run.run()
     assert {path.name for path in run.record.client_state.iterdir()} == {
-        f"client{client:06d}-round000005.safetensors" for client in (0, 2)
+        f"client{client:06d}-round000006.safetensors" for client in (0, 2)
     }
 
 
