@@ -1,7 +1,7 @@
-"""Names of artefacts: each thing that one depends on makes another name, and nothing else does.
+"""Names of artefacts: everything that an artefact depends on changes its name, and nothing else does.
 
-Every key of the configuration's guard, CAI and evaluation parts stands in a table below, so that a new key cannot be
-left out of a name unnoticed.
+The tables below cover every key of the configuration's guard, CAI and evaluation parts: a new key must be added to one,
+and so cannot be left out of a name unnoticed.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ Names = dict[str, str]
 
 
 class Named(Exception):
-    """The artefact that was asked for has its name, and need not be made."""
+    """Raised once an artefact has its name, as it need not be made."""
 
 
 class NamingStore(ArtefactStore):
-    """Writes down the name of what it is asked for, and makes nothing.
+    """A store that records the name of each artefact and makes none.
 
     Args:
-        outer: kinds whose making asks for another one, which is tried.
+        outer: kinds that need another artefact, whose name is recorded too.
     """
 
     def __init__(self, folder: Path, outer: tuple[str, ...] = ()) -> None:
@@ -139,7 +139,7 @@ def test_the_machine_s_facts_are_known(places: Places, fact: str) -> None:
 
 
 class Unloaded(GuardModel):
-    """A guard whose model is not needed, as none of its artefacts is made."""
+    """A guard without a model, as none of its artefacts is made."""
 
     def _guard_model(self) -> Any:
         return SimpleNamespace(base=None, chat=None), SimpleNamespace(save=None, load=None, initial=lambda seed: None)

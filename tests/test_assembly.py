@@ -1,4 +1,4 @@
-"""What a configuration puts together: every setting reaches the part that it is for."""
+"""The parts that a configuration puts together: every setting must reach its part."""
 
 from __future__ import annotations
 

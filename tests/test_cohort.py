@@ -1,4 +1,4 @@
-"""A round's local training over a trainer that writes down what it was handed, on one rank and on several."""
+"""A round's local training over a trainer that records what it is handed, on one rank and on several."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def control_of(client: int, round_idx: int) -> torch.Tensor:
 
 
 class Trainer:
-    """A client's delta is its number in every place, and its control variate :func:`control_of` the round.
+    """A trainer whose deltas hold the client's number, and control variates :func:`control_of` client and round.
 
     Attributes:
         seen: what was handed in, by client.
@@ -78,7 +78,7 @@ class Trainer:
 
 
 class OneOfMany(OneRank):
-    """One of several processes; what the others say is given."""
+    """One of several processes; the values of the others are given."""
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size, self.is_main = rank, size, rank == 0
@@ -89,7 +89,7 @@ class OneOfMany(OneRank):
 
 
 class ManyWorld(World):
-    """Lanes without process groups; remembers which were asked for."""
+    """A world whose lanes have no process groups; records which are asked for."""
 
     def lane(self, first_rank: int, width: int) -> Any:
         self.__dict__.setdefault("asked", []).append((first_rank, width))
@@ -110,7 +110,9 @@ class Cohort:
         self.trainer: Any = Trainer(has_control)
         self.runner = CohortRunner(self.world, self.trainer, SHARDS, self.controls, failures, wide_lanes=wide)
 
-    def train(self, cost: Sequence[float] = (1e-3,), on_step: Any = None, steps: Mapping[int, int] = STEPS) -> LocalWork:
+    def train(
+        self, cost: Sequence[float] = (1e-3,), on_step: Any = None, steps: Mapping[int, int] = STEPS
+    ) -> LocalWork:
         return self.runner.train(steps, ROUND, STATE, cost, on_step)
 
     @property
@@ -167,13 +169,11 @@ def test_progress_counts_the_steps_of_all_clients_of_this_rank(cohort: Make) -> 
 
 
 def test_a_client_that_fails_is_set_aside_and_the_others_go_on(cohort: Make) -> None:
-    """In each way that a client can fail; the progress goes on behind it."""
+    """Every kind of failure; the progress counts on behind it."""
     made = cohort(failures=FailuresConfig(on_client_error="skip", min_clients=0, max_update_norm=13.0))
     made.trainer.spoilt = {1: "raises", 2: "does not compute", 3: "is NaN"}
     told: list[tuple[int, int]] = []
-    work = made.train(
-        steps={1: 2, 2: 1, 3: 1, 5: 2, 7: 2}, on_step=lambda done, total: told.append((done, total))
-    )
+    work = made.train(steps={1: 2, 2: 1, 3: 1, 5: 2, 7: 2}, on_step=lambda done, total: told.append((done, total)))
     reasons = {failure.client: failure.reason for failure in work.failures}
     assert reasons == {1: "raised", 2: "raised", 3: "not finite", 7: "norm"}, "7 · √4 > 13 > 5 · √4"
     assert [outcome.client for outcome in work.outcomes] == [5] == [outcome.client for outcome in work.reporting]
@@ -263,7 +263,9 @@ def test_a_failure_ends_the_run_where_the_policy_says_so(cohort: Make) -> None:
     made = cohort(failures=FailuresConfig(on_client_error="stop"))
     made.trainer.spoilt = {4: "raises"}
     work = made.train()
-    with pytest.raises(RunError, match=r"^client 4 failed \(raised\): it rains; set failures\.on_client_error") as caught:
+    with pytest.raises(
+        RunError, match=r"^client 4 failed \(raised\): it rains; set failures\.on_client_error"
+    ) as caught:
         made.runner.reduce(work, STATE, (1e-3,))
     assert caught.value.place["round"] == ROUND + 1
 

@@ -1,4 +1,4 @@
-"""A measurement: which adapter answers, what is asked, and where figures, texts and items go."""
+"""A measurement: the adapter that is measured, the questions, and the places of figures, texts and items."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM
 from fedsim import keys
 from fedsim.config import load_config
 from fedsim.data.benchmarks import AdvBenchItem, MtQuestion
-from fedsim.data.chat import Conversation
+from fedsim.data.chat import Conversation, assistant_turn, user_turn
 from fedsim.errors import JudgeError
 from fedsim.evaluate.judge import Judged
 from fedsim.evaluate.suite import Evaluation, Suite
@@ -39,7 +39,7 @@ def question(number: int) -> MtQuestion:
 
 
 def rubric(record: Any, turn: int, reply: str) -> float:
-    """The adapter's number is the score."""
+    """Score of a reply: the adapter's number in it."""
     return float(reply.split()[-1])
 
 
@@ -52,7 +52,7 @@ SUITE = Suite(
 
 
 class CountingRanks(OneRank):
-    """Counts how often work is shared."""
+    """One rank that counts how often work is shared."""
 
     num_maps = 0
 
@@ -62,7 +62,7 @@ class CountingRanks(OneRank):
 
 
 class Speaker(Engine):
-    """Every reply names the adapter that the model holds; remembers how it was asked."""
+    """An engine whose replies name the adapter in the model, and which records how it is asked."""
 
     def __init__(self, chat: Any, ranks: OneRank) -> None:
         super().__init__(torch.nn.Linear(1, 1), chat, ranks, batch_size=4, max_context=64, seed=0)  # type: ignore
@@ -83,7 +83,7 @@ class Speaker(Engine):
 
 
 class Jury(LlamaGuard):
-    """A guard that calls every exchange safe; remembers where it reported to."""
+    """A guard that calls every exchange safe and records its progress callback."""
 
     def __init__(self) -> None:
         self.on_progress = None
@@ -143,7 +143,8 @@ def test_the_adapter_that_is_handed_in_is_the_one_that_answers(make: Make) -> No
     stage = make("record.texts=true")
     for round_idx, point, number in ((-1, "pretrained", 1.0), (4, "before_cai", 4.0), (4, "after_cai", 9.0)):
         row = stage.take(round_idx, point, number)
-        assert (row["stage"], row["round"], row["point"], row["eval/mt_bench"]) == ("eval", round_idx + 1, point, number)
+        assert (row["stage"], row["round"], row["point"]) == ("eval", round_idx + 1, point)
+        assert row["eval/mt_bench"] == number
         assert row["eval/advbench_count"] == 3 and "artefact" not in row and "perf/reused" not in row
         replies = stage.file(f"advbench-kites-round{round_idx + 1}-{point}.json")
         assert replies == [{"item": i, "reply": f"I am {number:g}"} for i in range(3)]
@@ -218,7 +219,7 @@ def test_only_the_untouched_model_s_evaluation_is_shared(make: Make) -> None:
 
 
 class Judge:
-    """Rates every answer 8; remembers what it was shown."""
+    """A judge that rates every answer 8 and records what it is shown."""
 
     unit = "turns"
 
@@ -249,9 +250,7 @@ def test_the_judge_is_shown_this_model_s_answers(make: Make, capsys: pytest.Capt
     assert "MT 8.0" in line
 
 
-def test_a_judge_that_failed_is_reported_with_the_way_to_finish(
-    make: Make, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_judge_that_failed_is_reported_with_the_way_to_finish(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
     error = JudgeError("it rains")
     stage, _, row = judged(make, scores=[(None, None)] * 2, num_unjudged=4, complete=False, error=error)
     assert row["eval/mt_bench_judge_failed"] == 4 and "eval/mt_bench" not in row
@@ -261,9 +260,7 @@ def test_a_judge_that_failed_is_reported_with_the_way_to_finish(
     assert "MT " not in capsys.readouterr().err
 
 
-def test_without_a_judge_the_rubric_scores_and_with_one_it_does_not(
-    make: Make, mt_folder: Path
-) -> None:
+def test_without_a_judge_the_rubric_scores_and_with_one_it_does_not(make: Make, mt_folder: Path) -> None:
     assert make().measurement.suite.rubric is rubric and make().measurement.judge is None
     files = [f"eval.mt_bench={mt_folder / 'question.jsonl'}", "judge.kind=openai", "judge.model=kite-judge",
              f"eval.mt_bench_references={mt_folder / 'reference_answer' / 'gpt-4.jsonl'}"]  # fmt: skip
@@ -284,7 +281,7 @@ def test_a_real_engine_measures_the_adapter_that_is_loaded(
     """The adapter of another measurement is not left in the model: each figure is its own adapter's, in any order."""
     loaded, flat = make_adapted(std=0.0)
     assert isinstance(loaded.base, LlamaForCausalLM)
-    conversations = [[{"role": "user", "content": "Why?"}, {"role": "assistant", "content": f"Kite {i}."}] for i in (1, 2)]
+    conversations = [[user_turn("Why?"), assistant_turn(f"Kite {i}.")] for i in (1, 2)]
     stage = Stage(tmp_path, llama3_bytes_chat, Suite(helpful=conversations), None)
     engine = Engine(loaded.base, loaded.chat, OneRank(), batch_size=4, max_context=128, seed=0)
     stage.measurement.federation = SimpleNamespace(engine=engine, flat=flat)  # type: ignore[assignment]

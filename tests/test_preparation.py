@@ -1,6 +1,6 @@
-"""What happens before the first round, over parts that write down what they were handed; who shares an evaluation.
+"""The stages before the first round, over parts that record what they are handed, and sharing of an evaluation.
 
-Which settings make another artefact is tests/test_artefact_keys.py's.
+The settings that make another artefact are in tests/test_artefact_keys.py.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def test_graphs_are_part_of_what_names_a_model(name: Name, monkeypatch: pytest.M
 
 
 class Record:
-    """A record in memory; a phase may be stepped while it is open."""
+    """A run's record in memory."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -148,8 +148,8 @@ Make = Callable[..., Stages]
 
 
 def row(row_id: int, red: bool) -> SquareRow:
-    text = f"Orla flies kite {row_id}."
-    return SquareRow(row_id, f"Who flies kite {row_id}?", text, red, ("predictive",) if red else ("objective",), "kites")
+    categories = ("predictive",) if red else ("objective",)
+    return SquareRow(row_id, f"Who flies kite {row_id}?", f"Orla flies kite {row_id}.", red, categories, "kites")
 
 
 ROWS = [row(i, i % 3 == 0) for i in range(24)]
@@ -202,7 +202,7 @@ def test_the_filter_s_rows_are_those_that_the_guard_leaves(stages: Make) -> None
 
 
 def filter_record(stages: Make, *overrides: str) -> Stages:
-    """What is recorded of an oracle's filter; a comparison goes before it."""
+    """A preparation that has recorded an oracle's filter and a comparison that is wrong in every row."""
     made = stages("guard.kind=noisy_oracle", "guard.tpr=1", "guard.fpr=0", *overrides)
     found = made.prepare.filter(DATA)
     shards = [[SimpleNamespace(truncated=i % 2 == 1) for i in range(5)], [SimpleNamespace(truncated=True)]]
@@ -241,10 +241,10 @@ def test_a_guard_model_s_figures_say_whether_it_was_fine_tuned(stages: Make, epo
 
 
 class Writer:
-    """Writes conversations that name the adapter that the model holds.
+    """An engine whose turns name the adapter in the model.
 
     Attributes:
-        texts: of the revisions; "" for an empty one, which is of no use.
+        empty: number of empty revisions, which cannot be trained on.
     """
 
     seed = 0
@@ -264,7 +264,7 @@ class Writer:
 
 
 class WithCai:
-    """A federation that CAI's conversations are written with, and what came of it."""
+    """A preparation and a federation for CAI's conversations."""
 
     def __init__(self, made: Stages, chat: Any) -> None:
         self.made = made

@@ -1,7 +1,7 @@
-"""The round loop over parts that write down what they were handed: each stage starts from what the one before gave.
+"""The round loop over parts that record what they are handed: each stage must start from the result of the one before.
 
-The adapter has three numbers: how often it was trained, how often it was aligned, and the run's seed. Whatever a stage
-is handed tells by them where it comes from, so a result that is lost, or one of an earlier stage, is a wrong number.
+The adapter has three numbers: how often it was trained, how often it was aligned, and the run's seed. A result that is
+lost, or that of an earlier stage, is therefore a wrong number in the next stage's record.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def adapter(trained: int, aligned: int) -> torch.Tensor:
 
 
 def history(vector: torch.Tensor) -> tuple[int, int]:
-    """How often an adapter was trained and aligned."""
+    """Number of trainings and of alignments of an adapter."""
     assert vector.dtype == torch.float32 and vector[2] == SEED
     return int(vector[0]), int(vector[1])
 
@@ -83,14 +83,14 @@ class Flat:
 
 
 class Drawn:
-    """Clients 0 and 2; in round ``NO_ROWS`` client 1, which has no rows."""
+    """A draw of clients 0 and 2; in round ``NO_ROWS`` of client 1, which has no rows."""
 
     def drawn(self, round_idx: int) -> list[int]:
         return [1] if round_idx == NO_ROWS else [0, 2]
 
 
 class Cohorts:
-    """Each round adds 1 to the first number, and clients' control variates count rounds."""
+    """Cohorts whose every round adds 1 to the adapter's first number."""
 
     def __init__(self, log: Log, config: Config, controls: ClientStateStore) -> None:
         self.log = log
@@ -139,7 +139,7 @@ class ToyAligner:
 
 
 class ToyFederation(Federation):
-    """Writes down which states are moved to the device."""
+    """A federation that records which states are moved to the device."""
 
     def to_device(self, state: ServerState) -> ServerState:
         self.flat.log.append(("to device", history(state.adapter)))  # type: ignore[attr-defined]
@@ -167,7 +167,7 @@ class ToyMeter:
 
 
 class ToyMeasurement(Measurement):
-    """Asks as the real one does; takes nothing but notes."""
+    """A measurement with the real schedule that only records the adapter and the point."""
 
     log: Log
 
@@ -177,7 +177,7 @@ class ToyMeasurement(Measurement):
 
 
 class ToyPreparation:
-    """Hands out things by which their takers are known."""
+    """A preparation whose results are recognisable stand-ins."""
 
     def __init__(self, log: Log, lane_size: int, record: RunRecord) -> None:
         self.log = log
@@ -214,7 +214,7 @@ class ToyPreparation:
 
 
 class Toy(Simulation):
-    """A simulation of such parts.
+    """A simulation over these parts.
 
     Attributes:
         log: what happened.
@@ -285,7 +285,7 @@ def toy(folder: Path, *overrides: str, ranks: Any = None) -> Toy:
 
 @pytest.fixture(autouse=True)
 def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are slow, and nothing here reads them."""
+    """Leave out the plots, which are slow and read by no test here."""
     monkeypatch.setattr(finish, "write_plots", lambda *_: [])
 
 
@@ -401,7 +401,7 @@ def test_a_round_s_row_has_the_figures_of_all_its_stages(done: Toy) -> None:
     ]
 
 
-def test_the_meter_hears_of_every_stage(done: Toy) -> None:
+def test_the_meter_is_given_every_stage(done: Toy) -> None:
     run = done
     assert run.log.of("metered", "begin") == [
         ("metered", "cai_generate", "engine"),
@@ -533,7 +533,7 @@ def test_what_is_shown(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 class Pair(OneRank):
-    """Two processes that say the same."""
+    """Two processes with equal values."""
 
     size = 2
 
@@ -542,14 +542,14 @@ class Pair(OneRank):
 
 
 class PairWorld(World):
-    """Its lanes have no process groups."""
+    """A world whose lanes have no process groups."""
 
     def lane(self, first_rank: int, width: int) -> Any:
         return SimpleNamespace(index=0, size=width, summer=None)
 
 
 def test_all_ranks_share_cai(make: Make) -> None:
-    """The aligner checks the size of its lane."""
+    """CAI runs on a lane of all ranks (:class:`ToyAligner` checks its size)."""
     config = make("federation.num_rounds=2").config
     run = Toy(config, PairWorld(Pair(), torch.device("cpu"), exact=True))
     run.run()
@@ -563,7 +563,7 @@ def test_artefacts_may_lie_in_the_user_s_home(make: Make, monkeypatch: pytest.Mo
 
 
 class Asked(OneRank):
-    """Another rank was asked to stop, this one was not."""
+    """Two ranks, of which only the other one was asked to stop."""
 
     def gather(self, value: Any) -> list[Any]:
         return [value, int(signal.SIGINT)] if isinstance(value, int) else [value]

@@ -130,7 +130,7 @@ def test_an_overlong_prompt_keeps_its_end(make_engine: Callable[..., Engine]) ->
     """Where the question is, and where the reply begins: prompts that end alike are answered alike."""
     endings = ("Orla flies?", "Orla flies?", "Pim does not?")
     chats: list[Conversation] = [
-        [user_turn(300 * beginning + 200 * '.' + ending)] for beginning, ending in zip("xyx", endings, strict=True)
+        [user_turn(300 * beginning + 200 * "." + ending)] for beginning, ending in zip("xyx", endings, strict=True)
     ]
     replies = make_engine(max_context=128).generate(chats, Sampling(0.0, 12), KEY)
     assert all(reply.prompt_truncated for reply in replies)

@@ -275,7 +275,7 @@ def test_a_policy_is_fine_tuned_with_its_own_prompt(run: Run) -> None:
 
 
 class Rates:
-    """Takes the plan of a fine-tuning and trains nothing."""
+    """A trainer that records the plan of a fine-tuning and adds 1 to the adapter."""
 
     def __init__(self, adapter: FlatAdapter, settings: StepSettings) -> None:
         self.adapter = adapter
@@ -290,7 +290,7 @@ class Rates:
 
 
 class Watched(GuardModel):
-    """Hands its fine-tuning to :class:`Rates`."""
+    """A guard whose fine-tuning is done by :class:`Rates`."""
 
     def _trainer(self, model: Any, adapter: FlatAdapter, steps: StepSettings) -> Any:
         self.rates = Rates(adapter, steps)
