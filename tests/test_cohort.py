@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -257,6 +258,33 @@ def test_what_any_rank_saw_fail_is_in_no_sum(cohort: Make) -> None:
     assert result.busy_s == [14.0, 3.5], "the time of a client that failed counts"
     cost = 0.5 * 1e-3 + 0.5 * 14.0 / TOKENS[7]  # its tokens do not
     assert result.seconds_per_token == pytest.approx((cost, 1e-3))
+
+
+def test_a_wide_lane_s_client_is_summed_once_and_takes_each_member_s_time(cohort: Make) -> None:
+    """Rank 1 trained client 4 alone and client 1 with rank 0, which reports it."""
+    ranks = OneOfMany(1, 2)
+    made = cohort(ranks=ranks)
+    work = made.train((1e-3, 1e-3))
+    ranks.others = [[]]
+    result = made.runner.reduce(work, STATE, (1e-3, 1e-3))
+    assert result.delivered == [1, 4, 7]
+    assert result.aggregated.sums.weighted_delta.tolist() == [4.0 * len(SHARDS[4])] * SIZE, "of what this rank reports"
+    assert result.busy_s == [0.0, 2.0 * (4 + 1)]
+    assert made.world.__dict__["asked"][-1] == (0, 2), "the sum is over all ranks"
+
+
+def test_a_failure_names_its_rank_and_keeps_none_of_the_client_s_memory(cohort: Make) -> None:
+    made = cohort(ranks=OneOfMany(1, 2))
+    held: list[weakref.ref[Any]] = []
+
+    def fail(*_: Any) -> ClientOutcome:
+        vectors = Trainer(has_control=False)  # stands for what a client's frames hold
+        held.append(weakref.ref(vectors))
+        raise ClientError("raised", "it rains")
+
+    made.trainer.train = fail
+    assert [(failure.client, failure.rank) for failure in made.train((1e-3, 1e-3)).failures] == [(4, 1), (1, 1)]
+    assert [reference() for reference in held] == [None, None]
 
 
 def test_a_failure_ends_the_run_where_the_policy_says_so(cohort: Make) -> None:

@@ -18,10 +18,12 @@ from typing import Any
 import pytest
 import torch
 
+from fedsim import preflight, simulation
 from fedsim.assembly import Federation
 from fedsim.cohort import CohortResult, agreed_checksums
 from fedsim.config import Config, load_config
-from fedsim.errors import Stopped
+from fedsim.data.square import SquareRow
+from fedsim.errors import ConfigError, Stopped
 from fedsim.evaluate.suite import Suite
 from fedsim.federation.algorithms import RoundSums, ServerState
 from fedsim.federation.client_state import ClientStateStore
@@ -30,6 +32,7 @@ from fedsim.federation.registry import build_algorithm
 from fedsim.federation.sampling import cosine_by_round
 from fedsim.federation.scaffold import CONTROL
 from fedsim.measurement import Measurement
+from fedsim.model.cost import ModelCost
 from fedsim.parallel.aggregate import Aggregated, ClientReport
 from fedsim.parallel.planner import Plan
 from fedsim.parallel.world import World
@@ -37,6 +40,7 @@ from fedsim.preparation import Guarded, Inputs
 from fedsim.ranks import OneRank
 from fedsim.record import finish
 from fedsim.record.metrics import Row, read_rows
+from fedsim.record.peak import Peak
 from fedsim.record.run_record import RunRecord
 from fedsim.safety.alignment import Alignment
 from fedsim.simulation import Simulation
@@ -520,8 +524,9 @@ def test_a_state_that_is_not_the_federation_s_is_passed_over(make: Make) -> None
     assert again.log.of("round") == [("round", 5)] and history(again.checkpoint(5).state.adapter) == (4, 3)
 
 
-def test_what_is_shown(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
-    """The header, the attention, a round's loss; lines after the rounds carry no round."""
+def test_what_is_shown(make: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The header, the attention, a warning, a round's loss; lines after the rounds carry no round."""
+    monkeypatch.setattr(preflight, "free_memory", lambda device, num_ranks: 4_000_000)
     run = make("federation.num_rounds=1")
     run.run()
     run.record.progress.note("all is over")
@@ -529,7 +534,30 @@ def test_what_is_shown(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[0].endswith(": run demo") and lines[-1].endswith("] all is over")
     (aggregated,) = [line for line in lines if "round 1/1 · aggregation" in line]
     assert aggregated.endswith("loss 15")
-    assert [line for line in run.said if line.startswith("attention of the model: ")]
+    assert len([line for line in run.said if line.startswith("attention of the model: ")]) == 1
+    assert [line for line in run.said if line.startswith("warning: ")]
+
+
+def test_a_check_refuses_the_directory_of_another_run(make: Make) -> None:
+    make("federation.num_rounds=1").run()
+    with pytest.raises(ConfigError, match=r"local\.batch_size was 16, is 8"):
+        make("federation.num_rounds=1", "local.batch_size=8").check()
+
+
+def test_the_federation_has_the_filter_s_rows_and_its_model_is_metered(
+    tmp_path: Path, llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real assembly: peaks are those of the model's number type."""
+    asked: list[Any] = []
+    monkeypatch.setattr(simulation, "run_peak", lambda *given: asked.append(given) or Peak(1.0, 1.0, "", 0.0))
+    config = load_config(None, [*BASE, f"record.dir={tmp_path}", f"model.path={llama_dir}", "model.dtype=bfloat16"])
+    run = Simulation(config, World(OneRank(), torch.device("cpu"), exact=True))
+    rows = [SquareRow(0, "Who flies?", "Orla flies.", False, (), "kites")]
+    federation = run._assemble(SimpleNamespace(shards=[rows, [], rows * 2, []]))  # type: ignore[arg-type]
+    assert [len(shard) for shard in federation.shards] == [1, 0, 2, 0]
+    assert federation.controls.folder == run.record.client_state
+    assert asked == [(run.ranks, run.world.device, torch.bfloat16)]
+    assert run.meter.cost == ModelCost.of(federation.loaded.base) and run.meter.world is run.world
 
 
 class Pair(OneRank):
