@@ -229,7 +229,7 @@ class Judge:
 
     def judge(self, folder: Path, model_id: str, answered: Any, report: Any) -> Judged:
         self.seen.append((folder, model_id, answered))
-        report(4, 4)
+        report(4 if self.judged.complete else 1, 4)
         return self.judged
 
 
@@ -246,6 +246,7 @@ def test_the_judge_is_shown_this_model_s_answers(make: Make, capsys: pytest.Capt
     assert judge.seen == [(stage.record.folder / "answers" / "mt_bench", "kites-round3-global", texts)]
     assert row["eval/mt_bench"] == 8.0 and row["eval/mt_bench_judge_failed"] == 0 and row["eval/advbench_count"] == 3
     assert stage.said == ["it was slow"]
+    assert stage.record.timers.pop().keys() == {"time/evaluate_s", "time/judge_s"}
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "judge MT-Bench" in line]
     assert "MT 8.0" in line
 
@@ -257,7 +258,8 @@ def test_a_judge_that_failed_is_reported_with_the_way_to_finish(make: Make, caps
     assert stage.said == [
         f"4 turns stay unjudged: it rains. To finish later: python tools/judge.py {stage.record.folder}"
     ]
-    assert "MT " not in capsys.readouterr().err
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "judge MT-Bench" in line]
+    assert "MT " not in line and "1/4 turns" in line, "what was not judged is not shown as done"
 
 
 def test_without_a_judge_the_rubric_scores_and_with_one_it_does_not(make: Make, mt_folder: Path) -> None:
