@@ -139,7 +139,13 @@ def test_a_run_starts_from_an_adapter_that_its_seed_draws(built: tuple[Federatio
     starts = [federation.start(seed) for seed in (11, 12)]
     assert torch.equal(starts[0].adapter, federation.flat.initial(11)) and starts[0].num_steps == 0
     assert not torch.equal(starts[0].adapter, starts[1].adapter)
-    assert federation.to_device(starts[0]).adapter.device == federation.flat.values.device
+
+
+def test_a_state_is_moved_to_the_adapter_s_device() -> None:
+    flat: Any = SimpleNamespace(values=torch.zeros(3, device="meta"))
+    federation = Federation(None, flat, *[None] * 7)  # type: ignore[arg-type]
+    moved = federation.to_device(ServerState(torch.zeros(3), {CONTROL: torch.zeros(3)}, 2))
+    assert {vector.device.type for vector in moved.named().values()} == {"meta"} and moved.num_steps == 2
 
 
 def test_who_trains_is_drawn_for_the_round_among_those_with_rows(built: tuple[Federation, Config]) -> None:

@@ -21,7 +21,7 @@ import torch
 from fedsim import preflight, simulation
 from fedsim.assembly import Federation
 from fedsim.cohort import CohortResult, agreed_checksums
-from fedsim.config import Config, load_config
+from fedsim.config import Config, load_config, to_nested
 from fedsim.data.square import SquareRow
 from fedsim.errors import ConfigError, Stopped
 from fedsim.evaluate.suite import Suite
@@ -39,6 +39,7 @@ from fedsim.parallel.world import World
 from fedsim.preparation import Guarded, Inputs
 from fedsim.ranks import OneRank
 from fedsim.record import finish
+from fedsim.record.manifest import write_manifest
 from fedsim.record.metrics import Row, read_rows
 from fedsim.record.peak import Peak
 from fedsim.record.run_record import RunRecord
@@ -197,7 +198,7 @@ class ToyPreparation:
     def write_manifest(self, inputs: Inputs, shapes: Any) -> None:
         assert inputs is self.inputs and set(shapes) == {"model"}
         self.log.append(("manifest",))
-        (self.record.folder / "manifest.json").write_text("{}", encoding="utf-8")
+        write_manifest(self.record.folder, to_nested(self.record.config), {}, {}, {}, num_ranks=1)
 
     def filter(self, data: Any) -> Guarded:
         assert data is self.inputs.data
@@ -248,7 +249,15 @@ class Toy(Simulation):
         shards: Any = [[row], [], [row] * 3, [row]]
         controls = ClientStateStore(self.record.client_state)
         algorithm = build_algorithm(self.config.federation, self.config.server_optimizer)
-        parts: list[Any] = [SimpleNamespace(chat=None), Flat(self.log), None, "engine", algorithm, Drawn(), shards]
+        parts: list[Any] = [
+            SimpleNamespace(chat=SimpleNamespace(notes=lambda: ["the template is odd"])),
+            Flat(self.log),
+            None,
+            "engine",
+            algorithm,
+            Drawn(),
+            shards,
+        ]
         self.meter: Any = ToyMeter(self.log)
         self.federation = ToyFederation(*parts, controls, Cohorts(self.log, self.config, controls))  # type: ignore
         return self.federation
@@ -535,7 +544,7 @@ def test_what_is_shown(make: Make, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     (aggregated,) = [line for line in lines if "round 1/1 · aggregation" in line]
     assert aggregated.endswith("loss 15")
     assert len([line for line in run.said if line.startswith("attention of the model: ")]) == 1
-    assert [line for line in run.said if line.startswith("warning: ")]
+    assert [line for line in run.said if line.startswith("warning: ")] and "the template is odd" in run.said
 
 
 def test_a_check_refuses_the_directory_of_another_run(make: Make) -> None:
