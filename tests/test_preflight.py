@@ -302,6 +302,20 @@ def test_a_check_prints_the_plan_and_leaves_no_run(
     assert not (tmp_path / "runs").exists()
 
 
+class Second(OneRank):
+    """A rank that prints nothing."""
+
+    is_main = False
+
+
+def test_one_rank_prints_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    places = [f"record.dir={tmp_path / 'runs'}", f"record.artefacts={tmp_path / 'artefacts'}"]
+    (tmp_path / "square.json").write_text(json.dumps(square_rows()[:150]), encoding="utf-8")
+    made = config(*places, f"data.square={tmp_path / 'square.json'}", "guard.kind=none", "eval.guard_judge=none")
+    Simulation(made, World(Second(), torch.device("cpu"), exact=True)).check()
+    assert capsys.readouterr().out == ""
+
+
 def test_a_stage_that_may_not_fit_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "free_memory", lambda device, num_ranks: 4_000_000)
     made = config()

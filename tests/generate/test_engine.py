@@ -126,6 +126,17 @@ def test_prompt_and_reply_never_outgrow_the_context(
     assert all(r.truncated for r in replies)
 
 
+def test_an_overlong_prompt_keeps_its_end(make_engine: Callable[..., Engine]) -> None:
+    """Where the question is, and where the reply begins: prompts that end alike are answered alike."""
+    endings = ("Orla flies?", "Orla flies?", "Pim does not?")
+    chats: list[Conversation] = [
+        [user_turn(300 * beginning + 200 * "." + ending)] for beginning, ending in zip("xyx", endings, strict=True)
+    ]
+    replies = make_engine(max_context=128).generate(chats, Sampling(0.0, 12), KEY)
+    assert all(reply.prompt_truncated for reply in replies)
+    assert replies[0] == replies[1] != replies[2]
+
+
 def test_scores_are_in_order(make_engine: Callable[..., Engine]) -> None:
     engine = make_engine()
     rows = [engine.chat.training_row([*c, assistant_turn("red " * (i % 3 + 1))], 200) for i, c in enumerate(CHATS)]
