@@ -87,6 +87,7 @@ def test_steps_and_replies_are_as_configured(built: tuple[Federation, Config]) -
     assert federation.trainer.settings == StepSettings(4, 0.3, 0.02, 11)
     engine, clients, cohorts = federation.engine, federation.cohorts.trainer, federation.cohorts
     assert (engine.batch_size, engine.max_context, engine.seed) == (9, 300, 11)
+    assert engine.ranks is cohorts.world.ranks
     assert (clients.local, clients.num_steps, clients.num_rounds, clients.seed) == (config.local, 5, 13, 11)
     assert (cohorts.failures, cohorts.wide_lanes, cohorts.num_micro_batches) == (config.failures, False, 2)
     assert federation.participation == SampledCohort(4, 2, 11)
