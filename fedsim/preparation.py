@@ -24,8 +24,9 @@ from fedsim.measurement import Shared
 from fedsim.model.load import chosen_attention, model_digest
 from fedsim.model.shape import ModelShape
 from fedsim.parallel.world import World
+from fedsim.parallel.zero_config import zero_file
 from fedsim.preflight import models_in_use
-from fedsim.record.manifest import versions, write_manifest
+from fedsim.record.manifest import check_unchanged, read_manifest, versions, write_manifest
 from fedsim.record.run_record import RunRecord
 from fedsim.rounds import PRETRAINED
 from fedsim.safety.alignment import Aligner
@@ -101,6 +102,8 @@ class Preparation:
         files = {"square": data.source, **files, **judge_files(self.config)}
         if self.config.cai.is_on:
             files["constitution"] = constitution_file(self.config.cai.constitution)
+        if self.config.guard.kind == "llama_guard" and self.config.guard.deepspeed:
+            files["deepspeed"] = zero_file(self.config.guard.deepspeed)
         return Inputs(data, suite, files)
 
     def write_manifest(self, inputs: Inputs, shapes: Mapping[str, ModelShape]) -> None:
@@ -115,13 +118,31 @@ class Preparation:
         self.record.notes.extend(inputs.data.notes)
 
         def write() -> None:
-            hashes = {name: model_digest(path) for name, path in models_in_use(self.config).items()}
+            hashes = self._model_hashes()
             attention = {role: shape.attention.name for role, shape in shapes.items()}
             write_manifest(
                 self.record.folder, to_nested(self.config), inputs.files, hashes, attention, num_ranks=self.world.size
             )
+            self.record.write_config()
 
         self.ranks.once(write)
+
+    def check_unchanged(self, inputs: Inputs) -> None:
+        """Check the files and models of a run that would be resumed; nothing is written.
+
+        Raises:
+            CheckpointError: as :meth:`write_manifest`.
+        """
+
+        def check() -> None:
+            path = self.record.folder / "manifest.json"
+            if self.record.checkpoints.any():
+                check_unchanged(path, read_manifest(path), inputs.files, self._model_hashes())
+
+        self.ranks.once(check)
+
+    def _model_hashes(self) -> dict[str, str]:
+        return {role: model_digest(path) for role, path in models_in_use(self.config).items()}
 
     def filter(self, data: PreparedData) -> Guarded:
         """Every client drops, replaces or downweights the rows that the guard calls unsafe (paper §4.1)."""

@@ -65,9 +65,12 @@ class Simulation:
         record.check_directory()
         found = preflight(self.config, self.world)
         inputs = self.preparation.read()
+        self.preparation.check_unchanged(inputs)
         text = self.ranks.once(lambda: plan_text(self.config, inputs, found, self.world.size))
         if self.ranks.is_main:
             print(f"\n{text}", flush=True)
+        if record.is_finished:
+            self._say_start(self.config.federation.num_rounds)
         record.say("checked: nothing was trained")
 
     def run(self) -> None:
@@ -75,7 +78,10 @@ class Simulation:
         with self._explaining_full_disk():
             try:
                 self.record.claim()
-                self._run()
+                if self.record.is_finished:
+                    self._say_start(self.config.federation.num_rounds)
+                else:
+                    self._run()
                 self.record.finished()
                 self.world.stop.obeyed()
             finally:
