@@ -16,7 +16,7 @@ from fedsim.checkpoint import Checkpoint
 from fedsim.cohort import agreed_checksums
 from fedsim.config import Config
 from fedsim.disk import explaining_full_disk
-from fedsim.errors import Stopped
+from fedsim.errors import RunError, Stopped
 from fedsim.evaluate.suite import Suite
 from fedsim.federation.algorithms import ADAPTER, ServerState
 from fedsim.federation.sampling import cosine_by_round
@@ -134,6 +134,11 @@ class Simulation:
                 checkpoint = self._round(federation, round_idx, checkpoint, aligner, measurement)
             self._stop_if_asked(round_number(round_idx))
         record.progress.outside_rounds()
+        if checkpoint.state.num_steps == 0:
+            raise RunError(
+                f"no client delivered an update in any of the {config.federation.num_rounds} round(s), so that nothing "
+                f"was trained by the clients; see the failures in {record.metrics_file} and mend their cause"
+            )
         with record.journal.at(stage="finishing"):
             self.ranks.once(lambda: federation.flat.save(record.folder / "adapter", checkpoint.state.adapter))
             self.ranks.once(lambda: finish_run(record, self.world.size))
@@ -141,6 +146,8 @@ class Simulation:
     def _assemble(self, filtered: Filtered) -> Federation:
         with self.record.phase("load model", "load"):
             federation = assemble(self.config, self.world, filtered.shards, self.record.client_state)
+            if federation.rows.tally.num_dropped or federation.rows.tally.num_cut:
+                self.record.say(federation.rows.words(self.config))
             base = federation.loaded.base
             peak = run_peak(self.ranks, self.world.device, base.dtype)
             self.meter = Meter(ModelCost.of(base), peak, self.world)

@@ -52,6 +52,10 @@ class GuardConfig:
     def __post_init__(self) -> None:
         if self.action == "refuse" and not self.refusal.strip():
             raise ConfigError("guard.action=refuse needs a text to train on instead: set guard.refusal")
+        if 0 < self.red_weight < 1e-6:
+            raise ConfigError(
+                f"guard.red_weight={self.red_weight!r}: so small a weight vanishes in fp32; set 0 or at least 1e-6"
+            )
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,8 @@ class CaiConfig:
     """Constitutional AI on the global adapter after each round (paper §4.2)."""
 
     iterations: int = key(0, "CAI iterations of a round that has CAI; one = an SFT and a DPO step on the same rows; 0 "
-                          "= no CAI; -1 = an epoch over the usable rows", unit="iterations", low=-1,
+                          "= no CAI; -1 = an epoch over the usable rows (see cai.max_new_tokens)",
+                          unit="iterations", low=-1,
                           high=1_000_000)  # fmt: skip
     every: int = key(1, "CAI after every so many rounds, and after the last one in any case; 0 = after the last one "
                      "only (post hoc)", unit="rounds", low=0)  # fmt: skip
@@ -68,7 +73,8 @@ class CaiConfig:
                             file="constitution")  # fmt: skip
     first_turn: str = key("model", "who wrote the response that is criticised", choices=("model", "dataset"))
     temperature: float = key(1.0, "sampling temperature of the three turns; 0 = greedy", low=0)
-    max_new_tokens: int = key(512, "longest turn", unit="tokens", low=1)
+    max_new_tokens: int = key(512, "longest turn; a conversation whose response or revision is cut here is dropped, "
+                              "counted, and an epoch is that much shorter", unit="tokens", low=1)  # fmt: skip
     sft_lr: float = key(5e-5, "learning rate of the SFT steps", above=0)
     dpo_lr: float = key(5e-5, "learning rate of the DPO steps", above=0)
     beta: float = key(0.1, "DPO beta", above=0)
