@@ -110,7 +110,7 @@ def assemble(config: Config, world: World, shards: Sequence[Sequence[SquareRow]]
         client_state: where clients' control variates are kept.
 
     Raises:
-        DataError, ConfigError: nobody could train (:func:`fedsim.local_rows.local_rows`).
+        DataError, ConfigError: no client could train (:func:`fedsim.local_rows.local_rows`).
     """
     model, federation = config.model, config.federation
     lora = LoraSettings(model.lora_r, model.lora_alpha, model.lora_dropout, tuple(model.lora_targets))

@@ -1,4 +1,4 @@
-"""The clients' rows as tokens: usable ones alone, the others counted, and proof that somebody trains at all."""
+"""The clients' rows as tokens: usable ones alone, the others counted, and the check that a client trains at all."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def local_rows(
 
     Raises:
         DataError: no client has a row.
-        ConfigError: nobody trains in any round, as no row is usable or every drawn client is kept away.
+        ConfigError: no client trains in any round, as no row is usable or every drawn client is kept away.
     """
     found: list[list[TokenRow]] = []
     reasons: list[str | None] = []
@@ -136,6 +136,6 @@ def check_anyone_trains(config: Config, participation: Participation, able: Call
     }
     counts = ", ".join(f"{count:,} {cause}" for cause, count in causes.items() if count)
     raise ConfigError(
-        f"nobody trains in any of the {num_rounds:,} round(s): of {num_drawn:,} drawn client(s) {counts}; draw clients "
-        "that can train (federation.clients_per_round, federation.local_client), or change these settings"
+        f"no client trains in any of the {num_rounds:,} round(s): of {num_drawn:,} drawn {counts}; draw clients that "
+        "can train (federation.clients_per_round, federation.local_client), or change these settings"
     )

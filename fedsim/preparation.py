@@ -270,7 +270,7 @@ def check_rows(config: Config, data: PreparedData) -> None:
 
     Raises:
         DataError: no client has a row.
-        ConfigError: a stage has no usable row, or nobody trains in any round.
+        ConfigError: a stage has no usable row, or no client trains in any round.
     """
     chat = load_chat(check_model_dir(config.model.path, "model.path"), "model.path")
     algorithm = build_algorithm(config.federation, config.server_optimizer)

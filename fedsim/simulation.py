@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fedsim import figures
 from fedsim.artefacts import ArtefactStore
 from fedsim.assembly import Federation, assemble
@@ -134,14 +136,28 @@ class Simulation:
                 checkpoint = self._round(federation, round_idx, checkpoint, aligner, measurement)
             self._stop_if_asked(round_number(round_idx))
         record.progress.outside_rounds()
-        if checkpoint.state.num_steps == 0:
-            raise RunError(
-                f"no client delivered an update in any of the {config.federation.num_rounds} round(s), so that nothing "
-                f"was trained by the clients; see the failures in {record.metrics_file} and mend their cause"
-            )
+        self._check_trained(checkpoint.state, federation)
         with record.journal.at(stage="finishing"):
             self.ranks.once(lambda: federation.flat.save(record.folder / "adapter", checkpoint.state.adapter))
             self.ranks.once(lambda: finish_run(record, self.world.size))
+
+    def _check_trained(self, state: ServerState, federation: Federation) -> None:
+        """Check after the last round that the clients have trained the global adapter.
+
+        Raises:
+            RunError: no round had an update, or the adapter is bit for bit the one before the first round.
+        """
+        num_rounds, folder = self.config.federation.num_rounds, self.record.folder
+        if state.num_steps == 0:
+            raise RunError(
+                f"no client delivered an update in any of the {num_rounds} round(s), so that nothing was trained; see "
+                f"why in {self.record.metrics_file} (client/num_…), and start again under another name"
+            )
+        if torch.equal(state.adapter, federation.start(self.config.seed).adapter.to(state.adapter.device)):
+            raise RunError(
+                f"the global adapter in {folder} is bit for bit the one before the first of {num_rounds} round(s): "
+                "nothing was learned; raise local.lr or server_optimizer.lr"
+            )
 
     def _assemble(self, filtered: Filtered) -> Federation:
         with self.record.phase("load model", "load"):

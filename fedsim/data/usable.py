@@ -111,7 +111,7 @@ class Tally:
         text = f"{what}: {self.num_dropped:,} of {self.num_rows:,} dropped"
         if self.num_dropped:
             text += f", {100 * self.dropped_share:.2g} % ({self.reasons(**limits)})"
-        return f"{text}; {self.num_cut:,} usable ones cut to fit" if self.num_cut else text
+        return f"{text}; {self.num_cut:,} replies cut to fit" if self.num_cut else text
 
     def fix(self, **limits: str) -> str:
         """``raise local.max_length``: what helps, most rows first; empty where no setting does."""

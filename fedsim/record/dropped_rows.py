@@ -91,4 +91,4 @@ def _epoch(rows: Sequence[Row]) -> list[str]:
     if not counted:
         return []
     left, full = (number(measured(counted[-1], name)) for name in names)
-    return [f"An epoch over CAI's usable rows has {left} iterations; over all rows it would have {full}."]
+    return [f"Iterations of an epoch over CAI's usable rows: {left}; over all rows they would be {full}."]
