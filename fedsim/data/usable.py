@@ -53,10 +53,9 @@ def why_unusable(chat: ChatFormat, row: TokenRow, reply: str) -> str | None:
         return "no_weight"
     if not has_reply(reply):
         return "empty_reply"
-    if row.num_targets == 0:
-        return "no_targets"
-    if not chat.decode(row.input_ids[row.loss_mask]):
-        # Nothing but white space and special tokens: all that fits, or all that the tokenizer keeps of the reply.
+    # A row's first token is never a target. Where no target is text, either no more of the reply fits, or the
+    # tokenizer keeps nothing of it.
+    if not chat.decode(row.input_ids[1:][row.loss_mask[1:]]):
         return "no_targets" if row.truncated else "empty_reply"
     return None
 

@@ -42,6 +42,19 @@ def test_a_blank_reply_teaches_only_the_end_of_a_turn(llama3_bytes_chat: ChatFor
     assert why_unusable(llama3_bytes_chat, row, blank) == "empty_reply"
 
 
+def test_a_blank_reply_is_empty_where_the_template_ends_it_in_words(make_bytes_chat: Callable[..., ChatFormat]) -> None:
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} THE END\n{% endfor %}"
+    chat = make_bytes_chat(template + "{% if add_generation_prompt %}assistant: {% endif %}")
+    row = row_of(chat, "Who flies?", " ")
+    assert chat.decode(row.input_ids[row.loss_mask]) == "THE END"
+    assert why_unusable(chat, row, " ") == "empty_reply"
+
+
+def test_a_first_token_is_no_target(llama3_bytes_chat: ChatFormat) -> None:
+    row = ChatFormat.join([], [65, 66], 1)
+    assert row.loss_mask.all() and why_unusable(llama3_bytes_chat, row, "ab") == "no_targets"
+
+
 def test_a_reply_that_the_tokenizer_drops_is_empty(make_bytes_chat: Callable[..., ChatFormat]) -> None:
     chat = make_bytes_chat()
     chat.tokenizer.backend_tokenizer.normalizer = normalizers.Replace("~", "")
