@@ -71,7 +71,7 @@ class Guarded:
     filtered: Filtered
     compared: dict[str, Filtered]
     judge: LlamaGuard | None
-    tuning: Tally | None
+    tuning: Tally | None = None
 
 
 class Preparation:
