@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,14 @@ from fedsim.artefacts import ArtefactStore, file_digest
 from fedsim.assembly import Federation
 from fedsim.config import Config, to_nested
 from fedsim.data.prepare import PreparedData, prepare_data
-from fedsim.errors import DataError
+from fedsim.errors import DataError, Gathered
 from fedsim.evaluate.judge_inputs import judge_files
 from fedsim.evaluate.shared import shared_evaluation
 from fedsim.evaluate.stage import BENCHMARKS, load_suite
 from fedsim.evaluate.suite import Evaluation, Suite
 from fedsim.generate.graph import uses_graphs
 from fedsim.measurement import Shared
-from fedsim.model.load import chosen_attention, model_digest
+from fedsim.model.load import chosen_attention, load_base, model_digest
 from fedsim.model.shape import ModelShape
 from fedsim.parallel.world import World
 from fedsim.preflight import models_in_use
@@ -92,16 +92,43 @@ class Preparation:
         }
 
     def read(self) -> Inputs:
-        """Read and split the rows, and read the benchmarks."""
+        """Read and split the rows, and read the benchmarks.
+
+        Raises:
+            ConfigError, DataError: the one mistake that was found.
+            Problems: several.
+        """
+        mistakes = Gathered()
         with self.record.phase("data", "data"):
-            data = prepare_data(self.config, self.store, self.ranks)
-            suite, files = load_suite(self.config.eval, self.store)
+            data = mistakes.attempt(lambda: prepare_data(self.config, self.store, self.ranks))
+            found = mistakes.attempt(lambda: load_suite(self.config.eval, self.store))
+            of_judge = mistakes.attempt(lambda: judge_files(self.config))
+            constitution = mistakes.attempt(self._constitution)
+        mistakes.raise_all()
+        assert data is not None and found is not None and of_judge is not None and constitution is not None
+        suite, files = found
         for note in data.notes:
             self.record.say(note)
-        files = {"square": data.source, **files, **judge_files(self.config)}
-        if self.config.cai.is_on:
-            files["constitution"] = constitution_file(self.config.cai.constitution)
-        return Inputs(data, suite, files)
+        return Inputs(data, suite, {"square": data.source, **files, **of_judge, **constitution})
+
+    def _constitution(self) -> dict[str, Path]:
+        cai = self.config.cai
+        return {"constitution": constitution_file(cai.constitution)} if cai.is_on else {}
+
+    def try_models(self, roles: Sequence[str]) -> None:
+        """Load each of these models once, and give it back: what does not fit is found before hours of work.
+
+        Only for architectures of which no small model could be made; loading takes a minute at 8B.
+        """
+        model = self.config.model
+        for role in roles:
+            path = models_in_use(self.config)[role]
+            with self.record.phase(f"trying the {role}'s architecture", "load"):
+                load_base(
+                    path, dtype=model.dtype, attention=model.attention, device=self.world.device, key=f"{role}.path"
+                )
+                if self.world.device.type == "cuda":
+                    torch.cuda.empty_cache()
 
     def write_manifest(self, inputs: Inputs, shapes: Mapping[str, ModelShape]) -> None:
         """Write down what the run's figures depend on.

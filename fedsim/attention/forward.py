@@ -311,6 +311,11 @@ def _attention(
         raise ModelError(
             f"{type(module).__name__}: has attention sinks, which fedsim does not compute; use another model"
         )
+    if packed_pass is not None and attention_mask is not None and attention_mask.numel() > 1:
+        raise ModelError(
+            f"{type(module).__name__}: chooses by a mask of its own what a token sees, which fedsim does not compute; "
+            "use another model"
+        )
     scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
     batch, _heads, length, _size = query.shape
     queries, keys, values = (part.transpose(1, 2).flatten(0, 1) for part in (query, key, value))

@@ -76,8 +76,7 @@ def check_fitness(base: PreTrainedModel, rows: list[list[int]]) -> None:
         if isinstance(module, _DropoutNd):  # one that no configuration speaks of
             module.p = 0.0
     name = type(base).__name__
-    if base._is_stateful:  # its first tokens' state is small, bf16's rounding may hide it
-        raise ModelError(f"{name}: carries state from token to token, and so from row to row; {WHICH}")
+    check_kind(base)
     try:
         want = _plain(base, rows)
         layout = _Noting(Spans([len(row) for row in rows], device=base.device))
@@ -96,6 +95,29 @@ def check_fitness(base: PreTrainedModel, rows: list[list[int]]) -> None:
         raise
     except Exception as error:  # such as keys and values of other shapes than the cache's
         raise ModelError(f"{name}: cannot decode with a cache ({reason(error)}); {WHICH}") from error
+
+
+def check_kind(base: PreTrainedModel) -> None:
+    """Refuse what the class and the configuration already show and what a few tokens may not; no number is looked at.
+
+    Raises:
+        ModelError: state from token to token, or attention to chosen positions or in chunks.
+    """
+    name = type(base).__name__
+    if base._is_stateful:  # its first tokens' state is small, bf16's rounding may hide it
+        raise ModelError(f"{name}: carries state from token to token, and so from row to row; {WHICH}")
+    config = base.config.get_text_config()
+    longest = _longest(config)
+    chunk = getattr(config, "attention_chunk_size", None) or longest
+    if "chunked_attention" in (getattr(config, "layer_types", None) or ()) and chunk < longest:
+        raise ModelError(f"{name}: attention_chunk_size={chunk}: fedsim knows no chunked attention; {WHICH}")
+    chosen = getattr(config, "index_topk", None) or longest
+    if chosen < longest:
+        raise ModelError(f"{name}: index_topk={chosen}: fedsim knows no attention to chosen positions; {WHICH}")
+
+
+def _longest(config: PretrainedConfig) -> int:
+    return int(getattr(config, "max_position_embeddings", None) or 1 << 30)
 
 
 def _check_decoding(base: PreTrainedModel, rows: list[list[int]], want: Sequence[torch.Tensor]) -> None:
@@ -226,16 +248,11 @@ def _compare(found: torch.Tensor, wanted: torch.Tensor, problem: str) -> None:
 def _check_windows(base: PreTrainedModel, windows: dict[int, int | None]) -> None:
     """A window that only the model's mask knows would be lost: fedsim lets the model build no mask."""
     config = base.config.get_text_config()
-    longest = int(getattr(config, "max_position_embeddings", None) or 1 << 30)
+    longest = _longest(config)
     types = getattr(config, "layer_types", None)
     sliding = getattr(config, "sliding_window", None) or 1 << 30
-    chunk = getattr(config, "attention_chunk_size", None) or 1 << 30
     for layer, window in windows.items():
         kind = types[layer] if types else "sliding_attention"
-        if kind == "chunked_attention" and chunk < longest:
-            raise ModelError(
-                f"{type(base).__name__}: attention_chunk_size={chunk}: fedsim knows no chunked attention; {WHICH}"
-            )
         if kind == "sliding_attention" and sliding < longest and window != sliding:
             raise ModelError(
                 f"{type(base).__name__}: sliding_window={sliding}, but its layer {layer} does not tell its attention "

@@ -168,6 +168,7 @@ def read_config(folder: Path, key: str) -> tuple[PretrainedConfig, dict[str, flo
     """
     try:
         config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        config.get_text_config()  # ambiguous where there are several
     except Exception as error:  # whatever a configuration class does with its values
         raise ModelError(
             f"{key}={str(folder)!r}: its config.json cannot be loaded: {reason(error)}; give a complete Hugging Face "

@@ -19,9 +19,10 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from fedsim.attention.choice import Choice, choose, head_sizes, num_key_heads
-from fedsim.attention.forward import text_names
+from fedsim.attention.forward import text_names, unsupported
 from fedsim.errors import ModelError
 from fedsim.model.faults import names_attention, own_attention, reason
+from fedsim.model.fitness import check_kind
 from fedsim.model.load import (
     INDEX,
     LoraSettings,
@@ -118,6 +119,10 @@ def model_shape(
             f"({reason(error)}); give a complete Hugging Face model directory"
         ) from error
     assert isinstance(base, PreTrainedModel)
+    try:
+        check_kind(base)
+    except ModelError as error:
+        raise ModelError(f"{key}={str(folder)!r}: {error}") from error
     embeddings = base.get_input_embeddings()
     assert isinstance(embeddings, torch.nn.Embedding)
     _check_weights(folder, config, type(base), key)
@@ -128,7 +133,12 @@ def model_shape(
     num_parameters = sum(p.numel() for p in base.parameters())
     if tied and head is not None and head.weight is not base.get_input_embeddings().weight:
         num_parameters -= head.weight.numel()
-    sizes = _text_sizes(config)
+    try:
+        sizes = _text_sizes(config)
+    except AttributeError as error:  # such as Mamba's
+        raise ModelError(
+            f"{key}={str(folder)!r}: {unsupported(type(base).__name__, 'its layers (by config.json) do not use')}"
+        ) from error
     norm_size = _norm_size(base, sizes)
     adapter_size = lora_size = 0
     if lora is not None:
