@@ -48,8 +48,8 @@ def missing_tokenizer_package(folder: Path) -> str | None:
         lacking = [package for package in needed if not _is_installed(modules.get(package, package))]
         if lacking:
             return (
-                f"its tokenizer is {name} alone, which {' and '.join(lacking)} must read, not installed here; pip "
-                f"install {' '.join(lacking)}, {MAKE_FAST}"
+                f"its tokenizer is {name} alone, which needs {' and '.join(lacking)}, not installed here; pip install "
+                f"{' '.join(lacking)}, {MAKE_FAST}"
             )
     return None
 

@@ -31,6 +31,8 @@ NUM_TOKENS: Final = 64
 NUM_LAYERS: Final = 2
 WIDTH: Final = 32
 """Of the feed-forward part and of an expert."""
+NUM_EXPERTS: Final = 32
+"""At most; enough for eight groups of which some tokens use eight experts."""
 SIGHTS: Final = ("sliding_window", "attention_chunk_size", "index_topk")
 SIGHT: Final = 4
 """Positions that a window, a chunk or an indexer lets a token see: fewer than a row has."""
@@ -92,13 +94,13 @@ def _built(small: PretrainedConfig, implementation: str) -> PreTrainedModel | No
 
 def _random_model(small: PretrainedConfig, implementation: str) -> PreTrainedModel | None:
     small._attn_implementation = implementation
-    with torch.device("meta"):
-        sizes = AutoModelForCausalLM.from_config(copy.deepcopy(small), dtype=torch.float32, trust_remote_code=False)
-    stacks = [len(part) for part in text_decoder(sizes).modules() if isinstance(part, torch.nn.ModuleList)]
-    if sum(p.numel() for p in sizes.parameters()) > LARGEST or _num_layers(small) not in stacks:
-        return None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
+        with torch.device("meta"):
+            sizes = AutoModelForCausalLM.from_config(copy.deepcopy(small), dtype=torch.float32, trust_remote_code=False)
+        stacks = [len(part) for part in text_decoder(sizes).modules() if isinstance(part, torch.nn.ModuleList)]
+        if sum(p.numel() for p in sizes.parameters()) > LARGEST or _num_layers(small) not in stacks:
+            return None
         model = AutoModelForCausalLM.from_config(small, dtype=torch.float32, trust_remote_code=False).eval()
     assert isinstance(model, PreTrainedModel)
     model.set_attn_implementation("eager")
@@ -159,6 +161,9 @@ def _shrink_widths(text: PretrainedConfig) -> None:
     thin = ("intermediate_size", "ffn_dim", "n_inner", "intermediate_size_mlp", "moe_intermediate_size",
             "shared_expert_intermediate_size")  # fmt: skip
     _set(text, dict.fromkeys(thin, WIDTH))
+    for name in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"):
+        if isinstance(there := getattr(text, name, None), int):
+            setattr(text, name, min(there, NUM_EXPERTS))
 
 
 def _set(part: PretrainedConfig, values: dict[str, Any]) -> bool:
