@@ -6,7 +6,10 @@ All of them inherit :class:`FedsimError`; the ones that a user's input causes ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class FedsimError(Exception):
@@ -23,6 +26,10 @@ class FedsimError(Exception):
 
 class ConfigError(FedsimError, ValueError):
     """A configuration key or value is wrong."""
+
+
+class FolderError(ConfigError):
+    """A folder cannot be made or written."""
 
 
 class DataError(FedsimError, ValueError):
@@ -94,3 +101,46 @@ class ClientError(RunError):
 
     def __str__(self) -> str:
         return self.message
+
+
+class Problems(FedsimError):
+    """Several mistakes in what a user gave, found at once.
+
+    Args:
+        errors: each with its own message; two or more.
+    """
+
+    def __init__(self, errors: tuple[FedsimError, ...]) -> None:
+        super().__init__(errors)
+        self.errors = errors
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.errors))
+
+
+class Gathered:
+    """Mistakes of independent checks, so that a user is shown all of them at once."""
+
+    def __init__(self) -> None:
+        self.errors: list[FedsimError] = []
+
+    def attempt(self, check: Callable[[], T]) -> T | None:
+        """The result of a check; None where it found a mistake, which is kept. Other errors leave at once."""
+        try:
+            return check()
+        except (ConfigError, DataError, ModelError, JudgeError, Problems) as error:
+            self.add(error)
+            return None
+
+    def add(self, error: FedsimError) -> None:
+        """Keep a mistake, once."""
+        known = {str(kept) for kept in self.errors}
+        new = error.errors if isinstance(error, Problems) else (error,)
+        self.errors += [part for part in new if str(part) not in known]
+
+    def raise_all(self) -> None:
+        """Raise what was found: one mistake as it is, several as :class:`Problems`."""
+        if len(self.errors) == 1:
+            raise self.errors[0]
+        if self.errors:
+            raise Problems(tuple(self.errors))

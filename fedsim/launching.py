@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from fedsim.errors import ConfigError, FedsimError, LostRankError, RunError, Stopped
+from fedsim.errors import ConfigError, FedsimError, LostRankError, Problems, RunError, Stopped
 from fedsim.record.journal import in_words
 from fedsim.terminal import steady_terminal
 
@@ -80,7 +80,12 @@ def unforeseen(error: Exception) -> FedsimError:
 
 
 def line_of(error: FedsimError) -> str:
-    """``error: what (where)``, a traceback below if there is one; ``stopped: …`` where that was asked for."""
+    """``error: what (where)``, a traceback below if there is one; ``stopped: …`` where that was asked for.
+
+    Several mistakes are as many lines.
+    """
+    if isinstance(error, Problems):
+        return "\n".join(map(line_of, error.errors))
     is_told = isinstance(error, LostRankError)  # by the message itself
     where = f" ({in_words(error.place)})" if error.place and not is_told else ""
     first, end, trace = str(error).partition("\n")

@@ -1,24 +1,26 @@
 """Before training: find every mistake that can be found without computing, and say what the run will do.
 
-Each check is cheap (no weights are read, only their names and shapes), runs on every rank, and is made before the first
-expensive stage of every run; ``launch/run.py --check`` makes them, prints the plan and stops.
+Each check is cheap (of weights only names and shapes are read; an architecture is tried with a small random model),
+runs on every rank, and is made before the first expensive stage of every run; ``launch/run.py --check`` makes them,
+prints the plan and stops. A check that finds a mistake does not keep the others from being made.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from fedsim.config import Config
-from fedsim.errors import ConfigError
+from fedsim.errors import ConfigError, FolderError, Gathered
 from fedsim.evaluate.judge_inputs import check_judge
-from fedsim.model.load import LoraSettings, check_model_dir, check_tokenizer, load_chat
+from fedsim.model.load import LoraSettings, check_model_dir, check_tokenizer, load_chat, read_config
 from fedsim.model.memory import Need, free_memory
 from fedsim.model.shape import ModelShape, model_shape
+from fedsim.model.trial import try_model
 from fedsim.needs import memory_needs, round_work
 from fedsim.parallel.planner import useful_ranks
 from fedsim.parallel.world import World
@@ -39,17 +41,27 @@ class Preflight:
         needs: memory of each stage on one rank, an upper bound.
         free_bytes: memory that each rank can have.
         room: space of the run directory.
+        untried: roles of the models whose architecture only loading shows to fit (:mod:`fedsim.model.trial`).
     """
 
     shapes: Mapping[str, ModelShape]
     needs: Sequence[Need]
     free_bytes: Sequence[int]
     room: DiskRoom
+    untried: tuple[str, ...] = ()
 
     def warnings(self) -> list[str]:
-        """What may go wrong, one line each: stages whose upper bound is more than the rank with least memory has."""
+        """One line for each thing that may go wrong.
+
+        Models that could not be tried, and stages whose upper bound is more than the rank with least memory has.
+        """
         least = min(self.free_bytes)
-        return [
+        untried = [
+            f"{role}.path: no small {self.shapes[role].architecture} could be made to try it; a run loads the model "
+            "once before its first stage"
+            for role in self.untried
+        ]
+        return untried + [
             f"{need.stage} may not fit into {byte_size(least)} (at most {byte_size(need.num_bytes)}); lower {need.key}"
             for need in self.needs
             if need.num_bytes > least
@@ -84,11 +96,16 @@ def preflight(config: Config, world: World) -> Preflight:
     """Check lanes, models, constitution, folders, disk and memory on every rank.
 
     Raises:
-        ConfigError, DataError, ModelError: the first mistake by rank, the same error on every rank.
+        ConfigError, DataError, ModelError: the one mistake, the same on every rank.
+        Problems: several, those of the first rank that has any.
     """
-    found = world.ranks.each(lambda: _check(config, world))
-    shapes, room, _ = found[world.rank]
-    free = [free_bytes for *_, free_bytes in found]
+    by_rank = world.ranks.each(lambda: _check(config, world))
+    for one in by_rank:
+        one.mistakes.raise_all()
+    found = by_rank[world.rank]
+    shapes, room = found.shapes, found.room
+    assert room is not None
+    free = [one.free_bytes for one in by_rank]
     least = free.index(min(free))
     for roles in loaded_together(config):
         weights = sum(shapes[role].weight_bytes for role in roles)
@@ -100,22 +117,41 @@ def preflight(config: Config, world: World) -> Preflight:
                 f"{byte_size(free[least])} free; start fewer processes on this machine, set model.dtype=bfloat16, or "
                 "use a smaller model"
             )
-    return Preflight(shapes, memory_needs(config, shapes, world.size), free, room)
+    return Preflight(shapes, memory_needs(config, shapes, world.size), free, room, tuple(found.untried))
 
 
-def _check(config: Config, world: World) -> tuple[dict[str, ModelShape], DiskRoom, int]:
-    """One rank's checks: sizes of the models, space on the disk, and the memory that the rank can have."""
-    check_world_size(config, world.size)
-    check_folder(run_folder(config), f"record.dir={config.record.dir!r}, name={config.name!r}")
-    check_folder(Path(os.path.expanduser(config.record.artefacts)), f"record.artefacts={config.record.artefacts!r}")
-    shapes = {role: _check_model(config, role, path, world.device) for role, path in models_in_use(config).items()}
+@dataclass
+class _Checked:
+    """One rank's checks: sizes of the models, space on the disk, memory that the rank can have, and mistakes."""
+
+    shapes: dict[str, ModelShape] = field(default_factory=dict)
+    untried: list[str] = field(default_factory=list)
+    room: DiskRoom | None = None
+    free_bytes: int = 0
+    mistakes: Gathered = field(default_factory=Gathered)
+
+
+def _check(config: Config, world: World) -> _Checked:
+    """Make every check, whatever the others find; only what needs a model's sizes waits for them."""
+    found = _Checked(free_bytes=free_memory(world.device, world.size))
+    attempt = found.mistakes.attempt
+    record = config.record
+    attempt(lambda: check_world_size(config, world.size))
+    attempt(lambda: check_folder(run_folder(config), f"record.dir={record.dir!r}, name={config.name!r}"))
+    artefacts = Path(os.path.expanduser(record.artefacts))
+    attempt(lambda: check_folder(artefacts, f"record.artefacts={record.artefacts!r}"))
+    for role, path in models_in_use(config).items():
+        _check_model(config, role, path, world.device, found)
     if config.cai.is_on:
-        load_constitution(constitution_file(config.cai.constitution))
+        attempt(lambda: load_constitution(constitution_file(config.cai.constitution)))
     if config.guard.kind == "llama_guard" and config.guard.deepspeed:
-        zero_settings(config, world.size)
-    check_judge(config)
-    room = check_disk(config, shapes["model"].adapter_size, round_work(config)[0])
-    return shapes, room, free_memory(world.device, world.size)
+        attempt(lambda: zero_settings(config, world.size))
+    attempt(lambda: check_judge(config))
+    has_folders = not any(isinstance(error, FolderError) for error in found.mistakes.errors)
+    if has_folders and (shape := found.shapes.get("model")) is not None:
+        adapter_size = shape.adapter_size
+        found.room = attempt(lambda: check_disk(config, adapter_size, round_work(config)[0]))
+    return found
 
 
 def check_world_size(config: Config, num_ranks: int) -> None:
@@ -137,19 +173,28 @@ def check_world_size(config: Config, num_ranks: int) -> None:
         )
 
 
-def _check_model(config: Config, role: str, path: str, device: torch.device) -> ModelShape:
-    """A model's directory, configuration, layers, tokenizer and chat template; of its weights, names and shapes."""
-    key = f"{role}.path"
-    folder = check_model_dir(path, key)
+def _check_model(config: Config, role: str, path: str, device: torch.device, found: _Checked) -> None:
+    """Check a model's directory, configuration, layers, tokenizer and chat template; of its weights, names and shapes.
+
+    Its tokenizer is looked at though its layers or weights are wrong, but not without a configuration, which it needs.
+    """
+    key, attempt = f"{role}.path", found.mistakes.attempt
+    folder = attempt(lambda: check_model_dir(path, key))
+    if folder is None or attempt(lambda: read_config(folder, key)) is None:
+        return
     lora = None
     if role in ("model", "guard"):
         settings = config.model if role == "model" else config.guard
         lora = LoraSettings(settings.lora_r, settings.lora_alpha, settings.lora_dropout, tuple(settings.lora_targets))
-    shape = model_shape(
-        folder, lora, dtype=config.model.dtype, attention=config.model.attention, device=device, key=key
-    )
-    chat = load_chat(folder, key)
-    check_tokenizer(chat, shape.vocab_size, folder, key)
-    if role == "guard":
-        GuardFormat(chat, config.guard.policy, config.guard.max_length)
-    return shape
+    dtype, attention = config.model.dtype, config.model.attention
+    shape = attempt(lambda: model_shape(folder, lora, dtype=dtype, attention=attention, device=device, key=key))
+    chat = attempt(lambda: load_chat(folder, key))
+    if chat is not None and role == "guard":
+        attempt(lambda: GuardFormat(chat, config.guard.policy, config.guard.max_length))
+    if shape is None:
+        return
+    found.shapes[role] = shape
+    if chat is not None:
+        attempt(lambda: check_tokenizer(chat, shape.vocab_size, folder, key))
+    if attempt(lambda: try_model(folder, shape.attention.name, key)) is False:
+        found.untried.append(role)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from fedsim.assembly import Federation
 from fedsim.config import Config, to_nested
 from fedsim.data.prepare import PreparedData, prepare_data
 from fedsim.data.usable import Tally
-from fedsim.errors import DataError
+from fedsim.errors import DataError, Gathered
 from fedsim.evaluate.judge_inputs import judge_files
 from fedsim.evaluate.shared import shared_evaluation
 from fedsim.evaluate.stage import BENCHMARKS, load_suite
@@ -24,7 +24,7 @@ from fedsim.federation.registry import build_algorithm
 from fedsim.generate.graph import uses_graphs
 from fedsim.local_rows import check_local_rows
 from fedsim.measurement import Shared
-from fedsim.model.load import check_model_dir, chosen_attention, load_chat, model_digest
+from fedsim.model.load import check_model_dir, chosen_attention, load_base, load_chat, model_digest
 from fedsim.model.shape import ModelShape
 from fedsim.parallel.world import World
 from fedsim.parallel.zero_config import zero_file
@@ -99,24 +99,53 @@ class Preparation:
         }
 
     def read(self) -> Inputs:
-        """Read and split the rows, read the benchmarks, and check that every stage has rows to learn from.
+        """Read and split the rows, and read the benchmarks.
 
         Raises:
-            DataError: a malformed file, or splits that the file cannot supply.
-            ConfigError: a stage would have no row to train on (:func:`check_rows`).
+            ConfigError, DataError: the one mistake that was found, such as a malformed file, or splits that the file
+                cannot supply.
+            Problems: several.
         """
+        mistakes = Gathered()
         with self.record.phase("data", "data"):
-            data = prepare_data(self.config, self.store, self.ranks)
-            suite, files = load_suite(self.config.eval, self.store)
+            data = mistakes.attempt(lambda: prepare_data(self.config, self.store, self.ranks))
+            found = mistakes.attempt(lambda: load_suite(self.config.eval, self.store))
+            of_judge = mistakes.attempt(lambda: judge_files(self.config))
+            own = mistakes.attempt(self._own_files)
+        mistakes.raise_all()
+        assert data is not None and found is not None and of_judge is not None and own is not None
+        suite, files = found
         for note in data.notes:
             self.record.say(note)
-        self.ranks.once(lambda: check_rows(self.config, data))
-        files = {"square": data.source, **files, **judge_files(self.config)}
+        return Inputs(data, suite, {"square": data.source, **files, **of_judge, **own})
+
+    def _own_files(self) -> dict[str, Path]:
+        """The constitution and DeepSpeed's configuration, where the run uses them."""
+        files = {}
         if self.config.cai.is_on:
             files["constitution"] = constitution_file(self.config.cai.constitution)
         if self.config.guard.kind == "llama_guard" and self.config.guard.deepspeed:
             files["deepspeed"] = zero_file(self.config.guard.deepspeed)
-        return Inputs(data, suite, files)
+        return files
+
+    def check_rows(self, data: PreparedData) -> None:
+        """Check that every stage has rows to learn from (:func:`check_rows`); the models' directories are sound."""
+        self.ranks.once(lambda: check_rows(self.config, data))
+
+    def try_models(self, roles: Sequence[str]) -> None:
+        """Load each of these models once, and give it back: what does not fit is found before hours of work.
+
+        Only for architectures of which no small model could be made; loading takes a minute at 8B.
+        """
+        model = self.config.model
+        for role in roles:
+            path = models_in_use(self.config)[role]
+            with self.record.phase(f"trying the {role}'s architecture", "load"):
+                load_base(
+                    path, dtype=model.dtype, attention=model.attention, device=self.world.device, key=f"{role}.path"
+                )
+                if self.world.device.type == "cuda":
+                    torch.cuda.empty_cache()
 
     def write_manifest(self, inputs: Inputs, shapes: Mapping[str, ModelShape]) -> None:
         """Write down what the run's figures depend on.

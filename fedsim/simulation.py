@@ -18,7 +18,7 @@ from fedsim.checkpoint import Checkpoint
 from fedsim.cohort import agreed_checksums
 from fedsim.config import Config
 from fedsim.disk import explaining_full_disk
-from fedsim.errors import RunError, Stopped
+from fedsim.errors import FolderError, Gathered, RunError, Stopped
 from fedsim.evaluate.suite import Suite
 from fedsim.federation.algorithms import ADAPTER, ServerState
 from fedsim.federation.sampling import cosine_by_round
@@ -28,8 +28,8 @@ from fedsim.model.cost import ModelCost
 from fedsim.parallel.stopping import signal_name
 from fedsim.parallel.world import World
 from fedsim.plan import plan_text
-from fedsim.preflight import preflight
-from fedsim.preparation import Preparation
+from fedsim.preflight import Preflight, preflight
+from fedsim.preparation import Inputs, Preparation
 from fedsim.record.finish import finish_run
 from fedsim.record.metrics import RESUME
 from fedsim.record.peak import run_peak
@@ -65,8 +65,7 @@ class Simulation:
         record = self.record
         record.header(self.world.size, self.world.device)
         record.check_directory()
-        found = preflight(self.config, self.world)
-        inputs = self.preparation.read()
+        found, inputs = self._inspect()
         self.preparation.check_unchanged(inputs)
         text = self.ranks.once(lambda: plan_text(self.config, inputs, found, self.world.size))
         if self.ranks.is_main:
@@ -74,6 +73,22 @@ class Simulation:
         if record.is_finished:
             self._say_start(self.config.federation.num_rounds)
         record.say("checked: nothing was trained")
+
+    def _inspect(self) -> tuple[Preflight, Inputs]:
+        """Make all checks and read all data, and raise every mistake of both at once.
+
+        Data is not read where no folder can take what is kept of it.
+        """
+        mistakes = Gathered()
+        found = mistakes.attempt(lambda: preflight(self.config, self.world))
+        inputs = None
+        if not any(isinstance(error, FolderError) for error in mistakes.errors):
+            inputs = mistakes.attempt(self.preparation.read)
+        if found is not None and inputs is not None:  # rows are counted with the model's own tokenizer
+            mistakes.attempt(lambda: self.preparation.check_rows(inputs.data))
+        mistakes.raise_all()
+        assert found is not None and inputs is not None
+        return found, inputs
 
     def run(self) -> None:
         """Run to the end; the run directory is this process's alone for so long."""
@@ -98,15 +113,15 @@ class Simulation:
         """Filter the clients' data, then alternate federated training and CAI, measuring as it goes."""
         config, record, prepare = self.config, self.record, self.preparation
         record.header(self.world.size, self.world.device)
-        found = preflight(config, self.world)
+        found, inputs = self._inspect()
         for role, shape in found.shapes.items():
             record.say(f"attention of the {role}: {shape.attention.name} ({shape.attention.why})")
             if shape.dropout_off:
                 record.say(f"dropout of the {role}'s base is off, LoRA's alone counts: {shape.dropout_off}")
         for warning in found.warnings():
             record.say(f"warning: {warning}")
-        inputs = prepare.read()
         prepare.write_manifest(inputs, found.shapes)
+        prepare.try_models(found.untried)
         guarded = prepare.filter(inputs.data)
         federation = self._assemble(guarded.filtered)
         suite = replace(inputs.suite, guard=guarded.judge)

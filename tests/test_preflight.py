@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedsim import preflight
 from fedsim.attention.choice import Choice
@@ -21,7 +24,9 @@ from fedsim.data.chat import ChatFormat
 from fedsim.data.square import SquareRow
 from fedsim.data.usable import Tally
 from fedsim.data.world import square_rows
-from fedsim.errors import ConfigError, DataError, FedsimError, ModelError
+from fedsim.errors import ConfigError, DataError, FedsimError, ModelError, Problems, RunError
+from fedsim.launching import line_of
+from fedsim.model import quantised
 from fedsim.model.memory import Need
 from fedsim.model.shape import ModelShape
 from fedsim.needs import memory_needs
@@ -122,6 +127,133 @@ def test_a_tokenizer_of_a_larger_model(model: Path, make_llama: Callable[..., Ll
     make_llama(vocab_size=257, pad_token_id=None, max_position_embeddings=2048).save_pretrained(str(model))
     found = error(f"model.path={model}")
     assert isinstance(found, ModelError) and "the model has 257 embeddings" in str(found)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+        {"quant_method": "bitsandbytes", "load_in_8bit": True},
+        {"quant_method": "gptq", "bits": 4},
+        {"quant_method": "awq", "bits": 4},
+        {"quant_method": "compressed-tensors", "config_groups": {}},
+        {"quant_method": "torchao", "quant_type": "int8_weight_only"},
+        {"quant_method": "mxfp4"},
+        {"quant_method": "unheard_of"},
+        {},
+    ],
+)
+def test_quantised_weights_that_cannot_be_used_here(model: Path, settings: dict[str, Any]) -> None:
+    known = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(known | {"quantization_config": settings}))
+    method = settings.get("quant_method", "unknown")
+    for key in ("model.path", "guard.path"):
+        found = error(f"{key}={model}")
+        assert isinstance(found, ModelError) and f"{key}=" in str(found)
+        assert f"weights are quantised (quant_method={method!r}" in str(found)
+        assert "without quantisation" in str(found)
+
+
+def test_quantised_weights_without_an_adapter_may_be_of_any_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a judge no layer is trained."""
+    quantiser = SimpleNamespace(is_trainable=True)
+    monkeypatch.setattr(quantised, "get_hf_quantizer", lambda *_: (quantiser, None, None))
+    config = LlamaConfig(quantization_config={"quant_method": "gptq", "bits": 4})
+    quantised.check_quantised(config, trains=False)
+    with pytest.raises(ModelError, match="in a form that LoRA cannot be trained on here"):
+        quantised.check_quantised(config, trains=True)
+    config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    quantised.check_quantised(config, trains=True)
+
+
+def test_shards_without_an_index(model: Path) -> None:
+    (model / "model.safetensors").rename(model / "model-00001-of-00001.safetensors")
+    found = error(f"model.path={model}")
+    assert isinstance(found, ModelError) and "such as model-00001-of-00001.safetensors" in str(found)
+    assert "download the index too" in str(found)
+
+
+def test_an_index_of_other_shards(model: Path) -> None:
+    shard = model / "model-00001-of-00001.safetensors"
+    (model / "model.safetensors").rename(shard)
+    with safe_open(str(shard), "pt") as file:
+        places = dict.fromkeys(file.keys(), shard.name)
+    index = model / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": places}))
+    run_preflight(config(f"model.path={model}"), world())
+    index.write_text(json.dumps({"weight_map": places | {"model.layers.9.kite": shard.name}}))
+    found = error(f"model.path={model}")
+    assert isinstance(found, ModelError) and "names 1 of" in str(found) and "model.layers.9.kite" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("content", "package", "other"),
+    [(b"\n\x0e\n\x05<unk>\x15\x00", "sentencepiece", "tiktoken"), (b"IQ== 0\nIg== 1\n", "tiktoken", "sentencepiece")],
+)
+def test_a_tokenizer_whose_reader_is_not_installed(model: Path, content: bytes, package: str, other: str) -> None:
+    """transformers would ask for tiktoken, whatever the file holds."""
+    (model / "tokenizer.json").unlink()
+    (model / "tokenizer.model").write_bytes(content)
+    found = error(f"guard.path={model}")
+    assert isinstance(found, ModelError) and f"pip install {package}" in str(found) and other not in str(found)
+    assert "tokenizer.json" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"model_type": "gptj", "n_layer": 2, "n_head": 4, "n_embd": 32}, "GPTJForCausalLM: its layers choose their"),
+        ({"model_type": "falcon"}, "FalconForCausalLM: its layers choose their attention themselves"),
+        ({"model_type": "mamba"}, "MambaForCausalLM: carries state"),
+        ({"model_type": "musicgen"}, "its config.json cannot be loaded"),
+        ({"model_type": "deepseek_v32"}, "index_topk=2048: fedsim knows no attention to chosen positions"),
+    ],
+)
+def test_an_architecture_that_does_not_fit_is_refused_in_words(
+    model: Path, settings: dict[str, Any], words: str
+) -> None:
+    (model / "model.safetensors").unlink()
+    save_file({"kite": torch.zeros(1)}, str(model / "model.safetensors"))
+    (model / "config.json").write_text(json.dumps({"vocab_size": 261, "hidden_size": 32} | settings))
+    with pytest.raises(FedsimError) as caught:
+        run_preflight(config(f"model.path={model}"), world())
+    assert words in str(caught.value) and "fedsim_" not in str(caught.value)
+
+
+def test_every_mistake_is_found_at_once(tmp_path: Path, model: Path) -> None:
+    """Of models, folders, constitution and data; one line each, and one status."""
+    (model / "chat_template.jinja").unlink()
+    wrong = [f"model.path={model}", f"guard.path={tmp_path / 'none'}", f"data.square={tmp_path / 'rows.json'}",
+             f"eval.advbench={tmp_path / 'a.csv'}", f"eval.hhh={tmp_path / 'h.jsonl'}", "cai.constitution=kites",
+             f"record.dir={tmp_path / 'runs'}", f"record.artefacts={tmp_path / 'artefacts'}"]  # fmt: skip
+    with pytest.raises(Problems) as caught:
+        Simulation(config(*wrong), world()).check()
+    lines = line_of(caught.value).splitlines()
+    for words in ("chat template", "'none'", "rows.json", "a.csv", "h.jsonl", "cai.constitution='kites'"):
+        assert len([line for line in lines if words in line or words.strip("'") in line]) == 1, words
+    assert len(lines) == 6 and all(line.startswith("error: ") for line in lines) and caught.value.status == 2
+    with pytest.raises(Problems) as again:
+        Simulation(config(*wrong), world()).run()
+    assert line_of(again.value) == line_of(caught.value), "a run says the same before its first stage"
+    assert pickle.loads(pickle.dumps(caught.value)).errors[1].args == caught.value.errors[1].args
+
+
+def test_a_model_that_could_not_be_tried_is_loaded_before_the_first_stage(
+    checked: Callable[..., Simulation], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(preflight, "try_model", lambda folder, attention, key: key != "model.path")
+    simulation = checked()
+    assert "Warning: model.path: no small LlamaForCausalLM could be made to try it" in capsys.readouterr().out
+    loaded: list[str] = []
+    monkeypatch.setattr("fedsim.preparation.load_base", lambda path, key, **_: loaded.append(key))
+
+    def filtered(*_: Any) -> None:
+        raise RunError("the filter's turn")
+
+    monkeypatch.setattr(simulation.preparation, "filter", filtered)
+    with pytest.raises(RunError, match="the filter's turn"):
+        simulation.run()
+    assert loaded == ["model.path"]
 
 
 def test_an_attention_that_needs_cuda() -> None:

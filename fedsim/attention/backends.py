@@ -38,7 +38,8 @@ class Cached:
     """A KV cache as a step of decoding reads it: a slot a row.
 
     Attributes:
-        keys: ``[rows, capacity, key heads, head size]``; ``values`` as well.
+        keys: ``[rows, capacity, key heads, head size]``.
+        values: ``[rows, capacity, key heads, value size]``.
         lengths: int32 ``[rows]``, on the device: positions of each row, the query's own included.
         max_length: the largest of them, or more, up to the capacity.
     """
@@ -71,10 +72,11 @@ class Backend(Protocol):
 
         Args:
             query: ``[queries, query heads, head size]``.
-            key: ``[keys, key heads, head size]``; ``value`` as well.
+            key: ``[keys, key heads, head size]``.
+            value: ``[keys, key heads, value size]``.
 
         Returns:
-            ``[queries, query heads, head size]``.
+            ``[queries, query heads, value size]``.
         """
         ...
 
@@ -85,7 +87,7 @@ class Backend(Protocol):
             query: ``[rows, query heads, head size]``.
 
         Returns:
-            ``[rows, query heads, head size]``.
+            ``[rows, query heads, value size]``.
         """
         ...
 
@@ -132,9 +134,9 @@ class Sdpa:
         if query.device.type == "cpu":  # the fused kernel is made for many queries
             hidden = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
             products = (grouped * scores.scale) @ keys.transpose(2, 3) + hidden
-            return (products.softmax(dim=-1) @ values).view(rows, heads, size)
+            return (products.softmax(dim=-1) @ values).view(rows, heads, -1)
         out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scores.scale)
-        return out.reshape(rows, heads, size)
+        return out.reshape(rows, heads, -1)
 
 
 class Eager:

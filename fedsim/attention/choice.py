@@ -101,8 +101,7 @@ def _kernel_problem(name: str, config: PretrainedConfig, device: torch.device) -
     torch's kernel wants multiples of 8 too; the package pads.
     """
     text = config.get_text_config()
-    width = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-    keys, values = (int(getattr(text, size, None) or width) for size in ("qk_head_dim", "v_head_dim"))
+    keys, values = head_sizes(text)
     if keys != values:  # latent attention (DeepSeek)
         return f"needs values as wide as keys, the model's heads have {keys} and {values}; set model.attention=sdpa"
     widest = max(keys, int(getattr(text, "global_head_dim", None) or 0))
@@ -113,6 +112,22 @@ def _kernel_problem(name: str, config: PretrainedConfig, device: torch.device) -
     if major < 8:
         return f"needs compute capability 8.0 or newer, this GPU has {major}.{minor}; set model.attention=sdpa"
     return None
+
+
+def head_sizes(text: PretrainedConfig) -> tuple[int, int]:
+    """Numbers of a key head and of a value head; latent attention (DeepSeek) makes them of different sizes."""
+    width = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    plain, rotated = (getattr(text, f"qk_{part}_head_dim", None) for part in ("nope", "rope"))
+    keys = plain + rotated if plain and rotated else getattr(text, "qk_head_dim", None)
+    return int(keys or width), int(getattr(text, "v_head_dim", None) or width)
+
+
+def num_key_heads(text: PretrainedConfig) -> int:
+    """Key heads of a layer; latent attention (DeepSeek) unfolds one for each query head."""
+    heads = int(text.num_attention_heads)
+    if getattr(text, "kv_lora_rank", None):
+        return heads
+    return int(getattr(text, "num_key_value_heads", None) or heads)
 
 
 def _capability(device: torch.device) -> tuple[int, int]:

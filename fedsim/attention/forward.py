@@ -7,11 +7,12 @@ built by the model, and no cache class of the library is in play.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import torch
 from peft import PeftModel
@@ -34,22 +35,36 @@ _READY_MASK: Final = torch.ones(1, 1, 1, 1, dtype=torch.bool)
 """A mask of four dimensions is passed on as it is: the model builds none, and does not look at the positions for it."""
 
 
+class Place(NamedTuple):
+    """One attention of a pass: which of its layer's, as some layers have two over one set of keys (DiffLlama)."""
+
+    layer: int
+    call: int = 0
+
+
 class Layout(Protocol):
     """What the queries of a packed batch attend to."""
 
     def attend(
-        self, backend: Backend, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scores: Scores
+        self,
+        backend: Backend,
+        place: Place,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scores: Scores,
     ) -> torch.Tensor:
-        """Attention of one layer.
+        """Attention at one place.
 
         Args:
-            layer: index of the layer.
+            place: of the attention in the pass; keys and values that are kept are kept by it.
             query: ``[queries, query heads, head size]``.
             key: ``[tokens, key heads, head size]``, of the batch's tokens (which are the queries, but for
-                :class:`Narrowed` layers); ``value`` as well.
+                :class:`Narrowed` layers).
+            value: ``[tokens, key heads, value size]``; of latent attention (DeepSeek) another size than the keys'.
 
         Returns:
-            ``[queries, query heads, head size]``.
+            ``[queries, query heads, value size]``.
         """
         ...
 
@@ -62,7 +77,13 @@ class Rows:
         self.spans = spans
 
     def attend(
-        self, backend: Backend, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scores: Scores
+        self,
+        backend: Backend,
+        place: Place,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scores: Scores,
     ) -> torch.Tensor:
         """See :class:`Layout`."""
         return backend.spans(query, key, value, self.spans, scores)
@@ -82,11 +103,17 @@ class Narrowed:
 
 
 class _Pass:
-    """One forward pass: its layout, which layers have asked for it, and keys and values that a layer has read alone."""
+    """One forward pass.
+
+    Attributes:
+        layout: of the layers that are still to come.
+        calls: attentions so far, by layer.
+        read: keys and values of all tokens that the narrowed layer has read alone.
+    """
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
-        self.layers: set[int] = set()
+        self.calls: dict[int, int] = {}
         self.is_reading = self.is_narrow = False
         self.read: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -100,6 +127,21 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     assert isinstance(inner, PreTrainedModel)
     return inner
+
+
+def text_decoder(causal: PreTrainedModel) -> nn.Module:
+    """The layers that read text; of a multimodal model without the towers that read images and sound."""
+    decoder: nn.Module = causal.get_decoder()
+    return decoder
+
+
+def text_names(causal: PreTrainedModel) -> str:
+    """A pattern of the names of all modules that text goes through: the decoder, the head, and what lies below them."""
+    parts = [text_decoder(causal), causal.get_output_embeddings()]
+    if causal in parts:
+        return ".*"
+    roots = [re.escape(name) for name, module in causal.named_modules() if any(module is part for part in parts)]
+    return rf"(?:{'|'.join(roots)})(?:\..*)?"
 
 
 def packed_logits(
@@ -170,18 +212,20 @@ def packed_hidden(
 def _narrowing(causal: PreTrainedModel, passing: _Pass, narrowed: Narrowed | None, num_tokens: int) -> Iterator[None]:
     """Let the last layer run twice: up to its keys and values with all tokens, then whole with the kept ones.
 
-    A layer whose states have another shape than ``[1, tokens, width]`` runs as it is, with all tokens.
+    A layer whose states have another shape than ``[1, tokens, width]`` runs as it is, with all tokens; so does the last
+    layer where others have more than one attention, as it would have to run up to the last of its own.
     """
     if narrowed is None:
         yield
         return
     assert not torch.is_grad_enabled(), "a narrowed layer passes no gradient on"
     num_layers = int(causal.config.get_text_config().num_hidden_layers)
-    stacks = [m for m in causal.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers]
+    stacks = [m for m in text_decoder(causal).modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers]
     assert stacks, "a decoder is a list of layers"
 
     def fits(args: tuple[Any, ...]) -> bool:
-        return bool(args) and args[0].dim() == 3 and args[0].shape[1] == num_tokens
+        has_one_attention = max(passing.calls.values(), default=1) == 1
+        return has_one_attention and bool(args) and args[0].dim() == 3 and args[0].shape[1] == num_tokens
 
     def narrow(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         if not fits(args):
@@ -231,11 +275,16 @@ def _kept(part: Any, num_tokens: int, keep: torch.Tensor) -> Any:
 def _check_layers(causal: PreTrainedModel, passing: _Pass) -> None:
     """A layer that mixes tokens in another way would mix rows."""
     num_layers = int(causal.config.get_text_config().num_hidden_layers)
-    if len(passing.layers) != num_layers:
-        raise ModelError(
-            f"{type(causal).__name__}: only {len(passing.layers)} of its {num_layers} layers use transformers' "
-            "attention interface; fedsim needs a decoder whose layers all do, such as Llama, Qwen, Mistral or Gemma"
-        )
+    if len(passing.calls) != num_layers:
+        raise unsupported(type(causal).__name__, f"only {len(passing.calls)} of its {num_layers} layers use")
+
+
+def unsupported(architecture: str, who: str) -> ModelError:
+    """The error of layers that compute attention by themselves; ``who`` says which do otherwise."""
+    return ModelError(
+        f"{architecture}: {who} transformers' attention interface; fedsim needs a decoder whose layers all do, such as "
+        "Llama, Qwen, Mistral or Gemma"
+    )
 
 
 def _attention(
@@ -253,7 +302,7 @@ def _attention(
     packed_pass: _Pass | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """What transformers calls: ``[batch, heads, length, size]`` in, ``[batch, length, heads, size]`` out.
+    """Compute attention for transformers: ``[batch, heads, length, size]`` in, ``[batch, length, heads, size]`` out.
 
     Without a layout each batch entry is a row of its own, whose queries are the last of its positions.
     """
@@ -261,6 +310,11 @@ def _attention(
     if s_aux is not None:
         raise ModelError(
             f"{type(module).__name__}: has attention sinks, which fedsim does not compute; use another model"
+        )
+    if packed_pass is not None and attention_mask is not None and attention_mask.numel() > 1:
+        raise ModelError(
+            f"{type(module).__name__}: chooses by a mask of its own what a token sees, which fedsim does not compute; "
+            "use another model"
         )
     scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
     batch, _heads, length, _size = query.shape
@@ -275,8 +329,9 @@ def _attention(
             raise _HaveKeys
         if packed_pass.read is not None:
             keys, values = packed_pass.read
-        packed_pass.layers.add(layer)
-        out = packed_pass.layout.attend(backend, layer, queries, keys, values, scores)
+        call = packed_pass.calls.get(layer, 0)
+        packed_pass.calls[layer] = call + 1
+        out = packed_pass.layout.attend(backend, Place(layer, call), queries, keys, values, scores)
     return out.view(batch, length, *out.shape[1:]), None
 
 

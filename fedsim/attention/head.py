@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from fedsim.attention.forward import causal_lm
+from fedsim.attention.forward import causal_lm, text_decoder
 from fedsim.errors import ModelError
 
 
@@ -52,7 +52,7 @@ def head_logits(model: nn.Module, hidden: torch.Tensor, candidates: Sequence[int
         return nn.functional.linear(states.to(wide), head.weight[chosen].to(wide), bias)
 
     # Of encoder-decoder descent, a model may call its decoder past the body.
-    stand_ins: dict[nn.Module, Callable[..., Any]] = {causal.base_model: body, causal.get_decoder(): body}
+    stand_ins: dict[nn.Module, Callable[..., Any]] = {causal.base_model: body, text_decoder(causal): body}
     narrow = candidates is not None and type(head) is nn.Linear
     if narrow:
         stand_ins[head] = rows

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from fedsim.artefacts import ArtefactStore, write_json
 from fedsim.config import EvalConfig
@@ -15,10 +16,13 @@ from fedsim.data.benchmarks import load_advbench, load_hhh, load_mt_bench
 from fedsim.data.helpful import load_helpful
 from fedsim.data.prepare import embedded_file
 from fedsim.data.xstest import load_xstest
+from fedsim.errors import Gathered
 from fedsim.evaluate.fastchat import write_answers
 from fedsim.evaluate.rows import subset_places
 from fedsim.evaluate.suite import Evaluation, Suite
 from fedsim.record.items import write_items
+
+T = TypeVar("T")
 
 BENCHMARKS: Final = ("advbench", "hhh", "mt_bench", "xstest", "helpful")
 """Keys of the configuration that name a benchmark's file."""
@@ -39,15 +43,21 @@ def load_suite(settings: EvalConfig, store: ArtefactStore) -> tuple[Suite, dict[
 
     Raises:
         DataError: a missing or malformed file.
+        Problems: several.
     """
     asked = {kind: getattr(settings, kind) for kind in BENCHMARKS}
     files = {kind: _file(value, store, kind) for kind, value in asked.items() if value}
+    mistakes = Gathered()
+
+    def read(kind: str, load: Callable[[Path], Sequence[T]]) -> Sequence[T]:
+        return (mistakes.attempt(lambda: load(files[kind])) if kind in files else None) or ()
+
     suite = Suite(
-        advbench=load_advbench(files["advbench"]) if "advbench" in files else (),
-        hhh=load_hhh(files["hhh"]) if "hhh" in files else (),
-        mt_bench=load_mt_bench(files["mt_bench"]) if "mt_bench" in files else (),
-        xstest=load_xstest(files["xstest"]) if "xstest" in files else (),
-        helpful=load_helpful(files["helpful"]) if "helpful" in files else (),
+        advbench=read("advbench", load_advbench),
+        hhh=read("hhh", load_hhh),
+        mt_bench=read("mt_bench", load_mt_bench),
+        xstest=read("xstest", load_xstest),
+        helpful=read("helpful", load_helpful),
         judge=world.judge_reply if is_embedded("eval.advbench", settings.advbench) else None,
         refuses=world.is_refusal if settings.xstest == "embedded" else None,
         rubric=world.rubric_score if settings.mt_bench == "embedded" else None,
@@ -57,6 +67,7 @@ def load_suite(settings: EvalConfig, store: ArtefactStore) -> tuple[Suite, dict[
         max_new_tokens=settings.max_new_tokens,
         limit=settings.limit,
     )
+    mistakes.raise_all()
     return suite, files
 
 

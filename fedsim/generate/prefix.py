@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fedsim.attention.backends import Backend, Scores
-from fedsim.attention.forward import Narrowed, causal_lm, packed_hidden
+from fedsim.attention.forward import Narrowed, Place, causal_lm, packed_hidden
 from fedsim.attention.head import head_logits
 from fedsim.attention.spans import Spans, put
 
@@ -26,11 +26,11 @@ class Head:
 
     Attributes:
         length: number of tokens; 0 is an empty head.
-        layers: keys and values ``[length, key heads, head size]`` of each layer.
+        kept: keys and values ``[length, key heads, head size]`` of each attention.
     """
 
     length: int
-    layers: dict[int, tuple[torch.Tensor, torch.Tensor]]
+    kept: dict[Place, tuple[torch.Tensor, torch.Tensor]]
 
 
 class _Reading:
@@ -41,10 +41,16 @@ class _Reading:
         self.spans = spans
 
     def attend(
-        self, backend: Backend, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scores: Scores
+        self,
+        backend: Backend,
+        place: Place,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scores: Scores,
     ) -> torch.Tensor:
         """See :class:`fedsim.attention.forward.Layout`."""
-        self.head.layers[layer] = (key, value)
+        self.head.kept[place] = (key, value)
         return backend.spans(query, key, value, self.spans, scores)
 
 
@@ -57,11 +63,17 @@ class _AfterHead:
         self.spans = Spans(queries, [head.length + length for length in tails], device=device)
 
     def attend(
-        self, backend: Backend, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scores: Scores
+        self,
+        backend: Backend,
+        place: Place,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scores: Scores,
     ) -> torch.Tensor:
         """See :class:`fedsim.attention.forward.Layout`."""
         if self.head.length:
-            head_key, head_value = self.head.layers[layer]
+            head_key, head_value = self.head.kept[place]
             key, value = self._behind(head_key, key), self._behind(head_value, value)
         return backend.spans(query, key, value, self.spans, scores)
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from fedsim.attention.backends import Backend, Cached, Scores
+from fedsim.attention.forward import Place
 from fedsim.attention.spans import Spans, put
 
 GROWTH: Final = 128
@@ -36,7 +37,7 @@ class Slots:
         self.capacity = 0
         self.device = device
         self._used = 0  # no slot holds anything from here on, not even what is no longer its row's
-        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._kept: dict[Place, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @property
     def num_rows(self) -> int:
@@ -53,11 +54,11 @@ class Slots:
             return
         self.capacity = grown(length)
         longest = max(self.lengths)
-        for layer, old in self._layers.items():
+        for place, old in self._kept.items():
             new = self._buffer(old[0]), self._buffer(old[1])
             for to, come in zip(new, old, strict=True):
                 to[:, :longest] = come[:, :longest]
-            self._layers[layer] = new
+            self._kept[place] = new
 
     def clear(self, begin: int, end: int) -> None:
         """Slots ``begin`` to ``end − 1`` are for other rows, which may meet nothing of what these held.
@@ -66,17 +67,20 @@ class Slots:
         """
         self.lengths[begin:end] = [0] * (end - begin)
         if self._used:
-            for buffers in self._layers.values():
+            for buffers in self._kept.values():
                 for buffer in buffers:
                     buffer[begin:end, : self._used] = 0
         if end - begin == self.num_rows:
             self._used = 0
 
-    def layer(self, layer: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of a layer: ``[rows, capacity, key heads, head size]`` each, heads as in ``like``."""
-        found = self._layers.get(layer)
+    def kept(self, place: Place, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of an attention: ``[rows, capacity, heads, size]`` each.
+
+        Heads and size are those of ``key`` and of ``value``, whose heads may have another size.
+        """
+        found = self._kept.get(place)
         if found is None:
-            found = self._layers[layer] = self._buffer(like), self._buffer(like)
+            found = self._kept[place] = self._buffer(key), self._buffer(value)
         return found
 
     def exchange(self, one: int, other: int) -> None:
@@ -87,7 +91,7 @@ class Slots:
         if lengths[one] > lengths[other]:
             one, other = other, one
         short, length = lengths[one], lengths[other]
-        for buffers in self._layers.values():
+        for buffers in self._kept.values():
             for buffer in buffers:
                 kept = buffer[one, :short].clone()
                 buffer[one, :length] = buffer[other, :length]
@@ -120,10 +124,16 @@ class Extending:
         )
 
     def attend(
-        self, backend: Backend, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scores: Scores
+        self,
+        backend: Backend,
+        place: Place,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scores: Scores,
     ) -> torch.Tensor:
         """See :class:`fedsim.attention.forward.Layout`."""
-        keys, values = self.slots.layer(layer, key)
+        keys, values = self.slots.kept(place, key, value)
         places = self.spans.positions[0]
         keys[self._rows, places] = key
         values[self._rows, places] = value
@@ -150,10 +160,16 @@ class Stepping:
         self._lengths = (places + 1).clamp(max=longest).to(torch.int32)
 
     def attend(
-        self, backend: Backend, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scores: Scores
+        self,
+        backend: Backend,
+        place: Place,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scores: Scores,
     ) -> torch.Tensor:
         """See :class:`fedsim.attention.forward.Layout`."""
-        keys, values = (part[: len(self._rows)] for part in self.slots.layer(layer, key))
+        keys, values = (part[: len(self._rows)] for part in self.slots.kept(place, key, value))
         keys[self._rows, self._places] = key
         values[self._rows, self._places] = value
         return backend.slots(query, Cached(keys, values, self._lengths, self.longest), scores)

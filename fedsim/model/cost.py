@@ -11,12 +11,15 @@ models only; no gradient checkpointing.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
 
+from fedsim.attention.choice import head_sizes, num_key_heads
+from fedsim.attention.forward import text_names
 from fedsim.data.chat import TokenRow
 
 
@@ -110,17 +113,18 @@ class ModelCost:
         head = model.get_output_embeddings()
         counts = {"body": 0, "lora": 0, "head": 0}
         weight_bytes = 0
+        text = text_names(model)  # the towers of a multimodal model compute nothing
         for name, module in model.named_modules():
-            if isinstance(module, torch.nn.Linear):
+            if isinstance(module, torch.nn.Linear) and re.fullmatch(text, name):
                 part = "head" if module is head else "lora" if "lora_" in name else "body"
                 counts[part] += module.weight.numel()
                 weight_bytes += module.weight.numel() * module.weight.element_size()
         config = model.config.get_text_config()
         heads, layers = config.num_attention_heads, config.num_hidden_layers
-        head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
-        num_cached = 2 * layers * (getattr(config, "num_key_value_heads", None) or heads) * head_size
+        key_size, value_size = head_sizes(config)
+        num_cached = layers * num_key_heads(config) * (key_size + value_size)
         size = next(model.parameters()).element_size()
-        return cls(**counts, attention=layers * heads * head_size, weight_bytes=weight_bytes,
+        return cls(**counts, attention=layers * heads * (key_size + value_size) // 2, weight_bytes=weight_bytes,
                    cache_bytes=num_cached * size)  # fmt: skip
 
     def forward(self, work: Work) -> Effort:

@@ -1,24 +1,31 @@
-"""What fedsim asks of an architecture: no draws of its own, and packed rows that equal plain, separate ones."""
+"""Requirements of an architecture: no draws of its own, and packed rows and cached steps that equal plain rows."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
+import numpy as np
 import torch
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import PretrainedConfig, PreTrainedModel
 
 from fedsim.attention.backends import Backend, Scores
-from fedsim.attention.forward import Rows, packed_hidden
+from fedsim.attention.forward import Place, Rows, packed_hidden, packed_logits
 from fedsim.attention.head import head_logits
 from fedsim.attention.spans import Spans
 from fedsim.errors import ModelError
+from fedsim.generate.prefix import candidate_logits, read_head
+from fedsim.generate.slots import Extending, Slots, Stepping
+from fedsim.model.faults import reason
 
 LIMITS: Final = {torch.bfloat16: 0.3, torch.float16: 0.1}
 """Relative distance of a token's logits that rounding may make; of wider types 1e-3. What leaks or is left out makes
 about 1: it is another context."""
+
+NUM_CANDIDATES: Final = 64
+"""Tokens of the vocabulary, evenly apart, whose logits behind a shared head are compared."""
 
 WHICH: Final = "use a decoder such as Llama, Qwen, Mistral or Gemma"
 
@@ -50,15 +57,17 @@ def switch_dropout_off(config: PretrainedConfig) -> dict[str, float]:
 
 
 def check_fitness(base: PreTrainedModel, rows: list[list[int]]) -> None:
-    """Whether packed rows through fedsim's attention give what each gives alone through the model's own, plain one.
+    """Compare a model's logits through fedsim's attention with those of its own, plain forward pass, row by row.
 
-    Logits are compared, made as a chunked head makes them, in evaluation and in training. State that is carried from
-    row to row, masks and positions of the model's own, draws in training and a head that works in another way all
-    show. A window that is longer than the rows does not: each layer must pass on what the configuration says.
+    Packed rows are compared in evaluation and in training, with a head that works in chunks; then cached steps
+    (:func:`_decoded`) and tails behind a shared head (:func:`_behind_head`). State that is carried from row to row,
+    masks and positions of the model's own, draws in training, caches that hold something else than keys and values, and
+    a head that works in another way all show. A window that is longer than the rows does not: each layer must pass on
+    the window that the configuration names. No number is drawn.
 
     Args:
         base: in evaluation mode, its attention fedsim's; left as it is.
-        rows: a few tokens each, two or more rows.
+        rows: 4 to 12 tokens each, of different lengths; two or more rows.
 
     Raises:
         ModelError: it does not fit.
@@ -67,8 +76,7 @@ def check_fitness(base: PreTrainedModel, rows: list[list[int]]) -> None:
         if isinstance(module, _DropoutNd):  # one that no configuration speaks of
             module.p = 0.0
     name = type(base).__name__
-    if base._is_stateful:  # its first tokens' state is small, bf16's rounding may hide it
-        raise ModelError(f"{name}: carries state from token to token, and so from row to row; {WHICH}")
+    check_kind(base)
     try:
         want = _plain(base, rows)
         layout = _Noting(Spans([len(row) for row in rows], device=base.device))
@@ -80,22 +88,123 @@ def check_fitness(base: PreTrainedModel, rows: list[list[int]]) -> None:
     except ModelError:
         raise
     except Exception as error:  # whatever another architecture does with arguments that it does not know
-        raise ModelError(f"{name}: cannot run packed rows ({type(error).__name__}: {error}); {WHICH}") from error
+        raise ModelError(f"{name}: cannot run packed rows ({reason(error)}); {WHICH}") from error
+    try:
+        _check_decoding(base, rows, want.split([len(row) for row in rows]))
+    except ModelError:
+        raise
+    except Exception as error:  # such as keys and values of other shapes than the cache's
+        raise ModelError(f"{name}: cannot decode with a cache ({reason(error)}); {WHICH}") from error
+
+
+def check_kind(base: PreTrainedModel) -> None:
+    """Refuse what the class and the configuration already show and what a few tokens may not; no number is looked at.
+
+    Raises:
+        ModelError: state from token to token, or attention to chosen positions or in chunks.
+    """
+    name = type(base).__name__
+    if base._is_stateful:  # its first tokens' state is small, bf16's rounding may hide it
+        raise ModelError(f"{name}: carries state from token to token, and so from row to row; {WHICH}")
+    config = base.config.get_text_config()
+    longest = _longest(config)
+    chunk = getattr(config, "attention_chunk_size", None) or longest
+    if "chunked_attention" in (getattr(config, "layer_types", None) or ()) and chunk < longest:
+        raise ModelError(f"{name}: attention_chunk_size={chunk}: fedsim knows no chunked attention; {WHICH}")
+    chosen = getattr(config, "index_topk", None) or longest
+    if chosen < longest:
+        raise ModelError(f"{name}: index_topk={chosen}: fedsim knows no attention to chosen positions; {WHICH}")
+
+
+def _longest(config: PretrainedConfig) -> int:
+    return int(getattr(config, "max_position_embeddings", None) or 1 << 30)
+
+
+def _check_decoding(base: PreTrainedModel, rows: list[list[int]], want: Sequence[torch.Tensor]) -> None:
+    """Compare decoding with a cache, and scoring behind a shared head, with plain passes.
+
+    Args:
+        want: logits ``[length, vocabulary]`` of each row.
+    """
+    name = type(base).__name__
+    places, found = _decoded(base, rows)
+    wanted = torch.stack([want[row][place] for row, place in places])
+    _compare(found, wanted, f"{name}: its decoding with a cache differs from its plain forward pass")
+
+    candidates = sorted({i * wanted.shape[1] // NUM_CANDIDATES for i in range(NUM_CANDIDATES)})
+    ends, found = _behind_head(base, rows[0], candidates)
+    wanted = want[0][ends][:, candidates]
+    _compare(found.to(wanted), wanted, f"{name}: its scoring behind a shared head differs from its plain forward pass")
+
+
+@torch.no_grad()
+def _decoded(base: PreTrainedModel, rows: list[list[int]]) -> tuple[list[tuple[int, int]], torch.Tensor]:
+    """Give the rows to the cache of :mod:`fedsim.generate.decode`: prompts, a further turn, then single tokens.
+
+    Returns:
+        (row, place) of each token whose logits were computed, and the logits, ``[tokens, vocabulary]``.
+    """
+    num_rows, num_steps = len(rows), min(3, min(map(len, rows)) // 2)
+    slots = Slots(num_rows, base.device)
+    slots.reserve(max(map(len, rows)))
+    places: list[tuple[int, int]] = []
+    parts: list[torch.Tensor] = []
+
+    # Two passes of several tokens each: the first half of every row, then all but its last num_steps tokens.
+    read = [len(row) - num_steps for row in rows]
+    for ends in ([length - length // 2 for length in read], read):
+        news = [row[begin:end] for row, begin, end in zip(rows, slots.lengths, ends, strict=True)]
+        ids = torch.tensor([token for new in news for token in new], device=base.device)
+        layout = Extending(slots, range(num_rows), [len(new) for new in news])
+        last = layout.spans.query_starts[1:].long() - 1
+        parts.append(packed_logits(base, ids, layout.spans.positions, layout, last))
+        places += [(row, end - 1) for row, end in enumerate(ends)]
+        slots.lengths = list(ends)
+
+    # Steps of one token a row.
+    index = torch.arange(num_rows, device=base.device)
+    for _ in range(num_steps):
+        where = torch.tensor(slots.lengths, device=base.device)
+        ids = torch.tensor([row[end] for row, end in zip(rows, slots.lengths, strict=True)], device=base.device)
+        stepping = Stepping(slots, index, where, max(slots.lengths) + 1)
+        parts.append(packed_logits(base, ids, where[None], stepping, index))
+        places += list(enumerate(slots.lengths))
+        slots.lengths = [length + 1 for length in slots.lengths]
+    return places, torch.cat(parts)
+
+
+def _behind_head(base: PreTrainedModel, row: list[int], candidates: list[int]) -> tuple[list[int], torch.Tensor]:
+    """Score two beginnings of a row behind their common head, as the guard scores its prompts.
+
+    Returns:
+        The place of each beginning's last token, and logits ``[2, candidates]``.
+    """
+    middle = len(row) // 2
+    ends = [len(row), middle + 1]
+    tails = [np.array(row[middle:end]) for end in ends]
+    found = candidate_logits(base, read_head(base, np.array(row[:middle])), tails, candidates)
+    return [end - 1 for end in ends], found
 
 
 class _Noting(Rows):
-    """Rows that note each layer's window."""
+    """Rows that note the window of each layer."""
 
     def __init__(self, spans: Spans) -> None:
         super().__init__(spans)
         self.windows: dict[int, int | None] = {}
 
     def attend(
-        self, backend: Backend, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scores: Scores
+        self,
+        backend: Backend,
+        place: Place,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scores: Scores,
     ) -> torch.Tensor:
         """See :class:`fedsim.attention.forward.Layout`."""
-        self.windows[layer] = scores.window
-        return super().attend(backend, layer, query, key, value, scores)
+        self.windows[place.layer] = scores.window
+        return super().attend(backend, place, query, key, value, scores)
 
 
 @torch.no_grad()
@@ -139,16 +248,11 @@ def _compare(found: torch.Tensor, wanted: torch.Tensor, problem: str) -> None:
 def _check_windows(base: PreTrainedModel, windows: dict[int, int | None]) -> None:
     """A window that only the model's mask knows would be lost: fedsim lets the model build no mask."""
     config = base.config.get_text_config()
-    longest = int(getattr(config, "max_position_embeddings", None) or 1 << 30)
+    longest = _longest(config)
     types = getattr(config, "layer_types", None)
     sliding = getattr(config, "sliding_window", None) or 1 << 30
-    chunk = getattr(config, "attention_chunk_size", None) or 1 << 30
     for layer, window in windows.items():
         kind = types[layer] if types else "sliding_attention"
-        if kind == "chunked_attention" and chunk < longest:
-            raise ModelError(
-                f"{type(base).__name__}: attention_chunk_size={chunk}: fedsim knows no chunked attention; {WHICH}"
-            )
         if kind == "sliding_attention" and sliding < longest and window != sliding:
             raise ModelError(
                 f"{type(base).__name__}: sliding_window={sliding}, but its layer {layer} does not tell its attention "

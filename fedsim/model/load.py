@@ -7,6 +7,7 @@ own is switched off, whatever its configuration says: LoRA's is the one that fed
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,14 +24,18 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
 from fedsim.artefacts import model_files_digest
 from fedsim.attention.choice import Choice, choose
+from fedsim.attention.forward import text_names
 from fedsim.data.chat import ChatFormat
 from fedsim.errors import ModelError
 from fedsim.json_text import parse_json
+from fedsim.model.faults import missing_tokenizer_package, names_attention, own_attention, reason
 from fedsim.model.fitness import check_fitness, switch_dropout_off
+from fedsim.model.quantised import check_quantised
 
 transformers_logging.disable_progress_bar()  # fedsim shows its own progress
 
@@ -39,7 +44,9 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 """Weight files that can run code, and are never read."""
 EMBEDDED = Path(__file__).parent / "tiny"
 TEXTS = ("The wind carries a kite over the hill.", "Water boils at sea level.")
-"""What a model that has just been loaded is tried on."""
+"""A model that has just been loaded is tried on the first tokens of these."""
+LENGTHS = (12, 7)
+"""Tokens of each text, which is repeated where it has fewer."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +127,10 @@ def load_base(
     config, _ = read_config(folder, key)
     chat = load_chat(folder, key)
     weights = compute_dtype(dtype, device)
+    try:
+        check_quantised(config, trains=False)
+    except ModelError as error:
+        raise ModelError(f"{key}={str(folder)!r}: {error}") from error
     base = _read(folder, config, key, weights, choose(attention, config, weights, device))
     base.requires_grad_(False)
     torch.nn.Module.to(base, device)
@@ -127,10 +138,22 @@ def load_base(
     assert isinstance(embeddings, torch.nn.Embedding)
     check_tokenizer(chat, embeddings.num_embeddings, folder, key)
     try:
-        check_fitness(base, [chat.tokenizer.encode(text, add_special_tokens=False)[:12] for text in TEXTS])
+        check_fitness(base, [trial_row(chat, text, length) for text, length in zip(TEXTS, LENGTHS, strict=True)])
     except ModelError as error:
         raise ModelError(f"{key}={str(folder)!r}: {error}") from error
     return base, chat
+
+
+def trial_row(chat: ChatFormat, text: str, length: int) -> list[int]:
+    """The first ``length`` tokens of a text.
+
+    Raises:
+        ModelError: the tokenizer makes no token of it.
+    """
+    ids = chat.tokenizer.encode(text, add_special_tokens=False)
+    if not ids:
+        raise ModelError(f"its tokenizer makes no tokens of {text!r}; give the tokenizer that belongs to the model")
+    return (ids * length)[:length]
 
 
 def read_config(folder: Path, key: str) -> tuple[PretrainedConfig, dict[str, float]]:
@@ -145,6 +168,7 @@ def read_config(folder: Path, key: str) -> tuple[PretrainedConfig, dict[str, flo
     """
     try:
         config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        config.get_text_config()  # ambiguous where there are several
     except Exception as error:  # whatever a configuration class does with its values
         raise ModelError(
             f"{key}={str(folder)!r}: its config.json cannot be loaded: {reason(error)}; give a complete Hugging Face "
@@ -185,11 +209,6 @@ def check_report(report: dict[str, Any], folder: Path, key: str) -> None:
             f"{key}={str(folder)!r}: its weight files lack {len(lacking)} tensors of the shapes that config.json asks "
             f"for, such as {lacking[0]}; give a complete Hugging Face model directory"
         )
-
-
-def reason(error: Exception) -> str:
-    """An error of a library in one line of bearable length."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def load_chat(folder: Path, key: str) -> ChatFormat:
@@ -259,6 +278,8 @@ def _read(folder: Path, config: PretrainedConfig, key: str, dtype: torch.dtype, 
             output_loading_info=True,
         )
     except Exception as error:  # the tokenizers library raises nothing more specific
+        if names_attention(error):
+            raise ModelError(f"{key}={str(folder)!r}: {own_attention(architecture(config))}") from error
         raise ModelError(f"{key}={str(folder)!r}: cannot be loaded: {reason(error)}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
@@ -268,13 +289,23 @@ def _read(folder: Path, config: PretrainedConfig, key: str, dtype: torch.dtype, 
     return base
 
 
+def architecture(config: PretrainedConfig) -> str:
+    """Class name of a configuration's causal language model."""
+    found = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type)
+    return found if isinstance(found, str) else found[0]
+
+
 def attach_lora(base: PreTrainedModel, lora: LoraSettings, key: str = "model.path") -> PeftModel:
-    """Wrap ``base`` with LoRA layers on every linear layer whose name ends in one of ``lora.targets``.
+    """Wrap ``base`` with LoRA layers on every linear text layer whose name ends in one of ``lora.targets``.
+
+    Text layers are those of the decoder and the head: no text reaches the towers of a multimodal model.
 
     Raises:
-        ModelError: a target that no layer has; PEFT alone would pass over it if another one matches.
+        ModelError: a target that no text layer has; PEFT alone would pass over it if another one matches.
     """
-    names = [n for n, m in base.named_modules() if isinstance(m, torch.nn.Linear)]
+    everything = [n for n, m in base.named_modules() if isinstance(m, torch.nn.Linear)]
+    text = text_names(base)
+    names = [name for name in everything if re.fullmatch(text, name)]
     unknown = [t for t in lora.targets if not any(n == t or n.endswith(f".{t}") for n in names)]
     if unknown:
         raise ModelError(
@@ -286,6 +317,7 @@ def attach_lora(base: PreTrainedModel, lora: LoraSettings, key: str = "model.pat
         lora_alpha=lora.alpha,  # type: ignore[arg-type]
         lora_dropout=lora.dropout,
         target_modules=list(lora.targets),
+        exclude_modules=None if len(names) == len(everything) else rf"(?!{text}$).*",
         task_type="CAUSAL_LM",
     )
     with warnings.catch_warnings():  # PEFT asks for an attribute that transformers has renamed
@@ -323,13 +355,39 @@ def check_model_dir(path: str, key: str) -> Path:
             raise ModelError(f"{key}={str(folder)!r}: holds no {what}; give a complete Hugging Face model directory")
     for name in ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json", INDEX):
         _check_json(folder / name, key)
+    tensors: dict[str, set[str]] = {}
     for file in sorted(folder.glob("*.safetensors")):
         try:
-            with safe_open(str(file), "pt"):  # reads the header, and compares it with the file's length
-                pass
+            with safe_open(str(file), "pt") as header:  # reads the header, and compares it with the file's length
+                tensors[file.name] = set(header.keys())
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{key}: {file} is damaged or cut short ({error}); download it again") from error
+    _check_index(folder, tensors, key)
+    if problem := missing_tokenizer_package(folder):
+        raise ModelError(f"{key}={str(folder)!r}: {problem}")
     return folder
+
+
+def _check_index(folder: Path, tensors: dict[str, set[str]], key: str) -> None:
+    """The weights are one file of the usual name, or shards whose index names what they hold.
+
+    Args:
+        tensors: names of the tensors in each file.
+    """
+    if "model.safetensors" in tensors:
+        return
+    if not (folder / INDEX).is_file():
+        raise ModelError(
+            f"{key}={str(folder)!r}: has {len(tensors)} weight file(s), such as {min(tensors)}, but neither "
+            f"model.safetensors nor {INDEX}, by which the weights are found; download the index too"
+        )
+    places = parse_json((folder / INDEX).read_text(encoding="utf-8")).get("weight_map", {})
+    lacking = sorted(name for name, file in places.items() if name not in tensors[file])
+    if lacking:
+        raise ModelError(
+            f"{key}={str(folder)!r}: {INDEX} names {len(lacking)} of {len(places)} tensors that the files do not hold, "
+            f"such as {lacking[0]} in {places[lacking[0]]}; download the index and the files again"
+        )
 
 
 def _check_trusted_form(folder: Path, key: str) -> None:

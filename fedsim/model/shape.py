@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,17 +18,21 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from fedsim.attention.choice import Choice, choose
+from fedsim.attention.choice import Choice, choose, head_sizes, num_key_heads
+from fedsim.attention.forward import text_names, unsupported
 from fedsim.errors import ModelError
+from fedsim.model.faults import names_attention, own_attention, reason
+from fedsim.model.fitness import check_kind
 from fedsim.model.load import (
     INDEX,
     LoraSettings,
+    architecture,
     attach_lora,
     check_report,
     compute_dtype,
     read_config,
-    reason,
 )
+from fedsim.model.quantised import check_quantised, quantisation
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,10 @@ def model_shape(
     """
     base_dtype = compute_dtype(dtype, device)
     config, dropout = read_config(folder, key)
+    try:
+        check_quantised(config, trains=lora is not None)
+    except ModelError as error:
+        raise ModelError(f"{key}={str(folder)!r}: {error}") from error
     backend = choose(attention, config, base_dtype, device)
     try:
         with torch.device("meta"):
@@ -103,11 +112,17 @@ def model_shape(
                 trust_remote_code=False,
             )
     except Exception as error:  # whatever torch does with sizes that make no sense
+        if names_attention(error):
+            raise ModelError(f"{key}={str(folder)!r}: {own_attention(architecture(config))}") from error
         raise ModelError(
             f"{key}={str(folder)!r}: config.json describes no causal language model that transformers can build "
             f"({reason(error)}); give a complete Hugging Face model directory"
         ) from error
     assert isinstance(base, PreTrainedModel)
+    try:
+        check_kind(base)
+    except ModelError as error:
+        raise ModelError(f"{key}={str(folder)!r}: {error}") from error
     embeddings = base.get_input_embeddings()
     assert isinstance(embeddings, torch.nn.Embedding)
     _check_weights(folder, config, type(base), key)
@@ -118,7 +133,12 @@ def model_shape(
     num_parameters = sum(p.numel() for p in base.parameters())
     if tied and head is not None and head.weight is not base.get_input_embeddings().weight:
         num_parameters -= head.weight.numel()
-    sizes = _text_sizes(config)
+    try:
+        sizes = _text_sizes(config)
+    except AttributeError as error:  # such as Mamba's
+        raise ModelError(
+            f"{key}={str(folder)!r}: {unsupported(type(base).__name__, 'its layers (by config.json) do not use')}"
+        ) from error
     norm_size = _norm_size(base, sizes)
     adapter_size = lora_size = 0
     if lora is not None:
@@ -145,7 +165,7 @@ def _check_weights(folder: Path, config: PretrainedConfig, architecture: type[Pr
     So every renaming, merging and tying that it would do counts, and nothing else is reported.
     """
     headers = _headers(folder)
-    if headers is None or getattr(config, "quantization_config", None) is not None:  # quantised ones are packed
+    if headers is None or quantisation(config) is not None:  # quantised ones are packed
         return
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # what it would report is an error here
@@ -182,8 +202,9 @@ def _headers(folder: Path) -> dict[str, torch.Tensor] | None:
 
 
 def _norm_size(base: PreTrainedModel, sizes: dict[str, int]) -> int:
-    """Numbers of one token that go through norms; a norm of single heads has one head's weights."""
-    norms = [m for m in base.modules() if "Norm" in type(m).__name__]
+    """Numbers of one token that go through the norms of text layers; a norm of single heads has one head's weights."""
+    text = text_names(base)
+    norms = [m for name, m in base.named_modules() if "Norm" in type(m).__name__ and re.fullmatch(text, name)]
     weights = [p.numel() for m in norms for name, p in m.named_parameters(recurse=False) if name == "weight"]
     one_head = sizes["query_size"] // sizes["num_heads"]
     return sum(n * sizes["num_heads"] if n == one_head < sizes["hidden_size"] else n for n in weights)
@@ -193,13 +214,13 @@ def _text_sizes(config: object) -> dict[str, int]:
     """Sizes of the decoder, under the names that transformers' configurations agree on."""
     text = config.get_text_config()  # type: ignore[attr-defined]
     heads = int(text.num_attention_heads)
-    head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
+    key_size, value_size = head_sizes(text)
     return {
         "num_layers": int(text.num_hidden_layers),
         "hidden_size": int(text.hidden_size),
         "intermediate_size": int(getattr(text, "intermediate_size", None) or 4 * text.hidden_size),
         "num_heads": heads,
-        "query_size": heads * head_dim,
-        "kv_size": 2 * head_dim * int(getattr(text, "num_key_value_heads", None) or heads),
+        "query_size": heads * key_size,
+        "kv_size": (key_size + value_size) * num_key_heads(text),
         "max_positions": int(getattr(text, "max_position_embeddings", None) or 1 << 30),
     }

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedsim.config import Config
-from fedsim.errors import ConfigError
+from fedsim.errors import ConfigError, FolderError
 from fedsim.federation.registry import build_algorithm
 from fedsim.record.tables import byte_size
 
@@ -43,7 +43,7 @@ def check_folder(folder: Path, setting: str) -> None:
         setting: the key and value that name it, for the error.
 
     Raises:
-        ConfigError: it cannot.
+        FolderError: it cannot.
     """
     try:
         folder.stat()  # also fails where a folder above it is a file
@@ -103,5 +103,5 @@ def _written(run: Path) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def _unusable(folder: Path, setting: str, reason: str) -> ConfigError:
-    return ConfigError(f"{setting}: {folder} cannot be made or written ({reason}); give another directory")
+def _unusable(folder: Path, setting: str, reason: str) -> FolderError:
+    return FolderError(f"{setting}: {folder} cannot be made or written ({reason}); give another directory")

@@ -22,6 +22,7 @@ from fedsim.attention import forward
 from fedsim.attention.forward import (
     IMPLEMENTATIONS,
     Narrowed,
+    Place,
     Rows,
     causal_lm,
     packed_hidden,
@@ -166,9 +167,9 @@ class Counting(Rows):
         super().__init__(spans)
         self.seen = seen
 
-    def attend(self, backend: Any, layer: int, query: Any, key: Any, value: Any, scores: Any) -> torch.Tensor:
-        self.seen.append((layer, len(query), len(key)))
-        return super().attend(backend, layer, query, key, value, scores)
+    def attend(self, backend: Any, place: Place, query: Any, key: Any, value: Any, scores: Any) -> torch.Tensor:
+        self.seen.append((place.layer, len(query), len(key)))
+        return super().attend(backend, place, query, key, value, scores)
 
 
 class Last(Counting):

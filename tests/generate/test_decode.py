@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel
 
-from fedsim.attention.forward import IMPLEMENTATIONS
+from fedsim.attention.forward import IMPLEMENTATIONS, Place
 from fedsim.errors import RunError
 from fedsim.generate import decode
 from fedsim.generate.decode import Decoder, Request
@@ -208,7 +208,7 @@ def test_infinities_of_one_row_never_reach_another(
     used = Decoder(model, 4, **options)
     with pytest.raises(RunError, match=r"^the broken row: the model's logits became NaN or infinite"):
         used.run([*healthy[:3], broken])
-    assert any(not part.isfinite().all() for layer in used.slots._layers.values() for part in layer)
+    assert any(not part.isfinite().all() for layer in used.slots._kept.values() for part in layer)
     assert used.run(healthy) == want
 
 
@@ -216,7 +216,7 @@ def test_a_slot_is_empty_when_a_row_gets_it(make_llama: Callable[..., LlamaForCa
     """Within a unit too: a row whose keys hold infinities can have logits that are numbers."""
     slots = Slots(3, torch.device("cpu"))
     slots.reserve(10)
-    keys, values = slots.layer(0, torch.zeros(1, 2, 4))
+    keys, values = slots.kept(Place(0), torch.zeros(1, 2, 4), torch.zeros(1, 2, 6))
     for part in (keys, values):
         part[:, :10] = torch.nan
     slots.lengths = [4, 5, 6]
@@ -231,7 +231,7 @@ def test_a_slot_is_empty_when_a_row_gets_it(make_llama: Callable[..., LlamaForCa
             first = len(self._rows)
             super()._fill(queue)
             new = slice(first, len(self._rows))
-            nonzero = any(part[new].any() for layer in self.slots._layers.values() for part in layer)
+            nonzero = any(part[new].any() for layer in self.slots._kept.values() for part in layer)
             assert not nonzero and not any(self.slots.lengths[new])
 
     decoder = Spy(make_llama(), 2, max_new_tokens=9, temperature=1.0, eos_ids=frozenset(range(0, 240, 8)), block=3)

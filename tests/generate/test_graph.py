@@ -34,7 +34,7 @@ class Remembered:
 def addresses(decoder: Decoder) -> list[int]:
     state = decoder.state
     tensors = [state.rows, state.ids, state.places, state.counts, state.limits, state.alive, state.lines]
-    tensors += [state._out, state._uniforms, *(t for layer in decoder.slots._layers.values() for t in layer)]
+    tensors += [state._out, state._uniforms, *(t for layer in decoder.slots._kept.values() for t in layer)]
     return [tensor.data_ptr() for tensor in tensors]
 
 

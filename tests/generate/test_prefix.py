@@ -135,15 +135,15 @@ def test_head_is_reused_without_being_changed() -> None:
     rng = np.random.default_rng(6)
     model = tiny_llama()
     head = read_head(model, ids(rng, 9))
-    before = {layer: (keys.clone(), values.clone()) for layer, (keys, values) in head.layers.items()}
+    before = {layer: (keys.clone(), values.clone()) for layer, (keys, values) in head.kept.items()}
     unit, other = [ids(rng, n) for n in (3, 6)], [ids(rng, n) for n in (12, 1, 5)]
     first = candidate_logits(model, head, unit, CANDIDATES)
     candidate_logits(model, head, other, CANDIDATES)
     again = candidate_logits(model, head, unit, CANDIDATES)
     assert torch.equal(first, again), "a unit's result does not depend on the units before it"
-    assert list(head.layers) == [0, 1, 2] and all(len(keys) == 9 for keys, _ in head.layers.values())
+    assert [place.layer for place in head.kept] == [0, 1, 2] and all(len(keys) == 9 for keys, _ in head.kept.values())
     for layer, (keys, values) in before.items():
-        assert torch.equal(head.layers[layer][0], keys) and torch.equal(head.layers[layer][1], values)
+        assert torch.equal(head.kept[layer][0], keys) and torch.equal(head.kept[layer][1], values)
 
 
 def test_training_mode_is_refused() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     CohereConfig,
     FalconH1Config,
@@ -30,8 +31,10 @@ from transformers import (
     Qwen2MoeConfig,
 )
 
+from fedsim.attention import forward
 from fedsim.attention.forward import IMPLEMENTATIONS
 from fedsim.errors import ModelError
+from fedsim.generate.slots import Slots
 from fedsim.model.fitness import check_fitness, switch_dropout_off
 from fedsim.model.load import LoraSettings, load_model
 from fedsim.model.shape import model_shape
@@ -159,6 +162,49 @@ def test_positions_of_the_models_own_are_seen(make_llama: Callable[..., LlamaFor
     model.model.register_forward_pre_hook(count, with_kwargs=True)
     with pytest.raises(ModelError, match="packed rows are not what each row is alone"):
         check_fitness(model, ROWS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decoding_that_differs_is_seen(dtype: torch.dtype) -> None:
+    """A layer that mixes a token with the one before it: packed rows are right, single cached tokens have none before.
+
+    In its second layer, so that every number of the first one's keys and values is right.
+    """
+
+    def shift(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        states, (_, sine) = kwargs["hidden_states"], kwargs["position_embeddings"]
+        begins = (sine == 0).all(dim=-1)[..., None]  # a row's first token
+        return args, {**kwargs, "hidden_states": states + states.roll(1, dims=1).masked_fill(begins, 0)}
+
+    model: Any = built(MistralConfig(**COMMON, sliding_window=None), dtype)
+    check_fitness(model, ROWS)
+    model.model.layers[1].self_attn.register_forward_pre_hook(shift, with_kwargs=True)
+    with pytest.raises(ModelError, match="MistralForCausalLM: its decoding with a cache differs from its plain"):
+        check_fitness(model, ROWS)
+
+
+def test_scoring_behind_a_head_that_differs_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last layer is narrowed there alone."""
+    model: Any = built(MistralConfig(**COMMON, sliding_window=None))
+    monkeypatch.setattr("fedsim.generate.prefix.Narrowed", lambda keep, layout: forward.Narrowed(keep * 0 + 1, layout))
+    with pytest.raises(ModelError, match="its scoring behind a shared head differs from its plain forward pass"):
+        check_fitness(model, ROWS)
+
+
+def test_a_library_error_of_decoding_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("shape mismatch:\nvalue tensor of shape [13, 4, 8]")
+
+    monkeypatch.setattr(Slots, "kept", broken)
+    with pytest.raises(ModelError, match=r"cannot decode with a cache \(shape mismatch: value tensor.*; use a decoder"):
+        check_fitness(built(MistralConfig(**COMMON)), ROWS)
+
+
+def test_a_mask_of_the_models_own_is_seen() -> None:
+    """Its scores are shifted by trained numbers, which are zero at first: no number of a new model would show it."""
+    config = AutoConfig.for_model("doge", **COMMON)
+    with pytest.raises(ModelError, match="DogeAttention: chooses by a mask of its own what a token sees"):
+        check_fitness(built(config), ROWS)
 
 
 def test_dropout_that_no_configuration_speaks_of_is_switched_off(make_llama: Callable[..., LlamaForCausalLM]) -> None:
