@@ -61,7 +61,8 @@ def test_the_table_is_the_measured_rounds_row(profiled: tuple[list[str], str, Pa
     row = rows[1]
     assert rows[2]["global/checksum"] == row["global/checksum"]  # the same work
     assert any(
-        line == "Round 2 of small: FedAvg, FL + filter + CAI; 1 process on cpu, 1 thread(s) each" for line in lines
+        line == "Round 2 of small: FedAvg, FL + noisy oracle filter + CAI; 1 process on cpu, 1 thread(s) each"
+        for line in lines
     )
     title, seconds, _, tokens, speed, _, fraction, _ = cells(lines, "local training")
     assert title == "local training" and float(seconds) == pytest.approx(row["parallel/makespan_s"], abs=1e-3)
