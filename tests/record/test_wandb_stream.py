@@ -547,4 +547,4 @@ def test_a_real_run_that_is_stopped_and_resumed(
     (summary,) = [r["summary"]["update"] for r in wandbs_own(folder) if "arm" in r.get("summary", {}).get("update", {})]
     last = [row for row in rows if row.get("point") == "after_cai"][-1]
     assert summary["final/hhh_accuracy"] == last["eval/hhh_accuracy"]
-    assert summary["arm"] == "FedAvg, FL + filter + CAI" and summary["total_s"] > 0
+    assert summary["arm"] == "FedAvg, FL + noisy oracle filter + CAI" and summary["total_s"] > 0
