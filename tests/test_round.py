@@ -201,6 +201,14 @@ class ToyPreparation:
         assert inputs is self.inputs and set(shapes) == {"model"}
         self.log.append(("manifest",))
         write_manifest(self.record.folder, to_nested(self.record.config), {}, {}, {}, num_ranks=1)
+        self.record.write_config()
+
+    def check_rows(self, data: Any) -> None:
+        assert data is self.inputs.data
+        self.log.append(("rows checked",))
+
+    def try_models(self, roles: Any) -> None:
+        self.log.append(("models tried", list(roles)))
 
     def filter(self, data: Any) -> Guarded:
         assert data is self.inputs.data
@@ -433,7 +441,8 @@ def test_the_meter_is_given_every_stage(done: Toy) -> None:
 def test_preparation_comes_first_and_is_recorded_once(done: Toy) -> None:
     run = done
     names = [event[0] for event in run.log]
-    assert names[:4] == ["manifest", "filter recorded", "measure", "conversations"]
+    first = ["rows checked", "manifest", "models tried", "filter recorded", "measure", "conversations"]
+    assert names[: len(first)] == first and run.log.of("models tried") == [("models tried", [])]
     assert run.log.of("conversations") == [("conversations", True)]
     (prepared,) = run.rows("prepare")
     assert prepared["round"] == 0 and not run.rows("resume")
