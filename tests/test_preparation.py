@@ -121,6 +121,9 @@ class Record:
     def append(self, round_idx: int, stage: str, metrics: Any) -> None:
         self.rows.append((round_idx, stage, dict(metrics)))
 
+    def write_config(self) -> None:
+        self.said.append("config.yaml is written")
+
     @contextmanager
     def phase(self, name: str, timer: str, unit: str = "") -> Iterator[Any]:
         self.phases.append(timer)
@@ -192,6 +195,7 @@ def test_the_manifest_has_files_models_and_attention(stages: Make, llama_dir: Pa
     assert (manifest["attention"], manifest["seed"]) == ({"model": "kite attention"}, 5)
     assert (manifest["started"]["num_ranks"], manifest["config"]["cai"]["iterations"]) == (1, 2)
     assert made.record.notes == ["a note"], "for the summary"
+    assert made.record.said == ["config.yaml is written"]
 
 
 def test_the_filter_s_rows_are_those_that_the_guard_leaves(stages: Make) -> None:

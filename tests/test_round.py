@@ -7,6 +7,7 @@ lost, or that of an earlier stage, is therefore a wrong number in the next stage
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,7 +25,7 @@ from fedsim.cohort import CohortResult, agreed_checksums
 from fedsim.config import Config, load_config, to_nested
 from fedsim.data.square import SquareRow
 from fedsim.data.usable import Tally
-from fedsim.errors import ConfigError, Stopped
+from fedsim.errors import ConfigError, RunError, Stopped
 from fedsim.evaluate.suite import Suite
 from fedsim.federation.algorithms import RoundSums, ServerState
 from fedsim.federation.client_state import ClientStateStore
@@ -86,6 +87,8 @@ class Flat:
         return torch.tensor([0.0, 0.0, float(seed)])
 
     def save(self, folder: Path, vector: torch.Tensor) -> None:
+        folder.mkdir(exist_ok=True)
+        (folder / "adapter_model.safetensors").write_bytes(vector.numpy().tobytes())
         self.log.append(("saved", folder.name, history(vector)))
 
 
@@ -97,7 +100,13 @@ class Drawn:
 
 
 class Cohorts:
-    """Cohorts whose every round adds 1 to the adapter's first number."""
+    """Cohorts whose every round adds 1 to the adapter's first number.
+
+    Attributes:
+        gain: that number; 0 for clients that learn nothing.
+    """
+
+    gain = 1.0
 
     def __init__(self, log: Log, config: Config, controls: ClientStateStore) -> None:
         self.log = log
@@ -124,7 +133,9 @@ class Cohorts:
         reports = [ClientReport(c, 1 + c, 1.0 + c, 10.0 * c + round_idx, 5.0 + c, 100) for c in delivered]
         weight = sum(report.weight for report in reports)
         control = torch.full((3,), float(NUM_CLIENTS), dtype=torch.float64)
-        sums = RoundSums(torch.tensor([weight, 0.0, 0.0], dtype=torch.float64), weight, control, NUM_CLIENTS)
+        sums = RoundSums(
+            torch.tensor([self.gain * weight, 0.0, 0.0], dtype=torch.float64), weight, control, NUM_CLIENTS
+        )
         failures = [ClientFailure(client, "raised", 0, "it rains") for client in failed]
         plan = Plan((), 0.25, 0.125)
         return CohortResult(Aggregated(sums, reports, [2.0], [200.0]), failures, plan, (round_idx + 2.0,), [4.0])
@@ -201,6 +212,14 @@ class ToyPreparation:
         assert inputs is self.inputs and set(shapes) == {"model"}
         self.log.append(("manifest",))
         write_manifest(self.record.folder, to_nested(self.record.config), {}, {}, {}, num_ranks=1)
+        self.record.write_config()
+
+    def check_rows(self, data: Any) -> None:
+        assert data is self.inputs.data
+        self.log.append(("rows checked",))
+
+    def try_models(self, roles: Any) -> None:
+        self.log.append(("models tried", list(roles)))
 
     def filter(self, data: Any) -> Guarded:
         assert data is self.inputs.data
@@ -433,7 +452,8 @@ def test_the_meter_is_given_every_stage(done: Toy) -> None:
 def test_preparation_comes_first_and_is_recorded_once(done: Toy) -> None:
     run = done
     names = [event[0] for event in run.log]
-    assert names[:4] == ["manifest", "filter recorded", "measure", "conversations"]
+    first = ["rows checked", "manifest", "models tried", "filter recorded", "measure", "conversations"]
+    assert names[: len(first)] == first and run.log.of("models tried") == [("models tried", [])]
     assert run.log.of("conversations") == [("conversations", True)]
     (prepared,) = run.rows("prepare")
     assert prepared["round"] == 0 and not run.rows("resume")
@@ -513,6 +533,31 @@ def test_a_finished_run_trains_nothing_and_keeps_its_record(make: Make) -> None:
     assert stages(again) == [("saved", "adapter", (4, 3))]
     assert again.record.metrics_file.read_bytes() == before
     assert [line for line in again.said if line.startswith("this run is finished: all 6 rounds are in ")]
+
+
+def test_a_finished_run_without_checkpoints_is_left_as_it_is(make: Make) -> None:
+    run = make("federation.num_rounds=1")
+    run.run()
+    shutil.rmtree(run.record.checkpoints.folder)
+    again = make("federation.num_rounds=1")
+    again.run()
+    assert again.log == [("obeyed",)] and again.said[-1].startswith("this run is finished: all 1 rounds are in ")
+
+
+def test_a_run_without_any_update_is_an_error(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Drawn, "drawn", lambda self, round_idx: [1])
+    run = make("federation.num_rounds=2")
+    with pytest.raises(RunError, match=r"no client delivered an update in any of the 2 round\(s\)"):
+        run.run()
+    assert run.log.of("saved") == [] and history(run.checkpoint(1).state.adapter) == (0, 1)
+
+
+def test_a_run_that_learns_nothing_is_an_error(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Cohorts, "gain", 0.0)
+    run = make("federation.num_rounds=1")
+    with pytest.raises(RunError, match=r"bit for bit the one before the first of 1 round\(s\): nothing was learned"):
+        run.run()
+    assert run.log.of("saved") == []
 
 
 def test_what_ranks_cost_is_forgotten_where_their_number_has_changed(make: Make) -> None:
