@@ -108,7 +108,7 @@ class Simulation:
             checkpoint = Checkpoint(PRETRAINED, federation.start(config.seed))
             prepare.record_filter(guarded, federation)
             measurement.take(PRETRAINED, UNTOUCHED, checkpoint.state.adapter)
-        aligner = prepare.aligner(inputs.data, federation, new=is_new)
+        aligner = prepare.aligner(inputs.data, federation, guarded.judge, new=is_new)
         self.meter.generated("cai_generate", federation.engine)
         checkpoint = replace(checkpoint, state=federation.to_device(checkpoint.state))
         federation.controls.index.update(checkpoint.client_rounds)

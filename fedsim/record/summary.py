@@ -12,6 +12,7 @@ from typing import Any
 
 from fedsim.config.measuring import is_embedded
 from fedsim.record import client_failures, guard_section, paper, sections
+from fedsim.record.cai_line import cai_lines
 from fedsim.record.metrics import Row
 from fedsim.record.tables import Table, duration, measured, with_interval
 
@@ -159,7 +160,7 @@ def summary_markdown(rows: Sequence[Row], facts: RunFacts) -> str:
     """The whole of ``summary.md``."""
     parts = [f"# Run {facts.name}", *(f"> {line}" for line in caveats(facts)), _headline(facts)]
     parts += ["## Safety and helpfulness", arm_table(rows, facts, short=False).markdown(), _caption(rows, facts)]
-    lines = [*refusals(rows), *truncations(rows), *unrated(rows)]
+    lines = [*cai_lines(rows), *refusals(rows), *truncations(rows), *unrated(rows)]
     parts += ["\n".join(f"- {line}" for line in lines)] if lines else []
     parts += [f"![{plot.removesuffix('.png')} by round]({plot})" for plot in facts.plots]
     parts += sections.evaluations(eval_points(rows))
@@ -181,7 +182,7 @@ def terminal_table(rows: Sequence[Row], facts: RunFacts) -> str:
     width = max((len(what) for what in facts.places), default=0)
     places = [f"  {what:<{width}}  {where}" for what, where in facts.places.items()]
     lines = [_headline(facts), "", arm_table(rows, facts, short=True).plain(), "", "[low, high] = 95 % interval"]
-    lines += [*refusals(rows), *truncations(rows), *unrated(rows), *caveats(facts)]
+    lines += [*cai_lines(rows), *refusals(rows), *truncations(rows), *unrated(rows), *caveats(facts)]
     return "\n".join([*lines, *(["", "Written:", *places] if places else [])])
 
 
