@@ -17,8 +17,10 @@ FINDINGS: Final = {
 
 HARMFUL_RESPONSE, CRITIQUE_FINDS_HARM, REPAIRED_REVISION = FINDINGS
 
-MARGIN, ACCURACY = "cai/reward_margin", "cai/reward_accuracy"
-"""Means over a round's DPO pairs: the margin in nats, the share of pairs with a positive margin, 0 to 1."""
+LAST_ROUND: Final = ("cai/reward_margin", "cai/reward_accuracy", "cai/dpo_loss")
+"""Means over a round's DPO pairs: margin in nats, share of pairs with a positive margin (0 to 1), loss in nats."""
+
+MARGIN, ACCURACY, DPO_LOSS = LAST_ROUND
 
 REPLAY_BELOW: Final = 5.0
 """Percent of repaired conversations below which CAI is replay: it trains on what the writer says anyway."""

@@ -65,6 +65,10 @@ UNRATED = {
 }
 
 
+TEMPLATES_NOTE = "Intervals take prompts as independent; these fill a few templates: clustered ones would be wider."
+"""What the embedded world's intervals leave out of account."""
+
+
 @dataclass(frozen=True)
 class RunFacts:
     """What the summary says about a run beside its metric rows.
@@ -227,12 +231,13 @@ def caveats(facts: RunFacts) -> list[str]:
         )
     elif facts.embedded_model:
         lines.append(
-            "The model is the tiny one that ships with fedsim: the run shows the paper's mechanisms, not its numbers."
+            "The model is the tiny one that ships with fedsim: the run shows that it works, not the paper's numbers."
         )
     if facts.fictional:
         *others, last = facts.fictional
         named = f"{', '.join(others)} and {last}" if others else last
         lines.append(f"{named}: the embedded world's own items in the published formats, not the published ones.")
+        lines.append(TEMPLATES_NOTE)
     if facts.mt_bench == "embedded":
         scored = f"judged by {facts.judge}" if facts.judge else "scored by a rubric"
         lines.append(f"MT-Bench is {scored}; the paper's by GPT-4.")

@@ -11,7 +11,7 @@ import numpy as np
 
 from fedsim.config import Config
 from fedsim.record import paper
-from fedsim.record.cai_line import ACCURACY, FINDINGS, MARGIN, REPAIRED_REVISION, is_replay
+from fedsim.record.cai_line import ACCURACY, FINDINGS, LAST_ROUND, MARGIN, REPAIRED_REVISION, is_replay
 from fedsim.study.cells import Cell
 from fedsim.study.claims import CAI, COLUMNS, COUNTED, FL, NET, Comparison, claimed_sign, methods
 from fedsim.study.effects import Effect, detectable, difference, estimate, verdict
@@ -46,11 +46,6 @@ CONTROLS: Final = {
     "advbench_grammatical": "replies to attacks that parse",
     "xstest_unsafe_refused": "XSTest: harmful prompts refused",
 }
-
-DPO_LOSS: Final = "cai/dpo_loss"
-
-#: A round's figures of CAI → factor that makes them the table's (percent for the accuracy).
-LAST_ROUND: Final = {MARGIN: 1.0, ACCURACY: 100.0, DPO_LOSS: 1.0}
 
 REPLAY: Final = "replay control"
 """Method of the control arm: the model's own first replies are trained on, without critique, revision and DPO."""
@@ -140,7 +135,8 @@ def _cai_rows(outcome: Outcome, arm: Arm) -> list[SeedRow]:
         if figure in data[-1]:
             value, count = float(data[-1][figure]), int(data[-1][f"{figure}_count"])
             rows.append(SeedRow(arm.aggregation, arm.method, seed, figure, value, count, commit))
-    for figure, factor in LAST_ROUND.items() if rounds else ():
+    for figure in LAST_ROUND if rounds else ():
+        factor = 100.0 if figure == ACCURACY else 1.0  # a share, in percent
         rows.append(SeedRow(arm.aggregation, arm.method, seed, figure, factor * float(rounds[-1][figure]), 1, commit))
     return rows
 

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from typing import Final
 
 from fedsim.record import paper
-from fedsim.record.cai_line import CRITIQUE_FINDS_HARM, FINDINGS, HARMFUL_RESPONSE, MARGIN
+from fedsim.record.cai_line import CRITIQUE_FINDS_HARM, DPO_LOSS, FINDINGS, HARMFUL_RESPONSE, LAST_ROUND, MARGIN
 from fedsim.record.tables import NOT_MEASURED, Table
 from fedsim.study.claims import CAI, COLUMNS, COMPARISONS, COUNTED, FILTER, FL, NET, methods
 from fedsim.study.effects import Effect
 from fedsim.study.published import Origin
-from fedsim.study.table1 import CONTROLS, DPO_LOSS, LAST_ROUND, REPLAY, Arm, Finding, TableOne
+from fedsim.study.table1 import CONTROLS, REPLAY, Arm, Finding, TableOne
 
 
 def brief(table: TableOne, origin: Origin) -> list[str]:
