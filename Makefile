@@ -1,6 +1,6 @@
 # make demo      run the embedded default on 4 processes (makes .venv first where needed)
 # make test      lint, types and all tests
-# make bench     time every stage beside its peers, under 10 minutes; the rows go to tools/bench/results/
+# make bench     time every stage beside its peers, about 12 minutes; the rows go to tools/bench/results/
 # make lint      ruff and mypy alone;  make format  lets ruff lay out the code
 # make chaos     kill a run 100 times at random moments and compare, about half an hour; the result goes to README.md
 # make audit     known vulnerabilities of the pinned versions; needs the network (ARGS="-s osv" asks another service)

@@ -23,10 +23,11 @@ from fedsim.artefacts import SEAL, check_note, sync_folder, write_note
 from fedsim.errors import CheckpointError
 from fedsim.federation.algorithms import ADAPTER, ServerState
 from fedsim.json_text import parse_json
+from fedsim.rounds import round_index, round_number
 from fedsim.version import made_by, maker
 
-FORMAT = 2
-"""To be raised with every change of what a checkpoint holds or means."""
+FORMAT = 3
+"""To be raised with every change of what a checkpoint holds or means; 3: rounds are counted from 1."""
 
 
 class OtherFormatError(CheckpointError):
@@ -41,9 +42,9 @@ class Checkpoint:
     """State after a round.
 
     Attributes:
-        round_idx: the last finished round.
+        round_idx: index of the last finished round.
         state: the server's vectors.
-        client_rounds: client → round of its newest control variate.
+        client_rounds: client → round index of its newest control variate.
         seconds_per_token: learned cost of each rank; may have another length if the world size has changed.
     """
 
@@ -89,9 +90,9 @@ class CheckpointStore:
         note = {
             "format": FORMAT,
             "made_by": made_by(),
-            "round_idx": checkpoint.round_idx,
+            "round": round_number(checkpoint.round_idx),
             "num_server_steps": checkpoint.state.num_steps,
-            "client_rounds": {str(c): r for c, r in checkpoint.client_rounds.items()},
+            "client_rounds": {str(c): round_number(r) for c, r in checkpoint.client_rounds.items()},
             "seconds_per_token": list(checkpoint.seconds_per_token),
         }
         write_note(partial / NOTE, note)
@@ -159,7 +160,7 @@ class CheckpointStore:
 
 
 def _name(round_idx: int) -> str:
-    return f"round-{round_idx:06d}"
+    return f"round-{round_number(round_idx):06d}"
 
 
 def _checked(folder: Path, check: Callable[[Checkpoint], None]) -> Checkpoint:
@@ -178,11 +179,12 @@ def _read(folder: Path) -> Checkpoint:
             _check_format(folder, note)
         check_note(folder / NOTE, note)
         _check_format(folder, note)
-        if folder.name != _name(note["round_idx"]):
-            raise CheckpointError(f"{folder}: holds the checkpoint {_name(note['round_idx'])}")
+        round_idx = round_index(int(note["round"]))
+        if folder.name != _name(round_idx):
+            raise CheckpointError(f"{folder}: holds the checkpoint {_name(round_idx)}")
         tensors: dict[str, torch.Tensor] = load_file(str(folder / "state.safetensors"))
         return Checkpoint(
-            int(note["round_idx"]),
+            round_idx,
             ServerState(tensors.pop(ADAPTER), tensors, int(note["num_server_steps"])),
             _client_rounds(note),
             tuple(float(s) for s in note["seconds_per_token"]),
@@ -201,8 +203,9 @@ def _say_maker(folder: Path, say: Callable[[str], None]) -> None:
 
 
 def _check_format(folder: Path, note: Mapping[str, Any]) -> None:
-    """What is no note at all is damaged, not of another format; the first formats had no number."""
-    if isinstance(note["round_idx"], int) and (found := note.get("format", 0)) != FORMAT:
+    """Refuse a note of another format; the first ones had no number, and formats before 3 hold ``round_idx``."""
+    number = note["round"] if "round" in note else note["round_idx"]
+    if isinstance(number, int) and (found := note.get("format", 0)) != FORMAT:
         raise OtherFormatError(
             f"{folder}: was written by {maker(note.get('made_by'))} in format {found!r}, and this is "
             f"{maker(made_by())} with format {FORMAT}; go on with the fedsim that wrote it (check out its commit), or "
@@ -216,4 +219,4 @@ def _note(folder: Path) -> dict[str, Any]:
 
 
 def _client_rounds(note: Mapping[str, Any]) -> dict[int, int]:
-    return {int(c): int(r) for c, r in note["client_rounds"].items()}
+    return {int(c): round_index(int(r)) for c, r in note["client_rounds"].items()}

@@ -22,6 +22,7 @@ from fedsim.parallel.world import World
 from fedsim.record.items import item_file
 from fedsim.record.run_record import RunRecord
 from fedsim.record.sections import POINT_TITLES
+from fedsim.rounds import round_number
 from fedsim.safety.guard import LlamaGuard
 
 UNTOUCHED: Final = "pretrained"
@@ -70,7 +71,7 @@ class Measurement:
     def is_due(self, round_idx: int) -> bool:
         """Whether the configuration asks for a measurement in this round; in the last one always."""
         every, num_rounds = self.config.eval.every, self.config.federation.num_rounds
-        return round_idx == num_rounds - 1 or (every > 0 and (round_idx + 1) % every == 0)
+        return round_idx == num_rounds - 1 or (every > 0 and round_number(round_idx) % every == 0)
 
     def take(self, round_idx: int, point: str, adapter: torch.Tensor) -> None:
         """Run the benchmarks on an adapter. Every point draws the same random numbers, so points compare."""
@@ -85,8 +86,9 @@ class Measurement:
                 worker.on_progress = None
             phase.step(phase.total, phase.total, **figures.headline(found.metrics))
         self.meter.generated("evaluate", federation.engine)
-        folder, model_id = self.record.folder / "answers", f"{self.config.name}-round{round_idx + 1}-{point}"
-        items = item_file(self.record.folder, round_idx, point)
+        number = round_number(round_idx)
+        folder, model_id = self.record.folder / "answers", f"{self.config.name}-round{number}-{point}"
+        items = item_file(self.record.folder, number, point)
         self.ranks.once(lambda: write_texts(found, suite, folder, model_id, attacks=self.config.record.texts))
         self.ranks.once(lambda: write_outcomes(found, suite, items))
         judged = self._judge(found, model_id, point)

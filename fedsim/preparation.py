@@ -29,6 +29,7 @@ from fedsim.parallel.world import World
 from fedsim.preflight import models_in_use
 from fedsim.record.manifest import versions, write_manifest
 from fedsim.record.run_record import RunRecord
+from fedsim.rounds import PRETRAINED
 from fedsim.safety.alignment import Aligner
 from fedsim.safety.cai_data import CaiRow, count_metrics, unusable, usable
 from fedsim.safety.cai_findings import judge_by_grammar, judge_by_guard
@@ -37,8 +38,6 @@ from fedsim.safety.filter_stage import FilterStage
 from fedsim.safety.filtering import Filtered
 from fedsim.safety.guard import LlamaGuard
 from fedsim.safety.guard_report import write_tables
-
-PRETRAINED = -1  # round index of what belongs to the untouched model
 
 
 @dataclass(frozen=True)

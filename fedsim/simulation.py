@@ -27,11 +27,12 @@ from fedsim.parallel.stopping import signal_name
 from fedsim.parallel.world import World
 from fedsim.plan import plan_text
 from fedsim.preflight import preflight
-from fedsim.preparation import PRETRAINED, Preparation
+from fedsim.preparation import Preparation
 from fedsim.record.finish import finish_run
 from fedsim.record.metrics import RESUME
 from fedsim.record.peak import run_peak
 from fedsim.record.run_record import RunRecord
+from fedsim.rounds import PRETRAINED, round_number
 from fedsim.safety.alignment import Aligner
 from fedsim.safety.filtering import Filtered
 
@@ -114,15 +115,16 @@ class Simulation:
         federation.controls.index.update(checkpoint.client_rounds)
         seconds = record.timers.pop()  # this session's preparation is no round's
         spent = seconds | self.meter.pop(seconds)
-        if is_new or checkpoint.round_idx + 1 < config.federation.num_rounds:  # a finished run's record stays as it is
+        num_done, num_rounds = round_number(checkpoint.round_idx), config.federation.num_rounds
+        if is_new or num_done < num_rounds:  # a finished run's record stays as it is
             record.append(checkpoint.round_idx, "prepare" if is_new else RESUME, spent)
-        self._say_start(checkpoint.round_idx + 1)
+        self._say_start(num_done)
         gc.collect()  # what is frozen is never freed: garbage must not be among it
         gc.freeze()  # libraries, model and data stay: a full collection, which takes 0.1 s, need not look at them again
-        for round_idx in range(checkpoint.round_idx + 1, config.federation.num_rounds):
-            with record.round(round_idx, config.federation.num_rounds):
+        for round_idx in range(num_done, num_rounds):
+            with record.round(round_idx, num_rounds):
                 checkpoint = self._round(federation, round_idx, checkpoint, aligner, measurement)
-            self._stop_if_asked(round_idx + 1)
+            self._stop_if_asked(round_number(round_idx))
         record.progress.outside_rounds()
         with record.journal.at(stage="finishing"):
             self.ranks.once(lambda: federation.flat.save(record.folder / "adapter", checkpoint.state.adapter))

@@ -52,8 +52,8 @@ def test_one_that_does_not_fit_is_passed_over_and_named(tmp_path: Path) -> None:
     said: list[str] = []
     found = store.load(said.append, lambda checkpoint: adam.check(checkpoint.state, 50))
     assert same(made(0, ("momentum", "second_moment")), found)
-    assert "round-000002: the server's state has an unknown vector control; it is passed over" in said[0]
-    assert "round-000001: the server's state lacks vector second_moment; the one before it is used" in said[1]
+    assert "round-000003: the server's state has an unknown vector control; it is passed over" in said[0]
+    assert "round-000002: the server's state lacks vector second_moment; the one before it is used" in said[1]
     with pytest.raises(CheckpointError, match="every checkpoint is damaged"):
         store.load(said.append, lambda checkpoint: adam.check(checkpoint.state, 51))
     assert "vector adapter is torch.float32 [50], not torch.float32 [51]" in said[-1]
@@ -64,7 +64,7 @@ def test_the_newest_are_kept(tmp_path: Path, keep: int) -> None:
     store = CheckpointStore(tmp_path, keep)
     for i in range(12):
         store.save(made(i))
-    assert [p.name for p in sorted(tmp_path.iterdir())] == [f"round-{i:06d}" for i in range(12 - keep, 12)]
+    assert [p.name for p in sorted(tmp_path.iterdir())] == [f"round-{i + 1:06d}" for i in range(12 - keep, 12)]
     assert same(made(11), store.load(print))
     assert store.kept_client_rounds() == [{3: i, 11: 0} for i in range(12 - keep, 12)]
 
@@ -87,12 +87,12 @@ def test_a_damaged_newest_falls_back_and_says_so(tmp_path: Path, how: str) -> No
     store = CheckpointStore(tmp_path, 3)
     for i in range(3):
         store.save(made(i))
-    damage(tmp_path / "round-000002", how)
+    damage(tmp_path / "round-000003", how)
     said: list[str] = []
     assert same(made(1), store.load(said.append))
-    assert len(said) == 1 and "round-000002" in said[0] and "the one before it is used" in said[0]
-    damage(tmp_path / "round-000000", how)
+    assert len(said) == 1 and "round-000003" in said[0] and "the one before it is used" in said[0]
     damage(tmp_path / "round-000001", how)
+    damage(tmp_path / "round-000002", how)
     said.clear()
     with pytest.raises(CheckpointError, match="every checkpoint is damaged"):
         store.load(said.append)
@@ -112,16 +112,16 @@ def test_another_format_is_refused_with_its_maker(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, 3)
     store.save(made(0))
     store.save(made(1))
-    assert json.loads((tmp_path / "round-000001" / "checkpoint.json").read_text())["made_by"] == made_by()
+    assert json.loads((tmp_path / "round-000002" / "checkpoint.json").read_text())["made_by"] == made_by()
     other = {"fedsim": "9.8.7", "git": {"commit": "abcdef0123456789", "modified": False}}
-    rewrite(tmp_path / "round-000001", format=FORMAT + 1, made_by=other)
+    rewrite(tmp_path / "round-000002", format=FORMAT + 1, made_by=other)
     said: list[str] = []
     with pytest.raises(CheckpointError) as caught:
         store.load(said.append)
     assert said == [] and "\n" not in str(caught.value)
-    for part in ("round-000001", "fedsim 9.8.7, commit abcdef0123", f"format {FORMAT + 1}", "check out", "name=..."):
+    for part in ("round-000002", "fedsim 9.8.7, commit abcdef0123", f"format {FORMAT + 1}", "check out", "name=..."):
         assert part in str(caught.value)
-    rewrite(tmp_path / "round-000001", format=None, made_by=None)
+    rewrite(tmp_path / "round-000002", format=None, made_by=None, round=None, round_idx=1)
     with pytest.raises(CheckpointError, match="a fedsim that has left no version in format 0"):
         store.load(said.append)
     assert store.kept_client_rounds() == [{3: 0, 11: 0}]
@@ -130,11 +130,11 @@ def test_another_format_is_refused_with_its_maker(tmp_path: Path) -> None:
 def test_another_version_of_the_same_format_is_gone_on_with(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, 3)
     store.save(made(1))
-    rewrite(tmp_path / "round-000001", made_by={"fedsim": "9.8.7", "git": None})
+    rewrite(tmp_path / "round-000002", made_by={"fedsim": "9.8.7", "git": None})
     said: list[str] = []
     assert same(made(1), store.load(said.append))
     assert said == [
-        f"{tmp_path / 'round-000001'} was written by fedsim 9.8.7, commit unknown; {maker(made_by())} goes on"
+        f"{tmp_path / 'round-000002'} was written by fedsim 9.8.7, commit unknown; {maker(made_by())} goes on"
     ]
 
 
@@ -143,8 +143,8 @@ def test_a_run_goes_on_past_damaged_checkpoints(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, 3)
     for i in range(3):
         store.save(made(i))
-    damage(tmp_path / "round-000001", "bit")
-    damage(tmp_path / "round-000002", "cut")
+    damage(tmp_path / "round-000002", "bit")
+    damage(tmp_path / "round-000003", "cut")
     assert same(made(0), store.load(lambda text: None))
     store.save(made(1))
     assert store.kept_client_rounds() == [{3: 0, 11: 0}, {3: 1, 11: 0}], "whole ones alone"
@@ -154,23 +154,23 @@ def test_a_run_goes_on_past_damaged_checkpoints(tmp_path: Path) -> None:
 
 
 def test_what_was_just_saved_is_never_dropped(tmp_path: Path) -> None:
-    """Round 0 is whole, 1 and 2 are damaged, and fewer are kept than before: round 1 done anew is the newest."""
+    """Round 1 is whole, 2 and 3 are damaged, and fewer are kept than before: round 2 done again is the newest."""
     store = CheckpointStore(tmp_path, 3)
     for i in range(3):
         store.save(made(i))
-    damage(tmp_path / "round-000001", "bit")
-    damage(tmp_path / "round-000002", "cut")
+    damage(tmp_path / "round-000002", "bit")
+    damage(tmp_path / "round-000003", "cut")
     store = CheckpointStore(tmp_path, 1)
     assert same(made(0), store.load(lambda text: None))
     store.save(made(1))
-    assert [p.name for p in tmp_path.iterdir()] == ["round-000001"]
+    assert [p.name for p in tmp_path.iterdir()] == ["round-000002"]
     assert same(made(1), store.load(print))
 
 
 def test_a_save_that_was_cut_off_is_not_seen(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, 2)
     store.save(made(0))
-    partial = tmp_path / ".round-000001.partial"
+    partial = tmp_path / ".round-000002.partial"
     partial.mkdir()
     (partial / "state.safetensors").write_bytes(b"half")
     assert same(made(0), store.load(print))
@@ -187,5 +187,5 @@ def test_clearing_away_asks_the_notes_alone(tmp_path: Path) -> None:
         store.save(made(round_idx))
     for folder in tmp_path.iterdir():
         (folder / "state.safetensors").unlink()
-    (tmp_path / "round-000001" / "checkpoint.json").write_text('{"client_rounds": [')
+    (tmp_path / "round-000002" / "checkpoint.json").write_text('{"client_rounds": [')
     assert store.kept_client_rounds() == [{3: 0, 11: 0}, {3: 2, 11: 0}]

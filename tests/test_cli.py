@@ -190,8 +190,8 @@ def test_a_whole_run_writes_every_file(finished: Ended, run_folder: Path) -> Non
         "adapter/adapter_config.json",
         "adapter/adapter_model.safetensors",
         *(f"{folder}/fedsim.json" for folder in ("adapter", "answers", "guard", "items")),
-        "checkpoints/round-000001/state.safetensors",
-        "checkpoints/round-000001/checkpoint.json",
+        "checkpoints/round-000002/state.safetensors",
+        "checkpoints/round-000002/checkpoint.json",
     } <= names
     pictures = [name for name in names if name.endswith(".png")]
     assert len(pictures) >= 3
@@ -200,7 +200,7 @@ def test_a_whole_run_writes_every_file(finished: Ended, run_folder: Path) -> Non
     assert all(name in summary for name in pictures)
     assert f"Written by {maker(made_by())};" in summary
     stages = [(row["round"], row["stage"]) for row in read_rows(run_folder / "metrics.jsonl")]
-    assert {(-1, "filter"), (-1, "eval"), (-1, "cai_data"), (0, "round"), (1, "round"), (1, "eval")} <= set(stages)
+    assert {(0, "filter"), (0, "eval"), (0, "cai_data"), (1, "round"), (2, "round"), (2, "eval")} <= set(stages)
     manifest = json.loads((run_folder / "manifest.json").read_text(encoding="utf-8"))
     assert file_digest(Path(run_folder.parents[1] / "square.json")) in json.dumps(manifest)
 
@@ -216,7 +216,7 @@ def test_the_adapter_loads_with_peft(finished: Ended, run_folder: Path) -> None:
     lora = LoraSettings(4, 8.0, 0.1, ("q_proj", "v_proj"))
     loaded = load_model("embedded", lora, dtype="float32", attention="sdpa", device=torch.device("cpu"))
     flat = FlatAdapter(loaded.model)
-    flat.load(load_file(str(run_folder / "checkpoints" / "round-000001" / "state.safetensors"))["adapter"])
+    flat.load(load_file(str(run_folder / "checkpoints" / "round-000002" / "state.safetensors"))["adapter"])
     with torch.no_grad():
         own = loaded.model.eval()(ids).logits
     assert torch.equal(published, own)

@@ -71,7 +71,7 @@ def test_a_run_whose_disk_fills_up_goes_on_once_there_is_space(
     assert "start the same command again" in str(caught.value) and "\n" not in str(caught.value)
     stopped = simulation(small_disk, tmp_path)
     kept = sorted(p.name for p in stopped.record.checkpoints.folder.iterdir())
-    assert kept == ["round-000000"], "the finished round is whole, and nothing half-written is left"
+    assert kept == ["round-000001"], "the finished round is whole, and nothing half-written is left"
     subprocess.run(["mount", "-o", "remount,size=100m", str(small_disk)], check=True)
     stopped.run()
     straight = simulation(tmp_path / "straight", tmp_path)

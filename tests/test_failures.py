@@ -129,7 +129,7 @@ def test_skip_leaves_failed_clients_out_of_every_sum(run: Make) -> None:
     torch.testing.assert_close(last.state.adapter.double(), x, rtol=0, atol=1e-6)
     torch.testing.assert_close(last.state.vectors[CONTROL].double(), c, rtol=1e-4, atol=1e-3 * float(c.abs().max()))
     for client, round_idx in last.client_rounds.items():
-        file = load_file(folder / f"client{client:06d}-round{round_idx:06d}.safetensors")
+        file = load_file(folder / f"client{client:06d}-round{round_idx + 1:06d}.safetensors")
         torch.testing.assert_close(file["control"], controls[client], rtol=1e-3, atol=1e-4)
     assert not [p for k in (RAISES, IS_NAN) for p in folder.glob(f"client{k:06d}-*")]
     said = [line for line in done.said if " failed (" in line]
@@ -186,7 +186,7 @@ def test_a_damaged_control_variate_is_its_clients_failure_and_stays(run: Make) -
 
     def tear(federation: Any, round_idx: int) -> None:
         if round_idx == 0:
-            path = federation.controls.folder / f"client{victim:06d}-round000000.safetensors"
+            path = federation.controls.folder / f"client{victim:06d}-round000001.safetensors"
             path.write_bytes(path.read_bytes()[:100])
 
     done = run(SKIP, SCAFFOLD, change=len, after=tear)

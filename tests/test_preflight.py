@@ -362,7 +362,7 @@ def test_a_resumed_run_does_not_need_its_space_twice(tmp_path: Path, monkeypatch
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=needed - 500))
     with pytest.raises(ConfigError, match="free space"):
         check_disk(made, 1000, 5)
-    file = tmp_path / "small" / "checkpoints" / "round-000000" / "state.safetensors"
+    file = tmp_path / "small" / "checkpoints" / "round-000001" / "state.safetensors"
     file.parent.mkdir(parents=True)
     file.write_bytes(bytes(500))
     assert check_disk(made, 1000, 5).there == 500

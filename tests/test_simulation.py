@@ -124,10 +124,10 @@ def test_a_resumed_session_keeps_its_preparation_out_of_the_rounds(make: Make) -
     overrides = ["guard.kind=noisy_oracle", "federation.num_rounds=2", "record.keep_checkpoints=2"]
     make(40, 60, *overrides).run()
     again = make(40, 60, *overrides)
-    shutil.rmtree(again.record.checkpoints.folder / "round-000001")
+    shutil.rmtree(again.record.checkpoints.folder / "round-000002")
     again.run()
     (prepared,), (resumed,) = rows_of(again, "prepare"), rows_of(again, "resume")
-    assert prepared["round"] == -1 and resumed["round"] == 0
+    assert prepared["round"] == 0 and resumed["round"] == 1
     once = {"time/data_s", "time/filter_s", "time/load_s"}
     assert once <= prepared.keys() and once <= resumed.keys()
     assert all(not once & row.keys() for row in rows_of(again, "round"))
@@ -275,7 +275,7 @@ def test_a_state_of_another_algorithm_is_not_resumed(make: Make, capsys: pytest.
     capsys.readouterr()
     again.run()
     said = " ".join(capsys.readouterr().err.split())
-    assert "round-000002: the server's state lacks vector second_moment; the one before it is used" in said
+    assert "round-000003: the server's state lacks vector second_moment; the one before it is used" in said
     one, two = whole.state.named(), final_state(again).named()
     assert one.keys() == two.keys() and all(torch.equal(vector, two[name]) for name, vector in one.items())
     assert final_state(again).num_steps == 3
@@ -372,7 +372,7 @@ def test_rounds_without_cai_lie_between_its_stages(make: Make, tmp_path: Path) -
     straight = make(40, 60, *words, "name=straight")
     straight.run()
     points = [(row["round"], row["point"]) for row in rows_of(straight, "eval")]
-    assert points == [(-1, "pretrained"), (0, "global"), *((r, p) for r in (1, 2) for p in ("before_cai", "after_cai"))]
+    assert points == [(0, "pretrained"), (1, "global"), *((r, p) for r in (2, 3) for p in ("before_cai", "after_cai"))]
     assert ["cai/num_iterations" in row for row in rows_of(straight, "round")] == [False, True, True]
 
     def stop(round_idx: int) -> None:

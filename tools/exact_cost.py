@@ -59,7 +59,7 @@ def phases(rows: Sequence[Mapping[str, Any]]) -> Seconds:
     """Seconds of each phase in every round of a run but the first; rounds without a phase have no entry in it."""
     found: Seconds = {name: [] for name in PHASES}
     for row in rows:
-        if row["stage"] != "round" or row["round"] == 0:
+        if row["stage"] != "round" or row["round"] == 1:
             continue
         for name in PHASES[:-1]:
             if (spent := row.get(f"time/{name}_s")) is not None:

@@ -87,8 +87,8 @@ def judge(samples: Sequence[Sample], num_ranks: int, warm_up: int) -> Soak:
     """
     by_round: dict[int, list[Sample]] = {}
     for sample in samples:
-        by_round.setdefault(sample.round_idx, []).append(sample)
-    rounds = [by_round[r] for r in sorted(by_round)[:-1] if r >= warm_up]
+        by_round.setdefault(sample.number, []).append(sample)
+    rounds = [by_round[r] for r in sorted(by_round)[:-1] if r > warm_up]
     if len(rounds) < 3:
         raise RunError(
             f"{len(rounds)} round(s) were seen after a warm-up of {warm_up}: a growth needs three; ask for more rounds "
@@ -101,7 +101,7 @@ def judge(samples: Sequence[Sample], num_ranks: int, warm_up: int) -> Soak:
     growths.append(_growth(FILES, "", [min(s.files for s in seen) for seen in rounds]))
     growths.append(_growth(DISK, "", [min(s.kept_bytes for s in seen) for seen in rounds]))
     first, last = rounds[0][0], rounds[-1][-1]
-    span = last.round_idx - first.round_idx
+    span = last.number - first.number
     logs, evaluations = last.log_bytes - first.log_bytes, last.evaluation_bytes - first.evaluation_bytes
     return Soak(num_ranks, len(rounds), growths, logs / span, evaluations / span)
 

@@ -35,6 +35,7 @@ from fedsim.record.metrics import Row, read_rows
 from fedsim.record.paper import arm_name
 from fedsim.record.tables import Table, byte_size, duration, measured
 from fedsim.record.timers import top_level_seconds
+from fedsim.rounds import round_index, round_number
 from fedsim.simulation import Simulation
 
 TITLES = {
@@ -199,7 +200,7 @@ def page(simulation: ProfiledSimulation, row: Row) -> str:
     plain, profiled = simulation.seconds
     found = totals(row, world.size)
     found["trace of rank 0"] = f"{simulation.trace} ({duration(profiled)}, {profiled / plain:.2f} x the measured pass)"
-    title = f"Round {row['round'] + 1} of {config.name.removesuffix(SUFFIX)}: {arm}; {place}"
+    title = f"Round {row['round']} of {config.name.removesuffix(SUFFIX)}: {arm}; {place}"
     lines = [f"{what:<22}  {figure}" for what, figure in found.items()]
     return "\n".join([title, "", phase_table(row).plain(), "", *lines])
 
@@ -226,7 +227,7 @@ def parse(arguments: Sequence[str]) -> tuple[Config, int, Path | None]:
         raise ConfigError(f"--trace {found.trace}: must end in .json or .json.gz, which trace viewers read")
     if found.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(found.local_rank))
-    return replace(config, name=config.name + SUFFIX), found.round - 1, found.trace
+    return replace(config, name=config.name + SUFFIX), round_index(found.round), found.trace
 
 
 @contextmanager
@@ -285,7 +286,7 @@ def profile(config: Config, chosen: int, trace: Path | None) -> None:
     """Simulate, trace and print."""
     parallel = config.parallel
     folder = Path(os.path.expanduser(config.record.dir)) / config.name
-    target = trace or folder / f"trace-round{chosen + 1}.json.gz"
+    target = trace or folder / f"trace-round{round_number(chosen)}.json.gz"
     with (
         ExitStack() as held,
         process_world(exact=parallel.exact, threads=parallel.threads, timeout_s=parallel.timeout_s) as world,
@@ -297,7 +298,7 @@ def profile(config: Config, chosen: int, trace: Path | None) -> None:
             simulation.run()
         except Enough:
             rows = read_rows(simulation.record.metrics_file) if world.ranks.is_main else []
-            for row in [r for r in rows if r["stage"] == "round" and r["round"] == chosen][:1]:
+            for row in [r for r in rows if r["stage"] == "round" and r["round"] == round_number(chosen)][:1]:
                 print(f"\n{page(simulation, row)}", flush=True)
 
 

@@ -1,34 +1,62 @@
-"""Write the README's benchmark tables from the committed rows: ``python tools/readme_bench.py``."""
+"""Write docs/benchmark.md and the README's table of strongest peers from the committed rows."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from fedsim.record.blocks import replace_block  # noqa: E402
+from tools.bench.measured_code import code_digest  # noqa: E402
 from tools.bench.rows import StageResult  # noqa: E402
-from tools.bench.table import readme_table  # noqa: E402
+from tools.bench.table import markdown_table, strongest_peers  # noqa: E402
 
-README = ROOT / "README.md"
-RESULTS = ROOT / "tools" / "bench" / "results"
+README: Final = ROOT / "README.md"
+PAGE: Final = ROOT / "docs" / "benchmark.md"
+RESULTS: Final = ROOT / "tools" / "bench" / "results"
+NONE: Final = "No rows are committed yet."
+INTRODUCTION: Final = (
+    "Every committed row, written by `python tools/readme_bench.py` from `tools/bench/results/`. Ours and the peers "
+    "take turns on the same rows, in the same dtype, with the same threads; set-up is timed apart. Ratio: the peer's "
+    "median ÷ ours, so below 1 the peer is faster. The floor is the work's arithmetic or memory traffic at the "
+    "device's peak."
+)
 
 
-def markdown(results: Path = RESULTS) -> str:
-    """A table for every device, of the rows that have a target, and where and with what they were measured."""
-    parts = []
+def devices(results: Path) -> list[list[StageResult]]:
+    """Stages by device, of the devices that have any."""
+    found = []
     for folder in sorted(path for path in results.glob("*") if path.is_dir()):
-        found = [StageResult.read(file) for file in sorted(folder.glob("*.json"))]
-        table = readme_table(found)
+        stages = [StageResult.read(file) for file in sorted(folder.glob("*.json"))]
+        if stages:
+            found.append(stages)
+    return found
+
+
+def page(results: Path = RESULTS, root: Path = ROOT) -> str:
+    """The whole of docs/benchmark.md: all rows of every device."""
+    parts = ["# Benchmark", INTRODUCTION]
+    for stages in devices(results):
+        parts += [f"## {stages[0].facts['device']}", markdown_table(stages).markdown(), *provenance(stages, root)]
+    return "\n\n".join(parts if len(parts) > 2 else [*parts, NONE]) + "\n"
+
+
+def block(results: Path = RESULTS, root: Path = ROOT) -> str:
+    """The README's block: for each piece of work the peer that comes nearest to it or is ahead of it."""
+    parts = []
+    for stages in devices(results):
+        table = strongest_peers(stages)
         if table.rows:
-            parts += [table.markdown(), measured_on(found)]
-    return "\n\n".join(parts) or "No rows are committed yet."
+            parts += [table.markdown(), *provenance(stages, root)]
+    return "\n\n".join(parts) or NONE
 
 
-def measured_on(results: list[StageResult]) -> str:
-    """``Measured on …``, once for every different set of facts."""
+def provenance(results: Sequence[StageResult], root: Path = ROOT) -> list[str]:
+    """``Measured on …``, once for every different set of facts, and a mark for rows of older code."""
     lines: dict[str, list[str]] = {}
     for result in results:
         facts = result.facts
@@ -41,17 +69,22 @@ def measured_on(results: list[StageResult]) -> str:
             f"{facts['date'][:10]}, commit {(facts['commit'] or 'unknown')[:10]}"
         )
         lines.setdefault(line, []).append(result.stage)
-    return "\n".join(f"Measured on {line} ({', '.join(stages)})." for line, stages in lines.items())
+    found = ["\n".join(f"Measured on {line} ({', '.join(stages)})." for line, stages in lines.items())]
+    older = [result.stage for result in results if result.facts.get("code") != code_digest(result.stage, root)]
+    if older:
+        found.append(f"**Older than the code they speak of**, which has changed since: {', '.join(older)}.")
+    return found
 
 
 def updated(readme: str) -> str:
-    """The README's text with the tables as they should be."""
-    return replace_block(readme, "bench", markdown())
+    """The README's text with the block as it should be."""
+    return replace_block(readme, "bench", block())
 
 
 def main() -> int:
-    """Rewrite the README."""
+    """Rewrite both."""
     README.write_text(updated(README.read_text(encoding="utf-8")), encoding="utf-8")
+    PAGE.write_text(page(), encoding="utf-8")
     return 0
 
 

@@ -56,9 +56,9 @@ def soak(num_ranks: int, words: Sequence[str], folder: Path, warm_up: int, limit
     config = load_config(Path(words[0]), [*words[1:], *places])
     log = folder / f"{num_ranks}.log"
 
-    def say(round_idx: int) -> None:
-        if (round_idx + 1) % 50 == 0:
-            print(f"  {round_idx + 1} rounds", flush=True)
+    def say(number: int) -> None:
+        if number % 50 == 0:
+            print(f"  {number} rounds", flush=True)
 
     with log.open("wb") as out:
         status, samples = watch(

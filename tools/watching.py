@@ -27,7 +27,7 @@ class Sample:
     """One look at a run.
 
     Attributes:
-        round_idx: the last round with a row in metrics.jsonl; −1 before the first.
+        number: the last round with a row in metrics.jsonl, from 1.
         resident: bytes of resident memory, by process ("rank 0", "launcher", :data:`WORKER`, :data:`CORE`).
         handles: open file descriptors, likewise.
         files: number of files in the run directory, without those of evaluations.
@@ -36,7 +36,7 @@ class Sample:
         evaluation_bytes: bytes of what is kept of evaluations.
     """
 
-    round_idx: int
+    number: int
     resident: Mapping[str, int]
     handles: Mapping[str, int]
     files: int
@@ -53,7 +53,7 @@ def watch(
     environment: Mapping[str, str] | None = None,
     limit_s: float,
     interval_s: float = INTERVAL_S,
-    say: Callable[[int], None] = lambda round_idx: None,
+    say: Callable[[int], None] = lambda number: None,
 ) -> tuple[int | None, list[Sample]]:
     """Run a command to its end and look at it every ``interval_s`` from the first round on.
 
@@ -62,13 +62,13 @@ def watch(
         folder: the run directory.
         log: takes the command's output.
         limit_s: the command and its children are killed after so long.
-        say: hears of each round that ends.
+        say: hears the number of each round that ends.
 
     Returns:
         The exit status, None after ``limit_s``; and the samples, oldest first.
     """
     process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-    family, log_of_rounds, round_idx = Family(process.pid), NewRows(folder / "metrics.jsonl"), -1
+    family, log_of_rounds, number = Family(process.pid), NewRows(folder / "metrics.jsonl"), 0
     samples: list[Sample] = []
     deadline = time.monotonic() + limit_s
     try:
@@ -76,12 +76,12 @@ def watch(
             time.sleep(interval_s)
             for row in log_of_rounds.read():
                 if row["stage"] == "round":
-                    round_idx = row["round"]
-                    say(round_idx)
-            if round_idx < 0:
+                    number = row["round"]
+                    say(number)
+            if number == 0:
                 continue
             resident, handles = family.look()
-            samples.append(Sample(round_idx, resident, handles, *disk_use(folder)))
+            samples.append(Sample(number, resident, handles, *disk_use(folder)))
         return process.poll(), samples
     finally:
         family.end()

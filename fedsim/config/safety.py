@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from fedsim.config.keys import key
 from fedsim.errors import ConfigError
+from fedsim.rounds import round_number
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class CaiConfig:
     def is_due(self, round_idx: int, num_rounds: int) -> bool:
         """Whether a round of ``num_rounds`` (counted from 0) ends with CAI."""
         is_last = round_idx == num_rounds - 1
-        return self.is_on and (is_last or (self.every > 0 and (round_idx + 1) % self.every == 0))
+        return self.is_on and (is_last or (self.every > 0 and round_number(round_idx) % self.every == 0))
 
     def num_stages(self, num_rounds: int) -> int:
         """CAI stages of the first ``num_rounds`` rounds, of which none is the run's last."""

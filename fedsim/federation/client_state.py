@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from fedsim.errors import CheckpointError
+from fedsim.rounds import round_number
 
 
 class ClientStateStore:
@@ -24,7 +25,7 @@ class ClientStateStore:
 
     Args:
         folder: made if absent.
-        index: client → round of its newest file; taken from a checkpoint on resume.
+        index: client → round index of its newest file; taken from a checkpoint on resume.
     """
 
     def __init__(self, folder: Path, index: Mapping[int, int] | None = None) -> None:
@@ -97,7 +98,7 @@ class ClientStateStore:
 
 
 def _file_name(client: int, round_idx: int) -> str:
-    return f"client{client:06d}-round{round_idx:06d}.safetensors"
+    return f"client{client:06d}-round{round_number(round_idx):06d}.safetensors"
 
 
 def _digest(vector: torch.Tensor, name: str) -> str:

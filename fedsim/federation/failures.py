@@ -11,6 +11,7 @@ from fedsim.config import FailuresConfig
 from fedsim.errors import ClientError, NotFiniteError, RunError
 from fedsim.federation.elementwise import all_finite
 from fedsim.federation.outcome import ClientOutcome
+from fedsim.rounds import round_number
 
 RAISED, NOT_FINITE, NORM = "raised", "not finite", "norm"
 
@@ -45,7 +46,7 @@ class ClientFailure:
 
     def place(self, round_idx: int) -> dict[str, int | str]:
         """Where it happened, as errors have it."""
-        return {"rank": self.rank, "stage": "local training", "round": round_idx + 1, "client": self.client}
+        return {"rank": self.rank, "stage": "local training", "round": round_number(round_idx), "client": self.client}
 
 
 def checked(outcome: ClientOutcome, max_norm: float) -> ClientOutcome:

@@ -21,7 +21,7 @@ def section(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         for name, reason in row.items():
             if found := _FAILED.fullmatch(name):
-                rounds.setdefault((int(found[1]), str(reason)), []).append(row["round"] + 1)
+                rounds.setdefault((int(found[1]), str(reason)), []).append(row["round"])
     dropped, slow = (
         sum(int(measured(row, f"client/num_{name}") or 0) for row in rows) for name in ("dropped_out", "stragglers")
     )

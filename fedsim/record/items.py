@@ -21,9 +21,9 @@ from fedsim.errors import DataError
 HEAD: Final = ["figure", "item", "value"]
 
 
-def item_file(folder: Path, round_idx: int, point: str) -> Path:
-    """Where a run keeps the items of one evaluation; rounds are numbered from 1, the pretrained model's is 0."""
-    return folder / "items" / f"round{round_idx + 1}-{point}.csv"
+def item_file(folder: Path, number: int, point: str) -> Path:
+    """Path of the items of one evaluation in a run directory, by the round's number (0: the pretrained model)."""
+    return folder / "items" / f"round{number}-{point}.csv"
 
 
 def write_items(path: Path, items: Mapping[str, Mapping[int, float]]) -> None:

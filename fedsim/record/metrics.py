@@ -15,6 +15,7 @@ from typing import Any
 
 from fedsim.errors import CheckpointError
 from fedsim.json_text import NotJsonError, parse_json
+from fedsim.rounds import round_number
 
 Row = dict[str, Any]
 
@@ -27,7 +28,7 @@ CLOCK_PREFIXES = ("time/", "perf/", "parallel/")
 class MetricLog:
     """Appends rows to one file; every row is on disk when :meth:`append` returns.
 
-    Only rank 0 may hold one. ``round`` counts from 0; rows about the pretrained model carry round −1.
+    Only rank 0 may hold one. ``round`` is the round's number, from 1; rows about the pretrained model carry 0.
     """
 
     def __init__(self, path: Path) -> None:
@@ -40,7 +41,7 @@ class MetricLog:
         Values are plain numbers, texts, booleans or None ("not measured"). NaN and infinity are written as Python's
         JSON reader takes them (``NaN``, ``Infinity``).
         """
-        row: Row = {"round": int(round_idx), "stage": stage}
+        row: Row = {"round": round_number(int(round_idx)), "stage": stage}
         for name, value in metrics.items():
             assert name not in row, f"metric {name!r} would overwrite the row's own field"
             row[name] = _plain(name, value)
@@ -54,10 +55,11 @@ class MetricLog:
         """Every row so far, oldest first; none if the file does not exist yet."""
         return read_rows(self.path) if self.path.exists() else []
 
-    def truncate_after(self, round_idx: int) -> int:
+    def truncate_after(self, round_idx: int | None) -> int:
         """Drop the rows of all rounds after ``round_idx``, and a last line that a crash cut short.
 
-        A run that resumes from the checkpoint of ``round_idx`` calls this first. The file is replaced atomically.
+        A run that resumes from the checkpoint of ``round_idx`` calls this first; None, no checkpoint, drops every row.
+        The file is replaced atomically.
 
         Returns:
             How many whole rows were dropped.
@@ -65,7 +67,7 @@ class MetricLog:
         if not self.path.exists():
             return 0
         rows = read_rows(self.path, allow_torn_end=True)
-        kept = [row for row in rows if row["round"] <= round_idx]
+        kept = [] if round_idx is None else [row for row in rows if row["round"] <= round_number(round_idx)]
         new = self.path.with_suffix(".jsonl.new")
         with new.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
@@ -138,6 +140,12 @@ def _parsed(path: Path, lines: Iterable[bytes], first: int) -> list[Row]:
             raise CheckpointError(f"{path}, line {number}: is not JSON ({error.reason}); remove the line") from error
         if not isinstance(row, dict) or type(row.get("round")) is not int or not isinstance(row.get("stage"), str):
             raise CheckpointError(f"{path}, line {number}: must be an object with a whole number 'round' and a 'stage'")
+        if row["round"] < 0:
+            raise CheckpointError(
+                f"{path}, line {number}: has round {row['round']}, but rounds are counted from 1 (0 is the pretrained "
+                "model's); an earlier fedsim, which counted from 0, wrote this run: read it with that one (its commit "
+                "is in manifest.json), or run it again under another name (name=...)"
+            )
         if not all(value is None or isinstance(value, bool | int | float | str) for value in row.values()):
             raise CheckpointError(f"{path}, line {number}: must hold plain values alone; remove the line")
         rows.append(row)

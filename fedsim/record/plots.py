@@ -74,7 +74,7 @@ def plot_losses(rows: Sequence[Row], title: str) -> Figure | None:
             series = _series(rows, name)
             if series:
                 axes.plot(*zip(*series, strict=True), color=color, marker=marker, markersize=4, label=label)
-        round_axis(axes, [row["round"] + 1 for row in rows if any(name in row for name in lines)])
+        round_axis(axes, [row["round"] for row in rows if any(name in row for name in lines)])
         _widen(axes, MIN_LOSS_SPAN)
         axes.set_ylabel(unit)
         legend_below(axes)
@@ -124,7 +124,7 @@ def _phase_seconds(rows: Sequence[Row]) -> dict[int, dict[str, float]]:
     rounds: dict[int, dict[str, float]] = {}
     for row in rows:
         for phase, seconds in top_level_seconds(row).items():
-            into = rounds.setdefault(0 if row["stage"] == RESUME else max(row["round"] + 1, 0), {})
+            into = rounds.setdefault(0 if row["stage"] == RESUME else row["round"], {})
             into[phase] = into.get(phase, 0.0) + seconds
     return dict(sorted(rounds.items()))
 
@@ -154,7 +154,7 @@ def _evaluations(rows: Sequence[Row], title: str, names: dict[str, str], limits:
         for point, (series_label, color, marker, shift) in POINTS.items():
             found = [row for row in evals if row.get("point") == point]
             draw_points(axes, found, name, shift, label=series_label, color=color, marker=marker)
-        round_axis(axes, [row["round"] + 1 for row in evals if row.get("point") in POINTS])
+        round_axis(axes, [row["round"] for row in evals if row.get("point") in POINTS])
         axes.set_ylabel(label)
         low, high = axes.get_ylim()
         margin = 0.02 * (limits[1] - limits[0])
@@ -180,7 +180,7 @@ def draw_points(axes: Axes, rows: Sequence[Row], name: str, shift: float, **styl
     for row in rows:
         value, low, high = (measured(row, name + ending) for ending in ("", "_low", "_high"))
         if value is not None:
-            places.append(row["round"] + 1 + shift)
+            places.append(row["round"] + shift)
             values.append(value)
             below.append(0.0 if low is None else max(value - low, 0.0))
             above.append(0.0 if high is None else max(high - value, 0.0))
@@ -190,7 +190,7 @@ def draw_points(axes: Axes, rows: Sequence[Row], name: str, shift: float, **styl
 
 def _series(rows: Sequence[Row], name: str) -> list[tuple[int, float]]:
     """(round from 1, value) of every row that has the figure."""
-    return [(row["round"] + 1, value) for row in rows if (value := measured(row, name)) is not None]
+    return [(row["round"], value) for row in rows if (value := measured(row, name)) is not None]
 
 
 def canvas(num_panels: int, title: str) -> tuple[Figure, list[Axes]]:

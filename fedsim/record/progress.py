@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import TextIO
 
+from fedsim.rounds import round_number
+
 Figure = float | int | str
 
 _ERASE = "\r\x1b[2K"
@@ -51,7 +53,7 @@ class Progress:
 
     def round(self, round_idx: int, num_rounds: int) -> None:
         """Later lines carry ``round i/n`` (counted from 1) until the next call or :meth:`outside_rounds`."""
-        self._place = f"round {round_idx + 1}/{num_rounds}"
+        self._place = f"round {round_number(round_idx)}/{num_rounds}"
 
     def outside_rounds(self) -> None:
         """Later lines carry no round."""

@@ -31,6 +31,7 @@ from fedsim.record.places import check_folder, run_folder
 from fedsim.record.progress import Phase, Progress
 from fedsim.record.timers import PhaseTimers
 from fedsim.record.wandb_stream import WandbStream
+from fedsim.rounds import round_number
 from fedsim.version import SIGNATURE, made_by, maker
 
 # Keys that may differ when a run is resumed: they say where and how it runs, not what it computes.
@@ -118,7 +119,7 @@ class RunRecord:
     def round(self, round_idx: int, num_rounds: int) -> Iterator[None]:
         """A round, for the progress lines and the log."""
         self.progress.round(round_idx, num_rounds)
-        with self.journal.at(round=round_idx + 1):
+        with self.journal.at(round=round_number(round_idx)):
             yield
 
     def finished(self) -> None:
@@ -212,6 +213,7 @@ class RunRecord:
             ClientStateStore(self.client_state).check(checkpoint.client_rounds, checkpoint.state.adapter.numel())
 
         checkpoint = self.checkpoints.load(self.say, check_all)
-        # The pretrained model's row has round −1 and is written anew when nothing was finished.
-        MetricLog(self.metrics_file).truncate_after(-2 if checkpoint is None else checkpoint.round_idx)
-        return None if checkpoint is None else checkpoint.round_idx
+        # The pretrained model's rows are written again when no round was finished.
+        newest = None if checkpoint is None else checkpoint.round_idx
+        MetricLog(self.metrics_file).truncate_after(newest)
+        return newest

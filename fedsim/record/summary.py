@@ -341,7 +341,7 @@ def unrated(rows: Sequence[Row]) -> list[str]:
 
 
 def _round_of(row: Row) -> str:
-    return f"round {row['round'] + 1}"
+    return f"round {row['round']}"
 
 
 def _heading(benchmark: Benchmark, points: Iterable[Row], short: bool) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsim.config import Config, to_nested
+from fedsim.rounds import round_number
 
 LIMIT_S = {"offline": 20.0, "online": 60.0}
 """Longest wait at the end of a run for what was not written or sent so far; also W&B's own limit for its start.
@@ -79,7 +80,7 @@ class WandbStream:
 
     def finished(self, round_idx: int) -> None:
         """Everything up to this round counts (its checkpoint is on disk): stream what has not been."""
-        self._send({"round": round_idx})
+        self._send({"round": round_number(round_idx)})
 
     def close(self, summary: Mapping[str, Any] | None = None) -> None:
         """End the stream, with the run's summary if it came to its end; without one, W&B shows the run as failed."""

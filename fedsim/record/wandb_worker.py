@@ -36,7 +36,7 @@ def steps_of(rows: Iterable[Row]) -> dict[int, Figures]:
     """
     by_step: dict[int, list[Row]] = {}
     for row in rows:
-        step = by_step.setdefault(row["round"] + 1, [])
+        step = by_step.setdefault(row["round"], [])
         if row["stage"] == RESUME:
             step[:] = [other for other in step if other["stage"] != RESUME]
         step.append(row)
@@ -83,11 +83,11 @@ class Worker:
         if self.mode == "offline":
             self.next_step = self._written_steps()
 
-    def stream(self, round_idx: int) -> None:
-        """Log every step up to the round's that W&B does not have."""
+    def stream(self, number: int) -> None:
+        """Log every step up to this round's that W&B does not have."""
         rows = self._waiting + self._log.read()
-        self._waiting = [row for row in rows if row["round"] > round_idx]
-        steps = steps_of(row for row in rows if row["round"] <= round_idx)
+        self._waiting = [row for row in rows if row["round"] > number]
+        steps = steps_of(row for row in rows if row["round"] <= number)
         if self.complete or max(steps, default=-1) < self.next_step:
             return
         if self.run is None:

@@ -35,7 +35,7 @@ def png(figure: Figure) -> bytes:
 
 def overlay(runs: Sequence[Run], name: str, label: str) -> Figure | None:
     """A benchmark by round, one colour a run; what CAI started from is dashed. None where one round alone has it."""
-    rounds = {row["round"] for run in runs for row in run.rows if measured(row, name) is not None and row["round"] >= 0}
+    rounds = {row["round"] for run in runs for row in run.rows if measured(row, name) is not None and row["round"] > 0}
     if len(rounds) < 2:
         return None
     figure, (axes,) = canvas(1, label)
@@ -46,7 +46,7 @@ def overlay(runs: Sequence[Run], name: str, label: str) -> Figure | None:
         for point, line, ending in (
             ("before_cai", "--", ", before CAI"), ("after_cai", "-", ""), ("global", "-", "")):  # fmt: skip
             rows = [row for row in run.rows if row["stage"] == "eval" and row.get("point") == point]
-            places += [row["round"] + 1 for row in rows]
+            places += [row["round"] for row in rows]
             draw_points(
                 axes,
                 rows,
@@ -97,16 +97,13 @@ def _level(axes: Axes, runs: Sequence[Run], name: str, *, upright: bool = False)
 def client_losses(run: Run) -> Figure | None:
     """Every client's mean loss in the rounds it trained in, over their mean."""
     found = [
-        (row["round"] + 1, float(value))
-        for row in run.rows
-        for name, value in row.items()
-        if CLIENT_LOSS.fullmatch(name)
+        (row["round"], float(value)) for row in run.rows for name, value in row.items() if CLIENT_LOSS.fullmatch(name)
     ]
     if not found:
         return None
     figure, (axes,) = canvas(1, f"{run.facts.name}: loss by client")
     axes.plot(*zip(*found, strict=True), "o", color=COLORS[0], markersize=4, label="a client")
-    means = [(row["round"] + 1, m) for row in run.rows if (m := measured(row, "client/loss")) is not None]
+    means = [(row["round"], m) for row in run.rows if (m := measured(row, "client/loss")) is not None]
     axes.plot(*zip(*means, strict=True), color=COLORS[1], label="mean, by rows")
     round_axis(axes, [place for place, _ in found])
     axes.set_ylabel("loss, nats per token")
@@ -117,7 +114,7 @@ def client_losses(run: Run) -> Figure | None:
 def idle(runs: Sequence[Run]) -> Figure | None:
     """Share of the ranks' time without work while clients train."""
     name = "parallel/idle_share"
-    series = [[(r["round"] + 1, 100 * v) for r in run.rows if (v := measured(r, name)) is not None] for run in runs]
+    series = [[(r["round"], 100 * v) for r in run.rows if (v := measured(r, name)) is not None] for run in runs]
     if not any(series):
         return None
     figure, (axes,) = canvas(1, "Idle share by round")

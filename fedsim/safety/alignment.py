@@ -17,6 +17,7 @@ from fedsim.config import CaiConfig
 from fedsim.data.chat import ChatFormat, TokenRow, assistant_turn, user_turn
 from fedsim.errors import ConfigError
 from fedsim.ranks import Lane
+from fedsim.rounds import round_number
 from fedsim.safety.cai_data import CaiRow
 from fedsim.train.loop import Trainer, TrainingPlan
 from fedsim.train.objectives import DpoObjective, Preference, SftObjective
@@ -118,7 +119,7 @@ class Aligner:
                 [[pair.chosen for pair in batch] for batch in batches],
                 lambda step: self.cai.sft_lr,
                 ("cai_sft", round_idx),
-                what=f"CAI (SFT), round {round_idx + 1}",
+                what=f"CAI (SFT), round {round_number(round_idx)}",
                 longest=self.cai.max_length,
             ),
             SftObjective(),
@@ -130,7 +131,7 @@ class Aligner:
                 batches,
                 lambda step: self.cai.dpo_lr,
                 ("cai_dpo", round_idx),
-                what=f"CAI (DPO), round {round_idx + 1}",
+                what=f"CAI (DPO), round {round_number(round_idx)}",
                 longest=4 * self.cai.max_length,  # two rows, for the policy and for the reference
             ),
             DpoObjective(flat, flat.copy(), self.cai.beta),

@@ -15,6 +15,7 @@ from fedsim.federation.outcome import ClientOutcome
 from fedsim.federation.sampling import cosine_by_round, sample_rows
 from fedsim.federation.scaffold import CONTROL
 from fedsim.ranks import Lane
+from fedsim.rounds import round_number
 from fedsim.train.loop import Trainer, TrainingPlan, TrainingStats
 from fedsim.train.objectives import SftObjective
 from fedsim.train.own_work import OwnWork
@@ -107,7 +108,7 @@ class ClientTrainer:
             batches=self.batches(task.client, task.rows, task.round_idx, task.num_steps),
             lr=lambda step: lr,
             key=("local", task.round_idx, task.client),
-            what=f"client {task.client}, round {task.round_idx + 1}",
+            what=f"client {task.client}, round {round_number(task.round_idx)}",
             correction=self.algorithm.correction(task.state, task.control),
             longest=self.local.max_length,
             own=own,

@@ -173,7 +173,7 @@ def test_the_runs_that_are_compared_did_something(straight: Any) -> None:
     cai = next(row for row in rows if row["stage"] == "cai_data")
     assert cai["cai/num_usable"] >= 4
     points = [(row["round"], row["point"]) for row in rows if row["stage"] == "eval"]
-    assert points == [(-1, "pretrained"), (1, "before_cai"), (1, "after_cai"), (2, "before_cai"), (2, "after_cai")]
+    assert points == [(0, "pretrained"), (2, "before_cai"), (2, "after_cai"), (3, "before_cai"), (3, "after_cai")]
     assert len(set(runs[1]["replies"].values())) > 1  # training changed what the model says
     controls = {"eval/xstest_count", "eval/perplexity", "eval/advbench_guard_safe", "eval/hhh_count"}
     assert all(controls <= row.keys() for row in rows if row["stage"] == "eval")
@@ -203,7 +203,7 @@ def test_a_stopped_run_that_is_resumed_equals_one_that_was_not(
     words = [*overrides, *places(tmp_path, square_file)]
     pool.run(sizes[0], simulate, words, stop)
     kept = sorted(p.name for p in (tmp_path / "small" / "checkpoints").glob("round-*"))
-    assert kept == [f"round-{i:06d}" for i in range(stop[1] + (stop[0] == "after"))]
+    assert kept == [f"round-{i + 1:06d}" for i in range(stop[1] + (stop[0] == "after"))]
     assert not (tmp_path / "small" / "adapter").exists()
     pool.run(sizes[1], simulate, words, None)
     assert_same(outcome(tmp_path / "small", tmp_path / "artefacts"), straight(overrides)[1], "resumed against straight")
@@ -226,7 +226,7 @@ def test_a_run_killed_in_mid_round_is_resumed(pool: Any, square_file: Path, tmp_
         kill(family(process.pid) if process.poll() is None else [])
         process.wait()
     kept = {p.name for p in (tmp_path / "small" / "checkpoints").glob("round-*")}
-    assert "round-000000" in kept and "round-000002" not in kept, (
+    assert "round-000001" in kept and "round-000003" not in kept, (
         "the second round, or at worst the third, was under way"
     )
     pool.run(3, simulate, words, None)

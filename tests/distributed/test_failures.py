@@ -118,7 +118,7 @@ def test_failures_are_the_same_on_1_2_and_4_processes(
     jobs = [(int(name), simulate, words[name], None) for name in ("4", "2", "1")]
     answers = pool.run_all([*jobs, (2, simulate, words["resumed"], 1)])
     assert all(rank["error"] == "" for ranks in answers[:3] for rank in ranks)
-    assert [p.name for p in (folders["resumed"] / "small" / "checkpoints").iterdir()] == ["round-000000"]
+    assert [p.name for p in (folders["resumed"] / "small" / "checkpoints").iterdir()] == ["round-000001"]
     pool.run(4, simulate, words["resumed"], None)
     found = {name: outcome(folder) for name, folder in folders.items()}
     for name, other in found.items():

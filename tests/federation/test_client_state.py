@@ -43,12 +43,12 @@ def test_only_named_files_are_kept(tmp_path: Path) -> None:
     store = ClientStateStore(tmp_path)
     for client, round_idx in ((1, 0), (1, 1), (1, 2), (2, 1), (7, 0)):
         store.save(client, round_idx, torch.zeros(2))
-    (tmp_path / "client000009-round000000.partial").write_bytes(b"cut")
+    (tmp_path / "client000009-round000001.partial").write_bytes(b"cut")
     store.drop_unused([{1: 1, 2: 1}, {1: 2, 2: 1}])
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "client000001-round000001.safetensors",
         "client000001-round000002.safetensors",
-        "client000002-round000001.safetensors",
+        "client000001-round000003.safetensors",
+        "client000002-round000002.safetensors",
     ]
 
 
@@ -89,7 +89,7 @@ def test_a_whole_file_of_another_shape_or_type_is_an_error(tmp_path: Path, vecto
 
 def test_a_type_that_has_no_checksum_is_an_error(tmp_path: Path) -> None:
     store = ClientStateStore(tmp_path, {5: 2})
-    path = tmp_path / "client000005-round000002.safetensors"
+    path = tmp_path / "client000005-round000003.safetensors"
     save_file({"control": torch.zeros(100, dtype=torch.bfloat16)}, str(path), metadata={"blake2b": ""})
     with pytest.raises(CheckpointError, match=r"is torch\.bfloat16, not torch\.float32"):
         store.load(5)

@@ -79,7 +79,7 @@ def test_a_damaged_checkpoint_is_passed_over_or_whole(folders: pytest.TempPathFa
     store = CheckpointStore(folder, keep=3)
     for i in range(2):
         store.save(checkpoint(i))
-    newest, before = folder / "round-000001", folder / "round-000000"
+    newest, before = folder / "round-000002", folder / "round-000001"
     name = data.draw(st.sampled_from(["checkpoint.json", "state.safetensors"]))
     mishap(data, newest / name, before / name)
     said: list[str] = []
@@ -95,11 +95,11 @@ def test_a_damaged_checkpoint_is_passed_over_or_whole(folders: pytest.TempPathFa
 def test_a_checkpoint_under_another_name_is_refused(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, keep=3)
     store.save(checkpoint(0))
-    shutil.copytree(tmp_path / "round-000000", tmp_path / "round-000007")
+    shutil.copytree(tmp_path / "round-000001", tmp_path / "round-000007")
     said: list[str] = []
     found = store.load(said.append)
     assert found is not None and found.round_idx == 0
-    assert "round-000007: holds the checkpoint round-000000" in said[0]
+    assert "round-000007: holds the checkpoint round-000001" in said[0]
 
 
 @cases(120)
@@ -111,7 +111,7 @@ def test_a_damaged_control_variate_is_an_error_or_whole(folders: pytest.TempPath
     for client, round_idx, vector in zip((1, 2, 1), (4, 4, 3), vectors, strict=True):
         store.save(client, round_idx, vector)
     store.advance([1, 2], 4)
-    path, *others = (folder / f"client{c:06d}-round{r:06d}.safetensors" for c, r in ((1, 4), (2, 4), (1, 3)))
+    path, *others = (folder / f"client{c:06d}-round{r + 1:06d}.safetensors" for c, r in ((1, 4), (2, 4), (1, 3)))
     kind = data.draw(st.sampled_from(["mishap", "mishap", "shape", "name", "type"]))
     if kind == "mishap":
         mishap(data, path, data.draw(st.sampled_from(others)))
@@ -194,7 +194,7 @@ def test_items_that_were_cut_are_never_taken_for_whole(folders: pytest.TempPathF
     (folder / "config.yaml").write_text("name: kite\n")
     (folder / "summary.md").write_text("done")
     values = {"advbench": {0: 1.0, 1: 0.0, 2: 0.0, 3: 0.0}}
-    row = {"round": 0, "stage": "eval", "point": "global", "eval/advbench": 25.0}
+    row = {"round": 1, "stage": "eval", "point": "global", "eval/advbench": 25.0}
     (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     path = folder / "items" / "round1-global.csv"
     write_items(path, values)
@@ -206,8 +206,8 @@ def test_items_that_were_cut_are_never_taken_for_whole(folders: pytest.TempPathF
 
 
 ROWS = [
-    {"round": -1, "stage": "eval", "point": "pretrained", "eval/x": 1.0},
-    {"round": 0, "stage": "round", "time/train_s": 0.25, "note": "Zürich"},
+    {"round": 0, "stage": "eval", "point": "pretrained", "eval/x": 1.0},
+    {"round": 1, "stage": "round", "time/train_s": 0.25, "note": "Zürich"},
 ]
 
 

@@ -13,7 +13,7 @@ from fedsim.record.metrics import Row
 def train_row(round_idx: int, cai: bool = True) -> Row:
     """A round's row with every key that the record knows."""
     row: Row = {
-        "round": round_idx,
+        "round": round_idx + 1,
         "stage": "round",
         "client/loss_003": 7.77,
         "client/loss": 2.0 * math.exp(-0.3 * round_idx) + 1.0,
@@ -47,7 +47,7 @@ def train_row(round_idx: int, cai: bool = True) -> Row:
 def eval_row(round_idx: int, point: str, advbench: float, hhh: float, mt_bench: float | None) -> Row:
     """An evaluation with intervals of fixed width."""
     row: Row = {
-        "round": round_idx,
+        "round": round_idx + 1,
         "stage": "eval",
         "point": point,
         "eval/advbench_harmless": advbench,
@@ -89,7 +89,7 @@ def eval_row(round_idx: int, point: str, advbench: float, hhh: float, mt_bench: 
 def guard_row(point: str = "fine-tuned") -> Row:
     """A guard at the paper's operating point on 2,000 rows."""
     return {
-        "round": -1,
+        "round": 0,
         "stage": "guard",
         "point": point,
         "guard/accuracy": 75.2,
@@ -118,7 +118,7 @@ def whole_run(num_rounds: int = 8, cai: bool = True) -> list[Row]:
     rows = [guard_row(), eval_row(-1, "pretrained", 99.8, 93.2, 9.61)]
     if cai:
         counts = {"cai/num_usable": 371, "cai/num_dropped_unchanged": 22, "cai/num_dropped_truncated": 7}
-        rows.append({"round": -1, "stage": "cai", **counts, "time/cai_data_s": 12.0})
+        rows.append({"round": 0, "stage": "cai", **counts, "time/cai_data_s": 12.0})
     for i in range(num_rounds):
         rows.append(train_row(i, cai))
         harm = 4.0 * math.sqrt(i + 1)

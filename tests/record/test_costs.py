@@ -132,8 +132,8 @@ def test_machines_have_the_data_sheets_figures_and_unknown_ones_are_named() -> N
 
 def test_a_runs_phases_add_up_without_nested_ones() -> None:
     rows = [
-        {"round": -1, "stage": "prepare", "time/filter_s": 1.0, "time/evaluate_s": 2.0},
-        {"round": 0, "stage": "round", "time/train_s": 5.0, "time/train/step_s": 4.0, "time/evaluate_s": 2.0},
+        {"round": 0, "stage": "prepare", "time/filter_s": 1.0, "time/evaluate_s": 2.0},
+        {"round": 1, "stage": "round", "time/train_s": 5.0, "time/train/step_s": 4.0, "time/evaluate_s": 2.0},
     ]
     table = run_table({"a": rows, "b": []})
     assert table.rows == [

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from fedsim.errors import CheckpointError
 from fedsim.record.metrics import MetricLog, NewRows, decided, read_rows
+from fedsim.rounds import PRETRAINED
 
 
 @pytest.fixture
@@ -24,10 +25,10 @@ def log(tmp_path: Path) -> MetricLog:
 
 def test_a_row_is_on_disk_when_append_returns(log: MetricLog) -> None:
     row = log.append(0, "train", {"client/loss": 1.5, "client/num_trained": 5})
-    assert row == {"round": 0, "stage": "train", "client/loss": 1.5, "client/num_trained": 5}
+    assert row == {"round": 1, "stage": "train", "client/loss": 1.5, "client/num_trained": 5}
     assert log.path.read_text() == json.dumps(row) + "\n"
     log.append(1, "eval", {"point": "pretrained", "eval/mt_bench": None})
-    assert log.rows() == [row, {"round": 1, "stage": "eval", "point": "pretrained", "eval/mt_bench": None}]
+    assert log.rows() == [row, {"round": 2, "stage": "eval", "point": "pretrained", "eval/mt_bench": None}]
 
 
 def test_no_file_has_no_rows(log: MetricLog) -> None:
@@ -59,13 +60,27 @@ def test_a_metric_may_not_overwrite_the_round(log: MetricLog) -> None:
 
 
 def test_truncate_after_keeps_the_round_itself_and_everything_before(log: MetricLog) -> None:
-    for round_idx in (-1, 0, 1, 2, 3):
+    for round_idx in (PRETRAINED, 0, 1, 2, 3):
         log.append(round_idx, "train", {"client/loss": float(round_idx)})
     assert log.truncate_after(1) == 2
-    assert [row["round"] for row in log.rows()] == [-1, 0, 1]
+    assert [row["round"] for row in log.rows()] == [0, 1, 2]
     log.append(2, "train", {"client/loss": 9.0})
     assert [row["client/loss"] for row in log.rows()] == [-1.0, 0.0, 1.0, 9.0]
     assert [path.name for path in log.path.parent.iterdir()] == ["metrics.jsonl"]
+
+
+def test_without_a_checkpoint_every_row_goes(log: MetricLog) -> None:
+    log.append(PRETRAINED, "eval", {"point": "pretrained"})
+    log.append(0, "round", {})
+    assert log.truncate_after(None) == 2 and log.rows() == []
+
+
+def test_rows_that_count_rounds_from_0_are_refused(tmp_path: Path) -> None:
+    """Each round would be taken for the one before it."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"round": -1, "stage": "eval"}\n{"round": 0, "stage": "round"}\n')
+    with pytest.raises(CheckpointError, match=r"line 1: has round -1, but rounds are counted from 1 .* manifest\.json"):
+        read_rows(path)
 
 
 def test_truncate_after_removes_a_line_that_a_crash_cut_short(log: MetricLog) -> None:
@@ -75,7 +90,7 @@ def test_truncate_after_removes_a_line_that_a_crash_cut_short(log: MetricLog) ->
     with pytest.raises(CheckpointError, match="line 2"):
         log.rows()
     assert log.truncate_after(5) == 0
-    assert [row["round"] for row in log.rows()] == [0]
+    assert [row["round"] for row in log.rows()] == [1]
 
 
 @pytest.mark.parametrize("line", ["not json", "[1]", '{"round": "1", "stage": "eval"}', '{"round": 1}'])

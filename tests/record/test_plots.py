@@ -90,7 +90,7 @@ def test_the_control_stands_beside_advbench(make_run: MakeRun) -> None:
                     "eval/xstest_safe_refused_high": 40.0}  # fmt: skip
     figure = drawn(plot_safety(rows, "run"))
     assert [axes.get_ylabel().partition(":")[0] for axes in figure.axes] == ["AdvBench", "XSTest", "HHH"]
-    assert line(figure, 1, "before CAI")[1] == [12.0, 13.0, 14.0]
+    assert line(figure, 1, "before CAI")[1] == [13.0, 14.0, 15.0]
     low, high = figure.axes[1].get_ylim()
     assert low <= 0.0 and high >= 40.0
 

@@ -80,7 +80,7 @@ def test_the_last_evaluation_counts(make_eval: MakeEval) -> None:
     rows += [make_eval(4, "before_cai", 60.0, 50.0, 5.0), make_eval(4, "after_cai", 70.0, 50.0, 5.0)]
     points = eval_points(rows)
     assert list(points) == ["pretrained", "before_cai", "after_cai"]
-    assert points["after_cai"]["round"] == 4
+    assert points["after_cai"]["round"] == 5
 
 
 def test_what_was_not_measured_is_said_so(make_eval: MakeEval, facts: RunFacts) -> None:
@@ -251,7 +251,7 @@ def test_an_undefined_guard_figure_is_not_a_number(make_run: MakeRun, facts: Run
 
 def test_client_counts_are_summed_and_cai_counts_are_not(make_run: MakeRun, facts: RunFacts) -> None:
     rows = make_run()
-    rows.insert(2, {"round": -1, "stage": "cai", "cai/num_usable": 370, "time/cai_data_s": 0.0})
+    rows.insert(2, {"round": 0, "stage": "cai", "cai/num_usable": 370, "time/cai_data_s": 0.0})
     text = summary_markdown(rows, facts)
     assert cells(text, "num_trained") == ["", "", "40"]
     assert cells(text, "num_sat_out") == ["", "", "4"]

@@ -125,9 +125,9 @@ def test_rows_of_a_round_are_merged_and_none_overwrites_another(tmp_path: Path) 
     log = begin(tmp_path / "run")
     add_round(log, 0)
     assert steps_of(log.rows()) == {
-        0: {"round": -1, "guard_untuned/f1": 1 / 3, "guard/f1": 2 / 3, "client/num_kept_rows": 7,
+        0: {"round": 0, "guard_untuned/f1": 1 / 3, "guard/f1": 2 / 3, "client/num_kept_rows": 7,
             "eval/hhh_accuracy": 100 / 7},
-        1: {"round": 0, "eval_before_cai/hhh_accuracy": 0.1, "eval/hhh_accuracy": 0.1 * 1e-300,
+        1: {"round": 1, "eval_before_cai/hhh_accuracy": 0.1, "eval/hhh_accuracy": 0.1 * 1e-300,
             "client/loss": 0.1**0.5, "client/num_rows": 2**53, "time/train_s": 0.7},
     }  # fmt: skip
 
@@ -274,7 +274,7 @@ def test_a_file_that_is_cut_anywhere_gives_the_steps_before(tmp_path: Path) -> N
     stream.finished(2)
     stream.close({})
     whole = history(folder)
-    assert [step for step, _ in whole] == [0, 1, 2, 3] and whole[3][1] == {"round": 2, **large}
+    assert [step for step, _ in whole] == [0, 1, 2, 3] and whole[3][1] == {"round": 3, **large}
     (session,) = folder.glob("wandb/offline-run-*")
     session.rename(f"{session}-1")  # as wandb names a second session that began in the same second
     (path,) = folder.glob("wandb/offline-run-*-1/*.wandb")

@@ -17,8 +17,8 @@ from fedsim.report.runs import Run, Sample
 def made(seed: int = 0, harmless: float = 80.0, *words: str, **rows: Any) -> Run:
     facts = facts_from(to_flat(load_config(None, [f"seed={seed}", *words])), num_ranks=1, total_s=9.0, places={})
     found = [
-        {"round": -1, "stage": "eval", "point": "pretrained", "eval/advbench_harmless": 90.0 + seed},
-        {"round": 49, "stage": "eval", "point": "global", "eval/advbench_harmless": harmless, **rows},
+        {"round": 0, "stage": "eval", "point": "pretrained", "eval/advbench_harmless": 90.0 + seed},
+        {"round": 50, "stage": "eval", "point": "global", "eval/advbench_harmless": harmless, **rows},
     ]
     return Run(facts, found, {"seed": seed})
 

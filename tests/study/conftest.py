@@ -48,14 +48,12 @@ def finish(tmp_path: Path) -> Finish:
         )
         lines = [*(rows or [])]
         for point, figures in items.items():
-            round_idx = -1 if point == "pretrained" else config.federation.num_rounds - 1
-            lines.append({"round": round_idx, "stage": "eval", "point": point})
-            path = item_file(folder, round_idx, point)
+            number = 0 if point == "pretrained" else config.federation.num_rounds
+            lines.append({"round": number, "stage": "eval", "point": point})
+            path = item_file(folder, number, point)
             path.parent.mkdir(exist_ok=True)
             write_items(path, {figure: dict(enumerate(values)) for figure, values in figures.items()})
-        lines.append(
-            {"round": config.federation.num_rounds - 1, "stage": "round", "time/train_s": 60, "time/cai_s": 30}
-        )
+        lines.append({"round": config.federation.num_rounds, "stage": "round", "time/train_s": 60, "time/cai_s": 30})
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines), encoding="utf-8")
         (folder / "summary.md").write_text("done", encoding="utf-8")
         return Outcome(folder)

@@ -33,17 +33,17 @@ folder = Path(config.record.dir) / config.name
 (folder / "items").mkdir(parents=True)
 (folder / "config.yaml").write_text(yaml.safe_dump(to_nested(config)))
 (folder / "manifest.json").write_text({json.dumps(MANIFEST)!r})
-last = config.federation.num_rounds - 1
+last = config.federation.num_rounds
 counts = dict(zip(("caught", "false_alarms", "missed", "passed"), (20, 10, 10 + config.seed, 60)))
 guard = {{f"guard/num_{{k}}": v for k, v in counts.items()}}
-rows = [{{"round": -1, "stage": "guard", "point": "fine-tuned", **guard}}]
+rows = [{{"round": 0, "stage": "guard", "point": "fine-tuned", **guard}}]
 quality = 3 * (config.guard.kind != "none") + min(config.cai.iterations, 6)
 final = "after_cai" if config.cai.iterations else "global"
 figures = ("advbench_harmless_" + config.eval.advbench_phrases.replace("-", "_"), "hhh_" + config.eval.hhh_scorer)
-for round_idx, point, right in ((-1, "pretrained", 10), (last, final, quality)):
-    rows.append({{"round": round_idx, "stage": "eval", "point": point}})
+for number, point, right in ((0, "pretrained", 10), (last, final, quality)):
+    rows.append({{"round": number, "stage": "eval", "point": point}})
     flags = [float(i < right) for i in range(10)]
-    write_items(item_file(folder, round_idx, point), {{f: dict(enumerate(flags)) for f in (*figures, "mt_bench")}})
+    write_items(item_file(folder, number, point), {{f: dict(enumerate(flags)) for f in (*figures, "mt_bench")}})
 rows.append({{"round": last, "stage": "round", "time/train_s": 60, "time/cai_s": 30}})
 (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
 (folder / "summary.md").write_text("done")

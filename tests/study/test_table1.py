@@ -239,7 +239,7 @@ def test_a_judges_score_counts_as_one_item(finish: Callable[..., Outcome]) -> No
 
 
 def test_a_figure_without_items_counts_as_one(finish: Callable[..., Outcome]) -> None:
-    rows = [{"round": 49, "stage": "eval", "point": "global", "eval/mt_bench": 6.5}]
+    rows = [{"round": 50, "stage": "eval", "point": "global", "eval/mt_bench": 6.5}]
     judged = finish("a", [], {}, rows)
     found = sample([judged, judged], "final", "mt_bench")
     assert found is not None and found.tolist() == [[6.5], [6.5]]

@@ -80,7 +80,7 @@ def test_a_guard_that_calls_nothing_unsafe_has_no_precision() -> None:
 def test_the_table_has_both_guards_and_the_papers(finish: Callable[..., Outcome], tmp_path: Path) -> None:
     def row(point: str, counts: tuple[int, ...]) -> dict[str, object]:
         named = {f"guard/{name}": count for name, count in zip(COUNTS, counts, strict=True)}
-        return {"round": -1, "stage": "guard", "point": point, **named}
+        return {"round": 0, "stage": "guard", "point": point, **named}
 
     runs = [
         finish(f"t{i}", [f"seed={i}"], {}, [row("untuned", (0, 0, 30, 70)), row("fine-tuned", (20, 10, 10, 60))])

@@ -75,7 +75,7 @@ def test_terminal_json_readme_and_page(
     monkeypatch.setattr(costs, "PAGE", page)
     folder = tmp_path / "mine"
     folder.mkdir()
-    (folder / "metrics.jsonl").write_text('{"round": 0, "stage": "round", "time/train_s": 7.0}\n')
+    (folder / "metrics.jsonl").write_text('{"round": 1, "stage": "round", "time/train_s": 7.0}\n')
     file = tmp_path / "costs.json"
     assert run(monkeypatch, str(folder), "--rows", CPU, "--json", str(file), "--readme") == 0
     shown, text = capsys.readouterr().out, readme.read_text()

@@ -23,25 +23,25 @@ folder = Path(words["record.dir"]) / words["name"]
 folder.mkdir(parents=True)
 slow = 3.0 if words["parallel.exact"] == "true" else 2.0
 with (folder / "metrics.jsonl").open("w") as file:
-    for r in range(int(words["federation.num_rounds"])):
+    for r in range(1, int(words["federation.num_rounds"]) + 1):
         row = {"round": r, "stage": "round", "time/train_s": slow, "time/cai_s": 1.0, "perf/round_s": slow + 1.5}
-        if r == 2:
+        if r == 3:
             row |= {"time/evaluate_s": 10.0, "perf/round_s": slow + 11.5}
         file.write(json.dumps(row) + "\\n")
 """
 
 
-def row(round_idx: int, stage: str = "round", **seconds: float) -> dict[str, Any]:
-    return {"round": round_idx, "stage": stage, **{name.replace("__", "/"): value for name, value in seconds.items()}}
+def row(number: int, stage: str = "round", **seconds: float) -> dict[str, Any]:
+    return {"round": number, "stage": stage, **{name.replace("__", "/"): value for name, value in seconds.items()}}
 
 
 def test_phases_leave_out_the_first_round_and_a_rounds_evaluation() -> None:
     rows = [
-        row(-1, "prepare", time__train_s=99.0),
-        row(0, time__train_s=50.0, perf__round_s=60.0),
-        row(1, "eval", time__train_s=99.0),
-        row(1, time__train_s=2.0, time__aggregate_s=0.5, time__evaluate_s=7.0, perf__round_s=10.0),
-        row(2, time__train_s=4.0, time__cai_s=1.0, perf__round_s=6.0),
+        row(0, "prepare", time__train_s=99.0),
+        row(1, time__train_s=50.0, perf__round_s=60.0),
+        row(2, "eval", time__train_s=99.0),
+        row(2, time__train_s=2.0, time__aggregate_s=0.5, time__evaluate_s=7.0, perf__round_s=10.0),
+        row(3, time__train_s=4.0, time__cai_s=1.0, perf__round_s=6.0),
     ]
     assert phases(rows) == {
         "train": [2.0, 4.0], "aggregate": [0.5], "cai": [1.0], "evaluate": [7.0], "round": [3.0, 6.0],

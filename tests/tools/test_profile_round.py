@@ -57,7 +57,7 @@ def test_the_table_is_the_measured_rounds_row(profiled: tuple[list[str], str, Pa
     lines, errors, folder = profiled
     assert "USDT" not in errors and not (folder / "wandb").exists()
     rows = [row for row in read_rows(folder / "metrics.jsonl") if row["stage"] == "round"]
-    assert [row["round"] for row in rows] == [0, 1, 1]  # once to measure, once for the trace
+    assert [row["round"] for row in rows] == [1, 2, 2]  # once to measure, once for the trace
     row = rows[1]
     assert rows[2]["global/checksum"] == row["global/checksum"]  # the same work
     assert any(

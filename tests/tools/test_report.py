@@ -49,13 +49,13 @@ def make_run(folder: Path, name: str, *words: str, harmless: float = 90.0) -> Pa
         for name, count in zip(("caught", "missed", "false_alarms", "passed"), (20, 10, 30, 40), strict=True)
     }
     rows: list[dict[str, Any]] = [
-        {"round": -1, "stage": "filter", "point": "fine-tuned", **guard},
-        {"round": -1, "stage": "eval", "point": "pretrained", **measured(97.0)},
+        {"round": 0, "stage": "filter", "point": "fine-tuned", **guard},
+        {"round": 0, "stage": "eval", "point": "pretrained", **measured(97.0)},
     ]
-    for i in range(3):
-        rows.append({"round": i, "stage": "eval", "point": "global", **measured(harmless - i)})
-        rows.append({"round": i, "stage": "round", "client/loss": 1.5, "client/loss_003": 1.4, "client/loss_011": 1.6,
-                     "time/train_s": 4.0, "time/aggregate_s": 0.5, "parallel/idle_share": 0.1})  # fmt: skip
+    for number in (1, 2, 3):
+        rows.append({"round": number, "stage": "eval", "point": "global", **measured(harmless + 1 - number)})
+        rows.append({"round": number, "stage": "round", "client/loss": 1.5, "client/loss_003": 1.4, "client/loss_011":
+                     1.6, "time/train_s": 4.0, "time/aggregate_s": 0.5, "parallel/idle_share": 0.1})  # fmt: skip
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     (run / "summary.md").write_text("# Run\n\n## Notes\n\n- a note <b>of its own</b>\n", encoding="utf-8")
     return run

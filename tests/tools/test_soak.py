@@ -15,14 +15,14 @@ from tools.growth import DISK, FILES, FLAT, GROWS, HANDLES, MEMORY, UNDECIDED, j
 from tools.watching import Sample, kind_of, watch
 
 MIB = 2**20
-LEAK_FROM = 11
+LEAK_FROM = 12
 LEAKY = f"""
 import os, runpy, sys
 from fedsim.checkpoint import CheckpointStore
 from fedsim.federation.client_state import ClientStateStore
 held, save, drop = [], CheckpointStore.save, ClientStateStore.drop_unused
 def leaking_save(self, checkpoint):
-    if checkpoint.round_idx >= {LEAK_FROM}:
+    if checkpoint.round_idx + 1 >= {LEAK_FROM}:
         held.append(open(os.devnull))
     save(self, checkpoint)
 def leaking_drop(self, indices):
@@ -38,7 +38,7 @@ def samples(rounds: int, **each: float) -> list[Sample]:
     """Two looks at each round, the second a little higher; ``each`` is what a round adds."""
     grown = {name: each.get(name, 0.0) for name in ("resident", "handles", "files", "kept", "logs")}
     found = []
-    for r in range(rounds):
+    for r in range(1, rounds + 1):
         for more in (0, 1):
             resident = {"rank 0": int(400 * MIB + r * grown["resident"] + more * MIB), "W&B's worker": 100 * MIB}
             handles = {"rank 0": int(6 + r * grown["handles"]) + more}
@@ -75,7 +75,7 @@ def test_a_leak_is_found_and_named(leak: dict[str, float], named: str) -> None:
 def test_what_cannot_be_told_is_not_called_flat() -> None:
     """Memory that jumps by 8 MiB from one half of the run to the other, and back: wide intervals."""
     jumps = [
-        replace(s, resident={"rank 0": 400 * MIB + (8 * MIB if (s.round_idx // 12) % 3 == 1 else 0)})
+        replace(s, resident={"rank 0": 400 * MIB + (8 * MIB if ((s.number - 1) // 12) % 3 == 1 else 0)})
         for s in samples(60)
     ]
     assert verdicts(jumps)[f"{MEMORY} rank 0"] == UNDECIDED
@@ -84,11 +84,11 @@ def test_what_cannot_be_told_is_not_called_flat() -> None:
 
 
 def test_the_warm_up_and_the_last_round_do_not_count() -> None:
-    made = {**dict.fromkeys(range(5), -19), 29: 90}
-    loaded = [replace(s, files=s.files + made.get(s.round_idx, 0)) for s in samples(30)]
+    made = {**dict.fromkeys(range(1, 6), -19), 30: 90}
+    loaded = [replace(s, files=s.files + made.get(s.number, 0)) for s in samples(30)]
     assert verdicts(loaded)[FILES] == FLAT
     assert verdicts(loaded, warm_up=0)[FILES] != FLAT
-    assert verdicts([*loaded, *(replace(s, round_idx=30) for s in samples(1))])[FILES] != FLAT
+    assert verdicts([*loaded, *(replace(s, number=31) for s in samples(1))])[FILES] != FLAT
 
 
 def test_files_that_grow_on_purpose_are_known_and_all_others_are_judged() -> None:
@@ -114,11 +114,11 @@ def test_a_real_run_is_flat_until_a_leak_is_planted(tmp_path: Path) -> None:
             limit_s=300.0, interval_s=0.01, say=heard.append,
         )  # fmt: skip
     assert status == 0, (tmp_path / "log").read_text()[-2000:]
-    assert heard == list(range(22)) and {name for s in seen for name in s.resident} == {"rank 0"}
-    healthy = judge([s for s in seen if s.round_idx <= LEAK_FROM], 1, 3)
+    assert heard == list(range(1, 23)) and {name for s in seen for name in s.resident} == {"rank 0"}
+    healthy = judge([s for s in seen if s.number <= LEAK_FROM], 1, 3)
     for quantity in (HANDLES, FILES, DISK):
         assert healthy.worst(quantity).verdict == FLAT, healthy.worst(quantity)
-    leaking = judge([s for s in seen if s.round_idx >= LEAK_FROM], 1, 0)
+    leaking = judge([s for s in seen if s.number >= LEAK_FROM], 1, 0)
     assert {leaking.worst(quantity).verdict for quantity in (HANDLES, FILES, DISK)} == {GROWS}
     assert leaking.worst(HANDLES).slope.value == pytest.approx(100, rel=0.2), "one descriptor a round"
 

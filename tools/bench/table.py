@@ -16,17 +16,27 @@ def table(results: Sequence[StageResult]) -> Table:
     return Table(HEAD, [_line(row) for result in results for row in result.rows], num_text=3)
 
 
-def readme_table(results: Sequence[StageResult]) -> Table:
-    """The rows that have a target, without what the rows' files say better."""
-    head = ("stage", "what", "peer", "ours", "peer's", "target", "measured", "of floor")
-    rows = []
-    for row in (row for result in results for row in result.rows if row.target is not None):
-        assert row.target is not None
-        value, cells = row.figure(row.target.figure), _line(row)
-        goal_met = {True: "", False: " (missed)", None: ""}[row.reached]
-        shown = NONE if value is None else f"{value:.3g}{goal_met}"
-        rows.append([*cells[:5], goal(row.target, None), shown, cells[-1]])
-    return Table(head, rows, num_text=3)
+def markdown_table(results: Sequence[StageResult]) -> Table:
+    """Every row, without the floor's seconds, which the rows' files have."""
+    head = ("stage", "what", "peer", "ours", "peer's", "ratio", "repeats", "figures", "target", "of floor")
+    lines = []
+    for row in (row for result in results for row in result.rows):
+        cells = _line(row)
+        lines.append([*cells[:6], str(row.repeats or NONE), *cells[6:8], cells[-1]])
+    return Table(head, lines, num_text=3)
+
+
+def strongest_peers(results: Sequence[StageResult]) -> Table:
+    """The peer with the lowest ratio for each piece of work that has one; fedsim's own other ways are no peers."""
+    head = ("stage", "what", "strongest peer", "ours", "peer's", "peer's ÷ ours")
+    lowest: dict[tuple[str, str], Row] = {}
+    for row in (row for result in results for row in result.rows):
+        if row.ratio is None or row.peer is None or row.peer.startswith(("ours", "fedsim")):
+            continue
+        found = lowest.get((row.stage, row.name))
+        if found is None or found.ratio is None or row.ratio < found.ratio:
+            lowest[row.stage, row.name] = row
+    return Table(head, [_line(row)[:6] for row in lowest.values()], num_text=3)
 
 
 def _line(row: Row) -> list[str]:

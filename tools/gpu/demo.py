@@ -128,7 +128,7 @@ def figures(rows: Sequence[Row]) -> dict[str, Interval]:
             if row.get(name) is not None:
                 value = float(row[name])
                 low, high = (float(row.get(name + end, value)) for end in ("_low", "_high"))
-                found[f"round {row['round'] + 1}, {row['point']}, {name}"] = (low, value, high)
+                found[f"round {row['round']}, {row['point']}, {name}"] = (low, value, high)
     return found
 
 

@@ -23,7 +23,8 @@ def test_the_stage_runs_on_a_cpu() -> None:
     rows = stage.time(bench)
     assert [row.name for row in rows][:2] == ["fast sum", "exact sum"] and len(rows) == 6
     assert all(row.seconds is not None and row.floor_s is not None and row.shapes["clients"] == 5 for row in rows)
-    assert [row.target is not None for row in rows] == [True, True, True, False, False, False]
+    assert [row.target is not None for row in rows] == [False, False, True, True, False, False]
+    assert [row.peer is not None for row in rows] == [False, False, True, True, False, True], "like with like"
 
 
 def test_five_clients_have_the_papers_size() -> None:

@@ -1,11 +1,14 @@
-"""The README's tables come from the rows' files."""
+"""docs/benchmark.md and the README's table come from the rows' files."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
+from tools.bench.measured_code import code_digest
 from tools.bench.rows import Percentiles, Row, StageResult, Target
-from tools.readme_bench import markdown
+from tools.readme_bench import NONE, PAGE, block, page
 
 FACTS = {
     "device": "A Processor",
@@ -17,23 +20,65 @@ FACTS = {
 }
 
 
-def test_rows_with_a_target_are_shown_by_device(tmp_path: Path) -> None:
+def row(peer: str | None, peer_s: float, target: Target | None = None, name: str = "fast") -> Row:
+    """One second of ours beside a peer's ``peer_s``."""
+    peers = None if peer is None else Percentiles(peer_s, peer_s, peer_s)
     one = Percentiles(1.0, 1.0, 1.0)
-    met = Row("a", "fast", "float32", {}, one, 3, peer="p", peer_seconds=Percentiles(2, 2, 2), floor_s=0.5,
-              target=Target("ratio", 1.5))  # fmt: skip
-    missed = Row("b", "share", "float32", {}, figures={"share": 0.4}, target=Target("share", 0.33, at_most=True))
-    untold = Row("b", "aside", "float32", {}, one, 3)
-    for device, rows in (("cpu", [met]), ("gpu", [missed, untold])):
-        StageResult(rows[0].stage, FACTS, [], rows).write(tmp_path / device / f"{rows[0].stage}.json")
-    lines = markdown(tmp_path).splitlines()
-    assert lines[2] == "| a | fast | p | 1 s | 2 s | ratio ≥ 1.5 | 2 | 50 % |"
-    assert lines[4] == (
+    return Row("a", name, "float32", {}, one, 3, peer=peer, peer_seconds=peers, floor_s=0.5, target=target)
+
+
+@pytest.fixture()
+def checkout(tmp_path: Path) -> Path:
+    """A checkout whose package is one module."""
+    module = tmp_path / "checkout" / "fedsim" / "one.py"
+    module.parent.mkdir(parents=True)
+    module.write_text('"""Text."""\n\ndef f(x):\n    """Doc."""\n    return x + 1  # comment\n')
+    return tmp_path / "checkout"
+
+
+def written(folder: Path, rows: list[Row], **facts: object) -> Path:
+    StageResult("a", FACTS | facts, [], rows).write(folder / "results" / "cpu" / "a.json")
+    return folder / "results"
+
+
+def test_the_page_has_every_row_with_and_without_a_target(tmp_path: Path, checkout: Path) -> None:
+    rows = [row("p", 2.0, Target("ratio", 1.5)), row("q", 1.2), row(None, 0.0, name="aside")]
+    results = written(tmp_path, rows, code=code_digest("a", checkout))
+    lines = page(results, checkout).splitlines()
+    assert "| a | fast | p | 1 s | 2 s | 2.00 x | 3 | – | ratio ≥ 1.5: reached | 50 % |" in lines
+    assert "| a | fast | q | 1 s | 1.2 s | 1.20 x | 3 | – | – | 50 % |" in lines
+    assert any("| a | aside |" in line for line in lines)
+
+
+def test_the_readme_names_the_strongest_peer_of_each_piece_of_work(tmp_path: Path, checkout: Path) -> None:
+    rows = [row("weak", 2.0, Target("ratio", 1.5)), row("strong", 0.9), row("middle", 1.2), row("only", 3.0, name="b")]
+    lines = block(written(tmp_path, rows, code=code_digest("a", checkout)), checkout).splitlines()
+    assert lines[2:4] == ["| a | fast | strong | 1 s | 900 ms | 0.90 x |", "| a | b | only | 1 s | 3 s | 3.00 x |"]
+    assert lines[5] == (
         "Measured on A Processor, 2 thread(s), micro, torch 2.13.0, transformers 5.23.0, peft 0.21.2, no TRL, "
         "2026-01-02, commit 0123456789 (a)."
     )
-    assert "| b | share | – | – | – | share ≤ 0.33 | 0.4 (missed) | – |" in lines
-    assert not any("aside" in line for line in lines)
+    assert len(lines) == 6
 
 
-def test_nothing_is_said_of_what_was_not_measured(tmp_path: Path) -> None:
-    assert markdown(tmp_path / "none") == "No rows are committed yet."
+def test_rows_of_older_code_are_marked(tmp_path: Path, checkout: Path) -> None:
+    results = written(tmp_path, [row("p", 2.0)], code=code_digest("a", checkout))
+    mark = "**Older than the code they speak of**, which has changed since: a."
+    assert mark not in block(results, checkout)
+    module = checkout / "fedsim" / "one.py"
+    module.write_text('"""Other text."""\n\ndef f(x):\n    return x + 1\n')
+    assert mark not in block(results, checkout), "docstrings and comments do not count"
+    module.write_text("def f(x):\n    return x + 2\n")
+    assert mark in block(results, checkout) and mark in page(results, checkout)
+
+
+def test_rows_without_a_digest_are_marked(tmp_path: Path, checkout: Path) -> None:
+    assert "Older than the code" in block(written(tmp_path, [row("p", 2.0)]), checkout)
+
+
+def test_without_rows_the_page_says_so(tmp_path: Path) -> None:
+    assert block(tmp_path / "none") == NONE and NONE in page(tmp_path / "none")
+
+
+def test_the_committed_page_is_that_of_the_committed_rows() -> None:
+    assert PAGE.read_text(encoding="utf-8") == page(), "run: python tools/readme_bench.py"

@@ -46,6 +46,7 @@ def test_a_correct_stage_is_timed_and_its_rows_are_written(tmp_path: Path) -> No
     assert [row.name for row in result.rows] == ["work"] and len(result.correctness) == 2
     assert {"device", "threads", "versions", "commit", "date"} <= result.facts.keys()
     assert "trl" in result.facts["versions"]
+    assert len(result.facts["code"]) == 64
     assert said[-1].splitlines()[-1].startswith("fake")
 
 
@@ -88,12 +89,12 @@ def test_stages_share_the_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     class Slow(FakeStage):
         def time(self, bench: Bench) -> list[Row]:
             budgets.append(bench.budget_s)
-            now[0] += 241.0
+            now[0] += 301.0
             return super().time(bench)
 
     stages = [Slow("guard"), Slow("engine")]
     assert run.run(stages, bench(said), tmp_path, minutes=run.MINUTES / 2) == 0
-    assert budgets == [run.SHARES["guard"][0] / 2] and "engine: left out, the 4 minutes are over" in said
+    assert budgets == [run.SHARES["guard"][0] / 2] and "engine: left out, the 5 minutes are over" in said
 
 
 def test_shares_add_up_to_the_minutes() -> None:
