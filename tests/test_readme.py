@@ -12,6 +12,8 @@ import pytest
 
 import tools.chaos.run
 import tools.costs
+import tools.exact_cost
+import tools.soak
 import tools.sweep
 import tools.table1
 import tools.table2
@@ -83,9 +85,10 @@ def test_the_table_of_kills_is_that_of_its_committed_result() -> None:
     assert block("README.md", "chaos") == tools.chaos.run.block(found)
 
 
-@pytest.mark.parametrize("name", ["exact_cost", "soak"])
-def test_tables_of_long_runs_are_those_of_the_committed_rows(name: str) -> None:
-    assert block("README.md", name) == tool(name).block(), f"run: python tools/{name}.py --readme"
+@pytest.mark.parametrize("made_by", [tools.exact_cost, tools.soak], ids=["exact_cost", "soak"])
+def test_tables_of_long_runs_are_those_of_the_committed_rows(made_by: ModuleType) -> None:
+    message = f"run: python tools/{made_by.NAME}.py --readme"
+    assert block("README.md", made_by.NAME) == made_by.block(), message
 
 
 def test_the_costs_are_those_of_the_committed_rows() -> None:

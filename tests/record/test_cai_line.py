@@ -8,7 +8,7 @@ from fedsim.record.cai_line import REPLAY_WORDS, cai_lines, is_replay
 from fedsim.record.metrics import Row
 
 DATA: Row = {
-    "round": -1,
+    "round": 0,
     "stage": "cai_data",
     "cai/num_usable": 400,
     "cai/harmful_response": 30.0,
@@ -47,7 +47,7 @@ def test_a_run_with_nothing_to_repair_is_called_replay() -> None:
 
 
 def test_what_was_not_measured_is_said_and_decides_nothing() -> None:
-    bare: Row = {"round": -1, "stage": "cai_data", "cai/num_usable": 3}
+    bare: Row = {"round": 0, "stage": "cai_data", "cai/num_usable": 3}
     (line,) = cai_lines([bare])
     assert line.count("not measured") == 3 and "DPO" not in line
     assert cai_lines(rounds(0.1)) == [], "no conversations, no CAI"

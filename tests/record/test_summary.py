@@ -210,7 +210,7 @@ def test_cai_texts_are_shown_with_their_units(make_run: MakeRun, facts: RunFacts
 
 def test_what_cai_had_to_do_stands_in_the_summary_and_the_closing_lines(make_run: MakeRun, facts: RunFacts) -> None:
     shares = {"harmful_response": 30.0, "critique_finds_harm": 28.5, "repaired_revision": 1.0}
-    data: Row = {"round": -1, "stage": "cai_data"}
+    data: Row = {"round": 0, "stage": "cai_data"}
     for name, share in shares.items():
         data |= {f"cai/{name}": share, f"cai/{name}_low": share - 1, f"cai/{name}_high": share + 1}
         data |= {f"cai/{name}_count": 400}

@@ -81,7 +81,7 @@ def test_both_tables_from_the_same_runs(tmp_path: Path, pages: Path, capsys: pyt
     folder = tmp_path / "runs" / "table1"
     found = {(r.aggregation, r.method, r.figure, r.seed): r.value for r in read_seed_rows(folder / "table1.csv")}
     assert found["scaffold", "FL + CAI", "advbench_harmless", 3] == 60.0, "six right of ten"
-    assert found["fedavg", "FL + filter + CAI", "hhh_letter", 4] == 90.0
+    assert found["fedavg", "FL + filter + CAI", "hhh_likelihood", 4] == 90.0
     readme = (pages / "README.md").read_text(encoding="utf-8")
     made = "--seeds 3-4 --jobs 2`."
     made = made.removesuffix(".")

@@ -83,7 +83,7 @@ def test_cells_are_four_methods_under_two_aggregations_for_every_seed() -> None:
 
 ORIGIN = Origin("Measured here.", "`x`", (0, 1), "embedded-held-out", "embedded")
 CAI_DATA = {
-    "round": -1,
+    "round": 0,
     "stage": "cai_data",
     "cai/harmful_response": 0.0,
     "cai/harmful_response_count": 400,
@@ -93,7 +93,7 @@ CAI_DATA = {
     "cai/repaired_revision_count": 400,
 }
 LAST = {
-    "round": 49,
+    "round": 50,
     "stage": "round",
     "cai/reward_margin": 0.0002,
     "cai/reward_accuracy": 0.5,
@@ -228,7 +228,7 @@ def test_differences_from_the_file_are_those_of_the_runs(
 
 
 def test_a_judges_score_counts_as_one_item(finish: Callable[..., Outcome]) -> None:
-    row: dict[str, Any] = {"round": 49, "stage": "eval", "point": "global", "eval/mt_bench": 6.53}
+    row: dict[str, Any] = {"round": 50, "stage": "eval", "point": "global", "eval/mt_bench": 6.53}
     runs = {
         table1.Arm("fedavg", FL): [finish(f"j{seed}", [f"seed={seed}"], {"pretrained": {}}, [row]) for seed in (0, 1)]
     }
