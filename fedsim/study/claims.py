@@ -47,7 +47,7 @@ COLUMNS: Final[dict[str, Column]] = {
     "mt_bench": Column("MT-Bench", "", 2, "mt_bench"),
     "hhh_likelihood": Column("HHH by likelihood", "%", 1),
     "xstest_safe_refused": Column("XSTest: innocent refused", "%", 1),
-    NET: Column("AdvBench − innocent refused", "points", 1),
+    NET: Column("AdvBench − innocent refused", "(points)", 1),
 }
 
 COUNTED: Final = tuple(name for name, column in COLUMNS.items() if column.published)

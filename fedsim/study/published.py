@@ -9,18 +9,17 @@ from pathlib import Path
 from typing import Final
 
 from fedsim.config import Config
-from fedsim.config.measuring import HELD_OUT
+from fedsim.config.measuring import EMBEDDED, HELD_OUT
 from fedsim.data.world.questions import FRAMES, HELD_OUT_FRAMES
 from fedsim.errors import DataError
 from fedsim.record.blocks import replace_block
+from fedsim.study.command import HERE
 
 RESULTS: Final = Path("docs") / "results"
 """Folder of committed rows, below the root of the repository."""
 
 ORIGINS: Final = "measured.json"
 """File in it: study → :class:`Origin`."""
-
-EMBEDDED_MODEL: Final = "embedded"
 
 
 @dataclass(frozen=True)
@@ -31,20 +30,15 @@ class Origin:
         measured: date, machine, versions and commit in one sentence.
         made_by: the command in backticks.
         seeds: of its runs.
-        attacks: ``eval.advbench``.
-        model: ``model.path``.
+        attacks: ``eval.advbench``, of a file without its folder.
+        embedded: the model is the tiny one that ships with fedsim.
     """
 
     measured: str
     made_by: str
     seeds: tuple[int, ...]
     attacks: str
-    model: str
-
-    @property
-    def embedded(self) -> bool:
-        """The model is the tiny one that ships with fedsim."""
-        return self.model == EMBEDDED_MODEL
+    embedded: bool
 
     @property
     def setting(self) -> str:
@@ -75,7 +69,8 @@ DEVELOPED_ON: Final = (0, 1, 2)
 
 def origin_of(config: Config, seeds: tuple[int, ...], measured: str, made_by: str) -> Origin:
     """The origin of a study whose runs have this configuration but for what it varies."""
-    return Origin(measured, made_by, seeds, config.eval.advbench, config.model.path)
+    attacks = HERE.sub("…/", config.eval.advbench)
+    return Origin(measured, made_by, seeds, attacks, config.model.path == EMBEDDED)
 
 
 def write_origin(path: Path, study: str, origin: Origin) -> None:
@@ -96,7 +91,7 @@ def read_origin(path: Path, study: str) -> Origin:
         found = Origin(**{field.name: entry[field.name] for field in fields(Origin)})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: has no entry of {study} ({error!r}); publish the study again") from error
-    return Origin(found.measured, found.made_by, tuple(found.seeds), found.attacks, found.model)
+    return Origin(found.measured, found.made_by, tuple(found.seeds), found.attacks, found.embedded)
 
 
 Blocks = Mapping[Path, Mapping[str, str]]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
 from fedsim.record import paper
 from fedsim.record.cai_line import CRITIQUE_FINDS_HARM, DPO_LOSS, FINDINGS, HARMFUL_RESPONSE, LAST_ROUND, MARGIN
 from fedsim.record.tables import NOT_MEASURED, Table
-from fedsim.study.claims import CAI, COLUMNS, COMPARISONS, COUNTED, FILTER, FL, NET, methods
+from fedsim.study.claims import CAI, COLUMNS, COMPARISONS, COUNTED, FILTER, FL, NET, Comparison, methods
 from fedsim.study.effects import Effect
 from fedsim.study.published import Origin
 from fedsim.study.table1 import CONTROLS, REPLAY, Arm, Finding, TableOne
@@ -137,46 +138,57 @@ def verdicts(table: TableOne) -> list[str]:
     """How many of the paper's differences have its sign here, per aggregation, and what is said of the others."""
     lines = []
     for aggregation in table.aggregations:
-        by_verdict: dict[str, list[str]] = {}
-        for comparison in COMPARISONS:
-            for name in COUNTED:
-                found = table.difference(aggregation, comparison, name)
-                if found is not None:
-                    title = f"{comparison.title} on {COLUMNS[name].title}"
-                    by_verdict.setdefault(found.verdict, []).append(title)
-        total = sum(len(which) for which in by_verdict.values())
-        parts = [f"- {paper.ALGORITHM_NAMES[aggregation]}, {total} differences: "]
-        for word, phrase in _PHRASES.items():
-            if which := by_verdict.get(word, []):
-                parts.append(f"{len(which)} {phrase} ({', '.join(which)}); ")
-        line = "".join(parts).removesuffix("; ")
+        by_verdict: dict[str, dict[str, list[str]]] = {}  # verdict → comparison → figures
+        for comparison, name, found in _counted(table, aggregation):
+            figures = by_verdict.setdefault(found.verdict, {}).setdefault(comparison.title, [])
+            figures.append(COLUMNS[name].title)
+        numbers = {word: sum(map(len, which.values())) for word, which in by_verdict.items()}
+        parts = [
+            f"{numbers[word]} {phrase}: {_listed(by_verdict[word])}"
+            for word, phrase in _PHRASES.items()
+            if word in by_verdict
+        ]
+        line = f"- {paper.ALGORITHM_NAMES[aggregation]}, {sum(numbers.values())} differences. {'. '.join(parts)}."
         if len(table.seeds) == 1:
-            line += "; one seed cannot tell, whatever its interval over prompts"
-        lines.append(f"{line}.")
+            line += " One seed cannot tell, whatever its interval over prompts."
+        lines.append(line)
+    tested = [
+        found
+        for aggregation in table.aggregations
+        for _, _, found in _counted(table, aggregation)
+        if found.verdict in ("reproduced", "contradicted", "cannot tell")
+    ]
     lines.append(
         "- The intervals are not corrected for multiplicity: of differences that do not exist one in 20 would be taken "
-        f"for one, and {sum(1 for _ in _tested(table))} are tested here."
+        f"for one, and {len(tested)} are tested here."
     )
     return lines
 
 
+def _counted(table: TableOne, aggregation: paper.Aggregation) -> Iterator[tuple[Comparison, str, Finding]]:
+    """Comparison, figure and finding of each difference that the paper draws and that was measured."""
+    for comparison in COMPARISONS:
+        for name in COUNTED:
+            found = table.difference(aggregation, comparison, name)
+            if found is not None:
+                yield comparison, name, found
+
+
+def _listed(which: Mapping[str, Sequence[str]]) -> str:
+    """Comparisons with their figures; of all figures the comparison alone."""
+    return ", ".join(
+        title if len(figures) == len(COUNTED) else f"{title} on {' and '.join(figures)}"
+        for title, figures in which.items()
+    )
+
+
 _PHRASES: Final = {
-    "reproduced": "reproduced, the paper's sign and an interval without 0",
-    "contradicted": "contradicted, the opposite sign",
-    "cannot tell": "that cannot be told, an interval that holds 0",
-    "replay: says nothing about CAI": "that rest on CAI, which is replay here",
+    "reproduced": "reproduced (the paper's sign, an interval without 0)",
+    "contradicted": "contradicted (the opposite sign)",
+    "cannot tell": "cannot be told (an interval that holds 0)",
     "too small to claim": "too small in the paper to claim a sign",
+    "replay: says nothing about CAI": "replay, which says nothing about CAI",
 }
-
-
-def _tested(table: TableOne) -> Iterator[Finding]:
-    """Findings that could have come out as reproduced."""
-    for aggregation in table.aggregations:
-        for comparison in COMPARISONS:
-            for name in COUNTED:
-                found = table.difference(aggregation, comparison, name)
-                if found is not None and found.verdict in ("reproduced", "contradicted", "cannot tell"):
-                    yield found
 
 
 def filter_findings(table: TableOne) -> list[str]:
@@ -188,7 +200,7 @@ def filter_findings(table: TableOne) -> list[str]:
         for name in ("advbench_harmless", "xstest_safe_refused", NET):
             found = table.difference(aggregation, comparison, name)
             if found is not None:
-                word = {1: "higher", -1: "lower", 0: "not told from no difference"}[found.effect.sign]
+                word = {1: "higher", -1: "lower", 0: "cannot be told from 0"}[found.effect.sign]
                 parts.append(f"{COLUMNS[name].title} {found.effect.shown(1, '+')} points ({word})")
         if parts:
             lines.append(f"- {paper.ALGORITHM_NAMES[aggregation]}, what the filter changes: {'; '.join(parts)}.")
@@ -197,27 +209,28 @@ def filter_findings(table: TableOne) -> list[str]:
 
 def replay_lines(table: TableOne) -> list[str]:
     """The page's first words where CAI is replay: what there was to repair, and what the control gives."""
-    lines = []
-    for aggregation in table.aggregations:
-        arm, control = Arm(aggregation, CAI), Arm(aggregation, REPLAY)
-        harmful, found = table.pooled(arm, HARMFUL_RESPONSE), table.pooled(arm, CRITIQUE_FINDS_HARM)
-        loss = table.last_round(arm, DPO_LOSS)
-        if not table.is_replay(aggregation) or harmful is None or loss is None:
-            continue
-        line = (
-            f"**{paper.ALGORITHM_NAMES[aggregation]}'s CAI rows are replay.** The aligned model writes turn 1: "
-            f"{_number_of(*harmful)} first responses are harmful, "
-        )
-        if found is not None:
-            line += f"{_number_of(*found)} critiques find harm, "
-        line += f"and DPO's loss ends at {loss:.4f} (ln 2 = 0.6931)."
+    replayed = [aggregation for aggregation in table.aggregations if table.is_replay(aggregation)]
+    if not replayed:
+        return []
+    arms = [Arm(aggregation, CAI) for aggregation in replayed]
+    names = " and ".join(paper.ALGORITHM_NAMES[aggregation] for aggregation in replayed)
+    line = f"**The rows with CAI ({names}) are replay.** The aligned model writes turn 1: "
+    harmful, found = table.pooled(arms[0], HARMFUL_RESPONSE), table.pooled(arms[0], CRITIQUE_FINDS_HARM)
+    if harmful is not None:
+        line += f"{_number_of(*harmful)} first responses are harmful, "
+    if found is not None:
+        line += f"{_number_of(*found)} critiques find harm, "
+    losses = [loss for arm in arms if (loss := table.last_round(arm, DPO_LOSS)) is not None]
+    line += f"DPO's loss ends at {' and '.join(f'{loss:.4f}' for loss in losses)} (ln 2 = 0.6931)."
+    for arm in arms:
+        control = Arm(arm.aggregation, REPLAY)
         if table.of(control, "advbench_harmless"):
             line += (
                 " A replay control (SFT on the model's own first replies, no critique, no revision, no DPO) ends at "
-                f"{_three(table, control)}, {CAI} at {_three(table, arm)} (AdvBench %, HHH % by likelihood, MT-Bench)."
+                f"{_three(table, control)}, {arm.title} at {_three(table, arm)} (AdvBench %, HHH % by likelihood, "
+                "MT-Bench)."
             )
-        lines.append(f"{line} These rows say nothing about critique, revision or preference training.")
-    return lines
+    return [f"{line} These rows say nothing about critique, revision or preference training."]
 
 
 def _number_of(percent: float, count: int) -> str:
@@ -234,4 +247,6 @@ def _three(table: TableOne, arm: Arm) -> str:
 def _shown(effect: Effect | None, digits: int, sign: str = "") -> str:
     if effect is None:
         return NOT_MEASURED
+    if math.isinf(effect.low):  # the same from every seed: how far it varies is unknown
+        return f"{effect.mean:{sign}.{digits}f}"
     return effect.shown(digits, sign)

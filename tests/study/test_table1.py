@@ -81,7 +81,7 @@ def test_cells_are_four_methods_under_two_aggregations_for_every_seed() -> None:
     assert {cell.settings["cai.iterations"] for cell in table1.cells(load_config(None), [0])} == {0, 50}
 
 
-ORIGIN = Origin("Measured here.", "`x`", (0, 1), "embedded-held-out", "embedded")
+ORIGIN = Origin("Measured here.", "`x`", (0, 1), "embedded-held-out", True)
 CAI_DATA = {
     "round": 0,
     "stage": "cai_data",
@@ -195,7 +195,12 @@ def test_the_pages_hold_the_figures_and_the_papers(table: table1.TableOne) -> No
     row = next(r for r in claims.rows if r[0].startswith("FedAvg: (FL + filter) − FL") and r[1] == "AdvBench")
     assert row[4:] == ["+8.7", "5.2", "reproduced"]
     words = table1_words.verdicts(table)
-    assert words[0].startswith("- FedAvg, 12 differences: 3 reproduced") and "6 that rest on CAI" in words[0]
+    assert words[0] == (
+        "- FedAvg, 12 differences. 3 reproduced (the paper's sign, an interval without 0): FL − pretrained on AdvBench "
+        "and MT-Bench, (FL + filter) − FL on AdvBench. 1 cannot be told (an interval that holds 0): FL − pretrained on "
+        "HHH by letter. 2 too small in the paper to claim a sign: (FL + filter) − FL on HHH by letter and MT-Bench. 6 "
+        "replay, which says nothing about CAI: (FL + CAI) − FL, (FL + filter + CAI) − (FL + CAI)."
+    )
     assert "4 are tested here" in words[1]
     (replay,) = table1_words.replay_lines(table)
     assert "0 of 800 first responses are harmful, 8 of 800 critiques find harm" in replay and "0.6930" in replay
@@ -213,7 +218,8 @@ def test_the_control_stands_behind_its_arm(table: table1.TableOne) -> None:
     titles = [arm.title for arm in both.arms()]
     assert titles[titles.index("FedAvg, FL + CAI") + 1] == "FedAvg, replay control"
     (line,) = table1_words.replay_lines(both)
-    assert line.count("/ 9.82 (AdvBench") == 1 and "replay control (SFT" in line
+    ends = "98.0 / 98.0 / 9.82"
+    assert f"ends at {ends}, FedAvg, FL + CAI at {ends} (AdvBench" in line and "replay control (SFT" in line
 
 
 def test_differences_from_the_file_are_those_of_the_runs(

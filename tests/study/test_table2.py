@@ -120,5 +120,5 @@ def test_a_row_of_counts_that_is_cut_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_embedded_guards_row_is_called_chosen() -> None:
-    tiny = Origin("Measured here.", "`x`", (0,), "embedded", "embedded")
-    assert CHOSEN in note(tiny) and CHOSEN not in note(replace(tiny, model="/models/8b"))
+    tiny = Origin("Measured here.", "`x`", (0,), "embedded", True)
+    assert CHOSEN in note(tiny) and CHOSEN not in note(replace(tiny, embedded=False))
