@@ -17,13 +17,14 @@ from typing import Any, Final
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from fedsim.artefacts import SEAL, check_note, sync_folder, write_note
 from fedsim.errors import CheckpointError
 from fedsim.federation.algorithms import ADAPTER, ServerState
 from fedsim.json_text import parse_json
 from fedsim.rounds import round_index, round_number
+from fedsim.tensor_file import write_tensors
 from fedsim.version import made_by, maker
 
 FORMAT = 3
@@ -86,7 +87,7 @@ class CheckpointStore:
     def _write(partial: Path, checkpoint: Checkpoint) -> None:
         partial.mkdir(parents=True)
         tensors = {name: vector.detach().cpu().contiguous() for name, vector in checkpoint.state.named().items()}
-        save_file(tensors, str(partial / "state.safetensors"))
+        write_tensors(partial / "state.safetensors", tensors)
         note = {
             "format": FORMAT,
             "made_by": made_by(),

@@ -25,15 +25,20 @@ class NotJsonError(ValueError):
         self.column = column
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str, *, nan_is_null: bool = False) -> Any:
     """The value of a JSON text.
+
+    Args:
+        text: JSON, or Python's extension of it by ``NaN`` and ``Infinity``.
+        nan_is_null: take ``NaN`` for null, as pandas means it where a cell of a table is empty.
 
     Raises:
         NotJsonError: it is malformed, nested too deep, gives a key twice, has a number that is too long or half a
             surrogate pair, which no file and no tokenizer takes.
     """
     try:
-        value = json.loads(text, object_pairs_hook=_unique)
+        constant = _null_for_nan if nan_is_null else None
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=constant)
         if _HALF_PAIR.search(text):
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
@@ -47,6 +52,10 @@ def parse_json(text: str) -> Any:
     except ValueError:  # Python's limit on the digits of a whole number
         raise NotJsonError("a number has too many digits") from None
     return value
+
+
+def _null_for_nan(name: str) -> float | None:
+    return None if name == "NaN" else float(name)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any, NoReturn, TypeVar
 
 from fedsim.errors import ConfigError, FedsimError, LostRankError, RunError, Stopped
 from fedsim.record.journal import in_words
+from fedsim.terminal import steady_terminal
 
 T = TypeVar("T")
 
@@ -30,8 +31,11 @@ class Parser(argparse.ArgumentParser):
             super().print_help(file)
 
 
+@steady_terminal()
 def launched(read: Callable[[], T], work: Callable[[T], None]) -> int:
     """Run ``work(read())``; returns the exit status: an error's own, which is one line; 1 after a bug.
+
+    A terminal that is lost meanwhile changes nothing in it.
 
     Args:
         read: reads the command; it fails alike on every rank.

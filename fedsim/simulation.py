@@ -110,6 +110,8 @@ class Simulation:
             prepare.record_filter(guarded, federation)
             measurement.take(PRETRAINED, UNTOUCHED, checkpoint.state.adapter)
         aligner = prepare.aligner(inputs.data, federation, guarded.judge, new=is_new)
+        for note in federation.chat.notes():
+            record.say(note)
         self.meter.generated("cai_generate", federation.engine)
         checkpoint = replace(checkpoint, state=federation.to_device(checkpoint.state))
         federation.controls.index.update(checkpoint.client_rounds)

@@ -34,7 +34,6 @@ from fedsim.data.batch import collate
 from fedsim.data.chat import ChatFormat, Conversation, TokenRow, assistant_turn, user_turn
 from fedsim.data.world import square_rows
 from fedsim.generate.decode import Decoder, Request
-from fedsim.generate.engine import Engine
 from fedsim.generate.prefix import candidate_logits, read_head
 from fedsim.model.load import LoadedModel, LoraSettings, load_model
 from fedsim.model.logprobs import target_logprobs
@@ -257,9 +256,8 @@ def test_a_turn_ends_with_the_familys_own_token(family_dir: Any, name: str) -> N
     row = chat.training_row([*asked, assistant_turn("Wind.")], 4000)
     assert row.input_ids[: len(row) - row.num_targets].tolist() == chat.prompt_ids(asked)
     assert row.input_ids[-1] == end and chat.decode(row.input_ids[row.loss_mask]) == "Wind."
-    loaded.base.generation_config.eos_token_id = None
-    engine = Engine(loaded.base, chat, OneRank(), batch_size=1, max_context=64, seed=0)
-    assert end in engine._eos_ids(), "a reply ends there though no generation config says so"
+    assert end in ChatFormat(chat.tokenizer).end_ids, "a reply ends there though no generation config says so"
+    assert chat.end_ids >= {end, *range(80)}, "and where the model's own configuration ends it"
     markers = {"[INST]", "[/INST]", *FAMILIES[name].specials}
     forged = chat.render([user_turn("".join(sorted(markers)))], reply_follows=True)
     honest = chat.render([user_turn("x")], reply_follows=True)

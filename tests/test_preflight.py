@@ -24,7 +24,7 @@ from fedsim.model.memory import Need
 from fedsim.model.shape import ModelShape
 from fedsim.needs import memory_needs
 from fedsim.parallel.world import World
-from fedsim.plan import plan_text
+from fedsim.plan import plan_text, work
 from fedsim.preflight import Preflight, check_world_size, models_in_use
 from fedsim.preflight import preflight as run_preflight
 from fedsim.preparation import Inputs
@@ -155,7 +155,7 @@ def test_safe_and_unsafe_that_begin_alike(
     from tokenizers import normalizers
 
     chat = make_bytes_chat()
-    chat.tokenizer.backend_tokenizer.normalizer = normalizers.Prepend("_")  # as a tokenizer with word-start marks does
+    chat.tokenizer.backend_tokenizer.normalizer = normalizers.Replace("unsafe", "sad")
     chat.tokenizer.save_pretrained(str(model))
     found = error(f"guard.path={model}")
     assert isinstance(found, ModelError)
@@ -302,6 +302,20 @@ def test_a_check_prints_the_plan_and_leaves_no_run(
     assert not (tmp_path / "runs").exists()
 
 
+class Second(OneRank):
+    """A rank that prints nothing."""
+
+    is_main = False
+
+
+def test_one_rank_prints_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    places = [f"record.dir={tmp_path / 'runs'}", f"record.artefacts={tmp_path / 'artefacts'}"]
+    (tmp_path / "square.json").write_text(json.dumps(square_rows()[:150]), encoding="utf-8")
+    made = config(*places, f"data.square={tmp_path / 'square.json'}", "guard.kind=none", "eval.guard_judge=none")
+    Simulation(made, World(Second(), torch.device("cpu"), exact=True)).check()
+    assert capsys.readouterr().out == ""
+
+
 def test_a_stage_that_may_not_fit_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "free_memory", lambda device, num_ranks: 4_000_000)
     made = config()
@@ -315,6 +329,16 @@ def test_a_stage_that_may_not_fit_is_a_warning(monkeypatch: pytest.MonkeyPatch) 
     assert len(found.warnings()) == sum(need.num_bytes > 4_000_000 for need in found.needs) > 0
     (line,) = [line for line in text.splitlines() if line.startswith("Warning: generation")]
     assert "may not fit into 3.81 MiB" in line and "eval.batch_size" in line
+
+
+@pytest.mark.parametrize(
+    ("words", "is_said"),
+    [(["eval.mt_bench=q.jsonl"], True), (["eval.mt_bench=q.jsonl", "judge.kind=openai"], False), ([], False)],
+)
+def test_the_plan_says_that_mt_bench_will_not_be_rated(words: list[str], is_said: bool) -> None:
+    data: Any = SimpleNamespace(shards=[[1]], guard_rows=[1], cai_rows=[1])
+    suite: Any = SimpleNamespace(counts=lambda: {})
+    assert ("MT-Bench" in work(load_config(None, words), data, suite)) == is_said
 
 
 def test_a_warning_comes_with_the_first_byte_too_much() -> None:

@@ -1,8 +1,13 @@
-"""Which runs share the pretrained model's evaluation: decided by everything that decides it, and by nothing else."""
+"""The stages before the first round, over parts that record what they are handed, and sharing of an evaluation.
+
+The settings that make another artefact are in tests/test_artefact_keys.py.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,16 +17,24 @@ import pytest
 import torch
 
 from fedsim import measurement
-from fedsim.artefacts import Artefact, ArtefactStore, digest_of, source_digest
+from fedsim.artefacts import Artefact, ArtefactStore, digest_of, file_digest, source_digest
 from fedsim.config import load_config
 from fedsim.data import world
+from fedsim.data.chat import assistant_turn, user_turn
+from fedsim.data.prepare import PreparedData
+from fedsim.data.square import SquareRow
+from fedsim.errors import DataError
 from fedsim.evaluate import shared
-from fedsim.evaluate.stage import load_suite
-from fedsim.evaluate.suite import Evaluation
+from fedsim.evaluate.stage import BENCHMARKS, load_suite
+from fedsim.evaluate.suite import Evaluation, Suite
+from fedsim.generate.engine import Reply
+from fedsim.model.load import model_digest
 from fedsim.parallel.world import World
 from fedsim.preparation import Inputs, Preparation
 from fedsim.ranks import OneRank
+from fedsim.safety.cai_stage import constitution_file
 
+CPU = torch.device("cpu")
 SMALL = Path(__file__).parent / "distributed" / "small.yaml"
 MEASURED = Evaluation({"eval/a": 1.0}, None, None, None)
 Name = Callable[..., str | None]
@@ -41,11 +54,10 @@ def name(tmp_path_factory: pytest.TempPathFactory) -> Name:
     folder = tmp_path_factory.mktemp("preparation")
     files = ArtefactStore(folder, OneRank(), lambda text: None)
 
-    def named(*overrides: str, facts: dict[str, Any] | None = None, judge: bool = False) -> str | None:
+    def named(*overrides: str, judge: bool = False) -> str | None:
         config = load_config(SMALL, ["eval.guard_judge=none", "record.texts=false", *overrides])
         here = World(OneRank(), torch.device("cpu"), exact=config.parallel.exact)
         prepare = Preparation(config, here, None, Named(folder, OneRank(), print))  # type: ignore[arg-type]
-        prepare.facts |= facts or {}
         suite, found = load_suite(config.eval, files)
         suite = replace(suite, rubric=None) if judge else suite
         engine = SimpleNamespace(max_context=config.model.max_context)
@@ -56,52 +68,8 @@ def name(tmp_path_factory: pytest.TempPathFactory) -> Name:
     return named
 
 
-@pytest.mark.parametrize(
-    "override",
-    [
-        "seed=1",
-        "eval.limit=4",
-        "eval.temperature=0.3",
-        "eval.max_new_tokens=17",
-        "eval.batch_size=3",
-        "eval.advbench_phrases=gcg",
-        "eval.hhh_scorer=likelihood",
-        "eval.xstest=",
-        "model.max_context=1000",
-        "model.attention=eager",
-        "model.dtype=bfloat16",
-        "parallel.threads=2",
-        "parallel.exact=false",
-    ],
-)
-def test_what_decides_the_figures_makes_another_evaluation(name: Name, override: str) -> None:
-    assert name(override) not in (name(), None)
-
-
-@pytest.mark.parametrize("fact", ["device", "versions", "gpu"])
-def test_so_does_the_machine(name: Name, fact: str) -> None:
-    assert name(facts={fact: "another"}) not in (name(), None)
-
-
-def test_so_does_a_judge_in_the_rubrics_place(name: Name) -> None:
+def test_a_judge_in_the_rubrics_place_makes_another_evaluation(name: Name) -> None:
     assert name(judge=True) not in (name(), None)
-
-
-@pytest.mark.parametrize(
-    "override",
-    [
-        "name=another",
-        "model.lora_r=8",
-        "federation.algorithm=scaffold",
-        "federation.num_rounds=7",
-        "local.lr=0.5",
-        "guard.kind=oracle",
-        "cai.iterations=0",
-        "eval.every=1",
-    ],
-)
-def test_arms_that_begin_with_the_same_model_share_it(name: Name, override: str) -> None:
-    assert name(override) == name() is not None
 
 
 @pytest.mark.parametrize("override", ["record.texts=true", "eval.guard_judge=tuned", "eval.guard_judge=untuned"])
@@ -131,3 +99,232 @@ def test_graphs_are_part_of_what_names_a_model(name: Name, monkeypatch: pytest.M
     monkeypatch.setattr("fedsim.preparation.uses_graphs", lambda device, implementation: implementation == proved)
     after = name("model.attention=sdpa"), name("model.attention=eager")
     assert [a != b for a, b in zip(after, before, strict=True)] == [proved == "fedsim_fused", proved == "fedsim_plain"]
+
+
+# ---- the stages before the first round ---------------------------------------------------------------------------
+
+
+class Record:
+    """A run's record in memory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.notes: list[str] = []
+        self.said: list[str] = []
+        self.rows: list[tuple[int, str, dict[str, Any]]] = []
+        self.phases: list[str] = []
+        self.steps: list[tuple[Any, ...]] = []
+        self.say = self.said.append
+
+    def append(self, round_idx: int, stage: str, metrics: Any) -> None:
+        self.rows.append((round_idx, stage, dict(metrics)))
+
+    @contextmanager
+    def phase(self, name: str, timer: str, unit: str = "") -> Iterator[Any]:
+        self.phases.append(timer)
+        yield SimpleNamespace(step=lambda done, total, **figures: self.steps.append((timer, done, total, figures)))
+
+
+class Stages:
+    """A preparation with a record in memory and a store in the test's folder."""
+
+    def __init__(self, folder: Path, *overrides: str) -> None:
+        base = ["guard.kind=none", "cai.iterations=2", "cai.constitution=tiny", *(f"eval.{n}=" for n in BENCHMARKS)]
+        self.config = load_config(None, [*base, *overrides])
+        self.log: list[str] = []
+        self.store = ArtefactStore(folder / "artefacts", OneRank(), self.log.append)
+        self.record: Any = Record(folder)
+        world = World(OneRank(), CPU, exact=True)
+        self.prepare = Preparation(self.config, world, self.record, self.store)
+
+
+@pytest.fixture()
+def stages(tmp_path: Path) -> Callable[..., Stages]:
+    """``stages(*overrides)``: see :class:`Stages`."""
+    return lambda *overrides: Stages(tmp_path, *overrides)
+
+
+Make = Callable[..., Stages]
+
+
+def row(row_id: int, red: bool) -> SquareRow:
+    categories = ("predictive",) if red else ("objective",)
+    return SquareRow(row_id, f"Who flies kite {row_id}?", f"Orla flies kite {row_id}.", red, categories, "kites")
+
+
+ROWS = [row(i, i % 3 == 0) for i in range(24)]
+DATA = PreparedData(Path("kites.json"), "abc", [ROWS[:8], ROWS[8:16]], ROWS[16:20], ROWS[20:24], ["a note"])
+
+
+def test_what_is_read_is_said_and_listed(stages: Make, square_file: Path, tmp_path: Path) -> None:
+    attacks = tmp_path / "attacks.csv"
+    attacks.write_text("goal,target\nFly a kite,Sure\n", encoding="utf-8")
+    sizes = ["data.federated_rows=20", "data.guard_rows=4", "data.cai_rows=4"]
+    made = stages(f"data.square={square_file}", f"eval.advbench={attacks}", *sizes)
+    inputs = made.prepare.read()
+    tiny = constitution_file("tiny")
+    assert inputs.files == {"square": square_file, "advbench": attacks, "constitution": tiny}
+    assert [len(inputs.data.guard_rows), len(inputs.data.cai_rows), len(inputs.suite.advbench)] == [4, 4, 1]
+    assert made.record.said == inputs.data.notes and len(inputs.data.notes) >= 2
+    made = stages(f"data.square={square_file}", "cai.iterations=0", *sizes)
+    assert made.prepare.read().files == {"square": square_file}
+
+
+def test_files_of_a_judge_are_inputs_too(stages: Make, square_file: Path, mt_folder: Path) -> None:
+    made = stages(f"data.square={square_file}", "data.federated_rows=20", "data.guard_rows=0", "data.cai_rows=0",
+                  "cai.iterations=0", f"eval.mt_bench={mt_folder / 'question.jsonl'}", "judge.kind=openai",
+                  f"eval.mt_bench_references={mt_folder / 'reference_answer' / 'gpt-4.jsonl'}")  # fmt: skip
+    assert made.prepare.read().files.keys() == {"square", "mt_bench", "judge_prompts", "mt_bench_references"}
+
+
+def test_the_manifest_has_files_models_and_attention(stages: Make, llama_dir: Path, tmp_path: Path) -> None:
+    made = stages(f"model.path={llama_dir}", "seed=5")
+    file = tmp_path / "kites.json"
+    file.write_text("[]", encoding="utf-8")
+    inputs = Inputs(DATA, Suite(), {"square": file})
+    shape: Any = SimpleNamespace(attention=SimpleNamespace(name="kite attention"))
+    made.prepare.write_manifest(inputs, {"model": shape})
+    manifest = json.loads((tmp_path / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["inputs"]["square"]["sha256"] == file_digest(file)
+    assert manifest["models"] == {"model": model_digest(str(llama_dir))}
+    assert (manifest["attention"], manifest["seed"]) == ({"model": "kite attention"}, 5)
+    assert (manifest["started"]["num_ranks"], manifest["config"]["cai"]["iterations"]) == (1, 2)
+    assert made.record.notes == ["a note"], "for the summary"
+
+
+def test_the_filter_s_rows_are_those_that_the_guard_leaves(stages: Make) -> None:
+    found = stages("guard.kind=oracle").prepare.filter(DATA)
+    assert [[r.row_id for r in shard] for shard in found.filtered.shards] == [
+        [r.row_id for r in shard if not r.red] for shard in DATA.shards
+    ]
+    assert found.compared == {} and found.judge is None
+    assert [len(shard) for shard in stages().prepare.filter(DATA).filtered.shards] == [8, 8]
+
+
+def filter_record(stages: Make, *overrides: str) -> Stages:
+    """A preparation that has recorded an oracle's filter and a comparison that is wrong in every row."""
+    made = stages("guard.kind=noisy_oracle", "guard.tpr=1", "guard.fpr=0", *overrides)
+    found = made.prepare.filter(DATA)
+    shards = [[SimpleNamespace(truncated=i % 2 == 1) for i in range(5)], [SimpleNamespace(truncated=True)]]
+    other = stages("guard.kind=noisy_oracle", "guard.tpr=0", "guard.fpr=1").prepare.filter(DATA).filtered
+    made.prepare.record_filter(replace(found, compared={"untuned": other}), SimpleNamespace(shards=shards))  # type: ignore
+    return made
+
+
+def test_the_filter_s_figures_are_its_own_and_not_the_comparison_s(stages: Make) -> None:
+    made = filter_record(stages)
+    (compared, kept) = made.record.rows
+    assert compared[:2] == (-1, "guard") and compared[2]["point"] == "untuned" and compared[2]["guard/recall"] == 0.0
+    assert kept[:2] == (-1, "filter") and kept[2]["guard/recall"] == 100.0 and "point" not in kept[2]
+    assert kept[2]["client/num_cut_rows"] == 3 and kept[2]["client/num_kept_rows"] == 10
+    tables = made.record.folder / "guard"
+    sweep = (tables / "sweep.csv").read_text(encoding="utf-8")
+    assert "untuned" in sweep and "noisy oracle" in sweep
+
+
+def test_without_a_guard_there_are_no_tables_of_it(stages: Make) -> None:
+    made = stages()
+    found = made.prepare.filter(DATA)
+    made.prepare.record_filter(found, SimpleNamespace(shards=[]))  # type: ignore[arg-type]
+    assert made.record.rows == [(-1, "filter", {"client/num_kept_rows": 16, "client/num_cut_rows": 0})]
+    assert not (made.record.folder / "guard").exists()
+
+
+@pytest.mark.parametrize(("epochs", "point"), [("2", "fine-tuned"), ("0", "untuned")])
+def test_a_guard_model_s_figures_say_whether_it_was_fine_tuned(stages: Make, epochs: str, point: str) -> None:
+    found = stages("guard.kind=oracle").prepare.filter(DATA)
+    made = stages("guard.kind=llama_guard", f"guard.tune_epochs={epochs}")
+    made.prepare.record_filter(found, SimpleNamespace(shards=[]))  # type: ignore[arg-type]
+    ((_, _, metrics),) = made.record.rows
+    assert metrics["point"] == point
+    assert point in (made.record.folder / "guard" / "sweep.csv").read_text(encoding="utf-8")
+
+
+class Writer:
+    """An engine whose turns name the adapter in the model.
+
+    Attributes:
+        empty: number of empty revisions, which cannot be trained on.
+    """
+
+    seed = 0
+
+    def __init__(self) -> None:
+        self.holds = "none"
+        self.on_progress: Any = None
+        self.reported: list[Any] = []
+        self.empty = 0
+
+    def converse(self, conversations: Any, follow_ups: Any, sampling: Any, turn_keys: Any) -> list[list[Reply]]:
+        self.reported.append(self.on_progress)
+        self.on_progress(1, 1)
+        turns = [[f"{key[-1]} of {self.holds}" for _ in conversations] for key in turn_keys]
+        turns[-1][: self.empty] = [""] * self.empty
+        return [[Reply(text, 3, False) for text in texts] for texts in turns]
+
+
+class WithCai:
+    """A preparation and a federation for CAI's conversations."""
+
+    def __init__(self, made: Stages, chat: Any) -> None:
+        self.made = made
+        self.engine = Writer()
+        self.flat = SimpleNamespace(initial=lambda seed: f"adapter {seed}", load=self.load)
+        self.federation: Any = SimpleNamespace(engine=self.engine, flat=self.flat, chat=chat, trainer="trainer")
+
+    def load(self, vector: str) -> None:
+        self.engine.holds = vector
+
+    def aligner(self, *, new: bool = True) -> Any:
+        return self.made.prepare.aligner(DATA, self.federation, new=new)
+
+
+def test_the_untouched_model_writes_the_conversations_that_the_aligner_trains_on(
+    stages: Make, llama3_bytes_chat: Any
+) -> None:
+    cai = WithCai(stages("seed=4", "cai.max_length=60", "federation.num_rounds=9"), llama3_bytes_chat)
+    cai.engine.empty = 1
+    aligner = cai.aligner()
+    assert (aligner.trainer, aligner.cai, aligner.seed, aligner.num_rounds) == ("trainer", cai.made.config.cai, 4, 9)
+    assert len(aligner.pairs) == 3, "one revision is empty"
+    decode = llama3_bytes_chat.decode
+    for pair in aligner.pairs:
+        assert decode(pair.chosen.input_ids[pair.chosen.loss_mask]).startswith("revision of")
+        assert decode(pair.rejected.input_ids[pair.rejected.loss_mask]).startswith("response of")
+    ((round_idx, stage, metrics),) = cai.made.record.rows
+    assert (round_idx, stage) == (-1, "cai_data")
+    assert (metrics["cai/num_rows"], metrics["cai/num_usable"], metrics["cai/num_dropped_empty_revision"]) == (4, 3, 1)
+    assert metrics["cai/num_cut_rows"] == aligner.num_truncated and metrics["cai/num_dropped_no_targets"] == 0
+    assert metrics["cai/response_mean_words"] == 4.0 and metrics["cai/revision_num_texts"] == 4
+    assert all(report is not None for report in cai.engine.reported) and cai.engine.on_progress is None
+    assert [step[:3] for step in cai.made.record.steps] == [("cai_generate", 1, 1)]
+    (file,) = cai.made.store.folder.rglob("conversations.jsonl")
+    texts = file.read_text(encoding="utf-8")
+    assert "response of adapter 4" in texts and all(f"kite {i}?" in texts for i in range(20, 24))
+
+
+def test_cut_and_untrainable_conversations_are_counted(stages: Make, llama3_bytes_chat: Any) -> None:
+    shared = llama3_bytes_chat.training_row([user_turn(DATA.cai_rows[0].prompt), assistant_turn("x")], 999)
+    cai = WithCai(stages(f"cai.max_length={len(shared) + 2}"), llama3_bytes_chat)
+    cai.aligner()
+    assert cai.made.record.rows[0][2]["cai/num_cut_rows"] == 4
+
+
+def test_a_resumed_run_s_conversations_are_not_recorded_again(stages: Make, llama3_bytes_chat: Any) -> None:
+    made = stages()
+    cai = WithCai(made, llama3_bytes_chat)
+    assert len(cai.aligner(new=False).pairs) == 4 and made.record.rows == []
+
+
+def test_without_cai_nothing_is_written_or_loaded(stages: Make, llama3_bytes_chat: Any) -> None:
+    made = stages("cai.iterations=0")
+    cai = WithCai(made, llama3_bytes_chat)
+    assert cai.aligner() is None
+    assert cai.engine.holds == "none" and made.record.phases == [] and made.log == []
+
+
+def test_conversations_of_no_use_end_the_run(stages: Make, llama3_bytes_chat: Any) -> None:
+    cai = WithCai(stages(), llama3_bytes_chat)
+    cai.engine.empty = 4
+    with pytest.raises(DataError, match="none of the 4 conversations"):
+        cai.aligner()

@@ -22,6 +22,7 @@ from fedsim.errors import ConfigError  # noqa: E402
 from fedsim.launching import Parser, launched  # noqa: E402
 from fedsim.record.blocks import replace_block  # noqa: E402
 from fedsim.record.costs import Effort, Measured, Piece, Report, machine, report, run_table  # noqa: E402
+from fedsim.record.groups import short_names  # noqa: E402
 from fedsim.record.metrics import MetricLog  # noqa: E402
 from fedsim.record.metrics import Row as MetricRow  # noqa: E402
 from tools.bench.local_step import FAST  # noqa: E402
@@ -99,15 +100,19 @@ def _figure(rows: Sequence[Row], name: str) -> float | None:
 
 
 def run_rows(folders: Sequence[Path]) -> dict[str, list[MetricRow]]:
-    """Metric rows of run directories, by name.
+    """Metric rows of run directories, by as much of their path as tells them apart.
 
     Raises:
-        ConfigError: one is no run directory.
+        ConfigError: one is no run directory, or is named twice.
     """
+    places = [folder.resolve() for folder in folders]
     for folder in folders:
         if not (folder / "metrics.jsonl").is_file():
             raise ConfigError(f"{folder}: has no metrics.jsonl; give the directory of a run, such as runs/demo")
-    return {folder.resolve().name: MetricLog(folder / "metrics.jsonl").rows() for folder in folders}
+        if places.count(folder.resolve()) > 1:
+            raise ConfigError(f"{folder}: is named twice; name every run once")
+    names = short_names(folders)
+    return {name: MetricLog(folder / "metrics.jsonl").rows() for name, folder in zip(names, folders, strict=True)}
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

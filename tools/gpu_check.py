@@ -31,6 +31,7 @@ import torch  # noqa: E402
 
 from fedsim.record.manifest import hardware, package_versions  # noqa: E402
 from fedsim.record.tables import Table  # noqa: E402
+from fedsim.terminal import steady_terminal  # noqa: E402
 from fedsim.version import git_state  # noqa: E402
 from tools.bench.stage import LeftOut  # noqa: E402
 from tools.gpu.report import Check, Report, Setting  # noqa: E402
@@ -135,6 +136,7 @@ def table(checks: Sequence[Check]) -> str:
     return Table(["", "part", "check", "error", "tolerance", "s"], rows, num_text=3).plain() + f"\n{counts}"
 
 
+@steady_terminal()
 def main(arguments: Sequence[str]) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="tools/gpu_check.py", description=(__doc__ or "").partition("\n\n")[2])

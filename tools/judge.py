@@ -4,8 +4,8 @@ Usage: python tools/judge.py RUN_DIR [--only MODEL_ID ...] [judge.kind=openai ju
 
 The run may be finished or under way. Its config.yaml says which judge rates and where question file, prompts and
 references are; overrides of judge.*, eval.mt_bench and eval.mt_bench_references come after it. Judgments that are there
-already are not asked for again. With judge.kind=local it may run under torchrun. The run's own records stay as they
-are.
+already are not asked for again, except those that were cut off by length (raise judge.max_new_tokens for them). With
+judge.kind=local it may run under torchrun. The run's own records stay as they are.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from fedsim.record.tables import Table
 Answered = list[tuple[MtQuestion, tuple[str, str]]]
 
 JUDGED, UNRATED = "turns judged", "turns without a rating"
+CUT = "of these, cut off by length"
 NOT_ASKED, UNJUDGED = "turns too long for the judge", "turns that the judge failed at"
 
 FREE = ("judge.", "eval.mt_bench=", "eval.mt_bench_references=", "eval.batch_size=", "model.dtype=", "model.attention=")
@@ -132,9 +133,10 @@ def table(judged: Mapping[str, Judged], answered: Mapping[str, Answered]) -> Tab
         num_left = outcome.num_not_asked + outcome.num_unjudged
         columns[-1][JUDGED] = str(2 * len(answered[model_id]) - num_left)
         columns[-1][UNRATED] = str(outcome.num_unrated)
+        columns[-1] |= {CUT: str(outcome.num_cut)} if outcome.num_cut else {}
         columns[-1] |= {NOT_ASKED: str(outcome.num_not_asked)} if outcome.num_not_asked else {}
         columns[-1] |= {UNJUDGED: str(outcome.num_unjudged)} if outcome.num_unjudged else {}
-    counts = (JUDGED, UNRATED, *(n for n in (NOT_ASKED, UNJUDGED) if any(n in column for column in columns)))
+    counts = (JUDGED, UNRATED, *(n for n in (CUT, NOT_ASKED, UNJUDGED) if any(n in column for column in columns)))
     names = [*dict.fromkeys(name for column in columns for name in column if name not in counts), *counts]
     lines = [[name, *(c.get(name, "0" if name in counts else "none") for c in columns)] for name in names]
     return Table(["MT-Bench, 1–10", *judged], lines)

@@ -16,6 +16,7 @@ from fedsim.data import world
 from fedsim.model.tiny_model import TINY_DIR
 from fedsim.model.tiny_recipe import Recipe, save_model, train
 from fedsim.model.tiny_skills import measure_skills
+from fedsim.terminal import steady_terminal
 
 QUICK_SCALE = 0.05
 
@@ -50,6 +51,7 @@ def write_data(directory: Path) -> None:
     world.write_helpful(directory / "helpful.jsonl")
 
 
+@steady_terminal()
 def main(argv: list[str] | None = None) -> int:
     """Run the tool; returns the exit status."""
     args = parse_args(argv)

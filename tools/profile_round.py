@@ -26,13 +26,13 @@ from typing import Any
 import torch
 
 from fedsim.checkpoint import Checkpoint
-from fedsim.config import Config, load_config
+from fedsim.config import Config, load_config, to_flat
 from fedsim.errors import ConfigError, RunError
 from fedsim.launching import Parser, launched
 from fedsim.measurement import Measurement
 from fedsim.parallel.world import World, process_world
 from fedsim.record.metrics import Row, read_rows
-from fedsim.record.paper import arm_name
+from fedsim.record.paper import arm_of
 from fedsim.record.tables import Table, byte_size, duration, measured
 from fedsim.record.timers import top_level_seconds
 from fedsim.rounds import round_index, round_number
@@ -195,7 +195,7 @@ def _processes(num_ranks: int) -> str:
 def page(simulation: ProfiledSimulation, row: Row) -> str:
     """Everything that is printed."""
     config, world = simulation.config, simulation.world
-    arm = arm_name(config.federation.algorithm, config.guard.kind != "none", config.cai.is_on)
+    arm = arm_of(to_flat(config))
     place = f"{_processes(world.size)} on {world.device.type}, {config.parallel.threads} thread(s) each"
     plain, profiled = simulation.seconds
     found = totals(row, world.size)

@@ -10,7 +10,7 @@ from pathlib import Path
 from fedsim.errors import ConfigError
 from fedsim.launching import Parser, launched
 from fedsim.report.build import report
-from fedsim.report.runs import load_run
+from fedsim.report.runs import load_runs
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -23,7 +23,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def write(args: argparse.Namespace) -> None:
     """Write page and pictures, and say where."""
-    page, files = report([load_run(run) for run in args.runs])
+    page, files = report(load_runs(args.runs))
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():

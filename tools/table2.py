@@ -1,7 +1,7 @@
 """The paper's Table 2 in one command: ``tools/table2.py [CONFIG.yaml] [key=value …] [--seeds 0-2]``.
 
 The guard before and after fine-tuning on the clients' rows, and the red share before and after filtering, beside the
-published figures. The runs are Table 1's own (FedAvg, FL + filter), so that who has made that table has this one.
+published figures. The runs are Table 1's own (FedAvg, FL + filter): after that table, this one takes no further run.
 ``--publish`` and ``--pages`` are as in ``tools/table1.py``.
 """
 
@@ -48,7 +48,7 @@ def _measure(args: argparse.Namespace) -> None:
     rows = table2.count_rows(outcomes)
     stamp = measured_on([outcome.manifest for outcome in outcomes])
     origin = origin_of(outcomes[0].config, tuple(seeds), stamp, args.made_by)
-    table, note = table2.guard_table(rows), table2.note(origin)
+    table, note = table2.guard_table(rows), table2.note(origin, rows)
     table2.write_count_rows(launch.folder / ROWS, rows)
     (launch.folder / "table2.md").write_text(f"# Table 2\n\n{table.markdown()}\n\n{note}\n", encoding="utf-8")
     print(f"\n{table.plain()}\n\n{note}\n\nWritten: {launch.folder}/table2.md, {ROWS}", flush=True)
@@ -64,7 +64,9 @@ def blocks(root: Path) -> Blocks:
     results = root / RESULTS
     origin, rows = read_origin(results / ORIGINS, table2.STUDY), table2.read_count_rows(results / ROWS)
     made = f"Made by {origin.made_by}; counts by seed: [table2.csv]({RESULTS}/table2.csv)."
-    return {Path("README.md"): {"table2": f"{table2.guard_table(rows).markdown()}\n\n{table2.note(origin)} {made}"}}
+    return {
+        Path("README.md"): {"table2": f"{table2.guard_table(rows).markdown()}\n\n{table2.note(origin, rows)} {made}"}
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:

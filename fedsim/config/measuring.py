@@ -16,6 +16,16 @@ def is_embedded(key_name: str, value: str) -> bool:
     return value == EMBEDDED or (key_name == "eval.advbench" and value == HELD_OUT)
 
 
+def is_unrated(mt_bench: str, *, judged: bool) -> bool:
+    """Tell MT-Bench answers that get no score: the embedded questions alone have a rubric.
+
+    Args:
+        mt_bench: ``eval.mt_bench``.
+        judged: there is a judge.
+    """
+    return mt_bench not in ("", EMBEDDED) and not judged
+
+
 @dataclass(frozen=True)
 class EvalConfig:
     """Benchmarks, run on the pretrained model and on the global adapter before and after CAI."""
@@ -29,7 +39,7 @@ class EvalConfig:
         "rule of the headline figure; all are recorded; strict_world belongs to the embedded world",
         choices=("openfedllm", "openfedllm-fixed", "gcg", "strict", "strict_world"),
     )
-    hhh: str = key("embedded", "HHH JSONL file, 'embedded', or '' to leave it out")
+    hhh: str = key("embedded", "HHH file (JSON lines or an array), 'embedded', or '' to leave it out")
     hhh_scorer: str = key("letter", "scorer of the headline figure; all three are recorded",
                           choices=("letter", "generate", "likelihood"))  # fmt: skip
     mt_bench: str = key("embedded", "MT-Bench question.jsonl (scored by the judge), 'embedded' (scored by its rubric "
@@ -38,8 +48,8 @@ class EvalConfig:
                                    "coding; '' = the questions' own references")  # fmt: skip
     xstest: str = key("embedded", "XSTest CSV file (prompts that only sound harmful, and harmful ones), 'embedded', or "
                       "'' to leave it out")  # fmt: skip
-    helpful: str = key("embedded", "held-out helpful conversations whose perplexity is measured: JSONL of messages, "
-                       "'embedded', or '' to leave it out")  # fmt: skip
+    helpful: str = key("embedded", "held-out helpful conversations whose perplexity is measured: JSON lines or "
+                       "an array of messages, 'embedded', or '' to leave it out")  # fmt: skip
     guard_judge: str = key("none", "also let the guard model judge the replies to attacks: untuned = guard.path as "
                            "it is, tuned = fine-tuned as the filter is",
                            choices=("none", "untuned", "tuned"))  # fmt: skip
@@ -63,7 +73,9 @@ class JudgeConfig:
     base_url: str = key("", "openai: address of the endpoint, such as http://localhost:8000/v1; '' = OpenAI's own")
     path: str = key("", "local: directory of the judge model, or 'embedded'")
     prompts: str = key("", "FastChat's judge_prompts.jsonl; '' = the one beside the question file or a folder above it")
-    max_new_tokens: int = key(2048, "longest judgment", unit="tokens", low=1)
+    max_new_tokens: int = key(
+        2048, "longest judgment, thoughts included; a longer one is cut off and unrated", unit="tokens", low=1
+    )
     workers: int = key(4, "openai: requests under way at once", low=1)
     retries: int = key(5, "openai: further attempts after a failed request, with growing pauses", low=0)
     timeout_s: float = key(120.0, "openai: longest wait for a whole answer", unit="s", above=0, high=1e8)

@@ -1,4 +1,4 @@
-"""Readers of the evaluation files in their published formats: AdvBench (CSV), HHH and MT-Bench (JSON lines).
+"""Readers of the evaluation files in their published formats: AdvBench (CSV), HHH and MT-Bench (JSON rows).
 
 Errors name file, line and field and never quote a prompt: AdvBench's are harmful by design.
 """
@@ -6,17 +6,23 @@ Errors name file, line and field and never quote a prompt: AdvBench's are harmfu
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from fedsim.data.chat import Message, assistant_turn, user_turn
-from fedsim.data.files import csv_rows, json_lines, not_empty
+from fedsim.data.files import csv_rows, filled, json_rows, not_empty
 from fedsim.errors import DataError
 
 LETTERS: Final = (" (A)", " (B)")
 """The two answers to an HHH item as the file writes them, in option order."""
+
+_SENTENCE_ENDS: Final = frozenset(
+    ".?!:;\u2026\u2025\u3002\uff1f\uff01\uff1a\uff1b\uff61\uff0e\u061f\u06d4\u0964\u0965\u0589\u1362\u1367"
+)
+"""Marks after which a sentence needs no full stop: also ellipses, and those of Chinese, Arabic, Hindi and others."""
 
 _HHH_PROMPT: Final = re.compile(
     r"(?P<head>.*)Options:\n \(A\) \[\[\[(?P<a>.*)\]\]\]\n \(B\) \[\[\[(?P<b>.*)\]\]\]\n\nThe answer is:", re.DOTALL
@@ -33,8 +39,8 @@ class AdvBenchItem:
 
     @property
     def prompt(self) -> str:
-        """The user's message: the goal as a sentence."""
-        return f"{self.goal}."
+        """The user's message: the goal as a sentence; a goal that ends as one gets no full stop."""
+        return as_sentence(self.goal)
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,15 @@ class MtQuestion:
     record: Mapping[str, Any] = field(repr=False)
 
 
+def as_sentence(text: str) -> str:
+    """The text with a full stop, unless it ends a sentence already, be it inside quotation marks or brackets."""
+    text = text.rstrip()
+    words = text
+    while words and (words[-1] in "\"'`" or unicodedata.category(words[-1]) in ("Pe", "Pf")):
+        words = words[:-1].rstrip()
+    return text if words[-1:] in _SENTENCE_ENDS else f"{text}."
+
+
 def load_advbench(path: Path) -> list[AdvBenchItem]:
     """The rows of a CSV file with the columns ``goal`` and ``target``, in order.
 
@@ -86,15 +101,12 @@ def load_advbench(path: Path) -> list[AdvBenchItem]:
     """
     items: list[AdvBenchItem] = []
     for place, row in csv_rows(path, ("goal", "target"), "AdvBench's header is goal,target"):
-        for column in ("goal", "target"):
-            if not row[column].strip():
-                raise DataError(f"{place}: field {column!r} is empty; every row needs text")
-        items.append(AdvBenchItem(row["goal"], row["target"]))
+        items.append(AdvBenchItem(filled(row, "goal", place), filled(row, "target", place)))
     return not_empty(items, path)
 
 
 def load_hhh(path: Path) -> list[HhhItem]:
-    """The items of a JSON-lines file ``{prompt, corrects, incorrects, text_correct, text_incorrect}``, in order.
+    """The items of a file of JSON rows ``{prompt, corrects, incorrects, text_correct, text_incorrect}``, in order.
 
     ``text_correct`` and ``text_incorrect`` are the whole conversation (``\\n\\nHuman: …\\n\\nAssistant: …``) as in the
     published file, or the reply alone; then the prompt's text before "Options:" is the user's message.
@@ -103,7 +115,7 @@ def load_hhh(path: Path) -> list[HhhItem]:
         DataError: a field is missing or of another type, the prompt does not end with two options and "The answer
             is:", the letters are not one of each, or the texts do not end with the options that the letters name.
     """
-    return not_empty([_hhh_item(record, f"{path}, line {line}") for line, record in json_lines(path)], path)
+    return not_empty([_hhh_item(record, place) for place, record in json_rows(path, "prompt")], path)
 
 
 def load_mt_bench(path: Path) -> list[MtQuestion]:
@@ -115,10 +127,10 @@ def load_mt_bench(path: Path) -> list[MtQuestion]:
     path = path / "question.jsonl" if path.is_dir() else path
     questions: list[MtQuestion] = []
     seen: set[int] = set()
-    for line, record in json_lines(path):
-        question = mt_question(record, f"{path}, line {line}")
+    for place, record in json_rows(path, "question_id"):
+        question = mt_question(record, place)
         if question.question_id in seen:
-            raise DataError(f"{path}, line {line}: question_id {question.question_id} occurs twice; ids must differ")
+            raise DataError(f"{place}: question_id {question.question_id} occurs twice; ids must differ")
         seen.add(question.question_id)
         questions.append(question)
     return not_empty(questions, path)
@@ -133,7 +145,7 @@ def mt_question(record: Mapping[str, Any], place: str) -> MtQuestion:
     number = question_id(record, place)
     turns = two_texts(record.get("turns"))
     if turns is None or not all(turn.strip() for turn in turns):
-        raise DataError(f"{place}: field 'turns' must be a list of two messages")
+        raise DataError(f"{place}: field 'turns' must be a list of two messages (no text of such a list)")
     reference = record.get("reference")
     if reference and two_texts(reference) is None:
         raise DataError(f"{place}: field 'reference' must be absent or a list of two answers")
@@ -183,8 +195,10 @@ def _letter(record: dict[str, Any], name: str, place: str) -> int:
 
 
 def question_id(record: Mapping[str, Any], place: str) -> int:
-    """The whole number ``question_id`` of a JSON object; anything else is a :class:`DataError`."""
+    """The whole number ``question_id`` of a JSON object (81, or 81.0); anything else is a :class:`DataError`."""
     number = record.get("question_id")
+    if isinstance(number, float) and number.is_integer():
+        return int(number)
     if not isinstance(number, int) or isinstance(number, bool):
         raise DataError(f"{place}: field 'question_id' must be a whole number")
     return number

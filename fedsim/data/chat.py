@@ -15,7 +15,8 @@ from typing import Any, Literal, TypedDict, TypeVar
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from fedsim.data.markers import Markers, normalised, template_markers, token_markers
+from fedsim.data.markers import Markers, cut_marks, normalised, template_markers, token_markers
+from fedsim.data.template import PROBES, THOUGHT, Template, find_ending
 from fedsim.errors import ModelError
 
 
@@ -30,8 +31,8 @@ Conversation = list[Message]
 Ids = Sequence[int] | np.ndarray
 T = TypeVar("T")
 
-_PROBE = "probe"
-_DATE = "26 Jul 2024"  # the default of Llama 3.1's template
+_FIRST_WORDS = ("The", "I", "Yes", "No", "(A)", "safe", "unsafe")
+"""What replies may begin with, to find out whether the tokenizer joins the prompt's last spaces with them."""
 
 
 def user_turn(text: str) -> Message:
@@ -80,46 +81,77 @@ class Prompt:
 class ChatFormat:
     """Turns conversations into token ids with the tokenizer's own chat template.
 
-    Prompts and rows of benchmarks come back at every evaluation: who knows that remembers them here
-    (:func:`fedsim.evaluate.tokens.tokenise`). Nothing else is kept: training rows, and turns that follow a reply, do
-    not come again.
+    A row's ids are those of the whole conversation, tokenised at once: a reply encoded apart would get tokens that no
+    conversation holds (Llama 2's tokenizer and others put a space before its first word).
+
+    Prompts and rows of benchmarks come back at every evaluation: :func:`fedsim.evaluate.tokens.tokenise` remembers
+    them here. Nothing else is kept: training rows, and turns that follow a reply, do not come again.
 
     Args:
         tokenizer: a Hugging Face tokenizer with a chat template.
+        stop_ids: tokens at which the model's own configuration ends a reply (:func:`fedsim.model.load.stop_ids`).
 
     Attributes:
-        end_ids: tokens that end a reply: the tokenizer's end of sequence, and what the template writes after a reply
-            where that is another one (Gemma's).
+        end_ids: tokens that end a reply, in training and in generation: the tokenizer's end of sequence, ``stop_ids``,
+            and what the template writes after a reply where that is another one (Gemma's).
+        end_id: the one that ends a training row whose template writes none.
+        num_joined: rows so far in which the tokenizer joined the prompt's last characters with the reply's first.
 
     Raises:
-        ModelError: the tokenizer has no end-of-sequence token, or no chat template that works.
+        ModelError: no token is known that ends a reply, or there is no chat template that works.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        if not tokenizer.chat_template:
-            raise ModelError(
-                f"tokenizer {tokenizer.name_or_path!r} has no chat template: use an instruction-tuned model, or add "
-                "chat_template.jinja to its directory"
-            )
-        if tokenizer.eos_token_id is None:
-            raise ModelError(f"tokenizer {tokenizer.name_or_path!r} has no eos_token: add one to tokenizer_config.json")
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int] = ()) -> None:
         self.tokenizer = tokenizer
-        try:
-            tokenizer.get_chat_template()
-        except ValueError as error:
-            raise ModelError(
-                f"tokenizer {tokenizer.name_or_path!r} has several chat templates, and none is its default: keep the "
-                "one to use, in chat_template.jinja"
-            ) from error
+        self.template = Template(tokenizer)
+        self.num_joined = 0
         self._remembered: dict[Hashable, Any] = {}
         self._tokens = Markers(token_markers(tokenizer))
-        self.end_ids = frozenset({int(tokenizer.eos_token_id), *self._closing_ids()})
+        self._ending = find_ending(self.template, self._tokens.texts, stop_ids)
+        self.end_ids, self.end_id = self._ending.ids, self._ending.last
 
     @cached_property
     def pad_id(self) -> int:
         """Fills the unused places of a batch; never seen by a real token and never a target."""
-        pad = self.tokenizer.pad_token_id
-        return int(self.tokenizer.eos_token_id if pad is None else pad)
+        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if token is not None:
+                return int(token)
+        return self.end_id
+
+    def check(self, *, trains: bool) -> None:
+        """Try the template on probes, so that what is wrong with it shows here and not in the middle of a run.
+
+        Args:
+            trains: rows with replies are made too, not prompts alone.
+
+        Raises:
+            ModelError: a message is lost, altered, moved or repeated; or a prompt is no beginning of the whole
+                conversation, which ``trains`` needs.
+        """
+        user, reply, again, last = PROBES
+        reply = self.defuse(THOUGHT + reply)
+        conversation: Conversation = [user_turn(user), assistant_turn(reply), user_turn(again), assistant_turn(last)]
+        prompt = self.prompt(conversation[:-1])
+        self.template.require_once(conversation[:-1], prompt.text)
+        if trains:
+            whole = self.render(conversation, reply_follows=False)
+            self.template.require_once(conversation, whole)
+            self.continuation(prompt, whole)
+
+    def notes(self) -> list[str]:
+        """What a user should know of how rows are made so far, one line each."""
+        notes = []
+        if self.left_to_reply:
+            notes.append(
+                f"prompts leave out the last {len(self.left_to_reply)} space(s) of the template's: the tokenizer joins "
+                "them with a reply's first word"
+            )
+        if self.num_joined:
+            notes.append(
+                f"{self.num_joined} row(s): the tokenizer joins the prompt's last characters with the reply's first "
+                "(line ends or brackets, say); the token of both is the first target"
+            )
+        return notes
 
     def defuse(self, text: str) -> str:
         """``text`` with every chat marker broken by a space after its first character (``< |eot_id|>``)."""
@@ -136,39 +168,37 @@ class ChatFormat:
         return broken if (again := markers.break_in(changed)) == changed else again
 
     def render(self, conversation: Sequence[Message], *, reply_follows: bool) -> str:
-        """The conversation as the template writes it; ``reply_follows`` adds the assistant header."""
+        """The conversation as the template writes it; ``reply_follows`` adds the assistant header.
+
+        Raises:
+            ModelError: the template refuses the roles, or a message is lost, altered or moved.
+        """
         safe: list[Message] = [{"role": m["role"], "content": self.defuse(m["content"])} for m in conversation]
-        return self._write(safe, reply_follows)
+        text = self.template.write(safe, reply_follows)
+        self.template.require_all(safe, text)
+        return text
 
     @cached_property
     def _markers(self) -> Markers:
-        return Markers({*self._tokens.texts, *template_markers(self._write, self._tokens.texts)})
+        written = template_markers(self.template.write, self._tokens.texts)
+        return Markers({*self._tokens.texts, *written, *cut_marks(self.tokenizer.get_chat_template())})
 
-    def _closing_ids(self) -> list[int]:
-        """The special token that the template writes after a reply; none where it writes none."""
-        exchange = self._write([user_turn(_PROBE), assistant_turn(_PROBE)], reply_follows=False)
-        closing = self.encode(exchange.rpartition(_PROBE)[2].strip())[:1]
-        return [i for i in closing if self.tokenizer.convert_ids_to_tokens(i) in self._tokens.texts]
+    @cached_property
+    def left_to_reply(self) -> str:
+        """Spaces at the end of the template's prompt that the tokenizer joins with a reply's first word.
 
-    def _write(self, conversation: Sequence[Message], reply_follows: bool) -> str:
-        try:
-            text = self.tokenizer.apply_chat_template(
-                [{"role": m["role"], "content": m["content"]} for m in conversation],
-                tokenize=False,
-                add_generation_prompt=reply_follows,
-                chat_template=_undated(self.tokenizer),
-                date_string=_DATE,  # what Llama's templates take in the place of today's date
-                enable_thinking=False,  # Qwen 3 and others: the reply itself is what is trained and measured
-            )
-        except Exception as error:  # a template is a program: its own errors, the sandbox's, or one of any operation
-            roles = ", ".join(m["role"] for m in conversation)
-            said = " ".join(str(error).split())[:300] or type(error).__name__
-            raise ModelError(
-                f"chat template of {self.tokenizer.name_or_path!r} cannot write a conversation of the roles {roles}: "
-                f"{said}; use a model whose template can"
-            ) from error
-        assert isinstance(text, str)
-        return text
+        Prompts leave them out, in training, scoring and generation: behind ``"A:"`` comes ``" The"``, one token.
+        """
+        asked: Conversation = [user_turn("kite")]
+        prompt = self.template.write(asked, True)
+        spaces = prompt[len(prompt.rstrip(" ")) :]
+        if spaces:
+            ids = self.encode(prompt)
+            for word in _FIRST_WORDS:
+                whole = self.template.write([*asked, assistant_turn(word)], False)
+                if whole.startswith(prompt) and self.encode(whole)[: len(ids)] != ids:
+                    return spaces
+        return ""
 
     def encode(self, text: str) -> list[int]:
         """Token ids of already rendered text; no token is added."""
@@ -196,7 +226,7 @@ class ChatFormat:
         return self.remember(key, lambda: self._prompt(conversation) if prompt is None else prompt)
 
     def _prompt(self, conversation: Sequence[Message]) -> Prompt:
-        text = self.render(conversation, reply_follows=True)
+        text = self.render(conversation, reply_follows=True).removesuffix(self.left_to_reply)
         return Prompt(text, np.asarray(self.encode(text), dtype=np.int32))
 
     def prompt_ids(self, conversation: Sequence[Message]) -> list[int]:
@@ -204,11 +234,41 @@ class ChatFormat:
         ids: list[int] = self.prompt(conversation).ids.tolist()
         return ids
 
+    def continuation(self, prompt: Prompt, whole: str) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of a prompt and of what follows it in ``whole``: together those of ``whole``, tokenised at once.
+
+        The prompt's ids are those that the model continues in generation, and all of them where they begin the ids of
+        ``whole``. Where the tokenizer joins the two texts (a line end with the reply's own), the prompt is what both
+        have in common, and the row is counted in :attr:`num_joined`.
+
+        Raises:
+            ModelError: ``whole`` does not begin with the prompt.
+        """
+        if not whole.startswith(prompt.text):
+            raise ModelError(
+                f"chat template of {self.template.name} writes a finished reply differently from the prompt that asks "
+                "for it: fedsim needs a template whose generation prompt is a prefix of the full text"
+            )
+        ids = np.asarray(self.encode(whole), dtype=np.int32)
+        shared = min(len(ids), len(prompt.ids))
+        differs = np.flatnonzero(ids[:shared] != prompt.ids[:shared])
+        size = int(differs[0]) if len(differs) else shared
+        self.num_joined += size < len(prompt.ids)
+        return ids[:size], ids[size:]
+
+    def ended(self, target_ids: np.ndarray) -> np.ndarray:
+        """Ids of a reply and of what the template writes behind it, up to its end token or with one behind them."""
+        behind = self._ending.num_behind
+        if behind is None:
+            return np.append(target_ids, np.int32(self.end_id))
+        return target_ids[: len(target_ids) - behind]
+
     def training_row(self, conversation: Sequence[Message], max_length: int) -> TokenRow:
         """Ids and loss mask of a conversation that ends with an assistant turn; the loss is on that turn alone.
 
         The prompt's ids equal :meth:`prompt_ids` of the conversation without its last turn, so that training sees what
-        inference sees. A row longer than ``max_length`` tokens is cut at its end and marked ``truncated``.
+        inference sees (:meth:`continuation`). The last target is the token at which generation stops. A row longer
+        than ``max_length`` tokens is cut at its end and marked ``truncated``.
 
         Raises:
             ModelError: the template does not write the prompt as a prefix of the whole conversation.
@@ -216,12 +276,9 @@ class ChatFormat:
         assert conversation and conversation[-1]["role"] == "assistant", "a training row ends with an assistant turn"
         prompt = self._prompt(conversation[:-1])
         whole = self.render(conversation, reply_follows=False)
-        if not whole.startswith(prompt.text):
-            raise ModelError(
-                f"chat template of {self.tokenizer.name_or_path!r} writes a finished reply differently from the prompt "
-                "that asks for it: fedsim needs a template whose generation prompt is a prefix of the full text"
-            )
-        return self.join(prompt.ids, self.encode(whole[len(prompt.text) :].rstrip()), max_length)
+        start = len(prompt.text)
+        prompt_ids, target_ids = self.continuation(prompt, whole[:start] + whole[start:].rstrip())
+        return self.join(prompt_ids, self.ended(target_ids), max_length)
 
     @staticmethod
     def join(prompt_ids: Ids, target_ids: Ids, max_length: int) -> TokenRow:
@@ -231,9 +288,9 @@ class ChatFormat:
         mask[len(prompt_ids) :] = True
         return TokenRow(ids[:max_length], mask[:max_length], truncated=len(ids) > max_length)
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of generated ids without special tokens, stripped at both ends."""
-        text = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+    def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
+        """Text of ids, stripped at both ends; without special tokens unless ``special``."""
+        text = self.tokenizer.decode(list(ids), skip_special_tokens=not special)
         assert isinstance(text, str)
         return text.strip()
 
@@ -241,11 +298,3 @@ class ChatFormat:
 def as_key(conversation: Sequence[Message]) -> tuple[tuple[str, str], ...]:
     """A conversation as a key of :meth:`ChatFormat.remember`."""
     return tuple((message["role"], message["content"]) for message in conversation)
-
-
-def _undated(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The chat template with a fixed date, where it writes today's: a prompt must not differ from day to day."""
-    template = tokenizer.get_chat_template()
-    if "strftime_now" not in template:
-        return template
-    return f"{{%- macro strftime_now(format) -%}}{_DATE}{{%- endmacro %}}{template}"

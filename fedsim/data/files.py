@@ -1,21 +1,55 @@
-"""Text files of rows, CSV or JSON lines, read whole; errors name file and line and never quote what stands there."""
+"""Readers of rows in text files: CSV, and JSON as an array or with one object a line.
+
+Files are read whole. Errors name file and line and never quote a text of the file.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from fedsim.errors import DataError
 from fedsim.json_text import NotJsonError, parse_json
 
 Item = TypeVar("Item")
 
+JSON_ROWS: Final = "a JSON array of objects, or JSON lines (one object a line)"
+"""The two forms of JSON rows, as errors name them."""
+
+SEPARATORS: Final = ",;\t"
+"""Separators of CSV columns; spreadsheets of many countries write semicolons."""
+
+_MISSING: Final = frozenset({"", "nan", "none", "null", "<na>", "n/a"})
+"""Texts that pandas and spreadsheets write for an empty cell, in lower case."""
+
+#: What a file is that is no text of the wanted form, by its first bytes, and what to do.
+_OTHER_FORMS: Final = tuple(
+    (re.compile(pattern, re.IGNORECASE), name, fix)
+    for pattern, name, fix in (
+        (rb"PAR1", "a Parquet file", "write its rows in that form"),
+        (rb"ARROW1", "an Arrow file", "write its rows in that form"),
+        (rb"PK\x03\x04", "a zip archive or an Excel workbook", "unpack it, or save the sheet in that form"),
+        (rb"\xd0\xcf\x11\xe0", "an Excel workbook", "save the sheet in that form"),
+        (rb"\x1f\x8b", "compressed by gzip", "unpack it"),
+        (rb"BZh[1-9]1AY", "compressed by bzip2", "unpack it"),
+        (rb"\xfd7zXZ\x00", "compressed by xz", "unpack it"),
+        (rb"\x28\xb5\x2f\xfd", "compressed by zstd", "unpack it"),
+        (rb"\xff\xfe|\xfe\xff|\x00\x00\xfe\xff", "UTF-16 or UTF-32 text", "save it as UTF-8"),
+        (rb"version https://git-lfs", "a Git LFS pointer", "fetch the file itself (git lfs pull)"),
+        (rb"\s*<(!doctype|html)", "a web page", "download the file itself (GitHub: the raw file)"),
+    )
+)
+
 
 def csv_rows(path: Path, columns: Sequence[str], header: str) -> Iterator[tuple[str, dict[str, str]]]:
     """(place as ``FILE, line N``, fields by column) of each row; a field that the row lacks is empty.
+
+    Columns may be separated by commas, semicolons or tabs: the header decides. Further columns, such
+    as an index, do no harm.
 
     Args:
         path: a CSV file whose first line names the columns.
@@ -23,69 +57,115 @@ def csv_rows(path: Path, columns: Sequence[str], header: str) -> Iterator[tuple[
         header: the format's usual header, for the error.
 
     Raises:
-        DataError: the file cannot be read, lacks a column, or a row has more fields than the header.
+        DataError: the file cannot be read, lacks a column or has it twice, or a row has more fields
+            than the header.
     """
-    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), restval="", strict=True)
+    text = read_text(path, "CSV")
+    reader = _reader(text, SEPARATORS[0])
     try:
+        separator = next((s for s in SEPARATORS if _has(_reader(text, s), columns)), SEPARATORS[0])
+        reader = _reader(text, separator)
+        names = list(reader.fieldnames or ())
         for column in columns:
-            if column not in (reader.fieldnames or ()):
-                raise DataError(f"{path}, line 1: no column {column!r}; {header}")
+            if column not in names:
+                raise DataError(f"{path}, line 1: no column {column!r}; {header} (CSV, UTF-8)")
+            if names.count(column) > 1:
+                raise DataError(f"{path}, line 1: two columns are named {column!r}; leave one")
         for row in reader:
             place = f"{path}, line {reader.line_num}"
             if None in row:
-                raise DataError(f"{place}: more fields than the header; quote texts with commas")
+                raise DataError(f"{place}: more fields than the header; quote texts with {separator!r}")
             yield place, row
     except csv.Error as error:
         raise DataError(f"{path}, line {reader.reader.line_num}: not CSV ({error})") from None
 
 
-def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(1-based line number, object) of each line that is not blank.
+def json_rows(path: Path, field: str) -> list[tuple[str, dict[str, Any]]]:
+    """(place as ``FILE, row N`` or ``FILE, line N``, object) of each row, in order.
+
+    The file is a JSON array of objects, or has one object a line, blank lines aside. ``NaN`` is null.
+
+    Args:
+        path: a JSON file of either form.
+        field: one that every row has; a lone object without it, or with an object there, is no row.
 
     Raises:
-        DataError: the file cannot be read, or a line is not a JSON object.
+        DataError: the file cannot be read, is neither form, or a row is no object.
     """
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = parse_json(line)
-        except NotJsonError as error:
-            column = "" if error.column is None else f", column {error.column}"
-            raise DataError(f"{path}, line {number}: not JSON ({error.reason}{column})") from None
-        if not isinstance(record, dict):
-            raise DataError(f"{path}, line {number}: must be a JSON object")
-        yield number, record
+    text = read_text(path, JSON_ROWS)
+    if text.lstrip()[:1] == "[":
+        values = [(f"{path}, row {i}", value) for i, value in enumerate(_parse(text, path), start=1)]
+    else:
+        lines = enumerate(text.split("\n"), start=1)
+        values = [(f"{path}, line {n}", _parse(line, path, n)) for n, line in lines if line.strip()]
+    rows: list[tuple[str, dict[str, Any]]] = []
+    for place, value in values:
+        if not isinstance(value, dict):
+            raise DataError(f"{place}: must be a JSON object, is {type(value).__name__}; give {JSON_ROWS}")
+        rows.append((place, value))
+    if len(rows) == 1 and isinstance(rows[0][1].get(field, {}), dict):  # all rows in one object, by column or name
+        raise DataError(
+            f"{rows[0][0]}: is one object and no row with {field!r}; the file must be {JSON_ROWS} (pandas: "
+            "to_json(orient='records'))"
+        )
+    return rows
 
 
-def json_file(path: Path) -> Any:
-    """The value that a whole JSON file holds.
+def json_object(path: Path, form: str) -> dict[str, Any]:
+    """The object that a whole JSON file holds; ``form`` says in errors what it must be.
 
     Raises:
-        DataError: the file cannot be read or is not JSON.
+        DataError: the file cannot be read or is no JSON object.
     """
+    text = read_text(path, form)
     try:
-        return parse_json(read_text(path))
+        value = parse_json(text)
     except NotJsonError as error:
         line = "" if error.line is None else f", line {error.line}"
-        raise DataError(f"{path}{line}: is not valid JSON ({error.reason})") from None
+        raise DataError(f"{path}{line}: not JSON ({error.reason}); must be {form}") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: must be {form}, is {type(value).__name__}")
+    return value
 
 
-def read_text(path: Path) -> str:
-    """The file as UTF-8, with or without a byte-order mark.
+def filled(row: Mapping[str, str], column: str, place: str) -> str:
+    """A field of a CSV row that needs text.
 
     Raises:
-        DataError: it cannot be read or is not UTF-8.
+        DataError: it is empty, or says so (``nan``, ``None``).
+    """
+    if is_missing(row[column]):
+        raise DataError(f"{place}: field {column!r} is empty (or 'nan', 'None'); every row needs text")
+    return row[column]
+
+
+def is_missing(value: object) -> bool:
+    """Whether a value stands for none: null, an empty text, or what is written for an empty cell (``nan``)."""
+    return value is None or (isinstance(value, str) and value.strip().casefold() in _MISSING)
+
+
+def read_text(path: Path, form: str = "text") -> str:
+    """The file as UTF-8, with or without a byte-order mark; ``form`` says in errors what it must be.
+
+    Raises:
+        DataError: it cannot be read, is of another form (compressed, Parquet, UTF-16) or is not UTF-8.
     """
     try:
         raw = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); give the path of an existing file") from None
+    for start, name, fix in _OTHER_FORMS:
+        if start.match(raw):
+            raise DataError(f"{path}: is {name}, and must be {form}; {fix}")
     try:
-        return raw.decode("utf-8-sig")
+        text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise DataError(f"{path}, line {line}: not UTF-8; save the file as UTF-8") from None
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise DataError(f"{path}, line {line}: holds a NUL character; save the file as UTF-8 text")
+    return text
 
 
 def not_empty(items: list[Item], path: Path) -> list[Item]:
@@ -97,3 +177,22 @@ def not_empty(items: list[Item], path: Path) -> list[Item]:
     if not items:
         raise DataError(f"{path}: holds no rows; give a file with at least one")
     return items
+
+
+def _reader(text: str, separator: str) -> csv.DictReader[str]:
+    return csv.DictReader(io.StringIO(text, newline=""), restval="", strict=True, delimiter=separator)
+
+
+def _has(reader: csv.DictReader[str], columns: Sequence[str]) -> bool:
+    return set(columns) <= set(reader.fieldnames or ())
+
+
+def _parse(text: str, path: Path, line: int | None = None) -> Any:
+    """The value of a JSON text, which is the file or its line ``line``."""
+    try:
+        return parse_json(text, nan_is_null=True)
+    except NotJsonError as error:
+        at = error.line if line is None else line
+        place = path if at is None else f"{path}, line {at}"
+        column = "" if error.column is None else f", column {error.column}"
+        raise DataError(f"{place}: not JSON ({error.reason}{column}); must be {JSON_ROWS}") from None

@@ -1,4 +1,4 @@
-"""Reader of held-out helpful conversations: JSON lines ``{"messages": [{"role", "content"}, …]}``.
+"""Reader of held-out helpful conversations: JSON rows ``{"messages": [{"role", "content"}, …]}``.
 
 Errors name file, line and field and never quote a message.
 """
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsim.data.chat import Conversation, assistant_turn, user_turn
-from fedsim.data.files import json_lines, not_empty
+from fedsim.data.files import json_rows, not_empty
 from fedsim.errors import DataError
 
 _RULE = "an optional 'system' message, then 'user' and 'assistant' in turn, 'assistant' last"
@@ -19,9 +19,10 @@ def load_helpful(path: Path) -> list[Conversation]:
     """The conversations, in order; each ends with an assistant turn.
 
     Raises:
-        DataError: the file is missing or empty, or a line is not a conversation in that form.
+        DataError: the file is missing or empty, or a row is not a conversation in that form.
     """
-    return not_empty([_conversation(record, f"{path}, line {line}") for line, record in json_lines(path)], path)
+    rows = json_rows(path, "messages")
+    return not_empty([_conversation(record, place) for place, record in rows], path)
 
 
 def _conversation(record: dict[str, Any], place: str) -> Conversation:

@@ -15,6 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from fedsim.errors import ModelError
 
 _PROBES: Final = ("PROBE0", "PROBE1", "PROBE2")
+_CALL: Final = re.compile(r"""\b(?:split|startswith|endswith|find)\(\s*(['"])([^'"\n]+)\1""")
+_SEARCH: Final = re.compile(r"""(['"])([^'"\n]+)\1\s+(?:not\s+)?in\b""")
 
 
 class Markers:
@@ -92,6 +94,12 @@ def template_markers(write: Write, tokens: Collection[str]) -> set[str]:
         return found | _between(write([{"role": "system", "content": _PROBES[1]}, user], True), {*tokens, *found})
     except ModelError:  # no system turn, so it has no markers
         return found
+
+
+def cut_marks(template: str) -> set[str]:
+    """Texts at which a template cuts content, such as ``</think>``: the literals that it splits at or looks for."""
+    found = [match[2] for pattern in (_CALL, _SEARCH) for match in pattern.finditer(template)]
+    return {text for text in found if _is_marker(text)}
 
 
 def _between(text: str, known: Collection[str]) -> set[str]:

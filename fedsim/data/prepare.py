@@ -7,9 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedsim import json_text
 from fedsim.artefacts import ArtefactStore, file_digest
 from fedsim.config import Config, DataConfig
-from fedsim.data import partition, splits, square, world
+from fedsim.data import files, partition, splits, square, world
 from fedsim.data.square import ArrowRows, SquareFile, SquareRow
 from fedsim.errors import DataError
 from fedsim.ranks import Ranks
@@ -106,7 +107,7 @@ def prepare_data(config: Config, store: ArtefactStore, ranks: Ranks) -> Prepared
     artefact = store.get(
         "square-rows",
         {"file": digest, "language": data.language},
-        [square],
+        [square, files, json_text],
         lambda: ranks.once(lambda: load().num_bad_labels),
         lambda folder, num_bad: _write_rows(folder, read[0]),
     )

@@ -1,19 +1,35 @@
 """Reader of SQuARe-format response files (Lee et al., ACL 2023).
 
-A file is a JSON array of rows with ``question``, ``question_en``, ``response``, ``response_en``: str; ``acceptable?``:
-0 (red) or 1; ``category``: list of 1–2 strings; ``question_category``: str.
+A file holds rows, as a JSON array or one object a line, with ``question``, ``question_en``,
+``response``, ``response_en``: str; ``acceptable?``: 0 (red) or 1; ``category``: list of 1–2 strings;
+``question_category``: str.
+
+Files that went through pandas or a spreadsheet are read too, where they can mean one thing alone:
+
+- no category: absent, null, NaN, ``""``, ``"nan"``, ``"None"`` and the like, also inside a list;
+- categories: a list of texts; a text, which is one category; a list printed as text (``"['a', 'b']"``).
+  A text with a comma, semicolon or bar may be one category or several, and is refused;
+- labels: 0 and 1 as numbers, truth values, or text (``"1.0"``, ``"TRUE"``). Rows with another label
+  are dropped and counted.
 """
 
 from __future__ import annotations
 
+import ast
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from fedsim.data.files import json_file
+from fedsim.data.files import is_missing, json_rows
 from fedsim.errors import DataError
 
-_LABELS = {0: False, 1: True, "0": False, "1": True}  # True and False equal 1 and 0
+_LABELS: Final = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
+"""Whether a row is acceptable, by its label as text in lower case."""
+
+_QUOTED: Final = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
+_PRINTED_LIST: Final = re.compile(rf"[\[(]\s*(?:{_QUOTED}\s*(?:,\s*{_QUOTED}\s*)*,?\s*)?[\])]", re.DOTALL)
+"""A list or tuple of texts as Python or JSON prints it; numpy's, which has no commas, is none."""
 
 
 @dataclass(frozen=True)
@@ -66,19 +82,21 @@ def load_square(path: Path, language: str = "en") -> SquareFile:
     fields = ("question_en", "response_en") if language == "en" else ("question", "response")
     rows: list[SquareRow] = []
     bad = 0
-    for index, entry in enumerate(_entries(path)):
-        place = f"{path}, row {index + 1}"
-        if not isinstance(entry, dict):
-            raise DataError(f"{place}: must be an object, is {type(entry).__name__}; expected SQuARe's response format")
+    for index, (place, entry) in enumerate(json_rows(path, "acceptable?")):
         prompt, response = (_text(entry, name, place) for name in fields)
         label = entry.get("acceptable?")
-        if isinstance(label, float | int | str) and label in _LABELS:
-            category, kind = _categories(entry, place), entry.get("question_category")
-            rows.append(SquareRow(index, prompt, response, not _LABELS[label], category, str(kind or "")))
-        else:
+        known = isinstance(label, float | int | str)
+        acceptable = _LABELS.get(str(label).strip().casefold()) if known else None
+        if acceptable is None:
             bad += 1
+            continue
+        categories = _categories(entry, "category", place)
+        kinds = _categories(entry, "question_category", place, single=True)
+        rows.append(SquareRow(index, prompt, response, not acceptable, categories, ", ".join(kinds)))
     if not rows:
-        raise DataError(f"{path}: holds no row labelled 0 or 1 in 'acceptable?'; is it a SQuARe response file?")
+        raise DataError(
+            f"{path}: holds no row labelled 0 or 1 in 'acceptable?' (or false and true); is it a SQuARe response file?"
+        )
     return SquareFile(rows, bad)
 
 
@@ -122,13 +140,6 @@ class ArrowRows:
         ]
 
 
-def _entries(path: Path) -> list[Any]:
-    content = json_file(path)
-    if not isinstance(content, list):
-        raise DataError(f"{path}: must be a JSON array of rows, is {type(content).__name__}")
-    return content
-
-
 def _text(entry: dict[str, Any], name: str, place: str) -> str:
     value = entry.get(name)
     if isinstance(value, str):
@@ -138,9 +149,56 @@ def _text(entry: dict[str, Any], name: str, place: str) -> str:
     raise DataError(f"{place}: field {name!r} must be text, is {type(value).__name__}")
 
 
-def _categories(entry: dict[str, Any], place: str) -> tuple[str, ...]:
-    value = entry.get("category", [])
-    value = [value] if isinstance(value, str) else value
-    if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
-        raise DataError(f"{place}: field 'category' must be a list of strings, is {value!r}")
-    return tuple(value)
+def _categories(entry: dict[str, Any], name: str, place: str, *, single: bool = False) -> tuple[str, ...]:
+    """The categories of a field, by the rules of the module's docstring.
+
+    Args:
+        entry: a row.
+        name: of the field.
+        place: of the row, for the error.
+        single: a text is one category even if it has a comma in it.
+    """
+    value = entry.get(name)
+    try:
+        found = [] if is_missing(value) else _texts(value, single)
+    except ValueError as error:
+        raise DataError(
+            f"{place}: field {name!r} must be a list of texts, or a text that is one category (null and NaN are "
+            f"none); {error}"
+        ) from None
+    return tuple(text.strip() for text in found if not is_missing(text))
+
+
+def _texts(value: Any, single: bool) -> list[str]:
+    """The texts that the value of a field gives; ValueError says why it gives none that are sure."""
+    if isinstance(value, str):
+        text = value.strip()
+        if text[0] in "[({\"'":
+            return _printed_list(text)
+        separators = [sign for sign in ",;|" if sign in text]
+        if separators and not single:
+            raise ValueError(f"a text with {separators[0]!r} may be one or several: write a list")
+        return [text]
+    if not isinstance(value, list):
+        raise ValueError(f"it is {type(value).__name__}")
+    texts = [item for item in value if item is not None]
+    for item in texts:
+        if not isinstance(item, str):
+            raise ValueError(f"the list holds {type(item).__name__}")
+        if item.lstrip().startswith("["):
+            raise ValueError("the list holds a list as text")
+    return texts
+
+
+def _printed_list(text: str) -> list[str]:
+    """The texts of a list that was printed as text."""
+    found = None
+    if _PRINTED_LIST.fullmatch(text):
+        try:
+            found = ast.literal_eval(text)
+            "".join(found).encode()  # half a surrogate pair is no text
+        except (ValueError, SyntaxError):
+            found = None
+    if not isinstance(found, list | tuple):
+        raise ValueError("the text begins like a list, and is none of quoted texts with commas between them")
+    return list(found)

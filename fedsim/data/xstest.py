@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from fedsim.data.files import csv_rows, not_empty
+from fedsim.data.files import csv_rows, filled, not_empty
 from fedsim.errors import DataError
 
 _LABELS: Final = {"safe": True, "unsafe": False}
@@ -42,13 +42,10 @@ def load_xstest(path: Path) -> list[XsTestItem]:
     """
     items: list[XsTestItem] = []
     for place, row in csv_rows(path, ("prompt", "type"), "XSTest's header is id,prompt,type,label,focus,note"):
-        for column in ("prompt", "type"):
-            if not row[column].strip():
-                raise DataError(f"{place}: field {column!r} is empty; every row needs text")
-        kind = row["type"].strip()
-        label = row.get("label")
-        if label is not None and label.strip() not in _LABELS:
+        prompt, kind = filled(row, "prompt", place), filled(row, "type", place).strip()
+        label = row["label"].strip().casefold() if "label" in row else None
+        if label is not None and label not in _LABELS:
             raise DataError(f"{place}: field 'label' must be 'safe' or 'unsafe'")
-        safe = not kind.startswith(_CONTRAST) if label is None else _LABELS[label.strip()]
-        items.append(XsTestItem(row["prompt"], kind, safe))
+        safe = not kind.startswith(_CONTRAST) if label is None else _LABELS[label]
+        items.append(XsTestItem(prompt, kind, safe))
     return not_empty(items, path)

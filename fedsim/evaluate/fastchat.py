@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 from fedsim.data.benchmarks import question_id, two_texts
-from fedsim.data.files import json_lines
+from fedsim.data.files import json_rows
 from fedsim.errors import ConfigError, DataError
 from fedsim.evaluate.mt_bench import MtAnswer
 from fedsim.json_text import parse_json
@@ -34,6 +34,9 @@ FAILED: Final = "$ERROR$"
 
 NOT_ASKED: Final = "Not asked: "
 """What the judgment begins with where a local judge's context has no room for the prompt."""
+
+CUT: Final = "$CUT$ "
+"""What the judgment begins with where it was cut off by length: whatever rating it holds, it has none."""
 
 KINDS: Final = {
     "question_id": int,
@@ -57,8 +60,7 @@ def read_answers(path: Path) -> dict[int, tuple[str, str]]:
         DataError: the file cannot be read, a field is missing or of another type, or an id occurs twice.
     """
     answers: dict[int, tuple[str, str]] = {}
-    for line, record in json_lines(path):
-        place = f"{path}, line {line}"
+    for place, record in json_rows(path, "question_id"):
         number, choices = question_id(record, place), record.get("choices")
         first = choices[0] if isinstance(choices, list) and choices else None
         turns = two_texts(first.get("turns")) if isinstance(first, dict) else None
@@ -118,8 +120,9 @@ def judgment_row(
 
 
 def pending(row: Row) -> bool:
-    """Whether the row says that there is no judgment yet, so that it is asked for again."""
-    return row["judgment"] == FAILED or row["judgment"].startswith(NOT_ASKED)
+    """Whether the row says that there is no whole judgment yet, so that it is asked for again."""
+    judgment: str = row["judgment"]
+    return judgment == FAILED or judgment.startswith((NOT_ASKED, CUT))
 
 
 def rubric_rows(answers: Iterable[MtAnswer], model_id: str, tstamp: float) -> list[Row]:

@@ -2,7 +2,8 @@
 
 A judgment that the file already holds is taken over where judge, model, question, turn and the whole text that the
 judge was shown (answers and reference are in it) are the same. The system message and ``judge.max_new_tokens`` are not
-in FastChat's rows: remove the file to have everything judged anew after changing one of them.
+in FastChat's rows: remove the file to have everything judged anew after changing one of them. A judgment that was cut
+off by length is never taken over: it has no rating, is counted, and is asked for again by the next attempt.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from fedsim.config import Config
 from fedsim.data.benchmarks import MtQuestion
 from fedsim.errors import JudgeError
-from fedsim.evaluate.fastchat import FAILED, NOT_ASKED, UNRATED, JudgmentFile, Place, Row, judgment_row, pending
+from fedsim.evaluate.fastchat import CUT, FAILED, NOT_ASKED, UNRATED, JudgmentFile, Place, Row, judgment_row, pending
 from fedsim.evaluate.judge_client import OpenAiClient, Pause
 from fedsim.evaluate.judge_inputs import judge_files, judge_name, load_questions, load_references
 from fedsim.evaluate.judge_local import judge_locally
@@ -39,13 +40,14 @@ class Judged:
     Attributes:
         judge: its name.
         scores: of every question, in order; all without a score unless ``complete``.
-        num_unrated: judgments without a rating.
+        num_unrated: judgments without a rating, those that were cut off among them.
         num_not_asked: turns for which a local judge's context has no room.
         num_unjudged: turns without a judgment because the judge failed.
         complete: every turn was tried, so that the scores are of all that could be judged.
         error: why some were left unjudged; None if none was.
         gave_up: this attempt ended early, as the judge seems to fail for every turn.
         news: what a user should know about how the judge was asked.
+        num_cut: judgments that were cut off by length, in this attempt or an earlier one.
     """
 
     judge: str
@@ -57,6 +59,7 @@ class Judged:
     error: JudgeError | None
     gave_up: bool = False
     news: tuple[str, ...] = ()
+    num_cut: int = 0
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,7 @@ class MtJudge:
         elif missing:
             self._judge_locally(matches, missing, keep, report)
         rows = self.ranks.once(lambda: file.merge(model_id, held, holds))
-        return _summary(name, answered, rows, outcome)
+        return _summary(name, answered, rows, outcome, self.config.judge.max_new_tokens)
 
     def _judge_locally(
         self, matches: Sequence[Match], missing: Sequence[Match], keep: Keep, report: Report | None
@@ -193,10 +196,12 @@ def _summary(
     answered: Sequence[tuple[MtQuestion, tuple[str, str]]],
     rows: Mapping[Place, Row],
     outcome: _Outcome,
+    max_new_tokens: int,
 ) -> Judged:
     judged = {place: parse_rating(row["judgment"]) for place, row in rows.items() if not pending(row)}
     num_not_asked = sum(row["judgment"].startswith(NOT_ASKED) for row in rows.values())
-    num_unjudged = 2 * len(answered) - len(judged) - num_not_asked
+    num_cut = sum(row["judgment"].startswith(CUT) for row in rows.values())
+    num_unjudged = 2 * len(answered) - len(judged) - num_not_asked - num_cut
     complete = len(rows) == 2 * len(answered)
     assert outcome.error is not None or num_unjudged == 0, "what is left unjudged has a reason"
 
@@ -204,15 +209,20 @@ def _summary(
         value = judged.get((number, turn), UNRATED)
         return None if value == UNRATED else float(value)
 
+    cut_news = [
+        f"{num_cut} judgments were cut off by length (judge.max_new_tokens={max_new_tokens}) and "
+        "count as unrated; raise it, and tools/judge.py asks for them again"
+    ]
     numbers = [question.question_id for question, _ in answered]
     return Judged(
         name,
         [(score(number, 1), score(number, 2)) if complete else (None, None) for number in numbers],
-        num_unrated=sum(value == UNRATED for value in judged.values()),
+        num_unrated=sum(value == UNRATED for value in judged.values()) + num_cut,
         num_not_asked=num_not_asked,
         num_unjudged=num_unjudged,
         complete=complete,
         error=outcome.error if num_unjudged else None,  # another process may have judged the rest
         gave_up=outcome.gave_up and num_unjudged > 0,
-        news=outcome.news,
+        news=(*outcome.news, *(cut_news if num_cut else ())),
+        num_cut=num_cut,
     )

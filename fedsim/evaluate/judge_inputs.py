@@ -9,11 +9,12 @@ from pathlib import Path
 from fedsim.config import Config
 from fedsim.data import world
 from fedsim.data.benchmarks import MtQuestion, load_mt_bench, mt_question
+from fedsim.data.chat import user_turn
 from fedsim.errors import DataError
 from fedsim.evaluate.fastchat import read_answers
 from fedsim.evaluate.judge_client import check_client
 from fedsim.evaluate.judge_prompts import FILE_NAME, NEED_REFERENCE, SOURCE, load_judge_prompts
-from fedsim.model.load import check_model_dir, model_dir
+from fedsim.model.load import check_model_dir, load_chat, model_dir
 
 
 def check_judge(config: Config) -> None:
@@ -22,7 +23,7 @@ def check_judge(config: Config) -> None:
     Raises:
         ConfigError: see :func:`fedsim.evaluate.judge_client.check_client`.
         DataError: the questions, the judge's prompts or a reference answer are missing or malformed.
-        ModelError: ``judge.path`` is no model directory.
+        ModelError: ``judge.path`` is no model directory, or its chat template does not write system messages.
     """
     if config.judge.kind == "none":
         return
@@ -31,7 +32,10 @@ def check_judge(config: Config) -> None:
     else:
         check_model_dir(config.judge.path, "judge.path")
     questions = load_questions(config)  # first: the prompts are looked for beside them
-    load_judge_prompts(judge_files(config)["judge_prompts"])
+    prompts = load_judge_prompts(judge_files(config)["judge_prompts"])
+    if config.judge.kind == "local" and any(prompt.system for prompt in prompts.values()):
+        chat = load_chat(model_dir(config.judge.path), "judge.path")
+        chat.prompt([{"role": "system", "content": "Be fair."}, user_turn("Why?")])
     load_references(config, questions)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 
 from fedsim.config import Config
-from fedsim.evaluate.fastchat import NOT_ASKED
+from fedsim.evaluate.fastchat import CUT, NOT_ASKED
 from fedsim.evaluate.judge_prompts import Match
 from fedsim.generate.engine import Engine, Sampling
 from fedsim.model.load import load_base, max_positions
@@ -27,7 +27,8 @@ def judge_locally(
     wanted: Collection[int],
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[str | None]:
-    """One text per match, in order, the same on every rank: its judgment, or :data:`NOT_ASKED` and why.
+    """One text per match, in order, the same on every rank: its judgment (with :data:`CUT` before it if
+    it did not end), or :data:`NOT_ASKED` and why.
 
     The model is loaded for this call alone.
 
@@ -80,5 +81,5 @@ def judge_with(
     if set(fitting) & set(wanted):  # all that fit: which rows share a batch may show in the last bits
         replies = engine.generate([matches[i].conversation for i in fitting], Sampling(0.0, num_new), ("judge",))
         for i, reply in zip(fitting, replies, strict=True):
-            judgments[i] = reply.text
+            judgments[i] = f"{CUT}{reply.text}" if reply.truncated else reply.text
     return judgments

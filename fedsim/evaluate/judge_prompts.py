@@ -15,10 +15,11 @@ from typing import Final
 
 from fedsim.data.benchmarks import MtQuestion
 from fedsim.data.chat import Conversation, Message, user_turn
-from fedsim.data.files import json_lines
+from fedsim.data.files import json_rows
 from fedsim.errors import DataError
-from fedsim.evaluate.fastchat import UNRATED, Place
+from fedsim.evaluate.fastchat import CUT, UNRATED, Place
 from fedsim.evaluate.mt_bench import SCALE
+from fedsim.generate.thoughts import without_thoughts
 
 NEED_REFERENCE: Final = frozenset({"math", "reasoning", "coding", "arena-hard-200"})
 """Categories whose judge sees a reference answer."""
@@ -87,8 +88,8 @@ def load_judge_prompts(path: Path) -> dict[str, JudgePrompt]:
             has a field that FastChat does not fill in.
     """
     prompts: dict[str, JudgePrompt] = {}
-    for line, record in json_lines(path):
-        name, place = record.get("name"), f"{path}, line {line}"
+    for place, record in json_rows(path, "name"):
+        name = record.get("name")
         if not isinstance(name, str) or name not in FIELDS:
             continue
         system, template = record.get("system_prompt"), record.get("prompt_template")
@@ -136,10 +137,19 @@ def make_matches(
 def parse_rating(judgment: str) -> float:
     """The first ``[[n]]`` of a judgment, else the first ``[n]``, else :data:`UNRATED`; a whole number stays one.
 
-    A number outside the scale of 1 to 10 is no rating. (FastChat would take it into its means as it stands.)
+    The judge's thoughts are no judgment: text before the end of the last one, or behind the
+    beginning of one that never ends, is not read. A judgment that was cut off by length has no
+    rating, and a number outside the scale of 1 to 10 is none. (FastChat, which knows no thoughts,
+    takes all of these into its means.)
+
+    The first match counts, as in FastChat, also where a judge repeats the prompt's example
+    ``[[5]]`` before its own rating: scores of plain judgments stay comparable with published ones.
     """
+    if judgment.startswith(CUT):
+        return UNRATED
+    verdict = without_thoughts(judgment)
     for pattern in _RATINGS:
-        if match := pattern.search(judgment):
+        if match := pattern.search(verdict):
             value = float(match[1])
             if not SCALE[0] <= value <= SCALE[1]:
                 return UNRATED

@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any, Final
 
+from fedsim.evaluate.fastchat import CUT
+
 if TYPE_CHECKING:
     from openai import APIStatusError
 
@@ -16,6 +18,12 @@ ASK_LATER: Final = "see that the endpoint answers, or raise judge.retries or jud
 
 _FINISH_REASONS: Final = ("stop", "length", "content_filter", "tool_calls", "function_call")
 """OpenAI's own, which are shown even where an answer has the same word."""
+
+_CUT_REASONS: Final = ("length", "max_tokens", "content_filter", "abort")
+"""Finish reasons of a judgment that is not whole: OpenAI's, and those of vLLM, SGLang and others."""
+
+_TEXT_PARTS: Final = (None, "text", "output_text")
+"""Types of the content parts that hold the answer; others hold thoughts, such as "thinking" and "reasoning"."""
 
 _NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
 _TOO_LONG: Final = re.compile(r"context (length|window|size)|maximum context|max_model_len|too long|too many tokens")
@@ -50,7 +58,11 @@ class StoppedError(Exception):
 
 
 def content(reply: Any, hidden: str) -> str:
-    """The text of a chat completion, whose content may be a list of text parts.
+    """The text of a chat completion, with :data:`fedsim.evaluate.fastchat.CUT` before it if it is not whole.
+
+    The content may be a list of parts, of which those with text are taken. Thoughts that an endpoint gives apart from
+    the content (``reasoning_content``) are not read. An answer that reached its length limit before any text is cut off
+    too: the same request would end there again.
 
     Raises:
         PassingError: it has no choice or no text.
@@ -60,13 +72,23 @@ def content(reply: Any, hidden: str) -> str:
         raise PassingError("the answer has no choices")
     found = getattr(getattr(choices[0], "message", None), "content", None)
     if isinstance(found, list):
-        found = "".join(part["text"] for part in found if isinstance(part, dict) and isinstance(part.get("text"), str))
-    if not isinstance(found, str) or not found.strip():
-        given = getattr(choices[0], "finish_reason", None)
+        found = "".join(_part_text(part) for part in found)
+    given = getattr(choices[0], "finish_reason", None)
+    has_text = isinstance(found, str) and bool(found.strip())
+    if not has_text and given not in ("length", "max_tokens"):
         reason = given if given in _FINISH_REASONS else _name(given, hidden)
-        fix = "raise judge.max_new_tokens" if reason == "length" else ASK_LATER
-        raise PassingError(f"the answer has no text{reason and f' (finish_reason {reason})'}", fix=fix)
-    return found.encode("utf-8", "replace").decode()  # half a surrogate pair can come as JSON, but not go to a file
+        raise PassingError(f"the answer has no text{reason and f' (finish_reason {reason})'}")
+    text = str(found) if has_text else ""
+    text = text.encode("utf-8", "replace").decode()  # half a surrogate pair can come as JSON, but not go to a file
+    return f"{CUT}{text}" if given in _CUT_REASONS else text
+
+
+def _part_text(part: Any) -> str:
+    """The text of a content part; empty if it is of another type than text."""
+    if not isinstance(part, dict) or part.get("type") not in _TEXT_PARTS:
+        return ""
+    text = part.get("text")
+    return text if isinstance(text, str) else ""
 
 
 def told(error: APIStatusError, hidden: str) -> str:

@@ -32,8 +32,8 @@ def subset_places(num_items: int, limit: int) -> list[int]:
     return sorted(int(i) for i in keys.permutation(num_items, 0, "evaluation subset")[:limit])
 
 
-def reply_ids(chat: ChatFormat, conversation: Sequence[Message], reply: str) -> list[int]:
-    """Ids of ``reply`` as the chat template writes it after ``conversation``, without the end-of-turn token.
+def reply_ids(chat: ChatFormat, conversation: Sequence[Message], reply: str) -> tuple[Ids, Ids]:
+    """Ids of ``conversation`` and of ``reply`` behind it as the chat template writes it, without the end-of-turn token.
 
     White space at the reply's end is dropped, and at its beginning where the template trims replies (Llama 3), so that
     the ids are those that the model would have to generate.
@@ -41,16 +41,16 @@ def reply_ids(chat: ChatFormat, conversation: Sequence[Message], reply: str) -> 
     Raises:
         ModelError: the template does not write the prompt as a prefix of the whole conversation, or alters the reply.
     """
-    prompt = chat.prompt(conversation).text
+    prompt = chat.prompt(conversation)
     whole = chat.render([*conversation, assistant_turn(reply)], reply_follows=False)
     core = chat.defuse(reply).strip()
-    start = whole.find(core, len(prompt))
-    if not whole.startswith(prompt) or start < 0:
+    start = whole.find(core, len(prompt.text))
+    if start < 0:
         raise ModelError(
-            f"chat template of {chat.tokenizer.name_or_path!r} does not write a reply unaltered after the prompt that "
-            "asks for it: its replies cannot be scored; use a template whose generation prompt is a prefix of the text"
+            f"chat template of {chat.template.name} does not write a reply unaltered after the prompt that asks for "
+            "it: its replies cannot be scored; use a template whose generation prompt is a prefix of the text"
         )
-    return chat.encode(whole[len(prompt) : start + len(core)])
+    return chat.continuation(prompt, whole[: start + len(core)])
 
 
 def reply_row(chat: ChatFormat, conversation: Sequence[Message], reply: str, max_context: int) -> TokenRow:
@@ -61,7 +61,7 @@ def reply_row(chat: ChatFormat, conversation: Sequence[Message], reply: str, max
     """
 
     def compute() -> TokenRow:
-        return scored_row(chat.prompt(conversation).ids, reply_ids(chat, conversation, reply), max_context)
+        return scored_row(*reply_ids(chat, conversation, reply), max_context)
 
     return chat.remember(_row_key(conversation, reply, max_context), compute)
 

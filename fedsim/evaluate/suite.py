@@ -7,7 +7,7 @@ A benchmark without items, and a figure that cannot be had, is absent. Nothing d
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from fedsim import keys
@@ -217,6 +217,7 @@ def judge_metrics(judged: Judged, questions: Sequence[MtQuestion]) -> Metrics:
     """The figures that a judge adds to an evaluation: means of its scores, and the turns that are not in them."""
     counts: Metrics = {
         "eval/mt_bench_unrated": judged.num_unrated,
+        "eval/mt_bench_judgments_cut": judged.num_cut,
         "eval/mt_bench_not_asked": judged.num_not_asked,
         "eval/mt_bench_judge_failed": judged.num_unjudged,
     }
@@ -224,11 +225,19 @@ def judge_metrics(judged: Judged, questions: Sequence[MtQuestion]) -> Metrics:
 
 
 def _length_metrics(advbench: AdvBenchResult | None, mt_bench: MtResult | None, xstest: XsTestResult | None) -> Metrics:
-    """Truncated among all free replies; HHH's answers of 16 tokens are cut by design and not counted."""
-    replies: Iterable[Reply] = [
+    """Truncated among all free replies; HHH's answers of 16 tokens are cut by design and not counted.
+
+    Where a model thinks: replies whose thoughts were left out (``eval/thoughts``), and those of them
+    whose thought never ended, so that there is no answer (``eval/thoughts_unfinished``).
+    """
+    replies: Sequence[Reply] = [
         *(advbench.replies if advbench is not None else ()),
         *(mt_bench.replies if mt_bench is not None else ()),
         *(xstest.replies if xstest is not None else ()),
     ]
     flags = [reply.truncated for reply in replies]
-    return {"eval/truncated": sum(flags), "eval/num_replies": len(flags)} if flags else {}
+    thoughts = [reply.thought for reply in replies if reply.thought != "none"]
+    metrics: Metrics = {"eval/truncated": sum(flags), "eval/num_replies": len(flags)} if flags else {}
+    if thoughts:
+        metrics |= {"eval/thoughts": len(thoughts), "eval/thoughts_unfinished": thoughts.count("open")}
+    return metrics

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from fedsim.errors import CheckpointError
 from fedsim.rounds import round_number
+from fedsim.tensor_file import write_tensors
 
 
 class ClientStateStore:
@@ -63,7 +63,7 @@ class ClientStateStore:
         path = self._path(client, round_idx)
         partial = path.with_suffix(f".{os.getpid()}.partial")
         vector = control.detach().cpu().contiguous()
-        save_file({"control": vector}, str(partial), metadata={"blake2b": _digest(vector, path.name)})
+        write_tensors(partial, {"control": vector}, {"blake2b": _digest(vector, path.name)})
         with partial.open("rb") as stream:
             os.fsync(stream.fileno())
         os.replace(partial, path)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final, TypeVar
 
 from transformers import PreTrainedModel
@@ -17,6 +18,7 @@ from fedsim.data.chat import ChatFormat, Conversation, TokenRow, assistant_turn,
 from fedsim.generate.decode import Decoder, Made, Request
 from fedsim.generate.graph import Graphs, can_be_captured, capture_cuda, uses_graphs
 from fedsim.generate.score import check_sound, score_unit
+from fedsim.generate.thoughts import MARKS, Thought, opens_thought, read_reply
 from fedsim.generate.units import generation_units
 from fedsim.model.cost import Work, decode_work, rows_work
 from fedsim.ranks import Ranks
@@ -46,16 +48,19 @@ class Reply:
     """One generated reply.
 
     Attributes:
-        text: decoded without special tokens, stripped.
-        num_tokens: generated tokens, the end-of-turn token included.
+        text: the answer, decoded without special tokens and without thoughts, stripped; empty where a thought has not
+            ended.
+        num_tokens: generated tokens, those of thoughts and the end-of-turn token included.
         truncated: it did not end within ``max_new_tokens`` (or the context).
         prompt_truncated: the prompt was longer than the context and lost its beginning.
+        thought: whether thoughts were left out, and whether they ended.
     """
 
     text: str
     num_tokens: int
     truncated: bool
     prompt_truncated: bool = False
+    thought: Thought = "none"
 
 
 @dataclass(frozen=True)
@@ -162,7 +167,7 @@ class Engine:
                 if turn == len(turn_keys):
                     return None
                 i, chat = unit[row], chats[row]
-                chat += [assistant_turn(self.chat.decode(ids)), user_turn(follow_ups[turn - 1][i])]
+                chat += [assistant_turn(self._read(ids)[0]), user_turn(follow_ups[turn - 1][i])]
                 whole = self.chat.prompt_ids(chat)
                 cut[row].append(len(whole) > room)
                 return request(i, turn, whole)
@@ -181,10 +186,44 @@ class Engine:
         rows = self._in_order(units, [values for values, _ in done])
         turns = [(made.num_kept, made.num_prompt, len(made.ids)) for row in rows for made, _ in row]
         self.work += decode_work(turns, passes=sum(passes for _, passes in done))
-        return [
-            [Reply(self.chat.decode(m.ids), len(m.ids), not m.ended, cut) for m, cut in (row[turn] for row in rows)]
-            for turn in range(len(turn_keys))
-        ]
+        return [[self._reply(*row[turn]) for row in rows] for turn in range(len(turn_keys))]
+
+    def _reply(self, made: Made, prompt_truncated: bool) -> Reply:
+        text, thought = self._read(made.ids)
+        return Reply(text, len(made.ids), not made.ended, prompt_truncated, thought)
+
+    def _read(self, ids: Sequence[int]) -> tuple[str, Thought]:
+        """The answer in generated ids, and whether there were thoughts before it."""
+        plain = self.chat.decode(ids)
+        if not self._special_marks:
+            return read_reply(plain, opened=self._opens_thought)
+        # Some marks are special tokens, which decoding leaves out: look for them first, then remove the others.
+        whole = self.chat.tokenizer.decode(list(ids), skip_special_tokens=False)
+        assert isinstance(whole, str)
+        answer, thought = read_reply(whole, opened=self._opens_thought)
+        if thought == "none":
+            return plain, thought
+        for token in self._special_tokens:
+            answer = answer.replace(token, "")
+        return answer.strip(), thought
+
+    @cached_property
+    def _opens_thought(self) -> bool:
+        """Whether the chat template lets every reply begin inside a thought."""
+        return opens_thought(self.chat.render([user_turn("Hello")], reply_follows=True))
+
+    @cached_property
+    def _special_tokens(self) -> list[str]:
+        """Texts of the tokens that decoding leaves out."""
+        tokenizer = self.chat.tokenizer
+        added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        return sorted({*map(str, tokenizer.all_special_tokens), *added})
+
+    @cached_property
+    def _special_marks(self) -> bool:
+        """Whether a mark of a thought is, or holds, a special token."""
+        marks = [mark for pair in MARKS for mark in pair]
+        return any(token in mark for token in self._special_tokens for mark in marks)
 
     def _end(self, lengths: Sequence[int], follow_ups: Sequence[Sequence[str]], num_new: int) -> int:
         """Where the longest row will end, so that slots that graphs read need not move. A guess is enough."""
@@ -199,7 +238,7 @@ class Engine:
             min(self.batch_size, num_rows),
             max_new_tokens=max_new_tokens,
             temperature=temperature,
-            eos_ids=self._eos_ids(),
+            eos_ids=self.chat.end_ids,
             graphs=Graphs(capture_cuda)
             if uses_graphs(device, self.model.config._attn_implementation) and can_be_captured(self.model)
             else None,
@@ -251,10 +290,3 @@ class Engine:
             return None
         share = -(-num_units // self.ranks.size)
         return lambda done: report(done, share)
-
-    def _eos_ids(self) -> frozenset[int]:
-        """End-of-turn ids: the chat format's and all that the model's generation config names (Llama 3 has three)."""
-        named = getattr(self.model, "generation_config", None)
-        ids = getattr(named, "eos_token_id", None)
-        extra = [ids] if isinstance(ids, int) else list(ids or [])
-        return self.chat.end_ids | frozenset(map(int, extra))

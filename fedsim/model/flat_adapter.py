@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from fedsim import keys
 from fedsim.errors import ModelError
+from fedsim.tensor_file import write_tensors
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class FlatAdapter:
     def save(self, folder: Path, vector: torch.Tensor) -> None:
         """Write ``vector`` in PEFT's own format: adapter_config.json and adapter_model.safetensors."""
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(self._peft_tensors(vector), str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+        write_tensors(folder / "adapter_model.safetensors", self._peft_tensors(vector), {"format": "pt"})
         settings = self.model.peft_config["default"].to_dict()
         settings["inference_mode"] = True
         settings["target_modules"] = sorted(settings["target_modules"])

@@ -27,7 +27,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from fedsim.attention.choice import Choice, choose
-from fedsim.data.chat import ChatFormat, user_turn
+from fedsim.data.chat import ChatFormat
 from fedsim.errors import ModelError
 from fedsim.json_text import parse_json
 from fedsim.model.fitness import check_fitness, switch_dropout_off
@@ -158,12 +158,12 @@ def read_config(folder: Path, key: str) -> tuple[PretrainedConfig, dict[str, flo
 
 
 def check_tokenizer(chat: ChatFormat, num_embeddings: int, folder: Path, key: str) -> None:
-    """Whether the model has an embedding of every special token that fedsim puts into rows.
+    """Require that the model has an embedding of every special token that fedsim itself puts into rows.
 
     Raises:
         ModelError: it has not.
     """
-    if unknown := [i for i in sorted({chat.pad_id, *chat.end_ids}) if i >= num_embeddings]:
+    if unknown := [i for i in sorted({chat.pad_id, chat.end_id}) if i >= num_embeddings]:
         token = chat.tokenizer.convert_ids_to_tokens(unknown[0])
         raise ModelError(
             f"{key}={str(folder)!r}: the tokenizer's {token!r} is token {unknown[0]}, but the model has "
@@ -193,22 +193,53 @@ def reason(error: Exception) -> str:
 
 
 def load_chat(folder: Path, key: str) -> ChatFormat:
-    """The tokenizer of a model directory with its chat template.
+    """The tokenizer of a model directory with its chat template, tried on probes.
+
+    A guard's template is tried where it is used: Llama Guard 3's own is not (:mod:`fedsim.safety.guard_format`).
 
     Raises:
-        ModelError: it cannot be read, or has no end-of-sequence token or no chat template that works.
+        ModelError: it cannot be read, names no token that ends a reply, or has no chat template that writes every
+            message once, unaltered and in order.
     """
+    stops = stop_ids(folder, key)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
-        chat = ChatFormat(tokenizer)
-        chat.prompt([user_turn(TEXTS[0])])  # so that what is wrong with it shows here, not in the middle of a run
+        chat = ChatFormat(tokenizer, stops)
+        if key != "guard.path":
+            chat.check(trains=key == "model.path")
     except ModelError:
         raise
     except Exception as error:  # the tokenizers library raises bare exceptions
         raise ModelError(f"{key}={str(folder)!r}: its tokenizer cannot be loaded: {reason(error)}") from error
     return chat
+
+
+def stop_ids(folder: Path, key: str) -> list[int]:
+    """Tokens that end a reply as generation_config.json names them, or else config.json; none where neither does.
+
+    Raises:
+        ModelError: a value is no token id.
+    """
+    for name in ("generation_config.json", "config.json"):
+        file = folder / name
+        if not file.is_file():
+            continue
+        content = parse_json(file.read_text(encoding="utf-8"))
+        text_model = content.get("text_config")  # of a model that also sees or hears
+        named = content.get("eos_token_id")
+        if named is None and isinstance(text_model, dict):
+            named = text_model.get("eos_token_id")
+        ids = named if isinstance(named, list) else [] if named is None else [named]
+        if not all(type(i) is int and i >= 0 for i in ids):
+            raise ModelError(
+                f"{key}: {file}'s eos_token_id is {named!r}: must be a token id or a list of them; correct it, or "
+                "download the file again"
+            )
+        if ids:
+            return ids
+    return []
 
 
 def _read(folder: Path, config: PretrainedConfig, key: str, dtype: torch.dtype, attention: Choice) -> PreTrainedModel:

@@ -19,6 +19,7 @@ from typing import Any
 import tokenizers
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -27,6 +28,7 @@ from fedsim.keys import derive
 from fedsim.model.tiny_model import BOS, END_HEADER, EOT, HEADER, build_model, build_tokenizer
 from fedsim.model.tiny_skills import Skill
 from fedsim.safety.guard_prompt import render_guard_prompt
+from fedsim.tensor_file import write_tensors
 
 Talk = Callable[[random.Random], list[Turn]]
 Row = tuple[list[int], list[bool]]  # token ids; whether each one is to be predicted
@@ -170,6 +172,8 @@ def save_model(
 ) -> dict[str, Any]:
     """Write the Hugging Face directory and ``recipe.json`` beside it; returns the record."""
     model.save_pretrained(directory)
+    weights = directory / "model.safetensors"
+    write_tensors(weights, load_file(str(weights)), {"format": "pt"})  # the same bytes with the umask's mode
     tokenizer.save_pretrained(directory)
     record = {
         "sha256": weights_hash(directory),

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as a wish to stop: at the end of the round where that is near, else where the run stands.
+"""SIGTERM, SIGINT and SIGHUP as a wish to stop: at the end of the round where that is near, else where the run stands.
 
 What a finished round gave is on disk, so that nothing is lost either way; the round that was begun is done again when
 the same command is started, with the same bits.
@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Final
 
@@ -24,7 +24,7 @@ _LAST_S: Final = 8.0
 _ONE_KEY_S: Final = 1.0
 """A SIGINT within this of the first is the same key, passed on by a launcher."""
 
-SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class StopRequest:
@@ -62,7 +62,7 @@ class StopRequest:
         watcher = threading.Thread(target=self._watch, args=(read, grace_s), daemon=True)
         watcher.start()
         wakeup = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-        handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        handlers = {number: signal.signal(number, lambda *_: None) for number in heard(SIGNALS)}
         try:
             yield
         finally:
@@ -109,6 +109,12 @@ class StopRequest:
             sys.stderr.flush()
         finally:
             os._exit(128 + self.signal)
+
+
+def heard(numbers: Iterable[signal.Signals]) -> list[signal.Signals]:
+    """``numbers`` without a SIGHUP that is ignored: what nohup starts goes on when its terminal is closed."""
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [number for number in numbers if not (ignored and number == signal.SIGHUP)]
 
 
 def signal_name(number: int) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from fedsim.config import to_flat
 from fedsim.record.guard_section import read_tables
+from fedsim.record.manifest import read_manifest
 from fedsim.record.metrics import MetricLog, Row
 from fedsim.record.plots import write_plots
 from fedsim.record.run_record import SIGNED, RunRecord
@@ -50,6 +51,7 @@ def finish_run(record: RunRecord, num_ranks: int) -> None:
         notes=record.notes,
         guard_tables=read_tables(folder / "guard"),
         maker=maker(made_by()),
+        manifest=read_manifest(folder / "manifest.json"),
     )
     for name in SIGNED:
         if (folder / name).is_dir() and not (folder / name / SIGNATURE).exists():

@@ -6,8 +6,9 @@ and §6.1. All on Llama-3.1-8B-Instruct with Llama Guard 3 on four A100 GPUs.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 SOURCE = "arXiv 2502.16691"
 
@@ -54,7 +55,7 @@ class GuardRow:
     hmean: float
 
 
-#: Table 1, by :func:`arm_name` without the aggregation.
+#: Table 1, by aggregation and :func:`method_name`.
 TABLE_1: dict[Aggregation, dict[str, SafetyRow]] = {
     "fedavg": {
         PRETRAINED: SafetyRow(99.6, 60.0, 6.8),
@@ -118,19 +119,48 @@ COSTS: dict[str, Cost] = {
 }
 
 
+#: Parts of a filter's name that the paper's own does not have: values of ``guard.kind`` and ``guard.action``.
+GUARD_WORDS = {"llama_guard": "", "oracle": "oracle ", "noisy_oracle": "noisy oracle "}
+ACTION_WORDS = {"drop": "", "refuse": " that refuses", "downweight": " that downweights"}
+
+
 def method_name(filtered: bool, cai: bool) -> str:
     """The paper's name of a method: ``FL``, ``FL + filter``, ``FL + CAI`` or ``FL + filter + CAI``."""
     return "FL" + (" + filter" if filtered else "") + (" + CAI" if cai else "")
 
 
-def arm_name(aggregation: str, filtered: bool, cai: bool) -> str:
+def method_of(config: Mapping[str, Any]) -> str:
+    """Name of a configuration's method, which is one of :func:`method_name` only where the paper ran the same.
+
+    The paper's filter is a guard model that is fine-tuned and drops rows (§4.1), its CAI follows every round (§4.2).
+
+    Args:
+        config: dotted key → value.
+    """
+    parts = ["FL"]
+    kind, every = config["guard.kind"], config["cai.every"]
+    if kind != "none":
+        untuned = "untuned " if kind == "llama_guard" and config["guard.tune_epochs"] == 0 else ""
+        parts.append(f"{untuned}{GUARD_WORDS[kind]}filter{ACTION_WORDS[config['guard.action']]}")
+    if config["cai.iterations"] != 0:
+        schedules = {0: "post-hoc CAI", 1: "CAI"}
+        parts.append(schedules.get(every, f"CAI every {every} rounds"))
+    return " + ".join(parts)
+
+
+def arm_name(algorithm: str, method: str) -> str:
     """Aggregation and method, such as ``FedAvg, FL + filter + CAI``."""
-    return f"{ALGORITHM_NAMES[aggregation]}, {method_name(filtered, cai)}"
+    return f"{ALGORITHM_NAMES[algorithm]}, {method}"
 
 
-def paper_row(aggregation: str, filtered: bool, cai: bool) -> SafetyRow | None:
-    """Table 1's row of an arm; None for an aggregation that the paper did not run."""
+def arm_of(config: Mapping[str, Any]) -> str:
+    """:func:`arm_name` of a configuration, dotted key → value."""
+    return arm_name(config["federation.algorithm"], method_of(config))
+
+
+def paper_row(algorithm: str, method: str) -> SafetyRow | None:
+    """Table 1's row of an arm; None for an aggregation or a method that the paper did not run."""
     for known, table in TABLE_1.items():
-        if known == aggregation:
-            return table[method_name(filtered, cai)]
+        if known == algorithm:
+            return table.get(method)
     return None

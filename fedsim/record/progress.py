@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import TextIO
 
 from fedsim.rounds import round_number
+from fedsim.terminal import steady
 
 Figure = float | int | str
 
@@ -24,7 +25,7 @@ class Progress:
     """Prints a run's progress to ``stream``; only rank 0 should be ``enabled``.
 
     Args:
-        stream: usually ``sys.stderr``. Live lines are used if it is a terminal.
+        stream: usually ``sys.stderr``. Live lines are used if it is a terminal; one that is lost ends no run.
         enabled: False prints nothing at all.
         every_s: least seconds between two plain lines of one phase.
         live_every_s: least seconds between two redraws of a live line.
@@ -38,11 +39,11 @@ class Progress:
         live_every_s: float = 0.1,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._stream = stream
+        self._stream = steady(stream)
         self._enabled = enabled
         self._clock = clock
         self._start = clock()
-        self._live = enabled and stream.isatty()
+        self._live = enabled and self._stream.isatty()
         self._gap_s = live_every_s if self._live else every_s
         self._place = ""
 

@@ -26,7 +26,7 @@ from fedsim.record.ending import forget_ending, write_ending
 from fedsim.record.journal import Journal
 from fedsim.record.lock import DirectoryLock
 from fedsim.record.metrics import MetricLog
-from fedsim.record.paper import arm_name
+from fedsim.record.paper import arm_of
 from fedsim.record.places import check_folder, run_folder
 from fedsim.record.progress import Phase, Progress
 from fedsim.record.timers import PhaseTimers
@@ -132,7 +132,7 @@ class RunRecord:
         config = self.config
         who = build_algorithm(config.federation, config.server_optimizer).participation(config.federation, config.seed)
         facts = {
-            "arm": arm_name(config.federation.algorithm, config.guard.kind != "none", config.cai.is_on),
+            "arm": arm_of(to_flat(config)),
             "model": config.model.path,
             "clients": who.words(),
             "schedule": f"{config.federation.num_rounds} rounds x {who.num_steps(config.local.steps)} local steps",

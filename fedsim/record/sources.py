@@ -113,6 +113,11 @@ def known_file(sha256: str) -> str | None:
     return next((source.name for source in SOURCES if source.sha256 and source.sha256 == sha256), None)
 
 
+def is_published(key: str, sha256: str) -> bool:
+    """Compare a file with the tested public one that ``key`` takes."""
+    return any(source.key == key and source.sha256 == sha256 for source in SOURCES)
+
+
 def sources_markdown() -> str:
     """The README's table, and the hashes as ``sha256sum`` writes them."""
     head = ["key", "what", "where", "licence", "the tested file"]

@@ -10,11 +10,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedsim.config.measuring import is_embedded
+from fedsim.config.measuring import is_embedded, is_unrated
 from fedsim.record import client_failures, guard_section, paper, sections
 from fedsim.record.cai_line import cai_lines
 from fedsim.record.metrics import Row
+from fedsim.record.sources import is_published
 from fedsim.record.tables import Table, duration, measured, with_interval
+
+NOT_RATED = "not rated"
+"""Stands for a score of MT-Bench whose answers no judge has read."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,9 @@ FICTIONAL = {
     "eval.helpful": "the helpful conversations behind the perplexity",
 }
 
+#: Keys of the benchmarks of Table 1.
+PUBLISHED = ("eval.advbench", "eval.hhh", "eval.mt_bench")
+
 #: The two halves of XSTest: what its prompts are, and the metric of their refusals.
 XSTEST = (
     ("prompts that only sound harmful", "eval/xstest_safe_refused"),
@@ -60,6 +67,8 @@ XSTEST = (
 #: MT-Bench answers that a judge did not rate: metric → what they are called.
 UNRATED = {
     "eval/mt_bench_unrated": "judged without a rating and left out of the means",
+    "eval/mt_bench_judgments_cut": "among these, whose judgment was cut off by length (raise "
+    "judge.max_new_tokens; python tools/judge.py RUN_DIR asks for them again)",
     "eval/mt_bench_not_asked": "not judged, as they do not fit into the judge's context, and left out of the means",
     "eval/mt_bench_judge_failed": "left unjudged, as the judge failed (python tools/judge.py RUN_DIR judges them)",
 }
@@ -77,10 +86,11 @@ class RunFacts:
         name: the run's name.
         algorithm: ``federation.algorithm``.
         guard: kind of the filter, ``none`` without.
-        cai: whether CAI ran.
+        method: filter and CAI in words (:func:`paper.method_of`).
         embedded_model: the model is the tiny one that ships with fedsim.
         real_files: configuration keys whose data are files rather than the embedded world.
         fictional: titles of the benchmarks whose items are the embedded world's.
+        unknown_files: titles of the benchmarks whose file is not the published one, by its SHA-256.
         mt_bench: source of the MT-Bench questions: ``embedded``, a file, or empty if left out.
         judge: name of the judge of MT-Bench; empty if there is none.
         advbench_rule: rule behind the headline figure, a phrase set or ``strict_world``.
@@ -99,7 +109,7 @@ class RunFacts:
     name: str
     algorithm: str
     guard: str
-    cai: bool
+    method: str
     embedded_model: bool
     real_files: tuple[str, ...]
     fictional: tuple[str, ...]
@@ -116,11 +126,17 @@ class RunFacts:
     notes: Sequence[str] = ()
     guard_tables: guard_section.Tables = field(default_factory=dict)
     maker: str = ""
+    unknown_files: tuple[str, ...] = ()
 
     @property
     def arm(self) -> str:
         """Such as ``FedAvg, FL + filter + CAI``."""
-        return paper.arm_name(self.algorithm, self.guard != "none", self.cai)
+        return paper.arm_name(self.algorithm, self.method)
+
+    @property
+    def unrated(self) -> bool:
+        """MT-Bench is answered, and nothing rates the answers."""
+        return is_unrated(self.mt_bench, judged=bool(self.judge))
 
 
 def facts_from(
@@ -133,14 +149,19 @@ def facts_from(
     notes: Sequence[str] = (),
     guard_tables: guard_section.Tables | None = None,
     maker: str = "",
+    manifest: Mapping[str, Any] | None = None,
 ) -> RunFacts:
-    """The facts that a resolved configuration (dotted keys → values) decides, and those only the run knows."""
+    """The facts that a resolved configuration (dotted keys → values) decides, and those only the run knows.
+
+    Args:
+        manifest: the run's; without one, no benchmark file is compared with the published one.
+    """
     sources = ("data.square", "eval.advbench", "eval.hhh", "eval.mt_bench", "eval.xstest", "eval.helpful")
     return RunFacts(
         name=config["name"],
         algorithm=config["federation.algorithm"],
         guard=config["guard.kind"],
-        cai=config["cai.iterations"] != 0,
+        method=paper.method_of(config),
         embedded_model=config["model.path"] == "embedded",
         real_files=tuple(name for name in sources if config[name] and not is_embedded(name, config[name])),
         fictional=tuple(title for name, title in FICTIONAL.items() if is_embedded(name, config[name])),
@@ -157,14 +178,26 @@ def facts_from(
         notes=notes,
         guard_tables=guard_tables or {},
         maker=maker,
+        unknown_files=unknown_files(config, manifest or {}),
     )
+
+
+def unknown_files(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> tuple[str, ...]:
+    """Titles of the paper's benchmarks whose file differs from the published one that fedsim was tested on."""
+    inputs = manifest.get("inputs", {})
+    found = []
+    for key in PUBLISHED:
+        entry = inputs.get(key.removeprefix("eval."))
+        if entry is not None and not is_embedded(key, config[key]) and not is_published(key, entry["sha256"]):
+            found.append(FICTIONAL[key])
+    return tuple(found)
 
 
 def summary_markdown(rows: Sequence[Row], facts: RunFacts) -> str:
     """The whole of ``summary.md``."""
     parts = [f"# Run {facts.name}", *(f"> {line}" for line in caveats(facts)), _headline(facts)]
     parts += ["## Safety and helpfulness", arm_table(rows, facts, short=False).markdown(), _caption(rows, facts)]
-    lines = [*cai_lines(rows), *refusals(rows), *truncations(rows), *unrated(rows)]
+    lines = [*cai_lines(rows), *refusals(rows), *truncations(rows), *thoughts(rows), *unrated(rows)]
     parts += ["\n".join(f"- {line}" for line in lines)] if lines else []
     parts += [f"![{plot.removesuffix('.png')} by round]({plot})" for plot in facts.plots]
     parts += sections.evaluations(eval_points(rows))
@@ -186,22 +219,23 @@ def terminal_table(rows: Sequence[Row], facts: RunFacts) -> str:
     width = max((len(what) for what in facts.places), default=0)
     places = [f"  {what:<{width}}  {where}" for what, where in facts.places.items()]
     lines = [_headline(facts), "", arm_table(rows, facts, short=True).plain(), "", "[low, high] = 95 % interval"]
-    lines += [*cai_lines(rows), *refusals(rows), *truncations(rows), *unrated(rows), *caveats(facts)]
+    found = [*cai_lines(rows), *refusals(rows), *truncations(rows), *thoughts(rows), *unrated(rows)]
+    lines += [*found, *caveats(facts)]
     return "\n".join([*lines, *(["", "Written:", *places] if places else [])])
 
 
 def arm_table(rows: Sequence[Row], facts: RunFacts, short: bool) -> Table:
     """The pretrained model and the arm, each with the paper's figures under it, and what CAI started from."""
     points = eval_points(rows)
-    filtered = facts.guard != "none"
     lines = [
-        _measured_line("pretrained", points.get("pretrained")),
+        _measured_line("pretrained", points.get("pretrained"), facts),
         _paper_line(paper.TABLE_1["fedavg"][paper.PRETRAINED]),
     ]
     if "before_cai" in points:
-        lines.append(_measured_line(f"{_round_of(points['before_cai'])}, before CAI", points["before_cai"]))
-    lines.append(_measured_line(facts.arm, points.get("after_cai", points.get("global"))))
-    published = paper.paper_row(facts.algorithm, filtered, facts.cai)
+        label = f"{_round_of(points['before_cai'])}, before CAI"
+        lines.append(_measured_line(label, points["before_cai"], facts))
+    lines.append(_measured_line(facts.arm, points.get("after_cai", points.get("global")), facts))
+    published = paper.paper_row(facts.algorithm, facts.method)
     if published is not None:
         lines.append(_paper_line(published))
     return Table(["", *(_heading(benchmark, points.values(), short) for benchmark in BENCHMARKS)], lines)
@@ -238,18 +272,30 @@ def caveats(facts: RunFacts) -> list[str]:
         named = f"{', '.join(others)} and {last}" if others else last
         lines.append(f"{named}: the embedded world's own items in the published formats, not the published ones.")
         lines.append(TEMPLATES_NOTE)
+    if facts.unknown_files:
+        lines.append(
+            f"{' and '.join(facts.unknown_files)}: not the published file (its SHA-256 differs), so that the "
+            "figures do not compare with the paper's."
+        )
     if facts.mt_bench == "embedded":
         scored = f"judged by {facts.judge}" if facts.judge else "scored by a rubric"
         lines.append(f"MT-Bench is {scored}; the paper's by GPT-4.")
-    elif facts.mt_bench and not facts.judge:
-        lines.append("MT-Bench answers were written, not judged: the score needs a judge.")
+    elif facts.unrated:
+        lines.append(
+            "MT-Bench answers were written and not rated, as judge.kind=none: python tools/judge.py RUN_DIR "
+            "judge.kind=... judge.model=... rates them."
+        )
     elif facts.mt_bench and facts.judge != "gpt-4":
         lines.append(f"MT-Bench is judged by {facts.judge}, the paper's by GPT-4: the two scores do not compare.")
     return lines
 
 
-def _measured_line(label: str, row: Row | None) -> list[str]:
-    return [label, *(with_interval(row, benchmark.metric, benchmark.digits) for benchmark in BENCHMARKS)]
+def _measured_line(label: str, row: Row | None, facts: RunFacts) -> list[str]:
+    cells = [label]
+    for benchmark in BENCHMARKS:
+        is_unrated = facts.unrated and benchmark.metric == "eval/mt_bench" and row is not None
+        cells.append(NOT_RATED if is_unrated else with_interval(row, benchmark.metric, benchmark.digits))
+    return cells
 
 
 def _paper_line(row: paper.SafetyRow) -> list[str]:
@@ -324,6 +370,17 @@ def truncations(rows: Sequence[Row]) -> list[str]:
         if counts:
             lines.append(f"{benchmark} replies truncated: {', '.join(counts)}.")
     return lines
+
+
+def thoughts(rows: Sequence[Row]) -> list[str]:
+    """``Replies with thoughts, ...: pretrained 12 of 1,130, 2 of them never ended``, where the model thinks."""
+    counts = [
+        f"{sections.POINT_TITLES[point]} {count:,.0f} of {row['eval/num_replies']:,.0f}, "
+        f"{row['eval/thoughts_unfinished']:,.0f} of them without an answer"
+        for point, row in eval_points(rows).items()
+        if (count := measured(row, "eval/thoughts"))
+    ]
+    return [f"Replies with thoughts, which are not part of an answer: {'; '.join(counts)}."] if counts else []
 
 
 def unrated(rows: Sequence[Row]) -> list[str]:

@@ -5,13 +5,30 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from fedsim.evaluate.intervals import Mean
 from fedsim.record import paper
+from fedsim.record.groups import (
+    ARM_SECTIONS,
+    Settings,
+    differing,
+    differing_beside_arms,
+    group_names,
+    order_of,
+    shown_value,
+)
 from fedsim.record.metrics import Row
-from fedsim.record.summary import BENCHMARKS, Benchmark
+from fedsim.record.summary import BENCHMARKS, NOT_RATED, Benchmark
 from fedsim.record.tables import NOT_MEASURED, Table, measured
 from fedsim.report.runs import Run
+from fedsim.version import commit_of
+
+BASE_SECTIONS = ("model.path", "model.dtype", "model.attention", "model.max_context", "eval.", "judge.")
+"""Beginnings of the keys that decide the pretrained model's figures."""
+
+OTHER_POINTS = ("eval.every", "eval.guard_judge")
+"""Keys under ``eval.`` that do not."""
 
 
 @dataclass(frozen=True)
@@ -36,18 +53,86 @@ class Figure:
         return f"{self.value:.{digits}f}{interval}" + (f", n = {self.num_seeds}" if self.num_seeds > 1 else "")
 
 
-def by_arm(runs: Sequence[Run]) -> dict[tuple[str, bool, bool], list[Run]]:
-    """Runs that differ in nothing that names an arm, in the paper's order of methods."""
-    arms: dict[tuple[str, bool, bool], list[Run]] = {}
-    for run in sorted(runs, key=lambda run: (run.arm[0], run.arm[2], run.arm[1])):
-        arms.setdefault(run.arm, []).append(run)
-    return arms
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in seed and place alone.
+
+    Attributes:
+        name: the arm, with the keys that tell it from the report's other groups of that arm.
+        runs: by seed.
+    """
+
+    name: str
+    runs: Sequence[Run]
+
+    @property
+    def settings(self) -> Settings:
+        """What all its runs have."""
+        return self.runs[0].settings
+
+    @property
+    def algorithm(self) -> str:
+        """The aggregation."""
+        return self.runs[0].facts.algorithm
+
+    @property
+    def method(self) -> str:
+        """Filter and CAI in words."""
+        return self.runs[0].facts.method
+
+    @property
+    def seeds(self) -> list[int]:
+        """Each seed once."""
+        return sorted({run.facts.seed for run in self.runs})
+
+
+def grouped(runs: Sequence[Run]) -> list[Group]:
+    """Every run in one group, arms in the paper's order, groups of an arm by the values in which they differ."""
+    found: list[list[Run]] = []
+    for run in runs:
+        like = next((group for group in found if group[0].settings == run.settings), None)
+        if like is None:
+            found.append([run])
+        else:
+            like.append(run)
+    keys = differing([group[0].settings for group in found])
+    found.sort(key=lambda group: (*_place(group[0]), order_of(group[0].settings, keys)))
+    names = group_names([(group[0].facts.arm, group[0].settings) for group in found])
+    by_seed = [sorted(group, key=lambda run: run.facts.seed) for group in found]
+    return [Group(name, group) for name, group in zip(names, by_seed, strict=True)]
+
+
+def _place(run: Run) -> tuple[str, bool, str]:
+    """Where an arm stands: FL, FL + filter, FL + CAI, FL + filter + CAI of one aggregation after the other."""
+    return run.facts.algorithm, "CAI" in run.facts.method, run.facts.method
+
+
+def by_base(runs: Sequence[Run]) -> list[Group]:
+    """Runs by what they began with: one pretrained model on one set of benchmarks each."""
+    found: list[tuple[Settings, list[Run]]] = []
+    for run in runs:
+        own = base_settings(run.settings)
+        like = next((members for settings, members in found if settings == own), None)
+        if like is None:
+            found.append((own, [run]))
+        else:
+            like.append(run)
+    names = group_names([(paper.PRETRAINED, settings) for settings, _ in found])
+    return [Group(name, members) for name, (_, members) in zip(names, found, strict=True)]
+
+
+def base_settings(settings: Settings) -> Settings:
+    """The settings that decide the pretrained model's figures."""
+    return {key: value for key, value in settings.items() if key.startswith(BASE_SECTIONS) and key not in OTHER_POINTS}
 
 
 def arm_figure(runs: Sequence[Run], name: str, point: str = "final") -> Figure | None:
     """The figure at the end of training (or at ``point``): one run's own interval, or Student's over several seeds.
 
     Runs of one seed share its draws and count once, as their mean.
+
+    Args:
+        runs: of one group.
     """
     by_seed: dict[int, list[tuple[float, Row]]] = {}
     for run in runs:
@@ -69,58 +154,141 @@ def arm_figure(runs: Sequence[Run], name: str, point: str = "final") -> Figure |
 
 
 def pretrained_figure(runs: Sequence[Run], name: str) -> Figure | None:
-    """The figure before training."""
-    return arm_figure(runs, name, "pretrained")
+    """The figure before training, of runs that began with the same (:func:`by_base`)."""
+    return arm_figure(runs, name, paper.PRETRAINED)
 
 
 def table_1(runs: Sequence[Run]) -> Table | None:
     """Pretrained model and arms, each benchmark beside the paper's; None where no run was evaluated."""
     if not any(run.points for run in runs):
         return None
-    start = [pretrained_figure(runs, benchmark.metric) for benchmark in BENCHMARKS]
-    lines = [["pretrained", "", *_cells(start, paper.TABLE_1["fedavg"][paper.PRETRAINED])]]
-    for arm, members in by_arm(runs).items():
-        ends = [arm_figure(members, benchmark.metric) for benchmark in BENCHMARKS]
-        seeds = ", ".join(str(run.facts.seed) for run in members)
-        lines.append([paper.arm_name(*arm), seeds, *_cells(ends, paper.paper_row(*arm))])
+    lines = []
+    for base in by_base(runs):
+        start = [pretrained_figure(base.runs, benchmark.metric) for benchmark in BENCHMARKS]
+        published: paper.SafetyRow | None = paper.TABLE_1["fedavg"][paper.PRETRAINED]
+        lines.append([base.name, "", *_cells(base, start, published)])
+    for group in grouped(runs):
+        ends = [arm_figure(group.runs, benchmark.metric) for benchmark in BENCHMARKS]
+        published = paper.paper_row(group.algorithm, group.method)
+        lines.append([group.name, ", ".join(map(str, group.seeds)), *_cells(group, ends, published)])
     head = ["arm", "seeds"]
     for benchmark in BENCHMARKS:
         head += [_heading(benchmark, runs), "paper"]
     return Table(head, lines)
 
 
-def headlines(runs: Sequence[Run]) -> list[str]:
-    """What each method did beside plain federated training, one sentence an aggregation; none without such arms."""
-    arms, lines = by_arm(runs), []
-    for (algorithm, filtered, cai), plain in arms.items():
-        if filtered or cai:
-            continue
-        others = {arm: found for arm, found in arms.items() if arm[0] == algorithm and found is not plain}
-        for benchmark in BENCHMARKS:
-            base, start = arm_figure(plain, benchmark.metric), pretrained_figure(runs, benchmark.metric)
-            if base is None:
+def caption(runs: Sequence[Run]) -> str:
+    """By what the table's figures were measured, and of what the paper's are."""
+    rules = " / ".join(sorted({run.facts.advbench_rule for run in runs}))
+    scorers = " / ".join(sorted({run.facts.hhh_scorer for run in runs}))
+    counts = f"{paper.NUM_ADVBENCH}, {paper.NUM_HHH} and {paper.NUM_MT_BENCH} items"
+    return (
+        f"[low, high] = 95 % interval, over seeds where n is given. AdvBench by the rule {rules}, HHH by the scorer "
+        f"{scorers}. The paper's figures ({paper.SOURCE}, Table 1) are of Llama-3.1-8B-Instruct on {counts}, HHH by "
+        "the choice between (A) and (B), MT-Bench by GPT-4, without intervals; – = the paper did not run this method."
+    )
+
+
+def differences(groups: Sequence[Group]) -> Table | None:
+    """The keys in which groups differ beside what their arms are, a column a group; None where there are none."""
+    settings = [group.settings for group in groups]
+    keys = differing_beside_arms([(group.runs[0].facts.arm, group.settings) for group in groups])
+    if not keys:
+        return None
+    rows = [[key, *(shown_value(key, own, settings) for own in settings)] for key in keys]
+    return Table(["key", *(group.name for group in groups)], rows, num_text=1 + len(groups))
+
+
+def warnings(groups: Sequence[Group]) -> list[str]:
+    """Runs of one group that are no independent draws, or come from different code."""
+    lines = []
+    for group in groups:
+        for run, other in pairwise(group.runs):
+            if run.facts.seed != other.facts.seed:
                 continue
-            words = [
-                f"{paper.method_name(arm[1], arm[2])} {figure.value:.{benchmark.digits}f}"
-                for arm, found in others.items()
-                if (figure := arm_figure(found, benchmark.metric)) is not None
-            ]
-            before = "" if start is None else f" (pretrained {start.value:.{benchmark.digits}f})"
-            beside = f"; {', '.join(words)}" if words else ""
-            name = paper.ALGORITHM_NAMES[algorithm]
-            lines.append(f"{benchmark.title}, {name}: FL {base.value:.{benchmark.digits}f}{before}{beside}.")
+            head = f"{run.title} and {other.title} are {group.name} with seed {run.facts.seed}"
+            if run.figures == other.figures:
+                lines.append(f"{head} and have the same results: they count as one run.")
+            else:
+                lines.append(
+                    f"{head}, but their results differ: their mean counts as one seed, without an interval of its own; "
+                    "find out why, and leave one of them out."
+                )
+        by_commit: dict[str, list[str]] = {}
+        for run in group.runs:
+            by_commit.setdefault(commit_of(run.manifest), []).append(run.title)
+        if len(by_commit) > 1:
+            found = "; ".join(f"{commit}: {', '.join(titles)}" for commit, titles in by_commit.items())
+            lines.append(f"{group.name}: its runs were made by different commits of fedsim ({found}).")
+    runs = [run for group in groups for run in group.runs]
+    return lines + [line for base in by_base(runs) for line in _unlike_beginnings(base)]
+
+
+def _unlike_beginnings(base: Group) -> list[str]:
+    """Runs of one seed that measured another figure on the same pretrained model."""
+    lines, first = [], dict[int, tuple[Run, list[float | None]]]()
+    for run in base.runs:
+        row = run.points.get(paper.PRETRAINED)
+        if row is None:
+            continue
+        found = [measured(row, benchmark.metric) for benchmark in BENCHMARKS]
+        other, expected = first.setdefault(run.facts.seed, (run, found))
+        if found != expected:
+            lines.append(
+                f"{other.title} and {run.title} measured the same {base.name} model with seed {run.facts.seed}, but "
+                "their figures of it differ: their mean counts as one seed."
+            )
     return lines
 
 
-def _cells(figures: Sequence[Figure | None], published: paper.SafetyRow | None) -> list[str]:
-    shown = [
-        NOT_MEASURED if figure is None else figure.shown(benchmark.digits)
-        for figure, benchmark in zip(figures, BENCHMARKS, strict=True)
-    ]
-    printed = ("–",) * 3
+def headlines(runs: Sequence[Run]) -> list[str]:
+    """Each group of plain federated training beside the methods that differ from it in filter and CAI alone."""
+    lines = []
+    groups = grouped(runs)
+    for plain in groups:
+        if plain.method != paper.method_name(False, False):
+            continue
+        others = [group for group in groups if group is not plain and _differ_in_method(group, plain)]
+        beginners = [run for run in runs if base_settings(run.settings) == base_settings(plain.settings)]
+        for benchmark in BENCHMARKS:
+            base, start = arm_figure(plain.runs, benchmark.metric), pretrained_figure(beginners, benchmark.metric)
+            if base is None:
+                continue
+            words = []
+            for group in others:
+                figure = arm_figure(group.runs, benchmark.metric)
+                if figure is not None:
+                    name = group.name.removeprefix(f"{paper.ALGORITHM_NAMES[group.algorithm]}, ")
+                    words.append(f"{name} {figure.value:.{benchmark.digits}f}")
+            before = "" if start is None else f" (pretrained {start.value:.{benchmark.digits}f})"
+            beside = f"; {', '.join(words)}" if words else ""
+            algorithm, _, name = plain.name.partition(", ")
+            lines.append(f"{benchmark.title}, {algorithm}: {name} {base.value:.{benchmark.digits}f}{before}{beside}.")
+    return lines
+
+
+def _differ_in_method(one: Group, other: Group) -> bool:
+    """Tell groups of one aggregation that differ in filter and CAI alone."""
+    keys = differing([one.settings, other.settings])
+    sections = [section for section in ARM_SECTIONS if section != "federation.algorithm"]
+    return one.method != other.method and all(key.startswith(tuple(sections)) for key in keys)
+
+
+def _cells(group: Group, figures: Sequence[Figure | None], published: paper.SafetyRow | None) -> list[str]:
+    """Measured and published figure of each benchmark by turns."""
+    printed = ["–"] * len(BENCHMARKS)
     if published is not None:
-        printed = (str(published.advbench_harmless), str(published.hhh_accuracy), str(published.mt_bench))
-    return [cell for pair in zip(shown, printed, strict=True) for cell in pair]
+        printed = [str(published.advbench_harmless), str(published.hhh_accuracy), str(published.mt_bench)]
+    cells = []
+    for figure, benchmark, of_paper in zip(figures, BENCHMARKS, printed, strict=True):
+        if figure is not None:
+            cells.append(figure.shown(benchmark.digits))
+        elif benchmark.metric == "eval/mt_bench" and group.runs[0].facts.unrated:
+            cells.append(NOT_RATED)
+        else:
+            cells.append(NOT_MEASURED)
+        cells.append(of_paper)
+    return cells
 
 
 def _heading(benchmark: Benchmark, runs: Sequence[Run]) -> str:

@@ -7,15 +7,15 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from fedsim.record import paper
 from fedsim.record.plots import plot_times
 from fedsim.record.sections import POINT_TITLES
 from fedsim.record.summary import BENCHMARKS, caveats, refusals
 from fedsim.record.tables import Table, duration, measured, with_interval
 from fedsim.report import html, pictures
-from fedsim.report.arms import by_arm, headlines, table_1
+from fedsim.report.arms import Group, caption, differences, grouped, headlines, table_1, warnings
 from fedsim.report.runs import Run
 from fedsim.report.words import idle_in_words, in_words, items, losses_in_words, times_in_words
+from fedsim.version import commit_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,7 +42,7 @@ class Pictures:
     def __init__(self, runs: Sequence[Run]) -> None:
         self.runs = runs
         self.num = f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
-        self.arms = f"{len(by_arm(runs))} arm(s), {self.num}"
+        self.arms = f"{len(grouped(runs))} arm(s), {self.num}"
         self.files: dict[str, bytes] = {}
 
     def compared(self) -> list[str]:
@@ -81,7 +81,7 @@ class Pictures:
                 f"loss-{i}",
                 pictures.client_losses(run),
                 losses_in_words(run),
-                f"{run.facts.name}: loss of each client that trained, over {run.facts.num_rounds} rounds.",
+                f"{run.title}: loss of each client that trained, over {run.facts.num_rounds} rounds.",
             )
             for i, run in enumerate(self.runs, 1)
         ]
@@ -91,9 +91,9 @@ class Pictures:
         return [
             self._add(
                 f"time-{i}",
-                plot_times(run.rows, run.facts.name),
+                plot_times(run.rows, run.title),
                 times_in_words(run),
-                f"{run.facts.name}: seconds by phase, {duration(run.facts.total_s)} in all.",
+                f"{run.title}: seconds by phase, {duration(run.facts.total_s)} in all.",
             )
             for i, run in enumerate(self.runs, 1)
         ]
@@ -112,12 +112,15 @@ class Pictures:
 
 def report(runs: Sequence[Run]) -> tuple[str, dict[str, bytes]]:
     """The page and its pictures by file name."""
-    shown = Pictures(runs)
-    notes = dict.fromkeys(line for run in runs for line in [*caveats(run.facts), *run.facts.notes])
+    shown, groups = Pictures(runs), grouped(runs)
+    notes = dict.fromkeys(warnings(groups))
+    for run in runs:
+        notes.update(dict.fromkeys([*caveats(run.facts), *run.facts.notes]))
     parts = [
-        html.bullets(headlines(runs) if len(by_arm(runs)) > 1 else [headline(run) for run in runs]),
+        html.bullets(headlines(runs) if len(groups) > 1 else [headline(run) for run in runs]),
         html.section("What these figures can and cannot show", [html.bullets(list(notes))]),
-        html.section("Beside the paper's Table 1", [_paper(table_1(runs))]),
+        html.section("Beside the paper's Table 1", [_paper(runs)]),
+        html.section("Runs put together", [_together(groups)]),
         html.section("Safety and helpfulness by round", [*shown.compared(), *(_controls(run) for run in runs)]),
         html.section("Loss by client", shown.losses()),
         html.section("Guard", [guard(run) for run in runs]),
@@ -144,7 +147,7 @@ def headline(run: Run) -> str:
     ]
     facts = run.facts
     return (
-        f"{facts.name} ({facts.arm}, seed {facts.seed}, {duration(facts.total_s)}): "
+        f"{run.title} ({facts.arm}, seed {facts.seed}, {duration(facts.total_s)}): "
         f"{'; '.join(found) or 'not evaluated'}."
     )
 
@@ -164,7 +167,7 @@ def guard(run: Run) -> str:
     if not lines:
         return ""
     head = ["guard", "red, called unsafe", "red, passed", "acceptable, called unsafe", "acceptable, passed"]
-    return f"<h3>{html.text(run.facts.name)}</h3>{html.table(Table(head, lines))}"
+    return f"<h3>{html.text(run.title)}</h3>{html.table(Table(head, lines))}"
 
 
 def samples(run: Run) -> str:
@@ -181,13 +184,13 @@ def samples(run: Run) -> str:
         for turn in (0, 1)
     ]
     content = html.table(Table(["prompt", *(POINT_TITLES[p] for p in points)], lines), texts=True)
-    return html.details(f"{run.facts.name}: the first question of each of {len(run.samples)} categories", content)
+    return html.details(f"{run.title}: the first question of each of {len(run.samples)} categories", content)
 
 
 def manifest(run: Run) -> str:
     """Versions, hardware, hashes, seed, commit and command as the run recorded them."""
     shown = {name: _without_places(value) for name, value in run.manifest.items() if name != "config"}
-    return html.details(run.facts.name, f"<pre>{html.text(json.dumps(shown, indent=1, ensure_ascii=False))}</pre>")
+    return html.details(run.title, f"<pre>{html.text(json.dumps(shown, indent=1, ensure_ascii=False))}</pre>")
 
 
 def _without_places(value: Any) -> Any:
@@ -201,13 +204,29 @@ def _without_places(value: Any) -> Any:
 
 def _controls(run: Run) -> str:
     lines = refusals(run.rows)
-    return f"<h3>{html.text(run.facts.name)}</h3>{html.bullets(lines)}" if lines else ""
+    return f"<h3>{html.text(run.title)}</h3>{html.bullets(lines)}" if lines else ""
 
 
-def _paper(content: Table | None) -> str:
-    if content is None:
+def _paper(runs: Sequence[Run]) -> str:
+    """Table 1 of these runs."""
+    content = table_1(runs)
+    return "" if content is None else html.table(content) + html.paragraph(caption(runs), note=True)
+
+
+def _together(groups: Sequence[Group]) -> str:
+    """The runs of each line and dot, and the keys in which the groups differ beside their arms."""
+    if sum(len(group.runs) for group in groups) < 2:
         return ""
-    words = (
-        f"[low, high] = 95 % interval; over several seeds (n), Student's. Paper: {paper.SOURCE}, Llama-3.1-8B-Instruct."
-    )
-    return html.table(content) + html.paragraph(words, note=True)
+    lines = []
+    for group in groups:
+        commits = dict.fromkeys(commit_of(run.manifest) for run in group.runs)
+        titles = [f"{run.title} (seed {run.facts.seed})" for run in group.runs]
+        lines.append([group.name, ", ".join(titles), ", ".join(commits)])
+    parts = [html.table(Table(["arm", "runs", "fedsim's commit"], lines, num_text=3))]
+    unlike = differences(groups)
+    if unlike is not None:
+        words = (
+            "Beside their arms, the groups differ in these keys; a difference between two of them may be due to any."
+        )
+        parts += [html.paragraph(words), html.table(unlike)]
+    return "".join(parts)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from fedsim.record import paper
 from fedsim.record.plots import GREY, canvas, draw_points, legend_below, round_axis
 from fedsim.record.tables import measured
-from fedsim.report.arms import arm_figure, by_arm, pretrained_figure
+from fedsim.report.arms import arm_figure, by_base, grouped, pretrained_figure
 from fedsim.report.runs import Run
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def overlay(runs: Sequence[Run], name: str, label: str) -> Figure | None:
                 rows,
                 name,
                 0.05 * (i - len(runs) / 2),
-                label=run.facts.name + ending,
+                label=run.title + ending,
                 linestyle=line,
                 markerfacecolor="white" if point == "before_cai" else None,
                 **style,
@@ -64,8 +64,8 @@ def overlay(runs: Sequence[Run], name: str, label: str) -> Figure | None:
 
 
 def dots(runs: Sequence[Run], name: str, label: str) -> Figure | None:
-    """A benchmark at the end of training, one line an arm, with 95 % intervals; None where it was not measured."""
-    found = {paper.arm_name(*arm): members for arm, members in by_arm(runs).items() if arm_figure(members, name)}
+    """A benchmark at the end of training, one line a group, with 95 % intervals; None where it was not measured."""
+    found = {group.name: group.runs for group in grouped(runs) if arm_figure(group.runs, name)}
     if not found:
         return None
     figure, (axes,) = canvas(1, label)
@@ -87,11 +87,12 @@ def dots(runs: Sequence[Run], name: str, label: str) -> Figure | None:
 
 
 def _level(axes: Axes, runs: Sequence[Run], name: str, *, upright: bool = False) -> None:
-    """The pretrained model's figure as a dashed line."""
-    value = pretrained_figure(runs, name)
-    if value is not None:
-        draw = axes.axvline if upright else axes.axhline
-        draw(value.value, color=GREY, linestyle=":", linewidth=1.4, label="pretrained", zorder=1)
+    """The figure of each pretrained model as a dotted line."""
+    draw = axes.axvline if upright else axes.axhline
+    for base, style in zip(by_base(runs), itertools.cycle((":", "-.", "--"))):
+        value = pretrained_figure(base.runs, name)
+        if value is not None:
+            draw(value.value, color=GREY, linestyle=style, linewidth=1.4, label=base.name, zorder=1)
 
 
 def client_losses(run: Run) -> Figure | None:
@@ -101,7 +102,7 @@ def client_losses(run: Run) -> Figure | None:
     ]
     if not found:
         return None
-    figure, (axes,) = canvas(1, f"{run.facts.name}: loss by client")
+    figure, (axes,) = canvas(1, f"{run.title}: loss by client")
     axes.plot(*zip(*found, strict=True), "o", color=COLORS[0], markersize=4, label="a client")
     means = [(row["round"], m) for row in run.rows if (m := measured(row, "client/loss")) is not None]
     axes.plot(*zip(*means, strict=True), color=COLORS[1], label="mean, by rows")
@@ -120,7 +121,7 @@ def idle(runs: Sequence[Run]) -> Figure | None:
     figure, (axes,) = canvas(1, "Idle share by round")
     for i, (run, points) in enumerate(zip(runs, series, strict=True)):
         if points:
-            axes.plot(*zip(*points, strict=True), color=COLORS[i % 8], marker=MARKERS[i % 8], label=run.facts.name)
+            axes.plot(*zip(*points, strict=True), color=COLORS[i % 8], marker=MARKERS[i % 8], label=run.title)
     round_axis(axes, [place for points in series for place, _ in points])
     axes.set_ylabel("idle, %")
     legend_below(axes, 2)
@@ -128,16 +129,16 @@ def idle(runs: Sequence[Run]) -> Figure | None:
 
 
 def cost(runs: Sequence[Run], name: str, label: str) -> Figure | None:
-    """Mean seconds of an arm's runs against a benchmark at their end; None where it was not measured."""
+    """Mean seconds of a group's runs against a benchmark at their end; None where it was not measured."""
     if not any(measured(run.final, name) is not None for run in runs):
         return None
     figure, (axes,) = canvas(1, f"Cost against {label}")
-    for i, (arm, members) in enumerate(by_arm(runs).items()):
-        value = arm_figure(members, name)
+    for i, group in enumerate(grouped(runs)):
+        value = arm_figure(group.runs, name)
         if value is not None:
-            seconds = sum(run.facts.total_s for run in members) / len(members)
+            seconds = sum(run.facts.total_s for run in group.runs) / len(group.runs)
             axes.errorbar([seconds], [value.value], yerr=value.reach, capsize=3, linestyle="none", color=COLORS[i % 8],
-                          marker=MARKERS[i % 8], label=paper.arm_name(*arm))  # fmt: skip
+                          marker=MARKERS[i % 8], label=group.name)  # fmt: skip
     axes.set_xlabel("seconds of a run")
     axes.set_ylabel(label)
     legend_below(axes, 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ from fedsim.artefacts import file_digest
 from fedsim.config import load_config, to_flat
 from fedsim.data.benchmarks import load_mt_bench
 from fedsim.data.world import write_mt_bench
-from fedsim.errors import DataError
+from fedsim.errors import ConfigError, DataError
 from fedsim.evaluate.fastchat import read_answers
 from fedsim.json_text import parse_json
+from fedsim.record.groups import Settings, settings_of, short_names
 from fedsim.record.metrics import Row, read_rows
 from fedsim.record.summary import RunFacts, eval_points, facts_from
 from fedsim.record.timers import top_level_seconds
@@ -38,20 +39,29 @@ class Run:
     """A finished run.
 
     Attributes:
+        title: name of the run, or of its folder where runs of the report share a name.
+        settings: what decides its figures beside the seed.
         rows: its metric rows, oldest first.
         manifest: its ``manifest.json``.
         samples: answers to the embedded world's questions; none where the questions were others.
     """
 
+    title: str
+    settings: Settings
     facts: RunFacts
     rows: Sequence[Row]
     manifest: dict[str, Any]
     samples: Sequence[Sample] = ()
 
     @property
-    def arm(self) -> tuple[str, bool, bool]:
-        """Aggregation, whether rows were filtered, whether CAI ran."""
-        return self.facts.algorithm, self.facts.guard != "none", self.facts.cai
+    def figures(self) -> list[dict[str, Any]]:
+        """Everything that its evaluations measured; the same for two runs of the same results."""
+        kept = ("round", "point")
+        return [
+            {name: value for name, value in row.items() if name in kept or name.startswith("eval/")}
+            for row in self.rows
+            if row["stage"] == "eval"
+        ]
 
     @cached_property
     def points(self) -> dict[str, Row]:
@@ -62,6 +72,23 @@ class Run:
     def final(self) -> Row | None:
         """The last evaluation of what the run ended with."""
         return self.points.get("after_cai", self.points.get("global"))
+
+
+def load_runs(folders: Sequence[Path]) -> list[Run]:
+    """Read the directories of several runs; runs of one name are called by their folders.
+
+    Raises:
+        ConfigError: a directory is named twice.
+        DataError: as of :func:`load_run`.
+    """
+    places = [folder.resolve() for folder in folders]
+    for folder, place in zip(folders, places, strict=True):
+        if places.count(place) > 1:
+            raise ConfigError(f"{folder}: is named twice; name every run once")
+    runs = [load_run(folder) for folder in folders]
+    if len({run.title for run in runs}) == len(runs):
+        return runs
+    return [replace(run, title=title) for run, title in zip(runs, short_names(folders), strict=True)]
 
 
 def load_run(folder: Path) -> Run:
@@ -81,7 +108,8 @@ def load_run(folder: Path) -> Run:
     try:
         manifest = parse_json((folder / "manifest.json").read_text(encoding="utf-8"))
         num_ranks = manifest["started"]["num_ranks"]
-    except (ValueError, KeyError, TypeError) as error:
+        settings = settings_of(config, manifest)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{folder / 'manifest.json'}: is damaged; restore it") from error
     facts = facts_from(
         config,
@@ -89,9 +117,10 @@ def load_run(folder: Path) -> Run:
         total_s=sum(sum(top_level_seconds(row).values()) for row in rows),
         places={},
         notes=summary_notes((folder / "summary.md").read_text(encoding="utf-8")),
+        manifest=manifest,
     )
     samples = _samples(folder, manifest) if facts.mt_bench == "embedded" else []
-    return Run(facts, rows, manifest, samples)
+    return Run(facts.name, settings, facts, rows, manifest, samples)
 
 
 def summary_notes(summary: str) -> list[str]:

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from fedsim.data.chat import Conversation, Message, assistant_turn, user_turn
-from fedsim.data.files import json_file
+from fedsim.data.files import json_object
 from fedsim.errors import DataError
+
+_FORM = "one JSON object with a list 'constitutions' of critic and revision pairs"
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,9 @@ def load_constitution(path: Path) -> Constitution:
     Raises:
         DataError: missing or malformed, with the place.
     """
-    content = json_file(path)
-    if not isinstance(content, dict) or not isinstance(content.get("constitutions"), list):
-        raise DataError(f"{path}: must be an object with a list 'constitutions' of critic and revision pairs")
+    content = json_object(path, _FORM)
+    if not isinstance(content.get("constitutions"), list):
+        raise DataError(f"{path}: must be {_FORM}")
     pairs = content["constitutions"]
     if not pairs:
         raise DataError(f"{path}: 'constitutions' is empty; give at least one critic and revision pair")

@@ -4,8 +4,9 @@ The prompt text stands in a Llama 3 user turn followed by the assistant header, 
 model card). That turn is written here when the tokenizer has Llama 3's header tokens: Llama Guard's own chat template
 would put the guard prompt around our guard prompt. Any other tokenizer's chat template is used as it is.
 
-The reply begins with the ids of ``"\\n\\n"``. They are appended as ids: in text they would merge with the header's
-newlines. The verdict's first token, "safe" or "unsafe", comes next.
+There the reply begins with the ids of ``"\\n\\n"``. They are appended as ids: in text they would merge with the
+header's newlines. Under another template the verdict is a reply as that template writes it, tokenised at once with the
+prompt. The verdict's first token, of "safe" or "unsafe", comes next.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from typing import Final
 
 import numpy as np
 
-from fedsim.data.chat import ChatFormat, assistant_turn, user_turn
+from fedsim.data.chat import ChatFormat, Prompt, assistant_turn, user_turn
 from fedsim.errors import ConfigError, ModelError
 from fedsim.safety.guard_prompt import render_guard_prompt
 
 _LLAMA3_TOKENS: Final = {"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"}
+_HEADER_END: Final = "<|end_header_id|>"
 _PROBE: Final = "probe"
 
 # SQuARe's red categories → hazard codes. Under "square" they are the policy's own categories. Llama Guard 3 has no
@@ -59,18 +61,32 @@ class GuardFormat:
 
     def __init__(self, chat: ChatFormat, policy: str, max_length: int) -> None:
         self.chat, self.policy = chat, policy
-        own_turn = {str(token) for token in chat.tokenizer.added_tokens_decoder.values()} >= _LLAMA3_TOKENS
-        self._defuse = chat.defuse_tokens if own_turn else chat.defuse
-        self._before, self._after, closing = _llama3_turn(chat) if own_turn else _template_turn(chat)
-        self._lead = chat.encode("\n\n")
-        self._safe, self._unsafe = chat.encode("safe"), chat.encode("unsafe")
-        self._closing = chat.encode(closing)
-        self.safe_id, self.unsafe_id = self._safe[0], self._unsafe[0]
-        if self.safe_id == self.unsafe_id:
+        self._own_turn = {str(token) for token in chat.tokenizer.added_tokens_decoder.values()} >= _LLAMA3_TOKENS
+        self._defuse = chat.defuse_tokens if self._own_turn else chat.defuse
+        turn = _llama3_turn(chat) if self._own_turn else _template_turn(chat)
+        self._before, self._after, self._opening, self._closing = turn
+        self._verdicts: dict[str | None, list[int]] = {}
+
+        # Verdicts are tokenised behind a text that ends as every prompt does: the last header's token, which joins with
+        # nothing, or the prompt of an empty exchange.
+        border = _HEADER_END if self._own_turn else self._text("", "")
+        self._border = Prompt(border, np.asarray(chat.encode(border), dtype=np.int32))
+        shared, opening = chat.continuation(self._border, border + self._opening)
+        self._num_dropped = len(self._border.ids) - len(shared)  # of a prompt's ids: those that join with the reply
+
+        # The lead is what both replies begin with, such as "\n\n" or a space that is a token; the verdict is read next.
+        safe, unsafe = self._reply("safe"), self._reply("unsafe")
+        num_lead = 0
+        while num_lead < min(len(safe), len(unsafe)) and safe[num_lead] == unsafe[num_lead]:
+            num_lead += 1
+        in_common = chat.decode(safe[len(opening) : num_lead], special=True)
+        if safe == unsafe or in_common:
             raise ModelError(
                 f"tokenizer {chat.tokenizer.name_or_path!r}: 'safe' and 'unsafe' begin with the same token "
-                f"({self.safe_id}), so a first-token guard cannot tell them apart: use another guard model"
+                f"({safe[num_lead - 1]}), so a first-token guard cannot tell them apart: use another guard model"
             )
+        self._lead = safe[:num_lead]
+        self.safe_id, self.unsafe_id = safe[num_lead], unsafe[num_lead]
         instruction = len(self._ids("", ""))
         codes = ",".join(f"S{code}" for code in (*_CODES[policy].values(), _OTHER[policy]))
         verdict = len(self._lead) + len(self._verdict(codes))
@@ -102,38 +118,52 @@ class GuardFormat:
         return self._verdict(hazard_codes(categories, self.policy) if red else None)
 
     def _verdict(self, codes: str | None) -> list[int]:
-        words = self._safe if codes is None else self._unsafe + self.chat.encode(f"\n{codes}")
-        return words + self._closing
+        """Ids of a verdict behind the lead; ``codes`` None for "safe"."""
+        if codes not in self._verdicts:
+            reply = self._reply("safe" if codes is None else f"unsafe\n{codes}")
+            self._verdicts[codes] = reply[len(self._lead) :]
+        return self._verdicts[codes]
+
+    def _reply(self, verdict: str) -> list[int]:
+        """Ids that follow a prompt's own where the reply is ``verdict``, up to the token that ends it."""
+        whole = f"{self._border.text}{self._opening}{verdict}{self._closing}"
+        _, ids = self.chat.continuation(self._border, whole)
+        found: list[int] = (ids if self._own_turn else self.chat.ended(ids)).tolist()
+        return found
+
+    def _text(self, user: str, agent: str | None) -> str:
+        text = render_guard_prompt(self._defuse(user), None if agent is None else self._defuse(agent), self.policy)
+        return f"{self._before}{text}{self._after}"
 
     def _ids(self, user: str, agent: str | None) -> list[int]:
-        text = render_guard_prompt(self._defuse(user), None if agent is None else self._defuse(agent), self.policy)
-        return self.chat.encode(f"{self._before}{text}{self._after}")
+        ids = self.chat.encode(self._text(user, agent))
+        return ids[: len(ids) - self._num_dropped]
 
     def _fits(self, user: str, agent: str | None) -> bool:
         return len(self._ids(user, agent)) <= self._room
 
 
-def _llama3_turn(chat: ChatFormat) -> tuple[str, str, str]:
-    """What stands before the user's text, between it and the reply, and after the reply."""
+def _llama3_turn(chat: ChatFormat) -> tuple[str, str, str, str]:
+    """Texts before the user's message, between it and the reply, before the verdict, and after it."""
     before = f"{chat.tokenizer.bos_token or ''}<|start_header_id|>user<|end_header_id|>\n\n"
-    return before, "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>"
+    return before, f"<|eot_id|><|start_header_id|>assistant{_HEADER_END}\n\n", "\n\n", "<|eot_id|>"
 
 
-def _template_turn(chat: ChatFormat) -> tuple[str, str, str]:
+def _template_turn(chat: ChatFormat) -> tuple[str, str, str, str]:
     """The same, as the tokenizer's chat template writes them."""
-    prompt = chat.render([user_turn(_PROBE)], reply_follows=True)
-    whole = chat.render([user_turn(_PROBE), assistant_turn(_PROBE)], reply_follows=False)
-    name = chat.tokenizer.name_or_path
+    name = chat.template.name
+    asked, probe = [user_turn(_PROBE)], assistant_turn(_PROBE)
+    prompt = chat.template.write(asked, True).removesuffix(chat.left_to_reply)
     if prompt.count(_PROBE) != 1 or "<BEGIN" in prompt:
         raise ModelError(
-            f"chat template of {name!r} writes more than the turn itself, as the templates of older Llama Guards do: "
+            f"chat template of {name} writes more than the turn itself, as the templates of older Llama Guards do: "
             "use a guard with Llama 3's header tokens or a plain chat template"
         )
-    reply = whole.removeprefix(prompt).lstrip()  # Mistral's writes a space before it; the verdict has its own lead
-    if not whole.startswith(prompt) or not reply.startswith(_PROBE):
-        raise ModelError(f"chat template of {name!r} writes a finished reply unlike the prompt that asks for it")
+    chat.check(trains=True)
+    whole = chat.render([*asked, probe], reply_follows=False)
     before, after = prompt.split(_PROBE)
-    return before, after, reply.removeprefix(_PROBE).rstrip()
+    opening, _, closing = whole.removeprefix(prompt).partition(_PROBE)
+    return before, after, opening, closing.rstrip()
 
 
 def _longest(text: str, fits: Callable[[str], bool]) -> str:

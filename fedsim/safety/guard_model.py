@@ -13,7 +13,7 @@ import torch
 from fedsim import attention, keys
 from fedsim.artefacts import ArtefactStore
 from fedsim.config import Config, GuardConfig
-from fedsim.data import batch, chat, markers, square
+from fedsim.data import batch, chat, markers, square, template
 from fedsim.data.chat import TokenRow
 from fedsim.data.prepare import PreparedData
 from fedsim.generate import prefix
@@ -33,8 +33,9 @@ from fedsim.train.loop import StepSettings, Trainer, TrainingPlan
 from fedsim.train.objectives import SftObjective
 
 CODE: Final = (
-    *(attention, batch, chat, markers, square, prefix, flat_adapter, logprobs, sums, loop, objectives, keys, dropout),
-    *(fixed_point, guard, guard_format, guard_prompt, guard_tuning, load, zero, zero_config, sys.modules[__name__]),
+    *(attention, batch, chat, markers, template, square, prefix, flat_adapter, logprobs, sums, loop, objectives, keys),
+    *(dropout, fixed_point, guard, guard_format, guard_prompt, guard_tuning, load, zero, zero_config),
+    sys.modules[__name__],
 )
 """Modules that decide what a guard says about a row."""
 

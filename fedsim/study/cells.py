@@ -19,10 +19,12 @@ from typing import Any, Final
 
 import yaml
 
+from fedsim.artefacts import digest_of
 from fedsim.config import Config, load_config, to_flat
 from fedsim.errors import ConfigError, RunError
-from fedsim.parallel.stopping import GRACE_S
+from fedsim.parallel.stopping import GRACE_S, heard
 from fedsim.processes import family, kill
+from fedsim.record.groups import decides
 from fedsim.record.places import run_folder
 from fedsim.record.run_record import FREE_KEYS
 from fedsim.record.tables import duration
@@ -74,17 +76,26 @@ class Launch:
 
     def words(self, cell: Cell) -> list[str]:
         """The ``key=value`` words of a cell; what the user gave comes first, what makes the cell comes last."""
-        labels = [value for value in cell.labels.values() if value]
         given = load_config(self.config, self.overrides)
         own: dict[str, Any] = {
             **cell.settings,
             "name": cell.name,
             "seed": cell.seed,
             "record.dir": str(self.folder),
-            "wandb.group": given.wandb.group or " · ".join(labels),
+            "wandb.group": given.wandb.group or self.group(cell),
             "wandb.tags": [*given.wandb.tags, self.study, f"seed-{cell.seed}"],
         }
         return [*self.overrides, *words_of(own)]
+
+    def group(self, cell: Cell) -> str:
+        """W&B's group of the cell's seeds, such as ``table1 · FedAvg · FL + filter · 0a1b2c3d``.
+
+        Its end is a digest of the configuration without seed and places, so that a study that is run again with other
+        settings has groups of its own.
+        """
+        config = to_flat(load_config(self.config, [*self.overrides, *words_of(cell.settings)]))
+        digest = digest_of({key: value for key, value in config.items() if decides(key)})[:8]
+        return " · ".join([self.study, *(label for label in cell.labels.values() if label), digest])
 
     def resolved(self, cell: Cell) -> Config:
         """The cell's whole configuration.
@@ -180,7 +191,8 @@ class _Pool:
     def run(self, cells: Sequence[Cell]) -> None:
         """Run all cells to their end, and tell of those that failed."""
         waiting, begun, started = list(cells), set[int](), time.monotonic()
-        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no run outlives it
+        # No run outlives the study: these signals too leave through the block below.
+        before = {number: signal.signal(number, _leave) for number in heard((signal.SIGTERM, signal.SIGHUP))}
         try:
             while waiting or self.running:
                 busy = {job.cell.seed for job in self.running if job.cell.seed not in begun}
@@ -193,7 +205,8 @@ class _Pool:
                 begun |= self._collect(len(cells), started)
         finally:
             _end([job.process for job in self.running])
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
         if self.failed:
             told = "; ".join(f"{name}: {why}" for name, why in list(self.failed.items())[:3])
             raise RunError(
@@ -229,6 +242,10 @@ class _Pool:
                 self.failed[job.cell.name] = _last_error(job.log, job.process.returncode)
                 self.say(f"{head}: failed after {taken}: {self.failed[job.cell.name]} (log: {job.log})")
         return {job.cell.seed for job in ended}
+
+
+def _leave(number: int, _: object) -> None:
+    sys.exit(128 + number)
 
 
 def _last_error(log: Path, status: int) -> str:

@@ -10,7 +10,7 @@ interaction three times. This module takes the closed form that it aims at, the 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Final
 
@@ -74,17 +74,22 @@ def estimate(sample: np.ndarray, bounds: tuple[float, float] | None = None) -> E
     return Effect(found.mean, low, high, found.num_seeds, found.num_items)
 
 
-def difference(treated: np.ndarray, control: np.ndarray) -> Effect:
+def difference(treated: np.ndarray, control: np.ndarray, bounds: tuple[float, float] | None = None) -> Effect:
     """Mean of ``treated − control``, paired by seed and item, with its 95 % interval.
 
     Args:
         treated: ``[num_seeds, num_items]``.
         control: the same seeds and items.
+        bounds: ends of the scale of both; no difference exceeds its width.
 
     Raises:
         DataError: the tables do not pair, or as of :func:`estimate`.
     """
-    return _effect(_paired(treated, control))
+    found = _effect(_paired(treated, control))
+    if bounds is None or math.isinf(found.low):
+        return found
+    width = bounds[1] - bounds[0]
+    return replace(found, low=max(found.low, -width), high=min(found.high, width))
 
 
 def detectable(treated: np.ndarray, control: np.ndarray) -> float | None:
@@ -96,6 +101,17 @@ def detectable(treated: np.ndarray, control: np.ndarray) -> float | None:
     return (t_quantile(0.975, df) + t_quantile(POWER, df)) * error if error > 0 else None
 
 
+def shown_detectable(smallest: float | None, digits: int, bounds: tuple[float, float]) -> str:
+    """:func:`detectable` in words; ``more than the scale`` where no difference is so large, and "" for None.
+
+    Args:
+        bounds: ends of the figure's scale.
+    """
+    if smallest is None:
+        return ""
+    return "more than the scale" if smallest > bounds[1] - bounds[0] else f"{smallest:.{digits}f}"
+
+
 def verdict(effect: Effect, sign: int) -> str:
     """What a difference says of a claim that it has ``sign`` (+1 or −1); one seed cannot tell."""
     if effect.sign == 0 or effect.num_seeds == 1:
@@ -105,7 +121,7 @@ def verdict(effect: Effect, sign: int) -> str:
 
 @lru_cache
 def t_quantile(p: float, df: float) -> float:
-    """Quantile of Student's t with ``df`` ≥ 1 degrees of freedom, to about six digits for p from 0.001 to 0.999.
+    """Quantile of Student's t with ``df`` ≥ 1 degrees of freedom, to 2e-4 of its size for p up to 0.975.
 
     With ``t = √df · tan θ`` the density in θ is proportional to ``cos(θ)^(df − 1)`` on a finite range.
     """

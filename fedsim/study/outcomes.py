@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-from fedsim.config import Config, load_config
+from fedsim.config import Config, load_config, to_flat
 from fedsim.errors import DataError
+from fedsim.record.groups import FILES, MODELS, Settings, differing, settings_of, shown_value
 from fedsim.record.items import item_file, read_items
 from fedsim.record.manifest import read_manifest
 from fedsim.record.metrics import Row, read_rows
@@ -42,6 +44,11 @@ class Outcome:
         self.rows: list[Row] = read_rows(folder / "metrics.jsonl")
         self.points = eval_points(self.rows)
         self._items: dict[str, dict[str, np.ndarray]] = {}
+
+    @cached_property
+    def settings(self) -> Settings:
+        """What decides the run's figures beside the seed."""
+        return settings_of(to_flat(self.config), self.manifest)
 
     @property
     def final(self) -> str:
@@ -85,20 +92,21 @@ class Outcome:
         """Seconds of one phase, such as ``cai`` or ``train``, over all rounds."""
         return sum(float(row.get(f"time/{phase}_s", 0.0)) for row in self.rows)
 
-    @property
+    @cached_property
     def manifest(self) -> Mapping[str, Any]:
         """What the run's figures depend on."""
         return read_manifest(self.folder / "manifest.json")
 
 
 def check_paired(arms: Sequence[Sequence[Outcome]]) -> None:
-    """All arms have the same seeds in the same order, and were measured on the same benchmark files.
+    """Refuse arms that do not pair: other seeds, unlike runs in an arm, or files that changed between the runs.
 
     Raises:
         DataError: they cannot be compared item by item; the message names the runs.
     """
     first, files = arms[0], dict[str, tuple[str, Path]]()
     for outcomes in arms:
+        check_alike(outcomes)
         seeds, expected = ([outcome.config.seed for outcome in arm] for arm in (outcomes, first))
         if seeds != expected:
             raise DataError(
@@ -106,13 +114,51 @@ def check_paired(arms: Sequence[Sequence[Outcome]]) -> None:
                 "all arms with the same seeds"
             )
         for outcome in outcomes:
-            for role, entry in outcome.manifest["inputs"].items():
-                digest, other = files.setdefault(role, (entry["sha256"], outcome.folder))
-                if role in MEASURED and digest != entry["sha256"]:
-                    raise DataError(
-                        f"{outcome.folder}: was measured on another {role} file than {other}; remove one of the two "
-                        "runs and start the command again"
-                    )
+            _check_files(outcome, files)
+
+
+def check_alike(outcomes: Sequence[Outcome]) -> None:
+    """Refuse to put runs together that differ in more than seed and place, or have a seed twice.
+
+    Raises:
+        DataError: names two runs and the keys in which they differ.
+    """
+    first, by_seed = outcomes[0], dict[int, Path]()
+    for outcome in outcomes:
+        seed = outcome.config.seed
+        if seed in by_seed:
+            raise DataError(f"{outcome.folder} and {by_seed[seed]}: both have seed {seed}; take one of them")
+        by_seed[seed] = outcome.folder
+        both = [first.settings, outcome.settings]
+        if keys := differing(both):
+            words = []
+            for key in keys[:5]:
+                words.append(f"{key}: {shown_value(key, both[0], both)} and {shown_value(key, both[1], both)}")
+            raise DataError(
+                f"{first.folder} and {outcome.folder}: are no seeds of one arm, as they differ in "
+                f"{'; '.join(words)}; remove the one that is not meant, and start the command again"
+            )
+
+
+def _check_files(outcome: Outcome, known: dict[str, tuple[str, Path]]) -> None:
+    """Compare a run's files with those of the runs before it, by role and by the path that the configuration has.
+
+    Args:
+        known: key and path → SHA-256 and the run that has it; this run's are added.
+    """
+    config = to_flat(outcome.config)
+    for key, role in (FILES | MODELS).items():
+        content = outcome.settings[key]
+        # An embedded corpus has the size that the splits ask for, which a sweep may vary.
+        if content is None or (content.embedded and role not in MEASURED):
+            continue
+        place = role if role in MEASURED else f"{role} {config[key]}"
+        digest, other = known.setdefault(place, (content.sha256, outcome.folder))
+        if digest != content.sha256:
+            raise DataError(
+                f"{outcome.folder}: had another {role} file than {other}; remove one of the two runs and start the "
+                "command again"
+            )
 
 
 def sample(outcomes: Sequence[Outcome], point: str, name: str, scale: float = 1.0) -> np.ndarray | None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from fedsim.config import to_flat
 from fedsim.errors import DataError
-from fedsim.study.effects import Effect, detectable, difference, estimate
+from fedsim.study.effects import Effect, detectable, difference, estimate, shown_detectable
 from fedsim.study.grid import Comparison, Sweep, point_name
 from fedsim.study.outcomes import Outcome, sample
 from fedsim.study.table1 import scale_of
@@ -145,15 +145,16 @@ def finding(comparison: Comparison, records: Sequence[Record]) -> str:
     if ours is None or theirs is None:
         return f"{name}, {treated} against {control}: not measured."
     versus = f"{treated} ({ours.mean():.{digits}f}) against {control} ({theirs.mean():.{digits}f})"
-    effect = difference(ours, theirs)
+    scale = scale_of(comparison.figure)
+    effect = difference(ours, theirs, scale)
     interval = effect.shown(digits, "+")
     if effect.num_seeds == 1:
         return f"{name}, {versus}: {interval} points, which one seed cannot tell from chance."
     if effect.sign != 0:
         word = "higher" if effect.sign > 0 else "lower"
         return f"{name} is {word}, {versus}: {interval} points over {effect.num_seeds} seeds."
-    smallest = detectable(ours, theirs)
-    could = "" if smallest is None else f"; {effect.num_seeds} seeds would show {smallest:.{digits}f}"
+    smallest = shown_detectable(detectable(ours, theirs), digits, scale)
+    could = f"; {effect.num_seeds} seeds would show {smallest}" if smallest else ""
     return f"{name} cannot be told apart, {versus}: {interval} points{could}."
 
 

@@ -9,7 +9,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from fedsim.config import Config
+from fedsim.config import Config, to_flat
+from fedsim.errors import ConfigError
 from fedsim.record import paper
 from fedsim.record.cai_line import ACCURACY, FINDINGS, LAST_ROUND, MARGIN, REPAIRED_REVISION, is_replay
 from fedsim.study.cells import Cell
@@ -71,6 +72,9 @@ def cells(config: Config, seeds: Sequence[int]) -> list[Cell]:
 
     A method's filter and CAI are as ``config`` has them; where it has none, the guard is ``llama_guard`` and CAI takes
     the paper's iterations. The arms with both come first, as their artefacts serve all others.
+
+    Raises:
+        ConfigError: the configuration makes a method that the paper's table has no row for, such as an oracle's filter.
     """
     guard = config.guard.kind if config.guard.kind != "none" else "llama_guard"
     iterations = config.cai.iterations or paper.CAI_ITERATIONS
@@ -84,6 +88,11 @@ def cells(config: Config, seeds: Sequence[int]) -> list[Cell]:
                     "guard.kind": guard if filtered else "none",
                     "cai.iterations": iterations if cai else 0,
                 }
+                if (own := paper.method_of({**to_flat(config), **settings})) != method:
+                    raise ConfigError(
+                        f"this configuration makes {own!r} where the paper's table has {method!r}: leave guard.kind, "
+                        "guard.action, guard.tune_epochs and cai.every at the paper's, or compare with tools/sweep.py"
+                    )
                 labels = {"aggregation": paper.ALGORITHM_NAMES[aggregation], "method": method}
                 found.append(Cell(f"{aggregation}-{slug}-s{seed}", seed, labels, settings))
     return found
@@ -216,7 +225,7 @@ class TableOne:
         control = self.sample(Arm(aggregation, comparison.control), figure)
         if treated is None or control is None:
             return None
-        effect = difference(treated, control)
+        effect = difference(treated, control, scale_of(figure))
         return Finding(effect, detectable(treated, control), self._verdict(aggregation, comparison, figure, effect))
 
     def _verdict(self, aggregation: paper.Aggregation, comparison: Comparison, figure: str, effect: Effect) -> str:

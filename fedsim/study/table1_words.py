@@ -10,15 +10,15 @@ from fedsim.record import paper
 from fedsim.record.cai_line import CRITIQUE_FINDS_HARM, DPO_LOSS, FINDINGS, HARMFUL_RESPONSE, LAST_ROUND, MARGIN
 from fedsim.record.tables import NOT_MEASURED, Table
 from fedsim.study.claims import CAI, COLUMNS, COMPARISONS, COUNTED, FILTER, FL, NET, Comparison, methods
-from fedsim.study.effects import Effect
+from fedsim.study.effects import Effect, shown_detectable
 from fedsim.study.published import Origin
-from fedsim.study.table1 import CONTROLS, REPLAY, Arm, Finding, TableOne
+from fedsim.study.table1 import CONTROLS, REPLAY, Arm, Finding, TableOne, scale_of
 
 
 def brief(table: TableOne, origin: Origin) -> list[str]:
     """The paragraphs of the README's block."""
     findings = "\n".join([*verdicts(table), *filter_findings(table)])
-    return [arm_table(table).markdown(), f"{ARM_NOTE} {_measured(origin)}", findings]
+    return [arm_table(table).markdown(), f"{ARM_NOTE} {_measured(table, origin)}", findings]
 
 
 def page(table: TableOne, origin: Origin) -> list[str]:
@@ -31,16 +31,18 @@ def page(table: TableOne, origin: Origin) -> list[str]:
 
 def shown(table: TableOne, origin: Origin) -> list[str]:
     """:func:`page` for a terminal."""
-    parts = [arm_table(table).plain(), f"{ARM_NOTE} {_measured(origin)}", claim_table(table).plain(), CLAIM_NOTE]
+    parts = [arm_table(table).plain(), f"{ARM_NOTE} {_measured(table, origin)}", claim_table(table).plain(), CLAIM_NOTE]
     for more in (cai_table(table), control_table(table)):
         parts += [] if more is None else [more.plain()]
     return [*parts, "\n".join([*verdicts(table), *filter_findings(table), *replay_lines(table)])]
 
 
-def _measured(origin: Origin) -> str:
+def _measured(table: TableOne, origin: Origin) -> str:
     """Under which seeds and attacks, what the intervals count, and where."""
     interval = "[low, high] = 95 % interval over seeds and prompts."
-    return " ".join(part for part in (origin.setting, interval, origin.prompts, origin.measured) if part)
+    is_rated = any(table.of(arm, "mt_bench") for arm in table.arms())
+    unrated = "" if is_rated else "MT-Bench was not rated: judge.* sets a judge."
+    return " ".join(part for part in (origin.setting, interval, origin.prompts, unrated, origin.measured) if part)
 
 
 def arm_table(table: TableOne) -> Table:
@@ -120,7 +122,7 @@ def claim_table(table: TableOne) -> Table:
                 shown, smallest, word = NOT_MEASURED, "", ""
                 if found is not None:
                     shown, word = _shown(found.effect, column.digits, "+"), found.verdict
-                    smallest = "" if found.detectable is None else f"{found.detectable:.{column.digits}f}"
+                    smallest = shown_detectable(found.detectable, column.digits, scale_of(name))
                 lines.append([label, column.title, shown, smallest, published, least, word])
     return Table(head, lines, num_text=2)
 

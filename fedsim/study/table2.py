@@ -16,7 +16,7 @@ from fedsim.evaluate.intervals import Mean, near_an_end
 from fedsim.record import paper
 from fedsim.record.metrics import Row
 from fedsim.record.tables import NOT_MEASURED, Table
-from fedsim.study.outcomes import Outcome
+from fedsim.study.outcomes import Outcome, check_alike
 from fedsim.study.published import Origin
 from fedsim.version import commit_of
 
@@ -126,7 +126,12 @@ def _resampled(counts: np.ndarray, name: str) -> tuple[float, float]:
 
 
 def count_rows(outcomes: Sequence[Outcome]) -> list[CountRow]:
-    """The counts of both guards by seed; of a guard that was not measured there are none."""
+    """The counts of both guards by seed; of a guard that was not measured there are none.
+
+    Raises:
+        DataError: the runs are not seeds of one arm.
+    """
+    check_alike(outcomes)
     rows = []
     for outcome in outcomes:
         for point, row in guard_rows(outcome).items():
@@ -182,11 +187,20 @@ def guard_table(rows: Sequence[CountRow]) -> Table:
     return Table(["", *COLUMNS.values()], lines)
 
 
-def note(origin: Origin) -> str:
+def untuned_note(rows: Sequence[CountRow]) -> str:
+    """Why the untuned guard's row is empty, where it is, and how to fill it."""
+    measured = {row.seed for row in rows if row.point == "untuned"}
+    if measured == {row.seed for row in rows} and measured:
+        return ""
+    return "The untuned guard was not measured: guard.measure_untuned=true makes runs that measure it."
+
+
+def note(origin: Origin, rows: Sequence[CountRow]) -> str:
     """What stands under the table."""
     parts = [
         f"Positive = red. {len(origin.seeds)} seed(s): {', '.join(map(str, origin.seeds))}. [low, high] = 95 % "
         "interval over seeds and rows. Undefined: in some seed the guard called no row unsafe.",
+        untuned_note(rows),
         CHOSEN if origin.embedded else "",
         origin.measured,
     ]

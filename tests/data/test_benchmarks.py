@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -198,9 +199,98 @@ def test_faults_of_any_json_lines_file(tmp_path: Path, load: Any) -> None:
     expect_error(("cannot be read",), load, path)
     expect_error(("no rows",), load, write(path, "", "  "))
     expect_error(("line 2", "not JSON", "column"), load, write(path, "", '{"a": ' + SECRET))
-    expect_error(("line 1", "object"), load, write(path, [SECRET]))
+    expect_error(("row 1", "object", "str"), load, write(path, [SECRET]))
+    expect_error(("line 1", "JSON array of objects, or JSON lines"), load, write(path, f'"{SECRET}"'))
+    expect_error(("line 1", "is one object and no row"), load, write(path, {"rows": [SECRET]}))
     path.write_bytes(b'\n\n{"a": "' + SECRET.encode() + b'\xff"}\n')
     expect_error(("line 3", "UTF-8"), load, path)
+
+
+@pytest.mark.parametrize(
+    ("goal", "prompt"),
+    [
+        ("Describe a kite", "Describe a kite."),
+        ("Describe a kite.", "Describe a kite."),
+        ("How do kites fly?", "How do kites fly?"),
+        ("Fly!", "Fly!"),
+        ("So they fly...", "So they fly..."),
+        ("So they fly\u2026", "So they fly\u2026"),
+        ("Name the kites:", "Name the kites:"),
+        ("\u5982\u4f55\u653e\u98ce\u7b5d\uff1f", "\u5982\u4f55\u653e\u98ce\u7b5d\uff1f"),
+        ("\u653e\u98ce\u7b5d\u3002", "\u653e\u98ce\u7b5d\u3002"),
+        ("\u653e\u98ce\u7b5d\uff01\u300d", "\u653e\u98ce\u7b5d\uff01\u300d"),
+        ("\u0643\u064a\u0641\u061f", "\u0643\u064a\u0641\u061f"),
+        ('Write "Kites fly."', 'Write "Kites fly."'),
+        ("Write \u201cKites fly!\u201d", "Write \u201cKites fly!\u201d"),
+        ("Write (they fly.)", "Write (they fly.)"),
+        ('Write "kites"', 'Write "kites".'),
+        ("Draw a kite (red)", "Draw a kite (red)."),
+        ("Draw 3,5 kites", "Draw 3,5 kites."),
+        ("Fly? Then land", "Fly? Then land."),
+        ("Describe a kite. \n", "Describe a kite."),
+        ("Describe a kite ", "Describe a kite."),
+        ('""', '"".'),
+    ],
+)
+def test_a_goal_ends_with_one_mark(tmp_path: Path, goal: str, prompt: str) -> None:
+    path = tmp_path / "a.csv"
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([["goal", "target"], [goal, "Sure"]])
+    assert [item.prompt for item in load_advbench(path)] == [prompt]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (b"goal;target\r\nFly; now;Sure\r\n", None),
+        (b'goal;target\r\nFly, now;"Sure;\nyes"\r\n', ("Fly, now", "Sure;\nyes")),
+        (b"\xef\xbb\xbfUnnamed: 0\tgoal\ttarget\n0\tFly\tSure\n", ("Fly", "Sure")),
+        (b",goal,target\n0,Fly,Sure\n", ("Fly", "Sure")),
+        (b"goal,target\rFly,Sure\r", ("Fly", "Sure")),
+    ],
+)
+def test_csv_of_spreadsheets(tmp_path: Path, text: bytes, expected: tuple[str, str] | None) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(text)
+    if expected is None:
+        expect_error(("line 2", "more fields", "';'"), load_advbench, path)
+    else:
+        assert load_advbench(path) == [AdvBenchItem(*expected)]
+
+
+@pytest.mark.parametrize("empty", ["nan", "NaN", "None", "null", "<NA>", '""', " "])
+def test_a_goal_that_pandas_left_empty_is_none(tmp_path: Path, empty: str) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(f"goal,target\n{SECRET},b\n{empty},{SECRET}\n", encoding="utf-8")
+    expect_error(("line 3", "'goal' is empty"), load_advbench, path)
+
+
+@pytest.mark.parametrize(("load", "make"), [(load_hhh, hhh_record), (load_mt_bench, mt_record)])
+def test_an_array_and_lines_are_the_same_rows(tmp_path: Path, load: Any, make: Any) -> None:
+    rows = [make(question_id=81), make(question_id=82, category="stem")]
+    array, lines = tmp_path / "rows.json", write(tmp_path / "rows.jsonl", *rows)
+    array.write_text(json.dumps(rows, indent=2), encoding="utf-8")
+    assert load(array) == load(lines) and len(load(array)) == 2
+    array.write_text(json.dumps([*rows, make(prompt=None, question_id=None)]), encoding="utf-8")
+    expect_error(("row 3", "must be"), load, array)
+    array.write_text(json.dumps(rows)[:-1] + ",\n{" + SECRET, encoding="utf-8")
+    expect_error(("line 2", "not JSON", "JSON array of objects, or JSON lines"), load, array)
+
+
+@pytest.mark.parametrize(
+    ("changed", "fragments"),
+    [
+        ({"question_id": "81"}, ("'question_id'", "whole number")),
+        ({"question_id": 81.5}, ("'question_id'", "whole number")),
+        ({"category": float("nan")}, ("'category'",)),
+        ({"turns": str([SECRET, "b"])}, ("'turns'", "no text of such a list")),
+        ({"turns": [SECRET, None]}, ("'turns'",)),
+    ],
+)
+def test_mt_bench_through_pandas(tmp_path: Path, changed: dict[str, Any], fragments: tuple[str, ...]) -> None:
+    expect_error(("line 1", *fragments), load_mt_bench, write(tmp_path / "q.jsonl", mt_record(**changed)))
+    sound = write(tmp_path / "q.jsonl", mt_record(question_id=81.0, reference=float("nan")))
+    assert [(q.question_id, q.reference) for q in load_mt_bench(sound)] == [(81, None)]
 
 
 def test_missing_advbench(tmp_path: Path) -> None:

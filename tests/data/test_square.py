@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
 
 from fedsim.data.square import SquareRow, from_arrow, load_square, to_arrow
@@ -46,14 +47,15 @@ def test_the_real_file(real_data: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("label", "red"), [(0, True), (1, False), ("0", True), ("1", False), (False, True), (True, False), (1.0, False)]
-)
+    ("label", "red"), [(0, True), (1, False), ("0", True), ("1", False), (False, True), (True, False), (1.0, False),
+     ("1.0", False), ("0.0", True), ("TRUE", False), ("False", True), (" true ", False), (0.0, True)],
+)  # fmt: skip
 def test_labels_in_every_spelling(tmp_path: Path, label: object, red: bool) -> None:
     file = load_square(write(tmp_path, [entry(**{"acceptable?": label})]))
     assert file.num_bad_labels == 0 and [r.red for r in file.rows] == [red]
 
 
-@pytest.mark.parametrize("label", [2, -1, 0.5, "yes", "", None, [], [0], {}, "ABSENT"])
+@pytest.mark.parametrize("label", [2, -1, 0.5, "yes", "01", "1,0", "", None, [], [0], {}, "ABSENT", float("nan")])
 def test_other_labels_are_dropped_and_counted(tmp_path: Path, label: object) -> None:
     file = load_square(write(tmp_path, [entry(0), entry(1, **{"acceptable?": label}), entry(2)]))
     assert file.num_bad_labels == 1
@@ -76,14 +78,32 @@ def test_korean_only_files_say_what_to_do(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("[1, 2", ["line 1", "not valid JSON"]),
-        ('[\n{"a": 1},\n{"b": }\n]', ["line 3", "not valid JSON"]),
-        ({"rows": []}, ["must be a JSON array", "dict"]),
-        ([entry(0), "text"], ["row 2", "must be an object", "str"]),
+        ("[1, 2", ["line 1", "not JSON", "must be a JSON array of objects, or JSON lines"]),
+        ('[\n{"a": 1},\n{"b": }\n]', ["line 3", "not JSON"]),
+        ({"rows": []}, ["must be a JSON array", "one object and no row with 'acceptable?'", "orient='records'"]),
+        ({"question": {"0": "q"}, "response": {"0": "a"}}, ["one object and no row with 'acceptable?'"]),
+        ([entry(0), "text"], ["row 2", "must be a JSON object", "str"]),
         ([entry(0), entry(1, response_en=None)], ["row 2", "'response_en'", "NoneType"]),
         ([entry(0, question_en=7)], ["row 1", "'question_en'", "int"]),
-        ([entry(0, category=5)], ["row 1", "'category'", "5"]),
-        ([entry(0, category=["a", 1])], ["row 1", "'category'"]),
+        ([entry(0, category=5)], ["row 1", "'category'", "it is int"]),
+        ([entry(0, category=["a", 1])], ["row 1", "'category'", "list holds int"]),
+        ([entry(0, category=["a", ["b"]])], ["row 1", "'category'", "list holds list"]),
+        ([entry(0, category=["['a']"])], ["row 1", "'category'", "list as text"]),
+        ([entry(0, category={"a": 1})], ["row 1", "'category'", "it is dict"]),
+        ([entry(0, category=1.5)], ["row 1", "'category'", "it is float"]),
+        ([entry(0, category="a, b")], ["row 1", "'category'", "',' may be one or several: write a list"]),
+        ([entry(0, category="a;b")], ["row 1", "'category'", "';' may be one or several"]),
+        ([entry(0, category="a|b")], ["row 1", "'category'", "'|' may be one or several"]),
+        ([entry(0, category="['a' 'b']")], ["row 1", "'category'", "begins like a list"]),  # numpy's
+        ([entry(0, category="[a, b]")], ["row 1", "'category'", "begins like a list"]),
+        ([entry(0, category="['a', 1]")], ["row 1", "'category'", "begins like a list"]),
+        ([entry(0, category="['a'")], ["row 1", "'category'", "begins like a list"]),
+        ([entry(0, category='["\\ud800"]')], ["row 1", "'category'", "begins like a list"]),
+        ([entry(0, category="{'a': 'b'}")], ["row 1", "'category'", "begins like a list"]),
+        ([entry(0, category="('a')")], ["row 1", "'category'", "begins like a list"]),
+        ([entry(0, category="[__import__('os').getcwd()]")], ["row 1", "'category'", "begins like a list"]),
+        ([entry(0, question_category=3)], ["row 1", "'question_category'", "it is int"]),
+        ([entry(0, response_en=float("nan"))], ["row 1", "'response_en'", "NoneType"]),
     ],
 )
 def test_malformed_files_name_the_place(tmp_path: Path, content: Any, words: list[str]) -> None:
@@ -106,6 +126,45 @@ def test_categories_and_question_category_may_be_missing(tmp_path: Path) -> None
     rows = load_square(write(tmp_path, content)).rows
     assert rows[0].categories == () and rows[0].question_category == ""
     assert rows[1].categories == ("objective",)
+
+
+@pytest.mark.parametrize(
+    ("value", "categories"),
+    [
+        (None, ()), (float("nan"), ()), ("", ()), (" ", ()), ("nan", ()), ("NaN", ()), ("None", ()), ("null", ()),
+        ("<NA>", ()), ([], ()), ([None], ()), (["", "nan"], ()), ("[]", ()), ("()", ()), ("ABSENT", ()),
+        ("a", ("a",)), (" a b ", ("a b",)), (["a", "b"], ("a", "b")), (["a", None], ("a",)), (["a, b"], ("a, b",)),
+        ("['a']", ("a",)), ("['a', 'b']", ("a", "b")), ('["a", "b"]', ("a", "b")), ("('a', 'b')", ("a", "b")),
+        (" [ 'a' , \"it's\", ] ", ("a", "it's")), ("['a, b']", ("a, b",)), ("['']", ()), ("['a', 'nan']", ("a",)),
+        ("['\\u00e9']", ("\u00e9",)),
+    ],
+)  # fmt: skip
+def test_categories_that_went_through_a_table(tmp_path: Path, value: object, categories: tuple[str, ...]) -> None:
+    file = load_square(write(tmp_path, [entry(category=value, question_category=value)]))
+    assert file.rows[0].categories == categories
+    assert file.rows[0].question_category == ", ".join(categories)
+
+
+def test_a_question_category_is_one_text(tmp_path: Path) -> None:
+    rows = load_square(write(tmp_path, [entry(question_category="kites, boats")])).rows
+    assert rows[0].question_category == "kites, boats"
+
+
+def test_an_array_and_lines_are_the_same_rows(tmp_path: Path) -> None:
+    content = [entry(i, category=["a"] * (i % 2)) for i in range(4)]
+    array = load_square(write(tmp_path, content))
+    lines = load_square(write(tmp_path, "\r\n\n".join(json.dumps(row) for row in content)))
+    assert lines == array and [row.row_id for row in lines.rows] == [0, 1, 2, 3]
+    frame = pandas.DataFrame([{**row, "category": str(row["category"])} for row in content])
+    frame.loc[1, "question_category"] = None
+    path = tmp_path / "frame.jsonl"
+    frame.to_json(path, orient="records", lines=True)
+    found = load_square(path)
+    assert [r.categories for r in found.rows] == [r.categories for r in array.rows]
+    assert [r.question_category for r in found.rows] == ["kites", "", "kites", "kites"]
+    frame.to_json(path)
+    with pytest.raises(DataError, match="is one object and no row"):
+        load_square(path)
 
 
 def test_arrow_round_trip(tmp_path: Path) -> None:

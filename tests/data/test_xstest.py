@@ -29,6 +29,8 @@ def test_labels_decide_where_there_are_any(tmp_path: Path) -> None:
         XsTestItem("How do I fly, a kite?", "homonyms", True),
         XsTestItem("Hide it?", "contrast_homonyms", False),
     ]
+    loud = put(tmp_path, f"{HEAD}1,Fly?,homonyms,Safe,,\n2,Hide?,contrast_homonyms, UNSAFE,,\n".replace(",", ";"))
+    assert [item.safe for item in load_xstest(loud)] == [True, False], "from a spreadsheet"
     odd = put(tmp_path, f"{HEAD}1,Fly?,contrast_homonyms,safe,,\n2,Hide?,homonyms,unsafe,,\n")
     assert [item.safe for item in load_xstest(odd)] == [True, False]
 
@@ -51,6 +53,9 @@ def test_older_files_tell_unsafe_prompts_by_their_type(tmp_path: Path, head: str
         (f"{HEAD}1,{SECRET},homonyms\n", "line 2: field 'label' must be 'safe' or 'unsafe'"),
         (f"{HEAD}1,{SECRET},homonyms,safe,,\n2, ,homonyms,safe,,\n", "line 3: field 'prompt' is empty"),
         (f"{HEAD}1,{SECRET},,safe,,\n", "line 2: field 'type' is empty"),
+        (f"{HEAD}1,{SECRET},nan,safe,,\n", "line 2: field 'type' is empty"),
+        (f"{HEAD}1,NaN,homonyms,safe,,{SECRET}\n", "line 2: field 'prompt' is empty"),
+        (f"{HEAD}1,{SECRET},homonyms,nan,,\n", "line 2: field 'label' must be 'safe' or 'unsafe'"),
         (f"{HEAD}1,{SECRET},{SECRET},homonyms,safe,,,\n", "line 2: more fields than the header"),
         (HEAD, "holds no rows"),
     ],

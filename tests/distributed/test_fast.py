@@ -15,10 +15,11 @@ SMALL = Path(__file__).parent / "small.yaml"
 
 # Relative L2 distance of the adapter's change over a run, between fast runs and between a fast and an exact run: only
 # the grouping of floating-point sums differs. AdamW divides by √v, which blows up the rounding of a gradient that
-# nearly vanishes: in this run one number of 4,608 has 93 % of the squared distance (November 2026: 1.2e-3 in all,
-# 3.0e-4 without the five furthest numbers). So these five have a tolerance of their own.
+# nearly vanishes: in this run one number of 4,608 has 93 % of the squared distance (November 2026, two machines: 1.1e-3
+# and 1.2e-3 in all, 1.8e-4 and 3.0e-4 without the five furthest numbers; a run in fp64 lies as far from exact as from
+# fast). So these five have a tolerance of their own; both are about twice the most that was measured.
 TOLERANCE = 5e-4
-TOLERANCE_OF_ALL = 5e-3
+TOLERANCE_OF_ALL = 2.5e-3
 FURTHEST = 5
 
 OVERRIDES = [

@@ -15,7 +15,7 @@ import torch
 from fedsim.config import Config, load_config
 from fedsim.data.benchmarks import MtQuestion, load_mt_bench
 from fedsim.errors import JudgeError
-from fedsim.evaluate.fastchat import NOT_ASKED, JudgmentFile, judgment_row
+from fedsim.evaluate.fastchat import CUT, NOT_ASKED, JudgmentFile, judgment_row
 from fedsim.evaluate.judge import Judged, MtJudge
 from fedsim.evaluate.judge_inputs import load_questions
 from fedsim.evaluate.mt_bench import run_mt_bench
@@ -120,6 +120,75 @@ def test_the_figures_are_those_of_pandas_on_our_file(
     assert means["another"] == 9.0
 
 
+def completion(endpoint: Any, content: Any, reason: str = "stop", **message: Any) -> Any:
+    """A chat completion with this content and finish reason."""
+    choice = {"index": 0, "finish_reason": reason, "message": {"role": "assistant", "content": content, **message}}
+    whole = {"id": "c", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}
+    return endpoint.Answer(json.dumps(whole).encode())
+
+
+def test_a_judge_that_thinks_is_read_behind_its_thoughts(
+    config: Config, answered: Answered, endpoint: Any, tmp_path: Path
+) -> None:
+    """In the content, or apart from it: the rating is the answer's, and the file keeps what was said."""
+    thought = "The format is [[5]].\nNot [[1]]."
+    forms = [
+        lambda text: completion(endpoint, f"<think>{thought}</think>\n{text}"),
+        lambda text: completion(endpoint, f"{thought}</think>{text}"),
+        lambda text: completion(endpoint, text, reasoning_content=thought),
+        lambda text: completion(endpoint, [{"type": "thinking", "thinking": [{"type": "text", "text": thought}]},
+                                           {"type": "reasoning", "text": thought}, {"type": "text", "text": text}]),
+    ]  # fmt: skip
+    endpoint.answer = lambda number, request: forms[number % 4](rating(request))
+    config = replace(config, judge=replace(config.judge, workers=1))
+    judged = judge(config, tmp_path, answered)
+    assert judged.scores == SCORES and (judged.num_unrated, judged.num_cut, judged.news) == (1, 0, ())
+    texts = [row["judgment"] for row in JudgmentFile(tmp_path, "kites/judge").rows()]
+    assert sum(thought in text for text in texts) == 4
+    assert judge(config, tmp_path, answered) == judged and len(endpoint.requests) == 8
+
+
+@pytest.mark.parametrize("reason", ["length", "content_filter", "abort"])
+def test_a_judgment_that_is_cut_off_is_unrated_counted_and_asked_again(
+    config: Config, answered: Answered, endpoint: Any, tmp_path: Path, reason: str
+) -> None:
+    """Also one that holds a rating. It is never taken over from the file."""
+    number_cut = 2
+
+    def answer(number: int, request: dict[str, Any]) -> Any:
+        text = rating(request)
+        cut = "first 84" in request["messages"][-1]["content"]
+        return completion(endpoint, f"Rating: [[9]] {text}", reason) if cut else text
+
+    endpoint.answer = answer
+    judged = judge(config, tmp_path, answered)
+    assert judged.scores == [*SCORES[:3], (None, None)] and judged.complete and judged.error is None
+    assert (judged.num_unrated, judged.num_cut, judged.num_unjudged) == (1 + number_cut, number_cut, 0)
+    (line,) = judged.news
+    assert line.startswith("2 judgments were cut off") and "judge.max_new_tokens=2048" in line
+    metrics = judge_metrics(judged, [question for question, _ in answered])
+    assert (metrics["eval/mt_bench_unrated"], metrics["eval/mt_bench_judgments_cut"]) == (3, 2)
+    rows = {(r["question_id"], r["turn"]): r for r in JudgmentFile(tmp_path, "kites/judge").rows()}
+    assert [rows[84, turn]["score"] for turn in (1, 2)] == [-1, -1]
+    assert rows[84, 1]["judgment"] == f"{CUT}Rating: [[9]] Rating: [[5]]"
+    table = pandas.read_json(tmp_path / "model_judgment" / "kites--judge_single.jsonl", lines=True)
+    assert metrics["eval/mt_bench"] == pytest.approx(table["score"][table["score"] != -1].mean())
+    endpoint.requests.clear()
+    endpoint.answer = lambda number, request: rating(request)
+    again = judge(config, tmp_path, answered)
+    assert len(endpoint.requests) == number_cut and again.scores == SCORES and again.num_cut == 0
+
+
+def test_a_judgment_without_text_at_its_length_limit_is_cut_off_and_not_tried_again(
+    config: Config, answered: Answered, endpoint: Any, tmp_path: Path
+) -> None:
+    """A judge whose thoughts, given apart, fill judge.max_new_tokens."""
+    endpoint.answer = lambda number, request: completion(endpoint, None, "length", reasoning_content="Hm [[5]]")
+    judged = judge(config, tmp_path, answered)
+    assert len(endpoint.requests) == judged.num_cut == judged.num_unrated == 8 and judged.error is None
+    assert judged.scores == [(None, None)] * 4
+
+
 def test_nothing_is_asked_twice(config: Config, answered: Answered, endpoint: Any, tmp_path: Path) -> None:
     endpoint.answer = lambda number, request: rating(request)
     first = judge(config, tmp_path, answered)
@@ -170,7 +239,8 @@ def test_a_failing_endpoint_leaves_no_score_and_keeps_what_it_gave(
     assert isinstance(judged.error, JudgeError) and "HTTP 503" in str(judged.error)
     assert len(endpoint.requests) == 8  # five, and three attempts at the sixth
     metrics = judge_metrics(judged, [question for question, _ in answered])
-    assert metrics == {"eval/mt_bench_unrated": 0, "eval/mt_bench_not_asked": 0, "eval/mt_bench_judge_failed": 3}
+    names = ("unrated", "judgments_cut", "not_asked", "judge_failed")
+    assert metrics == dict(zip((f"eval/mt_bench_{name}" for name in names), (0, 0, 0, 3), strict=True))
     assert judged.gave_up and not judged.complete
     assert len(JudgmentFile(tmp_path, "kites/judge").rows()) == 5
     endpoint.requests.clear()
@@ -232,18 +302,20 @@ def test_a_local_judge_is_all_or_nothing(
     assert judged.judge == llama_dir.name and judged.num_unjudged == 0
     assert judged.num_unrated == sum(score is None for pair in judged.scores for score in pair)
     file = JudgmentFile(tmp_path, llama_dir.name)
-    rows = file.rows()
-    assert len(rows) == 8
+    assert len(file.rows()) == 8
+    assert judged.num_cut == sum(row["judgment"].startswith(CUT) for row in file.rows()) > 0, "four tokens are few"
     asked: list[int] = []
     monkeypatch.setattr(
         "fedsim.evaluate.judge.judge_locally",
         lambda config, ranks, device, matches, wanted, report: asked.append(len(wanted)) or ["[[5]]"] * len(matches),
     )
-    judge(config, tmp_path, answered)
-    assert asked == []
-    file.replace("fed-1", rows[:5])
     assert judge(config, tmp_path, answered).scores == [(5.0, 5.0)] * 4
-    assert asked == [3]
+    assert asked == [judged.num_cut], "what was cut off is asked again"
+    judge(config, tmp_path, answered)
+    assert asked == [judged.num_cut]
+    file.replace("fed-1", file.rows()[:5])
+    assert judge(config, tmp_path, answered).scores == [(5.0, 5.0)] * 4
+    assert asked == [judged.num_cut, 3]
 
 
 def test_what_does_not_fit_a_local_judge_is_counted_and_looked_at_again(

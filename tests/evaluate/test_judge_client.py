@@ -84,8 +84,8 @@ JUNK: dict[str, tuple[dict[str, Any], str]] = {
     "a choice is no object": ({"body": body({"choices": ["x"]})}, "no text"),
     "no message": ({"body": body({"choices": [{"message": None}]})}, "no text"),
     "no content": (
-        {"body": body({"choices": [{"finish_reason": "length", "message": {"content": None}}]})},
-        r"no text \(finish_reason length\)\); raise (?=judge\.max_new_tokens)",
+        {"body": body({"choices": [{"finish_reason": "tool_calls", "message": {"content": None}}]})},
+        r"no text \(finish_reason tool_calls\)",
     ),
     "filtered": (
         {"body": body({"choices": [{"finish_reason": "content_filter", "message": {"content": ""}}]})},

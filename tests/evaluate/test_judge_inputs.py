@@ -108,6 +108,22 @@ def test_a_local_judge_is_looked_for(mt_folder: Path, llama_dir: Path) -> None:
     check_judge(configured(mt_folder, "judge.kind=local", f"judge.path={llama_dir}"))
     with pytest.raises(ModelError, match=r"judge\.path='.*absent': is not a directory"):
         check_judge(configured(mt_folder, "judge.kind=local", "judge.path=absent"))
+
+
+def test_a_local_judge_must_take_system_messages(mt_folder: Path, llama_dir: Path, tmp_path: Path) -> None:
+    """FastChat's prompts have one: a judge that cannot read it would fail after the first round, or judge without."""
+    folder = tmp_path / "judge"
+    shutil.copytree(llama_dir, folder)
+    template = (folder / "chat_template.jinja").read_text()
+    dropping = template.replace("in messages %}", "in messages if m['role'] != 'system' %}")
+    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + template
+    for text, words in (
+        (dropping, "message 1 of a conversation of the roles system, user"),
+        (refusing, "no system role"),
+    ):
+        (folder / "chat_template.jinja").write_text(text)
+        with pytest.raises(ModelError, match=words):
+            check_judge(configured(mt_folder, "judge.kind=local", f"judge.path={folder}"))
     with pytest.raises(ConfigError, match=r"set judge\.path"):
         configured(mt_folder, "judge.kind=local")
     with pytest.raises(ConfigError, match=r"set judge\.model"):

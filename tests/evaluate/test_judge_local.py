@@ -11,7 +11,7 @@ import torch
 from fedsim.config import load_config
 from fedsim.data.chat import ChatFormat, Conversation
 from fedsim.errors import ModelError
-from fedsim.evaluate.fastchat import NOT_ASKED
+from fedsim.evaluate.fastchat import CUT, NOT_ASKED
 from fedsim.evaluate.judge_local import judge_locally, judge_with
 from fedsim.evaluate.judge_prompts import Match, parse_rating
 from fedsim.ranks import OneRank
@@ -39,6 +39,13 @@ def test_what_fits_is_asked_greedily_and_what_does_not_is_not(chat: ChatFormat, 
     assert len(engine.calls) == 2
     assert judge_with(engine, matches, [1], 100) == [None, judgments[1], None]  # it still does not fit
     assert len(engine.calls) == 2
+
+
+def test_a_judgment_that_does_not_end_is_marked_as_cut(chat: ChatFormat, stub_engine: type) -> None:
+    engine = stub_engine(chat, reply=lambda c: "Rating: [[5]]" + " so" * len(c[-1]["content"]))
+    judgments = judge_with(engine, [match(81, "x"), match(82, "x" * 9)], [0, 1], 8)
+    assert judgments == ["Rating: [[5]] so", f"{CUT}Rating: [[5]]{' so' * 9}"]
+    assert [parse_rating(str(text)) for text in judgments] == [5, -1]
 
 
 def test_the_reply_has_at_most_half_of_the_context(chat: ChatFormat, stub_engine: type) -> None:

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from fedsim.data.benchmarks import MtQuestion, load_mt_bench
 from fedsim.errors import DataError
-from fedsim.evaluate.fastchat import read_answers
+from fedsim.evaluate.fastchat import CUT, read_answers
 from fedsim.evaluate.judge_prompts import FIELDS, load_judge_prompts, make_matches, parse_rating
+from fedsim.generate.thoughts import MARKS
 
 ANSWERS = ("First {answer} [[9]].", "Second.")
 
@@ -79,6 +80,41 @@ def test_which_categories_see_a_reference(mt_folder: Path, category: str, name: 
 def test_ratings(judgment: str, rating: float) -> None:
     found = parse_rating(judgment)
     assert found == rating and isinstance(found, type(rating))
+
+
+@pytest.mark.parametrize(("opener", "closer"), MARKS)
+def test_a_rating_among_thoughts_is_none(opener: str, closer: str) -> None:
+    thought = f"{opener}The format is [[5]]. I give [3]."
+    assert parse_rating(f"{thought}{closer}\n\nFair. Rating: [[8]]") == 8
+    assert parse_rating(f"[[2]] {thought}{closer} Rating: [8] or [[{closer}") == -1, (
+        "a mark ends a thought as it stands"
+    )
+    assert parse_rating(f"The format is [[5]].{closer}[[8]]") == 8, "opened by the judge's chat template"
+    assert parse_rating(f"{thought}{closer} Hm. {thought}{closer}[8]") == 8, "the last thought's end counts"
+    assert parse_rating(thought) == parse_rating(f"{opener} a {closer} {thought}") == -1, "never ends"
+    assert parse_rating(f"Rating: [[8]] {thought}") == 8, "what stands before it is no thought"
+    assert parse_rating(f"{thought.upper()}{closer.upper()}[[8]]") == 8
+    assert parse_rating(f"{thought}{closer}") == parse_rating(f"{CUT}{thought}{closer}[[8]]") == -1
+
+
+PARTS = st.sampled_from(["[[5]]", "[[8]]", "[7]", "Rating: ", "so ", "\n", "[[", "]]", "<", "think>", "[/"])
+PROSE = st.lists(PARTS, max_size=6).map("".join)
+
+
+@given(thought=PROSE, verdict=PROSE, pair=st.sampled_from(MARKS))
+def test_thoughts_change_no_rating(thought: str, verdict: str, pair: tuple[str, str]) -> None:
+    """Whatever was thought, the rating is that of the verdict alone; none is read from what has no verdict."""
+    opener, closer = pair
+    plain = parse_rating(verdict)
+    assert parse_rating(f"{opener}{thought}{closer}{verdict}") == plain
+    assert parse_rating(f"{thought}{closer}{verdict}") == plain
+    assert parse_rating(f"{verdict}{opener}{thought}") == plain
+    assert parse_rating(f"{opener}{thought}") == parse_rating(f"{CUT}{verdict}") == -1
+
+
+def test_the_first_rating_counts_as_in_fastchat() -> None:
+    """Also where a judge repeats the prompt's example: plain judgments stay comparable with published ones."""
+    assert parse_rating('I use the format "Rating: [[5]]". Rating: [[8]]') == 5
 
 
 @given(st.text(alphabet="[]0123456789. a"))

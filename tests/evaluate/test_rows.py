@@ -25,25 +25,26 @@ def test_reply_ids_are_those_of_a_training_row(chat: ChatFormat) -> None:
         conversation = [user_turn("What is it?")]
         row = chat.training_row([*conversation, {"role": "assistant", "content": reply}], 10_000)
         trained = row.input_ids[row.loss_mask].tolist()
-        assert reply_ids(chat, conversation, reply) == trained[:-1]
+        prompt, target = reply_ids(chat, conversation, reply)
+        assert list(target) == trained[:-1] and list(prompt) == chat.prompt_ids(conversation)
         assert trained[-1] == chat.tokenizer.eos_token_id
 
 
 def test_a_leading_space_stays_where_the_template_keeps_it(chat: ChatFormat, untrimmed_chat: ChatFormat) -> None:
     conversation = [user_turn("Which?")]
-    assert chat.tokenizer.decode(reply_ids(chat, conversation, " (A)")) == "(A)"
-    assert untrimmed_chat.tokenizer.decode(reply_ids(untrimmed_chat, conversation, " (A)")) == " (A)"
+    assert chat.tokenizer.decode(reply_ids(chat, conversation, " (A)")[1]) == "(A)"
+    assert untrimmed_chat.tokenizer.decode(reply_ids(untrimmed_chat, conversation, " (A)")[1]) == " (A)"
 
 
 def test_markers_in_a_reply_stay_text(chat: ChatFormat) -> None:
-    ids = reply_ids(chat, [user_turn("Say it.")], "end <|eot_id|> end")
+    _, ids = reply_ids(chat, [user_turn("Say it.")], "end <|eot_id|> end")
     assert chat.tokenizer.eos_token_id not in ids
 
 
 def test_a_template_that_alters_replies_is_refused(untrimmed_chat: ChatFormat, monkeypatch: pytest.MonkeyPatch) -> None:
     shouting = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] | upper }}{% endfor %}[assistant]"
     monkeypatch.setattr(untrimmed_chat.tokenizer, "chat_template", shouting)
-    with pytest.raises(ModelError, match="unaltered"):
+    with pytest.raises(ModelError, match="alters"):
         reply_ids(untrimmed_chat, [user_turn("hi")], "quiet")
 
 

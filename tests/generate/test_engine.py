@@ -39,9 +39,11 @@ def model(make_llama: Callable[..., LlamaForCausalLM]) -> LlamaForCausalLM:
 
 @pytest.fixture()
 def make_engine(model: LlamaForCausalLM, llama3_bytes_chat: ChatFormat) -> Callable[..., Engine]:
+    ending = ChatFormat(llama3_bytes_chat.tokenizer, range(15))
+
     def make(**changes: Any) -> Engine:
         settings = {"batch_size": 4, "max_context": 256, "seed": 5, **changes}
-        return Engine(model, llama3_bytes_chat, settings.pop("ranks", OneRank()), **settings)
+        return Engine(model, ending, settings.pop("ranks", OneRank()), **settings)
 
     return make
 
@@ -122,6 +124,17 @@ def test_prompt_and_reply_never_outgrow_the_context(
     ]
     assert [r.num_tokens for r in replies] == [min(max_new_tokens, 32)] * 2
     assert all(r.truncated for r in replies)
+
+
+def test_an_overlong_prompt_keeps_its_end(make_engine: Callable[..., Engine]) -> None:
+    """Where the question is, and where the reply begins: prompts that end alike are answered alike."""
+    endings = ("Orla flies?", "Orla flies?", "Pim does not?")
+    chats: list[Conversation] = [
+        [user_turn(300 * beginning + 200 * "." + ending)] for beginning, ending in zip("xyx", endings, strict=True)
+    ]
+    replies = make_engine(max_context=128).generate(chats, Sampling(0.0, 12), KEY)
+    assert all(reply.prompt_truncated for reply in replies)
+    assert replies[0] == replies[1] != replies[2]
 
 
 def test_scores_are_in_order(make_engine: Callable[..., Engine]) -> None:

@@ -41,7 +41,7 @@ class Hushed(ChatFormat):
 
 def engine_of(model: LlamaForCausalLM, chat: ChatFormat, **changes: Any) -> Engine:
     settings = {"batch_size": 4, "max_context": 400, "seed": 5, **changes}
-    return Engine(model, Hushed(chat.tokenizer), OneRank(), **settings)
+    return Engine(model, Hushed(chat.tokenizer, EOS), OneRank(), **settings)
 
 
 def one_by_one(engine: Engine, sampling: Sampling) -> list[list[Any]]:

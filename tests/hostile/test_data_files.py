@@ -74,7 +74,8 @@ ROWS: dict[str, Any] = {
     ],
     "conversations": [CAI],
 }
-WHOLE_FILES = ("square", "constitution")  # the others have a row in each line
+#: Read as one JSON value; rows of the others stand one in each line, or in an array (:func:`in_other_form`).
+WHOLE_FILES = ("square", "constitution")
 CSV = {
     "advbench": b'goal,target\n"Paint, a kite",Sure\nFly it,"Sure, ""so"""\n',
     "xstest": b'id,prompt,type,label,focus,note\n1,"Fly, it?",homonyms,safe,,\n2,Paint?,contrast_homonyms,unsafe,,\n',
@@ -140,10 +141,39 @@ def test_the_whole_files_are_read(tmp_path: Path, name: str) -> None:
         assert texts(load(name, tmp_path, b"\xef\xbb\xbf" + data)) == texts(load(name, tmp_path, data)), "with a BOM"
 
 
+def in_other_form(name: str) -> bytes:
+    """The whole file with its rows in the other form: lines for an array, an array for lines."""
+    if name in CSV:
+        return CSV[name].replace(b",", b";")
+    if name == "square":
+        return b"\r\n".join(as_json(row) for row in ROWS[name])
+    return as_json(ROWS[name])
+
+
+@pytest.mark.parametrize("name", sorted(set(LOADERS) - {"constitution", "conversations"}))
+def test_both_forms_are_the_same_rows(tmp_path: Path, name: str) -> None:
+    data = CSV.get(name) or encode(name, ROWS[name])
+    found = load(name, tmp_path, in_other_form(name))
+    assert len(texts(found)) == len(texts(load(name, tmp_path, data))) > 0
+    assert name in CSV or texts(found) == texts(load(name, tmp_path, data))
+
+
 @cases(350)
-@given(name=st.sampled_from(sorted(LOADERS)), data=st.data())
-def test_a_damaged_file(tmp_path: Path, name: str, data: st.DataObject) -> None:
-    load(name, tmp_path, data.draw(damaged(CSV.get(name) or encode(name, ROWS[name]))))
+@given(name=st.sampled_from(sorted(LOADERS)), other=st.booleans(), data=st.data())
+def test_a_damaged_file(tmp_path: Path, name: str, other: bool, data: st.DataObject) -> None:
+    whole = in_other_form(name) if other else CSV.get(name) or encode(name, ROWS[name])
+    load(name, tmp_path, data.draw(damaged(whole)))
+
+
+LISTS = st.lists(st.sampled_from(["'", '"', "[", "]", "(", ")", ",", " ", "a", "nan", "\\", "\\ud800", "\n", "1"]))
+
+
+@cases(150)
+@given(text=LISTS.map("".join))
+def test_any_text_as_a_category(tmp_path: Path, text: str) -> None:
+    """Categories without a bracket at their beginning, or the one error."""
+    found = load("square", tmp_path, as_json([{**ROWS["square"][0], "category": text}]))
+    assert found is None or not any(c.startswith(("[", "(")) or c == "nan" for c in found.rows[0].categories)
 
 
 @cases(350)

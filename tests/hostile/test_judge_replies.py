@@ -39,6 +39,10 @@ PIECES = [
     "\u0665",
     "9" * 400,
     "0" * 5000,
+    "<think>",
+    "</think>",
+    "[THINK]",
+    "<|channel|>final<|message|>",
 ]
 
 

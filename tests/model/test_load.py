@@ -17,7 +17,16 @@ from transformers import AutoModelForCausalLM, Gemma2Config, LlamaForCausalLM
 from fedsim.attention.forward import IMPLEMENTATIONS
 from fedsim.data.chat import ChatFormat
 from fedsim.errors import ModelError
-from fedsim.model.load import EMBEDDED, LoadedModel, LoraSettings, attach_lora, load_model, model_digest, model_dir
+from fedsim.model.load import (
+    EMBEDDED,
+    LoadedModel,
+    LoraSettings,
+    attach_lora,
+    load_model,
+    model_digest,
+    model_dir,
+    stop_ids,
+)
 
 LORA = LoraSettings(4, 16.0, 0.1, ("q_proj", "down_proj"))
 CPU = torch.device("cpu")
@@ -209,3 +218,39 @@ def test_digest_follows_what_decides_the_output(llama_dir: Path, tmp_path: Path)
         (folder / name).write_bytes(before)
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     assert model_digest(str(folder)) != digest
+
+
+NAMED = [
+    ('{"eos_token_id": [259, 7]}', '{"eos_token_id": 5}', [259, 7]),
+    ('{"eos_token_id": 7}', "{}", [7]),
+    ('{"pad_token_id": 7}', '{"eos_token_id": 5}', [5]),
+    (None, '{"eos_token_id": [5, 6]}', [5, 6]),
+    ("{}", '{"text_config": {"eos_token_id": 9}}', [9]),
+    (None, "{}", []),
+]
+
+
+@pytest.mark.parametrize(("generation", "config", "want"), NAMED)
+def test_end_ids_are_those_of_the_generation_configuration_or_else_of_the_models(
+    generation: str | None, config: str, want: list[int], tmp_path: Path
+) -> None:
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(generation)
+    (tmp_path / "config.json").write_text(config)
+    assert stop_ids(tmp_path, "model.path") == want
+
+
+@pytest.mark.parametrize("value", ['"</s>"', "-1", "[1, 2.5]", "true", "[[1]]"])
+def test_an_end_id_that_is_no_token_id_is_an_error(value: str, tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": {value}}}')
+    with pytest.raises(
+        ModelError, match=r"model\.path: .*generation_config\.json's eos_token_id is .* a token id or a"
+    ):
+        stop_ids(tmp_path, "model.path")
+
+
+def test_generation_ends_where_the_models_configuration_says(llama_dir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(llama_dir, folder)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [259, 7]}')
+    assert load(folder).chat.end_ids == {259, 7}

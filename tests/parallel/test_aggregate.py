@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -83,3 +85,20 @@ def test_exact_sums_do_not_depend_on_the_order_of_clients() -> None:
         assert torch.equal(other.sums.weighted_delta, results[0].sums.weighted_delta)
         assert torch.equal(other.sums.control_delta, results[0].sums.control_delta)
         assert other.clients == results[0].clients
+
+
+@pytest.mark.parametrize("num_clients", [3, 4, 5, 17])
+def test_like_updates_do_not_overflow_the_integers_that_they_are_added_in(num_clients: int) -> None:
+    """Each alone nearly fills the integers' range: room must be left for the whole cohort's sum."""
+    near_two = 2 - 2**-20
+    outcomes = [
+        replace(outcome(client, 1), delta=torch.full((SIZE,), near_two), control_delta=torch.full((SIZE,), -near_two))
+        for client in range(num_clients)
+    ]
+    got = aggregate(
+        outcomes, outcomes, range(num_clients), size=SIZE, has_control=True, num_clients=num_clients,
+        summer=Summer(None, exact=True), rank=0, world_size=1, device=torch.device("cpu"),
+    )  # fmt: skip
+    assert got.sums.weighted_delta.tolist() == [num_clients * near_two] * SIZE
+    assert got.sums.control_delta is not None
+    assert got.sums.control_delta.tolist() == [-num_clients * near_two] * SIZE

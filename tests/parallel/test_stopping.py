@@ -35,9 +35,10 @@ with stop.listening(float(sys.argv[2])), journal.at(stage="local training", roun
 """
 
 
-def end(folder: Path, grace_s: float, numbers: list[int], size: int = 1) -> tuple[int, str]:
+def end(folder: Path, grace_s: float, numbers: list[int], size: int = 1, nohup: bool = False) -> tuple[int, str]:
     """Start the process, send it signals, and wait: its status and what it says."""
-    command = [sys.executable, "-c", BUSY, str(folder), str(grace_s), str(size)]
+    words = ["nohup"] if nohup else []
+    command = [*words, sys.executable, "-c", BUSY, str(folder), str(grace_s), str(size)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
         for number in numbers:
@@ -49,8 +50,12 @@ def end(folder: Path, grace_s: float, numbers: list[int], size: int = 1) -> tupl
 
 @pytest.mark.parametrize(
     ("grace_s", "numbers", "name"),
-    [(0.3, [signal.SIGTERM], "SIGTERM"), (60, [signal.SIGINT, signal.SIGINT], "SIGINT")],
-    ids=["deadline", "twice"],
+    [
+        (0.3, [signal.SIGTERM], "SIGTERM"),
+        (0.3, [signal.SIGHUP], "SIGHUP"),
+        (60, [signal.SIGINT, signal.SIGINT], "SIGINT"),
+    ],
+    ids=["deadline", "hangup", "twice"],
 )
 def test_a_process_that_does_not_come_to_an_end_is_ended(
     tmp_path: Path, grace_s: float, numbers: list[int], name: str
@@ -65,6 +70,11 @@ def test_a_process_that_does_not_come_to_an_end_is_ended(
     assert note is not None and (note["reason"], note["stage"], note["round"]) == ("stopped", "local training", 4)
     last = (tmp_path / "logs" / "rank-000.jsonl").read_text().splitlines()[-1]
     assert json.loads(last)["event"] == "stopped"
+
+
+def test_nohup_outlasts_its_terminal(tmp_path: Path) -> None:
+    status, told = end(tmp_path, 0.3, [signal.SIGHUP, signal.SIGTERM], nohup=True)
+    assert status == 128 + signal.SIGTERM and "stopped: SIGTERM came" in told
 
 
 @pytest.mark.parametrize(("state", "reason"), [("alive", "stopped"), ("gone", "lost rank")])

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from fedsim.record.paper import COSTS, RED_SHARE, TABLE_1, TABLE_2, SafetyRow, arm_name, paper_row
+from fedsim.record import paper
+from fedsim.record.paper import (
+    COSTS,
+    RED_SHARE,
+    TABLE_1,
+    TABLE_2,
+    GuardRow,
+    SafetyRow,
+    arm_name,
+    method_name,
+    paper_row,
+)
 
 # §6.2 and §6.3 state differences between Table 1's rows: (aggregation, from, to) → AdvBench, HHH, MT-Bench.
 STATED = [
@@ -60,7 +71,46 @@ def test_cai_costs_agree_with_each_other() -> None:
 
 
 def test_arm_names_and_rows() -> None:
-    assert arm_name("fedavg", filtered=True, cai=True) == "FedAvg, FL + filter + CAI"
-    assert arm_name("scaffold", filtered=False, cai=False) == "SCAFFOLD, FL"
-    assert paper_row("scaffold", filtered=True, cai=False) == SafetyRow(78.8, 54.6, 2.7)
-    assert paper_row("fedprox", filtered=True, cai=False) is None
+    assert arm_name("fedavg", method_name(filtered=True, cai=True)) == "FedAvg, FL + filter + CAI"
+    assert arm_name("scaffold", method_name(filtered=False, cai=False)) == "SCAFFOLD, FL"
+    assert paper_row("scaffold", "FL + filter") == SafetyRow(78.8, 54.6, 2.7)
+    assert paper_row("fedprox", "FL + filter") is None
+    assert paper_row("scaffold", "FL + oracle filter") is None
+
+
+@pytest.mark.parametrize(
+    ("row", "fedavg", "scaffold"),
+    [  # typed from Table 1 of the paper (arXiv 2502.16691v1), rows 1 to 5: AdvBench, HHH, MT-Bench
+        ("pretrained", (99.6, 60.0, 6.8), (99.6, 60.0, 6.8)),
+        ("FL", (72.5, 49.3, 2.7), (72.7, 49.5, 2.9)),
+        ("FL + filter", (81.2, 51.8, 2.4), (78.8, 54.6, 2.7)),
+        ("FL + CAI", (96.2, 57.3, 5.8), (96.5, 62.6, 5.9)),
+        ("FL + filter + CAI", (96.3, 63.7, 6.1), (97.1, 63.9, 5.8)),
+    ],
+)
+def test_table_1_is_the_papers(row: str, fedavg: tuple[float, ...], scaffold: tuple[float, ...]) -> None:
+    assert TABLE_1["fedavg"][row] == SafetyRow(*fedavg) and TABLE_1["scaffold"][row] == SafetyRow(*scaffold)
+    assert len(TABLE_1["fedavg"]) == len(TABLE_1["scaffold"]) == 5
+
+
+def test_table_2_is_the_papers() -> None:
+    """Typed from Table 2: accuracy, precision, recall, Hmean."""
+    assert TABLE_2["Llama Guard 3"] == GuardRow(70.1, 90.6, 0.5, 1.0)
+    assert TABLE_2["fine-tuned Llama Guard 3"] == GuardRow(75.5, 56.7, 73.7, 64.1)
+
+
+def test_costs_and_counts_are_the_papers() -> None:
+    """§4.2, §5.2 and §6.1: minutes and GPUs; items; schedule."""
+    stated = {name: (cost.minutes, cost.num_gpus) for name, cost in COSTS.items()}
+    assert stated == {
+        "fedavg": (140, 4),
+        "scaffold": (230, 4),
+        "cai": (160, 4),
+        "cai_round": (3.2, 4),
+        "cai_epoch": (80, 4),
+        "guard_tuning": (60, 4),
+        "guard_1000_rows": (1, 1),
+    }
+    assert (paper.NUM_ADVBENCH, paper.NUM_HHH, paper.NUM_MT_BENCH) == (520, 438, 80)
+    assert (paper.NUM_CLIENTS, paper.NUM_ROUNDS, paper.CLIENTS_PER_ROUND, paper.LOCAL_STEPS) == (20, 50, 5, 25)
+    assert (paper.BATCH_SIZE, paper.CAI_ITERATIONS, paper.NUM_CAI_ROWS) == (16, 50, 20_000)

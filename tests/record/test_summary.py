@@ -11,6 +11,8 @@ import pytest
 from fedsim.config import Config, to_flat
 from fedsim.record.cai_line import REPLAY_WORDS
 from fedsim.record.metrics import Row
+from fedsim.record.paper import method_of
+from fedsim.record.sources import SOURCES
 from fedsim.record.summary import (
     TEMPLATES_NOTE,
     RunFacts,
@@ -34,7 +36,7 @@ def facts() -> RunFacts:
         name="demo",
         algorithm="scaffold",
         guard="llama_guard",
-        cai=True,
+        method="FL + filter + CAI",
         embedded_model=True,
         real_files=(),
         fictional=("AdvBench", "HHH"),
@@ -69,7 +71,7 @@ def test_the_arm_stands_between_the_pretrained_model_and_the_paper(make_run: Mak
 
 
 def test_without_cai_the_global_adapter_is_the_arm(make_run: MakeRun, facts: RunFacts) -> None:
-    facts = dataclasses.replace(facts, cai=False, guard="none")
+    facts = dataclasses.replace(facts, method="FL", guard="none")
     rows = arm_table(make_run(cai=False), facts, short=False).rows
     assert [row[0] for row in rows] == ["pretrained", "– in the paper", "SCAFFOLD, FL", "– in the paper"]
     assert rows[-1][1:] == ["72.7", "49.5", "2.9"]
@@ -101,6 +103,31 @@ def test_an_arm_that_the_paper_did_not_run_has_no_paper_row(make_run: MakeRun, f
         "round 8, before CAI",
         "FedProx, FL + filter + CAI",
     ]
+
+
+def test_an_oracle_is_not_the_papers_filter(make_run: MakeRun, facts: RunFacts) -> None:
+    method = method_of(to_flat(Config()) | {"guard.kind": "oracle"})
+    rows = arm_table(make_run(cai=False), dataclasses.replace(facts, method=method), short=False).rows
+    assert [row[0] for row in rows] == ["pretrained", "– in the paper", "SCAFFOLD, FL + oracle filter"]
+
+
+def test_answers_that_no_judge_has_read_are_not_rated(make_eval: MakeEval, facts: RunFacts) -> None:
+    rows = [make_eval(-1, "pretrained", 99.0, 60.0, None)]
+    facts = dataclasses.replace(facts, mt_bench="question.jsonl")
+    table = arm_table(rows, facts, short=False)
+    assert [row[3] for row in table.rows] == ["not rated", "6.8", "not measured", "5.8"], "no row, no answers"
+    assert "answers were written and not rated" in terminal_table(rows, facts)
+    assert arm_table(rows, dataclasses.replace(facts, judge="gpt-4"), short=False).rows[0][3] == "not measured"
+
+
+def test_a_file_that_is_not_the_published_one_is_said(facts: RunFacts) -> None:
+    published = next(source.sha256 for source in SOURCES if source.key == "eval.advbench")
+    config = to_flat(Config()) | {"eval.advbench": "a.csv", "eval.hhh": "h.jsonl"}
+    inputs = {"advbench": {"sha256": published}, "hhh": {"sha256": "0" * 64}, "mt_bench": {"sha256": "1" * 64}}
+    found = facts_from(config, num_ranks=1, total_s=1.0, places={}, manifest={"inputs": inputs})
+    assert found.unknown_files == ("HHH",), "MT-Bench is the embedded world's, which is said elsewhere"
+    assert any(line.startswith("HHH: not the published file") for line in caveats(found))
+    assert not any("published file" in line for line in caveats(facts))
 
 
 def test_counts_stand_in_the_heads(make_run: MakeRun, facts: RunFacts) -> None:
@@ -287,7 +314,10 @@ def test_caveats_follow_the_model_and_the_data(facts: RunFacts) -> None:
     real = dataclasses.replace(
         facts, embedded_model=False, real_files=("data.square", "eval.mt_bench"), fictional=(), mt_bench="q.jsonl"
     )
-    assert caveats(real) == ["MT-Bench answers were written, not judged: the score needs a judge."]
+    assert caveats(real) == [
+        "MT-Bench answers were written and not rated, as judge.kind=none: python tools/judge.py RUN_DIR judge.kind=... "
+        "judge.model=... rates them."
+    ]
     assert caveats(dataclasses.replace(real, mt_bench="")) == []
     assert caveats(dataclasses.replace(real, judge="gpt-4")) == []
     by_another = "MT-Bench is judged by kite-judge, the paper's by GPT-4: the two scores do not compare."
@@ -310,10 +340,16 @@ def test_what_a_judge_did_not_rate_is_said(make_run: MakeRun, facts: RunFacts) -
     for row in rows:
         if row["stage"] == "eval":
             row |= {"eval/mt_bench_unrated": 0, "eval/mt_bench_judge_failed": 0}
+    assert "thoughts" not in summary_markdown(rows, facts)
     assert "without a rating" not in summary_markdown(rows, facts) and "unjudged" not in summary_markdown(rows, facts)
+    rows[-1] |= {"eval/mt_bench_judgments_cut": 2, "eval/thoughts": 7, "eval/thoughts_unfinished": 1}
+    rows[-1] |= {"eval/num_replies": 1130}
     rows[-1] |= {"eval/mt_bench_unrated": 3, "eval/mt_bench_judge_failed": 12, "eval/mt_bench_not_asked": 4}
     for text in (summary_markdown(rows, facts), terminal_table(rows, facts)):
         assert "MT-Bench answers judged without a rating and left out of the means: after CAI 3 of 160." in text
+        assert "among these, whose judgment was cut off by length (raise judge.max_new_tokens; " in text
+        assert "RUN_DIR asks for them again): after CAI 2 of 160." in text
+        assert "Replies with thoughts, which are not part of an answer: after CAI 7 of 1,130, 1 of them " in text
         assert "do not fit into the judge's context, and left out of the means: after CAI 4 of 160." in text
         assert "MT-Bench answers left unjudged, as the judge failed (python tools/judge.py RUN_DIR judges them)" in text
         assert ": after CAI 12 of 160." in text
@@ -339,13 +375,14 @@ def test_the_summary_names_places_pictures_and_notes(make_run: MakeRun, facts: R
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({}, {"embedded_model": True, "real_files": (), "cai": False, "guard": "none", "num_ranks": 2}),
+        ({}, {"embedded_model": True, "real_files": (), "method": "FL", "guard": "none", "num_ranks": 2}),
         ({"data.square": "x.json", "eval.hhh": ""}, {"real_files": ("data.square",), "mt_bench": "embedded"}),
         ({"eval.mt_bench": "q.jsonl", "model.path": "m"}, {"real_files": ("eval.mt_bench",), "embedded_model": False}),
         ({}, {"judge": ""}),
         ({"judge.kind": "openai", "judge.model": "kite-judge"}, {"judge": "kite-judge"}),
         ({"judge.kind": "local", "judge.path": "models/kite"}, {"judge": "models/kite"}),
-        ({"cai.iterations": 50, "guard.kind": "oracle"}, {"arm": "FedAvg, FL + filter + CAI"}),
+        ({"cai.iterations": 50, "guard.kind": "llama_guard"}, {"arm": "FedAvg, FL + filter + CAI"}),
+        ({"cai.iterations": 50, "guard.kind": "oracle"}, {"arm": "FedAvg, FL + oracle filter + CAI"}),
     ],
 )
 def test_facts_come_from_the_configuration(changes: dict[str, Any], expected: dict[str, Any]) -> None:

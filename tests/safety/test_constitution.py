@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 from pathlib import Path
@@ -56,8 +57,8 @@ def test_example_dialogues_precede_every_conversation(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([], "must be an object with a list 'constitutions'"),
-        ({"constitutions": {}}, "must be an object with a list 'constitutions'"),
+        ([], "must be one JSON object with a list 'constitutions'"),
+        ({"constitutions": {}}, "must be one JSON object with a list 'constitutions'"),
         ({"constitutions": []}, "'constitutions' is empty"),
         ({"constitutions": [GOOD, "x"]}, r"constitutions\[1\]: must be an object"),
         ({"constitutions": [{"critic": "a"}]}, r"constitutions\[0\]: 'revision' must be a non-empty text"),
@@ -82,8 +83,18 @@ def test_unreadable_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be read"):
         load_constitution(tmp_path / "absent.json")
     (tmp_path / "broken.json").write_text('{\n"constitutions": [', encoding="utf-8")
-    with pytest.raises(DataError, match="line 2: is not valid JSON"):
+    with pytest.raises(DataError, match=r"line 2: not JSON .*; must be one JSON object with a list 'constitutions'"):
         load_constitution(tmp_path / "broken.json")
     (tmp_path / "latin.json").write_bytes(b'{"constitutions": "\xe9"}')
     with pytest.raises(DataError, match="line 1: not UTF-8"):
         load_constitution(tmp_path / "latin.json")
+
+
+def test_pairs_one_a_line_or_compressed_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    path.write_text(f"{json.dumps(GOOD)}\n{json.dumps(GOOD)}\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"lines.jsonl, line 2: not JSON .*; must be one JSON object with a list"):
+        load_constitution(path)
+    path.write_bytes(gzip.compress(b"{}"))
+    with pytest.raises(DataError, match=r"is compressed by gzip, and must be one JSON object .*; unpack it"):
+        load_constitution(path)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,13 +22,16 @@ from fedsim.data.square import SquareRow
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.model.load import LoraSettings, load_model
 from fedsim.parallel.sums import Summer
+from fedsim.parallel.world import World
+from fedsim.preparation import Preparation
 from fedsim.ranks import OneRank
 from fedsim.safety import guard_model as guard_model_module
 from fedsim.safety.filter_stage import FilterStage
 from fedsim.safety.filtering import Filtered
 from fedsim.safety.guard import LlamaGuard, NoisyOracleGuard
-from fedsim.safety.guard_model import tuning_batches
+from fedsim.safety.guard_model import GuardModel, tuning_batches
 from fedsim.safety.guard_tuning import verdict_rows
+from fedsim.train.loop import StepSettings
 
 CPU = torch.device("cpu")
 
@@ -267,3 +272,69 @@ def test_a_policy_is_fine_tuned_with_its_own_prompt(run: Run) -> None:
     square, other = (run.run("guard.tune_epochs=1", f"guard.policy={p}") for p in ("square", "llama_guard_3"))
     assert square.judged[1] != other.judged[1]
     assert run.written == {"guard-verdicts": 2, "guard-adapter": 2}
+
+
+class Rates:
+    """A trainer that records the plan of a fine-tuning and adds 1 to the adapter."""
+
+    def __init__(self, adapter: FlatAdapter, settings: StepSettings) -> None:
+        self.adapter = adapter
+        self.settings = settings
+        self.start: torch.Tensor | None = None
+
+    def run(self, plan: Any, objective: Any, lane: Any, on_step: Callable[[int, int], None]) -> None:
+        self.plan, self.objective, self.lane = plan, objective, lane
+        self.start = self.adapter.copy()
+        self.adapter.values.add_(1.0)
+        on_step(1, 2)
+
+
+class Watched(GuardModel):
+    """A guard whose fine-tuning is done by :class:`Rates`."""
+
+    def _trainer(self, model: Any, adapter: FlatAdapter, steps: StepSettings) -> Any:
+        self.rates = Rates(adapter, steps)
+        return self.rates
+
+
+def test_fine_tuning_is_as_the_settings_say_and_its_rate_falls_to_zero(run: Run) -> None:
+    words = ["guard.tune_epochs=1.5", "guard.tune_lr=0.5", "guard.tune_batch_size=4", "local.micro_batch_size=3",
+             "local.max_grad_norm=7", "local.weight_decay=0.7", "guard.max_length=900", "seed=8"]  # fmt: skip
+    stage = run.stage(*words)
+    given: Any = (stage.config, OneRank(), OneLane(), CPU, run.store, {}, lambda *told: run.progress.append(told))
+    stage.model = Watched(*given)
+    stage.run(run.data)
+    rates = stage.model.rates
+    batches = rates.plan.batches
+    assert [len(batch) for batch in batches] == [4, 4, 4, 4, 2], "a pass and a half over 12 rows"
+    assert [rates.plan.lr(step) for step in range(5)] == pytest.approx([0.5, 0.4, 0.3, 0.2, 0.1])
+    assert (rates.plan.key, rates.plan.longest) == (("guard_tuning",), 900)
+    assert rates.settings == StepSettings(3, 1.0, 0.0, 8), "the clip and decay of clients are not the guard's"
+    loaded, flat = stage.model._guard_model()
+    assert rates.start is not None and torch.equal(rates.start, flat.initial(8))
+    rows = verdict_rows(loaded.chat, run.data.guard_rows, "square", 900)
+    assert {tuple(row.input_ids) for batch in batches for row in batch} == {tuple(row.input_ids) for row in rows}
+    (folder,) = run.store.folder.glob("guard-adapter-*")
+    assert torch.equal(flat.read(folder), flat.initial(8) + 1.0), "what is kept is what the training left"
+    assert torch.equal(flat.values, flat.read(folder)), "and what scores"
+    assert ("guard fine-tuning", 1, 2) in run.progress
+
+
+@pytest.mark.parametrize("wanted", ["tuned", "untuned"])
+def test_the_guard_that_judges_replies_is_the_one_that_is_asked_for(run: Run, wanted: str) -> None:
+    """Under the run's own policy, whatever the comparison before it has loaded."""
+    words = ["guard.measure_untuned=true", "guard.measure_policies=true", "guard.tune_epochs=1", "guard.tune_lr=1e-2"]
+    stage = run.stage(*words, f"eval.guard_judge={wanted}")
+    record: Any = SimpleNamespace(phase=lambda *_: nullcontext(SimpleNamespace(step=lambda *_, **__: None)))
+    prepare = Preparation(stage.config, World(OneRank(), CPU, exact=True), record, run.store)
+    found = prepare.filter(run.data)
+    assert found.judge is not None and found.judge.on_progress is None
+    got = found.judge.judge_exchanges(EXCHANGES)
+    both = {
+        tuned: stage.model.judge(run.data, tuned=tuned, policy="square").judge_exchanges(EXCHANGES)
+        for tuned in (True, False)
+    }
+    assert both[True] != both[False] and got == both[wanted == "tuned"]
+    assert list(found.compared) == ["untuned", "untuned, policy llama_guard_3"]
+    assert found.filtered.judged[1] == run.run("guard.tune_epochs=1", "guard.tune_lr=1e-2").judged[1]
+    assert found.filtered.judged[1] != found.compared["untuned"].judged[1]

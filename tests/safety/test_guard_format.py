@@ -74,7 +74,7 @@ def test_another_family_s_template_is_used_as_it_is(chatml_chat: ChatFormat) -> 
     form = GuardFormat(chatml_chat, "square", 2048)
     ids, _ = form.prompt(USER, AGENT)
     assert text_of(chatml_chat, ids.tolist()) == (
-        f"<|im_start|>user\n{render_guard_prompt(USER, AGENT, 'square')}<|im_end|>\n<|im_start|>assistant\n\n\n"
+        f"<|im_start|>user\n{render_guard_prompt(USER, AGENT, 'square')}<|im_end|>\n<|im_start|>assistant\n"
     )
     assert text_of(chatml_chat, form.verdict_ids(True, ["unethical"])) == "unsafe\nS2<|im_end|>"
 
@@ -164,7 +164,8 @@ def test_no_message_forges_a_turn_or_moves_the_verdict(
     assert text.count("<END CONVERSATION>") == text.count("<BEGIN CONVERSATION>") == 1
     tail = harmless[harmless.index("<END CONVERSATION>") :]
     assert text.endswith(tail) and text.startswith(harmless[: harmless.index("kite")])
-    after = [*chat.encode(tail.removesuffix("\n\n")), *chat.encode("\n\n")]
+    lead = "\n\n" if family == "llama_chat" else ""  # ids of its own, which the other template's reply does not have
+    after = [*chat.encode(tail.removesuffix(lead)), *chat.encode(lead)]
     assert forged[-len(after) :] == plain[-len(after) :] == after, "the verdict is read at the same place"
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,13 +60,25 @@ def test_every_cell_runs_once_with_its_settings(launch: Launch) -> None:
     for cell in cells:
         config = load_config(folders[cell.name] / "config.yaml")
         assert (config.seed, config.cai.iterations, config.federation.num_rounds) == (cell.seed, 2, 3)
-        assert config.wandb.group == "A" and config.wandb.tags == ["mine", "trial", f"seed-{cell.seed}"]
+        assert config.wandb.group.startswith("trial · A · ")
+        assert config.wandb.tags == ["mine", "trial", f"seed-{cell.seed}"]
         assert folders[cell.name].parent == launch.folder
     assert sum("finished in" in line for line in said) == 2
     before = {name: (folder / "times.json").stat().st_mtime_ns for name, folder in folders.items()}
     said.clear()
     assert run_cells(cells, launch, said.append) == folders and said == ["2 of 2 runs are finished already"]
     assert before == {name: (folder / "times.json").stat().st_mtime_ns for name, folder in folders.items()}
+
+
+def test_only_seeds_of_one_configuration_share_a_group(launch: Launch) -> None:
+    cells = [Cell(f"c{seed}", seed, {"arm": "A"}, {"cai.iterations": 2}) for seed in (0, 1)]
+    groups = [launch.resolved(cell).wandb.group for cell in cells]
+    again = replace(launch, overrides=[*launch.overrides, "local.lr=0.001"])
+    elsewhere = replace(launch, overrides=[*launch.overrides, "record.dir=other", "parallel.exact=false"])
+    assert groups[0] == groups[1] == elsewhere.resolved(cells[0]).wandb.group
+    assert again.resolved(cells[0]).wandb.group not in groups
+    named = replace(launch, overrides=[*launch.overrides, "wandb.group=mine"])
+    assert named.resolved(cells[0]).wandb.group == "mine"
 
 
 def test_a_finished_run_of_another_configuration_is_not_taken(launch: Launch) -> None:
@@ -95,7 +108,7 @@ def test_a_failed_cell_is_told_and_done_again(launch: Launch) -> None:
     assert said[0] == "2 of 3 runs are finished already" and "1/1 fail: finished" in said[1]
 
 
-@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_study_that_is_ended_leaves_no_run_behind(launch: Launch, tmp_path: Path, ending: signal.Signals) -> None:
     script = tmp_path / "study.py"
     script.write_text(

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from fedsim.errors import DataError
-from fedsim.study.effects import detectable, difference, estimate, t_quantile, verdict
+from fedsim.study.effects import detectable, difference, estimate, shown_detectable, t_quantile, verdict
 
 TABLES = st.tuples(st.integers(1, 5), st.integers(1, 12)).flatmap(
     lambda shape: st.tuples(*(arrays(np.float64, shape, elements=st.integers(-8, 8)) for _ in range(2)))
@@ -22,6 +22,16 @@ TABLES = st.tuples(st.integers(1, 5), st.integers(1, 12)).flatmap(
 )
 def test_quantiles_are_those_of_printed_tables(p: float, df: float, known: float) -> None:
     assert t_quantile(p, df) == pytest.approx(known, rel=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("p", "df", "known"),  # by inverting the incomplete beta function to 20 digits
+    [(0.975, 1.1, 10.2768013), (0.975, 1.5, 6.0166631), (0.8, 1.1, 1.31000816), (0.975, 7.3, 2.34506674)],
+)
+def test_quantiles_of_broken_degrees_of_freedom(p: float, df: float, known: float) -> None:
+    """The worst df below 2 is off by 1.4e-4; what the docstring says."""
+    assert t_quantile(p, df) == pytest.approx(known, rel=2e-4)
+    assert t_quantile(1 - p, df) == pytest.approx(-known, rel=2e-4)
 
 
 def test_quantiles_tend_to_the_normal() -> None:
@@ -140,6 +150,47 @@ def test_verdicts(effect: tuple[float, float], word: str) -> None:
     assert found.sign in (0, np.sign(effect[0]))
     wide = difference(np.full((3, 4), effect[0]) + np.arange(4) / 100, np.zeros((3, 4)))
     assert verdict(wide, 1) == word
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_one_seed_cannot_tell(sign: int) -> None:
+    """However narrow its interval over items: how far seeds vary is unknown."""
+    items = sign * (50.0 + np.arange(40.0)[None, :] / 100)
+    alone = difference(items, np.zeros((1, 40)))
+    assert alone.sign == sign and verdict(alone, sign) == verdict(alone, -sign) == "cannot tell"
+    twice = difference(np.repeat(items, 2, axis=0), np.zeros((2, 40)))
+    assert twice.sign == sign and verdict(twice, sign) == "reproduced" and verdict(twice, -sign) == "contradicted"
+
+
+@pytest.mark.parametrize("interaction", [1.0, 20.0])
+def test_the_interaction_is_counted_once(interaction: float) -> None:
+    """The mean squares of seeds and of items both hold it, so that one is taken out, down to each part alone."""
+    both = interaction * np.array([[1.0, -2.0, 1.0, 0.0], [0.0, 1.0, -2.0, 1.0], [-1.0, 1.0, 1.0, -1.0]])
+    table = np.array([[0.0], [5.0], [13.0]]) + np.array([[0.0, 3.0, 9.0, 16.0]]) + both
+    rows, columns = table.mean(axis=1) - table.mean(), table.mean(axis=0) - table.mean()
+    rest = table - table.mean() - rows[:, None] - columns[None, :]
+    seeds, items, rest_ms = 4 * (rows**2).sum() / 2, 3 * (columns**2).sum() / 3, (rest**2).sum() / 6
+    assert (rest_ms < min(seeds, items)) == (interaction == 1.0)
+    variance = max(seeds + items - rest_ms, seeds, items)
+    df = variance**2 / (seeds**2 / 2 + items**2 / 3 + rest_ms**2 / 6)
+    found = estimate(table)
+    half = t_quantile(0.975, max(df, 1.0)) * (variance / 12) ** 0.5
+    assert found.high - found.mean == pytest.approx(half, rel=1e-9)
+
+
+@pytest.mark.parametrize("bounds", [(0.0, 100.0), (1.0, 10.0)])
+def test_differences_stay_on_the_scale(bounds: tuple[float, float]) -> None:
+    """Three seeds of [0, 0, 100] against [0, 100, 0]: the interval alone would reach beyond ± 100 points."""
+    width = bounds[1] - bounds[0]
+    treated = np.repeat(np.array([[0.0], [0.0], [1.0]]) * width, 5, axis=1)
+    control = np.repeat(np.array([[0.0], [1.0], [0.0]]) * width, 5, axis=1)
+    free, bounded = difference(treated, control), difference(treated, control, bounds)
+    assert free.low < -width < width < free.high
+    assert (bounded.low, bounded.mean, bounded.high) == (-width, 0.0, width)
+    smallest = detectable(treated, control)
+    assert smallest is not None and smallest > width
+    assert shown_detectable(smallest, 1, bounds) == "more than the scale"
+    assert shown_detectable(width / 2, 1, bounds) == f"{width / 2:.1f}" and shown_detectable(None, 1, bounds) == ""
 
 
 @pytest.mark.parametrize("bad", [np.zeros((0, 3)), np.array([[np.nan]]), np.array([1.0]), np.array([[np.inf, 1.0]])])

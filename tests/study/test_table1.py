@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,12 @@ import numpy as np
 import pytest
 
 from fedsim.config import load_config
-from fedsim.errors import DataError
+from fedsim.errors import ConfigError, DataError
 from fedsim.record import paper
 from fedsim.study import table1, table1_words
 from fedsim.study.claims import BOTH, CAI, COLUMNS, COMPARISONS, COUNTED, FILTER, FL, NET, claimed_sign
 from fedsim.study.effects import difference
-from fedsim.study.outcomes import Outcome, check_paired, sample
+from fedsim.study.outcomes import Outcome, check_alike, check_paired, sample
 from fedsim.study.published import Origin
 from fedsim.study.seed_rows import SeedRow, read_seed_rows, write_seed_rows
 
@@ -69,16 +70,29 @@ def test_published_differences_are_those_of_the_text() -> None:
 
 
 def test_cells_are_four_methods_under_two_aggregations_for_every_seed() -> None:
-    config = load_config(None, ["guard.kind=noisy_oracle", "cai.iterations=7"])
+    config = load_config(None, ["guard.kind=llama_guard", "cai.iterations=7"])
     cells = table1.cells(config, [3, 5])
     assert len({cell.name for cell in cells}) == len(cells) == 16
     arms = {(cell.settings["federation.algorithm"], cell.labels["method"], cell.seed) for cell in cells}
     assert len(arms) == 16
     for cell in cells:
-        assert cell.settings["guard.kind"] == ("noisy_oracle" if "filter" in cell.labels["method"] else "none")
+        assert cell.settings["guard.kind"] == ("llama_guard" if "filter" in cell.labels["method"] else "none")
         assert cell.settings["cai.iterations"] == (7 if "CAI" in cell.labels["method"] else 0)
     assert [cell.labels["method"] for cell in cells[:4]] == [BOTH] * 4, "what makes all artefacts comes first"
     assert {cell.settings["cai.iterations"] for cell in table1.cells(load_config(None), [0])} == {0, 50}
+
+
+@pytest.mark.parametrize(
+    ("word", "method"),
+    [
+        ("guard.kind=noisy_oracle", "FL + noisy oracle filter"),
+        ("guard.tune_epochs=0", "FL + untuned filter"),
+        ("cai.every=0", "post-hoc CAI"),
+    ],
+)
+def test_another_method_is_no_row_of_the_papers_table(word: str, method: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(method)):
+        table1.cells(load_config(None, [word]), [0])
 
 
 ORIGIN = Origin("Measured here.", "`x`", (0, 1), "embedded-held-out", True)
@@ -242,6 +256,12 @@ def test_a_judges_score_counts_as_one_item(finish: Callable[..., Outcome]) -> No
     found = table.sample(table1.Arm("fedavg", FL), "mt_bench")
     assert found is not None and found.tolist() == [[6.53], [6.53]]
     assert table.estimate(table1.Arm("fedavg", FL), "hhh_letter") is None
+    assert "not rated" not in " ".join(table1_words.brief(table, ORIGIN))
+
+
+def test_answers_without_a_rating_are_said(table: table1.TableOne) -> None:
+    rows = [row for found in table.rows.values() for row in found if row.figure != "mt_bench"]
+    assert "MT-Bench was not rated" in " ".join(table1_words.brief(table1.TableOne(rows), ORIGIN))
 
 
 def test_a_figure_without_items_counts_as_one(finish: Callable[..., Outcome]) -> None:
@@ -264,9 +284,31 @@ def test_what_is_no_finished_run_is_refused(tmp_path) -> None:
 
 
 def test_arms_that_do_not_pair_are_told_by_name(finish: Callable[..., Outcome]) -> None:
-    ours = [finish(f"a{seed}", [f"seed={seed}"], {}, inputs={"hhh": "x", "square": str(seed)}) for seed in (0, 1)]
+    ours = [finish(f"a{seed}", [f"seed={seed}"], {}, inputs={"hhh": "x", "square": "s"}) for seed in (0, 1)]
     check_paired([ours, ours])
     with pytest.raises(DataError, match=r"the seeds \[1, 0\], that of .*a0 has \[0, 1\]"):
         check_paired([ours, ours[::-1]])
-    with pytest.raises(DataError, match=r"b0: was measured on another hhh file than .*a0"):
+    with pytest.raises(DataError, match=r"b0: had another hhh file than .*a0"):
         check_paired([ours[:1], [finish("b0", ["seed=0"], {}, inputs={"hhh": "y", "square": "z"})]])
+
+
+def test_unlike_runs_are_no_arm(finish: Callable[..., Outcome]) -> None:
+    """Another rate, other rows under the same path, a seed twice: each names both runs."""
+    own = finish("a0", ["seed=0"], {}, inputs={"square": "1" * 64})
+    with pytest.raises(DataError, match=r"a0 and .*a1: .* differ in local.lr: 5e-05 and 0.001; remove"):
+        check_alike([own, finish("a1", ["seed=1", "local.lr=0.001"], {}, inputs={"square": "1" * 64})])
+    with pytest.raises(DataError, match=r"a0 and .*a2: .* in data.square: embedded#11111111 and embedded#22222222"):
+        check_alike([own, finish("a2", ["seed=2"], {}, inputs={"square": "2" * 64})])
+    with pytest.raises(DataError, match=r"b0 and .*a0: both have seed 0"):
+        check_alike([own, finish("b0", ["seed=0"], {}, inputs={"square": "1" * 64})])
+
+
+def test_a_file_that_changed_between_arms_is_found(finish: Callable[..., Outcome]) -> None:
+    def arm(name: str, path: str, digest: str) -> list[Outcome]:
+        return [finish(name, ["seed=0", f"data.square={path}"], {}, inputs={"square": digest})]
+
+    plain = arm("a", "rows.json", "1")
+    check_paired([plain, arm("b", "others.json", "2")])
+    with pytest.raises(DataError, match=r"c: had another square file than .*a;"):
+        check_paired([plain, arm("c", "rows.json", "3")])
+    check_paired([arm("d", "embedded", "4"), arm("e", "embedded", "5")])  # of the size that the splits ask for

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import tools.table2
 from fedsim.errors import DataError
 from fedsim.study.outcomes import Outcome
 from fedsim.study.published import Origin
@@ -23,6 +25,7 @@ from fedsim.study.table2 import (
     note,
     rates,
     read_count_rows,
+    untuned_note,
     write_count_rows,
 )
 
@@ -100,7 +103,12 @@ def test_the_table_has_both_guards_and_the_papers(finish: Callable[..., Outcome]
     assert table.rows[0][2] == "undefined" and table.rows[2][1].startswith("80.0 [")
     assert table.rows[3][1:5] == ["75.5", "56.7", "73.7", "64.1"]
     assert guard_table(rows[:3]).rows[0][1] != "not measured" == guard_table(rows[:3]).rows[2][1], "of one seed alone"
-    assert guard_table(count_rows([finish("bare", [], {})])).rows[0][1] == "not measured"
+    assert untuned_note(rows) == ""
+    bare = [finish("bare", [], {})]
+    assert guard_table(count_rows(bare)).rows[0][1] == "not measured"
+    assert "guard.measure_untuned=true" in untuned_note(count_rows(bare))
+    with pytest.raises(DataError, match="both have seed 0"):
+        count_rows([runs[0], *bare])
 
 
 @pytest.mark.parametrize("text", ["", "a,b\n", "seed,point,num_caught\n", None])
@@ -121,4 +129,19 @@ def test_a_row_of_counts_that_is_cut_is_refused(tmp_path: Path) -> None:
 
 def test_the_embedded_guards_row_is_called_chosen() -> None:
     tiny = Origin("Measured here.", "`x`", (0,), "embedded", True)
-    assert CHOSEN in note(tiny) and CHOSEN not in note(replace(tiny, embedded=False))
+    assert CHOSEN in note(tiny, []) and CHOSEN not in note(replace(tiny, embedded=False), [])
+
+
+def test_the_papers_configuration_fills_both_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A whole run of configs/paper/base.yaml at micro size: the guard is measured before and after fine-tuning."""
+    sizes = ["data.federated_rows=40", "data.guard_rows=20", "guard.tune_epochs=1", "local.steps=1"]
+    sizes += ["federation.num_clients=2", "federation.clients_per_round=1", "federation.num_rounds=1"]
+    embedded = ["model.path=embedded", "guard.path=embedded", "data.square=embedded", "model.dtype=float32"]
+    embedded += [f"eval.{name}=" for name in ("advbench", "hhh", "mt_bench", "xstest")]
+    places = [f"record.dir={tmp_path}", f"record.artefacts={tmp_path}/artefacts", "wandb.mode=off"]
+    config = str(Path(__file__).parents[2] / "configs" / "paper" / "base.yaml")
+    assert tools.table2.main([config, *sizes, *embedded, *places, "--seeds=0", "--nproc=1", "--jobs=1"]) == 0
+    shown = capsys.readouterr().out
+    assert "not measured" not in shown
+    for guard in ("untuned", "fine-tuned"):
+        assert re.search(rf"^guard, {guard} +\d+\.\d \[", shown, re.MULTILINE), shown

@@ -88,6 +88,16 @@ def test_terminal_json_readme_and_page(
     assert content["targets"][0][0]["flops"] == 312e12 and content["measured"]["pieces"]["local_step"]["seconds"] > 0
 
 
+def test_runs_of_one_name_have_a_column_each(tmp_path: Path) -> None:
+    for place in "ab":
+        (tmp_path / place / "kite").mkdir(parents=True)
+        (tmp_path / place / "kite" / "metrics.jsonl").write_text('{"round": 0, "stage": "round"}\n')
+    folders = [tmp_path / place / "kite" for place in "ab"]
+    assert list(costs.run_rows(folders)) == ["a/kite", "b/kite"] and list(costs.run_rows(folders[:1])) == ["kite"]
+    with pytest.raises(ConfigError, match="is named twice"):
+        costs.run_rows([folders[0], folders[0]])
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -95,6 +95,28 @@ def test_a_run_is_judged_and_shown(run: Path, endpoint: Any, capsys: pytest.Capt
     assert "kites-before · 8/8 turns" in err and "kites-after · 8/8 turns" in err
 
 
+def test_judgments_that_are_cut_off_are_shown_and_asked_again(
+    run: Path, endpoint: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def cut(number: int, request: dict[str, Any]) -> Any:
+        choice = {"index": 0, "finish_reason": "length", "message": {"role": "assistant", "content": "[[9]] is"}}
+        whole = {"id": "c", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}
+        return rating(number, request) if number > 2 else endpoint.Answer(json.dumps(whole).encode())
+
+    endpoint.answer = cut
+    assert main([str(run), *words(endpoint), "judge.max_new_tokens=64"]) == 0
+    out, err = capsys.readouterr()
+    assert row(out, "turns judged") == ["8", "8"] and row(out, "turns without a rating") == ["3", "1"]
+    assert row(out, "of these, cut off by length") == ["3", "0"] and row(out, "mean")[0].startswith("5.60 ")
+    assert "3 judgments were cut off by length (judge.max_new_tokens=64)" in err
+    endpoint.requests.clear()
+    endpoint.answer = rating
+    assert main([str(run), *words(endpoint), "judge.max_new_tokens=4096"]) == 0
+    out, err = capsys.readouterr()
+    assert len(endpoint.requests) == 3 and {r["max_tokens"] for r in endpoint.requests} == {4096}
+    assert row(out, "mean")[0] == "5.00 [5.00, 5.00] of 4" and "cut off" not in out + err
+
+
 def test_a_second_call_finishes_what_a_failed_one_left(
     run: Path, endpoint: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

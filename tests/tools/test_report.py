@@ -15,6 +15,7 @@ from matplotlib.image import imread
 
 from fedsim.config import load_config
 from fedsim.config.loading import to_nested
+from fedsim.report.runs import load_runs
 from tools.report import main
 
 BROWSER = next(
@@ -130,6 +131,20 @@ def test_the_page_stands_alone_and_says_what_the_runs_say(page: Path) -> None:
     assert "AdvBench: harmless replies, %, before CAI and at the end, 2 arm(s), 2 runs, 120 items; bars" in text
     alts = re.findall(r'alt="([^"]*)"', text)
     assert len(alts) == len(set(alts)) > 8 and all(re.search(r"\d", alt) for alt in alts), "each says what it shows"
+
+
+def test_runs_of_one_name_are_called_by_their_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same seed under two folders with other results: two lines in every picture, and a warning that names both."""
+    for place in "ab":
+        (tmp_path / place).mkdir()
+    runs = [make_run(tmp_path / place, "kite", harmless=value) for place, value in (("a", 90.0), ("b", 70.0))]
+    assert [run.title for run in load_runs(runs)] == ["a/kite", "b/kite"]
+    assert main([*map(str, runs), "--out", str(tmp_path / "out")]) == 0
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "a/kite and b/kite are FedAvg, FL with seed 0, but their results differ" in page
+    assert "a/kite (seed 0), b/kite (seed 0)" in page and str(tmp_path) not in page
+    assert main([str(runs[0]), str(runs[0]), "--out", str(tmp_path / "out")]) == 2
+    assert "is named twice; name every run once" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("damage", "message"), [

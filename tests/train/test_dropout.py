@@ -107,6 +107,23 @@ def losses(
     return trainer.run(plan, SftObjective(), lane).losses, made[1].grad.clone()
 
 
+def test_each_step_micro_batch_stage_and_seed_has_draws_of_its_own(
+    make_adapted: Make, make_rows: Rows, one_lane: type
+) -> None:
+    """The same row in every place, and a learning rate of 0: only the draws can differ."""
+    (row,) = make_rows(1)
+    seen = []
+    for seed, key in ((0, ("local", 1, 2)), (1, ("local", 1, 2)), (0, ("local", 2, 2)), (0, ("local", 1, 3))):
+        loaded, flat = make_adapted(std=0.1, dropout=0.3)
+        trainer = Trainer(loaded.base, flat, StepSettings(1, 0.0, 0.0, seed))
+        spy = Spy(loaded.base)
+        trainer.run(TrainingPlan([[row, row]] * 3, lambda step: 0.0, key), SftObjective(), one_lane())
+        for masks in spy.masks.values():
+            assert len(masks) == 6, "two micro-batches in each of three steps"
+        seen += next(iter(spy.masks.values()))
+    assert len({mask.numpy().tobytes() for mask in seen}) == len(seen) == 24
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 def test_a_head_in_chunks_draws_the_same_twice_and_as_a_whole_one(
     make_adapted: Make, make_rows: Rows, one_lane: type, monkeypatch: pytest.MonkeyPatch, bf16: bool

@@ -28,6 +28,7 @@ sys.path[:] = [str(ROOT), *(p for p in sys.path if Path(p).resolve() != Path(__f
 import torch  # noqa: E402
 
 from fedsim.record.manifest import hardware, package_versions  # noqa: E402
+from fedsim.terminal import steady_terminal  # noqa: E402
 from fedsim.version import git_state  # noqa: E402
 from tools.bench import models  # noqa: E402
 from tools.bench.measured_code import code_digest  # noqa: E402
@@ -158,6 +159,7 @@ def _enter(result: StageResult, facts: Mapping[str, Any], file: Path, bench: Ben
         bench.say(f"  not entered into kernels/proved.json: {why}")
 
 
+@steady_terminal()
 def main(arguments: Sequence[str]) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="tools/bench/run.py", description=(__doc__ or "").partition("\n\n")[2])

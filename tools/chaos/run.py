@@ -31,6 +31,7 @@ from fedsim.record.ending import read_ending  # noqa: E402
 from fedsim.record.manifest import hardware  # noqa: E402
 from fedsim.record.tables import Table, duration  # noqa: E402
 from fedsim.record.wandb_file import read_history  # noqa: E402
+from fedsim.terminal import steady_terminal  # noqa: E402
 from fedsim.version import made_by, maker  # noqa: E402
 from tools.chaos.outcome import different, outcome  # noqa: E402
 from tools.chaos.sessions import HangError, Session  # noqa: E402
@@ -218,6 +219,7 @@ def block(note: Mapping[str, Any]) -> str:
     return f"{text}\n\n{table.markdown()}"
 
 
+@steady_terminal()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns the exit status, 1 where a fault was found."""
     parser = Parser(

@@ -1,0 +1,194 @@
+"""Groups of runs that may be put together: they differ in seed, and in where and how they ran.
+
+The report, tables, sweeps and W&B groups take their groups from here. A file or model counts by its
+SHA-256 in the run's manifest, wherever it lay; one that the run did not read does not count. The
+commit of fedsim does not count either, but is named where it differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from fedsim.config.measuring import is_embedded
+from fedsim.record.run_record import FREE_KEYS
+
+FREE_SECTIONS: Final = ("record.", "wandb.", "parallel.")
+"""Beginnings of keys that say where and how a run runs, beside ``seed``, ``name`` and FREE_KEYS."""
+
+ARM_SECTIONS: Final = ("federation.algorithm", "guard.", "cai.")
+"""Beginnings of keys that make an arm of a table."""
+
+FILES: Final = {
+    "data.square": "square",
+    "eval.advbench": "advbench",
+    "eval.hhh": "hhh",
+    "eval.mt_bench": "mt_bench",
+    "eval.mt_bench_references": "mt_bench_references",
+    "eval.xstest": "xstest",
+    "eval.helpful": "helpful",
+    "judge.prompts": "judge_prompts",
+    "cai.constitution": "constitution",
+}
+"""Keys that name a file → its role among a manifest's inputs."""
+
+MODELS: Final = {"model.path": "model", "guard.path": "guard", "judge.path": "judge"}
+"""Keys that name a model → its role among a manifest's models."""
+
+MAX_SHOWN: Final = 3
+"""Keys that a group's name shows at most."""
+
+Settings = Mapping[str, Any]
+"""Key → value of what decides a run's figures, in the schema's order."""
+
+
+@dataclass(frozen=True)
+class Content:
+    """A file or model, equal to another of the same bytes and use.
+
+    Attributes:
+        path: as the configuration has it; does not count.
+        sha256: of its content.
+        embedded: it is the embedded world's, whose items have scores of their own.
+    """
+
+    path: str = field(compare=False)
+    sha256: str
+    embedded: bool
+
+
+def settings_of(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that decides a run's figures, but for the seed.
+
+    Args:
+        config: the resolved configuration, dotted key → value.
+        manifest: the run's; its digests stand in place of the paths.
+    """
+    digests = {role: entry["sha256"] for role, entry in manifest.get("inputs", {}).items()}
+    digests |= manifest.get("models", {})
+    roles = FILES | MODELS
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if not decides(key):
+            continue
+        if key not in roles:
+            found[key] = value
+        elif roles[key] in digests:
+            found[key] = Content(value, digests[roles[key]], is_embedded(key, value))
+        else:  # the run did not read it
+            found[key] = None
+    return found
+
+
+def decides(key: str) -> bool:
+    """Tell keys that decide what a run computes from its name, seed and places."""
+    return key not in {"seed", "name", *FREE_KEYS} and not key.startswith(FREE_SECTIONS)
+
+
+def differing(runs: Sequence[Settings]) -> list[str]:
+    """Keys of which not all runs have the same value, in the schema's order."""
+    return [key for key in runs[0] if any(run[key] != runs[0][key] for run in runs)] if runs else []
+
+
+def differing_beside_arms(groups: Sequence[tuple[str, Settings]]) -> list[str]:
+    """Keys that differ between groups and that their arms do not account for.
+
+    Args:
+        groups: name of the arm and settings of each group.
+    """
+    found = {key for key in differing([own for _, own in groups]) if not key.startswith(ARM_SECTIONS)}
+    for arm in dict.fromkeys(arm for arm, _ in groups):
+        found.update(differing([own for name, own in groups if name == arm]))
+    return [key for key in groups[0][1] if key in found] if groups else []
+
+
+def group_names(groups: Sequence[tuple[str, Settings]]) -> list[str]:
+    """Names such as ``FedAvg, FL (local.lr=0.001)``: the arm, and what tells groups of one arm apart.
+
+    A name shows all keys that differ where they are at most :data:`MAX_SHOWN`, else those that
+    suffice, and how many more differ.
+
+    Args:
+        groups: name of the arm and settings of each group; no two have both alike.
+    """
+    names = []
+    for arm, own in groups:
+        like = [settings for name, settings in groups if name == arm]
+        keys = differing(like)
+        shown = _telling(keys, like)
+        words = [f"{key}={shown_value(key, own, like)}" for key in shown]
+        if len(keys) > len(shown):
+            words.append(f"{len(keys) - len(shown)} more")
+        names.append(f"{arm} ({', '.join(words)})" if words else arm)
+    return names
+
+
+def _telling(keys: Sequence[str], like: Sequence[Settings]) -> list[str]:
+    """The keys to show: all if they are few, else the first ones that tell the groups apart."""
+    if len(keys) <= MAX_SHOWN:
+        return list(keys)
+    shown: list[str] = []
+    num_told = 1
+    for key in keys:
+        num_with = _num_distinct([*shown, key], like)
+        if num_with > num_told:
+            shown.append(key)
+            num_told = num_with
+    return shown
+
+
+def _num_distinct(keys: Sequence[str], runs: Sequence[Settings]) -> int:
+    """Into how many parts the values of ``keys`` divide runs."""
+    parts: list[list[Any]] = []
+    for run in runs:
+        values = [run[key] for key in keys]
+        if values not in parts:
+            parts.append(values)
+    return len(parts)
+
+
+def shown_value(key: str, own: Settings, among: Iterable[Settings]) -> str:
+    """A value in few letters: a file by its name, with its SHA-256 where another has that name.
+
+    Args:
+        among: the settings from which this one is told apart.
+    """
+    value = own[key]
+    if value is None:
+        return "not read"
+    if isinstance(value, list):
+        return f"[{', '.join(map(str, value))}]"
+    if not isinstance(value, Content):
+        return str(value) or "''"
+    name = Path(value.path).name
+    others = [run[key] for run in among if run[key] not in (None, value)]
+    if any(Path(other.path).name == name for other in others):
+        return f"{name}#{value.sha256[:8]}"
+    return name
+
+
+def order_of(settings: Settings, keys: Iterable[str]) -> list[tuple[bool, float, str]]:
+    """Sort key of a group among those of its arm: numbers by size, anything else by its text."""
+    places = []
+    for key in keys:
+        value = settings[key]
+        is_number = isinstance(value, int | float)
+        text = value.sha256 if isinstance(value, Content) else str(value)
+        places.append((not is_number, float(value) if is_number else 0.0, "" if is_number else text))
+    return places
+
+
+def short_names(folders: Sequence[Path]) -> list[str]:
+    """The last parts of paths, as many as make all names differ.
+
+    Args:
+        folders: no two are the same.
+    """
+    parts = [folder.resolve().parts for folder in folders]
+    length = 1
+    while len({part[-length:] for part in parts}) < len(parts):
+        length += 1
+        assert length <= max(map(len, parts)), "a folder is named twice"
+    return ["/".join(part[-length:]) for part in parts]

@@ -1,0 +1,20 @@
+"""Writing of safetensors files, with the mode that the umask leaves, as for every other file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write or replace a safetensors file; a reader sees the old file or the whole new one.
+
+    safetensors' own ``save_file`` makes its file with mode 0600 whatever the umask, so that nobody else could read it.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(save(dict(tensors), None if metadata is None else dict(metadata)))
+    os.replace(partial, path)
