@@ -188,6 +188,17 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def model_files_digest(folder: Path) -> str:
+    """SHA-256 over names and contents of the files that decide a model's output."""
+    digest = hashlib.sha256()
+    names = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+    for file in sorted({f for pattern in names for f in folder.glob(pattern)}):
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
 def source_digest(modules: Sequence[ModuleType]) -> str:
     """SHA-256 over the source of modules (all files of a package): the code version of a stage."""
     digest = hashlib.sha256()

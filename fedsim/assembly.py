@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from fedsim.cohort import CohortRunner
 from fedsim.config import Config
-from fedsim.data.chat import ChatFormat, TokenRow, assistant_turn, user_turn
+from fedsim.data.chat import ChatFormat, TokenRow
 from fedsim.data.square import SquareRow
 from fedsim.errors import RunError
 from fedsim.federation.algorithms import Algorithm, RoundSums, ServerState
 from fedsim.federation.attendance import Attendance, attend
 from fedsim.federation.client_state import ClientStateStore
 from fedsim.federation.elementwise import all_finite
-from fedsim.federation.participation import Participation, can_train
+from fedsim.federation.participation import Participation
 from fedsim.federation.registry import build_algorithm
 from fedsim.generate.engine import Engine
+from fedsim.local_rows import LocalRows, local_rows
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.model.load import LoadedModel, LoraSettings, load_model
 from fedsim.parallel.world import World
@@ -37,7 +38,7 @@ class Federation:
         engine: generates and scores with it, over all ranks.
         algorithm: client and server rule.
         participation: who trains in a round.
-        shards: tokenised kept rows of everyone who may train: of each client, or of all together.
+        rows: usable rows of everyone who may train, and counts of the others.
         controls: control variates of clients.
         cohorts: trains a round's clients.
     """
@@ -48,7 +49,7 @@ class Federation:
     engine: Engine
     algorithm: Algorithm
     participation: Participation
-    shards: list[list[TokenRow]]
+    rows: LocalRows
     controls: ClientStateStore
     cohorts: CohortRunner
 
@@ -56,6 +57,11 @@ class Federation:
     def chat(self) -> ChatFormat:
         """The model's chat format."""
         return self.loaded.chat
+
+    @property
+    def shards(self) -> list[list[TokenRow]]:
+        """Usable rows of each client, or of all together."""
+        return self.rows.shards
 
     def start(self, seed: int) -> ServerState:
         """The state before the first round, around an adapter that changes nothing."""
@@ -91,7 +97,7 @@ class Federation:
     def attendance(self, round_idx: int) -> Attendance:
         """Who trains in a round and for how many steps, and what keeps the others that were drawn."""
         drawn = self.participation.drawn(round_idx)
-        able = [client for client in drawn if can_train(self.shards[client])]
+        able = [client for client in drawn if self.shards[client]]
         clients = self.cohorts.trainer
         return attend(drawn, able, clients.num_steps, round_idx, clients.seed, self.cohorts.failures)
 
@@ -100,8 +106,11 @@ def assemble(config: Config, world: World, shards: Sequence[Sequence[SquareRow]]
     """Load the model and build everything around it.
 
     Args:
-        shards: kept rows of every client.
+        shards: rows of every client after the filter.
         client_state: where clients' control variates are kept.
+
+    Raises:
+        DataError, ConfigError: no client could train (:func:`fedsim.local_rows.local_rows`).
     """
     model, federation = config.model, config.federation
     lora = LoraSettings(model.lora_r, model.lora_alpha, model.lora_dropout, tuple(model.lora_targets))
@@ -123,13 +132,9 @@ def assemble(config: Config, world: World, shards: Sequence[Sequence[SquareRow]]
     objective = SftObjective()
     num_steps = participation.num_steps(local.steps)
     clients = ClientTrainer(trainer, algorithm, objective, local, num_steps, federation.num_rounds, config.seed)
-    tokens = participation.shards([[tokenise(loaded.chat, row, local.max_length) for row in s] for s in shards])
+    rows = local_rows(config, participation, loaded.chat, shards)
     controls = ClientStateStore(client_state)
-    cohorts = CohortRunner(world, clients, tokens, controls, config.failures, wide_lanes=config.parallel.wide_lanes)
-    return Federation(loaded, flat, trainer, engine, algorithm, participation, tokens, controls, cohorts)
-
-
-def tokenise(chat: ChatFormat, row: SquareRow, max_length: int) -> TokenRow:
-    """A client's row for training: question and response, loss on the response, the filter's weight."""
-    tokens = chat.training_row([user_turn(row.prompt), assistant_turn(row.response)], max_length)
-    return replace(tokens, weight=row.weight)
+    cohorts = CohortRunner(
+        world, clients, rows.shards, controls, config.failures, wide_lanes=config.parallel.wide_lanes
+    )
+    return Federation(loaded, flat, trainer, engine, algorithm, participation, rows, controls, cohorts)

@@ -8,12 +8,17 @@ from pathlib import Path
 from fedsim.artefacts import file_digest
 from fedsim.config import Config
 from fedsim.config.measuring import is_unrated
+from fedsim.data.chat import user_turn
 from fedsim.data.prepare import PreparedData
+from fedsim.data.usable import Tally
 from fedsim.evaluate.suite import Suite
+from fedsim.federation.registry import build_algorithm
+from fedsim.local_rows import local_rows
+from fedsim.model.load import check_model_dir, load_chat
 from fedsim.needs import round_work
 from fedsim.parallel.planner import Plan, plan_round
 from fedsim.preflight import Preflight
-from fedsim.preparation import Inputs
+from fedsim.preparation import Inputs, tunes_guard
 from fedsim.record.places import DiskRoom
 from fedsim.record.sources import known_file
 from fedsim.record.tables import Table, byte_size
@@ -24,6 +29,7 @@ def plan_text(config: Config, inputs: Inputs, found: Preflight, num_ranks: int) 
     parts = [
         _lines("Inputs", {name: _input(path) for name, path in inputs.files.items()}),
         _lines("Work", work(config, inputs.data, inputs.suite)),
+        _lines("Rows to train on", rows(config, inputs.data)),
         _lines("Lanes", lanes(config, num_ranks)),
         _lines("Models", models(found)),
         f"Memory of each process, at the longest rows that the configuration allows\n{memory_table(found).plain()}",
@@ -61,6 +67,22 @@ def work(config: Config, data: PreparedData, suite: Suite) -> dict[str, str]:
     if is_unrated(config.eval.mt_bench, judged=config.judge.kind != "none"):
         facts["MT-Bench"] = "answers are written and not rated, as judge.kind=none; set judge.* for scores"
     return facts
+
+
+def rows(config: Config, data: PreparedData) -> dict[str, str]:
+    """How many rows can be trained on, before the filter and before CAI's conversations are written."""
+    chat = load_chat(check_model_dir(config.model.path, "model.path"), "model.path")
+    algorithm = build_algorithm(config.federation, config.server_optimizer)
+    participation = algorithm.participation(config.federation, config.seed)
+    found = {"clients": local_rows(config, participation, chat, data.shards).words(config)}
+    if tunes_guard(config):
+        found["guard fine-tuning"] = data.guard_tally.words("guard rows")
+    if config.cai.is_on:
+        limit = config.cai.max_length
+        full = [len(chat.prompt_ids([user_turn(row.prompt)])) >= limit for row in data.cai_rows]
+        tally = Tally.of("no_targets" if is_full else None for is_full in full)
+        found["CAI"] = tally.words("CAI rows", max_length=f"cai.max_length={limit}")
+    return found
 
 
 def lanes(config: Config, num_ranks: int) -> dict[str, str]:

@@ -15,25 +15,30 @@ from fedsim.assembly import Federation
 from fedsim.config import Config, to_nested
 from fedsim.config.measuring import is_embedded
 from fedsim.data.prepare import PreparedData, prepare_data
+from fedsim.data.usable import Tally
 from fedsim.errors import DataError
 from fedsim.evaluate.judge_inputs import judge_files
 from fedsim.evaluate.measures import Metrics
 from fedsim.evaluate.shared import shared_evaluation
 from fedsim.evaluate.stage import BENCHMARKS, load_suite
 from fedsim.evaluate.suite import Evaluation, Suite
+from fedsim.federation.registry import build_algorithm
 from fedsim.generate.graph import uses_graphs
+from fedsim.local_rows import check_local_rows
 from fedsim.measurement import Shared
-from fedsim.model.load import chosen_attention, model_digest
+from fedsim.model.load import check_model_dir, chosen_attention, load_chat, model_digest
 from fedsim.model.shape import ModelShape
 from fedsim.parallel.world import World
+from fedsim.parallel.zero_config import zero_file
 from fedsim.preflight import models_in_use
-from fedsim.record.manifest import versions, write_manifest
+from fedsim.record.manifest import check_unchanged, read_manifest, versions, write_manifest
 from fedsim.record.run_record import RunRecord
 from fedsim.rounds import PRETRAINED
-from fedsim.safety.alignment import Aligner
+from fedsim.safety.alignment import Aligner, check_prompts
 from fedsim.safety.cai_data import CaiRow, count_metrics, unusable, usable
 from fedsim.safety.cai_findings import judge_by_grammar, judge_by_guard
 from fedsim.safety.cai_stage import cai_conversations, constitution_file
+from fedsim.safety.cai_usage import CaiUsage
 from fedsim.safety.filter_stage import FilterStage
 from fedsim.safety.filtering import Filtered
 from fedsim.safety.guard import LlamaGuard
@@ -63,11 +68,13 @@ class Guarded:
         filtered: the rows to train on.
         compared: what the guard would have done as it was given, by title, where that is measured.
         judge: the guard that will judge replies, where there is to be one.
+        tuning: counts of the rows that a guard is fine-tuned on; None where none is.
     """
 
     filtered: Filtered
     compared: dict[str, Filtered]
     judge: LlamaGuard | None
+    tuning: Tally | None = None
 
 
 class Preparation:
@@ -95,15 +102,23 @@ class Preparation:
         }
 
     def read(self) -> Inputs:
-        """Read and split the rows, and read the benchmarks."""
+        """Read and split the rows, read the benchmarks, and check that every stage has rows to learn from.
+
+        Raises:
+            DataError: a malformed file, or splits that the file cannot supply.
+            ConfigError: a stage would have no row to train on (:func:`check_rows`).
+        """
         with self.record.phase("data", "data"):
             data = prepare_data(self.config, self.store, self.ranks)
             suite, files = load_suite(self.config.eval, self.store)
         for note in data.notes:
             self.record.say(note)
+        self.ranks.once(lambda: check_rows(self.config, data))
         files = {"square": data.source, **files, **judge_files(self.config)}
         if self.config.cai.is_on:
             files["constitution"] = constitution_file(self.config.cai.constitution)
+        if self.config.guard.kind == "llama_guard" and self.config.guard.deepspeed:
+            files["deepspeed"] = zero_file(self.config.guard.deepspeed)
         return Inputs(data, suite, files)
 
     def write_manifest(self, inputs: Inputs, shapes: Mapping[str, ModelShape]) -> None:
@@ -118,13 +133,31 @@ class Preparation:
         self.record.notes.extend(inputs.data.notes)
 
         def write() -> None:
-            hashes = {name: model_digest(path) for name, path in models_in_use(self.config).items()}
+            hashes = self._model_hashes()
             attention = {role: shape.attention.name for role, shape in shapes.items()}
             write_manifest(
                 self.record.folder, to_nested(self.config), inputs.files, hashes, attention, num_ranks=self.world.size
             )
+            self.record.write_config()
 
         self.ranks.once(write)
+
+    def check_unchanged(self, inputs: Inputs) -> None:
+        """Check the files and models of a run that would be resumed; nothing is written.
+
+        Raises:
+            CheckpointError: as :meth:`write_manifest`.
+        """
+
+        def check() -> None:
+            path = self.record.folder / "manifest.json"
+            if self.record.checkpoints.any():
+                check_unchanged(path, read_manifest(path), inputs.files, self._model_hashes())
+
+        self.ranks.once(check)
+
+    def _model_hashes(self) -> dict[str, str]:
+        return {role: model_digest(path) for role, path in models_in_use(self.config).items()}
 
     def filter(self, data: PreparedData) -> Guarded:
         """Every client drops, replaces or downweights the rows that the guard calls unsafe (paper §4.1)."""
@@ -144,10 +177,10 @@ class Preparation:
             if wanted != "none":
                 judge = stage.model.judge(data, tuned=wanted == "tuned", policy=self.config.guard.policy)
                 judge.on_progress = None  # the phase that it would report to ends here
-            return Guarded(filtered, compared, judge)
+            return Guarded(filtered, compared, judge, data.guard_tally if tunes_guard(self.config) else None)
 
     def record_filter(self, guarded: Guarded, federation: Federation) -> None:
-        """How right the guard was, what its filter left, and how many training rows had to be cut."""
+        """Record how right the guard was, what its filter left, and how many rows can be trained on."""
         guard = self.config.guard
         for point, found in guarded.compared.items():
             self.record.append(PRETRAINED, "guard", {"point": point, **figures.of_verdicts(found)})
@@ -155,7 +188,10 @@ class Preparation:
         metrics = figures.of_guard(guarded.filtered, guard.kind)
         if guard.kind == "llama_guard":
             point = metrics["point"] = "fine-tuned" if guard.tune_epochs > 0 else "untuned"
-        metrics["client/num_cut_rows"] = sum(row.truncated for shard in federation.shards for row in shard)
+        metrics |= federation.rows.metrics()
+        if guarded.tuning is not None:
+            metrics["guard/tuning_num_rows"] = guarded.tuning.num_rows
+            metrics |= guarded.tuning.metrics("guard/tuning_", ("empty_reply",))
         self.record.append(PRETRAINED, "filter", metrics)
         if guard.kind != "none":
             points = {**guarded.compared, point: guarded.filtered}
@@ -220,12 +256,13 @@ class Preparation:
             raise DataError(unusable(conversations))
         num_rounds = self.config.federation.num_rounds
         aligner = Aligner(federation.trainer, rows, federation.chat, cai, self.config.seed, num_rounds)
+        usage = CaiUsage.of(conversations, aligner)
+        for line in usage.words():
+            self.record.say(line)
         if new:
-            counts = {"cai/num_cut_rows": aligner.num_truncated}
-            counts["cai/num_dropped_no_targets"] = aligner.num_without_targets
             figures_of_texts = count_metrics(conversations) | figures.of_cai_texts(conversations)
             found = self._cai_findings(conversations, guard)
-            self.record.append(PRETRAINED, "cai_data", figures_of_texts | found | counts)
+            self.record.append(PRETRAINED, "cai_data", figures_of_texts | found | usage.metrics())
         return aligner
 
     def _cai_findings(self, conversations: list[CaiRow], guard: LlamaGuard | None) -> Metrics:
@@ -240,3 +277,26 @@ class Preparation:
             return {}
         with self.record.phase("guard judges the CAI conversations", "cai_judge"):
             return figures.of_cai_findings(judge_by_guard(guard)(conversations))
+
+
+def tunes_guard(config: Config) -> bool:
+    """Whether the run fine-tunes a guard model, as its filter or as a judge of replies."""
+    guard = config.guard
+    return (guard.kind == "llama_guard" and guard.tune_epochs > 0) or config.eval.guard_judge == "tuned"
+
+
+def check_rows(config: Config, data: PreparedData) -> None:
+    """Check before the first expensive stage that none will be left without a row to learn from.
+
+    Raises:
+        DataError: no client has a row.
+        ConfigError: a stage has no usable row, or no client trains in any round.
+    """
+    chat = load_chat(check_model_dir(config.model.path, "model.path"), "model.path")
+    algorithm = build_algorithm(config.federation, config.server_optimizer)
+    participation = algorithm.participation(config.federation, config.seed)
+    check_local_rows(config, participation, chat, data.shards)
+    if tunes_guard(config) and not data.guard_rows:
+        raise data.guard_tally.none_left("guard rows")
+    if config.cai.is_on:
+        check_prompts(chat, [row.prompt for row in data.cai_rows], config.cai.max_length)

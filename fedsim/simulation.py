@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fedsim import figures
 from fedsim.artefacts import ArtefactStore
 from fedsim.assembly import Federation, assemble
@@ -16,7 +18,7 @@ from fedsim.checkpoint import Checkpoint
 from fedsim.cohort import agreed_checksums
 from fedsim.config import Config
 from fedsim.disk import explaining_full_disk
-from fedsim.errors import Stopped
+from fedsim.errors import RunError, Stopped
 from fedsim.evaluate.suite import Suite
 from fedsim.federation.algorithms import ADAPTER, ServerState
 from fedsim.federation.sampling import cosine_by_round
@@ -65,9 +67,12 @@ class Simulation:
         record.check_directory()
         found = preflight(self.config, self.world)
         inputs = self.preparation.read()
+        self.preparation.check_unchanged(inputs)
         text = self.ranks.once(lambda: plan_text(self.config, inputs, found, self.world.size))
         if self.ranks.is_main:
             print(f"\n{text}", flush=True)
+        if record.is_finished:
+            self._say_start(self.config.federation.num_rounds)
         record.say("checked: nothing was trained")
 
     def run(self) -> None:
@@ -75,7 +80,10 @@ class Simulation:
         with self._explaining_full_disk():
             try:
                 self.record.claim()
-                self._run()
+                if self.record.is_finished:
+                    self._say_start(self.config.federation.num_rounds)
+                else:
+                    self._run()
                 self.record.finished()
                 self.world.stop.obeyed()
             finally:
@@ -128,13 +136,34 @@ class Simulation:
                 checkpoint = self._round(federation, round_idx, checkpoint, aligner, measurement)
             self._stop_if_asked(round_number(round_idx))
         record.progress.outside_rounds()
+        self._check_trained(checkpoint.state, federation)
         with record.journal.at(stage="finishing"):
             self.ranks.once(lambda: federation.flat.save(record.folder / "adapter", checkpoint.state.adapter))
             self.ranks.once(lambda: finish_run(record, self.world.size))
 
+    def _check_trained(self, state: ServerState, federation: Federation) -> None:
+        """Check after the last round that the clients have trained the global adapter.
+
+        Raises:
+            RunError: no round had an update, or the adapter is bit for bit the one before the first round.
+        """
+        num_rounds, folder = self.config.federation.num_rounds, self.record.folder
+        if state.num_steps == 0:
+            raise RunError(
+                f"no client delivered an update in any of the {num_rounds} round(s), so that nothing was trained; see "
+                f"why in {self.record.metrics_file} (client/num_…), and start again under another name"
+            )
+        if torch.equal(state.adapter, federation.start(self.config.seed).adapter.to(state.adapter.device)):
+            raise RunError(
+                f"the global adapter in {folder} is bit for bit the one before the first of {num_rounds} round(s): "
+                "nothing was learned; raise local.lr or server_optimizer.lr"
+            )
+
     def _assemble(self, filtered: Filtered) -> Federation:
         with self.record.phase("load model", "load"):
             federation = assemble(self.config, self.world, filtered.shards, self.record.client_state)
+            if federation.rows.tally.num_dropped or federation.rows.tally.num_cut:
+                self.record.say(federation.rows.words(self.config))
             base = federation.loaded.base
             peak = run_peak(self.ranks, self.world.device, base.dtype)
             self.meter = Meter(ModelCost.of(base), peak, self.world)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 from fedsim import cohort as cohort_module
+from fedsim.cohort import agreed_checksums
 from fedsim.config import load_config
-from fedsim.errors import RunError
+from fedsim.errors import ConfigError, RunError
+from fedsim.federation.algorithms import ADAPTER
 from fedsim.federation.attendance import happens, straggler_steps
 from fedsim.federation.failures import ClientFailure
 from fedsim.federation.sampling import sample_cohort
@@ -64,7 +67,7 @@ Make = Callable[..., Run]
 
 @pytest.fixture()
 def run(square_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
-    """``run(*overrides, change=spoil, after=...)``: a brief run whose shards ``change`` has changed."""
+    """``run(*overrides, change=spoil, after=..., fails=False)``: a brief run whose shards ``change`` has changed."""
     monkeypatch.setattr(finish, "write_plots", lambda *_: [])
     places = [f"data.square={square_file}", f"record.dir={tmp_path}", f"record.artefacts={tmp_path / 'artefacts'}"]
 
@@ -72,6 +75,7 @@ def run(square_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> M
         *overrides: str,
         change: Callable[[list[list[Any]]], object] = spoil,
         after: Callable[[Any, int], object] = lambda federation, round_idx: None,
+        fails: bool = False,
     ) -> Run:
         config = load_config(SMALL, [*BRIEF, *places, *overrides])
         simulation = Simulation(config, World(OneRank(), torch.device("cpu"), exact=True))
@@ -91,7 +95,8 @@ def run(square_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> M
         simulation._assemble = assemble  # type: ignore[method-assign]
         simulation._round = round_then  # type: ignore[method-assign]
         monkeypatch.setattr(simulation.record, "say", found.said.append)
-        simulation.run()
+        with pytest.raises(RunError) if fails else nullcontext():
+            simulation.run()
         return found
 
     return made
@@ -258,15 +263,44 @@ def test_a_round_without_any_update_says_so_and_changes_nothing(run: Make, why: 
     def all_nan(shards: list[list[Any]]) -> None:
         shards[:] = [[dataclasses.replace(r, weight=float("inf")) for r in rows] for rows in shards]
 
-    if why == "failures":
-        done = run(SKIP, SCAFFOLD, "failures.min_clients=0", change=all_nan)
-    else:
-        done = run("failures.dropout_rate=0.999999", SCAFFOLD, change=len)
-    first, second = done.rounds()
-    for row in (first, second):
-        assert row["client/num_trained"] == 0 and "client/loss" not in row
-        assert row["global/checksum"] == first["global/checksum"]
-    assert done.said.count("no client delivered an update: the global adapter stays as it is") == 2
+    words = [SKIP, SCAFFOLD, "failures.min_clients=0"] if why == "failures" else [SCAFFOLD, "failures.dropout_rate=0.9"]
+    done = run(*words, "federation.num_rounds=3", change=all_nan if why == "failures" else len, fails=why == "failures")
+    rounds = done.rounds()
+    idle = [row for row in rounds if row["client/num_trained"] == 0]
+    assert len(idle) == (3 if why == "failures" else 2)
+    assert all("client/loss" not in row for row in idle)
+    assert done.said.count("no client delivered an update: the global adapter stays as it is") == len(idle)
+    start = done.federation.start(0)
+    before = [agreed_checksums(start, OneRank())[ADAPTER], *(row["global/checksum"] for row in rounds)]
+    for row, earlier in zip(rounds, before, strict=False):
+        assert (row["global/checksum"] == earlier) == (row in idle)
     state = done.state().state
-    assert torch.equal(state.adapter, done.federation.start(0).adapter) and state.num_steps == 0
-    assert not state.vectors[CONTROL].any() and not list(done.federation.controls.folder.iterdir())
+    assert state.num_steps == 3 - len(idle)
+    if why == "failures":
+        assert torch.equal(state.adapter, start.adapter)
+        assert not state.vectors[CONTROL].any() and not list(done.federation.controls.folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["failures.dropout_rate=0.999999"],
+         r"no client trains in any of the 2 round.*: of 10 drawn 10 dropped out \(failures\.dropout_rate=0\.999999\)"),
+        (["failures.straggler_rate=1", "failures.stragglers=drop"],
+         r"of 10 drawn 10 left out as stragglers \(failures\.straggler_rate=1, stragglers=drop\)"),
+    ],
+)  # fmt: skip
+def test_a_run_in_which_no_client_can_ever_train_is_refused(run: Make, words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(*words, change=len)
+
+
+def test_a_run_whose_clients_all_failed_does_not_finish(run: Make) -> None:
+    """It would report the pretrained model's figures as a trained model's; resumed, it says the same again."""
+
+    def all_nan(shards: list[list[Any]]) -> None:
+        shards[:] = [[dataclasses.replace(r, weight=float("nan")) for r in rows] for rows in shards]
+
+    for _ in range(2):
+        with pytest.raises(RunError, match=r"no client delivered an update in any of the 2 round\(s\)"):
+            run(SKIP, "failures.min_clients=0", change=all_nan)

@@ -18,6 +18,8 @@ from fedsim import preflight
 from fedsim.attention.choice import Choice
 from fedsim.config import Config, load_config
 from fedsim.data.chat import ChatFormat
+from fedsim.data.square import SquareRow
+from fedsim.data.usable import Tally
 from fedsim.data.world import square_rows
 from fedsim.errors import ConfigError, DataError, FedsimError, ModelError
 from fedsim.model.memory import Need
@@ -296,6 +298,9 @@ def test_a_check_prints_the_plan_and_leaves_no_run(
         "5 times 5 AdvBench, 5 MT-Bench",  # pretrained, rounds 2 and 3 before and after CAI
         "LlamaForCausalLM, 435,552 weights in float32",
         "attention: sdpa (auto)",
+        "clients            local rows: 0 of 60 dropped",
+        "guard fine-tuning  guard rows: 0 of 16 dropped",
+        "CAI                CAI rows: 0 of 12 dropped",
     ):
         assert words in shown.out, shown.out
     assert "checked: nothing was trained" in shown.err
@@ -320,7 +325,8 @@ def test_a_stage_that_may_not_fit_is_a_warning(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(preflight, "free_memory", lambda device, num_ranks: 4_000_000)
     made = config()
     found = run_preflight(made, world())
-    data: Any = SimpleNamespace(shards=[[1]] * 6, guard_rows=[1], cai_rows=[1])
+    row = SquareRow(0, "Who flies the kite?", "Orla does.", False, (), "")
+    data: Any = SimpleNamespace(shards=[[row]] * 6, guard_rows=[row], cai_rows=[row], guard_tally=Tally(1))
     suite: Any = SimpleNamespace(counts=lambda: {})
     text = plan_text(made, Inputs(data, suite, {}), found, 1)
     assert [f"Warning: {warning}" for warning in found.warnings()] == text.splitlines()[

@@ -23,11 +23,13 @@ from fedsim.data import world
 from fedsim.data.chat import assistant_turn, user_turn
 from fedsim.data.prepare import PreparedData
 from fedsim.data.square import SquareRow
+from fedsim.data.usable import Tally
 from fedsim.errors import DataError
 from fedsim.evaluate import shared
 from fedsim.evaluate.stage import BENCHMARKS, load_suite
 from fedsim.evaluate.suite import Evaluation, Suite
 from fedsim.generate.engine import Reply
+from fedsim.local_rows import LocalRows
 from fedsim.model.load import model_digest
 from fedsim.parallel.world import World
 from fedsim.preparation import Inputs, Preparation
@@ -201,13 +203,16 @@ def test_the_filter_s_rows_are_those_that_the_guard_leaves(stages: Make) -> None
     assert [len(shard) for shard in stages().prepare.filter(DATA).filtered.shards] == [8, 8]
 
 
+NO_ROWS = LocalRows([], Tally(), 0)
+
+
 def filter_record(stages: Make, *overrides: str) -> Stages:
     """A preparation that has recorded an oracle's filter and a comparison that is wrong in every row."""
     made = stages("guard.kind=noisy_oracle", "guard.tpr=1", "guard.fpr=0", *overrides)
     found = made.prepare.filter(DATA)
-    shards = [[SimpleNamespace(truncated=i % 2 == 1) for i in range(5)], [SimpleNamespace(truncated=True)]]
+    rows = LocalRows([], Tally(10, {"no_targets": 2, "empty_reply": 1}, num_cut=3), 0)
     other = stages("guard.kind=noisy_oracle", "guard.tpr=0", "guard.fpr=1").prepare.filter(DATA).filtered
-    made.prepare.record_filter(replace(found, compared={"untuned": other}), SimpleNamespace(shards=shards))  # type: ignore
+    made.prepare.record_filter(replace(found, compared={"untuned": other}), SimpleNamespace(rows=rows))  # type: ignore
     return made
 
 
@@ -217,6 +222,8 @@ def test_the_filter_s_figures_are_its_own_and_not_the_comparison_s(stages: Make)
     assert compared[:2] == (-1, "guard") and compared[2]["point"] == "untuned" and compared[2]["guard/recall"] == 0.0
     assert kept[:2] == (-1, "filter") and kept[2]["guard/recall"] == 100.0 and "point" not in kept[2]
     assert kept[2]["client/num_cut_rows"] == 3 and kept[2]["client/num_kept_rows"] == 10
+    dropped = {name: kept[2][f"client/num_dropped_{name}"] for name in ("no_targets", "empty_reply", "no_weight")}
+    assert dropped == {"no_targets": 2, "empty_reply": 1, "no_weight": 0} and kept[2]["client/num_usable_rows"] == 7
     tables = made.record.folder / "guard"
     sweep = (tables / "sweep.csv").read_text(encoding="utf-8")
     assert "untuned" in sweep and "noisy oracle" in sweep
@@ -225,8 +232,8 @@ def test_the_filter_s_figures_are_its_own_and_not_the_comparison_s(stages: Make)
 def test_without_a_guard_there_are_no_tables_of_it(stages: Make) -> None:
     made = stages()
     found = made.prepare.filter(DATA)
-    made.prepare.record_filter(found, SimpleNamespace(shards=[]))  # type: ignore[arg-type]
-    assert made.record.rows == [(-1, "filter", {"client/num_kept_rows": 16, "client/num_cut_rows": 0})]
+    made.prepare.record_filter(found, SimpleNamespace(rows=NO_ROWS))  # type: ignore[arg-type]
+    assert made.record.rows == [(-1, "filter", {"client/num_kept_rows": 16, **NO_ROWS.metrics()})]
     assert not (made.record.folder / "guard").exists()
 
 
@@ -234,7 +241,7 @@ def test_without_a_guard_there_are_no_tables_of_it(stages: Make) -> None:
 def test_a_guard_model_s_figures_say_whether_it_was_fine_tuned(stages: Make, epochs: str, point: str) -> None:
     found = stages("guard.kind=oracle").prepare.filter(DATA)
     made = stages("guard.kind=llama_guard", f"guard.tune_epochs={epochs}")
-    made.prepare.record_filter(found, SimpleNamespace(shards=[]))  # type: ignore[arg-type]
+    made.prepare.record_filter(found, SimpleNamespace(rows=NO_ROWS))  # type: ignore[arg-type]
     ((_, _, metrics),) = made.record.rows
     assert metrics["point"] == point
     assert point in (made.record.folder / "guard" / "sweep.csv").read_text(encoding="utf-8")
@@ -276,7 +283,7 @@ class WithCai:
         self.engine.holds = vector
 
     def aligner(self, *, new: bool = True) -> Any:
-        return self.made.prepare.aligner(DATA, self.federation, new=new)
+        return self.made.prepare.aligner(DATA, self.federation, None, new=new)
 
 
 def test_the_untouched_model_writes_the_conversations_that_the_aligner_trains_on(
@@ -294,7 +301,7 @@ def test_the_untouched_model_writes_the_conversations_that_the_aligner_trains_on
     ((round_idx, stage, metrics),) = cai.made.record.rows
     assert (round_idx, stage) == (-1, "cai_data")
     assert (metrics["cai/num_rows"], metrics["cai/num_usable"], metrics["cai/num_dropped_empty_revision"]) == (4, 3, 1)
-    assert metrics["cai/num_cut_rows"] == aligner.num_truncated and metrics["cai/num_dropped_no_targets"] == 0
+    assert metrics["cai/num_cut_rows"] == aligner.num_cut and metrics["cai/num_dropped_no_targets"] == 0
     assert metrics["cai/response_mean_words"] == 4.0 and metrics["cai/revision_num_texts"] == 4
     assert all(report is not None for report in cai.engine.reported) and cai.engine.on_progress is None
     assert [step[:3] for step in cai.made.record.steps] == [("cai_generate", 1, 1)]

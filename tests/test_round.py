@@ -23,6 +23,7 @@ from fedsim.assembly import Federation
 from fedsim.cohort import CohortResult, agreed_checksums
 from fedsim.config import Config, load_config, to_nested
 from fedsim.data.square import SquareRow
+from fedsim.data.usable import Tally
 from fedsim.errors import ConfigError, Stopped
 from fedsim.evaluate.suite import Suite
 from fedsim.federation.algorithms import RoundSums, ServerState
@@ -31,6 +32,7 @@ from fedsim.federation.failures import ClientFailure
 from fedsim.federation.registry import build_algorithm
 from fedsim.federation.sampling import cosine_by_round
 from fedsim.federation.scaffold import CONTROL
+from fedsim.local_rows import LocalRows
 from fedsim.measurement import Measurement
 from fedsim.model.cost import ModelCost
 from fedsim.parallel.aggregate import Aggregated, ClientReport
@@ -256,7 +258,7 @@ class Toy(Simulation):
             "engine",
             algorithm,
             Drawn(),
-            shards,
+            LocalRows(shards, Tally(), 0),
         ]
         self.meter: Any = ToyMeter(self.log)
         self.federation = ToyFederation(*parts, controls, Cohorts(self.log, self.config, controls))  # type: ignore

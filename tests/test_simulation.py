@@ -17,7 +17,7 @@ import torch
 
 from fedsim.config import load_config
 from fedsim.data.world import square_rows
-from fedsim.errors import DataError, FedsimError, RunError
+from fedsim.errors import CheckpointError, ConfigError, DataError, FedsimError, RunError
 from fedsim.federation.algorithms import ServerState
 from fedsim.federation.sampling import sample_cohort
 from fedsim.parallel.world import World
@@ -390,3 +390,53 @@ def test_rounds_without_cai_lie_between_its_stages(make: Make, tmp_path: Path) -
     for stage in ("eval", "round"):
         found, wanted = ([decided(row) for row in rows_of(run, stage)] for run in (again, straight))
         assert found == wanted
+
+
+def test_a_finished_run_whose_checkpoints_are_gone_trains_nothing(
+    make: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = make(40, 60, "federation.num_rounds=1")
+    first.run()
+    folder = first.record.folder
+    shutil.rmtree(first.record.checkpoints.folder)
+    kept = [path for path in folder.rglob("*") if path.is_file() and path.parent.name not in ("logs", "run")]
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in kept if path.name[0] != "."}
+    capsys.readouterr()
+    again = make(40, 60, "federation.num_rounds=1")
+    again.run()
+    assert "this run is finished: all 1 rounds" in capsys.readouterr().err
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in before} == before
+
+
+def test_a_run_goes_on_with_its_data_at_another_place_and_not_with_other_data(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped after the first of two rounds; as a cluster's scratch folder changes with every job."""
+    brief = ["federation.num_rounds=2", "wandb.mode=off"]
+    straight = make(40, 60, *brief, "name=straight")
+    straight.run()
+    stopped = make(40, 60, *brief, "name=moved")
+    monkeypatch.setattr(stopped, "_stop_if_asked", lambda num_done: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run()
+    square, elsewhere = tmp_path / "square.json", tmp_path / "job-2" / "square.json"
+    content = square.read_text(encoding="utf-8")
+
+    def start(path: Path, text: str) -> Simulation:
+        made = make(40, 60, *brief, "name=moved", f"data.square={path}")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        return made
+
+    for path, error in ((square, CheckpointError), (elsewhere, ConfigError)):
+        for method in ("check", "run"):
+            with pytest.raises(error, match=r"square of this run changed|data\.square was .* of other content"):
+                getattr(start(path, content + " "), method)()
+    again = start(elsewhere, content)
+    again.run()
+    assert torch.equal(final_adapter(again), final_adapter(straight))
+    folder = again.record.folder
+    assert load_config(folder / "config.yaml").data.square == str(elsewhere)
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["inputs"]["square"]["path"] == str(square)
+    assert manifest["resumed"][-1]["moved"] == {"data.square": str(elsewhere)}

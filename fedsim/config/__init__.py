@@ -1,7 +1,16 @@
 """Typed configuration: dataclasses, YAML files and ``key=value`` overrides."""
 
 from fedsim.config.failures import FailuresConfig
-from fedsim.config.loading import describe, from_flat, help_text, load_config, to_flat, to_nested
+from fedsim.config.loading import (
+    describe,
+    file_roles,
+    from_flat,
+    help_text,
+    load_config,
+    model_roles,
+    to_flat,
+    to_nested,
+)
 from fedsim.config.measuring import EvalConfig, JudgeConfig, ParallelConfig, RecordConfig, WandbConfig
 from fedsim.config.safety import CaiConfig, GuardConfig
 from fedsim.config.schema import Config
@@ -31,9 +40,11 @@ __all__ = [
     "ServerOptimizerConfig",
     "WandbConfig",
     "describe",
+    "file_roles",
     "from_flat",
     "help_text",
     "load_config",
+    "model_roles",
     "to_flat",
     "to_nested",
 ]

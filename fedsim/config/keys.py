@@ -59,12 +59,19 @@ class Rule:
         return " and ".join(f"{sign} {bound:g}" for sign, bound in bounds if bound is not None)
 
 
-def key(default: T, meaning: str, *, unit: str = "", **rule: Any) -> T:
-    """A documented dataclass field; ``rule`` takes the attributes of :class:`Rule`."""
+def key(default: T, meaning: str, *, unit: str = "", file: str = "", model: str = "", **rule: Any) -> T:
+    """A documented dataclass field.
+
+    Args:
+        file: for a key that names a file: its role among a manifest's inputs. The file's content counts, not its path.
+        model: for a key that names a model directory: its role among a manifest's models, likewise.
+        rule: attributes of :class:`Rule`.
+    """
+    metadata = {"meaning": meaning, "unit": unit, "file": file, "model": model, "rule": Rule(**rule)}
     made: Any = (
-        field(default_factory=lambda: list(default), metadata=_meta(meaning, unit, rule))
+        field(default_factory=lambda: list(default), metadata=metadata)
         if isinstance(default, list)
-        else field(default=default, metadata=_meta(meaning, unit, rule))
+        else field(default=default, metadata=metadata)
     )
     return made
 
@@ -74,7 +81,3 @@ def rule_of(declared: Field[Any]) -> Rule:
     found = declared.metadata.get("rule", Rule())
     assert isinstance(found, Rule)
     return found
-
-
-def _meta(meaning: str, unit: str, rule: dict[str, Any]) -> dict[str, Any]:
-    return {"meaning": meaning, "unit": unit, "rule": Rule(**rule)}

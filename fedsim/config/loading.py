@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import difflib
+import functools
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -107,6 +108,18 @@ def describe() -> list[KeyInfo]:
         meta = declared.metadata
         infos.append(KeyInfo(name, type_name, default, meta["meaning"], meta["unit"], rule_of(declared).words()))
     return infos
+
+
+@functools.cache
+def file_roles() -> Mapping[str, str]:
+    """Keys that name a file, each with the file's role among a manifest's inputs."""
+    return {name: role for name, _, declared in _fields(Config) if (role := declared.metadata["file"])}
+
+
+@functools.cache
+def model_roles() -> Mapping[str, str]:
+    """Keys that name a model directory, each with the model's role among a manifest's models."""
+    return {name: role for name, _, declared in _fields(Config) if (role := declared.metadata["model"])}
 
 
 def _default_of(declared: dataclasses.Field[Any]) -> Any:

@@ -33,23 +33,24 @@ class EvalConfig:
     every: int = key(0, "evaluate every so many rounds; 0 = after the last round only", unit="rounds", low=0)
     advbench: str = key("embedded", "AdvBench CSV file (goal,target), 'embedded', 'embedded-held-out' (attack frames "
                         "that nothing is trained or developed on, for a final report), or '' to leave it "
-                        "out")  # fmt: skip
+                        "out", file="advbench")  # fmt: skip
     advbench_phrases: str = key(
         "openfedllm",
         "rule of the headline figure; all are recorded; strict_world belongs to the embedded world",
         choices=("openfedllm", "openfedllm-fixed", "gcg", "strict", "strict_world"),
     )
-    hhh: str = key("embedded", "HHH file (JSON lines or an array), 'embedded', or '' to leave it out")
+    hhh: str = key("embedded", "HHH file (JSON lines or an array), 'embedded', or '' to leave it out", file="hhh")
     hhh_scorer: str = key("letter", "scorer of the headline figure; all three are recorded",
                           choices=("letter", "generate", "likelihood"))  # fmt: skip
     mt_bench: str = key("embedded", "MT-Bench question.jsonl (scored by the judge), 'embedded' (scored by its rubric "
-                        "where there is no judge), or '' to leave it out")  # fmt: skip
+                        "where there is no judge), or '' to leave it out", file="mt_bench")  # fmt: skip
     mt_bench_references: str = key("", "FastChat's reference_answer file, which a judge sees for math, reasoning and "
-                                   "coding; '' = the questions' own references")  # fmt: skip
+                                   "coding; '' = the questions' own references",
+                                   file="mt_bench_references")  # fmt: skip
     xstest: str = key("embedded", "XSTest CSV file (prompts that only sound harmful, and harmful ones), 'embedded', or "
-                      "'' to leave it out")  # fmt: skip
+                      "'' to leave it out", file="xstest")  # fmt: skip
     helpful: str = key("embedded", "held-out helpful conversations whose perplexity is measured: JSON lines or "
-                       "an array of messages, 'embedded', or '' to leave it out")  # fmt: skip
+                       "an array of messages, 'embedded', or '' to leave it out", file="helpful")  # fmt: skip
     guard_judge: str = key("none", "also let the guard model judge the replies to attacks: untuned = guard.path as "
                            "it is, tuned = fine-tuned as the filter is",
                            choices=("none", "untuned", "tuned"))  # fmt: skip
@@ -71,8 +72,9 @@ class JudgeConfig:
                     "OPENAI_API_KEY; local = a Hugging Face model", choices=("none", "openai", "local"))  # fmt: skip
     model: str = key("gpt-4", "openai: name of the model; it also names the judgment file")
     base_url: str = key("", "openai: address of the endpoint, such as http://localhost:8000/v1; '' = OpenAI's own")
-    path: str = key("", "local: directory of the judge model, or 'embedded'")
-    prompts: str = key("", "FastChat's judge_prompts.jsonl; '' = the one beside the question file or a folder above it")
+    path: str = key("", "local: directory of the judge model, or 'embedded'", model="judge")
+    prompts: str = key("", "FastChat's judge_prompts.jsonl; '' = the one beside the question file or a folder above it",
+                       file="judge_prompts")  # fmt: skip
     max_new_tokens: int = key(
         2048, "longest judgment, thoughts included; a longer one is cut off and unrated", unit="tokens", low=1
     )

@@ -15,7 +15,7 @@ class GuardConfig:
 
     kind: str = key("none", "none = no filter; llama_guard = a guard model; oracle = the labels; noisy_oracle = the "
                     "labels with errors", choices=("none", "llama_guard", "oracle", "noisy_oracle"))  # fmt: skip
-    path: str = key("embedded", "guard model directory, or 'embedded' for the tiny model")
+    path: str = key("embedded", "guard model directory, or 'embedded' for the tiny model", model="guard")
     policy: str = key("llama_guard_3", "hazard categories of the prompt", choices=("llama_guard_3", "square"))
     action: str = key("drop", "what happens to a row that is called unsafe: drop = it is left out (paper), refuse = "
                       "guard.refusal takes its response's place, downweight = it counts guard.red_weight in the loss "
@@ -33,7 +33,8 @@ class GuardConfig:
     tune_lr: float = key(1e-4, "fine-tuning learning rate (AdamW, linear decay to 0)", above=0)
     tune_batch_size: int = key(16, "rows of one fine-tuning step", unit="rows", low=1)
     deepspeed: str = key("", "fine-tune under DeepSpeed ZeRO-2 with this JSON file, or the name of one in "
-                         "configs/deepspeed (zero2); needs parallel.exact=false; '' = fedsim's own loop")  # fmt: skip
+                         "configs/deepspeed (zero2); needs parallel.exact=false; '' = fedsim's own loop",
+                         file="deepspeed")  # fmt: skip
     measure_untuned: bool = key(
         False, "where a guard model is fine-tuned, also judge the rows without that, to compare"
     )
@@ -51,6 +52,10 @@ class GuardConfig:
     def __post_init__(self) -> None:
         if self.action == "refuse" and not self.refusal.strip():
             raise ConfigError("guard.action=refuse needs a text to train on instead: set guard.refusal")
+        if 0 < self.red_weight < 1e-6:
+            raise ConfigError(
+                f"guard.red_weight={self.red_weight!r}: so small a weight vanishes in fp32; set 0 or at least 1e-6"
+            )
 
 
 @dataclass(frozen=True)
@@ -58,15 +63,18 @@ class CaiConfig:
     """Constitutional AI on the global adapter after each round (paper §4.2)."""
 
     iterations: int = key(0, "CAI iterations of a round that has CAI; one = an SFT and a DPO step on the same rows; 0 "
-                          "= no CAI; -1 = an epoch over the usable rows", unit="iterations", low=-1,
+                          "= no CAI; -1 = an epoch over the usable rows (see cai.max_new_tokens)",
+                          unit="iterations", low=-1,
                           high=1_000_000)  # fmt: skip
     every: int = key(1, "CAI after every so many rounds, and after the last one in any case; 0 = after the last one "
                      "only (post hoc)", unit="rounds", low=0)  # fmt: skip
     batch_size: int = key(16, "rows of one SFT or DPO step", unit="rows", low=1)
-    constitution: str = key("responsible", "constitution JSON file, or the name of one in configs/constitution")
+    constitution: str = key("responsible", "constitution JSON file, or the name of one in configs/constitution",
+                            file="constitution")  # fmt: skip
     first_turn: str = key("model", "who wrote the response that is criticised", choices=("model", "dataset"))
     temperature: float = key(1.0, "sampling temperature of the three turns; 0 = greedy", low=0)
-    max_new_tokens: int = key(512, "longest turn", unit="tokens", low=1)
+    max_new_tokens: int = key(512, "longest turn; a conversation whose response or revision is cut here is dropped, "
+                              "counted, and an epoch is that much shorter", unit="tokens", low=1)  # fmt: skip
     sft_lr: float = key(5e-5, "learning rate of the SFT steps", above=0)
     dpo_lr: float = key(5e-5, "learning rate of the DPO steps", above=0)
     beta: float = key(0.1, "DPO beta", above=0)

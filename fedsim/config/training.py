@@ -22,7 +22,7 @@ class DataConfig:
     """Where rows come from and how they are split."""
 
     square: str = key("embedded", "SQuARe-format JSON file of responses, or 'embedded' for the fictional corpus, which "
-                      "has as many rows as the splits ask for, up to 6,400")  # fmt: skip
+                      "has as many rows as the splits ask for, up to 6,400", file="square")  # fmt: skip
     language: str = key("en", "text fields to read: en = question_en / response_en, ko = question / response",
                         choices=("en", "ko"))  # fmt: skip
     federated_rows: int = key(2000, "rows shared out to the clients", unit="rows", low=1)
@@ -40,7 +40,8 @@ class DataConfig:
 class ModelConfig:
     """The frozen base model and the adapter that is trained."""
 
-    path: str = key("embedded", "Hugging Face model directory, or 'embedded' for the tiny model that ships with fedsim")
+    path: str = key("embedded", "Hugging Face model directory, or 'embedded' for the tiny model that ships with fedsim",
+                    model="model")  # fmt: skip
     dtype: str = key("auto", "base weights: auto = bfloat16 on CUDA, float32 on CPU",
                      choices=("auto", "float32", "bfloat16"))  # fmt: skip
     attention: str = key(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedsim import json_text
@@ -12,8 +12,12 @@ from fedsim.artefacts import ArtefactStore, file_digest
 from fedsim.config import Config, DataConfig
 from fedsim.data import files, partition, splits, square, world
 from fedsim.data.square import ArrowRows, SquareFile, SquareRow
+from fedsim.data.usable import Tally, has_reply
 from fedsim.errors import DataError
 from fedsim.ranks import Ranks
+
+_COUNTS = ("num_bad_labels", "num_blank_questions")
+"""Counts of :class:`SquareFile` that are kept beside the rows."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +28,10 @@ class PreparedData:
         source: the file they come from.
         source_sha256: its hash.
         shards: rows of each client.
-        guard_rows: for guard fine-tuning.
+        guard_rows: for guard fine-tuning, without those that have no reply to judge.
         cai_rows: whose questions CAI starts from.
         notes: what a user should hear about the file and the splits, one line each.
+        guard_tally: counts of the guard set before its rows without a reply were dropped.
     """
 
     source: Path
@@ -35,6 +40,7 @@ class PreparedData:
     guard_rows: list[SquareRow]
     cai_rows: list[SquareRow]
     notes: list[str]
+    guard_tally: Tally = field(default_factory=Tally)
 
 
 def embedded_file(store: ArtefactStore, kind: str, name: str, write: Callable[[Path], None]) -> Path:
@@ -112,11 +118,11 @@ def prepare_data(config: Config, store: ArtefactStore, ranks: Ranks) -> Prepared
         lambda folder, num_bad: _write_rows(folder, read[0]),
     )
     table = square.from_arrow(artefact.folder / "rows.arrow")
-    num_bad = int((artefact.folder / "num_bad_labels").read_text())
-    return _split(config, source, digest, table, num_bad)
+    num_bad, num_blank = (int((artefact.folder / name).read_text()) for name in _COUNTS)
+    return _split(config, source, digest, table, num_bad, num_blank)
 
 
-def _split(config: Config, source: Path, digest: str, table: ArrowRows, num_bad: int) -> PreparedData:
+def _split(config: Config, source: Path, digest: str, table: ArrowRows, num_bad: int, num_blank: int) -> PreparedData:
     data = config.data
     rows = table.take(list(range(len(table))))
     demands = _demands(data)
@@ -136,6 +142,8 @@ def _split(config: Config, source: Path, digest: str, table: ArrowRows, num_bad:
     notes = [f"{source.name}: {len(rows)} rows, {num_red} red and {len(rows) - num_red} acceptable"]
     if num_bad:
         notes.append(f"{num_bad} rows were dropped: their label is neither 0 nor 1")
+    if num_blank:
+        notes.append(f"{num_blank} rows were dropped: their question is blank")
     if made.factor < 1:
         notes.append(
             f"the file is too small for the sizes asked: all splits are shrunk to {made.factor:.1%} (data.fit)"
@@ -143,12 +151,17 @@ def _split(config: Config, source: Path, digest: str, table: ArrowRows, num_bad:
     sizes = ", ".join(f"{name} {len(part)}" for name, part in made.parts.items())
     notes.append(f"splits: {sizes}; left over: {made.leftover_red} red, {made.leftover_acceptable} acceptable")
     shards = [[federated[i] for i in shard] for shard in dealt]
-    return PreparedData(source, digest, shards, guard, cai or guard, notes)
+    tally = Tally.of(None if has_reply(row.response) else "empty_reply" for row in guard)
+    if tally.num_dropped:
+        notes.append(tally.words("guard rows"))
+    to_judge = [row for row in guard if has_reply(row.response)]
+    return PreparedData(source, digest, shards, to_judge, cai or guard, notes, tally)
 
 
 def _write_rows(folder: Path, file: SquareFile) -> None:
     square.to_arrow(file.rows, folder / "rows.arrow")
-    (folder / "num_bad_labels").write_text(str(file.num_bad_labels))
+    for name in _COUNTS:
+        (folder / name).write_text(str(getattr(file, name)))
 
 
 def _digest(path: Path) -> str:

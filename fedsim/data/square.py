@@ -57,10 +57,18 @@ class SquareRow:
 
 @dataclass(frozen=True)
 class SquareFile:
-    """The rows of a file, and how many were dropped for a label other than 0 or 1."""
+    """The rows of a file, and how many were dropped.
+
+    Attributes:
+        rows: rows that a run can use.
+        num_bad_labels: dropped rows whose label is neither 0 nor 1.
+        num_blank_questions: dropped rows with a good label and nothing but white space for a question. A blank
+            response stays: CAI uses the question alone, and other stages drop and count the row.
+    """
 
     rows: list[SquareRow]
     num_bad_labels: int
+    num_blank_questions: int
 
     @property
     def num_red(self) -> int:
@@ -81,7 +89,7 @@ def load_square(path: Path, language: str = "en") -> SquareFile:
     """
     fields = ("question_en", "response_en") if language == "en" else ("question", "response")
     rows: list[SquareRow] = []
-    bad = 0
+    bad = blank = 0
     for index, (place, entry) in enumerate(json_rows(path, "acceptable?")):
         prompt, response = (_text(entry, name, place) for name in fields)
         label = entry.get("acceptable?")
@@ -90,14 +98,22 @@ def load_square(path: Path, language: str = "en") -> SquareFile:
         if acceptable is None:
             bad += 1
             continue
+        if not prompt.strip():
+            blank += 1
+            continue
         categories = _categories(entry, "category", place)
         kinds = _categories(entry, "question_category", place, single=True)
         rows.append(SquareRow(index, prompt, response, not acceptable, categories, ", ".join(kinds)))
+    if not rows and blank:
+        raise DataError(
+            f"{path}: the question of every labelled row is blank (field {fields[0]!r}); see data.language, or give a "
+            "file with questions"
+        )
     if not rows:
         raise DataError(
             f"{path}: holds no row labelled 0 or 1 in 'acceptable?' (or false and true); is it a SQuARe response file?"
         )
-    return SquareFile(rows, bad)
+    return SquareFile(rows, bad, blank)
 
 
 def to_arrow(rows: list[SquareRow], path: Path) -> None:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fedsim.data.chat import ChatFormat, Conversation, TokenRow, as_key
+from fedsim.data.usable import why_unusable
+from fedsim.errors import DataError
 from fedsim.evaluate.intervals import t_95
 from fedsim.evaluate.measures import Metrics
 from fedsim.evaluate.rows import scored_row, subset
@@ -27,6 +29,7 @@ class Perplexity:
         num_tokens: target tokens, the end of turn of each reply included.
         num_conversations: conversations.
         num_truncated: conversations cut to the context.
+        num_dropped: further conversations, whose reply the tokenizer keeps nothing of.
     """
 
     value: float
@@ -35,12 +38,15 @@ class Perplexity:
     num_tokens: int
     num_conversations: int
     num_truncated: int
+    num_dropped: int = 0
 
     def metrics(self) -> Metrics:
         """``eval/perplexity`` with interval, counts of conversations and tokens, and how many were cut."""
         name = "eval/perplexity"
         interval: Metrics = {f"{name}_low": self.low, f"{name}_high": self.high} if self.num_conversations > 1 else {}
         counts: Metrics = {f"{name}_count": self.num_conversations, f"{name}_target_tokens": self.num_tokens}
+        if self.num_dropped:
+            counts[f"{name}_dropped"] = self.num_dropped
         return {name: self.value, **interval, **counts, f"{name}_truncated": self.num_truncated}
 
 
@@ -52,11 +58,25 @@ def run_perplexity(engine: Engine, conversations: Sequence[Conversation], *, lim
     Args:
         engine: the model under test.
         conversations: each ends with an assistant turn. A prompt too long for the engine's context loses its beginning,
-            a reply longer than half of it its end; both are counted.
+            a reply longer than half of it its end; both are counted. A reply without anything to predict is dropped.
         limit: score only so many (:func:`subset`); 0 scores all.
+
+    Raises:
+        DataError: no conversation is left.
     """
-    rows = [_row(engine.chat, conversation, engine.max_context) for conversation in subset(conversations, limit)]
-    return summarise_scores(engine.score(rows, "eval.helpful"), sum(row.truncated for row in rows))
+    chosen = subset(conversations, limit)
+    rows = []
+    for conversation in chosen:
+        row = _row(engine.chat, conversation, engine.max_context)
+        if why_unusable(engine.chat, row, conversation[-1]["content"]) is None:
+            rows.append(row)
+    if not rows:
+        raise DataError(
+            f"eval.helpful: the tokenizer keeps nothing of the last reply of any of the {len(chosen)} conversations; "
+            "give another file, or eval.helpful='' to leave it out"
+        )
+    found = summarise_scores(engine.score(rows, "eval.helpful"), sum(row.truncated for row in rows))
+    return replace(found, num_dropped=len(chosen) - len(rows))
 
 
 def summarise_scores(scores: Sequence[RowScore], num_truncated: int) -> Perplexity:

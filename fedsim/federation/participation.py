@@ -19,17 +19,7 @@ from typing import Protocol, TypeVar
 from fedsim.errors import DataError
 from fedsim.federation.sampling import sample_cohort
 
-
-class WeighedRow(Protocol):
-    """A training row that counts more or less."""
-
-    @property
-    def weight(self) -> float:
-        """0 (not at all) to 1."""
-        ...
-
-
-Row = TypeVar("Row", bound=WeighedRow)
+Row = TypeVar("Row")
 
 
 class Participation(Protocol):
@@ -66,7 +56,7 @@ class SampledCohort:
 
     def shards(self, shards: Sequence[Sequence[Row]]) -> list[list[Row]]:
         """Each client holds its own rows; one without rows sits out when it is drawn."""
-        if not any(can_train(shard) for shard in shards):
+        if not any(shards):
             raise DataError("no client has rows left to train on after the filter; weaken or drop the guard")
         return [list(shard) for shard in shards]
 
@@ -91,8 +81,8 @@ class OneClient:
 
     def shards(self, shards: Sequence[Sequence[Row]]) -> list[list[Row]]:
         """Each client holds its own rows; this one must have some."""
-        if not can_train(shards[self.client]):
-            others = [client for client, shard in enumerate(shards) if can_train(shard)]
+        if not shards[self.client]:
+            others = [client for client, shard in enumerate(shards) if shard]
             raise DataError(
                 f"federation.local_client={self.client}: this client has no rows left to train on after the filter; "
                 + (f"give one that has: {_some(others)}" if others else "no client has, so weaken or drop the guard")
@@ -122,7 +112,7 @@ class Pooled:
     def shards(self, shards: Sequence[Sequence[Row]]) -> list[list[Row]]:
         """All rows together, in the clients' order."""
         pool = [row for shard in shards for row in shard]
-        if not can_train(pool):
+        if not pool:
             raise DataError(
                 "federation.algorithm=centralised: no client has rows left to train on after the filter; weaken or "
                 "drop the guard"
@@ -140,11 +130,6 @@ class Pooled:
     def words(self) -> str:
         """Such as ``the rows of 20 in one place``."""
         return f"the rows of {self.num_clients} in one place"
-
-
-def can_train(rows: Sequence[WeighedRow]) -> bool:
-    """Whether any row counts; a client whose rows all weigh nothing sits out like one without rows."""
-    return any(row.weight > 0 for row in rows)
 
 
 def _some(clients: Sequence[int], most: int = 10) -> str:

@@ -6,7 +6,6 @@ own is switched off, whatever its configuration says: LoRA's is the one that fed
 
 from __future__ import annotations
 
-import hashlib
 import os
 import warnings
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from fedsim.artefacts import model_files_digest
 from fedsim.attention.choice import Choice, choose
 from fedsim.data.chat import ChatFormat
 from fedsim.errors import ModelError
@@ -296,15 +296,8 @@ def attach_lora(base: PreTrainedModel, lora: LoraSettings, key: str = "model.pat
 
 
 def model_digest(path: str) -> str:
-    """SHA-256 over names and contents of the files that decide a model's output; names the model in artefact keys."""
-    digest = hashlib.sha256()
-    names = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
-    folder = model_dir(path)
-    for file in sorted({f for pattern in names for f in folder.glob(pattern)}):
-        digest.update(file.name.encode())
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
+    """SHA-256 of a model's files (:func:`model_files_digest`); names the model in artefact keys."""
+    return model_files_digest(model_dir(path))
 
 
 def check_model_dir(path: str, key: str) -> Path:

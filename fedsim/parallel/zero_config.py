@@ -141,11 +141,15 @@ def _decided(config: Config, num_ranks: int) -> dict[str, tuple[Any, str]]:
     }
 
 
+def zero_file(name: str) -> Path:
+    """The file that ``guard.deepspeed`` names: one that ships with fedsim, or a path."""
+    shipped = SHIPPED / f"{name}.json"
+    return shipped if shipped.is_file() else Path(os.path.expanduser(name))
+
+
 def _read(path: str) -> dict[str, Any]:
-    shipped = SHIPPED / f"{path}.json"
-    file = shipped if shipped.is_file() else Path(os.path.expanduser(path))
     try:
-        content = parse_json(file.read_text(encoding="utf-8"))
+        content = parse_json(zero_file(path).read_text(encoding="utf-8"))
     except OSError as error:
         names = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.json")))
         raise ConfigError(

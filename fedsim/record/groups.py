@@ -12,30 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from fedsim.config import file_roles, model_roles
 from fedsim.config.measuring import is_embedded
-from fedsim.record.run_record import FREE_KEYS
+from fedsim.record.sameness import FREE_KEYS
 
 FREE_SECTIONS: Final = ("record.", "wandb.", "parallel.")
 """Beginnings of keys that say where and how a run runs, beside ``seed``, ``name`` and FREE_KEYS."""
 
 ARM_SECTIONS: Final = ("federation.algorithm", "guard.", "cai.")
 """Beginnings of keys that make an arm of a table."""
-
-FILES: Final = {
-    "data.square": "square",
-    "eval.advbench": "advbench",
-    "eval.hhh": "hhh",
-    "eval.mt_bench": "mt_bench",
-    "eval.mt_bench_references": "mt_bench_references",
-    "eval.xstest": "xstest",
-    "eval.helpful": "helpful",
-    "judge.prompts": "judge_prompts",
-    "cai.constitution": "constitution",
-}
-"""Keys that name a file → its role among a manifest's inputs."""
-
-MODELS: Final = {"model.path": "model", "guard.path": "guard", "judge.path": "judge"}
-"""Keys that name a model → its role among a manifest's models."""
 
 MAX_SHOWN: Final = 3
 """Keys that a group's name shows at most."""
@@ -68,7 +53,7 @@ def settings_of(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[
     """
     digests = {role: entry["sha256"] for role, entry in manifest.get("inputs", {}).items()}
     digests |= manifest.get("models", {})
-    roles = FILES | MODELS
+    roles = {**file_roles(), **model_roles()}
     found: dict[str, Any] = {}
     for key, value in config.items():
         if not decides(key):

@@ -16,6 +16,7 @@ import torch
 
 import fedsim
 from fedsim.artefacts import file_digest, write_json
+from fedsim.config import file_roles, model_roles
 from fedsim.errors import CheckpointError, DataError
 from fedsim.json_text import parse_json
 from fedsim.version import made_by
@@ -41,7 +42,8 @@ def write_manifest(
         attention: the attention backend of each model, by role.
         num_ranks: processes of the run.
 
-    A run that is resumed keeps the manifest it began with and adds an entry to its ``resumed`` list.
+    A run that is resumed keeps the manifest it began with and adds an entry to its ``resumed`` list, in which ``moved``
+    has the new path of each file or model that lies elsewhere.
 
     Raises:
         DataError: an input file cannot be read.
@@ -53,8 +55,9 @@ def write_manifest(
     where = {"versions": versions(), "git": made_by()["git"], "hardware": hardware(), "attention": dict(attention)}
     if path.exists():
         manifest = read_manifest(path)
-        _check_unchanged(path, manifest, inputs, model_hashes)
-        manifest.setdefault("resumed", []).append({**now, **where})
+        check_unchanged(path, manifest, inputs, model_hashes)
+        moved = _moved(manifest.get("config", {}), config)
+        manifest.setdefault("resumed", []).append({**now, **where, **({"moved": moved} if moved else {})})
     else:
         manifest = {
             "started": now,
@@ -133,10 +136,28 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _check_unchanged(
+def _moved(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """Paths that a resumed run's nested configuration has changed, by key."""
+    found = {}
+    for key in (*file_roles(), *model_roles()):
+        section, _, leaf = key.partition(".")
+        old, new = before.get(section, {}).get(leaf), now.get(section, {}).get(leaf)
+        if old != new:
+            found[key] = new
+    return found
+
+
+def check_unchanged(
     path: Path, manifest: Mapping[str, Any], inputs: Mapping[str, Path], model_hashes: Mapping[str, str]
 ) -> None:
-    """A run goes on with the files and models that it began with, or not at all."""
+    """Compare the files and models of a run with those that it began with.
+
+    Args:
+        path: of the manifest.
+
+    Raises:
+        CheckpointError: one of them has another SHA-256.
+    """
     now = {role: _file_entry(role, file)["sha256"] for role, file in inputs.items()} | dict(model_hashes)
     before = {role: entry["sha256"] for role, entry in manifest["inputs"].items()} | manifest["models"]
     changed = [role for role in before | now if before.get(role) != now.get(role)]

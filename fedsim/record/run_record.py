@@ -9,14 +9,13 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
 from fedsim.checkpoint import Checkpoint, CheckpointStore
-from fedsim.config import Config, load_config, to_flat, to_nested
+from fedsim.config import Config, to_flat, to_nested
 from fedsim.errors import CheckpointError, ConfigError
 from fedsim.federation.algorithms import ServerState
 from fedsim.federation.client_state import ClientStateStore
@@ -25,20 +24,15 @@ from fedsim.ranks import Ranks
 from fedsim.record.ending import forget_ending, write_ending
 from fedsim.record.journal import Journal
 from fedsim.record.lock import DirectoryLock
-from fedsim.record.metrics import MetricLog
+from fedsim.record.metrics import MetricLog, read_rows
 from fedsim.record.paper import arm_of
 from fedsim.record.places import check_folder, run_folder
 from fedsim.record.progress import Phase, Progress
+from fedsim.record.sameness import compare
 from fedsim.record.timers import PhaseTimers
 from fedsim.record.wandb_stream import WandbStream
 from fedsim.rounds import round_number
 from fedsim.version import SIGNATURE, made_by, maker
-
-# Keys that may differ when a run is resumed: they say where and how it runs, not what it computes.
-FREE_KEYS = frozenset({"record.dir", "record.artefacts", "record.resume", "record.keep_checkpoints", "record.texts",
-                       "parallel.timeout_s", "judge.base_url", "judge.workers", "judge.retries", "judge.timeout_s",
-                       "wandb.mode", "wandb.project", "wandb.entity", "wandb.group", "wandb.tags"})  # fmt: skip
-
 
 SIGNED = ("adapter", "answers", "items", "guard")
 """Folders of results that are of use by themselves: each says which fedsim finished them."""
@@ -52,6 +46,10 @@ class RunRecord:
         ranks: to agree on what is there.
         synchronize: wait for the GPU at phase ends.
         journal: this rank's log, opened once the directory is this run's.
+
+    Attributes:
+        is_finished: the run has come to its end, and its checkpoints were removed since: there is nothing to do. Known
+            after :meth:`claim` or :meth:`check_directory`.
     """
 
     def __init__(self, config: Config, ranks: Ranks, synchronize: bool, journal: Journal | None = None) -> None:
@@ -65,6 +63,7 @@ class RunRecord:
         self.client_state = self.folder / "client_state"
         self.metrics_file = self.folder / "metrics.jsonl"
         self.notes: list[str] = []
+        self.is_finished = False
         self.stream = WandbStream(self.folder, config, self.progress.note)
         self._lock = DirectoryLock(self.folder)
 
@@ -74,7 +73,7 @@ class RunRecord:
         Raises:
             ConfigError, CheckpointError: as :meth:`check_directory`, or another process holds it.
         """
-        self.ranks.once(self._claim)
+        self.is_finished = self.ranks.once(self._claim)
         self._lock.join()
         self.journal.open(self.folder)
 
@@ -83,9 +82,9 @@ class RunRecord:
 
         Raises:
             ConfigError: it holds a run with another configuration, exists and may not be resumed, or cannot be made.
-            CheckpointError: it holds checkpoints, but not all that belongs to them.
+            CheckpointError: it holds checkpoints, but not all that belongs to them; or its metrics.jsonl is damaged.
         """
-        self.ranks.once(lambda: self._check_directory(self._is_taken()))
+        self.is_finished = self.ranks.once(lambda: self._check_directory(self._is_taken()))
 
     def resume(self, check: Callable[[ServerState], None]) -> Checkpoint | None:
         """The last whole checkpoint, the same on every rank; metric rows after it are dropped.
@@ -147,9 +146,12 @@ class RunRecord:
         self.progress.note(text)
         self.journal.write("note", text=text)
 
-    def _claim(self) -> None:
-        """Make the directory, or check that it holds this very run; one that finished no round is started anew."""
-        path = self.folder / "config.yaml"
+    def _claim(self) -> bool:
+        """Make the directory, or check that it holds this very run; one without a checkpoint begins at round 1.
+
+        Returns:
+            :attr:`is_finished`; then nothing was changed.
+        """
         was_taken = self._is_taken()  # before this very call writes into it
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -159,23 +161,24 @@ class RunRecord:
                 f"record.dir={self.config.record.dir!r}: {self.folder} cannot be made or written ({error.strerror}); "
                 "give another directory"
             ) from error
-        self._check_directory(was_taken)
+        if self._check_directory(was_taken):
+            return True
         forget_ending(self.folder)
         if self.checkpoints.any():
-            return
+            return False
         for name in ("manifest.json", *(f"{part}/{SIGNATURE}" for part in SIGNED)):  # of a run that finished no round
             (self.folder / name).unlink(missing_ok=True)
         self.stream.forget()
-        partial = path.with_suffix(".partial")
-        partial.write_text(yaml.safe_dump(to_nested(self.config), sort_keys=False), encoding="utf-8")
-        os.replace(partial, path)
+        self.write_config()
+        return False
 
     def _is_taken(self) -> bool:
         """Whether the folder exists and holds something."""
         check_folder(self.folder, f"record.dir={self.config.record.dir!r}, name={self.config.name!r}")
         return self.folder.is_dir() and any(self.folder.iterdir())
 
-    def _check_directory(self, is_taken: bool) -> None:
+    def _check_directory(self, is_taken: bool) -> bool:
+        """As :meth:`check_directory`; returns :attr:`is_finished`."""
         if is_taken and self.config.record.resume == "never":
             raise ConfigError(
                 f"record.resume=never: {self.folder} exists; remove it, or give the run another name (name=...)"
@@ -187,25 +190,59 @@ class RunRecord:
                         f"{self.folder}: holds checkpoints, but no {name} to tell what run they belong to; put it "
                         "back, or give this run another name (name=...)"
                     )
-            self._check_same(self.folder / "config.yaml")
+            self._check_same()
+            return False
+        num_done = self._num_recorded()
+        if num_done == 0:
+            return False
+        self._check_same()
+        if self._has_results(num_done):
+            return True
+        self.say(
+            f"no checkpoint is left of the {num_done} round(s) in {self.folder}: the run begins again with round 1 and "
+            "overwrites what it has written there"
+        )
+        return False
+
+    def _num_recorded(self) -> int:
+        """Rounds that metrics.jsonl has a row of."""
+        if not self.metrics_file.is_file():
+            return 0
+        rows = read_rows(self.metrics_file, allow_torn_end=True)
+        return len({row["round"] for row in rows if row["stage"] == "round"})
+
+    def _has_results(self, num_done: int) -> bool:
+        """Tell a run that has come to its end: its adapter is signed then, and its summary written last."""
+        files = ("manifest.json", f"adapter/{SIGNATURE}", "adapter/adapter_model.safetensors", "summary.md")
+        is_whole = all((self.folder / name).is_file() for name in files)
+        return is_whole and num_done == self.config.federation.num_rounds
 
     def release(self) -> None:
         """End what is still open and let another process have the directory."""
         self.stream.close()
         self._lock.release()
 
-    def _check_same(self, path: Path) -> None:
+    def write_config(self) -> None:
+        """Write config.yaml, on rank 0: the keys of the run's last session, with the paths that it reads from."""
+        path = self.folder / "config.yaml"
+        partial = path.with_suffix(".partial")
+        partial.write_text(yaml.safe_dump(to_nested(self.config), sort_keys=False), encoding="utf-8")
+        os.replace(partial, path)
+
+    def _check_same(self) -> None:
+        """Check that the directory's run is this one; files and models may lie elsewhere, which is said."""
+        path = self.folder / "config.yaml"
         try:
-            old = to_flat(load_config(path))
+            found = compare(self.folder, self.config)
         except ConfigError as error:
             raise CheckpointError(f"{path}: cannot be read ({error}); remove {self.folder} to start anew") from error
-        new = to_flat(self.config)
-        changed = [f"{k} was {old[k]!r}, is {new[k]!r}" for k in new if old[k] != new[k] and k not in FREE_KEYS]
-        if changed:
+        if found.changed:
             raise ConfigError(
-                f"{self.folder} holds a run with another configuration ({'; '.join(changed[:5])}); give this run "
+                f"{self.folder} holds a run with another configuration ({'; '.join(found.changed[:5])}); give this run "
                 "another name (name=...), or remove the directory"
             )
+        for words in found.moved:
+            self.say(f"{words}: the same content (SHA-256)")
 
     def _newest(self, check: Callable[[ServerState], None]) -> int | None:
         def check_all(checkpoint: Checkpoint) -> None:

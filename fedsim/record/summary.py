@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedsim.config.measuring import is_embedded, is_unrated
-from fedsim.record import client_failures, guard_section, paper, sections
+from fedsim.record import client_failures, dropped_rows, guard_section, paper, sections
 from fedsim.record.cai_line import cai_lines
 from fedsim.record.metrics import Row
 from fedsim.record.sources import is_published
@@ -203,6 +203,7 @@ def summary_markdown(rows: Sequence[Row], facts: RunFacts) -> str:
     parts += sections.evaluations(eval_points(rows))
     parts += guard_section.guard(rows, facts.guard, facts.guard_tables)
     parts += sections.clients(rows)
+    parts += dropped_rows.section(rows)
     parts += client_failures.section(rows)
     parts += sections.cai(rows)
     parts += sections.times(rows)

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from fedsim import keys
 from fedsim.config import CaiConfig
 from fedsim.data.chat import ChatFormat, TokenRow, assistant_turn, user_turn
-from fedsim.errors import ConfigError
+from fedsim.data.usable import Tally, why_unusable
 from fedsim.ranks import Lane
 from fedsim.rounds import round_number
 from fedsim.safety.cai_data import CaiRow
@@ -48,10 +49,11 @@ class Aligner:
         num_rounds: rounds of the run.
 
     Attributes:
-        num_without_targets: rows dropped because the prompt alone fills ``cai.max_length``.
+        pairs: the pairs that can be trained on.
+        reasons: why each of ``rows`` gives no such pair; None where it gives one.
 
     Raises:
-        ConfigError: that is so for all rows.
+        ConfigError: no row gives a pair.
     """
 
     def __init__(
@@ -63,17 +65,14 @@ class Aligner:
         self.seed = seed
         self.num_rounds = num_rounds
         pairs = [preference(chat, row, cai.max_length) for row in rows]
-        self.pairs = [p for p in pairs if p.chosen.num_targets and p.rejected.num_targets]
-        self.num_without_targets = len(pairs) - len(self.pairs)
+        self.reasons = [why_no_pair(chat, row, pair) for row, pair in zip(rows, pairs, strict=True)]
+        self.pairs = [p for p, reason in zip(pairs, self.reasons, strict=True) if reason is None]
         if not self.pairs:
-            raise ConfigError(
-                f"cai.max_length={cai.max_length}: leaves no room for a reply after any of the {len(rows)} prompts; "
-                "set a larger value"
-            )
+            raise Tally.of(self.reasons).none_left("CAI pairs", max_length=f"cai.max_length={cai.max_length}")
 
     @property
-    def num_truncated(self) -> int:
-        """Rows of which a reply was cut at ``cai.max_length``."""
+    def num_cut(self) -> int:
+        """Pairs of which a reply was cut at ``cai.max_length``."""
         return sum(p.chosen.truncated or p.rejected.truncated for p in self.pairs)
 
     def is_due(self, round_idx: int) -> bool:
@@ -162,3 +161,27 @@ def preference(chat: ChatFormat, row: CaiRow, max_length: int) -> Preference:
         return chat.training_row([user_turn(row.init_prompt), assistant_turn(reply)], max_length)
 
     return Preference(tokens(row.chosen), tokens(row.rejected))
+
+
+def why_no_pair(chat: ChatFormat, row: CaiRow, pair: Preference) -> str | None:
+    """Name the reason of ``usable.REASONS`` why a pair cannot teach anything; None for one that can.
+
+    SFT needs a usable row of the revision, DPO one of each reply. Two replies that differ only behind the cut, or not
+    at all once they are tokens, prefer nothing.
+    """
+    for tokens, reply in ((pair.chosen, row.chosen), (pair.rejected, row.rejected)):
+        reason = why_unusable(chat, tokens, reply)
+        if reason is not None:
+            return reason
+    same = np.array_equal(pair.chosen.input_ids, pair.rejected.input_ids)
+    return "same_replies" if same else None
+
+
+def check_prompts(chat: ChatFormat, prompts: Sequence[str], max_length: int) -> None:
+    """Check that one of the prompts leaves room for a reply, before conversations are written from them.
+
+    Raises:
+        ConfigError: none does.
+    """
+    if not any(len(chat.prompt_ids([user_turn(prompt)])) < max_length for prompt in prompts):
+        raise Tally.of(["no_targets"] * len(prompts)).none_left("CAI rows", max_length=f"cai.max_length={max_length}")

@@ -26,7 +26,7 @@ from fedsim.parallel.stopping import GRACE_S, heard
 from fedsim.processes import family, kill
 from fedsim.record.groups import decides
 from fedsim.record.places import run_folder
-from fedsim.record.run_record import FREE_KEYS
+from fedsim.record.sameness import compare
 from fedsim.record.tables import duration
 
 _POLL_S: Final = 0.2
@@ -130,10 +130,7 @@ def is_finished(config: Config) -> bool:
     folder = run_folder(config)
     if not (folder / "summary.md").is_file():
         return False
-    old, new = to_flat(load_config(folder / "config.yaml")), to_flat(config)
-    changed = [f"{key} was {old[key]!r}, is {new[key]!r}" for key in new if old[key] != new[key]]
-    changed = [text for text in changed if text.split(" ", 1)[0] not in FREE_KEYS]
-    if changed:
+    if changed := compare(folder, config).changed:
         raise ConfigError(
             f"{folder}: holds a finished run of another configuration ({'; '.join(changed[:5])}); remove it, or give "
             "this study another directory (record.dir=...)"

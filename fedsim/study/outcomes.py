@@ -10,9 +10,9 @@ from typing import Any, Final
 
 import numpy as np
 
-from fedsim.config import Config, load_config, to_flat
+from fedsim.config import Config, file_roles, load_config, model_roles, to_flat
 from fedsim.errors import DataError
-from fedsim.record.groups import FILES, MODELS, Settings, differing, settings_of, shown_value
+from fedsim.record.groups import Settings, differing, settings_of, shown_value
 from fedsim.record.items import item_file, read_items
 from fedsim.record.manifest import read_manifest
 from fedsim.record.metrics import Row, read_rows
@@ -147,7 +147,7 @@ def _check_files(outcome: Outcome, known: dict[str, tuple[str, Path]]) -> None:
         known: key and path → SHA-256 and the run that has it; this run's are added.
     """
     config = to_flat(outcome.config)
-    for key, role in (FILES | MODELS).items():
+    for key, role in {**file_roles(), **model_roles()}.items():
         content = outcome.settings[key]
         # An embedded corpus has the size that the splits ask for, which a sweep may vary.
         if content is None or (content.embedded and role not in MEASURED):

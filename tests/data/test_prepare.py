@@ -76,6 +76,25 @@ def test_the_user_hears_of_dropped_rows_and_smaller_splits(tmp_path: Path) -> No
     assert "shrunk to 63.6%" in notes[2]
 
 
+def test_rows_without_a_question_or_a_reply_are_counted(tmp_path: Path) -> None:
+    """A guard learns nothing about a reply that is not there; CAI still takes the questions of such rows."""
+    path = write_file(tmp_path)
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    for i, row in enumerate(rows):
+        row["response_en"] = "" if i % 5 == 0 else row["response_en"]
+        row["question_en"] = " " if i == 7 else row["question_en"]
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    data = prepare(tmp_path, config(path, "data.cai_rows=0", "data.guard_rows=30"))
+    left = data.guard_tally
+    assert (left.num_rows, left.num_usable) == (30, len(data.guard_rows)) and left.num_dropped > 0
+    assert left.dropped == {"empty_reply": sum(not row.response for row in data.cai_rows)}
+    assert all(row.response for row in data.guard_rows) and len(data.cai_rows) == 30
+    assert data.notes[1] == "1 rows were dropped: their question is blank"
+    percent = f"{100 * left.dropped_share:.2g}"
+    count = left.num_dropped
+    assert data.notes[-1] == f"guard rows: {count} of 30 dropped, {percent} % ({count} with an empty reply)"
+
+
 def test_read_once_and_again_after_a_change(tmp_path: Path) -> None:
     log: list[str] = []
     path = write_file(tmp_path)

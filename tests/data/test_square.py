@@ -62,6 +62,22 @@ def test_other_labels_are_dropped_and_counted(tmp_path: Path, label: object) -> 
     assert [r.row_id for r in file.rows] == [0, 2], "a row keeps its place in the file"
 
 
+@pytest.mark.parametrize("blank", ["", " ", "\n\t\u3000"])
+def test_blank_questions_are_dropped_and_counted(tmp_path: Path, blank: str) -> None:
+    """A blank response stays: CAI takes the question alone, and training counts the row itself."""
+    content = [
+        entry(0, question_en=blank),
+        entry(1, response_en=blank),
+        entry(2, question_en=blank, **{"acceptable?": 7}),
+        entry(3),
+    ]
+    file = load_square(write(tmp_path, content))
+    assert (file.num_blank_questions, file.num_bad_labels) == (1, 1)
+    assert [row.row_id for row in file.rows] == [1, 3]
+    with pytest.raises(DataError, match=r"question of every labelled row is blank \(field 'question_en'\).*language"):
+        load_square(write(tmp_path, content[:1]))
+
+
 def test_only_bad_labels_is_an_error(tmp_path: Path) -> None:
     for content in ([], [entry(**{"acceptable?": 3})]):
         with pytest.raises(DataError, match="no row labelled 0 or 1"):

@@ -88,6 +88,7 @@ FAMILIES: Final[dict[str, tuple[str, tuple[str, ...], str]]] = {
     "headed": (HEADED, (), "<|im_end|>"),
     "solar": (SOLAR, ("</s>",), "</s>"),
     "solar without a configuration": (SOLAR, (), "</s>"),
+    "solar with several ends": (SOLAR, ("<|im_end|>", "</s>"), "</s>"),
     "solar with another end": (SOLAR, ("<|end|>", "<|im_end|>"), "<|end|>"),
     "glm": (GLM, ("</s>", "<|user|>"), "<|user|>"),
     "falcon": (FALCON, ("</s>",), "</s>"),

@@ -64,6 +64,8 @@ BRIEF = [
 FEDPROX = ["federation.algorithm=fedprox", "federation.prox_mu=5.0", *BRIEF]
 FEDADAM = ["federation.algorithm=fedadam", "server_optimizer.lr=0.01", *BRIEF]
 CENTRALISED = ["federation.algorithm=centralised", *BRIEF]
+# Of 60 rows, 11 have a prompt that leaves room; one of the six clients holds none of them.
+DROPPED = [*BRIEF, "local.max_length=20", "federation.num_rounds=3"]
 
 
 class Stopped(Exception):
@@ -162,6 +164,15 @@ def test_other_algorithms_are_the_same_on_1_and_4_processes(straight: Any, overr
         assert len({row[name] for row in rounds}) == 2
 
 
+def test_rows_that_are_dropped_are_the_same_on_1_and_2_processes(straight: Any) -> None:
+    runs = straight(DROPPED, (1, 2))
+    assert_same(runs[2], runs[1], "2 processes against 1")
+    rows = [json.loads(row) for row in runs[1]["rows"]]
+    (kept,) = [row for row in rows if row["stage"] == "filter"]
+    assert (kept["client/num_usable_rows"], kept["client/num_dropped_no_targets"]) == (11, 49)
+    assert any(row["client/num_sat_out"] for row in rows if row["stage"] == "round")
+
+
 def test_the_runs_that_are_compared_did_something(straight: Any) -> None:
     """Guards against a contract that holds because nothing happened."""
     runs = straight(SCAFFOLD)
@@ -193,8 +204,9 @@ def test_the_runs_that_are_compared_did_something(straight: Any) -> None:
         (SCAFFOLD, ("before", 1), (4, 1)),  # rows and control variates of a round without a checkpoint: done anew
         (FEDAVG, ("before", 0), (1, 4)),  # nothing is finished: the pretrained model is measured anew
         (FEDADAM, ("after", 0), (4, 1)),  # the moments and the count of server steps come from the checkpoint
+        (DROPPED, ("after", 0), (2, 1)),  # the same rows are dropped in each session
     ],
-    ids=["after-checkpoint", "before-checkpoint", "before-the-first", "moments"],
+    ids=["after-checkpoint", "before-checkpoint", "before-the-first", "moments", "dropped-rows"],
 )
 def test_a_stopped_run_that_is_resumed_equals_one_that_was_not(
     pool: Any, square_file: Path, tmp_path: Path, straight: Any,

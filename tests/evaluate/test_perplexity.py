@@ -10,10 +10,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import normalizers
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
 from fedsim.data.chat import ChatFormat, Conversation, assistant_turn, user_turn
+from fedsim.errors import DataError
 from fedsim.evaluate.intervals import t_95
 from fedsim.evaluate.perplexity import run_perplexity, summarise_scores
 from fedsim.generate.engine import Engine, RowScore
@@ -96,6 +98,21 @@ def test_a_long_prompt_loses_its_beginning_and_is_counted(chat: ChatFormat, stub
     engine = stub_engine(chat, logprob=lambda prompt, target: -1.0, max_context=60)
     found = run_perplexity(engine, [talk])
     assert (found.num_truncated, found.num_tokens) == (1, 13)
+
+
+def test_a_reply_of_which_no_token_is_left_is_dropped_and_counted(
+    make_bytes_chat: Callable[..., ChatFormat], stub_engine: type
+) -> None:
+    chat = make_bytes_chat()
+    chat.tokenizer.backend_tokenizer.normalizer = normalizers.Replace("~", "")
+    engine = stub_engine(chat, logprob=lambda prompt, target: -1.0)
+    lost = [user_turn("Where?"), assistant_turn("~~")]
+    found = run_perplexity(engine, [lost, TALKS[0], lost])
+    assert (found.num_conversations, found.num_dropped) == (1, 2)
+    assert found.metrics()["eval/perplexity_dropped"] == 2
+    assert "eval/perplexity_dropped" not in run_perplexity(engine, TALKS).metrics()
+    with pytest.raises(DataError, match=r"eval\.helpful: the tokenizer keeps nothing .* of any of the 2 conversations"):
+        run_perplexity(engine, [lost, lost])
 
 
 def test_a_real_model_as_one_forward_pass_a_conversation(

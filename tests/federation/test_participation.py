@@ -8,7 +8,7 @@ import pytest
 
 from fedsim.config import FederationConfig, ServerOptimizerConfig
 from fedsim.errors import DataError
-from fedsim.federation.participation import Participation, can_train
+from fedsim.federation.participation import Participation
 from fedsim.federation.registry import build_algorithm
 from fedsim.federation.sampling import sample_cohort
 
@@ -18,10 +18,9 @@ class Row:
     """A training row."""
 
     name: str
-    weight: float = 1.0
 
 
-SHARDS = [[Row("a"), Row("b")], [], [Row("c", 0.0)], [Row("d"), Row("e", 0.1), Row("f")]]
+SHARDS = [[Row("a"), Row("b")], [], [], [Row("d"), Row("e"), Row("f")]]
 
 
 def participation(name: str, **keys: int) -> Participation:
@@ -48,7 +47,7 @@ def test_centralised_has_all_rows_and_a_cohorts_steps() -> None:
     who = participation("centralised")
     assert [who.drawn(r) for r in range(3)] == [[0]] * 3
     (pool,) = who.shards(SHARDS)
-    assert [row.name for row in pool] == list("abcdef")
+    assert [row.name for row in pool] == list("abdef")
     assert who.num_steps(25) == 75, "as many rows as three clients see"
     assert who.words() == "the rows of 4 in one place"
 
@@ -65,8 +64,4 @@ def test_a_federation_without_any_row_is_an_error() -> None:
     with pytest.raises(DataError, match="no client has, so weaken or drop the guard"):
         participation("local").shards([[], [], [], []])
     with pytest.raises(DataError, match=r"federation\.algorithm=centralised: no client has rows left"):
-        participation("centralised").shards([[], [], [Row("c", 0.0)], []])
-
-
-def test_rows_that_weigh_nothing_do_not_count() -> None:
-    assert [can_train(shard) for shard in SHARDS] == [True, False, False, True]
+        participation("centralised").shards([[], [], [], []])

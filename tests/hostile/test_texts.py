@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, normalizers
 from transformers import AutoTokenizer
 
-from fedsim.assembly import tokenise
 from fedsim.data.batch import collate
 from fedsim.data.chat import ChatFormat, assistant_turn, user_turn
 from fedsim.data.square import SquareRow
 from fedsim.errors import RunError
 from fedsim.evaluate.judge_prompts import parse_rating
 from fedsim.generate.engine import Engine, Sampling
+from fedsim.local_rows import tokenise
 from fedsim.model.load import EMBEDDED
 from fedsim.model.logprobs import target_logprobs
 from fedsim.ranks import OneRank

@@ -15,8 +15,11 @@ from fedsim.errors import CheckpointError, ConfigError
 from fedsim.federation.algorithms import ServerState
 from fedsim.federation.client_state import ClientStateStore
 from fedsim.ranks import OneRank
+from fedsim.record.ending import read_ending
 from fedsim.record.lock import DirectoryLock
+from fedsim.record.metrics import MetricLog
 from fedsim.record.run_record import RunRecord
+from fedsim.version import sign
 
 
 def config(tmp_path: Path, *overrides: str) -> Config:
@@ -100,6 +103,66 @@ def test_a_control_variate_that_does_not_fit_falls_back_and_says_so(
     assert found is not None and found.round_idx == 0
     said = capsys.readouterr().err
     assert "control variate of client 7" in said and "the one before it is used" in said
+
+
+def finish(tmp_path: Path) -> RunRecord:
+    """A run of two rounds that has come to its end, and whose checkpoints were removed."""
+    record = opened(tmp_path, "federation.num_rounds=2")
+    for round_idx in (0, 1):
+        finish_round(record, round_idx, {})
+    (record.folder / "adapter").mkdir()
+    (record.folder / "adapter" / "adapter_model.safetensors").write_text("kites")
+    sign(record.folder / "adapter")
+    (record.folder / "summary.md").write_text("# Run")
+    record.finished()
+    record.release()
+    shutil.rmtree(record.checkpoints.folder)
+    return record
+
+
+def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """Every file but the logs and locks, with its time."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.parent.name != "logs"]
+    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in files if path.name[0] != "."}
+
+
+@pytest.mark.parametrize("has_ending", [True, False])
+def test_a_finished_run_without_checkpoints_stays_as_it_is(tmp_path: Path, has_ending: bool) -> None:
+    folder = finish(tmp_path).folder
+    (folder / "exit.json").unlink() if not has_ending else None
+    before = contents(folder)
+    again = RunRecord(config(tmp_path, "federation.num_rounds=2"), OneRank(), synchronize=False)
+    again.check_directory()
+    assert again.is_finished
+    again.claim()
+    assert again.is_finished and contents(folder) == before
+    again.finished()
+    again.release()
+    note = read_ending(folder)
+    assert note is not None and note["reason"] == "finished"
+    with pytest.raises(ConfigError, match=r"another configuration \(federation\.num_rounds was 2, is 3\)"):
+        opened(tmp_path, "federation.num_rounds=3")
+
+
+@pytest.mark.parametrize("lost", ["adapter/fedsim.json", "adapter/adapter_model.safetensors", "summary.md", "row"])
+def test_rounds_without_a_checkpoint_begin_again_and_say_so(
+    tmp_path: Path, lost: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = finish(tmp_path)
+    if lost == "row":
+        MetricLog(record.metrics_file).truncate_after(0)
+    else:
+        (record.folder / lost).unlink()
+    capsys.readouterr()
+    with pytest.raises(ConfigError, match="another configuration"):
+        opened(tmp_path, "federation.num_rounds=2", "seed=1")
+    again = opened(tmp_path, "federation.num_rounds=2")
+    said = capsys.readouterr().err
+    number = 1 if lost == "row" else 2
+    assert not again.is_finished and f"no checkpoint is left of the {number} round(s) in {again.folder}" in said
+    assert "begins again with round 1" in said and again.resume(lambda state: None) is None
+    assert not MetricLog(again.metrics_file).rows() and not (again.folder / "exit.json").exists()
+    again.release()
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "manifest.json", "metrics.jsonl"])

@@ -23,7 +23,8 @@ from fedsim.parallel.world import World
 from fedsim.ranks import OneRank
 from fedsim.record import finish, wandb_stream, wandb_worker
 from fedsim.record.metrics import CLOCK_PREFIXES, RESUME, MetricLog, Row, read_rows
-from fedsim.record.run_record import FREE_KEYS, RunRecord
+from fedsim.record.run_record import RunRecord
+from fedsim.record.sameness import FREE_KEYS
 from fedsim.record.wandb_file import read_history
 from fedsim.record.wandb_stream import WandbStream
 from fedsim.record.wandb_worker import steps_of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from fedsim.errors import ConfigError
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.model.load import LoadedModel
 from fedsim.parallel.sums import Summer
-from fedsim.safety.alignment import Aligner, preference
+from fedsim.safety.alignment import Aligner, check_prompts, preference
 from fedsim.safety.cai_data import CaiRow
 from fedsim.train.loop import StepSettings, Trainer, TrainingPlan
 from fedsim.train.objectives import DpoObjective, SftObjective
@@ -138,10 +139,36 @@ def test_a_round_does_not_depend_on_what_ran_before(make_adapted: Make) -> None:
 def test_cut_rows_are_counted(make_adapted: Make) -> None:
     made = make_adapted()
     longest = max(len(pair.chosen) for pair in aligner(made).pairs)
-    assert aligner(made, max_length=longest).num_truncated == 0
-    assert aligner(made, max_length=longest - 1).num_truncated == 7
-    with pytest.raises(ConfigError, match=r"cai.max_length=16: leaves no room for a reply after any of the 7 prompts"):
+    assert aligner(made, max_length=longest).num_cut == 0
+    assert aligner(made, max_length=longest - 1).num_cut == 7
+    full = r"CAI pairs: none of the 7 .*\(7 whose prompt fills cai\.max_length=16\); raise cai\.max_length$"
+    with pytest.raises(ConfigError, match=full):
         aligner(made, max_length=16)
+
+
+def test_pairs_without_a_preference_are_dropped_by_reason(make_adapted: Make) -> None:
+    """A prompt that fills the row, replies alike up to the cut, and replies alike as tokens: neither SFT nor DPO has
+    anything to learn from the first, and DPO nothing from the others."""
+    made = make_adapted()
+    chat, length = made[0].chat, len(made[0].chat.prompt_ids([user_turn("Who flies kite 0?")])) + 12
+    rows = [cai_row(i) for i in range(4)]
+    rows[1] = dataclasses.replace(rows[1], init_prompt="Who flies? " * 20)
+    rows[2] = dataclasses.replace(rows[2], init_response="Orla flies it rudely.")  # differs behind the cut
+    rows[3] = dataclasses.replace(rows[3], init_response=f" {rows[3].revision_response}\n")  # the template trims
+    trainer = Trainer(made[0].base, made[1], StepSettings(2, 1.0, 0.0, 3))
+    cai = CaiConfig(**SETTINGS | {"max_length": length})
+    found = Aligner(trainer, rows, chat, cai, 3, num_rounds=1)
+    assert found.reasons == [None, "no_targets", "same_replies", "same_replies"] and len(found.pairs) == 1
+    assert {id(pair) for batch in found.batches(0) for pair in batch} == {id(found.pairs[0])}
+    with pytest.raises(ConfigError, match=r"none of the 2 .*\(2 whose two replies have the same tokens\)$"):
+        Aligner(trainer, rows[2:], chat, cai, 3, num_rounds=1)
+
+
+def test_prompts_are_looked_at_before_conversations_are_written(llama3_bytes_chat: ChatFormat) -> None:
+    size = len(llama3_bytes_chat.prompt_ids([user_turn("Kite?")]))
+    check_prompts(llama3_bytes_chat, ["Kite? " * 9, "Kite?"], size + 1)
+    with pytest.raises(ConfigError, match=rf"CAI rows: none of the 2 .*2 whose prompt fills cai\.max_length={size}\)"):
+        check_prompts(llama3_bytes_chat, ["Kite? " * 9, "Kite?"], size)
 
 
 @given(st.integers(0, 9), st.integers(1, 30))

@@ -295,8 +295,10 @@ def test_arms_that_do_not_pair_are_told_by_name(finish: Callable[..., Outcome]) 
 def test_unlike_runs_are_no_arm(finish: Callable[..., Outcome]) -> None:
     """Another rate, other rows under the same path, a seed twice: each names both runs."""
     own = finish("a0", ["seed=0"], {}, inputs={"square": "1" * 64})
-    with pytest.raises(DataError, match=r"a0 and .*a1: .* differ in local.lr: 5e-05 and 0.001; remove"):
-        check_alike([own, finish("a1", ["seed=1", "local.lr=0.001"], {}, inputs={"square": "1" * 64})])
+    other = finish("a1", ["seed=1", "local.lr=0.001"], {}, inputs={"square": "1" * 64})
+    for check in (check_alike, lambda arm: check_paired([arm, arm])):
+        with pytest.raises(DataError, match=r"a0 and .*a1: .* differ in local.lr: 5e-05 and 0.001; remove"):
+            check([own, other])
     with pytest.raises(DataError, match=r"a0 and .*a2: .* in data.square: embedded#11111111 and embedded#22222222"):
         check_alike([own, finish("a2", ["seed=2"], {}, inputs={"square": "2" * 64})])
     with pytest.raises(DataError, match=r"b0 and .*a0: both have seed 0"):

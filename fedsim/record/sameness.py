@@ -1,0 +1,79 @@
+"""The run that a directory holds against the one that is asked for: the same configuration, files and models.
+
+A file or model counts by its SHA-256, which the manifest holds: its path may change, as a cluster's scratch folder does
+with every job.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from fedsim.artefacts import file_digest, model_files_digest
+from fedsim.config import Config, file_roles, load_config, model_roles, to_flat
+from fedsim.config.measuring import is_embedded
+from fedsim.record.manifest import read_manifest
+
+FREE_KEYS: Final = frozenset({
+    "record.dir", "record.artefacts", "record.resume", "record.keep_checkpoints", "record.texts", "parallel.timeout_s",
+    "judge.base_url", "judge.workers", "judge.retries", "judge.timeout_s", "wandb.mode", "wandb.project",
+    "wandb.entity", "wandb.group", "wandb.tags"})  # fmt: skip
+"""Keys that may differ when a run is resumed: they say where and how it runs, not what it computes."""
+
+
+@dataclass
+class Comparison:
+    """Keys in which two configurations differ, in words.
+
+    Attributes:
+        changed: ``local.lr was 0.01, is 0.5``: what makes another run.
+        moved: the same for files and models that lie elsewhere with the same content.
+    """
+
+    changed: list[str] = field(default_factory=list)
+    moved: list[str] = field(default_factory=list)
+
+
+def compare(folder: Path, config: Config) -> Comparison:
+    """Compare a run directory's config.yaml with ``config``.
+
+    Raises:
+        ConfigError: config.yaml cannot be read.
+        CheckpointError: a path differs, and manifest.json is damaged.
+    """
+    old, new = to_flat(load_config(folder / "config.yaml")), to_flat(config)
+    found = Comparison()
+    manifest: dict[str, Any] | None = None
+    for key, value in new.items():
+        if value == old[key] or key in FREE_KEYS:
+            continue
+        words = f"{key} was {old[key]!r}, is {value!r}"
+        is_path = key in file_roles() or key in model_roles()
+        if is_path and _names_files(key, old[key]) and _names_files(key, value):
+            if manifest is None and (folder / "manifest.json").is_file():
+                manifest = read_manifest(folder / "manifest.json")
+            if manifest is not None and _is_same_content(key, value, manifest):
+                found.moved.append(words)
+                continue
+            words += ", of other content"
+        found.changed.append(words)
+    return found
+
+
+def _names_files(key: str, value: str) -> bool:
+    """Tell a path from 'embedded' and from '', which have a meaning of their own."""
+    return value != "" and not is_embedded(key, value)
+
+
+def _is_same_content(key: str, value: str, manifest: Mapping[str, Any]) -> bool:
+    """Compare what lies at a path now with what the run began with; one that the run does not read is the same."""
+    path = Path(os.path.expanduser(value))
+    files, models = file_roles(), model_roles()
+    if key in models:
+        known = manifest["models"].get(models[key])
+        return known is None or (path.is_dir() and model_files_digest(path) == known)
+    entry = manifest["inputs"].get(files[key])
+    return entry is None or (path.is_file() and file_digest(path) == entry["sha256"])
