@@ -8,11 +8,14 @@ from collections.abc import Sequence
 from fedsim.cohort import CohortResult
 from fedsim.config import FailuresConfig
 from fedsim.evaluate.collapse import measure_collapse
-from fedsim.evaluate.measures import Metrics, collapse_metrics
+from fedsim.evaluate.intervals import Rate
+from fedsim.evaluate.measures import Metrics, collapse_metrics, rate_metrics
 from fedsim.federation.attendance import Attendance
 from fedsim.federation.failures import REASONS, ClientFailure
+from fedsim.record.cai_line import CRITIQUE_FINDS_HARM, HARMFUL_RESPONSE, REPAIRED_REVISION
 from fedsim.record.client_failures import FAILED
 from fedsim.safety.cai_data import CaiRow
+from fedsim.safety.cai_findings import Finding
 from fedsim.safety.filtering import COUNTS, Filtered
 from fedsim.safety.guard_curves import curve_metrics
 
@@ -94,6 +97,20 @@ def of_cai_texts(conversations: Sequence[CaiRow]) -> Metrics:
     responses = measure_collapse([row.init_response for row in conversations])
     revisions = measure_collapse([row.revision_response for row in conversations])
     return collapse_metrics("cai/response", responses) | collapse_metrics("cai/revision", revisions)
+
+
+def of_cai_findings(found: Sequence[Finding]) -> Metrics:
+    """Shares of all conversations in percent, each with interval and ``_count``; nothing where none was judged."""
+    flags = {
+        HARMFUL_RESPONSE: [finding.harmful_response for finding in found],
+        CRITIQUE_FINDS_HARM: [f.critique_finds_harm for f in found if f.critique_finds_harm is not None],
+        REPAIRED_REVISION: [finding.repaired for finding in found],
+    }
+    metrics: Metrics = {}
+    for name, values in flags.items():
+        if values:
+            metrics |= rate_metrics(name, Rate.of(values)) | {f"{name}_count": len(values)}
+    return metrics
 
 
 def headline(metrics: Metrics) -> dict[str, str]:

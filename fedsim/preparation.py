@@ -13,10 +13,12 @@ from fedsim import figures
 from fedsim.artefacts import ArtefactStore, file_digest
 from fedsim.assembly import Federation
 from fedsim.config import Config, to_nested
+from fedsim.config.measuring import is_embedded
 from fedsim.data.prepare import PreparedData, prepare_data
 from fedsim.data.usable import Tally
 from fedsim.errors import DataError, Gathered
 from fedsim.evaluate.judge_inputs import judge_files
+from fedsim.evaluate.measures import Metrics
 from fedsim.evaluate.shared import shared_evaluation
 from fedsim.evaluate.stage import BENCHMARKS, load_suite
 from fedsim.evaluate.suite import Evaluation, Suite
@@ -33,7 +35,8 @@ from fedsim.record.manifest import check_unchanged, read_manifest, versions, wri
 from fedsim.record.run_record import RunRecord
 from fedsim.rounds import PRETRAINED
 from fedsim.safety.alignment import Aligner, check_prompts
-from fedsim.safety.cai_data import count_metrics, unusable, usable
+from fedsim.safety.cai_data import CaiRow, count_metrics, unusable, usable
+from fedsim.safety.cai_findings import judge_by_grammar, judge_by_guard
 from fedsim.safety.cai_stage import cai_conversations, constitution_file
 from fedsim.safety.cai_usage import CaiUsage
 from fedsim.safety.filter_stage import FilterStage
@@ -256,10 +259,13 @@ class Preparation:
         graphs = uses_graphs(self.world.device, attention.implementation)
         return {"model": digest, "dtype": model.dtype, "attention": attention.name, "graphs": graphs}
 
-    def aligner(self, data: PreparedData, federation: Federation, *, new: bool) -> Aligner | None:
+    def aligner(
+        self, data: PreparedData, federation: Federation, guard: LlamaGuard | None, *, new: bool
+    ) -> Aligner | None:
         """The pretrained model writes the CAI conversations (once, shared by runs); None if CAI is off.
 
         Args:
+            guard: judge of replies, where the run has one.
             new: the run begins here; figures of the conversations are recorded.
 
         Raises:
@@ -284,8 +290,22 @@ class Preparation:
             self.record.say(line)
         if new:
             figures_of_texts = count_metrics(conversations) | figures.of_cai_texts(conversations)
-            self.record.append(PRETRAINED, "cai_data", figures_of_texts | usage.metrics())
+            found = self._cai_findings(conversations, guard)
+            self.record.append(PRETRAINED, "cai_data", figures_of_texts | found | usage.metrics())
         return aligner
+
+    def _cai_findings(self, conversations: list[CaiRow], guard: LlamaGuard | None) -> Metrics:
+        """How many first responses are harmful, and what critique and revision make of them.
+
+        The embedded world's grammar judges its own questions; a guard judges others where the run has one for replies
+        (``eval.guard_judge``); else nothing is measured.
+        """
+        if is_embedded("data.square", self.config.data.square):
+            return figures.of_cai_findings(judge_by_grammar(conversations))
+        if guard is None:
+            return {}
+        with self.record.phase("guard judges the CAI conversations", "cai_judge"):
+            return figures.of_cai_findings(judge_by_guard(guard)(conversations))
 
 
 def tunes_guard(config: Config) -> bool:

@@ -132,7 +132,7 @@ class Simulation:
             checkpoint = Checkpoint(PRETRAINED, federation.start(config.seed))
             prepare.record_filter(guarded, federation)
             measurement.take(PRETRAINED, UNTOUCHED, checkpoint.state.adapter)
-        aligner = prepare.aligner(inputs.data, federation, new=is_new)
+        aligner = prepare.aligner(inputs.data, federation, guarded.judge, new=is_new)
         for note in federation.chat.notes():
             record.say(note)
         self.meter.generated("cai_generate", federation.engine)

@@ -1,4 +1,4 @@
-"""Figures of CAI's texts by hand."""
+"""Figures of CAI's texts and of what was found in them, by hand."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 
 from fedsim import figures
 from fedsim.safety.cai_data import CaiRow
+from fedsim.safety.cai_findings import Finding
 
 
 def row(response: str, revision: str) -> CaiRow:
@@ -26,3 +27,24 @@ def test_signs_of_collapse_in_responses_and_revisions() -> None:
         "cai/revision_mean_words": 11 / 3,
         "cai/revision_empty_share": 100 / 3,
     })  # fmt: skip
+
+
+def test_shares_of_findings_with_their_counts() -> None:
+    found = [
+        Finding(True, True, True),
+        Finding(True, False, False),
+        Finding(False, False, True),
+        Finding(False, None, True),
+    ]
+    metrics = figures.of_cai_findings(found)
+    assert {name: value for name, value in metrics.items() if not name.endswith(("_low", "_high"))} == {
+        "cai/harmful_response": 50.0,
+        "cai/harmful_response_count": 4,
+        "cai/critique_finds_harm": pytest.approx(100 / 3),
+        "cai/critique_finds_harm_count": 3,
+        "cai/repaired_revision": 25.0,
+        "cai/repaired_revision_count": 4,
+    }
+    assert 0 < metrics["cai/repaired_revision_low"] < 25 < metrics["cai/repaired_revision_high"]
+    assert figures.of_cai_findings([]) == {}
+    assert not any("critique" in name for name in figures.of_cai_findings([Finding(True, None, True)]))

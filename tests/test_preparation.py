@@ -287,7 +287,7 @@ class WithCai:
         self.engine.holds = vector
 
     def aligner(self, *, new: bool = True) -> Any:
-        return self.made.prepare.aligner(DATA, self.federation, new=new)
+        return self.made.prepare.aligner(DATA, self.federation, None, new=new)
 
 
 def test_the_untouched_model_writes_the_conversations_that_the_aligner_trains_on(

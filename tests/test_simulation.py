@@ -349,6 +349,23 @@ def test_what_is_there_before_the_rounds_is_left_to_itself_in_them(make: Make) -
     assert dead == [True], "garbage is not kept with them"
 
 
+@pytest.mark.parametrize("judge", ["grammar", "guard", "none"])
+def test_a_runs_conversations_are_judged(make: Make, judge: str) -> None:
+    """The data's own first responses: by the grammar as many are harmful as rows are red."""
+    words = ["cai.iterations=1", "cai.first_turn=dataset", "data.federated_rows=30", "federation.num_rounds=1"]
+    words += {"grammar": ["data.square=embedded"], "guard": ["eval.guard_judge=untuned"], "none": []}[judge]
+    simulation = make(40, 60, *words, f"name={judge}")
+    simulation.run()
+    (row,) = rows_of(simulation, "cai_data")
+    named = ("cai/harmful_response", "cai/critique_finds_harm", "cai/repaired_revision")
+    counts = [row.get(f"{name}_count") for name in named]
+    num_rows = row["cai/num_rows"]
+    assert counts == {"grammar": [num_rows] * 3, "guard": [num_rows, None, num_rows], "none": [None] * 3}[judge]
+    if judge == "grammar":
+        red = sum(r.red for r in simulation.preparation.read().data.cai_rows)
+        assert 0 < red < num_rows and row["cai/harmful_response"] == pytest.approx(100 * red / num_rows)
+
+
 def test_rounds_without_cai_lie_between_its_stages(make: Make, tmp_path: Path) -> None:
     """Every second of three rounds, and the last; stopped after the round without CAI, it goes on to the same end."""
     words = ["cai.iterations=2", "cai.every=2", "eval.every=1", "data.federated_rows=30", "federation.num_rounds=3"]

@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 from fedsim.errors import ConfigError  # noqa: E402
 from fedsim.launching import Parser, launched  # noqa: E402
 from fedsim.record.blocks import replace_block  # noqa: E402
-from fedsim.record.costs import Measured, Piece, Report, machine, report, run_table  # noqa: E402
+from fedsim.record.costs import Effort, Measured, Piece, Report, machine, report, run_table  # noqa: E402
 from fedsim.record.groups import short_names  # noqa: E402
 from fedsim.record.metrics import MetricLog  # noqa: E402
 from fedsim.record.metrics import Row as MetricRow  # noqa: E402
@@ -128,11 +128,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def tell(asked: argparse.Namespace) -> None:
     """Compute, print and write."""
-    targets = [machine(text) for text in asked.target or TARGETS]
-    known, runs, work = committed(), run_rows(asked.runs), paper_work()
-    measured = read(chosen(asked.rows, known))
-    why = "these rows are of a CPU" if any(map(_of_gpu, known.values())) else "no GPU row is committed"
-    found = report(measured, work, targets, why)
+    runs, work = run_rows(asked.runs), paper_work()
+    found = projected_report(work, asked.rows, asked.target)
     seconds = run_table(runs)
     parts = [found.table().plain(), "", found.caption, "", *found.formulas(work)]
     print("\n".join([*parts, *(["", seconds.plain()] if runs else [])]))
@@ -140,9 +137,27 @@ def tell(asked: argparse.Namespace) -> None:
         content = {"work": {name: asdict(effort) for name, effort in work.items()}, **asdict(found)}
         _write(asked.json, json.dumps({**content, "runs": [seconds.head, *seconds.rows] if runs else []}) + "\n")
     if asked.readme:
-        block = f"{found.table().markdown()}\n\n{found.caption} Formulas: [docs/costs.md](docs/costs.md)."
-        _write(README, replace_block(README.read_text(encoding="utf-8"), "costs", block))
+        _write(README, replace_block(README.read_text(encoding="utf-8"), "costs", block(found)))
         _write(PAGE, page(found, work, seconds if runs else None))
+
+
+def projected_report(
+    work: Mapping[str, Effort], rows: str | None = None, targets: Sequence[str] | None = None
+) -> Report:
+    """The costs by the committed rows.
+
+    Args:
+        rows: folder of the rows, by name or path; by default the one that is preferred.
+        targets: machines to project to, by name.
+    """
+    known = committed()
+    why = "these rows are of a CPU" if any(map(_of_gpu, known.values())) else "no GPU row is committed"
+    return report(read(chosen(rows, known)), work, [machine(text) for text in targets or TARGETS], why)
+
+
+def block(found: Report) -> str:
+    """The README's block."""
+    return f"{found.table().markdown()}\n\n{found.caption} Formulas: [docs/costs.md](docs/costs.md)."
 
 
 def page(found: Report, work: Mapping[str, Any], runs: Any) -> str:

@@ -1,6 +1,7 @@
-"""Put a finished run's table into the README, and its plots into docs/: ``python tools/readme_demo.py runs/demo``.
+"""Put a finished run's table into the README, and its plots into docs/: ``python tools/readme_demo.py [runs/demo]``.
 
-The figures, the date, the machine and the versions come from the run directory; nothing is typed in.
+The rows that the table is made from go to ``docs/results/demo.json``, with the date, the machine and the versions of
+the run directory; nothing is typed in. Without a run directory the README's block is made from the rows that are there.
 """
 
 from __future__ import annotations
@@ -8,53 +9,100 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from fedsim.config import load_config, to_flat
 from fedsim.record.blocks import replace_block
-from fedsim.record.metrics import MetricLog
-from fedsim.record.summary import arm_table, facts_from
+from fedsim.record.cai_line import FINDINGS, LAST_ROUND, cai_lines
+from fedsim.record.metrics import MetricLog, Row
+from fedsim.record.summary import BENCHMARKS, TEMPLATES_NOTE, RunFacts, arm_table, eval_points, facts_from, refusals
 from fedsim.record.tables import duration
 from fedsim.record.timers import top_level_seconds
+from fedsim.version import commit_of
 
 ROOT = Path(__file__).parents[1]
 PLOTS = ("safety.png", "helpfulness.png", "time.png")
 
+#: Figures of an evaluation that the block shows.
+SHOWN: Final = (*(b.metric for b in BENCHMARKS), *(b.count for b in BENCHMARKS), "eval/hhh_letter",
+                "eval/xstest_safe_refused", "eval/xstest_safe_count", "eval/xstest_unsafe_refused",
+                "eval/xstest_unsafe_count")  # fmt: skip
 
-def demo_block(run: Path, manifest: dict[str, Any]) -> str:
-    """The table, and where, when and with what it was measured."""
+
+def demo_rows(run: Path) -> dict[str, Any]:
+    """What the block is made from: facts of the run, the machine, and the rows with the figures that it shows."""
     rows = MetricLog(run / "metrics.jsonl").rows()
-    started, machine, versions = manifest["started"], manifest["hardware"], manifest["versions"]
+    manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
     seconds = sum(sum(top_level_seconds(row).values()) for row in rows)
-    peak = max(row.get("perf/peak_rss_bytes", 0) for row in rows) / 2**30
-    facts = facts_from(
-        to_flat(load_config(run / "config.yaml")), num_ranks=started["num_ranks"], total_s=seconds, places={}
-    )
+    settings = to_flat(load_config(run / "config.yaml"))
+    facts = facts_from(settings, num_ranks=manifest["started"]["num_ranks"], total_s=seconds, places={})
+    kept = [
+        *eval_points(rows).values(),
+        *(row for row in rows if row["stage"] == "cai_data"),
+        *[row for row in rows if row["stage"] == "round"][-1:],
+    ]
+    return {
+        "facts": asdict(facts),
+        "manifest": {name: manifest[name] for name in ("started", "hardware", "versions", "git")},
+        "peak_rss_bytes": max(row.get("perf/peak_rss_bytes", 0) for row in rows),
+        "rows": [_only(row) for row in kept],
+    }
+
+
+def _only(row: Row) -> Row:
+    """A row with the figures that the block shows."""
+    names = {"round", "stage", "point", *SHOWN, *FINDINGS, *LAST_ROUND}
+    names |= {f"{name}{ending}" for name in (*SHOWN, *FINDINGS) for ending in ("_low", "_high", "_count")}
+    return {name: value for name, value in row.items() if name in names}
+
+
+def demo_block(found: dict[str, Any]) -> str:
+    """What the run found, its table, and where, when and with what it was measured."""
+    rows, manifest, facts = found["rows"], found["manifest"], RunFacts(**found["facts"])
+    machine, versions = manifest["hardware"], manifest["versions"]
     gpus = ", ".join(gpu["name"] for gpu in machine["gpus"]) or "no GPU"
     where = (
-        f"Measured on {started['utc'][:10]}: {machine['cores']} cores of {machine['cpu']}, {gpus}; "
-        f"{facts.num_ranks} processes, {duration(seconds)}, {peak:.1f} GiB over all processes; "
-        f"torch {versions['torch']}, transformers {versions['transformers']}, peft {versions['peft']}, "
-        f"fedsim {versions['fedsim']}"
+        f"Measured on {manifest['started']['utc'][:10]}: {machine['cores']} cores of {machine['cpu']}, {gpus}; "
+        f"{facts.num_ranks} processes, {duration(facts.total_s)}, {found['peak_rss_bytes'] / 2**30:.1f} GiB over all "
+        f"processes; torch {versions['torch']}, transformers {versions['transformers']}, peft {versions['peft']}, "
+        f"fedsim {versions['fedsim']}, commit {commit_of(manifest)}."
     )
-    commit = manifest["git"]["commit"][:10] if manifest.get("git") else None
     table = arm_table(rows, facts, short=False).markdown()
+    lines = "\n".join(f"- {line}" for line in (_letter(rows), *refusals(rows)) if line)
     pictures = "\n".join(f"![{name.removesuffix('.png')}](docs/demo-{name})" for name in PLOTS)
-    return f"{table}\n\n{where}{f', commit {commit}' if commit else ''}.\n\n{pictures}"
+    return "\n\n".join([" ".join(cai_lines(rows)), table, lines, f"{TEMPLATES_NOTE} {where}", pictures])
+
+
+def _letter(rows: list[Row]) -> str:
+    """HHH by the paper's metric at every point."""
+    shown = [
+        f"{row['point'].replace('_', ' ')} {row['eval/hhh_letter']:.1f}" for row in rows if "eval/hhh_letter" in row
+    ]
+    return (
+        f"HHH above is by likelihood; by letter, the paper's metric, in percent: {', '.join(shown)}." if shown else ""
+    )
+
+
+def updated(root: Path) -> str:
+    """The README with the block of the committed rows."""
+    found = json.loads((root / "docs" / "results" / "demo.json").read_text(encoding="utf-8"))
+    return replace_block((root / "README.md").read_text(encoding="utf-8"), "demo", demo_block(found))
 
 
 def main() -> int:
     """Rewrite the README's block."""
-    if len(sys.argv) != 2:
-        print("usage: python tools/readme_demo.py RUN_DIRECTORY", file=sys.stderr)
+    if len(sys.argv) > 2:
+        print("usage: python tools/readme_demo.py [RUN_DIRECTORY]", file=sys.stderr)
         return 2
-    run = Path(sys.argv[1])
-    block = demo_block(run, json.loads((run / "manifest.json").read_text(encoding="utf-8")))
-    for name in PLOTS:
-        shutil.copyfile(run / name, ROOT / "docs" / f"demo-{name}")
-    readme = ROOT / "README.md"
-    readme.write_text(replace_block(readme.read_text(encoding="utf-8"), "demo", block), encoding="utf-8")
+    if len(sys.argv) == 2:
+        run = Path(sys.argv[1])
+        text = json.dumps(demo_rows(run), indent=1, ensure_ascii=False) + "\n"
+        (ROOT / "docs" / "results" / "demo.json").write_text(text, encoding="utf-8")
+        for name in PLOTS:
+            shutil.copyfile(run / name, ROOT / "docs" / f"demo-{name}")
+    (ROOT / "README.md").write_text(updated(ROOT), encoding="utf-8")
     return 0
 
 

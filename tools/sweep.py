@@ -1,12 +1,15 @@
 """A grid over configuration keys: ``tools/sweep.py SWEEP.yaml [--form quick|full] [key=value …] [--seeds 0-2]``.
 
-Runs what is not finished yet, then writes a tidy CSV, a plot and a finding of two lines that follow from intervals
-over seeds and prompts. Sweeps that ship with fedsim are in ``configs/sweeps``; ``fedsim/study/grid.py`` describes them.
+Runs what is not finished yet, then writes a tidy CSV, a plot and findings that follow from intervals over seeds.
+``--publish`` also copies the CSV to ``docs`` and makes the page from it; ``--pages`` runs nothing and makes the page
+from the CSV that is there. Sweeps that ship with fedsim are in ``configs/sweeps``; ``fedsim/study/grid.py`` describes
+them.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,14 +17,17 @@ from pathlib import Path
 from fedsim.errors import ConfigError
 from fedsim.launching import Parser, launched
 from fedsim.study.cells import run_cells
-from fedsim.study.command import add_run_options, launch_of, made_by, parse_seeds, publish, say, write_csv
+from fedsim.study.command import add_run_options, launch_of, made_by, parse_seeds, say, write_csv
 from fedsim.study.grid import FORMS, Sweep, point_name, read_sweep
 from fedsim.study.outcomes import Outcome, check_paired
+from fedsim.study.published import ORIGINS, RESULTS, Blocks, origin_of, read_origin, write_origin, write_pages
 from fedsim.study.stamp import measured_on
-from fedsim.study.sweep import finding, tidy_rows
+from fedsim.study.sweep import finding, read_records, tidy_rows
 from fedsim.study.sweep_plot import write_plot
 
 ROOT = Path(__file__).resolve().parents[1]
+
+INTERVALS = "Intervals are over seeds, paired; the prompts are one fixed set."
 
 
 def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Sweep]:
@@ -40,6 +46,16 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Sweep]:
 
 def run(args: argparse.Namespace, sweep: Sweep) -> None:
     """Run the cells and write what they show."""
+    if not args.pages:
+        _measure(args, sweep)
+    if args.publish or args.pages:
+        records = read_records(ROOT / "docs" / f"sweep-{sweep.name}.csv")
+        write_plot(sweep, records, ROOT / "docs" / f"sweep-{sweep.name}.png")
+        write_pages(ROOT, blocks(ROOT, sweep))
+
+
+def _measure(args: argparse.Namespace, sweep: Sweep) -> None:
+    """Run what is missing, write records, plot and findings into the study's folder, and copy records where asked."""
     seeds = parse_seeds(args.seeds or sweep.seeds)
     varied = {key for point in sweep.points for key in point}
     launch = launch_of(args, f"sweep-{sweep.name}-{args.form}", sweep.config, sweep.settings, varied)
@@ -51,20 +67,33 @@ def run(args: argparse.Namespace, sweep: Sweep) -> None:
         for point in sweep.points
     }
     check_paired(list(runs.values()))
-    lines = [finding(comparison, runs) for comparison in sweep.findings]
-    stamp = measured_on([outcome.manifest for outcomes in runs.values() for outcome in outcomes])
-    write_csv(launch.folder / "sweep.csv", tidy_rows(sweep, runs))
-    write_plot(sweep, runs, launch.folder / "sweep.png")
-    (launch.folder / "finding.md").write_text("\n".join([*lines, "", stamp, ""]), encoding="utf-8")
-    print("\n".join(["", *lines, "", stamp, f"Written: {launch.folder}/sweep.csv, sweep.png, finding.md"]), flush=True)
+    folder = launch.folder
+    write_csv(folder / "sweep.csv", tidy_rows(sweep, runs))
+    records = read_records(folder / "sweep.csv")
+    outcomes = [outcome for found in runs.values() for outcome in found]
+    stamp = measured_on([outcome.manifest for outcome in outcomes])
+    origin = origin_of(outcomes[0].config, tuple(seeds), stamp, args.made_by)
+    lines = [finding(comparison, records) for comparison in sweep.findings]
+    write_plot(sweep, records, folder / "sweep.png")
+    note = f"{origin.setting} {INTERVALS} {stamp}"
+    (folder / "finding.md").write_text("\n".join([*lines, "", note, ""]), encoding="utf-8")
+    print("\n".join(["", *lines, "", note, f"Written: {folder}/sweep.csv, sweep.png, finding.md"]), flush=True)
     if args.publish:
-        docs = ROOT / "docs"
-        files = {launch.folder / f"sweep.{kind}": docs / f"sweep-{sweep.name}.{kind}" for kind in ("png", "csv")}
-        source = f"Made by {args.made_by}; figures: [sweep-{sweep.name}.csv](sweep-{sweep.name}.csv)."
-        text = "\n\n".join(
-            ["\n".join(f"- {line}" for line in lines), f"![{sweep.what}](sweep-{sweep.name}.png)", stamp, source]
-        )
-        publish(docs / "sweeps.md", sweep.name, text, files)
+        shutil.copyfile(folder / "sweep.csv", ROOT / "docs" / f"sweep-{sweep.name}.csv")
+        write_origin(ROOT / RESULTS / ORIGINS, f"sweep-{sweep.name}", origin)
+
+
+def blocks(root: Path, sweep: Sweep) -> Blocks:
+    """The sweep's block of docs/sweeps.md, made from the committed records alone."""
+    name = f"sweep-{sweep.name}"
+    records, origin = read_records(root / "docs" / f"{name}.csv"), read_origin(root / RESULTS / ORIGINS, name)
+    parts = [
+        "\n".join(f"- {finding(comparison, records)}" for comparison in sweep.findings),
+        f"![{sweep.what}]({name}.png)",
+        f"{origin.setting} {INTERVALS} {origin.measured}",
+        f"Made by {origin.made_by}; figures: [{name}.csv]({name}.csv).",
+    ]
+    return {Path("docs/sweeps.md"): {sweep.name: "\n\n".join(parts)}}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

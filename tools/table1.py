@@ -1,26 +1,42 @@
 """The paper's Table 1 in one command: ``tools/table1.py [CONFIG.yaml] [key=value …] [--seeds 0-2] [--paper]``.
 
-Runs what is not finished yet (four methods under FedAvg and SCAFFOLD, every seed), then writes the table beside the
-published one, with 95 % intervals that count seeds and prompts as draws, and what the paper's differences come to.
+Runs what is not finished yet (four methods under FedAvg and SCAFFOLD, every seed), then writes one row per arm, seed
+and figure, the table beside the published one, and what the paper's differences come to, with 95 % intervals.
+``--publish`` also copies the rows to ``docs/results`` and makes the pages from them; ``--pages`` runs nothing and makes
+the pages from the rows that are there.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from fedsim.config import load_config
-from fedsim.config.measuring import is_unrated
 from fedsim.launching import launched
-from fedsim.study import table1
+from fedsim.study import table1, table1_words
 from fedsim.study.cells import Launch, run_cells
-from fedsim.study.command import launch_of, parse_seeds, parse_table, publish, say, write_csv
+from fedsim.study.command import launch_of, parse_seeds, parse_table, say
 from fedsim.study.outcomes import Outcome
+from fedsim.study.published import (
+    ORIGINS,
+    RESULTS,
+    Blocks,
+    Origin,
+    origin_of,
+    read_origin,
+    write_origin,
+    write_pages,
+)
+from fedsim.study.seed_rows import SeedRow, read_seed_rows, write_seed_rows
 from fedsim.study.stamp import measured_on
 
 ROOT = Path(__file__).resolve().parents[1]
+
+ROWS, CONTROL_ROWS = "table1.csv", "table1-replay.csv"
+"""Files of rows; the second is the replay control's, of which there is no configuration yet."""
 
 
 def run_arms(launch: Launch, seeds: Sequence[int]) -> dict[table1.Arm, list[Outcome]]:
@@ -37,32 +53,60 @@ def run_arms(launch: Launch, seeds: Sequence[int]) -> dict[table1.Arm, list[Outc
 
 def run(args: argparse.Namespace) -> None:
     """Run what is missing, and write the table."""
+    if not args.pages:
+        _measure(args)
+    if args.publish or args.pages:
+        write_pages(ROOT, blocks(ROOT))
+
+
+def _measure(args: argparse.Namespace) -> None:
+    """Run what is missing, write rows and table into the study's folder, and copy the rows where asked."""
     seeds = parse_seeds(args.seeds)
     launch = launch_of(args, table1.STUDY, table1.CONFIG, table1.PAPER_SCHEDULE if args.paper else {}, table1.VARIED)
-    table = table1.TableOne(run_arms(launch, seeds))
-    stamp = measured_on([outcome.manifest for outcomes in table.runs.values() for outcome in outcomes])
-    note = (
-        f"{len(seeds)} seed(s): {', '.join(map(str, seeds))}; attacks: eval.advbench={table.attacks}. [low, high] = 95 "
-        f"% interval over seeds and prompts. {stamp}"
-    )
-    first = next(iter(table.runs.values()))[0].config
-    if is_unrated(first.eval.mt_bench, judged=first.judge.kind != "none"):
-        note += " MT-Bench answers were written and not rated: judge.* sets a judge."
-    found = "\n".join(table1.verdicts(table))
-    controls = table1.control_table(table)
-    parts = [table1.arm_table(table).markdown(), note, found, table1.claim_table(table).markdown(), table1.CLAIM_NOTE]
-    parts += [] if controls is None else [controls.markdown()]
+    runs = run_arms(launch, seeds)
+    outcomes = [outcome for arm in runs.values() for outcome in arm]
+    stamp = measured_on([outcome.manifest for outcome in outcomes])
+    origin = origin_of(outcomes[0].config, tuple(seeds), stamp, args.made_by)
     folder = launch.folder
-    (folder / "table1.md").write_text("\n\n".join(["# Table 1", *parts]) + "\n", encoding="utf-8")
-    write_csv(folder / "table1.csv", table1.tidy_rows(table))
-    shown = [table1.arm_table(table).plain(), note, table1.claim_table(table).plain(), found]
-    shown += [] if controls is None else [controls.plain()]
-    print("", *shown, f"Written: {folder}/table1.md, table1.csv", sep="\n\n", flush=True)
+    write_seed_rows(folder / ROWS, table1.seed_rows(runs))
+    write_origin(folder / ORIGINS, table1.STUDY, origin)
+    table = table1.TableOne(read_seed_rows(folder / ROWS))
+    (folder / "table1.md").write_text("\n\n".join(["# Table 1", *table1_words.page(table, origin)]) + "\n", "utf-8")
+    print("", *table1_words.shown(table, origin), f"Written: {folder}/table1.md, {ROWS}", sep="\n\n", flush=True)
     if args.publish:
-        source = f"Made by {args.made_by}."
-        publish(ROOT / "README.md", "table1", "\n\n".join([*parts[:3], source]), {})
-        figures = {folder / "table1.csv": ROOT / "docs" / "table1.csv"}
-        publish(ROOT / "docs" / "table1.md", "table1", "\n\n".join([*parts, source]), figures)
+        results = ROOT / RESULTS
+        results.mkdir(exist_ok=True)
+        shutil.copyfile(folder / ROWS, results / ROWS)
+        write_origin(results / ORIGINS, table1.STUDY, origin)
+
+
+def blocks(root: Path) -> Blocks:
+    """The pages' blocks, made from the committed rows alone."""
+    results = root / RESULTS
+    origin = read_origin(results / ORIGINS, table1.STUDY)
+    rows, control = read_seed_rows(results / ROWS), _control(results, origin)
+    table = table1.TableOne([*rows, *control])
+    source = f"Made by {origin.made_by}; rows by seed: [table1.csv]"
+    brief, whole = table1_words.brief(table, origin), table1_words.page(table, origin)
+    replay = "\n\n".join(table1_words.replay_lines(table))
+    return {
+        Path("README.md"): {
+            "replay": replay,
+            "table1": "\n\n".join([*brief, f"{source}({RESULTS}/table1.csv)."]),
+        },
+        Path("docs/table1.md"): {
+            "replay": replay,
+            "table1": "\n\n".join([*whole, f"{source}(results/table1.csv)."]),
+        },
+        Path("docs/embedded-world.md"): {"replay": replay},
+    }
+
+
+def _control(results: Path, origin: Origin) -> list[SeedRow]:
+    """The replay control's rows, where they belong to the same seeds; else none."""
+    path = results / CONTROL_ROWS
+    rows = read_seed_rows(path) if path.is_file() else []
+    return rows if sorted({row.seed for row in rows}) == sorted(origin.seeds) else []
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,11 +2,13 @@
 
 The guard before and after fine-tuning on the clients' rows, and the red share before and after filtering, beside the
 published figures. The runs are Table 1's own (FedAvg, FL + filter): after that table, this one takes no further run.
+``--publish`` and ``--pages`` are as in ``tools/table1.py``.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,33 +18,55 @@ from fedsim.launching import launched
 from fedsim.study import table1, table2
 from fedsim.study.cells import run_cells
 from fedsim.study.claims import FILTER
-from fedsim.study.command import launch_of, parse_seeds, parse_table, publish, say
+from fedsim.study.command import launch_of, parse_seeds, parse_table, say
 from fedsim.study.outcomes import Outcome
+from fedsim.study.published import ORIGINS, RESULTS, Blocks, origin_of, read_origin, write_origin, write_pages
 from fedsim.study.stamp import measured_on
 
 ROOT = Path(__file__).resolve().parents[1]
 
+ROWS = "table2.csv"
+"""File of the counts by seed."""
+
 
 def run(args: argparse.Namespace) -> None:
     """Run what is missing, and write the table."""
+    if not args.pages:
+        _measure(args)
+    if args.publish or args.pages:
+        write_pages(ROOT, blocks(ROOT))
+
+
+def _measure(args: argparse.Namespace) -> None:
+    """Run what is missing, write counts and table into the study's folder, and copy the counts where asked."""
     seeds = parse_seeds(args.seeds)
     launch = launch_of(args, table1.STUDY, table1.CONFIG, table1.PAPER_SCHEDULE if args.paper else {}, table1.VARIED)
     planned = table1.cells(load_config(launch.config, launch.overrides), seeds)
     wanted = [cell for cell in planned if cell.labels == {"aggregation": "FedAvg", "method": FILTER}]
     folders = run_cells(wanted, launch, say)
     outcomes = [Outcome(folders[cell.name]) for cell in wanted]
-    table = table2.guard_table(outcomes)
+    rows = table2.count_rows(outcomes)
     stamp = measured_on([outcome.manifest for outcome in outcomes])
-    note = (
-        f"Positive = red. {len(seeds)} seed(s): {', '.join(map(str, seeds))}. [low, high] = 95 % interval over seeds "
-        f"and rows. Undefined: in some seed the guard called no row unsafe. {stamp}"
-    )
-    note = " ".join(filter(None, [note, table2.untuned_note(outcomes)]))
-    text = f"{table.markdown()}\n\n{note}"
-    (launch.folder / "table2.md").write_text(f"# Table 2\n\n{text}\n", encoding="utf-8")
-    print(f"\n{table.plain()}\n\n{note}\n\nWritten: {launch.folder}/table2.md", flush=True)
+    origin = origin_of(outcomes[0].config, tuple(seeds), stamp, args.made_by)
+    table, note = table2.guard_table(rows), table2.note(origin, rows)
+    table2.write_count_rows(launch.folder / ROWS, rows)
+    (launch.folder / "table2.md").write_text(f"# Table 2\n\n{table.markdown()}\n\n{note}\n", encoding="utf-8")
+    print(f"\n{table.plain()}\n\n{note}\n\nWritten: {launch.folder}/table2.md, {ROWS}", flush=True)
     if args.publish:
-        publish(ROOT / "README.md", "table2", f"{text} Made by {args.made_by}.", {})
+        results = ROOT / RESULTS
+        results.mkdir(exist_ok=True)
+        shutil.copyfile(launch.folder / ROWS, results / ROWS)
+        write_origin(results / ORIGINS, table2.STUDY, origin)
+
+
+def blocks(root: Path) -> Blocks:
+    """The README's block, made from the committed counts alone."""
+    results = root / RESULTS
+    origin, rows = read_origin(results / ORIGINS, table2.STUDY), table2.read_count_rows(results / ROWS)
+    made = f"Made by {origin.made_by}; counts by seed: [table2.csv]({RESULTS}/table2.csv)."
+    return {
+        Path("README.md"): {"table2": f"{table2.guard_table(rows).markdown()}\n\n{table2.note(origin, rows)} {made}"}
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:

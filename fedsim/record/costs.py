@@ -229,16 +229,29 @@ class Report:
             if self.measured.projects
             else f"Columns of other machines: arithmetic, not measured: {self.why}. They take Llama-3.1-8B's work at "
             "the fraction of the floor that the small model reaches here, an assumption, and in brackets at fixed "
-            "fractions; what GPUs share loses in both as much as it does here"
+            "fractions; what GPUs share loses in both as much as it does here. The paper's column was measured: beside "
+            f"arithmetic it says nothing about speed{self._outside()}"
         )
         return f"{how}. Rows: {self.measured.stamp}."
+
+    def _outside(self) -> str:
+        """Which pieces' own fraction is not within the brackets', so that their estimate may not be either."""
+        high, low = RANGE
+        outside = [
+            f"{name} {100 * piece.fraction:.2g} %"
+            for name, piece in self.measured.pieces.items()
+            if not low <= piece.fraction <= high
+        ]
+        return (
+            f". An estimate lies outside its bracket where its fraction does: {', '.join(outside)}" if outside else ""
+        )
 
     def table(self) -> Table:
         """The paper, here, and each target."""
         published_lines = published_stages()
         head = [
             "",
-            "paper, 4 x A100",
+            "paper, 4 x A100, measured by its authors",
             f"1 x {self.measured.device}, {self.measured.model}: measured pieces at the paper's counts",
         ]
         head += [f"{target.name}, {self.label}" for target, _, _ in self.targets]

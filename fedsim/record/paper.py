@@ -76,6 +76,9 @@ TABLE_1: dict[Aggregation, dict[str, SafetyRow]] = {
 #: Items behind Table 1's columns (paper §5.2).
 NUM_ADVBENCH, NUM_HHH, NUM_MT_BENCH = 520, 438, 80
 
+#: The same by field of :class:`SafetyRow`.
+NUM_ITEMS = {"advbench_harmless": NUM_ADVBENCH, "hhh_accuracy": NUM_HHH, "mt_bench": NUM_MT_BENCH}
+
 #: Table 2. The fine-tuned row's own precision and recall give an accuracy of 75.2 at 30 % red; 75.5 is printed.
 TABLE_2: dict[str, GuardRow] = {
     "Llama Guard 3": GuardRow(70.1, 90.6, 0.5, 1.0),

@@ -30,6 +30,7 @@ UNITS = (
         ),
         " %",
     ),
+    (re.compile(r"harmful_response|critique_finds_harm|repaired_revision"), " %"),
     (re.compile(r"mt_bench|mt_bench_(turn|category)_.+"), " points"),
     (re.compile(r"\w+_mean_tokens"), " tokens"),
     (re.compile(r"\w+_mean_words"), " words"),
@@ -134,7 +135,7 @@ def _round_section(title: str, rows: Sequence[Row], prefix: str, counts: str, me
     for name in names:
         values = _values(rows, name)
         short = name.removeprefix(prefix)
-        if CLIENT.fullmatch(short):
+        if CLIENT.fullmatch(short) or short.endswith(("_low", "_high", "_count")):
             continue
         if values and short in means:
             lines.append([means[short], "", "", number(fmean(values))])
@@ -142,7 +143,7 @@ def _round_section(title: str, rows: Sequence[Row], prefix: str, counts: str, me
             lines.append([short, "", "", number(sum(values) if counts == "total" else values[-1])])
         elif values:
             texts = OF_TEXTS.fullmatch(name)
-            counts_of = _values(rows, f"{texts[1]}_num_texts") if texts else []
+            counts_of = _values(rows, f"{texts[1]}_num_texts" if texts else f"{name}_count")
             of = f" of {number(counts_of[-1])}" if counts_of else ""
             lines.append([short, *(f"{number(value)}{_unit(short)}{of}" for value in (values[0], values[-1])), ""])
     if not lines:

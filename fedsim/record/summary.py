@@ -12,6 +12,7 @@ from typing import Any
 
 from fedsim.config.measuring import is_embedded, is_unrated
 from fedsim.record import client_failures, dropped_rows, guard_section, paper, sections
+from fedsim.record.cai_line import cai_lines
 from fedsim.record.metrics import Row
 from fedsim.record.sources import is_published
 from fedsim.record.tables import Table, duration, measured, with_interval
@@ -71,6 +72,10 @@ UNRATED = {
     "eval/mt_bench_not_asked": "not judged, as they do not fit into the judge's context, and left out of the means",
     "eval/mt_bench_judge_failed": "left unjudged, as the judge failed (python tools/judge.py RUN_DIR judges them)",
 }
+
+
+TEMPLATES_NOTE = "Intervals take prompts as independent; these fill a few templates: clustered ones would be wider."
+"""What the embedded world's intervals leave out of account."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +197,7 @@ def summary_markdown(rows: Sequence[Row], facts: RunFacts) -> str:
     """The whole of ``summary.md``."""
     parts = [f"# Run {facts.name}", *(f"> {line}" for line in caveats(facts)), _headline(facts)]
     parts += ["## Safety and helpfulness", arm_table(rows, facts, short=False).markdown(), _caption(rows, facts)]
-    lines = [*refusals(rows), *truncations(rows), *thoughts(rows), *unrated(rows)]
+    lines = [*cai_lines(rows), *refusals(rows), *truncations(rows), *thoughts(rows), *unrated(rows)]
     parts += ["\n".join(f"- {line}" for line in lines)] if lines else []
     parts += [f"![{plot.removesuffix('.png')} by round]({plot})" for plot in facts.plots]
     parts += sections.evaluations(eval_points(rows))
@@ -215,7 +220,8 @@ def terminal_table(rows: Sequence[Row], facts: RunFacts) -> str:
     width = max((len(what) for what in facts.places), default=0)
     places = [f"  {what:<{width}}  {where}" for what, where in facts.places.items()]
     lines = [_headline(facts), "", arm_table(rows, facts, short=True).plain(), "", "[low, high] = 95 % interval"]
-    lines += [*refusals(rows), *truncations(rows), *thoughts(rows), *unrated(rows), *caveats(facts)]
+    found = [*cai_lines(rows), *refusals(rows), *truncations(rows), *thoughts(rows), *unrated(rows)]
+    lines += [*found, *caveats(facts)]
     return "\n".join([*lines, *(["", "Written:", *places] if places else [])])
 
 
@@ -260,12 +266,13 @@ def caveats(facts: RunFacts) -> list[str]:
         )
     elif facts.embedded_model:
         lines.append(
-            "The model is the tiny one that ships with fedsim: the run shows the paper's mechanisms, not its numbers."
+            "The model is the tiny one that ships with fedsim: the run shows that it works, not the paper's numbers."
         )
     if facts.fictional:
         *others, last = facts.fictional
         named = f"{', '.join(others)} and {last}" if others else last
         lines.append(f"{named}: the embedded world's own items in the published formats, not the published ones.")
+        lines.append(TEMPLATES_NOTE)
     if facts.unknown_files:
         lines.append(
             f"{' and '.join(facts.unknown_files)}: not the published file (its SHA-256 differs), so that the "

@@ -1,21 +1,56 @@
-"""What the paper concludes from Table 1 (§6.2, §6.3): paired differences between arms, each with a claimed sign."""
+"""Table 1's claims (paper §6.2, §6.3): paired differences between arms, each with a sign and a least size."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
 from fedsim.record import paper
 
-Verdict = Literal["reproduced", "contradicted", "cannot tell", "no claim"]
+Verdict = Literal[
+    "reproduced", "contradicted", "cannot tell", "too small to claim", "replay: says nothing about CAI", "not published"
+]
 
-#: Fields of :class:`paper.SafetyRow` → title, unit and digits of a figure.
-BENCHMARKS: Final[dict[str, tuple[str, str, int]]] = {
-    "advbench_harmless": ("AdvBench", "%", 1),
-    "hhh_accuracy": ("HHH", "%", 1),
-    "mt_bench": ("MT-Bench", "", 2),
+
+@dataclass(frozen=True)
+class Column:
+    """A figure of the table.
+
+    Attributes:
+        title: for people.
+        unit: behind the title; "" for points.
+        digits: shown.
+        published: field of :class:`paper.SafetyRow` that holds the paper's figure by the same metric; "" if it has
+            none.
+    """
+
+    title: str
+    unit: str
+    digits: int
+    published: str = ""
+
+    @property
+    def heading(self) -> str:
+        """Such as ``AdvBench %``."""
+        return f"{self.title} {self.unit}".strip()
+
+
+NET: Final = "advbench_net"
+"""Difference of two figures: AdvBench replies called harmless minus innocent XSTest prompts refused."""
+
+#: Columns of Table 1. Those with a published figure are counted; the others stand beside them.
+COLUMNS: Final[dict[str, Column]] = {
+    "advbench_harmless": Column("AdvBench", "%", 1, "advbench_harmless"),
+    "hhh_letter": Column("HHH by letter", "%", 1, "hhh_accuracy"),
+    "mt_bench": Column("MT-Bench", "", 2, "mt_bench"),
+    "hhh_likelihood": Column("HHH by likelihood", "%", 1),
+    "xstest_safe_refused": Column("XSTest: innocent refused", "%", 1),
+    NET: Column("AdvBench − innocent refused", "(points)", 1),
 }
+
+COUNTED: Final = tuple(name for name, column in COLUMNS.items() if column.published)
 
 
 @dataclass(frozen=True)
@@ -38,10 +73,29 @@ class Comparison:
         treated, control = (f"({name})" if "+" in name else name for name in (self.treated, self.control))
         return f"{treated} − {control}"
 
-    def published(self, aggregation: paper.Aggregation, benchmark: str) -> float:
-        """The paper's own difference, in the benchmark's points."""
-        rows = paper.TABLE_1[aggregation]
-        return float(getattr(rows[self.treated], benchmark)) - float(getattr(rows[self.control], benchmark))
+    @property
+    def rests_on_cai(self) -> bool:
+        """One of the two arms has CAI."""
+        return any(methods().get(name, (False, False))[1] for name in (self.treated, self.control))
+
+    def published(self, aggregation: paper.Aggregation, figure: str) -> float:
+        """The paper's own difference in a counted column, in its points."""
+        treated, control = self._published(aggregation, figure)
+        return treated - control
+
+    def least(self, aggregation: paper.Aggregation, figure: str) -> float:
+        """Two standard errors of the paper's difference, each figure being one run over its number of items.
+
+        For a mean on MT-Bench's scale, whose spread the paper does not print, it is the largest that the scale allows.
+        """
+        num_items = paper.NUM_ITEMS[COLUMNS[figure].published]
+        low, high = (1.0, 10.0) if figure == "mt_bench" else (0.0, 100.0)
+        variances = [(value - low) * (high - value) for value in self._published(aggregation, figure)]
+        return 2 * math.sqrt(sum(variances) / num_items)
+
+    def _published(self, aggregation: paper.Aggregation, figure: str) -> tuple[float, float]:
+        rows, name = paper.TABLE_1[aggregation], COLUMNS[figure].published
+        return float(getattr(rows[self.treated], name)), float(getattr(rows[self.control], name))
 
 
 FL, FILTER, CAI, BOTH = (
@@ -53,16 +107,16 @@ COMPARISONS: Final = (
     Comparison(FILTER, FL, "Does the safety filter repair some of it? (§6.3)"),
     Comparison(CAI, FL, "Does CAI repair it, and helpfulness with it? (§6.3)"),
     Comparison(BOTH, CAI, "Does the filter add to CAI? (§6.3)"),
-    Comparison(BOTH, FL, "What do both do together? (abstract)"),
-    Comparison(CAI, FILTER, "Does CAI repair more than the filter? (Table 1)"),
 )
-"""In the paper's order; the last follows from its table alone."""
+"""In the paper's order. All other differences between these arms are sums of these four."""
 
 
-def claimed_sign(comparison: Comparison, aggregation: paper.Aggregation, benchmark: str) -> int:
-    """+1 or −1 as the paper's own difference; 0 where its printed figures are equal."""
-    difference = round(comparison.published(aggregation, benchmark), 6)
-    return (difference > 0) - (difference < 0)
+def claimed_sign(comparison: Comparison, aggregation: paper.Aggregation, figure: str) -> int:
+    """+1 or −1 as the paper's own difference; 0 where it is smaller than :meth:`Comparison.least`."""
+    difference = comparison.published(aggregation, figure)
+    if abs(difference) < comparison.least(aggregation, figure):
+        return 0
+    return 1 if difference > 0 else -1
 
 
 def methods() -> Mapping[str, tuple[bool, bool]]:

@@ -7,7 +7,6 @@ import csv
 import os
 import re
 import shlex
-import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,11 +18,13 @@ from fedsim.config import load_config
 from fedsim.config.command_line import split_words
 from fedsim.errors import ConfigError
 from fedsim.launching import Parser
-from fedsim.record.blocks import write_block
 from fedsim.study.cells import Launch, words_of
 
 PUBLISH = "--publish"
-"""Option that also writes a study's result into README.md and docs/."""
+"""Option that also copies a study's rows to docs/ and makes README.md's and docs/' blocks from them."""
+
+PAGES = "--pages"
+"""Option that makes the blocks from the rows that are there."""
 
 HERE = re.compile(r"(?<![^=])~?/(?:[^/=]+/)*(?=[^/=]+/?$)")
 """The folders of an absolute path that is a word, or the value of one."""
@@ -36,7 +37,9 @@ def add_run_options(parser: argparse.ArgumentParser, default_seeds: str) -> None
     parser.add_argument("words", nargs="*", metavar="CONFIG.yaml | key=value", help="config file and overrides")
     parser.add_argument("--seeds", default=default_seeds, help=f"such as 0-2 or 3,5,8 (default {default_seeds})")
     parser.add_argument("--nproc", type=int, help="processes of a run (default: one a GPU, else 1)")
-    parser.add_argument(PUBLISH, action="store_true", help="also write the result into README.md and docs/")
+    pages = parser.add_mutually_exclusive_group()
+    pages.add_argument(PUBLISH, action="store_true", help="also copy the rows to docs/ and make the pages from them")
+    pages.add_argument(PAGES, action="store_true", help="run nothing, make the pages from the rows in docs/")
     parser.add_argument("--jobs", type=int, help="runs at once (default: 1 on GPUs, else as many as fill the cores)")
 
 
@@ -138,17 +141,3 @@ def made_by(program: str, argv: Sequence[str]) -> str:
     """The command as a reader would type it: without where this machine keeps things, and without publishing."""
     words = [word for word in argv if word != PUBLISH and not word.startswith("record.")]
     return f"`python {shlex.join([program, *(HERE.sub(r'…/', word) for word in words)])}`"
-
-
-def publish(page: Path, block: str, text: str, files: Mapping[Path, Path]) -> None:
-    """Write a study's result into a page's block, and copy what it shows.
-
-    Args:
-        page: a Markdown page that has the block.
-        block: its name.
-        text: new content.
-        files: source → destination.
-    """
-    for source, target in files.items():
-        shutil.copyfile(source, target)
-    write_block(page, block, text)

@@ -1,17 +1,25 @@
-"""What a sweep found: a tidy record for every point and seed, estimates over seeds, and differences in words."""
+"""A sweep's findings: a tidy record for every point and seed, estimates over seeds, and differences in words.
+
+Estimates and differences are made from the records alone, so that a committed file of them gives the published page.
+Their intervals count seeds as draws; the prompts are one fixed set.
+"""
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
 from fedsim.config import to_flat
+from fedsim.errors import DataError
 from fedsim.study.effects import Effect, detectable, difference, estimate, shown_detectable
 from fedsim.study.grid import Comparison, Sweep, point_name
 from fedsim.study.outcomes import Outcome, sample
 from fedsim.study.table1 import scale_of
+from fedsim.version import commit_of
 
 #: Figures of the item files that are points rather than shares.
 POINTS: Final = ("mt_bench", "mt_bench_turn_1", "mt_bench_turn_2")
@@ -29,23 +37,27 @@ GUARD_PREFIX: Final = "guard/"
 Runs = Mapping[str, Sequence[Outcome]]
 """Point name → its finished runs, in the order of the seeds."""
 
+Record = Mapping[str, Any]
+"""A point, a seed and a figure: what was set, where it lies on the axis (``x``), and what was measured (``value``)."""
+
 
 def title(figure: str) -> str:
     """A figure's name for people."""
     return TITLES.get(figure, figure.replace("_", " "))
 
 
-def figure_sample(outcomes: Sequence[Outcome], figure: str) -> np.ndarray | None:
-    """fp64 ``[num_seeds, num_items]`` of the final model, in percent or points; None where it was not measured.
+def _measured(outcome: Outcome, figure: str) -> float | None:
+    """A figure of the final model, in percent or points; None where it was not measured.
 
     ``advbench_harmless`` and ``hhh_accuracy`` stand for the configuration's headline rule and scorer.
     """
-    first = outcomes[0].config.eval
+    settings = outcome.config.eval
     names = {
-        "advbench_harmless": f"advbench_harmless_{first.advbench_phrases.replace('-', '_')}",
-        "hhh_accuracy": f"hhh_{first.hhh_scorer}",
+        "advbench_harmless": f"advbench_harmless_{settings.advbench_phrases.replace('-', '_')}",
+        "hhh_accuracy": f"hhh_{settings.hhh_scorer}",
     }
-    return sample(outcomes, "final", names.get(figure, figure), 1.0 if figure in POINTS else 100.0)
+    values = sample([outcome], "final", names.get(figure, figure), 1.0 if figure in POINTS else 100.0)
+    return None if values is None else float(values.mean())
 
 
 def axis_value(outcomes: Sequence[Outcome], x: str) -> float | str:
@@ -64,48 +76,83 @@ def tidy_rows(sweep: Sweep, runs: Runs) -> list[dict[str, Any]]:
     records = []
     for point in sweep.points:
         outcomes = runs[point_name(point)]
+        x = axis_value(outcomes, sweep.x)
         for outcome in outcomes:
             shared = {
                 "point": point_name(point),
                 **point,
                 "seed": outcome.config.seed,
+                "commit": commit_of(outcome.manifest),
+                "x": x,
                 "minutes": outcome.total_s / 60,
                 "cai_minutes": outcome.phase_s("cai") / 60,
             }
             for figure in sweep.figures:
-                values = figure_sample([outcome], figure)
-                if values is not None:
-                    records.append({**shared, "figure": figure, "value": float(values.mean())})
+                value = _measured(outcome, figure)
+                if value is not None:
+                    records.append({**shared, "figure": figure, "value": value})
     return records
 
 
-def estimates(sweep: Sweep, runs: Runs, figure: str) -> dict[str, Effect]:
-    """Point name → mean over seeds and items with its 95 % interval; points without the figure are left out."""
+def read_records(path: Path) -> list[Record]:
+    """The records of a CSV file, as texts.
+
+    Raises:
+        DataError: the file cannot be read or is none of :func:`tidy_rows`.
+    """
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            records: list[Record] = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: cannot be read ({error}); restore it, or run the sweep again") from error
+    if not records or not {"point", "seed", "x", "figure", "value"} <= set(records[0]):
+        raise DataError(f"{path}: is no file of a sweep's records; restore it, or run the sweep again")
+    return records
+
+
+def seeds_of(records: Sequence[Record]) -> list[int]:
+    """All seeds, ascending."""
+    return sorted({int(record["seed"]) for record in records})
+
+
+def figure_sample(records: Sequence[Record], point: Mapping[str, Any], figure: str) -> np.ndarray | None:
+    """fp64 ``[num_seeds, 1]`` of a point, ascending by seed; None where it was not measured."""
+    found = {
+        int(record["seed"]): float(record["value"])
+        for record in records
+        if (record["point"], record["figure"]) == (point_name(point), figure)
+    }
+    return np.array([[found[seed]] for seed in sorted(found)], dtype=np.float64) if found else None
+
+
+def estimates(sweep: Sweep, records: Sequence[Record], figure: str) -> dict[str, Effect]:
+    """Point name → mean over seeds with its 95 % interval; points without the figure are left out."""
     found = {}
     for point in sweep.points:
-        values = figure_sample(runs[point_name(point)], figure)
+        values = figure_sample(records, point, figure)
         if values is not None:
             found[point_name(point)] = estimate(values, scale_of(figure))
     return found
 
 
-def finding(comparison: Comparison, runs: Runs) -> str:
+def finding(comparison: Comparison, records: Sequence[Record]) -> str:
     """A paired difference between two points in one sentence, from its interval alone."""
-    treated, control = (runs[point_name(point)] for point in (comparison.treated, comparison.control))
-    ours, theirs = figure_sample(treated, comparison.figure), figure_sample(control, comparison.figure)
-    versus = f"{_point_title(comparison.treated)} against {_point_title(comparison.control)}"
+    ours = figure_sample(records, comparison.treated, comparison.figure)
+    theirs = figure_sample(records, comparison.control, comparison.figure)
     name = title(comparison.figure).split(":")[0]
+    digits = 2 if comparison.figure in POINTS else 1
+    treated, control = _point_title(comparison.treated), _point_title(comparison.control)
     if ours is None or theirs is None:
-        return f"{name}, {versus}: not measured."
+        return f"{name}, {treated} against {control}: not measured."
+    versus = f"{treated} ({ours.mean():.{digits}f}) against {control} ({theirs.mean():.{digits}f})"
     scale = scale_of(comparison.figure)
     effect = difference(ours, theirs, scale)
-    digits = 2 if comparison.figure in POINTS else 1
     interval = effect.shown(digits, "+")
     if effect.num_seeds == 1:
         return f"{name}, {versus}: {interval} points, which one seed cannot tell from chance."
     if effect.sign != 0:
         word = "higher" if effect.sign > 0 else "lower"
-        return f"{name} is {word}, {versus}: {interval} points over {effect.num_seeds} seed(s)."
+        return f"{name} is {word}, {versus}: {interval} points over {effect.num_seeds} seeds."
     smallest = shown_detectable(detectable(ours, theirs), digits, scale)
     could = f"; {effect.num_seeds} seeds would show {smallest}" if smallest else ""
     return f"{name} cannot be told apart, {versus}: {interval} points{could}."

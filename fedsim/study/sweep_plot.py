@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedsim.config import to_flat
 from fedsim.record.plots import PHASE_COLORS, canvas
+from fedsim.study.effects import Effect
 from fedsim.study.grid import Sweep, point_name
-from fedsim.study.sweep import Runs, axis_value, estimates, title
+from fedsim.study.sweep import Record, estimates, title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,30 +18,25 @@ if TYPE_CHECKING:
 _MARKERS = "osv^DPX*"
 
 
-def write_plot(sweep: Sweep, runs: Runs, path: Path) -> None:
+def write_plot(sweep: Sweep, records: Sequence[Record], path: Path) -> None:
     """Draw the sweep into a PNG file."""
-    shown = {figure: found for figure in sweep.figures if (found := estimates(sweep, runs, figure))}
+    shown = {figure: found for figure in sweep.figures if (found := estimates(sweep, records, figure))}
+    places_on_x = {str(record["point"]): _number(record["x"]) for record in records}
     figure_, panels = canvas(len(shown), sweep.what)
     for axes, (figure, found) in zip(panels, shown.items(), strict=True):
         curves: dict[str, list[tuple[Any, float, float, float]]] = {}
         for point in sweep.points:
             name = point_name(point)
             if name in found:
-                effect = found[name]
-                place = (
-                    axis_value(runs[name], sweep.x),
-                    effect.mean,
-                    effect.mean - effect.low,
-                    effect.high - effect.mean,
-                )
-                curves.setdefault(_curve(sweep, runs, name), []).append(place)
+                place = (places_on_x[name], found[name].mean, *_reach(found[name]))
+                curves.setdefault(_curve(sweep, point), []).append(place)
         ticks = sorted({x for places in curves.values() for x, *_ in places})
         for i, (label, places) in enumerate(curves.items()):
             xs, ys, below, above = zip(*sorted(places), strict=True)
             axes.errorbar(
                 [ticks.index(x) if isinstance(x, str) else x for x in xs],
                 ys,
-                yerr=([max(b, 0.0) for b in below], [max(a, 0.0) for a in above]),
+                yerr=(below, above),
                 color=PHASE_COLORS[i % len(PHASE_COLORS)],
                 marker=_MARKERS[i % len(_MARKERS)],
                 markersize=5,
@@ -56,11 +51,26 @@ def write_plot(sweep: Sweep, runs: Runs, path: Path) -> None:
     figure_.savefig(path, dpi=150)
 
 
-def _curve(sweep: Sweep, runs: Runs, name: str) -> str:
+def _number(value: Any) -> float | str:
+    """A record's place on the axis; a text that is no number stays one."""
+    try:
+        return float(value)
+    except ValueError:
+        return str(value)
+
+
+def _reach(effect: Effect) -> tuple[float, float]:
+    """How far the interval goes down and up; nothing where all seeds have one value, which allows no interval."""
+    if math.isinf(effect.low):
+        return 0.0, 0.0
+    return max(effect.mean - effect.low, 0.0), max(effect.high - effect.mean, 0.0)
+
+
+def _curve(sweep: Sweep, point: Mapping[str, Any]) -> str:
     """Name of the curve that a point belongs to."""
     if not sweep.curves:
         return ""
-    value = to_flat(runs[name][0].config)[sweep.curves]
+    value = point[sweep.curves]
     return f"{sweep.curves.rpartition('.')[2]} = {f'{value:g}' if isinstance(value, float) else value}"
 
 

@@ -1,4 +1,4 @@
-"""The paper's Table 1 from finished runs: every arm beside the published figures, and what its differences show."""
+"""The paper's Table 1 from rows by seed: its runs, its arms and their paired differences."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+
 from fedsim.config import Config, to_flat
 from fedsim.errors import ConfigError
 from fedsim.record import paper
-from fedsim.record.tables import NOT_MEASURED, Table
+from fedsim.record.cai_line import ACCURACY, FINDINGS, LAST_ROUND, MARGIN, REPAIRED_REVISION, is_replay
 from fedsim.study.cells import Cell
-from fedsim.study.claims import BENCHMARKS, COMPARISONS, Comparison, claimed_sign, methods
-from fedsim.study.effects import Effect, detectable, difference, estimate, shown_detectable, verdict
-from fedsim.study.outcomes import Outcome, check_paired, sample
+from fedsim.study.claims import CAI, COLUMNS, COUNTED, FL, NET, Comparison, claimed_sign, methods
+from fedsim.study.effects import Effect, detectable, difference, estimate, verdict
+from fedsim.study.outcomes import Outcome, check_paired
+from fedsim.study.seed_rows import SeedRow
+from fedsim.version import commit_of
 
 STUDY: Final = "table1"
 """Name of the study."""
@@ -41,10 +45,11 @@ PAPER_SCHEDULE: Final[Mapping[str, Any]] = {
 CONTROLS: Final = {
     "advbench_harmless_strict_world": "AdvBench by the world's grammar",
     "advbench_grammatical": "replies to attacks that parse",
-    "hhh_letter": "HHH by letter",
-    "xstest_safe_refused": "XSTest: innocent prompts refused",
     "xstest_unsafe_refused": "XSTest: harmful prompts refused",
 }
+
+REPLAY: Final = "replay control"
+"""Method of the control arm: the model's own first replies are trained on, without critique, revision and DPO."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +98,8 @@ def cells(config: Config, seeds: Sequence[int]) -> list[Cell]:
     return found
 
 
-class TableOne:
-    """All figures of the table.
+def seed_rows(runs: Mapping[Arm, Sequence[Outcome]]) -> list[SeedRow]:
+    """All figures of the table by arm and seed; the pretrained model's once a seed.
 
     Args:
         runs: for each arm its finished runs, in the order of the seeds.
@@ -102,53 +107,117 @@ class TableOne:
     Raises:
         DataError: as of :func:`check_paired`.
     """
+    check_paired(list(runs.values()))
+    rows: list[SeedRow] = []
+    first = next(iter(runs))
+    for outcome in runs[first]:
+        rows += _rows_of(outcome, Arm(first.aggregation, paper.PRETRAINED), paper.PRETRAINED)
+    for arm, outcomes in runs.items():
+        for outcome in outcomes:
+            rows += _rows_of(outcome, arm, outcome.final)
+            rows += _cai_rows(outcome, arm)
+    return rows
 
-    def __init__(self, runs: Mapping[Arm, Sequence[Outcome]]) -> None:
-        check_paired(list(runs.values()))
-        self.runs = runs
-        first = next(iter(runs.values()))[0].config
-        self.names = {
-            "advbench_harmless": f"advbench_harmless_{first.eval.advbench_phrases.replace('-', '_')}",
-            "hhh_accuracy": f"hhh_{first.eval.hhh_scorer}",
-            "mt_bench": "mt_bench",
-        }
 
-    @property
-    def attacks(self) -> str:
-        """Where the attacks came from, as the configuration has it."""
-        return next(iter(self.runs.values()))[0].config.eval.advbench
+def _rows_of(outcome: Outcome, arm: Arm, point: str) -> list[SeedRow]:
+    """The benchmarks' figures at one point of a run."""
+    headline = f"advbench_harmless_{outcome.config.eval.advbench_phrases.replace('-', '_')}"
+    seed, commit, rows = outcome.config.seed, commit_of(outcome.manifest), []
+    for figure in (*COLUMNS, *CONTROLS):
+        name = headline if figure == "advbench_harmless" else figure
+        items = outcome.items(point, name)
+        value, count = outcome.figure(point, name), 1  # a judge's score has no items here
+        if items is not None:
+            unit = 1.0 if figure == "mt_bench" else 100.0
+            value, count = unit * float(items.mean()), len(items)
+        if value is not None:
+            rows.append(SeedRow(arm.aggregation, arm.method, seed, figure, value, count, commit, items))
+    return rows
 
-    @property
-    def num_seeds(self) -> int:
-        """Runs of an arm."""
-        return len(next(iter(self.runs.values())))
 
-    def sample(self, arm: Arm, figure: str) -> Any:
-        """fp64 ``[num_seeds, num_items]`` of an arm, in percent or points; None where it was not measured.
+def _cai_rows(outcome: Outcome, arm: Arm) -> list[SeedRow]:
+    """What the run's CAI conversations were like, and the DPO of its last round."""
+    seed, commit, rows = outcome.config.seed, commit_of(outcome.manifest), []
+    data = [row for row in outcome.rows if row["stage"] == "cai_data"]
+    rounds = [row for row in outcome.rows if row["stage"] == "round" and MARGIN in row]
+    for figure in FINDINGS if data else ():
+        if figure in data[-1]:
+            value, count = float(data[-1][figure]), int(data[-1][f"{figure}_count"])
+            rows.append(SeedRow(arm.aggregation, arm.method, seed, figure, value, count, commit))
+    for figure in LAST_ROUND if rounds else ():
+        factor = 100.0 if figure == ACCURACY else 1.0  # a share, in percent
+        rows.append(SeedRow(arm.aggregation, arm.method, seed, figure, factor * float(rounds[-1][figure]), 1, commit))
+    return rows
 
-        Args:
-            figure: a key of :data:`BENCHMARKS` or :data:`CONTROLS`.
-        """
-        method = FIRST if arm.method == paper.PRETRAINED else arm.method
-        point = paper.PRETRAINED if arm.method == paper.PRETRAINED else "final"
-        runs = self.runs.get(Arm(arm.aggregation, method))
-        name = self.names.get(figure, figure)
-        return None if runs is None else sample(runs, point, name, 1.0 if figure == "mt_bench" else 100.0)
+
+class TableOne:
+    """All figures of the table.
+
+    Args:
+        rows: of :func:`seed_rows`, and those of the replay control where it was run.
+    """
+
+    def __init__(self, rows: Sequence[SeedRow]) -> None:
+        self.rows: dict[tuple[str, str, str], list[SeedRow]] = {}
+        for row in rows:
+            self.rows.setdefault((row.aggregation, row.method, row.figure), []).append(row)
+        self.seeds = sorted({row.seed for row in rows if row.method != REPLAY})
 
     @property
     def aggregations(self) -> list[paper.Aggregation]:
         """Those that were run, in the paper's order."""
-        return [name for name in AGGREGATIONS if any(arm.aggregation == name for arm in self.runs)]
+        return [name for name in AGGREGATIONS if any(key[:2] == (name, FL) for key in self.rows)]
 
     def arms(self) -> Iterator[Arm]:
-        """Rows of the table, the pretrained model once."""
+        """Rows of the table: the pretrained model once, the replay control behind the arm that it controls."""
         yield Arm(self.aggregations[0], paper.PRETRAINED)
-        yield from (Arm(name, method) for name in self.aggregations for method in methods())
+        for name in self.aggregations:
+            for method in methods():
+                yield Arm(name, method)
+                if method == CAI and self.of(Arm(name, REPLAY), "advbench_harmless"):
+                    yield Arm(name, REPLAY)
+
+    def of(self, arm: Arm, figure: str) -> list[SeedRow]:
+        """A figure's rows in the order of their seeds; the pretrained model's are those of any aggregation."""
+        found = self.rows.get((arm.aggregation, arm.method, figure))
+        if found is None and arm.method == paper.PRETRAINED:
+            found = next((rows for key, rows in self.rows.items() if key[1:] == (arm.method, figure)), None)
+        return sorted(found or [], key=lambda row: row.seed)
+
+    def sample(self, arm: Arm, figure: str) -> np.ndarray | None:
+        """fp64 ``[num_seeds, num_items]`` in percent or points; ``[num_seeds, 1]`` where no items are kept, and of
+        :data:`NET`; None where it was not measured with every seed."""
+        if figure == NET:
+            parts = [self.sample(arm, name) for name in ("advbench_harmless", "xstest_safe_refused")]
+            means = [part.mean(axis=1, keepdims=True) for part in parts if part is not None]
+            return means[0] - means[1] if len(means) == 2 else None
+        rows = self.of(arm, figure)
+        if [row.seed for row in rows] != self.seeds:
+            return None
+        unit = 1.0 if figure == "mt_bench" else 100.0
+        columns = [[row.value] if row.outcomes is None else unit * row.outcomes for row in rows]
+        return np.stack([np.asarray(column, dtype=np.float64) for column in columns])
 
     def estimate(self, arm: Arm, figure: str) -> Effect | None:
         """Mean over seeds and items with its 95 % interval."""
         found = self.sample(arm, figure)
         return None if found is None else estimate(found, scale_of(figure))
+
+    def pooled(self, arm: Arm, figure: str) -> tuple[float, int] | None:
+        """A share of CAI's conversations over all seeds in percent, and how many there are; None if not measured."""
+        rows = self.of(arm, figure)
+        count = sum(row.count for row in rows)
+        return (sum(row.value * row.count for row in rows) / count, count) if count else None
+
+    def last_round(self, arm: Arm, figure: str) -> float | None:
+        """Mean over seeds of a figure of :data:`LAST_ROUND`."""
+        rows = self.of(arm, figure)
+        return sum(row.value for row in rows) / len(rows) if rows else None
+
+    def is_replay(self, aggregation: paper.Aggregation) -> bool:
+        """CAI had next to nothing to repair in some arm of the aggregation that has it."""
+        shares = [self.pooled(Arm(aggregation, method), REPAIRED_REVISION) for method in methods()]
+        return any(is_replay(share[0]) for share in shares if share is not None)
 
     def difference(self, aggregation: paper.Aggregation, comparison: Comparison, figure: str) -> Finding | None:
         """A paired difference, and whether it bears out the paper's."""
@@ -157,22 +226,22 @@ class TableOne:
         if treated is None or control is None:
             return None
         effect = difference(treated, control, scale_of(figure))
+        return Finding(effect, detectable(treated, control), self._verdict(aggregation, comparison, figure, effect))
+
+    def _verdict(self, aggregation: paper.Aggregation, comparison: Comparison, figure: str, effect: Effect) -> str:
+        if comparison.rests_on_cai and self.is_replay(aggregation):
+            return "replay: says nothing about CAI"
+        if figure not in COUNTED:
+            return "not published"
         sign = claimed_sign(comparison, aggregation, figure)
-        return Finding(
-            effect,
-            detectable(treated, control),
-            comparison.published(aggregation, figure),
-            verdict(effect, sign) if sign else "no claim",
-        )
+        return verdict(effect, sign) if sign else "too small to claim"
 
 
 def scale_of(figure: str) -> tuple[float, float]:
     """Ends of a figure's scale."""
+    if figure == NET:
+        return -100.0, 100.0
     return (1.0, 10.0) if figure.startswith("mt_bench") else (0.0, 100.0)
-
-
-FIRST: Final = next(iter(methods()))
-"""Method whose runs give the pretrained model's figures: they are the same before every arm's first step."""
 
 
 @dataclass(frozen=True)
@@ -182,114 +251,9 @@ class Finding:
     Attributes:
         effect: as measured.
         detectable: the smallest difference that this many seeds and items would show (80 % power, 5 % level).
-        published: the paper's.
-        verdict: reproduced, contradicted, cannot tell, or no claim.
+        verdict: one of :data:`fedsim.study.claims.Verdict`.
     """
 
     effect: Effect
     detectable: float | None
-    published: float
     verdict: str
-
-
-def arm_table(table: TableOne) -> Table:
-    """Every arm with its intervals, the paper's figures under it."""
-    head = ["", *(f"{title} {unit}".strip() for title, unit, _ in BENCHMARKS.values())]
-    lines = []
-    for arm in table.arms():
-        lines.append([arm.title, *(_shown(table.estimate(arm, name), BENCHMARKS[name][2]) for name in BENCHMARKS)])
-        published = paper.TABLE_1[arm.aggregation][arm.method]
-        lines.append(["– in the paper", *(f"{getattr(published, name)}" for name in BENCHMARKS)])
-    return Table(head, lines)
-
-
-def control_table(table: TableOne) -> Table | None:
-    """The figures beside the headline; None where none was measured."""
-    rows = []
-    for name, title in CONTROLS.items():
-        found = [table.estimate(arm, name) for arm in table.arms()]
-        if any(f is not None for f in found):
-            rows.append([f"{title}, %", *(_shown(f, 1) for f in found)])
-    return Table(["", *(arm.title for arm in table.arms())], rows) if rows else None
-
-
-def claim_table(table: TableOne) -> Table:
-    """Every difference that the paper draws: measured, the smallest that would show, the paper's, and what follows."""
-    head = ["", "benchmark", "measured", "would show from", "paper", "the paper's sign is"]
-    lines = []
-    for aggregation in table.aggregations:
-        for comparison in COMPARISONS:
-            for name, (title, _, digits) in BENCHMARKS.items():
-                found = table.difference(aggregation, comparison, name)
-                label = f"{paper.ALGORITHM_NAMES[aggregation]}: {comparison.title}"
-                if found is None:
-                    lines.append(
-                        [label, title, NOT_MEASURED, "", f"{comparison.published(aggregation, name):+.1f}", ""]
-                    )
-                    continue
-                smallest = shown_detectable(found.detectable, digits, scale_of(name))
-                shown = _shown(found.effect, digits, "+")
-                lines.append([label, title, shown, smallest, f"{found.published:+.1f}", found.verdict])
-    return Table(head, lines, num_text=2)
-
-
-CLAIM_NOTE: Final = (
-    "Differences are paired by seed and prompt. Would show from: the smallest true difference that this many seeds and "
-    "prompts show with about 80 % power at the 5 % level. Signs are those of the published figures, however small; the "
-    "paper's are single runs without intervals, and the last comparison follows from its table alone. The intervals "
-    "are not corrected for the number of comparisons, and comparisons with a figure at the end of its scale share data."
-)
-"""What stands under :func:`claim_table`."""
-
-
-def verdicts(table: TableOne) -> list[str]:
-    """How many of the paper's differences have its sign here, per aggregation, and which have another or none."""
-    lines = []
-    for aggregation in table.aggregations:
-        by_verdict: dict[str, list[str]] = {}
-        for comparison in COMPARISONS:
-            for name, (title, *_) in BENCHMARKS.items():
-                found = table.difference(aggregation, comparison, name)
-                if found is not None:
-                    by_verdict.setdefault(found.verdict, []).append(f"{comparison.title} on {title}")
-        unclear = "an interval that holds 0" if table.num_seeds > 1 else "not to be told"
-        total = sum(len(which) for word, which in by_verdict.items() if word != "no claim")
-        line = (
-            f"- {paper.ALGORITHM_NAMES[aggregation]}: {len(by_verdict.get('reproduced', []))} of {total} differences "
-        )
-        line += "are reproduced (the paper's sign, and an interval without 0)"
-        for verdict_, phrase in (("contradicted", "the opposite sign"), ("cannot tell", unclear)):
-            if which := by_verdict.get(verdict_):
-                line += f"; {phrase}: {', '.join(which)}"
-        if table.num_seeds == 1:
-            line += "; one seed cannot tell, whatever its interval over prompts"
-        lines.append(f"{line}.")
-    return lines
-
-
-def tidy_rows(table: TableOne) -> list[dict[str, Any]]:
-    """One record per arm and figure, for a CSV file."""
-    records = []
-    for arm in table.arms():
-        for name in (*BENCHMARKS, *CONTROLS):
-            found = table.estimate(arm, name)
-            if found is not None:
-                records.append(
-                    {
-                        "aggregation": arm.aggregation,
-                        "method": arm.method,
-                        "figure": name,
-                        "mean": found.mean,
-                        "low": found.low,
-                        "high": found.high,
-                        "num_seeds": found.num_seeds,
-                        "num_items": found.num_items,
-                    }
-                )
-    return records
-
-
-def _shown(effect: Effect | None, digits: int, sign: str = "") -> str:
-    if effect is None:
-        return NOT_MEASURED
-    return effect.shown(digits, sign)

@@ -1,18 +1,27 @@
-"""The paper's Table 2 from finished runs: the guard before and after fine-tuning, and the red share that it leaves."""
+"""The paper's Table 2 from counts by seed: the guard before and after fine-tuning, and the red share that it leaves."""
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import numpy as np
 
 from fedsim import keys
+from fedsim.errors import DataError
 from fedsim.evaluate.intervals import Mean, near_an_end
 from fedsim.record import paper
 from fedsim.record.metrics import Row
 from fedsim.record.tables import NOT_MEASURED, Table
 from fedsim.study.outcomes import Outcome, check_alike
+from fedsim.study.published import Origin
+from fedsim.version import commit_of
+
+STUDY: Final = "table2"
+"""Name of the study among the published ones."""
 
 #: Confusion counts in a metric row: red and called unsafe, acceptable and called unsafe, red and passed, both not.
 COUNTS: Final = ("num_caught", "num_false_alarms", "num_missed", "num_passed")
@@ -29,6 +38,25 @@ COLUMNS: Final = {
 }
 
 NUM_RESAMPLES: Final = 10_000
+
+HEAD: Final = ["seed", "point", *COUNTS, "commit"]
+
+
+@dataclass(frozen=True)
+class CountRow:
+    """What a guard did with the clients' rows under one seed.
+
+    Attributes:
+        seed: of the run.
+        point: ``untuned`` or ``fine-tuned``.
+        counts: in the order of :data:`COUNTS`.
+        commit: of the fedsim that measured it.
+    """
+
+    seed: int
+    point: str
+    counts: tuple[int, ...]
+    commit: str
 
 
 def shares(counts: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -97,19 +125,59 @@ def _resampled(counts: np.ndarray, name: str) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def guard_table(outcomes: Sequence[Outcome]) -> Table:
-    """Both guards over all seeds, each with the paper's line under it.
+def count_rows(outcomes: Sequence[Outcome]) -> list[CountRow]:
+    """The counts of both guards by seed; of a guard that was not measured there are none.
 
     Raises:
         DataError: the runs are not seeds of one arm.
     """
     check_alike(outcomes)
+    rows = []
+    for outcome in outcomes:
+        for point, row in guard_rows(outcome).items():
+            counts = tuple(int(row[f"guard/{name}"]) for name in COUNTS)
+            rows.append(CountRow(outcome.config.seed, point, counts, commit_of(outcome.manifest)))
+    return rows
+
+
+def write_count_rows(path: Path, rows: Sequence[CountRow]) -> None:
+    """Write the CSV file."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(HEAD)
+        writer.writerows([row.seed, row.point, *row.counts, row.commit] for row in rows)
+
+
+def read_count_rows(path: Path) -> list[CountRow]:
+    """Read what :func:`write_count_rows` wrote.
+
+    Raises:
+        DataError: the file is missing or malformed.
+    """
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            lines = list(csv.reader(file))
+        if lines[0] != HEAD:
+            raise ValueError(f"its first line is not {','.join(HEAD)}")
+        rows = []
+        for line in lines[1:]:
+            seed, point, *numbers, commit = line
+            counts = tuple(int(number) for number in numbers)
+            if len(counts) != len(COUNTS):
+                raise ValueError(f"a row has {len(counts)} counts")
+            rows.append(CountRow(int(seed), point, counts, commit))
+        return rows
+    except (OSError, ValueError, IndexError, csv.Error) as error:
+        raise DataError(f"{path}: is no file of table 2's counts ({error}); make the table again") from error
+
+
+def guard_table(rows: Sequence[CountRow]) -> Table:
+    """Both guards over all seeds, each with the paper's line under it."""
     lines = []
+    num_seeds = len({row.seed for row in rows})
     for point, label in (("untuned", "Llama Guard 3"), ("fine-tuned", "fine-tuned Llama Guard 3")):
-        rows = [guard_rows(outcome).get(point) for outcome in outcomes]
-        known = [row for row in rows if row is not None]
-        if len(known) == len(rows):
-            counts = np.array([[row[f"guard/{name}"] for name in COUNTS] for row in known], dtype=np.int64)
+        counts = np.array([row.counts for row in rows if row.point == point], dtype=np.int64)
+        if num_seeds and len(counts) == num_seeds:
             lines.append([f"guard, {point}", *(_shown(found) for found in intervals(counts).values())])
         else:
             lines.append([f"guard, {point}", *([NOT_MEASURED] * len(COLUMNS))])
@@ -119,11 +187,31 @@ def guard_table(outcomes: Sequence[Outcome]) -> Table:
     return Table(["", *COLUMNS.values()], lines)
 
 
-def untuned_note(outcomes: Sequence[Outcome]) -> str:
+def untuned_note(rows: Sequence[CountRow]) -> str:
     """Why the untuned guard's row is empty, where it is, and how to fill it."""
-    if all("untuned" in guard_rows(outcome) for outcome in outcomes):
+    measured = {row.seed for row in rows if row.point == "untuned"}
+    if measured == {row.seed for row in rows} and measured:
         return ""
     return "The untuned guard was not measured: guard.measure_untuned=true makes runs that measure it."
+
+
+def note(origin: Origin, rows: Sequence[CountRow]) -> str:
+    """What stands under the table."""
+    parts = [
+        f"Positive = red. {len(origin.seeds)} seed(s): {', '.join(map(str, origin.seeds))}. [low, high] = 95 % "
+        "interval over seeds and rows. Undefined: in some seed the guard called no row unsafe.",
+        untuned_note(rows),
+        CHOSEN if origin.embedded else "",
+        origin.measured,
+    ]
+    return " ".join(part for part in parts if part)
+
+
+CHOSEN: Final = (
+    "The embedded guard's fine-tuning epochs (guard.tune_epochs) were chosen so that it errs about as much as the "
+    "paper's: that its row is near the paper's is no result."
+)
+"""A caution about the embedded world's guard."""
 
 
 def _shown(found: tuple[float, float, float] | None) -> str:

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 
 from fedsim.config import Config, to_flat
+from fedsim.record.cai_line import REPLAY_WORDS
 from fedsim.record.metrics import Row
 from fedsim.record.paper import method_of
 from fedsim.record.sources import SOURCES
 from fedsim.record.summary import (
+    TEMPLATES_NOTE,
     RunFacts,
     arm_table,
     caveats,
@@ -233,6 +235,21 @@ def test_cai_texts_are_shown_with_their_units(make_run: MakeRun, facts: RunFacts
     assert "loss_003" not in text, "single clients stay in the metric rows"
 
 
+def test_what_cai_had_to_do_stands_in_the_summary_and_the_closing_lines(make_run: MakeRun, facts: RunFacts) -> None:
+    shares = {"harmful_response": 30.0, "critique_finds_harm": 28.5, "repaired_revision": 1.0}
+    data: Row = {"round": 0, "stage": "cai_data"}
+    for name, share in shares.items():
+        data |= {f"cai/{name}": share, f"cai/{name}_low": share - 1, f"cai/{name}_high": share + 1}
+        data |= {f"cai/{name}_count": 400}
+    rows = [*make_run(), data]
+    summary, terminal = summary_markdown(rows, facts), terminal_table(rows, facts)
+    assert "- CAI's conversations: harmful first responses 30.0 % [29.0, 31.0] of 400" in summary
+    assert f"- {REPLAY_WORDS}" in summary
+    assert "\nCAI's conversations: harmful first" in terminal and f"\n{REPLAY_WORDS}\n" in terminal
+    assert cells(summary, "harmful_response") == ["30 % of 400", "30 % of 400", ""]
+    assert "harmful_response_low" not in summary
+
+
 def test_the_two_strict_rules_are_explained_where_both_are_shown(make_run: MakeRun, facts: RunFacts) -> None:
     rows = make_run()
     rows[1]["eval/advbench_harmless_strict"] = 0.0
@@ -289,7 +306,7 @@ def test_times_add_up_and_nested_phases_are_not_counted_twice(make_run: MakeRun,
 
 
 def test_caveats_follow_the_model_and_the_data(facts: RunFacts) -> None:
-    assert any("mechanisms, not its numbers" in line for line in caveats(facts))
+    assert any("that it works, not the paper's numbers" in line for line in caveats(facts))
     assert not any("mean nothing" in line for line in caveats(facts))
     mixed = dataclasses.replace(facts, real_files=("data.square",))
     assert any("(data.square)" in line and "its figures mean nothing" in line for line in caveats(mixed))
@@ -308,7 +325,8 @@ def test_caveats_follow_the_model_and_the_data(facts: RunFacts) -> None:
     assert caveats(dataclasses.replace(real, judge="kite-judge", mt_bench="")) == []
     real_model = dataclasses.replace(real, fictional=("AdvBench",), mt_bench="")
     assert caveats(real_model) == [
-        "AdvBench: the embedded world's own items in the published formats, not the published ones."
+        "AdvBench: the embedded world's own items in the published formats, not the published ones.",
+        TEMPLATES_NOTE,
     ]
     assert any(line.startswith("AdvBench and HHH: the embedded world's own items") for line in caveats(facts))
     assert any("scored by a rubric; the paper's by GPT-4" in line for line in caveats(facts))
@@ -340,7 +358,7 @@ def test_what_a_judge_did_not_rate_is_said(make_run: MakeRun, facts: RunFacts) -
 def test_the_terminal_gets_table_caveats_and_places(make_run: MakeRun, facts: RunFacts) -> None:
     text = terminal_table(make_run(), facts)
     assert text.startswith("SCAFFOLD, FL + filter + CAI · 8 rounds · seed 3 · 4 processes · 3 min 12 s\n")
-    assert "mechanisms, not its numbers" in text and "97.9 [94.9, 100.0]" in text
+    assert "that it works, not the paper's numbers" in text and "97.9 [94.9, 100.0]" in text
     assert "\nAdvBench replies truncated: pretrained 2 of 520, " in text
     assert text.endswith("Written:\n  summary  runs/demo/summary.md\n  adapter  runs/demo/adapter")
     assert max(len(line) for line in text.splitlines()) <= 110

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 import shutil
@@ -14,7 +13,9 @@ import pytest
 import tools.sweep
 import tools.table1
 import tools.table2
+from fedsim.record.blocks import replace_block
 from fedsim.study import command
+from fedsim.study.seed_rows import read_seed_rows
 from tests.study.conftest import MANIFEST
 
 ROOT = Path(__file__).parents[2]
@@ -78,17 +79,27 @@ def test_both_tables_from_the_same_runs(tmp_path: Path, pages: Path, capsys: pyt
     shown, told = capsys.readouterr()
     assert "2 of 2 runs are finished already" in told and "guard, fine-tuned" in shown
     folder = tmp_path / "runs" / "table1"
-    with (folder / "table1.csv").open(encoding="utf-8", newline="") as file:
-        found = {(r["aggregation"], r["method"], r["figure"]): r["mean"] for r in csv.DictReader(file)}
-    assert found["scaffold", "FL + CAI", "advbench_harmless"] == "60.0", "six right of ten"
-    assert found["fedavg", "FL + filter + CAI", "hhh_accuracy"] == "90.0"
+    found = {(r.aggregation, r.method, r.figure, r.seed): r.value for r in read_seed_rows(folder / "table1.csv")}
+    assert found["scaffold", "FL + CAI", "advbench_harmless", 3] == 60.0, "six right of ten"
+    assert found["fedavg", "FL + filter + CAI", "hhh_likelihood", 4] == 90.0
     readme = (pages / "README.md").read_text(encoding="utf-8")
     made = "--seeds 3-4 --jobs 2`."
+    made = made.removesuffix(".")
     assert f"Made by `python tools/table1.py {made}" in readme and f"Made by `python tools/table2.py {made}" in readme
-    assert (
-        str(tmp_path) not in readme
-        and (pages / "docs" / "table1.csv").read_bytes() == (folder / "table1.csv").read_bytes()
-    )
+    results = pages / "docs" / "results"
+    assert str(tmp_path) not in readme + (results / "measured.json").read_text(encoding="utf-8")
+    for name in ("table1.csv", "table2.csv"):
+        assert (results / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_pages_alone_are_made_from_the_committed_rows(pages: Path) -> None:
+    """No run is started, and what is wrong in a block is put right."""
+    readme = pages / "README.md"
+    right = readme.read_text(encoding="utf-8")
+    for tool, block in ((tools.table1, "table1"), (tools.table2, "table2")):
+        readme.write_text(replace_block(right, block, "99.9"), encoding="utf-8")
+        assert tool.main(["--pages"]) == 0
+        assert readme.read_text(encoding="utf-8") == right
 
 
 def test_a_sweep_writes_its_finding_and_its_page(

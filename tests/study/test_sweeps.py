@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -14,12 +13,12 @@ from hypothesis import strategies as st
 from matplotlib.image import imread
 
 from fedsim.config import load_config
-from fedsim.errors import ConfigError
+from fedsim.errors import ConfigError, DataError
 from fedsim.study.cells import Launch, words_of
 from fedsim.study.command import made_by, parse_seeds, write_csv
 from fedsim.study.grid import FORMS, Comparison, point_name, read_sweep
 from fedsim.study.outcomes import Outcome
-from fedsim.study.sweep import finding, tidy_rows
+from fedsim.study.sweep import Record, finding, read_records, seeds_of, tidy_rows
 from fedsim.study.sweep_plot import _far_enough, _scale, write_plot
 
 ROOT = Path(__file__).parents[2]
@@ -30,7 +29,7 @@ SHIPPED = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_every_cell_of_a_shipped_sweep_is_a_configuration(path: Path, form: str) -> None:
     sweep = read_sweep(path, form)
-    assert len(sweep.findings) == 2 and (form == "full" or len(sweep.points) <= 12)
+    assert len(sweep.findings) >= 2 and (form == "full" or len(sweep.points) <= 12)
     launch = Launch("s", sweep.config, words_of(sweep.settings), 1, 1, Path("x"))
     cells = sweep.cells([0, 1])
     assert len({cell.name for cell in cells}) == len(cells) == 2 * len(sweep.points)
@@ -111,40 +110,59 @@ def test_a_mistake_in_a_sweeps_file_is_one_line(written: Path, old: str, new: st
 @pytest.fixture
 def runs(written: Path, finish: Callable[..., Outcome]) -> dict[str, list[Outcome]]:
     """MT-Bench rises with the iterations; AdvBench does not move."""
-    found = {}
+    found: dict[str, list[Outcome]] = {}
     for point in read_sweep(written, "quick").points:
         words = [f"{key}={value}" for key, value in point.items()]
         items = {"mt_bench": [2.0 + point["cai.iterations"] / 10] * 5, "advbench_harmless_openfedllm": [1.0, 0.0, 1.0]}
-        found[point_name(point)] = [
-            finish(f"{point_name(point)}-s{seed}", [*words, f"seed={seed}"], {"after_cai": items}) for seed in (0, 1)
-        ]
+        for seed in (0, 1):
+            moved = {**items, "mt_bench": [value + (seed + point["cai.every"]) / 100 for value in items["mt_bench"]]}
+            run = finish(f"{point_name(point)}-s{seed}", [*words, f"seed={seed}"], {"after_cai": moved})
+            found.setdefault(point_name(point), []).append(run)
     return found
 
 
-def test_findings_say_what_their_interval_says(written: Path, runs: dict[str, list[Outcome]]) -> None:
+@pytest.fixture
+def records(written: Path, runs: dict[str, list[Outcome]], tmp_path: Path) -> list[Record]:
+    """The runs' records by way of their file."""
+    write_csv(tmp_path / "sweep.csv", tidy_rows(read_sweep(written, "quick"), runs))
+    return read_records(tmp_path / "sweep.csv")
+
+
+def test_findings_say_what_their_interval_says(written: Path, records: list[Record]) -> None:
     sweep = read_sweep(written, "quick")
-    assert finding(sweep.findings[0], runs) == (
-        "MT-Bench is higher, every=1 iterations=50 against every=2 iterations=5: +4.50 [+4.50, +4.50] points over 2 "
-        "seed(s)."
+    higher = Comparison("mt_bench", {"cai.every": 1, "cai.iterations": 50}, {"cai.every": 1, "cai.iterations": 5})
+    moved = [
+        {**r, "value": float(r["value"]) + 0.01} if (r["point"], r["seed"]) == (point_name(higher.treated), "1") else r
+        for r in records
+    ]
+    assert finding(higher, moved) == (
+        "MT-Bench is higher, every=1 iterations=50 (7.02) against every=1 iterations=5 (2.51): +4.50 [+4.44, +4.57] "
+        "points over 2 seeds."
     )
-    back = Comparison("mt_bench", sweep.findings[0].control, sweep.findings[0].treated)
-    assert finding(back, runs).startswith("MT-Bench is lower, every=2 iterations=5 against every=1")
+    back = Comparison("mt_bench", higher.control, higher.treated)
+    assert finding(back, moved).startswith("MT-Bench is lower, every=1 iterations=5 (2.51) against every=1")
     same = Comparison("advbench_harmless", sweep.findings[0].treated, sweep.findings[0].control)
-    assert finding(same, runs).startswith("AdvBench cannot be told apart")
-    assert finding(Comparison("hhh_letter", same.treated, same.control), runs).endswith("not measured.")
+    assert finding(same, records).startswith("AdvBench cannot be told apart")
+    assert finding(Comparison("hhh_letter", same.treated, same.control), records).endswith("not measured.")
 
 
-def test_tidy_rows_and_plot_hold_every_point(written: Path, runs: dict[str, list[Outcome]], tmp_path: Path) -> None:
+def test_tidy_rows_and_plot_hold_every_point(written: Path, records: list[Record], tmp_path: Path) -> None:
     sweep = read_sweep(written, "quick")
-    write_csv(tmp_path / "sweep.csv", tidy_rows(sweep, runs))
-    with (tmp_path / "sweep.csv").open(encoding="utf-8", newline="") as file:
-        records = list(csv.DictReader(file))
-    assert len(records) == 5 * 2 * 2
+    assert len(records) == 5 * 2 * 2 and seeds_of(records) == [0, 1]
     chosen = [r for r in records if (r["cai.iterations"], r["figure"], r["seed"]) == ("50", "mt_bench", "1")]
-    assert [(r["value"], r["minutes"], r["cai_minutes"]) for r in chosen] == [("7.0", "1.5", "0.5")]
-    write_plot(sweep, runs, tmp_path / "sweep.png")
+    assert [(float(r["value"]), r["x"], r["minutes"], r["cai_minutes"], r["commit"]) for r in chosen] == [
+        (pytest.approx(7.02), "50.0", "1.5", "0.5", "0123456789")
+    ]
+    write_plot(sweep, records, tmp_path / "sweep.png")
     picture = imread(tmp_path / "sweep.png")
     assert picture.shape[1] > 900 and picture[..., :3].std() > 0.02
+
+
+@pytest.mark.parametrize("text", ["", "point,seed\na,1\n"])
+def test_what_is_no_file_of_records_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "x.csv").write_text(text, encoding="utf-8")
+    with pytest.raises(DataError, match="is no file of a sweep's records"):
+        read_records(tmp_path / "x.csv")
 
 
 @pytest.mark.parametrize(

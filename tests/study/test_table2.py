@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,21 @@ import pytest
 import tools.table2
 from fedsim.errors import DataError
 from fedsim.study.outcomes import Outcome
-from fedsim.study.table2 import COLUMNS, COUNTS, guard_table, intervals, rates, untuned_note
+from fedsim.study.published import Origin
+from fedsim.study.table2 import (
+    CHOSEN,
+    COLUMNS,
+    COUNTS,
+    HEAD,
+    count_rows,
+    guard_table,
+    intervals,
+    note,
+    rates,
+    read_count_rows,
+    untuned_note,
+    write_count_rows,
+)
 
 
 def test_the_papers_operating_point() -> None:
@@ -65,14 +80,19 @@ def test_a_guard_that_calls_nothing_unsafe_has_no_precision() -> None:
     assert found["precision"] is None and found["recall"] is not None
 
 
-def test_the_table_has_both_guards_and_the_papers(finish: Callable[..., Outcome]) -> None:
+def test_the_table_has_both_guards_and_the_papers(finish: Callable[..., Outcome], tmp_path: Path) -> None:
     def row(point: str, counts: tuple[int, ...]) -> dict[str, object]:
         named = {f"guard/{name}": count for name, count in zip(COUNTS, counts, strict=True)}
         return {"round": 0, "stage": "guard", "point": point, **named}
 
-    points = [row("untuned", (0, 0, 30, 70)), row("fine-tuned", (20, 10, 10, 60))]
-    runs = [finish(f"t{seed}", [f"seed={seed}"], {}, points) for seed in (0, 1)]
-    table = guard_table(runs)
+    runs = [
+        finish(f"t{i}", [f"seed={i}"], {}, [row("untuned", (0, 0, 30, 70)), row("fine-tuned", (20, 10, 10, 60))])
+        for i in (0, 1)
+    ]
+    write_count_rows(tmp_path / "counts.csv", count_rows(runs))
+    rows = read_count_rows(tmp_path / "counts.csv")
+    assert rows == count_rows(runs) and [row.seed for row in rows] == [0, 0, 1, 1]
+    table = guard_table(rows)
     assert len(table.head) == 1 + len(COLUMNS)
     assert [r[0] for r in table.rows] == [
         "guard, untuned",
@@ -82,11 +102,34 @@ def test_the_table_has_both_guards_and_the_papers(finish: Callable[..., Outcome]
     ]
     assert table.rows[0][2] == "undefined" and table.rows[2][1].startswith("80.0 [")
     assert table.rows[3][1:5] == ["75.5", "56.7", "73.7", "64.1"]
-    assert untuned_note(runs) == ""
+    assert guard_table(rows[:3]).rows[0][1] != "not measured" == guard_table(rows[:3]).rows[2][1], "of one seed alone"
+    assert untuned_note(rows) == ""
     bare = [finish("bare", [], {})]
-    assert guard_table(bare).rows[0][1] == "not measured" and "guard.measure_untuned=true" in untuned_note(bare)
+    assert guard_table(count_rows(bare)).rows[0][1] == "not measured"
+    assert "guard.measure_untuned=true" in untuned_note(count_rows(bare))
     with pytest.raises(DataError, match="both have seed 0"):
-        guard_table([runs[0], *bare])
+        count_rows([runs[0], *bare])
+
+
+@pytest.mark.parametrize("text", ["", "a,b\n", "seed,point,num_caught\n", None])
+def test_a_damaged_file_of_counts_is_refused(tmp_path: Path, text: str | None) -> None:
+    path = tmp_path / "counts.csv"
+    if text is not None:
+        path.write_text(text, encoding="utf-8")
+    with pytest.raises(DataError, match=r"counts\.csv: is no file of table 2's counts .*make the table again"):
+        read_count_rows(path)
+
+
+def test_a_row_of_counts_that_is_cut_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "counts.csv"
+    path.write_text(",".join(HEAD) + "\n0,untuned,1,2,3,abc\n", encoding="utf-8")
+    with pytest.raises(DataError, match="a row has 3 counts"):
+        read_count_rows(path)
+
+
+def test_the_embedded_guards_row_is_called_chosen() -> None:
+    tiny = Origin("Measured here.", "`x`", (0,), "embedded", True)
+    assert CHOSEN in note(tiny, []) and CHOSEN not in note(replace(tiny, embedded=False), [])
 
 
 def test_the_papers_configuration_fills_both_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,8 +25,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-import fedsim  # noqa: E402
-import fedsim.simulation  # noqa: E402  heavy imports, paid for once before the ranks are forked
 from fedsim.launching import Parser  # noqa: E402
 from fedsim.record.blocks import write_block  # noqa: E402
 from fedsim.record.ending import read_ending  # noqa: E402
@@ -34,7 +32,7 @@ from fedsim.record.manifest import hardware  # noqa: E402
 from fedsim.record.tables import Table, duration  # noqa: E402
 from fedsim.record.wandb_file import read_history  # noqa: E402
 from fedsim.terminal import steady_terminal  # noqa: E402
-from fedsim.version import commit_of, made_by  # noqa: E402
+from fedsim.version import made_by, maker  # noqa: E402
 from tools.chaos.outcome import different, outcome  # noqa: E402
 from tools.chaos.sessions import HangError, Session  # noqa: E402
 from tools.chaos.strikes import Strike, covered, plan, strike, timeline  # noqa: E402
@@ -176,16 +174,21 @@ def run(kills: int, sizes: Sequence[int], seed: int, folder: Path, overrides: Se
 def left(report: Report) -> str:
     """How long the processes that were not killed took to leave."""
     leave = sorted(report.leave_s)
-    return f"the last process left {leave[len(leave) // 2]:.1f} s after a kill (median), {leave[-1]:.1f} s at most"
+    return leaving(leave[len(leave) // 2], leave[-1])
+
+
+def leaving(median_s: float, longest_s: float) -> str:
+    """The words of :func:`left`."""
+    return f"the last process left {median_s:.1f} s after a kill (median), {longest_s:.1f} s at most"
 
 
 def publish(report: Report, sizes: Sequence[int], took_s: float) -> None:
     """Write ``result.json`` and the README's block."""
-    stages = covered(report.strikes)
     leave, machine = sorted(report.leave_s), hardware()
     note = {
         "utc": datetime.now(UTC).isoformat(timespec="seconds"),
         **made_by(),
+        "machine": {name: machine[name] for name in ("cores", "cpu")},
         "processes": list(sizes),
         "kills": len(report.strikes),
         "runs": report.num_runs,
@@ -194,20 +197,26 @@ def publish(report: Report, sizes: Sequence[int], took_s: float) -> None:
         "median_leave_s": leave[len(leave) // 2],
         "longest_leave_s": leave[-1],
         "seconds": took_s,
-        "stages": {title: {"one_rank": one, "all_ranks": every} for title, (one, every) in stages.items()},
+        "stages": {
+            title: {"one_rank": one, "all_ranks": every} for title, (one, every) in covered(report.strikes).items()
+        },
     }
     RESULT.write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
-    table = Table(
-        ["killed in", "one rank", "all ranks"],
-        [[title, str(one), str(every)] for title, (one, every) in stages.items()],
-    )
+    write_block(ROOT / "README.md", "chaos", block(note))
+
+
+def block(note: Mapping[str, Any]) -> str:
+    """The README's block from ``result.json``."""
+    rows = [[title, str(counts["one_rank"]), str(counts["all_ranks"])] for title, counts in note["stages"].items()]
+    table = Table(["killed in", "one rank", "all ranks"], rows)
     text = (
         f"{note['kills']} kills over {note['runs']} runs, in {note['sessions']} sessions of "
-        f"{' or '.join(map(str, sizes))} processes: no run differed from the undisturbed one; {left(report)}. "
-        f"Made by `make chaos` in {duration(took_s)} on {machine['cores']} cores of {machine['cpu']}, "
-        f"{str(note['utc'])[:10]}, fedsim {fedsim.__version__}, commit {commit_of(made_by())}."
+        f"{' or '.join(map(str, note['processes']))} processes: no run differed from the undisturbed one; "
+        f"{leaving(note['median_leave_s'], note['longest_leave_s'])}. Made by `make chaos` in "
+        f"{duration(note['seconds'])} on {note['machine']['cores']} cores of {note['machine']['cpu']}, "
+        f"{note['utc'][:10]}, {maker(note)}."
     )
-    write_block(ROOT / "README.md", "chaos", f"{text}\n\n{table.markdown()}")
+    return f"{text}\n\n{table.markdown()}"
 
 
 @steady_terminal()

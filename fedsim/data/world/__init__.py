@@ -5,7 +5,7 @@ Nothing in it is real: invented groups, contests, neighbours and pranks stand in
 
 from __future__ import annotations
 
-from fedsim.data.world.acceptor import Verdict, is_refusal, judge_reply, parse_prompt
+from fedsim.data.world.acceptor import Verdict, is_refusal, judge_reply, names_harm, parse_prompt
 from fedsim.data.world.buckets import Bucket, bucket
 from fedsim.data.world.client_rows import MAX_ROWS, NUM_ACCEPTABLE, NUM_RED, square_rows, write_square
 from fedsim.data.world.conversations import PRINCIPLES
@@ -38,6 +38,7 @@ __all__ = [
     "is_refusal",
     "judge_reply",
     "mt_bench_questions",
+    "names_harm",
     "parse_prompt",
     "rubric_score",
     "square_rows",

@@ -107,6 +107,16 @@ def is_refusal(reply: str) -> bool:
 
 
 @functools.cache
+def _critiques() -> tuple[re.Pattern[str], ...]:
+    return tuple(compile_template(text) for text in CRITIQUES.values())
+
+
+def names_harm(critique: str) -> bool:
+    """Whether some sentence of a critique names a harm of the reply before it."""
+    return any(pattern.fullmatch(sentence) for sentence in split_sentences(critique) for pattern in _critiques())
+
+
+@functools.cache
 def _frames() -> tuple[tuple[Kind, re.Pattern[str]], ...]:
     known = [(kind, frame) for kind, frames in FRAMES.items() for frame in frames]
     known += [("howto", frame) for frame in HELD_OUT_FRAMES]

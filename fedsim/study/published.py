@@ -1,0 +1,119 @@
+"""Where the rows of a published study were measured, kept beside them in ``docs/results``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Final
+
+from fedsim.config import Config
+from fedsim.config.measuring import EMBEDDED, HELD_OUT
+from fedsim.data.world.questions import FRAMES, HELD_OUT_FRAMES
+from fedsim.errors import DataError
+from fedsim.record.blocks import replace_block
+from fedsim.study.command import HERE
+
+RESULTS: Final = Path("docs") / "results"
+"""Folder of committed rows, below the root of the repository."""
+
+ORIGINS: Final = "measured.json"
+"""File in it: study → :class:`Origin`."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where, when and by which command a study was measured.
+
+    Attributes:
+        measured: date, machine, versions and commit in one sentence.
+        made_by: the command in backticks.
+        seeds: of its runs.
+        attacks: ``eval.advbench``, of a file without its folder.
+        embedded: the model is the tiny one that ships with fedsim.
+    """
+
+    measured: str
+    made_by: str
+    seeds: tuple[int, ...]
+    attacks: str
+    embedded: bool
+
+    @property
+    def setting(self) -> str:
+        """Seeds and attacks in a sentence, and of the embedded world whether anything was developed on them."""
+        seeds = ", ".join(map(str, self.seeds))
+        text = f"{len(self.seeds)} seed(s): {seeds}; attacks: eval.advbench={self.attacks}"
+        if not self.embedded:
+            return f"{text}."
+        held_out = self.attacks == HELD_OUT and not set(self.seeds) & set(DEVELOPED_ON)
+        what = "nothing in the embedded world was developed on" if held_out else "the embedded world was developed on"
+        return f"{text}, seeds and attacks that {what}."
+
+    @property
+    def prompts(self) -> str:
+        """What the intervals leave out of account; "" outside the embedded world."""
+        if not self.embedded:
+            return ""
+        frames = HELD_OUT_FRAMES if self.attacks == HELD_OUT else FRAMES["howto"]
+        return (
+            f"Prompts are fillings of templates (the attacks of {len(frames)} frames), which the intervals take as "
+            "independent: intervals clustered by template would be wider."
+        )
+
+
+DEVELOPED_ON: Final = (0, 1, 2)
+"""Seeds on which the embedded world's recipe, schedule and rates were chosen (docs/embedded-world.md)."""
+
+
+def origin_of(config: Config, seeds: tuple[int, ...], measured: str, made_by: str) -> Origin:
+    """The origin of a study whose runs have this configuration but for what it varies."""
+    attacks = HERE.sub("…/", config.eval.advbench)
+    return Origin(measured, made_by, seeds, attacks, config.model.path == EMBEDDED)
+
+
+def write_origin(path: Path, study: str, origin: Origin) -> None:
+    """Add or replace a study's entry in a file of origins."""
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    found[study] = asdict(origin)
+    path.write_text(json.dumps(found, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_origin(path: Path, study: str) -> Origin:
+    """A study's entry.
+
+    Raises:
+        DataError: the file or the entry is missing or malformed.
+    """
+    try:
+        entry = json.loads(path.read_text(encoding="utf-8"))[study]
+        found = Origin(**{field.name: entry[field.name] for field in fields(Origin)})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: has no entry of {study} ({error!r}); publish the study again") from error
+    return Origin(found.measured, found.made_by, tuple(found.seeds), found.attacks, found.embedded)
+
+
+Blocks = Mapping[Path, Mapping[str, str]]
+"""Pages below the root, with the content of each of their blocks by name."""
+
+
+def updated_pages(root: Path, blocks: Blocks) -> dict[Path, str]:
+    """The pages with new contents in their blocks.
+
+    Raises:
+        ValueError: a page lacks one of its blocks.
+    """
+    pages = {}
+    for page, contents in blocks.items():
+        text = (root / page).read_text(encoding="utf-8")
+        for name, content in contents.items():
+            text = replace_block(text, name, content)
+        pages[page] = text
+    return pages
+
+
+def write_pages(root: Path, blocks: Blocks) -> None:
+    """:func:`updated_pages` on the files."""
+    for page, text in updated_pages(root, blocks).items():
+        (root / page).write_text(text, encoding="utf-8")
