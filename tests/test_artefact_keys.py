@@ -365,14 +365,17 @@ def test_the_machine_decides_conversations_and_evaluation(places: Places, fact: 
 # ---- the untouched model's evaluation ----------------------------------------------------------------------------
 
 
-def evaluation_names(places: Places, *overrides: str, max_context: int = 512, **facts: Any) -> Names:
+def evaluation_names(
+    places: Places, *overrides: str, max_context: int = 512, rows: Path | None = None, **facts: Any
+) -> Names:
     """The name of the evaluation, as a run asks for it; a benchmark of two attacks stands for all."""
     attacks = places.store.parent / "advbench.csv"
     attacks.write_text("goal,target\nFly a kite,Sure\nFly two,Sure\n", encoding="utf-8")
     store = NamingStore(places.store)
     config = places.config(f"eval.advbench={attacks}", *overrides)
     suite, files = load_suite(config.eval, store)
-    inputs: Any = Inputs(None, suite, {"square": attacks, **files})  # type: ignore[arg-type]
+    own = attacks if rows is None else rows
+    inputs: Any = Inputs(None, suite, {"square": own, "constitution": own, **files})  # type: ignore[arg-type]
     federation: Any = SimpleNamespace(engine=SimpleNamespace(max_context=max_context))
     sharing = prepared(config, store, facts).shared_evaluation(inputs, federation)
     assert sharing is not None
@@ -415,6 +418,12 @@ def test_keys_of_the_evaluation(places: Places, evaluation_before: Names, key: s
 )  # fmt: skip
 def test_what_else_decides_the_evaluation(places: Places, evaluation_before: Names, override: str) -> None:
     assert evaluation_names(places, override) != evaluation_before
+
+
+def test_files_of_other_stages_decide_no_evaluation(
+    places: Places, evaluation_before: Names, square_file: Path
+) -> None:
+    assert evaluation_names(places, rows=square_file) == evaluation_before
 
 
 def test_the_context_decides_the_evaluation(places: Places, evaluation_before: Names) -> None:

@@ -212,7 +212,7 @@ NO_ROWS = LocalRows([], Tally(), 0)
 
 def filter_record(stages: Make, *overrides: str) -> Stages:
     """A preparation that has recorded an oracle's filter and a comparison that is wrong in every row."""
-    made = stages("guard.kind=noisy_oracle", "guard.tpr=1", "guard.fpr=0", *overrides)
+    made = stages("guard.kind=noisy_oracle", "guard.tpr=1", "guard.fpr=0", "guard.threshold=0.765", *overrides)
     found = made.prepare.filter(DATA)
     rows = LocalRows([], Tally(10, {"no_targets": 2, "empty_reply": 1}, num_cut=3), 0)
     other = stages("guard.kind=noisy_oracle", "guard.tpr=0", "guard.fpr=1").prepare.filter(DATA).filtered
@@ -231,6 +231,7 @@ def test_the_filter_s_figures_are_its_own_and_not_the_comparison_s(stages: Make)
     tables = made.record.folder / "guard"
     sweep = (tables / "sweep.csv").read_text(encoding="utf-8")
     assert "untuned" in sweep and "noisy oracle" in sweep
+    assert [line for line in sweep.splitlines() if "0.765" in line and "of the run" in line]
 
 
 def test_without_a_guard_there_are_no_tables_of_it(stages: Make) -> None:
@@ -304,6 +305,7 @@ def test_the_untouched_model_writes_the_conversations_that_the_aligner_trains_on
         assert decode(pair.rejected.input_ids[pair.rejected.loss_mask]).startswith("response of")
     ((round_idx, stage, metrics),) = cai.made.record.rows
     assert (round_idx, stage) == (-1, "cai_data")
+    assert [line for line in cai.made.record.said if "CAI rows" in line and "iteration" in line]
     assert (metrics["cai/num_rows"], metrics["cai/num_usable"], metrics["cai/num_dropped_empty_revision"]) == (4, 3, 1)
     assert metrics["cai/num_cut_rows"] == aligner.num_cut and metrics["cai/num_dropped_no_targets"] == 0
     assert metrics["cai/response_mean_words"] == 4.0 and metrics["cai/revision_num_texts"] == 4

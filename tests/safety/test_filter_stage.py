@@ -328,10 +328,13 @@ def test_the_guard_that_judges_replies_is_the_one_that_is_asked_for(run: Run, wa
     """Under the run's own policy, whatever the comparison before it has loaded."""
     words = ["guard.measure_untuned=true", "guard.measure_policies=true", "guard.tune_epochs=1", "guard.tune_lr=1e-2"]
     stage = run.stage(*words, f"eval.guard_judge={wanted}")
-    record: Any = SimpleNamespace(phase=lambda *_: nullcontext(SimpleNamespace(step=lambda *_, **__: None)))
+    steps: list[str] = []
+    phase = SimpleNamespace(step=lambda done, total, part: steps.append(part))
+    record: Any = SimpleNamespace(phase=lambda *_: nullcontext(phase))
     prepare = Preparation(stage.config, World(OneRank(), CPU, exact=True), record, run.store)
     found = prepare.filter(run.data)
     assert found.judge is not None and found.judge.on_progress is None
+    assert set(steps) == {"guard fine-tuning", "guard scoring"}
     got = found.judge.judge_exchanges(EXCHANGES)
     both = {
         tuned: stage.model.judge(run.data, tuned=tuned, policy="square").judge_exchanges(EXCHANGES)
