@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +24,7 @@ from fedsim.data.chat import assistant_turn, user_turn
 from fedsim.data.prepare import PreparedData
 from fedsim.data.square import SquareRow
 from fedsim.data.usable import Tally
-from fedsim.errors import DataError
+from fedsim.errors import CheckpointError, ConfigError, DataError
 from fedsim.evaluate import shared
 from fedsim.evaluate.stage import BENCHMARKS, load_suite
 from fedsim.evaluate.suite import Evaluation, Suite
@@ -32,7 +32,8 @@ from fedsim.generate.engine import Reply
 from fedsim.local_rows import LocalRows
 from fedsim.model.load import model_digest
 from fedsim.parallel.world import World
-from fedsim.preparation import Inputs, Preparation
+from fedsim.parallel.zero_config import zero_file
+from fedsim.preparation import Inputs, Preparation, tunes_guard
 from fedsim.ranks import OneRank
 from fedsim.safety.cai_stage import constitution_file
 
@@ -175,6 +176,15 @@ def test_what_is_read_is_said_and_listed(stages: Make, square_file: Path, tmp_pa
     assert made.prepare.read().files == {"square": square_file}
 
 
+def test_deepspeed_s_configuration_is_an_input_where_a_guard_is_fine_tuned_with_it(
+    stages: Make, square_file: Path
+) -> None:
+    words = ["guard.deepspeed=zero2", "parallel.exact=false", f"data.square={square_file}", "data.federated_rows=20",
+             "data.guard_rows=4", "data.cai_rows=4", "cai.iterations=0"]  # fmt: skip
+    assert stages("guard.kind=llama_guard", *words).prepare.read().files["deepspeed"] == zero_file("zero2")
+    assert "deepspeed" not in stages("guard.kind=oracle", *words).prepare.read().files
+
+
 def test_files_of_a_judge_are_inputs_too(stages: Make, square_file: Path, mt_folder: Path) -> None:
     made = stages(f"data.square={square_file}", "data.federated_rows=20", "data.guard_rows=0", "data.cai_rows=0",
                   "cai.iterations=0", f"eval.mt_bench={mt_folder / 'question.jsonl'}", "judge.kind=openai",
@@ -196,6 +206,65 @@ def test_the_manifest_has_files_models_and_attention(stages: Make, llama_dir: Pa
     assert (manifest["started"]["num_ranks"], manifest["config"]["cai"]["iterations"]) == (1, 2)
     assert made.record.notes == ["a note"], "for the summary"
     assert made.record.said == ["config.yaml is written"]
+
+
+@pytest.mark.parametrize("is_resumed", [True, False])
+def test_a_run_that_is_resumed_needs_the_files_that_it_began_with(
+    stages: Make, llama_dir: Path, tmp_path: Path, is_resumed: bool
+) -> None:
+    made = stages(f"model.path={llama_dir}")
+    made.record.checkpoints = SimpleNamespace(any=lambda: is_resumed)
+    file = tmp_path / "kites.json"
+    file.write_text("[]", encoding="utf-8")
+    inputs = Inputs(DATA, Suite(), {"square": file})
+    made.prepare.write_manifest(inputs, {})
+    made.prepare.check_unchanged(inputs)
+    file.write_text("[1]", encoding="utf-8")
+    with pytest.raises(CheckpointError, match="the square of this run changed") if is_resumed else nullcontext():
+        made.prepare.check_unchanged(inputs)
+
+
+def test_rows_that_a_guard_is_fine_tuned_on_are_recorded(stages: Make) -> None:
+    tally = Tally(9, {"empty_reply": 2})
+    found = stages("guard.kind=oracle").prepare.filter(DATA)
+    made = stages()
+    made.prepare.record_filter(replace(found, tuning=tally), SimpleNamespace(rows=NO_ROWS))  # type: ignore[arg-type]
+    (row,) = made.record.rows
+    assert (row[2]["guard/tuning_num_rows"], row[2]["guard/tuning_num_dropped_empty_reply"]) == (9, 2)
+    assert found.tuning is None, "an oracle is not fine-tuned"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "is_tuned"),
+    [
+        (["guard.kind=llama_guard"], True),
+        (["guard.kind=llama_guard", "guard.tune_epochs=0"], False),
+        (["guard.kind=oracle"], False),
+        (["eval.guard_judge=tuned"], True),
+        (["eval.guard_judge=untuned"], False),
+    ],
+)
+def test_a_guard_is_fine_tuned_for_the_filter_or_for_the_replies(
+    stages: Make, overrides: list[str], is_tuned: bool
+) -> None:
+    assert tunes_guard(stages(*overrides).config) == is_tuned
+
+
+@pytest.mark.parametrize(
+    ("overrides", "change", "message"),
+    [
+        (["local.max_length=16"], {}, "local rows"),
+        (["guard.kind=llama_guard"], {"guard_rows": []}, "guard rows"),
+        (["cai.max_length=16"], {}, "CAI rows"),
+    ],
+)
+def test_a_stage_without_a_row_to_learn_from_is_an_error(
+    stages: Make, llama_dir: Path, overrides: list[str], change: dict[str, Any], message: str
+) -> None:
+    clients = ["federation.num_clients=2", "federation.clients_per_round=2", f"model.path={llama_dir}"]
+    stages(*clients).prepare.check_rows(DATA)
+    with pytest.raises(ConfigError, match=message):
+        stages(*clients, *overrides).prepare.check_rows(replace(DATA, **change))
 
 
 def test_the_filter_s_rows_are_those_that_the_guard_leaves(stages: Make) -> None:

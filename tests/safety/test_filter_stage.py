@@ -334,6 +334,7 @@ def test_the_guard_that_judges_replies_is_the_one_that_is_asked_for(run: Run, wa
     prepare = Preparation(stage.config, World(OneRank(), CPU, exact=True), record, run.store)
     found = prepare.filter(run.data)
     assert found.judge is not None and found.judge.on_progress is None
+    assert found.tuning is run.data.guard_tally
     assert set(steps) == {"guard fine-tuning", "guard scoring"}
     got = found.judge.judge_exchanges(EXCHANGES)
     both = {
