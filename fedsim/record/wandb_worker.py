@@ -19,7 +19,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from fedsim.record.metrics import RESUME, NewRows, Row
 from fedsim.record.wandb_file import read_history
@@ -164,11 +164,11 @@ def main() -> int:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.environ["WANDB_ERROR_REPORTING"] = "false"  # wandb's own reports of its errors to its maker
     try:
-        first = json.loads(sys.stdin.readline())
-        messages = _listen(first["settings"]["limit_s"])
+        pipe = os.fdopen(os.dup(0), encoding="utf-8")
+        first = json.loads(pipe.readline())
+        messages = _listen(pipe, first["settings"]["limit_s"])
         folder = Path(sys.argv[1])
-        lock = (folder / ".wandb.lock").open("w")
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the child of a run that was killed may still be writing
+        _lock(folder / ".wandb.lock")
         worker = Worker(folder, first["settings"], first["config"])
         summary = None
         for message in messages:
@@ -182,12 +182,24 @@ def main() -> int:
     os._exit(0)
 
 
-def _listen(limit_s: float) -> Iterator[dict[str, Any]]:
+def _lock(path: Path) -> None:
+    """Wait until nobody writes W&B's files of this run any more, and keep others from it.
+
+    The lock is standard input, which wandb's own program inherits: it ends with the last of the two, so that a worker
+    that is killed does not give the files away while what it has sent is still being written.
+    """
+    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    os.dup2(lock, 0)
+    os.close(lock)
+
+
+def _listen(pipe: IO[str], limit_s: float) -> Iterator[dict[str, Any]]:
     """The messages. Once the run has hung up, or is no more, this process ends within the limit, come what may."""
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def read() -> None:
-        for line in sys.stdin:
+        for line in pipe:
             lines.put(line)
         signal.setitimer(signal.ITIMER_REAL, limit_s)  # its alarm ends the process
         lines.put("")

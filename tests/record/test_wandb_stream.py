@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from wandb.util import get_core_path
@@ -45,6 +46,16 @@ ODD = {
 OWN = ("_step", "_runtime", "_timestamp")  # fields that wandb adds
 
 Said = list[str]
+
+
+PATIENT_S = 600.0
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No limit that a busy machine could reach; tests of the limits set their own."""
+    monkeypatch.setattr(wandb_stream, "LIMIT_S", {"offline": PATIENT_S, "online": PATIENT_S})
+    monkeypatch.setattr(wandb_stream, "ABORT_S", PATIENT_S)
 
 
 def made_config(*overrides: str) -> Config:
@@ -98,10 +109,18 @@ def wandbs_own(folder: Path) -> list[dict[str, Any]]:
 
 
 def wait_for_steps(folder: Path, count: int) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENT_S
     while not (folder / "wandb.json").exists() or len(history(folder)) < count:
         assert time.monotonic() < deadline, f"{count} steps were not written"
         time.sleep(0.05)
+
+
+def wait_for_files(folder: Path) -> None:
+    """Wait until W&B has begun to write."""
+    deadline = time.monotonic() + PATIENT_S
+    while not list(folder.glob("wandb/offline-run-*/run-*.wandb")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def kill_all(stream: WandbStream) -> None:
@@ -247,21 +266,46 @@ def test_the_place_says_how_to_send_what_is_there(tmp_path: Path) -> None:
 
 def test_what_was_not_yet_on_disk_when_all_was_killed_is_streamed_again(tmp_path: Path) -> None:
     """wandb acknowledges a step before it is written; a record of what was acknowledged would lose it."""
+    lost = 0
+    for attempt in range(20):  # a busy machine may give this process its turn only when all is written
+        folder, said = tmp_path / f"run{attempt}", Said()
+        add_round(begin(folder), 0)
+        first = opened(folder, said)
+        first.finished(0)
+        wait_for_files(folder)
+        kill_all(first)
+        lost = 2 - len(history(folder))
+        second = opened(folder, said)
+        second.finished(0)
+        second.close({})
+        assert [step for step, _ in history(folder)] == [0, 1] and said == []
+        if lost:
+            break
+    assert lost > 0
+
+
+def test_a_session_waits_for_what_a_killed_worker_has_sent(tmp_path: Path) -> None:
+    """wandb's own program outlives its worker until all is written; who reads the steps meanwhile sends some twice."""
     folder, said = tmp_path / "run", Said()
     log = begin(folder)
     add_round(log, 0)
     first = opened(folder, said)
     first.finished(0)
-    deadline = time.monotonic() + 30
-    while not list(folder.glob("wandb/offline-run-*/run-*.wandb")):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    kill_all(first)
-    lost = 2 - len(history(folder))
+    wait_for_files(folder)
+    assert first._process is not None
+    (core,) = psutil.Process(first._process.pid).children(recursive=True)
+    core.suspend()
+    first._process.kill()
+    first._process.communicate()
+    first._process = None
+    add_round(log, 1)
     second = opened(folder, said)
-    second.finished(0)
+    second.finished(1)
+    time.sleep(5)
+    assert len(list(folder.glob("wandb/offline-run-*"))) == 1, "the second session has begun"
+    core.resume()
     second.close({})
-    assert lost > 0 and [step for step, _ in history(folder)] == [0, 1]
+    assert [step for step, _ in history(folder)] == [0, 1, 2] and said == []
 
 
 def test_a_file_that_is_cut_anywhere_gives_the_steps_before(tmp_path: Path) -> None:
@@ -404,11 +448,11 @@ def test_the_wait_at_the_end_leaves_the_other_ranks_time(tmp_path: Path, fake: C
     fake("FAKE.at_init = hang")
     folder, said = tmp_path / "run", Said()
     add_round(begin(folder), 0)
-    stream = opened(folder, said, "wandb.mode=online", "parallel.timeout_s=2")
+    stream = opened(folder, said, "wandb.mode=online", "parallel.timeout_s=8")
     stream.finished(0)
     began = time.monotonic()
     stream.close({"arm": "FedAvg"})
-    assert time.monotonic() - began < 1.8 and len(said) == 1 and HUNG in said[0]
+    assert time.monotonic() - began < 7.2 and len(said) == 1 and HUNG in said[0]
 
 
 def test_a_child_that_hangs_does_not_outlive_its_run(
@@ -461,7 +505,7 @@ def test_online_goes_on_where_the_server_is(
     for settings in calls(noted, "settings"):
         assert settings["silent"] and settings["console"] == "off" and not settings["save_code"]
         assert settings["disable_git"] and settings["x_disable_stats"] and settings["x_disable_machine_info"]
-        assert settings["host"] == "" and settings["init_timeout"] == settings["finish_timeout"] == 60.0
+        assert settings["host"] == "" and settings["init_timeout"] == settings["finish_timeout"] == PATIENT_S
 
 
 class Second(OneRank):
