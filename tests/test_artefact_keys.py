@@ -286,7 +286,7 @@ def cai_names(places: Places, *overrides: str, data: PreparedData = DATA, **fact
     prepare = prepared(places.config(*overrides), store, facts)
     flat = SimpleNamespace(load=lambda vector: None, initial=lambda seed: None)
     federation: Any = SimpleNamespace(flat=flat, engine=SimpleNamespace(on_progress=None))
-    return asked(store, lambda: prepare.aligner(data, federation, new=True))
+    return asked(store, lambda: prepare.aligner(data, federation, None, new=True))
 
 
 @pytest.fixture(scope="module")

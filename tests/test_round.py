@@ -25,7 +25,7 @@ from fedsim.cohort import CohortResult, agreed_checksums
 from fedsim.config import Config, load_config, to_nested
 from fedsim.data.square import SquareRow
 from fedsim.data.usable import Tally
-from fedsim.errors import ConfigError, RunError, Stopped
+from fedsim.errors import CheckpointError, ConfigError, RunError, Stopped
 from fedsim.evaluate.suite import Suite
 from fedsim.federation.algorithms import RoundSums, ServerState
 from fedsim.federation.client_state import ClientStateStore
@@ -233,8 +233,11 @@ class ToyPreparation:
         assert inputs is self.inputs and federation.shards
         return "shared"
 
-    def aligner(self, data: Any, federation: Federation, *, new: bool) -> ToyAligner:
-        assert data is self.inputs.data and federation.shards
+    def check_unchanged(self, inputs: Inputs) -> None:
+        raise CheckpointError("the kites changed")
+
+    def aligner(self, data: Any, federation: Federation, guard: Any, *, new: bool) -> ToyAligner:
+        assert data is self.inputs.data and federation.shards and guard is self.guarded.judge
         self.log.append(("conversations", new))
         return self.cai
 
@@ -399,7 +402,7 @@ def test_each_stage_is_handed_what_the_one_before_gave(done: Toy) -> None:
 
 def test_without_cai_the_aggregate_is_the_global_adapter(make: Make) -> None:
     run = make()
-    run.preparation.aligner = lambda data, federation, new: None
+    run.preparation.aligner = lambda data, federation, guard, new: None
     run.run()
     assert run.log.of("align") == []
     points = [(-1, "pretrained", (0, 0)), (2, "global", (3, 0)), (5, "global", (4, 0))]
@@ -598,6 +601,11 @@ def test_a_check_refuses_the_directory_of_another_run(make: Make) -> None:
     make("federation.num_rounds=1").run()
     with pytest.raises(ConfigError, match=r"local\.batch_size was 16, is 8"):
         make("federation.num_rounds=1", "local.batch_size=8").check()
+
+
+def test_a_check_looks_at_the_files_of_a_run_that_would_be_resumed(make: Make) -> None:
+    with pytest.raises(CheckpointError, match="the kites changed"):
+        make().check()
 
 
 def test_the_federation_has_the_filter_s_rows_and_its_model_is_metered(
