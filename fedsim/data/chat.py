@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedsim.data.markers import Markers, cut_marks, normalised, template_markers, token_markers
 from fedsim.data.template import PROBES, THOUGHT, Template, find_ending
+from fedsim.data.thoughts import opens_thought
 from fedsim.errors import ModelError
 
 
@@ -125,8 +126,9 @@ class ChatFormat:
             trains: rows with replies are made too, not prompts alone.
 
         Raises:
-            ModelError: a message is lost, altered, moved or repeated; or a prompt is no beginning of the whole
-                conversation, which ``trains`` needs.
+            ModelError: a message is lost, altered, moved or repeated. ``trains`` also needs prompts that begin the
+                whole conversation and do not open a thought: clients' replies have none, so a tuned model would answer
+                inside a thought that never ends, and its answers would be read as empty.
         """
         user, reply, again, last = PROBES
         reply = self.defuse(THOUGHT + reply)
@@ -134,9 +136,15 @@ class ChatFormat:
         prompt = self.prompt(conversation[:-1])
         self.template.require_once(conversation[:-1], prompt.text)
         if trains:
+            if opens_thought(prompt.text):
+                raise ModelError(
+                    f"chat template of {self.template.name} opens a thought in the prompt that asks for a reply "
+                    f"({prompt.text[-30:]!r}), and the replies that are trained on have no thoughts: use a model whose "
+                    "template obeys enable_thinking=False, or remove the opening mark from chat_template.jinja"
+                )
             whole = self.render(conversation, reply_follows=False)
             self.template.require_once(conversation, whole)
-            self.continuation(prompt, whole)
+            self._split(prompt, whole)
 
     def notes(self) -> list[str]:
         """What a user should know of how rows are made so far, one line each."""
@@ -244,6 +252,12 @@ class ChatFormat:
         Raises:
             ModelError: ``whole`` does not begin with the prompt.
         """
+        prompt_ids, ids = self._split(prompt, whole)
+        self.num_joined += len(prompt_ids) < len(prompt.ids)
+        return prompt_ids, ids
+
+    def _split(self, prompt: Prompt, whole: str) -> tuple[np.ndarray, np.ndarray]:
+        """As :meth:`continuation`, without a count."""
         if not whole.startswith(prompt.text):
             raise ModelError(
                 f"chat template of {self.template.name} writes a finished reply differently from the prompt that asks "
@@ -253,7 +267,6 @@ class ChatFormat:
         shared = min(len(ids), len(prompt.ids))
         differs = np.flatnonzero(ids[:shared] != prompt.ids[:shared])
         size = int(differs[0]) if len(differs) else shared
-        self.num_joined += size < len(prompt.ids)
         return ids[:size], ids[size:]
 
     def ended(self, target_ids: np.ndarray) -> np.ndarray:

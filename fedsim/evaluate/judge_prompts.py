@@ -16,10 +16,10 @@ from typing import Final
 from fedsim.data.benchmarks import MtQuestion
 from fedsim.data.chat import Conversation, Message, user_turn
 from fedsim.data.files import json_rows
+from fedsim.data.thoughts import without_thoughts
 from fedsim.errors import DataError
 from fedsim.evaluate.fastchat import CUT, UNRATED, Place
 from fedsim.evaluate.mt_bench import SCALE
-from fedsim.generate.thoughts import without_thoughts
 
 NEED_REFERENCE: Final = frozenset({"math", "reasoning", "coding", "arena-hard-200"})
 """Categories whose judge sees a reference answer."""

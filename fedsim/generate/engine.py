@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 
 from fedsim import keys
 from fedsim.data.chat import ChatFormat, Conversation, TokenRow, assistant_turn, user_turn
+from fedsim.data.thoughts import MARKS, Thought, opens_thought, read_reply
 from fedsim.generate.decode import Decoder, Made, Request
 from fedsim.generate.graph import Graphs, can_be_captured, capture_cuda, uses_graphs
 from fedsim.generate.score import check_sound, score_unit
-from fedsim.generate.thoughts import MARKS, Thought, opens_thought, read_reply
 from fedsim.generate.units import generation_units
 from fedsim.model.cost import Work, decode_work, rows_work
 from fedsim.ranks import Ranks

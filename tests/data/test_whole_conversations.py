@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fedsim.data.chat import ChatFormat, Conversation, assistant_turn, user_turn
 from fedsim.data.square import SquareRow
+from fedsim.data.template import PROBES
 from fedsim.errors import ModelError
 from fedsim.evaluate.rows import reply_ids
 from fedsim.model.load import load_chat
@@ -231,16 +232,22 @@ def test_a_last_space_that_joins_with_nothing_stays(llama3_bytes_chat: ChatForma
         chat.tokenizer.chat_template = before
 
 
-def test_a_line_end_that_joins_is_counted() -> None:
-    """Here no row can have both the conversation's ids and the prompt's."""
+def joining(text: str) -> PreTrainedTokenizerFast:
+    """A tokenizer that joins what ``text`` repeats, and a template whose prompt ends with a line end."""
     core = byte_level()
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.train_from_iterator(
-        ["a\n\nb\n\nc\n\n\n\n"] * 9,
+        [text] * 9,
         trainers.BpeTrainer(special_tokens=TOKENS, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()),
     )
     made = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
     made.chat_template = SOLAR
-    chat = ChatFormat(made)
+    return made
+
+
+def test_a_line_end_that_joins_is_counted() -> None:
+    """Here no row can have both the conversation's ids and the prompt's."""
+    chat = ChatFormat(joining("a\n\nb\n\nc\n\n\n\n"))
     row = chat.training_row([user_turn("Why?"), assistant_turn("\n\nWind")], 100)
     assert chat.num_joined == 1
     assert row.input_ids.tolist() == [*chat.encode("### user:\nWhy?\n\n### assistant:\n\n\nWind"), chat.end_id]
@@ -308,13 +315,25 @@ def test_what_a_template_cuts_at_is_broken_in_content(tmp_path: Path) -> None:
 
 
 def test_a_prompt_that_is_no_beginning_of_the_whole_is_refused_where_rows_are_made(tmp_path: Path) -> None:
-    """DeepSeek R1's: its prompt opens a thought that no finished reply has."""
     folder = saved(
-        PLAIN.replace("CONTENT", "m['content']").replace("<assistant>{% endif", "<assistant><think>{% endif"), tmp_path
+        PLAIN.replace("CONTENT", "m['content']").replace("<assistant>{% endif", "<assistant>Kite: {% endif"), tmp_path
     )
     with pytest.raises(ModelError, match="generation prompt is a prefix"):
         load_chat(folder, "model.path")
-    assert load_chat(folder, "judge.path").prompt([user_turn("Why?")]).text.endswith("<think>")
+    assert load_chat(folder, "judge.path").prompt([user_turn("Why?")]).text.endswith("Kite: ")
+
+
+@pytest.mark.parametrize(
+    "of_reply", ["", "<think>", "<think>\n\n</think>"], ids=["DeepSeek R1", "every reply thinks", "Qwen3 Thinking"]
+)
+def test_a_prompt_that_opens_a_thought_is_refused_where_rows_are_made(of_reply: str, tmp_path: Path) -> None:
+    """Rows teach replies without thoughts: in generation such a reply would be a thought that never ends."""
+    template = PLAIN.replace("<assistant>{% endif", "<assistant><think>\n{% endif")
+    before = f"{{% if m['role'] == 'assistant' and loop.last %}}{of_reply}\n{{% endif %}}" if of_reply else ""
+    folder = saved(template.replace("{{ CONTENT }}", before + "{{ m['content'] }}"), tmp_path)
+    with pytest.raises(ModelError, match=r"opens a thought .*<think>.*enable_thinking=False"):
+        load_chat(folder, "model.path")
+    assert load_chat(folder, "judge.path").prompt([user_turn("Why?")]).text.endswith("<think>\n")
 
 
 def test_a_message_that_is_lost_in_a_run_is_an_error(tmp_path: Path) -> None:
@@ -334,3 +353,12 @@ def test_a_reply_that_would_never_end_is_refused() -> None:
     named = ChatFormat(made, made.convert_tokens_to_ids(["<|end|>"]))
     assert named.end_id == named.pad_id == made.convert_tokens_to_ids("<|end|>")
     assert ChatFormat(tokenizer("byte level", CHATML, eos=None)).end_ids == {made.convert_tokens_to_ids("<|im_end|>")}
+
+
+def test_a_template_s_trial_counts_no_row() -> None:
+    """The tokenizer joins the prompt's line end with the trial's reply, which is no row of a run."""
+    chat = ChatFormat(joining(f"\n{PROBES[3][:3]}"))
+    chat.check(trains=True)
+    assert chat.num_joined == 0 and not chat.notes()
+    chat.training_row([user_turn("Why?"), assistant_turn(PROBES[3])], 100)
+    assert chat.num_joined == 1

@@ -10,12 +10,12 @@ import pytest
 from fedsim.data.benchmarks import HhhItem, MtQuestion
 from fedsim.data.chat import ChatFormat, assistant_turn, user_turn
 from fedsim.data.square import SquareRow
+from fedsim.data.thoughts import MARKS, opens_thought, read_reply
 from fedsim.evaluate.advbench import summarise_attacks
 from fedsim.evaluate.hhh import score_replies
 from fedsim.evaluate.suite import Suite, evaluate
 from fedsim.generate.decode import Made, Request
 from fedsim.generate.engine import Engine, Sampling
-from fedsim.generate.thoughts import MARKS, opens_thought, read_reply
 from fedsim.ranks import OneRank
 from fedsim.safety.cai_data import generate_conversations
 from fedsim.safety.constitution import Constitution, Principle
