@@ -16,6 +16,9 @@ from fedsim.data.usable import Tally, has_reply
 from fedsim.errors import DataError
 from fedsim.ranks import Ranks
 
+CODE = (square, files, json_text)
+"""Modules that decide the texts and labels of a file's rows."""
+
 _COUNTS = ("num_bad_labels", "num_blank_questions")
 """Counts of :class:`SquareFile` that are kept beside the rows."""
 
@@ -113,7 +116,7 @@ def prepare_data(config: Config, store: ArtefactStore, ranks: Ranks) -> Prepared
     artefact = store.get(
         "square-rows",
         {"file": digest, "language": data.language},
-        [square, files, json_text],
+        CODE,
         lambda: ranks.once(lambda: load().num_bad_labels),
         lambda folder, num_bad: _write_rows(folder, read[0]),
     )

@@ -6,12 +6,12 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Final, Literal, cast
 
 from fedsim import attention, generate, keys
 from fedsim.artefacts import ArtefactStore, file_digest
 from fedsim.config import Config
-from fedsim.data import chat, markers, square
+from fedsim.data import chat, markers, prepare, template, thoughts
 from fedsim.data.square import SquareRow
 from fedsim.errors import ConfigError
 from fedsim.generate.engine import Engine, Sampling
@@ -20,10 +20,11 @@ from fedsim.safety import cai_data, constitution
 from fedsim.safety.cai_data import CaiRow, generate_conversations, load_conversations, save_conversations
 
 CONSTITUTIONS = Path(__file__).parents[1] / "configs" / "constitution"
-_CODE = [
-    *(attention, cai_data, chat, constitution, generate, keys, load, markers, square),
+CODE: Final = (
+    *(attention, cai_data, chat, constitution, generate, keys, load, markers, template, thoughts, *prepare.CODE),
     sys.modules[__name__],
-]
+)
+"""Modules that decide the conversations' texts."""
 
 
 def cai_conversations(
@@ -53,7 +54,7 @@ def cai_conversations(
     artefact = store.get(
         "cai-conversations",
         depends,
-        _CODE,
+        CODE,
         lambda: generate_conversations(
             writer, rows, principles, Sampling(cai.temperature, cai.max_new_tokens), first_turn=first_turn
         ),

@@ -13,12 +13,12 @@ import torch
 from fedsim import attention, keys
 from fedsim.artefacts import ArtefactStore
 from fedsim.config import Config, GuardConfig
-from fedsim.data import batch, chat, markers, square, template
+from fedsim.data import batch, chat, markers, prepare, template, thoughts
 from fedsim.data.chat import TokenRow
 from fedsim.data.prepare import PreparedData
-from fedsim.generate import prefix
-from fedsim.kernels import fixed_point
-from fedsim.model import flat_adapter, load, logprobs
+from fedsim.generate import prefix, slots
+from fedsim.kernels import fixed_point, fixed_point_triton
+from fedsim.model import fitness, flat_adapter, load, logprobs
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.model.load import LoadedModel, LoraSettings, chosen_attention, load_model, model_digest
 from fedsim.parallel import sums, zero, zero_config
@@ -33,8 +33,9 @@ from fedsim.train.loop import StepSettings, Trainer, TrainingPlan
 from fedsim.train.objectives import SftObjective
 
 CODE: Final = (
-    *(attention, batch, chat, markers, template, square, prefix, flat_adapter, logprobs, sums, loop, objectives, keys),
-    *(dropout, fixed_point, guard, guard_format, guard_prompt, guard_tuning, load, zero, zero_config),
+    *(attention, batch, chat, markers, template, thoughts, *prepare.CODE, prefix, slots, flat_adapter, logprobs),
+    *(fitness, sums, loop, objectives, keys, dropout, fixed_point, fixed_point_triton, load, zero, zero_config),
+    *(guard, guard_format, guard_prompt, guard_tuning),
     sys.modules[__name__],
 )
 """Modules that decide what a guard says about a row."""
