@@ -8,7 +8,6 @@ from pathlib import Path
 from fedsim.artefacts import file_digest
 from fedsim.config import Config
 from fedsim.config.measuring import is_unrated
-from fedsim.data.chat import user_turn
 from fedsim.data.prepare import PreparedData
 from fedsim.data.usable import Tally
 from fedsim.evaluate.suite import Suite
@@ -22,6 +21,7 @@ from fedsim.preparation import Inputs, tunes_guard
 from fedsim.record.places import DiskRoom
 from fedsim.record.sources import known_file
 from fedsim.record.tables import Table, byte_size
+from fedsim.safety.alignment import fills
 
 
 def plan_text(config: Config, inputs: Inputs, found: Preflight, num_ranks: int) -> str:
@@ -70,7 +70,7 @@ def work(config: Config, data: PreparedData, suite: Suite) -> dict[str, str]:
 
 
 def rows(config: Config, data: PreparedData) -> dict[str, str]:
-    """How many rows can be trained on, before the filter and before CAI's conversations are written."""
+    """Counts of usable rows, before the filter and before CAI's conversations are written."""
     chat = load_chat(check_model_dir(config.model.path, "model.path"), "model.path")
     algorithm = build_algorithm(config.federation, config.server_optimizer)
     participation = algorithm.participation(config.federation, config.seed)
@@ -79,8 +79,7 @@ def rows(config: Config, data: PreparedData) -> dict[str, str]:
         found["guard fine-tuning"] = data.guard_tally.words("guard rows")
     if config.cai.is_on:
         limit = config.cai.max_length
-        full = [len(chat.prompt_ids([user_turn(row.prompt)])) >= limit for row in data.cai_rows]
-        tally = Tally.of("no_targets" if is_full else None for is_full in full)
+        tally = Tally.of("no_targets" if fills(chat, row.prompt, limit) else None for row in data.cai_rows)
         found["CAI"] = tally.words("CAI rows", max_length=f"cai.max_length={limit}")
     return found
 

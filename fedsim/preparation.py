@@ -16,7 +16,7 @@ from fedsim.config import Config, to_nested
 from fedsim.config.measuring import is_embedded
 from fedsim.data.prepare import PreparedData, prepare_data
 from fedsim.data.usable import Tally
-from fedsim.errors import DataError, Gathered
+from fedsim.errors import Gathered
 from fedsim.evaluate.judge_inputs import judge_files
 from fedsim.evaluate.measures import Metrics
 from fedsim.evaluate.shared import shared_evaluation
@@ -35,10 +35,10 @@ from fedsim.record.manifest import check_unchanged, read_manifest, versions, wri
 from fedsim.record.run_record import RunRecord
 from fedsim.rounds import PRETRAINED
 from fedsim.safety.alignment import Aligner, check_prompts
-from fedsim.safety.cai_data import CaiRow, count_metrics, unusable, usable
+from fedsim.safety.cai_data import CaiRow, count_metrics, usable
 from fedsim.safety.cai_findings import judge_by_grammar, judge_by_guard
 from fedsim.safety.cai_stage import cai_conversations, constitution_file
-from fedsim.safety.cai_usage import CaiUsage
+from fedsim.safety.cai_usage import CaiUsage, none_usable
 from fedsim.safety.filter_stage import FilterStage
 from fedsim.safety.filtering import Filtered
 from fedsim.safety.guard import LlamaGuard
@@ -269,7 +269,7 @@ class Preparation:
             new: the run begins here; figures of the conversations are recorded.
 
         Raises:
-            DataError: no conversation can be trained on.
+            ConfigError: no conversation can be trained on.
         """
         cai = self.config.cai
         if not cai.is_on:
@@ -282,7 +282,7 @@ class Preparation:
             federation.engine.on_progress = None
         rows = usable(conversations)
         if not rows:
-            raise DataError(unusable(conversations))
+            raise none_usable(conversations, cai)
         num_rounds = self.config.federation.num_rounds
         aligner = Aligner(federation.trainer, rows, federation.chat, cai, self.config.seed, num_rounds)
         usage = CaiUsage.of(conversations, aligner)
@@ -295,7 +295,7 @@ class Preparation:
         return aligner
 
     def _cai_findings(self, conversations: list[CaiRow], guard: LlamaGuard | None) -> Metrics:
-        """How many first responses are harmful, and what critique and revision make of them.
+        """Shares of harmful first responses, and of critiques and revisions that find and repair them.
 
         The embedded world's grammar judges its own questions; a guard judges others where the run has one for replies
         (``eval.guard_judge``); else nothing is measured.
@@ -309,7 +309,7 @@ class Preparation:
 
 
 def tunes_guard(config: Config) -> bool:
-    """Whether the run fine-tunes a guard model, as its filter or as a judge of replies."""
+    """True if the run fine-tunes a guard model, as its filter or as a judge of replies."""
     guard = config.guard
     return (guard.kind == "llama_guard" and guard.tune_epochs > 0) or config.eval.guard_judge == "tuned"
 

@@ -207,7 +207,7 @@ def test_centralised_training_has_all_rows_and_a_cohorts_budget(make: Make) -> N
 @pytest.mark.parametrize(
     ("algorithm", "message"),
     [
-        ("local", r"federation\.local_client=\d: this client has no rows left .*give one that has: \d"),
+        ("local", r"federation\.local_client=\d: this client has no rows .*give one that has: \d"),
         ("centralised", r"federation\.algorithm=centralised: no client has rows left"),
     ],
 )
@@ -319,7 +319,7 @@ def test_a_guard_that_only_judges_is_looked_for_before_anything_runs(make: Make,
 
 def test_conversations_that_are_all_unusable_are_an_error_with_a_fix(make: Make) -> None:
     simulation = make(30, 40, "data.federated_rows=30", "cai.iterations=1", "cai.max_new_tokens=1")
-    with pytest.raises(DataError, match=r"none of the 12 conversations .*raise cai\.max_new_tokens"):
+    with pytest.raises(ConfigError, match=r"CAI conversations: none of the 12 .*raise cai\.max_new_tokens"):
         simulation.run()
 
 

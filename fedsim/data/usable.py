@@ -22,7 +22,7 @@ REASONS: Final[Mapping[str, str]] = {
     "truncated": "cut off (by {max_new_tokens} or the model's context)",
     "same_replies": "whose two replies have the same tokens",
 }
-"""Why a row is dropped, by the name that its count has in the metrics, and in words. CAI's conversations are dropped
+"""Reasons to drop a row in words, by the name that the count has in the metrics. CAI's conversations are dropped
 for one of the last five (:attr:`fedsim.safety.cai_data.CaiRow.defect`), or because a reply is unusable."""
 
 FIXES: Final[Mapping[str, str]] = {
@@ -31,11 +31,11 @@ FIXES: Final[Mapping[str, str]] = {
     "no_weight": "raise guard.red_weight",
     "truncated": "raise {max_new_tokens}",
 }
-"""What helps, by reason, where a setting or the data can; the others are the model's own doing."""
+"""Fixes by reason, where a setting or the data can help; the other reasons are the model's own doing."""
 
 
 def has_reply(reply: str) -> bool:
-    """Whether a reply holds more than white space."""
+    """True if a reply holds more than white space."""
     return bool(reply.strip())
 
 
@@ -119,11 +119,8 @@ class Tally:
 
     def none_left(self, what: str, **limits: str) -> ConfigError:
         """The error of a stage whose rows are all dropped."""
-        fix = self.fix(**limits)
-        return ConfigError(
-            f"{what}: none of the {self.num_rows:,} can be trained on ({self.reasons(**limits)})"
-            + (f"; {fix}" if fix else "")
-        )
+        fix = self.fix(**limits) or "use other rows or another model, or switch the stage off"
+        return ConfigError(f"{what}: none of the {self.num_rows:,} can be trained on ({self.reasons(**limits)}); {fix}")
 
     def _ranked(self) -> list[str]:
         """The reasons, the most frequent first."""

@@ -84,7 +84,8 @@ class OneClient:
         if not shards[self.client]:
             others = [client for client, shard in enumerate(shards) if shard]
             raise DataError(
-                f"federation.local_client={self.client}: this client has no rows left to train on after the filter; "
+                f"federation.local_client={self.client}: this client has no rows to train on (federation.partition "
+                "gave it none, or the filter took them); "
                 + (f"give one that has: {_some(others)}" if others else "no client has, so weaken or drop the guard")
             )
         return [list(shard) for shard in shards]

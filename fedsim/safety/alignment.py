@@ -177,11 +177,16 @@ def why_no_pair(chat: ChatFormat, row: CaiRow, pair: Preference) -> str | None:
     return "same_replies" if same else None
 
 
+def fills(chat: ChatFormat, prompt: str, max_length: int) -> bool:
+    """True if a question leaves no room for a reply in a row of ``max_length`` tokens."""
+    return len(chat.prompt_ids([user_turn(prompt)])) >= max_length
+
+
 def check_prompts(chat: ChatFormat, prompts: Sequence[str], max_length: int) -> None:
     """Check that one of the prompts leaves room for a reply, before conversations are written from them.
 
     Raises:
         ConfigError: none does.
     """
-    if not any(len(chat.prompt_ids([user_turn(prompt)])) < max_length for prompt in prompts):
+    if all(fills(chat, prompt, max_length) for prompt in prompts):
         raise Tally.of(["no_targets"] * len(prompts)).none_left("CAI rows", max_length=f"cai.max_length={max_length}")

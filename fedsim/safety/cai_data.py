@@ -133,18 +133,8 @@ def usable(rows: Sequence[CaiRow]) -> list[CaiRow]:
     return [row for row in rows if row.defect is None]
 
 
-def unusable(rows: Sequence[CaiRow]) -> str:
-    """The error of conversations that are all unusable: by which defect, and what helps."""
-    defects = Counter(row.defect for row in rows if row.defect is not None)
-    counts = ", ".join(f"{number} {defect.replace('_', ' ')}" for defect, number in defects.most_common())
-    return (
-        f"CAI: none of the {len(rows)} conversations can be trained on ({counts}); raise cai.max_new_tokens if they "
-        "are truncated, ask more questions (data.cai_rows), or set cai.iterations=0"
-    )
-
-
 def count_metrics(rows: Sequence[CaiRow]) -> dict[str, int]:
-    """Counts as ``cai/<name>``: rows, usable rows, dropped rows by reason (each once), and signs of collapse.
+    """Counts as ``cai/<name>``: rows, those with a defect by reason (each once), and signs of collapse.
 
     ``num_empty_revisions``, ``num_unchanged_revisions`` and ``num_truncated_<turn>`` count every such row, whatever it
     was dropped for.
@@ -153,7 +143,6 @@ def count_metrics(rows: Sequence[CaiRow]) -> dict[str, int]:
     truncated = Counter(turn for row in rows for turn in row.truncated)
     return {
         "cai/num_rows": len(rows),
-        "cai/num_usable": defects[None],
         **{f"cai/num_dropped_{defect}": defects[defect] for defect in DEFECTS},
         "cai/num_empty_revisions": sum(not row.revision_response.strip() for row in rows),
         "cai/num_unchanged_revisions": sum(

@@ -1,4 +1,4 @@
-"""How many of CAI's conversations can be trained on, and how long an epoch over them is."""
+"""Counts of CAI's usable and dropped conversations, and the length of an epoch over them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from fedsim.config import CaiConfig
 from fedsim.data.usable import Tally
+from fedsim.errors import ConfigError
 from fedsim.safety.alignment import Aligner
 from fedsim.safety.cai_data import CaiRow
 
@@ -14,9 +15,22 @@ WARN_ABOVE = 0.1
 """Share of dropped conversations above which a run warns."""
 
 
+def limits(cai: CaiConfig) -> dict[str, str]:
+    """The settings that conversations are dropped for, as messages name them."""
+    return {
+        "max_length": f"cai.max_length={cai.max_length}",
+        "max_new_tokens": f"cai.max_new_tokens={cai.max_new_tokens}",
+    }
+
+
+def none_usable(conversations: Sequence[CaiRow], cai: CaiConfig) -> ConfigError:
+    """The error of conversations that all have a defect."""
+    return Tally.of(row.defect for row in conversations).none_left("CAI conversations", **limits(cai))
+
+
 @dataclass(frozen=True)
 class CaiUsage:
-    """What became of the conversations that were asked for.
+    """Counts of the conversations that were asked for.
 
     Attributes:
         tally: counts of the conversations.
@@ -48,14 +62,11 @@ class CaiUsage:
 
     def words(self) -> list[str]:
         """The counts in one line, and a warning where many rows are dropped."""
-        limits = {
-            "max_length": f"cai.max_length={self.cai.max_length}",
-            "max_new_tokens": f"cai.max_new_tokens={self.cai.max_new_tokens}",
-        }
-        line = f"{self.tally.words('CAI rows', **limits)}; an epoch has {self.epoch:,} iteration(s)"
+        named = limits(self.cai)
+        line = f"{self.tally.words('CAI rows', **named)}; an epoch has {self.epoch:,} iteration(s)"
         lines = [line if self.epoch == self.full_epoch else f"{line} instead of {self.full_epoch:,}"]
         if self.tally.dropped_share > WARN_ABOVE:
-            fix = self.tally.fix(**limits) or "the model itself leaves nothing to learn in them"
+            fix = self.tally.fix(**named) or "the model itself leaves nothing to learn in them"
             lines.append(
                 f"warning: {100 * self.tally.dropped_share:.0f} % of the CAI rows are dropped, and CAI goes over "
                 f"the others more often; {fix}"

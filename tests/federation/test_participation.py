@@ -55,7 +55,7 @@ def test_centralised_has_all_rows_and_a_cohorts_steps() -> None:
 @pytest.mark.parametrize("client", [1, 2])
 def test_a_client_that_cannot_train_is_an_error_that_names_others(client: int) -> None:
     with pytest.raises(
-        DataError, match=rf"federation\.local_client={client}: .*no rows left.*give one that has: 0, 3$"
+        DataError, match=rf"federation\.local_client={client}: .*partition gave it none.*give one that has: 0, 3$"
     ):
         participation("local", local_client=client).shards(SHARDS)
 

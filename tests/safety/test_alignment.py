@@ -160,7 +160,10 @@ def test_pairs_without_a_preference_are_dropped_by_reason(make_adapted: Make) ->
     found = Aligner(trainer, rows, chat, cai, 3, num_rounds=1)
     assert found.reasons == [None, "no_targets", "same_replies", "same_replies"] and len(found.pairs) == 1
     assert {id(pair) for batch in found.batches(0) for pair in batch} == {id(found.pairs[0])}
-    with pytest.raises(ConfigError, match=r"none of the 2 .*\(2 whose two replies have the same tokens\)$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"none of the 2 .*\(2 whose two replies have the same tokens\); use other",
+    ):
         Aligner(trainer, rows[2:], chat, cai, 3, num_rounds=1)
 
 

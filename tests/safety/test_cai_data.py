@@ -182,7 +182,6 @@ def test_counts_by_reason_add_up() -> None:
     counts = count_metrics(rows)
     assert counts == {
         "cai/num_rows": 6,
-        "cai/num_usable": 1,
         "cai/num_dropped_empty_response": 1,
         "cai/num_dropped_empty_revision": 1,
         "cai/num_dropped_unchanged": 2,
