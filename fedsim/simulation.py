@@ -133,8 +133,6 @@ class Simulation:
             prepare.record_filter(guarded, federation)
             measurement.take(PRETRAINED, UNTOUCHED, checkpoint.state.adapter)
         aligner = prepare.aligner(inputs.data, federation, guarded.judge, new=is_new)
-        for note in federation.chat.notes():
-            record.say(note)
         self.meter.generated("cai_generate", federation.engine)
         checkpoint = replace(checkpoint, state=federation.to_device(checkpoint.state))
         federation.controls.index.update(checkpoint.client_rounds)
@@ -179,6 +177,8 @@ class Simulation:
             federation = assemble(self.config, self.world, filtered.shards, self.record.client_state)
             if federation.rows.tally.num_dropped or federation.rows.tally.num_cut:
                 self.record.say(federation.rows.words(self.config))
+            for note in federation.chat.notes():  # before evaluations, whose rows depend on the rank
+                self.record.say(note)
             base = federation.loaded.base
             peak = run_peak(self.ranks, self.world.device, base.dtype)
             self.meter = Meter(ModelCost.of(base), peak, self.world)

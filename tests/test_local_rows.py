@@ -6,13 +6,16 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from fedsim.assembly import Federation, assemble
 from fedsim.config import load_config
+from fedsim.data.chat import ChatFormat
 from fedsim.data.square import SquareRow
 from fedsim.errors import ConfigError, DataError
 from fedsim.federation.algorithms import ServerState
@@ -282,3 +285,20 @@ def test_learning_that_moves_no_bit_is_an_error(make: Make) -> None:
     """AdamW's step of 1e-50 rounds to nothing in fp32."""
     with pytest.raises(Exception, match=r"bit for bit the one before the first of 3 round\(s\).*raise local\.lr"):
         make("local.lr=1e-50", "local.lr_min=0").run()
+
+
+def test_a_run_says_how_its_clients_rows_were_joined(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clients' rows are the same on every rank; an evaluation's are shared out, and must not be counted."""
+    plain = ChatFormat.continuation
+
+    def joined(chat: ChatFormat, prompt: Any, whole: str) -> tuple[np.ndarray, np.ndarray]:
+        before, behind = plain(chat, prompt, whole)
+        return before[:-1], np.concatenate([before[-1:], behind])
+
+    monkeypatch.setattr(ChatFormat, "continuation", joined)
+    simulation = make(num_bad=0)
+    said: list[str] = []
+    simulation.record.say = said.append  # type: ignore[method-assign, assignment]
+    filtered: Any = SimpleNamespace(shards=simulation.preparation.read().data.shards)
+    federation = simulation._assemble(filtered)
+    assert federation.rows.tally.num_rows == 30 and [text for text in said if text.startswith("30 row(s)")]

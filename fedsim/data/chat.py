@@ -33,7 +33,7 @@ Ids = Sequence[int] | np.ndarray
 T = TypeVar("T")
 
 _FIRST_WORDS = ("The", "I", "Yes", "No", "(A)", "safe", "unsafe")
-"""What replies may begin with, to find out whether the tokenizer joins the prompt's last spaces with them."""
+"""First words of replies, to find out if the tokenizer joins the prompt's last spaces with them."""
 
 
 def user_turn(text: str) -> Message:
@@ -96,7 +96,7 @@ class ChatFormat:
         end_ids: tokens that end a reply, in training and in generation: the tokenizer's end of sequence, ``stop_ids``,
             and what the template writes after a reply where that is another one (Gemma's).
         end_id: the one that ends a training row whose template writes none.
-        num_joined: rows so far in which the tokenizer joined the prompt's last characters with the reply's first.
+        num_joined: training rows so far in which the tokenizer joined the prompt's end with the reply's beginning.
 
     Raises:
         ModelError: no token is known that ends a reply, or there is no chat template that works.
@@ -144,10 +144,10 @@ class ChatFormat:
                 )
             whole = self.render(conversation, reply_follows=False)
             self.template.require_once(conversation, whole)
-            self._split(prompt, whole)
+            self.continuation(prompt, whole)
 
     def notes(self) -> list[str]:
-        """What a user should know of how rows are made so far, one line each."""
+        """Remarks for the user on how the training rows so far were made, one line each."""
         notes = []
         if self.left_to_reply:
             notes.append(
@@ -156,7 +156,7 @@ class ChatFormat:
             )
         if self.num_joined:
             notes.append(
-                f"{self.num_joined} row(s): the tokenizer joins the prompt's last characters with the reply's first "
+                f"{self.num_joined:,} row(s): the tokenizer joins the prompt's last characters with the reply's first "
                 "(line ends or brackets, say); the token of both is the first target"
             )
         return notes
@@ -247,17 +247,11 @@ class ChatFormat:
 
         The prompt's ids are those that the model continues in generation, and all of them where they begin the ids of
         ``whole``. Where the tokenizer joins the two texts (a line end with the reply's own), the prompt is what both
-        have in common, and the row is counted in :attr:`num_joined`.
+        have in common.
 
         Raises:
             ModelError: ``whole`` does not begin with the prompt.
         """
-        prompt_ids, ids = self._split(prompt, whole)
-        self.num_joined += len(prompt_ids) < len(prompt.ids)
-        return prompt_ids, ids
-
-    def _split(self, prompt: Prompt, whole: str) -> tuple[np.ndarray, np.ndarray]:
-        """As :meth:`continuation`, without a count."""
         if not whole.startswith(prompt.text):
             raise ModelError(
                 f"chat template of {self.template.name} writes a finished reply differently from the prompt that asks "
@@ -291,6 +285,7 @@ class ChatFormat:
         whole = self.render(conversation, reply_follows=False)
         start = len(prompt.text)
         prompt_ids, target_ids = self.continuation(prompt, whole[:start] + whole[start:].rstrip())
+        self.num_joined += len(prompt_ids) < len(prompt.ids)
         return self.join(prompt_ids, self.ended(target_ids), max_length)
 
     @staticmethod

@@ -140,7 +140,7 @@ def filled(row: Mapping[str, str], column: str, place: str) -> str:
 
 
 def is_missing(value: object) -> bool:
-    """Whether a value stands for none: null, an empty text, or what is written for an empty cell (``nan``)."""
+    """True if a value stands for none: null, an empty text, or what is written for an empty cell (``nan``)."""
     return value is None or (isinstance(value, str) and value.strip().casefold() in _MISSING)
 
 

@@ -25,7 +25,7 @@ from fedsim.data.files import is_missing, json_rows
 from fedsim.errors import DataError
 
 _LABELS: Final = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
-"""Whether a row is acceptable, by its label as text in lower case."""
+"""Truth of "acceptable", by the label as text in lower case."""
 
 _QUOTED: Final = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
 _PRINTED_LIST: Final = re.compile(rf"[\[(]\s*(?:{_QUOTED}\s*(?:,\s*{_QUOTED}\s*)*,?\s*)?[\])]", re.DOTALL)

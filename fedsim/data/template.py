@@ -24,7 +24,7 @@ _RULE: Final = (
 PROBES: Final = tuple(f'7{n}1 Kite  {n} flies\n\n over "A & B" <c>, isn\'t it? 7{n}2' for n in range(4))
 """Unusual texts, all different: letters of both cases, blanks, line ends and signs that templates are seen to alter."""
 THOUGHT: Final = "<think>Up.</think> "
-"""What templates of thinking models cut from earlier replies (:func:`fedsim.data.markers.cut_marks`)."""
+"""A thought, which templates of thinking models cut from earlier replies (:func:`fedsim.data.markers.cut_marks`)."""
 
 
 class Template:
@@ -112,7 +112,7 @@ class Template:
 
 @dataclass(frozen=True)
 class Ending:
-    """How a reply ends.
+    """The end of a reply.
 
     Attributes:
         ids: the tokens that end one.

@@ -23,10 +23,10 @@ MARKS: Final[tuple[tuple[str, str], ...]] = (
     ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),  # gpt-oss
     ("<|channel|>analysis<|message|>", "assistantfinal"),  # gpt-oss behind a server that leaves out special tokens
 )
-"""What opens a thought and what ends it. Another model's marks are one more line here; case does not matter."""
+"""Marks that open a thought and that end it. Another model's marks are one more line here; case does not matter."""
 
 Thought = Literal["none", "ended", "open"]
-"""Whether a reply has thoughts: none, thoughts that end before the answer, or one that never ends."""
+"""Thoughts in a reply: none, thoughts that end before the answer, or one that never ends."""
 
 _OPENERS: Final = "|".join(re.escape(opener) for opener in dict.fromkeys(opener for opener, _ in MARKS))
 _CLOSERS: Final = "|".join(re.escape(closer) for _, closer in MARKS)
@@ -70,5 +70,5 @@ def _split(text: str) -> tuple[str, bool]:
 
 
 def opens_thought(prompt: str) -> bool:
-    """Whether a prompt ends inside a thought, as DeepSeek-R1's template writes it (``<think>\\n``)."""
+    """True if a prompt ends inside a thought, as DeepSeek-R1's template writes it (``<think>\\n``)."""
     return _OPEN_AT_THE_END.search(prompt) is not None

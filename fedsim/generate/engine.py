@@ -209,7 +209,7 @@ class Engine:
 
     @cached_property
     def _opens_thought(self) -> bool:
-        """Whether the chat template lets every reply begin inside a thought."""
+        """True if the chat template lets every reply begin inside a thought."""
         return opens_thought(self.chat.render([user_turn("Hello")], reply_follows=True))
 
     @cached_property
@@ -221,7 +221,7 @@ class Engine:
 
     @cached_property
     def _special_marks(self) -> bool:
-        """Whether a mark of a thought is, or holds, a special token."""
+        """True if a mark of a thought is, or holds, a special token."""
         marks = [mark for pair in MARKS for mark in pair]
         return any(token in mark for token in self._special_tokens for mark in marks)
 

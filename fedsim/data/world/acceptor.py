@@ -112,7 +112,7 @@ def _critiques() -> tuple[re.Pattern[str], ...]:
 
 
 def names_harm(critique: str) -> bool:
-    """Whether some sentence of a critique names a harm of the reply before it."""
+    """True if some sentence of a critique names a harm of the reply before it."""
     return any(pattern.fullmatch(sentence) for sentence in split_sentences(critique) for pattern in _critiques())
 
 
