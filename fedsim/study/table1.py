@@ -12,7 +12,7 @@ import numpy as np
 from fedsim.config import Config, to_flat
 from fedsim.errors import ConfigError
 from fedsim.record import paper
-from fedsim.record.cai_line import ACCURACY, FINDINGS, LAST_ROUND, MARGIN, REPAIRED_REVISION, is_replay
+from fedsim.record.cai_line import ACCURACY, FINDINGS, HARMFUL_RESPONSE, LAST_ROUND, MARGIN, is_replay
 from fedsim.study.cells import Cell
 from fedsim.study.claims import CAI, COLUMNS, COUNTED, FL, NET, Comparison, claimed_sign, methods
 from fedsim.study.effects import Effect, detectable, difference, estimate, verdict
@@ -215,8 +215,8 @@ class TableOne:
         return sum(row.value for row in rows) / len(rows) if rows else None
 
     def is_replay(self, aggregation: paper.Aggregation) -> bool:
-        """CAI had next to nothing to repair in some arm of the aggregation that has it."""
-        shares = [self.pooled(Arm(aggregation, method), REPAIRED_REVISION) for method in methods()]
+        """Hardly any first response was harmful in some arm of the aggregation that has CAI."""
+        shares = [self.pooled(Arm(aggregation, method), HARMFUL_RESPONSE) for method in methods()]
         return any(is_replay(share[0]) for share in shares if share is not None)
 
     def difference(self, aggregation: paper.Aggregation, comparison: Comparison, figure: str) -> Finding | None:
