@@ -36,7 +36,7 @@ SHOWN: Final = (*(b.metric for b in BENCHMARKS), *(b.count for b in BENCHMARKS),
 
 
 def demo_rows(run: Path) -> dict[str, Any]:
-    """What the block is made from: facts of the run, the machine, and the rows with the figures that it shows.
+    """Data of the block: facts of the run, the machine, and the rows with the figures that it shows.
 
     Raises:
         DataError: the folder is no finished run's.
@@ -70,7 +70,7 @@ def _only(row: Row) -> Row:
 
 
 def demo_block(found: dict[str, Any]) -> str:
-    """What the run found, its table, and where, when and with what it was measured."""
+    """The block: findings, table, and the machine, date and versions of the measurement."""
     rows, manifest, facts = found["rows"], found["manifest"], RunFacts(**found["facts"])
     machine, versions = manifest["hardware"], manifest["versions"]
     gpus = ", ".join(gpu["name"] for gpu in machine["gpus"]) or "no GPU"

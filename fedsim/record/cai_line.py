@@ -1,4 +1,4 @@
-"""How much there was for CAI to do, in words: harmful first responses, critiques, repairs and DPO's margin."""
+"""CAI's conversations in words: harmful first responses, critiques, repairs and DPO's margin."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def is_replay(harmful: float | None) -> bool:
 
 
 def cai_lines(rows: Sequence[Row]) -> list[str]:
-    """One line of findings and the last round's DPO, and one more where CAI repairs next to nothing; none without CAI."""
+    """One line of findings and the last round's DPO, one more where next to nothing is repaired; none without CAI."""
     data = [row for row in rows if row["stage"] == "cai_data"]
     rounds = [row for row in rows if row["stage"] == "round" and MARGIN in row]
     if not data:

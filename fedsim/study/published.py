@@ -58,7 +58,7 @@ class Origin:
 
     @property
     def prompts(self) -> str:
-        """What the intervals leave out of account; "" where the attacks are not the embedded world's."""
+        """A caution about the intervals; "" where the attacks are not the embedded world's."""
         frames = {EMBEDDED: FRAMES["howto"], HELD_OUT: HELD_OUT_FRAMES}.get(self.attacks)
         if not self.embedded or frames is None:
             return ""

@@ -136,7 +136,7 @@ def _rows_of(outcome: Outcome, arm: Arm, point: str) -> list[SeedRow]:
 
 
 def _cai_rows(outcome: Outcome, arm: Arm) -> list[SeedRow]:
-    """What the run's CAI conversations were like, and the DPO of its last round."""
+    """Findings on the run's CAI conversations, and the DPO of its last round."""
     seed, commit, rows = outcome.config.seed, commit_of(outcome.manifest), []
     data = [row for row in outcome.rows if row["stage"] == "cai_data"]
     rounds = [row for row in outcome.rows if row["stage"] == "round" and MARGIN in row]
