@@ -194,7 +194,7 @@ _PHRASES: Final = {
 
 
 def filter_findings(table: TableOne) -> list[str]:
-    """Sentences on attacks and innocent prompts with and without the filter, one an aggregation, from the rows alone."""
+    """Sentences on attacks and innocent prompts with and without the filter, one an aggregation."""
     comparison = next(c for c in COMPARISONS if (c.treated, c.control) == (FILTER, FL))
     lines = []
     for aggregation in table.aggregations:
