@@ -43,6 +43,23 @@ def test_the_benchmark_tables_are_those_of_the_committed_rows() -> None:
     assert tool("readme_bench").updated(text) == text, "run: python tools/readme_bench.py"
 
 
+@pytest.mark.parametrize("name", ["readme_bench", "readme_demo", "readme_sources"])
+def test_a_tool_that_is_asked_for_help_writes_nothing(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    found = tool(name)
+    setattr(found, "write", lambda _: pytest.fail("it wrote"))  # noqa: B010
+    with pytest.raises(SystemExit) as left:
+        found.main(["--help"])
+    assert left.value.code == 0 and f"usage: tools/{name}.py" in capsys.readouterr().out
+    assert found.main(["--nonsense"]) == 2
+
+
+def test_the_demos_tool_names_a_folder_that_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tool("readme_demo").main([str(tmp_path)]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {tmp_path}: holds no config.yaml; give the directory of a finished run, such as runs/demo\n"
+    )
+
+
 SWEEPS = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Final
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from fedsim.launching import Parser, launched  # noqa: E402
 from fedsim.record.blocks import replace_block  # noqa: E402
 from tools.bench.measured_code import code_digest  # noqa: E402
 from tools.bench.rows import StageResult  # noqa: E402
@@ -81,11 +83,16 @@ def updated(readme: str) -> str:
     return replace_block(readme, "bench", block())
 
 
-def main() -> int:
+def write(_: argparse.Namespace) -> None:
     """Rewrite both."""
     README.write_text(updated(README.read_text(encoding="utf-8")), encoding="utf-8")
     PAGE.write_text(page(), encoding="utf-8")
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool; returns the exit status."""
+    parser = Parser(prog="tools/readme_bench.py", description=__doc__)
+    return launched(lambda: parser.parse_args(argv), write)
 
 
 if __name__ == "__main__":

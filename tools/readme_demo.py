@@ -6,14 +6,18 @@ the run directory; nothing is typed in. Without a run directory the README's blo
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
 from fedsim.config import load_config, to_flat
+from fedsim.errors import DataError
+from fedsim.launching import Parser, launched
 from fedsim.record.blocks import replace_block
 from fedsim.record.cai_line import FINDINGS, LAST_ROUND, cai_lines
 from fedsim.record.metrics import MetricLog, Row
@@ -32,7 +36,14 @@ SHOWN: Final = (*(b.metric for b in BENCHMARKS), *(b.count for b in BENCHMARKS),
 
 
 def demo_rows(run: Path) -> dict[str, Any]:
-    """What the block is made from: facts of the run, the machine, and the rows with the figures that it shows."""
+    """Data of the block: facts of the run, the machine, and the rows with the figures that it shows.
+
+    Raises:
+        DataError: the folder is no finished run's.
+    """
+    for name in ("config.yaml", "manifest.json", "metrics.jsonl", *PLOTS):
+        if not (run / name).is_file():
+            raise DataError(f"{run}: holds no {name}; give the directory of a finished run, such as runs/demo")
     rows = MetricLog(run / "metrics.jsonl").rows()
     manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
     seconds = sum(sum(top_level_seconds(row).values()) for row in rows)
@@ -59,7 +70,7 @@ def _only(row: Row) -> Row:
 
 
 def demo_block(found: dict[str, Any]) -> str:
-    """What the run found, its table, and where, when and with what it was measured."""
+    """The block: findings, table, and the machine, date and versions of the measurement."""
     rows, manifest, facts = found["rows"], found["manifest"], RunFacts(**found["facts"])
     machine, versions = manifest["hardware"], manifest["versions"]
     gpus = ", ".join(gpu["name"] for gpu in machine["gpus"]) or "no GPU"
@@ -91,19 +102,22 @@ def updated(root: Path) -> str:
     return replace_block((root / "README.md").read_text(encoding="utf-8"), "demo", demo_block(found))
 
 
-def main() -> int:
-    """Rewrite the README's block."""
-    if len(sys.argv) > 2:
-        print("usage: python tools/readme_demo.py [RUN_DIRECTORY]", file=sys.stderr)
-        return 2
-    if len(sys.argv) == 2:
-        run = Path(sys.argv[1])
+def write(asked: argparse.Namespace) -> None:
+    """Copy the run's rows and plots where one is given, and rewrite the README's block."""
+    run: Path | None = asked.run
+    if run is not None:
         text = json.dumps(demo_rows(run), indent=1, ensure_ascii=False) + "\n"
         (ROOT / "docs" / "results" / "demo.json").write_text(text, encoding="utf-8")
         for name in PLOTS:
             shutil.copyfile(run / name, ROOT / "docs" / f"demo-{name}")
     (ROOT / "README.md").write_text(updated(ROOT), encoding="utf-8")
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool; returns the exit status."""
+    parser = Parser(prog="tools/readme_demo.py", description=__doc__)
+    parser.add_argument("run", metavar="RUN", nargs="?", type=Path, help="directory of a finished run")
+    return launched(lambda: parser.parse_args(argv), write)
 
 
 if __name__ == "__main__":

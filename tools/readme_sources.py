@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from fedsim.launching import Parser, launched
 from fedsim.record.blocks import replace_block
 from fedsim.record.sources import sources_markdown
 
@@ -16,10 +19,15 @@ def updated(readme: str) -> str:
     return replace_block(readme, "sources", sources_markdown())
 
 
-def main() -> int:
+def write(_: argparse.Namespace) -> None:
     """Rewrite the README."""
     README.write_text(updated(README.read_text(encoding="utf-8")), encoding="utf-8")
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool; returns the exit status."""
+    parser = Parser(prog="tools/readme_sources.py", description=__doc__)
+    return launched(lambda: parser.parse_args(argv), write)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ INTERVALS = "Intervals are over seeds, paired; the prompts are one fixed set."
 def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Sweep]:
     """The command line and the sweep that it names."""
     parser = Parser(prog="tools/sweep.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_run_options(parser, default_seeds="")
+    add_run_options(parser, default_seeds="", first="SWEEP.yaml")
     parser.add_argument("--form", choices=FORMS, default="quick", help="how much of the grid (default quick)")
     args = parser.parse_intermixed_args(argv)
     files = [word for word in args.words if "=" not in word]

@@ -33,10 +33,10 @@ FAILED: Final = "$ERROR$"
 """FastChat's judgment where its requests failed."""
 
 NOT_ASKED: Final = "Not asked: "
-"""What the judgment begins with where a local judge's context has no room for the prompt."""
+"""Beginning of a judgment where a local judge's context has no room for the prompt."""
 
 CUT: Final = "$CUT$ "
-"""What the judgment begins with where it was cut off by length: whatever rating it holds, it has none."""
+"""Beginning of a judgment that was cut off by length: whatever rating it holds, it has none."""
 
 KINDS: Final = {
     "question_id": int,
@@ -120,7 +120,7 @@ def judgment_row(
 
 
 def pending(row: Row) -> bool:
-    """Whether the row says that there is no whole judgment yet, so that it is asked for again."""
+    """Tell a row without a whole judgment, which is asked for again."""
     judgment: str = row["judgment"]
     return judgment == FAILED or judgment.startswith((NOT_ASKED, CUT))
 

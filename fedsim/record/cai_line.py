@@ -1,4 +1,4 @@
-"""How much there was for CAI to do, in words: harmful first responses, critiques, repairs and DPO's margin."""
+"""CAI's conversations in words: harmful first responses, critiques, repairs and DPO's margin."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LAST_ROUND: Final = ("cai/reward_margin", "cai/reward_accuracy", "cai/dpo_loss")
 MARGIN, ACCURACY, DPO_LOSS = LAST_ROUND
 
 REPLAY_BELOW: Final = 5.0
-"""Percent of repaired conversations below which CAI is replay: it trains on what the writer says anyway."""
+"""Percent of harmful first responses below which CAI is replay: it trains on what the writer says anyway."""
 
 REPLAY_WORDS: Final = (
     "Hardly any first response is harmful, so that critique and revision change nothing and DPO has nothing to prefer: "
@@ -31,13 +31,18 @@ REPLAY_WORDS: Final = (
 )
 
 
-def is_replay(repaired: float | None) -> bool:
-    """Decide by the share of repaired conversations in percent; one that was not measured decides nothing."""
-    return repaired is not None and repaired < REPLAY_BELOW
+UNREPAIRED_WORDS: Final = (
+    "Hardly any harmful first response has a careful revision: CAI here trains on what it is to repair."
+)
+
+
+def is_replay(harmful: float | None) -> bool:
+    """Decide by the share of harmful first responses in percent; one that was not measured decides nothing."""
+    return harmful is not None and harmful < REPLAY_BELOW
 
 
 def cai_lines(rows: Sequence[Row]) -> list[str]:
-    """One line of findings and the last round's DPO, and one more where CAI is replay; none without CAI."""
+    """One line of findings and the last round's DPO, one more where next to nothing is repaired; none without CAI."""
     data = [row for row in rows if row["stage"] == "cai_data"]
     rounds = [row for row in rows if row["stage"] == "round" and MARGIN in row]
     if not data:
@@ -48,8 +53,13 @@ def cai_lines(rows: Sequence[Row]) -> list[str]:
         margin, accuracy = measured(rounds[-1], MARGIN), measured(rounds[-1], ACCURACY)
         right = NOT_MEASURED if accuracy is None else f"{100 * accuracy:.1f} %"
         line += f"; DPO in its last round: margin {number(margin, 2)} nats, accuracy {right}"
-    replay = is_replay(measured(data[-1], REPAIRED_REVISION))
-    return [f"{line}.", *([REPLAY_WORDS] if replay else [])]
+    lines = [f"{line}."]
+    harmful, repaired = measured(data[-1], HARMFUL_RESPONSE), measured(data[-1], REPAIRED_REVISION)
+    if is_replay(harmful):
+        lines.append(REPLAY_WORDS)
+    elif harmful is not None and repaired is not None and repaired < harmful * REPLAY_BELOW / 100:
+        lines.append(UNREPAIRED_WORDS)
+    return lines
 
 
 def _share(row: Row, name: str) -> str:

@@ -235,7 +235,7 @@ class Report:
         return f"{how}. Rows: {self.measured.stamp}."
 
     def _outside(self) -> str:
-        """Which pieces' own fraction is not within the brackets', so that their estimate may not be either."""
+        """A clause that names the pieces whose fraction lies outside the brackets'; "" where none does."""
         high, low = RANGE
         outside = [
             f"{name} {100 * piece.fraction:.2g} %"

@@ -85,7 +85,7 @@ def _line(row: Row, stage: Stage) -> list[str]:
 
 
 def _epoch(rows: Sequence[Row]) -> list[str]:
-    """What the dropped conversations take from an epoch of CAI."""
+    """A line with an epoch's iterations over the usable conversations and over all; none without CAI."""
     names = ("cai/num_epoch_iterations", "cai/num_epoch_iterations_of_all_rows")
     counted = [row for row in rows if all(name in row for name in names)]
     if not counted:

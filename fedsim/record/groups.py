@@ -115,17 +115,17 @@ def _telling(keys: Sequence[str], like: Sequence[Settings]) -> list[str]:
     if len(keys) <= MAX_SHOWN:
         return list(keys)
     shown: list[str] = []
-    num_told = 1
+    num_parts = 1
     for key in keys:
         num_with = _num_distinct([*shown, key], like)
-        if num_with > num_told:
+        if num_with > num_parts:
             shown.append(key)
-            num_told = num_with
+            num_parts = num_with
     return shown
 
 
 def _num_distinct(keys: Sequence[str], runs: Sequence[Settings]) -> int:
-    """Into how many parts the values of ``keys`` divide runs."""
+    """Number of parts into which the values of ``keys`` divide runs."""
     parts: list[list[Any]] = []
     for run in runs:
         values = [run[key] for key in keys]

@@ -58,7 +58,9 @@ def compare(folder: Path, config: Config) -> Comparison:
             if manifest is not None and _is_same_content(key, value, manifest):
                 found.moved.append(words)
                 continue
-            words += ", of other content"
+            words += (
+                ", of other content" if manifest is not None else ", and no manifest.json has its content's SHA-256"
+            )
         found.changed.append(words)
     return found
 

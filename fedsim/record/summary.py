@@ -75,7 +75,7 @@ UNRATED = {
 
 
 TEMPLATES_NOTE = "Intervals take prompts as independent; these fill a few templates: clustered ones would be wider."
-"""What the embedded world's intervals leave out of account."""
+"""A caution about the embedded world's intervals."""
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ class Group:
 
     @property
     def settings(self) -> Settings:
-        """What all its runs have."""
+        """The settings of all its runs."""
         return self.runs[0].settings
 
     @property

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from fedsim.record.cai_line import cai_lines
 from fedsim.record.plots import plot_times
 from fedsim.record.sections import POINT_TITLES
 from fedsim.record.summary import BENCHMARKS, caveats, refusals
@@ -203,7 +204,8 @@ def _without_places(value: Any) -> Any:
 
 
 def _controls(run: Run) -> str:
-    lines = refusals(run.rows)
+    """What there was for CAI to do, and XSTest beside AdvBench."""
+    lines = [*cai_lines(run.rows), *refusals(run.rows)]
     return f"<h3>{html.text(run.title)}</h3>{html.bullets(lines)}" if lines else ""
 
 

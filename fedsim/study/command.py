@@ -32,10 +32,19 @@ HERE = re.compile(r"(?<![^=])~?/(?:[^/=]+/)*(?=[^/=]+/?$)")
 ENTRY = Path(__file__).resolve().parents[2] / "launch" / "run.py"
 
 
-def add_run_options(parser: argparse.ArgumentParser, default_seeds: str) -> None:
-    """Options of a study: configuration, seeds, processes of a run, runs at once."""
-    parser.add_argument("words", nargs="*", metavar="CONFIG.yaml | key=value", help="config file and overrides")
-    parser.add_argument("--seeds", default=default_seeds, help=f"such as 0-2 or 3,5,8 (default {default_seeds})")
+def add_run_options(parser: argparse.ArgumentParser, default_seeds: str, first: str = "CONFIG.yaml") -> None:
+    """Options of a study: configuration, seeds, processes of a run, runs at once.
+
+    Args:
+        default_seeds: "" where the file names them.
+        first: the file, as the help shows it.
+    """
+    parser.add_argument("words", nargs="*", metavar=f"{first} | key=value", help=f"{first} and overrides")
+    parser.add_argument(
+        "--seeds",
+        default=default_seeds,
+        help=f"such as 0-2 or 3,5,8 (default: {default_seeds or 'those of the sweep'})",
+    )
     parser.add_argument("--nproc", type=int, help="processes of a run (default: one a GPU, else 1)")
     pages = parser.add_mutually_exclusive_group()
     pages.add_argument(PUBLISH, action="store_true", help="also copy the rows to docs/ and make the pages from them")

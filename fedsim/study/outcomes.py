@@ -47,7 +47,7 @@ class Outcome:
 
     @cached_property
     def settings(self) -> Settings:
-        """What decides the run's figures beside the seed."""
+        """The settings that decide the run's figures, without the seed."""
         return settings_of(to_flat(self.config), self.manifest)
 
     @property

@@ -42,21 +42,26 @@ class Origin:
 
     @property
     def setting(self) -> str:
-        """Seeds and attacks in a sentence, and of the embedded world whether anything was developed on them."""
+        """Seeds and attacks in a sentence, and which of them the embedded world was developed on."""
         seeds = ", ".join(map(str, self.seeds))
         text = f"{len(self.seeds)} seed(s): {seeds}; attacks: eval.advbench={self.attacks}"
         if not self.embedded:
             return f"{text}."
-        held_out = self.attacks == HELD_OUT and not set(self.seeds) & set(DEVELOPED_ON)
-        what = "nothing in the embedded world was developed on" if held_out else "the embedded world was developed on"
-        return f"{text}, seeds and attacks that {what}."
+        known = []
+        if set(self.seeds) & set(DEVELOPED_ON):
+            known.append("seeds")
+        if self.attacks == EMBEDDED:
+            known.append("attacks")
+        if known:
+            return f"{text}, {' and '.join(known)} that the embedded world was developed on."
+        return f"{text}, seeds and attacks that nothing in the embedded world was developed on."
 
     @property
     def prompts(self) -> str:
-        """What the intervals leave out of account; "" outside the embedded world."""
-        if not self.embedded:
+        """A caution about the intervals; "" where the attacks are not the embedded world's."""
+        frames = {EMBEDDED: FRAMES["howto"], HELD_OUT: HELD_OUT_FRAMES}.get(self.attacks)
+        if not self.embedded or frames is None:
             return ""
-        frames = HELD_OUT_FRAMES if self.attacks == HELD_OUT else FRAMES["howto"]
         return (
             f"Prompts are fillings of templates (the attacks of {len(frames)} frames), which the intervals take as "
             "independent: intervals clustered by template would be wider."

@@ -109,7 +109,7 @@ def _row(path: Path, number: int, line: Sequence[str]) -> SeedRow:
 
 
 def _gives(outcomes: np.ndarray, row: SeedRow) -> bool:
-    """Whether outcomes have the row's count and mean, as points or in percent."""
+    """Compare outcomes with the row's count and mean, as points or in percent."""
     mean = float(outcomes.mean())
     close = [math.isclose(unit * mean, row.value, rel_tol=1e-9, abs_tol=1e-12) for unit in (1, 100)]
     return len(outcomes) == row.count and any(close)

@@ -60,7 +60,7 @@ def _number(value: Any) -> float | str:
 
 
 def _reach(effect: Effect) -> tuple[float, float]:
-    """How far the interval goes down and up; nothing where all seeds have one value, which allows no interval."""
+    """Lengths of the error bar down and up; 0 where all seeds have one value, which allows no interval."""
     if math.isinf(effect.low):
         return 0.0, 0.0
     return max(effect.mean - effect.low, 0.0), max(effect.high - effect.mean, 0.0)

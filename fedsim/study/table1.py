@@ -12,7 +12,7 @@ import numpy as np
 from fedsim.config import Config, to_flat
 from fedsim.errors import ConfigError
 from fedsim.record import paper
-from fedsim.record.cai_line import ACCURACY, FINDINGS, LAST_ROUND, MARGIN, REPAIRED_REVISION, is_replay
+from fedsim.record.cai_line import ACCURACY, FINDINGS, HARMFUL_RESPONSE, LAST_ROUND, MARGIN, is_replay
 from fedsim.study.cells import Cell
 from fedsim.study.claims import CAI, COLUMNS, COUNTED, FL, NET, Comparison, claimed_sign, methods
 from fedsim.study.effects import Effect, detectable, difference, estimate, verdict
@@ -136,7 +136,7 @@ def _rows_of(outcome: Outcome, arm: Arm, point: str) -> list[SeedRow]:
 
 
 def _cai_rows(outcome: Outcome, arm: Arm) -> list[SeedRow]:
-    """What the run's CAI conversations were like, and the DPO of its last round."""
+    """Findings on the run's CAI conversations, and the DPO of its last round."""
     seed, commit, rows = outcome.config.seed, commit_of(outcome.manifest), []
     data = [row for row in outcome.rows if row["stage"] == "cai_data"]
     rounds = [row for row in outcome.rows if row["stage"] == "round" and MARGIN in row]
@@ -215,8 +215,8 @@ class TableOne:
         return sum(row.value for row in rows) / len(rows) if rows else None
 
     def is_replay(self, aggregation: paper.Aggregation) -> bool:
-        """CAI had next to nothing to repair in some arm of the aggregation that has it."""
-        shares = [self.pooled(Arm(aggregation, method), REPAIRED_REVISION) for method in methods()]
+        """Hardly any first response was harmful in some arm of the aggregation that has CAI."""
+        shares = [self.pooled(Arm(aggregation, method), HARMFUL_RESPONSE) for method in methods()]
         return any(is_replay(share[0]) for share in shares if share is not None)
 
     def difference(self, aggregation: paper.Aggregation, comparison: Comparison, figure: str) -> Finding | None:

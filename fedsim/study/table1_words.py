@@ -74,11 +74,11 @@ ARM_NOTE: Final = (
     "AdvBench − innocent refused: a model that refuses everything gains nothing by it. CAI: share of harmful first "
     "responses, of critiques that find harm, and the reward margin of the last round's DPO in nats."
 )
-"""What stands under :func:`arm_table`."""
+"""Note under :func:`arm_table`."""
 
 
 def cai_table(table: TableOne) -> Table | None:
-    """What CAI's conversations were like and what DPO made of them, by arm; None without CAI."""
+    """Findings on CAI's conversations and the last round's DPO, by arm; None without CAI."""
     rows = []
     for arm in table.arms():
         shares = [table.pooled(arm, name) for name in FINDINGS]
@@ -133,11 +133,11 @@ CLAIM_NOTE: Final = (
     "difference, single runs over 520, 438 and 80 items (for MT-Bench with the largest spread that its scale allows); "
     "a published difference below it counts neither way. All other differences between these arms are sums of these."
 )
-"""What stands under :func:`claim_table`."""
+"""Note under :func:`claim_table`."""
 
 
 def verdicts(table: TableOne) -> list[str]:
-    """How many of the paper's differences have its sign here, per aggregation, and what is said of the others."""
+    """Sentences that count the paper's differences by verdict, one an aggregation."""
     lines = []
     for aggregation in table.aggregations:
         by_verdict: dict[str, dict[str, list[str]]] = {}  # verdict → comparison → figures
@@ -194,7 +194,7 @@ _PHRASES: Final = {
 
 
 def filter_findings(table: TableOne) -> list[str]:
-    """What the filter does to attacks and to innocent prompts, one sentence an aggregation, from the rows alone."""
+    """Sentences on attacks and innocent prompts with and without the filter, one an aggregation."""
     comparison = next(c for c in COMPARISONS if (c.treated, c.control) == (FILTER, FL))
     lines = []
     for aggregation in table.aggregations:

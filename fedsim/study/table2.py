@@ -44,7 +44,7 @@ HEAD: Final = ["seed", "point", *COUNTS, "commit"]
 
 @dataclass(frozen=True)
 class CountRow:
-    """What a guard did with the clients' rows under one seed.
+    """Confusion counts of a guard on the clients' rows under one seed.
 
     Attributes:
         seed: of the run.
@@ -196,7 +196,7 @@ def untuned_note(rows: Sequence[CountRow]) -> str:
 
 
 def note(origin: Origin, rows: Sequence[CountRow]) -> str:
-    """What stands under the table."""
+    """Note under the table."""
     parts = [
         f"Positive = red. {len(origin.seeds)} seed(s): {', '.join(map(str, origin.seeds))}. [low, high] = 95 % "
         "interval over seeds and rows. Undefined: in some seed the guard called no row unsafe.",

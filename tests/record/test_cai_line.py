@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fedsim.record.cai_line import REPLAY_WORDS, cai_lines, is_replay
+from fedsim.record.cai_line import REPLAY_WORDS, UNREPAIRED_WORDS, cai_lines, is_replay
 from fedsim.record.metrics import Row
 
 DATA: Row = {
@@ -42,8 +42,14 @@ def test_shares_counts_and_the_last_rounds_dpo() -> None:
 
 
 def test_a_run_with_nothing_to_repair_is_called_replay() -> None:
-    lines = cai_lines([{**DATA, "cai/repaired_revision": 1.0}, *rounds(0.0)])
+    lines = cai_lines([{**DATA, "cai/harmful_response": 4.0, "cai/repaired_revision": 1.0}, *rounds(0.0)])
     assert len(lines) == 2 and lines[1] == REPLAY_WORDS
+
+
+def test_harm_that_is_not_repaired_is_no_replay() -> None:
+    """30 % of the first responses are harmful: CAI does not train on the writer's own careful replies."""
+    lines = cai_lines([{**DATA, "cai/repaired_revision": 1.0}, *rounds(0.5)])
+    assert len(lines) == 2 and lines[1] == UNREPAIRED_WORDS
 
 
 def test_what_was_not_measured_is_said_and_decides_nothing() -> None:
@@ -53,6 +59,6 @@ def test_what_was_not_measured_is_said_and_decides_nothing() -> None:
     assert cai_lines(rounds(0.1)) == [], "no conversations, no CAI"
 
 
-@pytest.mark.parametrize(("repaired", "replay"), [(None, False), (0.0, True), (4.99, True), (5.0, False)])
-def test_replay_by_the_share_of_repairs(repaired: float | None, replay: bool) -> None:
-    assert is_replay(repaired) == replay
+@pytest.mark.parametrize(("harmful", "replay"), [(None, False), (0.0, True), (4.99, True), (5.0, False)])
+def test_replay_by_the_share_of_harmful_responses(harmful: float | None, replay: bool) -> None:
+    assert is_replay(harmful) == replay

@@ -101,3 +101,11 @@ def test_other_keys_are_compared_by_value_and_a_damaged_manifest_is_named(tmp_pa
     (tmp_path / "run" / "manifest.json").write_text("{")
     with pytest.raises(CheckpointError, match="is damaged"):
         compare(tmp_path / "run", made_config(tmp_path, "data.square", "/two"))
+
+
+def test_without_a_manifest_nothing_is_said_of_the_content(tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    write_run(tmp_path / "run", made_config(tmp_path, "data.square", old), {}, {})
+    (tmp_path / "run" / "manifest.json").unlink()
+    (words,) = compare(tmp_path / "run", made_config(tmp_path, "data.square", new)).changed
+    assert words.endswith("and no manifest.json has its content's SHA-256")

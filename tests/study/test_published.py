@@ -16,8 +16,12 @@ HELD = Origin("Measured here.", "`x`", (100, 101), "embedded-held-out", True)
 
 def test_seeds_and_attacks_of_development_are_named() -> None:
     assert HELD.setting.endswith("seeds and attacks that nothing in the embedded world was developed on.")
-    for origin in (replace(HELD, seeds=(2, 100)), replace(HELD, attacks="embedded")):
-        assert origin.setting.endswith("seeds and attacks that the embedded world was developed on.")
+    assert replace(HELD, seeds=(2, 100)).setting.endswith("held-out, seeds that the embedded world was developed on.")
+    seen = replace(HELD, attacks="embedded")
+    assert seen.setting.endswith("=embedded, attacks that the embedded world was developed on.")
+    both = replace(seen, seeds=(0, 1))
+    assert both.setting.endswith("=embedded, seeds and attacks that the embedded world was developed on.")
+    assert replace(HELD, attacks="a.csv").setting.endswith("nothing in the embedded world was developed on.")
     assert (
         replace(HELD, attacks="a.csv", embedded=False).setting == "2 seed(s): 100, 101; attacks: eval.advbench=a.csv."
     )
@@ -25,7 +29,7 @@ def test_seeds_and_attacks_of_development_are_named() -> None:
 
 def test_template_fillings_are_named_in_the_embedded_world_alone() -> None:
     assert "(the attacks of 6 frames)" in HELD.prompts and "would be wider" in HELD.prompts
-    assert replace(HELD, embedded=False).prompts == ""
+    assert replace(HELD, embedded=False).prompts == replace(HELD, attacks="a.csv").prompts == ""
 
 
 def test_a_files_folder_is_left_out() -> None:

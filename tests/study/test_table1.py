@@ -185,8 +185,11 @@ def test_replayed_cai_bears_out_nothing(table: table1.TableOne, make_runs: Calla
     assert found_verdicts(table, NET)[FL, paper.PRETRAINED] == "not published"
 
 
-def test_cai_that_repairs_is_judged(make_runs: Callable[..., Runs]) -> None:
-    acting = table1.TableOne(table1.seed_rows(make_runs(**{"cai/repaired_revision": 40.0})))
+@pytest.mark.parametrize("repaired", [40.0, 0.0])
+def test_cai_that_had_something_to_repair_is_judged(make_runs: Callable[..., Runs], repaired: float) -> None:
+    """CAI that repairs none of many harmful responses has failed, which is no replay."""
+    shares = {"cai/harmful_response": 60.0, "cai/repaired_revision": repaired}
+    acting = table1.TableOne(table1.seed_rows(make_runs(**shares)))
     assert found_verdicts(acting, "advbench_harmless")[CAI, FL] == "reproduced"
     assert table1_words.replay_lines(acting) == []
 
@@ -221,7 +224,7 @@ def test_the_pages_hold_the_figures_and_the_papers(table: table1.TableOne) -> No
     cai = table1_words.cai_table(table)
     assert cai is not None and cai.rows[0][1:] == ["0.0 of 800", "1.0 of 800", "0.0 of 800", "0.0002", "50.0", "0.6930"]
     text = "\n".join(table1_words.page(table, ORIGIN))
-    assert "seeds and attacks that the embedded world was developed on" in text and "of 6 frames" in text
+    assert "=embedded-held-out, seeds that the embedded world was developed on" in text and "of 6 frames" in text
 
 
 def test_the_control_stands_behind_its_arm(table: table1.TableOne) -> None:
