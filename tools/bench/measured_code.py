@@ -23,6 +23,10 @@ _STAGES: Final[dict[str, tuple[str, ...]]] = {
 """Files and folders of ``fedsim/`` by stage, all of it for any other; the stage's file in ``tools/bench/`` is added."""
 
 
+_PEERS: Final = ("plain_loop.py", "trl_peer.py", "clients.py")
+"""Files of ``tools/bench/`` that hold peers of more than one stage."""
+
+
 def code_digest(stage: str, root: Path = ROOT) -> str:
     """SHA-256 (hex) over the syntax of the code that a stage measures, without docstrings and comments.
 
@@ -46,9 +50,10 @@ def _files(stage: str, root: Path) -> Iterator[Path]:
             yield path
         else:
             yield from sorted(path.rglob("*.py"))
-    own = root / "tools" / "bench" / f"{stage}.py"
-    if own.is_file():
-        yield own
+    for name in (f"{stage}.py", *_PEERS):
+        path = root / "tools" / "bench" / name
+        if path.is_file():
+            yield path
 
 
 def _remove_docstrings(tree: ast.Module) -> None:
