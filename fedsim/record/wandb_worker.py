@@ -103,8 +103,11 @@ class Worker:
             self._begin()
         if self.run is None:
             return
+        import wandb
+
         self.run.summary.update(dict(summary or {}))
         self.run.finish(exit_code=0 if summary is not None else 1)
+        wandb.teardown()  # its program has answered before the last steps are on disk: wait until it has ended
         is_whole = self.mode == "online" or self._written_steps() == self.next_step
         self._save_note(self.mode if summary is not None and is_whole else "")
 

@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+import wandb
 from wandb.util import get_core_path
 
 from fedsim.checkpoint import Checkpoint
@@ -254,6 +255,20 @@ def test_a_run_whose_last_step_is_not_on_disk_is_not_complete(tmp_path: Path, mo
         assert json.loads((folder / "wandb.json").read_text())["complete"] == complete
 
 
+def test_the_files_are_read_when_wandb_has_written_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its answer to ``finish`` comes before the last steps are on disk; those are there when its program has ended."""
+    folder, ended = tmp_path / "run", list[bool]()
+    add_round(begin(folder), 0)
+    settings = {"mode": "offline", "project": "p", "entity": "", "group": "", "tags": [], "name": "n", "limit_s": 20.0}
+    monkeypatch.setattr(wandb_worker, "read_history", lambda *_: [(i, {}) for i in range(2 if ended else 1)])
+    monkeypatch.setattr(wandb, "teardown", lambda: ended.append(True))
+    worker = wandb_worker.Worker(folder, settings, {})
+    worker.run = SimpleNamespace(summary={}, finish=lambda exit_code: None)
+    worker.next_step = 2
+    worker.finish({})
+    assert json.loads((folder / "wandb.json").read_text())["complete"] == "offline"
+
+
 def test_the_place_says_how_to_send_what_is_there(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     (folder / "wandb" / "offline-run-20260101_000000-ab").mkdir(parents=True)
@@ -377,6 +392,8 @@ class Run:
 def Settings(**settings):
     note('settings', settings)
     return 'settings'
+def teardown():
+    note('teardown', None)
 def init(**settings):
     print('noise'); FAKE.at_init(); note('init', settings)
     Run.id = Run.id or settings['id']
