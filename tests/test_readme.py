@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import re
 from pathlib import Path
 from types import ModuleType
@@ -133,6 +134,18 @@ def test_no_figure_of_the_embedded_world_stands_outside_the_blocks() -> None:
         bare = re.sub(r"<!-- (\S+): begin -->.*?<!-- \1: end -->", "", text, flags=re.DOTALL)
         assert "reproduced" not in bare.replace("*reproduced in the embedded world*", ""), page
         assert not re.search(r"\d\.\d+ \[", bare), f"{page}: an interval outside the blocks"
+
+
+def test_the_replay_control_was_measured_with_the_patch() -> None:
+    """The control is no configuration: rows of a commit without changes would be CAI's own."""
+    rows = read_seed_rows(ROOT / "docs" / "results" / tools.table1.CONTROL_ROWS)
+    patch = (ROOT / "docs" / "results" / "replay-control.patch").read_text(encoding="utf-8")
+    assert "+                [[pair.rejected for pair in batch] for batch in batches]," in patch
+    assert {row.commit for row in rows} == {"883972f9a1 with changes"}, "the patch's own base, and the patch"
+    kept = {row.figure: row.outcomes is not None for row in rows if not row.figure.startswith("cai/")}
+    assert all(kept.values()) and len(kept) == 8
+    losses = [row.value for row in rows if row.figure == "cai/dpo_loss"]
+    assert losses == pytest.approx([math.log(2)] * 5, abs=1e-6), "no DPO"
 
 
 def test_the_committed_rows_of_table_1_are_few_enough_to_read() -> None:

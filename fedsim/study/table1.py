@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 
 from fedsim.config import Config, to_flat
-from fedsim.errors import ConfigError
+from fedsim.errors import ConfigError, DataError
 from fedsim.record import paper
 from fedsim.record.cai_line import ACCURACY, FINDINGS, HARMFUL_RESPONSE, LAST_ROUND, MARGIN, is_replay
 from fedsim.study.cells import Cell
@@ -105,7 +105,7 @@ def seed_rows(runs: Mapping[Arm, Sequence[Outcome]]) -> list[SeedRow]:
         runs: for each arm its finished runs, in the order of the seeds.
 
     Raises:
-        DataError: as of :func:`check_paired`.
+        DataError: as of :func:`check_paired`, or a run has lost the items of a figure that it recorded.
     """
     check_paired(list(runs.values()))
     rows: list[SeedRow] = []
@@ -127,6 +127,11 @@ def _rows_of(outcome: Outcome, arm: Arm, point: str) -> list[SeedRow]:
         name = headline if figure == "advbench_harmless" else figure
         items = outcome.items(point, name)
         value, count = outcome.figure(point, name), 1  # a judge's score has no items here
+        if value is not None and items is None and figure != "mt_bench":
+            raise DataError(
+                f"{outcome.folder / 'items'}: has no items of {name} at the point {point}; restore the folder, or read "
+                "the run with the fedsim that made it (its commit is in manifest.json)"
+            )
         if items is not None:
             unit = 1.0 if figure == "mt_bench" else 100.0
             value, count = unit * float(items.mean()), len(items)

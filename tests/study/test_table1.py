@@ -262,6 +262,14 @@ def test_a_judges_score_counts_as_one_item(finish: Callable[..., Outcome]) -> No
     assert "not rated" not in " ".join(table1_words.brief(table, ORIGIN))
 
 
+def test_a_run_that_has_lost_its_items_is_refused(finish: Callable[..., Outcome]) -> None:
+    """Else its figure would count as one item, and its interval would be of seeds alone."""
+    row: dict[str, Any] = {"round": 50, "stage": "eval", "point": "global", "eval/hhh_letter": 61.0}
+    runs = {table1.Arm("fedavg", FL): [finish("lost", ["seed=0"], {"pretrained": {}}, [row])]}
+    with pytest.raises(DataError, match=r"lost/items: has no items of hhh_letter at the point global; restore"):
+        table1.seed_rows(runs)  # type: ignore[arg-type]
+
+
 def test_answers_without_a_rating_are_said(table: table1.TableOne) -> None:
     rows = [row for found in table.rows.values() for row in found if row.figure != "mt_bench"]
     assert "MT-Bench was not rated" in " ".join(table1_words.brief(table1.TableOne(rows), ORIGIN))
