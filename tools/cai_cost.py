@@ -32,7 +32,7 @@ from fedsim.assembly import Federation, assemble
 from fedsim.config import Config, load_config
 from fedsim.config.command_line import DEFAULT
 from fedsim.data.square import SquareRow
-from fedsim.errors import ConfigError, DataError
+from fedsim.errors import ConfigError
 from fedsim.generate.engine import Sampling
 from fedsim.launching import Parser, launched
 from fedsim.parallel.world import World, process_world
@@ -43,8 +43,9 @@ from fedsim.record.cai_cost import Cost, Steps, epoch_iterations, page, row
 from fedsim.record.manifest import hardware
 from fedsim.record.run_record import RunRecord
 from fedsim.safety.alignment import Aligner
-from fedsim.safety.cai_data import CaiRow, generate_conversations, unusable, usable
+from fedsim.safety.cai_data import CaiRow, generate_conversations, usable
 from fedsim.safety.cai_stage import constitution_file
+from fedsim.safety.cai_usage import none_usable
 from fedsim.safety.constitution import load_constitution
 
 T = TypeVar("T")
@@ -109,7 +110,7 @@ def measure(asked: Asked, world: World) -> Cost:
     _write(config, federation, rows[: world.size])  # what is set up once
     written, written_s = _slowest(world, lambda: _write(config, federation, rows))
     if not usable(written):
-        raise DataError(unusable(written))
+        raise none_usable(written, config.cai)
     rounds = config.federation.num_rounds
     aligner = Aligner(federation.trainer, usable(written), federation.chat, config.cai, config.seed, rounds)
     size, round_iterations = config.cai.batch_size, aligner.iterations  # timing changes the aligner's
