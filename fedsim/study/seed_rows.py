@@ -55,7 +55,8 @@ def encode(outcomes: Sequence[float]) -> str:
     halves = [2 * float(outcome) for outcome in outcomes]
     if all(half.is_integer() and 0 <= half < len(_DIGITS) for half in halves):
         return "".join(_DIGITS[int(half)] for half in halves)
-    return " ".join(repr(float(outcome)) for outcome in outcomes)
+    text = " ".join(repr(float(outcome)) for outcome in outcomes)
+    return text if "." in text or " " in text else f"{text} "  # one number such as 5e-324 must not read as digits
 
 
 def decode(text: str) -> np.ndarray:
