@@ -236,17 +236,17 @@ def test_cai_texts_are_shown_with_their_units(make_run: MakeRun, facts: RunFacts
 
 
 def test_what_cai_had_to_do_stands_in_the_summary_and_the_closing_lines(make_run: MakeRun, facts: RunFacts) -> None:
-    shares = {"harmful_response": 30.0, "critique_finds_harm": 28.5, "repaired_revision": 1.0}
+    shares = {"harmful_response": 1.0, "critique_finds_harm": 28.5, "repaired_revision": 1.0}
     data: Row = {"round": 0, "stage": "cai_data"}
     for name, share in shares.items():
         data |= {f"cai/{name}": share, f"cai/{name}_low": share - 1, f"cai/{name}_high": share + 1}
         data |= {f"cai/{name}_count": 400}
     rows = [*make_run(), data]
     summary, terminal = summary_markdown(rows, facts), terminal_table(rows, facts)
-    assert "- CAI's conversations: harmful first responses 30.0 % [29.0, 31.0] of 400" in summary
+    assert "- CAI's conversations: harmful first responses 1.0 % [0.0, 2.0] of 400" in summary
     assert f"- {REPLAY_WORDS}" in summary
     assert "\nCAI's conversations: harmful first" in terminal and f"\n{REPLAY_WORDS}\n" in terminal
-    assert cells(summary, "harmful_response") == ["30 % of 400", "30 % of 400", ""]
+    assert cells(summary, "harmful_response") == ["1 % of 400", "1 % of 400", ""]
     assert "harmful_response_low" not in summary
 
 
