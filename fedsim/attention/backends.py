@@ -304,6 +304,15 @@ def folded(
     return out.reshape(rows, heads, length, -1)
 
 
+def leave_out_cudnn() -> None:
+    """Keep SDPA from taking cuDNN's kernels in this process.
+
+    Where torch prefers them (compute capability 9 and 10, cuDNN newer than 9.15), cuDNN builds a plan for every new
+    shape, some 0.4 s each, and packed rows hardly ever repeat a shape.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def _left(window: int | None) -> int:
     """Flash attention's left window: positions before the query; −1 is all."""
     return -1 if window is None else window - 1

@@ -32,6 +32,7 @@ from transformers import (
 )
 
 from fedsim.attention import forward
+from fedsim.attention.backends import Sdpa
 from fedsim.attention.forward import IMPLEMENTATIONS
 from fedsim.errors import ModelError
 from fedsim.generate.slots import Slots
@@ -271,3 +272,20 @@ def test_a_refusal_names_the_key_and_the_directory(opt_dir: Path) -> None:
     ):
         with pytest.raises(ModelError, match=r"guard\.path='.*/opt': input_jitter_noise=0\.5 in config\.json"):
             call()
+
+
+def test_a_gradient_that_leaks_between_rows_is_refused(
+    make_llama: Callable[..., LlamaForCausalLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The numbers of the forward pass are right."""
+    model = built(make_llama().config)
+    check_fitness(model, ROWS)
+    right = Sdpa.spans
+
+    def leaking(self: Any, query: Any, *rest: Any) -> torch.Tensor:
+        return right(self, query, *rest) + 0.3 * (query.sum() - query.sum().detach())
+
+    monkeypatch.setattr(Sdpa, "spans", leaking)
+    with pytest.raises(ModelError, match="the gradient of packed rows is not that of each row alone"):
+        check_fitness(model, ROWS)
+    assert not model.training and not any(p.grad is not None for p in model.parameters())
