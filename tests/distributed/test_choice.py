@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -10,14 +12,27 @@ from transformers import LlamaConfig
 
 from fedsim.attention import choice
 from fedsim.attention.choice import choose
+from fedsim.config import load_config
 from fedsim.data.chat import user_turn
 from fedsim.errors import ModelError
 from fedsim.generate import engine as engine_module
 from fedsim.generate.engine import Engine, Sampling
 from fedsim.model.load import load_base
 from fedsim.parallel.world import process_world
+from fedsim.record import finish
+from fedsim.simulation import Simulation
+from tools.chaos.outcome import different, outcome
 
 WRONG = "its self-test failed: dk is 0.3 off"
+SMALL = Path(__file__).parent / "small.yaml"
+BRIEF = [
+    "federation.num_rounds=1",
+    "guard.kind=none",
+    "cai.iterations=0",
+    "eval.guard_judge=none",
+    "eval.mt_bench=",
+    "eval.batch_size=2",
+]
 CHATS = [[user_turn(f"May I fly kite {i}?")] for i in range(6)]
 
 
@@ -87,7 +102,64 @@ def test_graphs_that_fail_on_one_rank_are_off_on_all_and_change_no_token(pool: A
     assert len(set(texts)) > 3
     assert all(found[:3] == (texts, None, []) for found in together) and alone[0][3] > 0
     assert any(found[3] > 0 for found in together)
+    why = "capturing a step ended with RuntimeError: no graphs here"
+    problem = f"CUDA graphs of decoding steps are off: {why} on rank 1"
+    assert failing == [(texts, problem, [problem], 0)] * 3, "said once; the second call captures nothing"
+
+
+def whole_run(overrides: list[str], attention_fails_on: int | None, graphs_fail_on: int | None) -> int:
+    """A run with stand-ins for graphs; what fails on a rank is the self-test of SDPA, or the capture of a graph."""
+    config = load_config(SMALL, overrides)
+    num_captures = 0
+    with process_world(exact=True, threads=1, timeout_s=60) as world, pytest.MonkeyPatch.context() as patch:
+
+        def tested(name: str, *_: Any) -> str | None:
+            return WRONG if name == "sdpa" and world.rank == attention_fails_on else None
+
+        def capture(step: Any) -> Replayed:
+            nonlocal num_captures
+            num_captures += 1
+            if world.rank == graphs_fail_on:
+                raise RuntimeError("no graphs here")
+            return Replayed(step)
+
+        patch.setattr(choice, "_self_test", tested)
+        patch.setattr(engine_module, "uses_graphs", lambda device: True)
+        patch.setattr(engine_module, "capture_cuda", capture)
+        patch.setattr(finish, "write_plots", lambda *_: [])
+        Simulation(config, world).run()
+    return num_captures
+
+
+def test_a_run_falls_back_says_so_and_keeps_its_bits(pool: Any, square_file: Path, tmp_path: Path) -> None:
+    """Graphs that fail on one rank change no bit; attention that fails on one rank gives what all can take."""
+
+    def places(name: str) -> list[str]:
+        folder = tmp_path / name
+        own = [f"name={name}", f"record.dir={tmp_path}", f"record.artefacts={folder}-artefacts"]
+        return [*BRIEF, f"data.square={square_file}", *own]
+
+    def manifest(name: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((tmp_path / name / "manifest.json").read_text(encoding="utf-8"))
+        return found
+
+    def said(name: str) -> list[str]:
+        log = (tmp_path / name / "logs" / "rank-000.jsonl").read_text(encoding="utf-8")
+        return [entry["text"] for entry in map(json.loads, log.splitlines()) if entry["event"] == "note"]
+
+    pool.run_all(
+        [
+            (1, whole_run, [*places("right"), "model.attention=eager"], None, None),
+            (2, whole_run, [*places("wrong"), "model.attention=auto"], 1, 1),
+        ]
+    )
+    right, wrong = (outcome(tmp_path / name, tmp_path / f"{name}-artefacts") for name in ("right", "wrong"))
+    assert different(wrong, right) in ([], ["artefacts"]), "keys of artefacts name the setting"
+    why = f"eager (auto; not sdpa: on rank 1, {WRONG})"
+    assert manifest("wrong")["attention"] == {"model": why}
+    assert [line for line in said("wrong") if "attention" in line] == [f"attention of the model: {why}"]
     problem = (
         "CUDA graphs of decoding steps are off: capturing a step ended with RuntimeError: no graphs here on rank 1"
     )
-    assert failing == [(texts, problem, [problem], 0)] * 3, "said once; the second call captures nothing"
+    assert manifest("wrong")["notes"] == [problem] == [line for line in said("wrong") if "graphs" in line]
+    assert manifest("right")["attention"] == {"model": "eager (asked for)"} and "notes" not in manifest("right")
