@@ -28,8 +28,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as transformers_logging
 
 from fedsim.artefacts import model_files_digest
-from fedsim.attention.choice import Choice, choose
-from fedsim.attention.forward import text_names
+from fedsim.attention.choice import CUDA_ONLY, Choice, choose
+from fedsim.attention.forward import IMPLEMENTATIONS, text_names
 from fedsim.data.chat import ChatFormat
 from fedsim.errors import ModelError
 from fedsim.json_text import parse_json
@@ -142,17 +142,46 @@ def load_base(
         check_quantised(config, trains=False)
     except ModelError as error:
         raise ModelError(f"{key}={str(folder)!r}: {error}") from error
-    base = _read(folder, config, key, weights, choose(attention, config, weights, device, ranks))
+    choice = choose(attention, config, weights, device, ranks)
+    base = _read(folder, config, key, weights, choice)
     base.requires_grad_(False)
     torch.nn.Module.to(base, device)
     embeddings = base.get_input_embeddings()
     assert isinstance(embeddings, torch.nn.Embedding)
     check_tokenizer(chat, embeddings.num_embeddings, folder, key)
     try:
-        check_fitness(base, [trial_row(chat, text, length) for text, length in zip(TEXTS, LENGTHS, strict=True)])
+        rows = [trial_row(chat, text, length) for text, length in zip(TEXTS, LENGTHS, strict=True)]
+        try_fitness(base, rows, choice)
     except ModelError as error:
         raise ModelError(f"{key}={str(folder)!r}: {error}") from error
     return base, chat
+
+
+def try_fitness(base: PreTrainedModel, rows: list[list[int]], choice: Choice) -> None:
+    """Check that a loaded model fits, and if not, whether it would with a backend that is not CUDA's alone.
+
+    Raises:
+        ModelError: it does not fit; with the backend that it fits with, where one of CUDA's kernels is to blame.
+    """
+    try:
+        check_fitness(base, rows)
+    except ModelError as error:
+        others = [name for name, reason in choice.tried.items() if not reason and name not in CUDA_ONLY]
+        for name in others if choice.name in CUDA_ONLY else []:
+            base.set_attn_implementation(IMPLEMENTATIONS[name])
+            if _fits(base, rows):
+                raise ModelError(
+                    f"{error}. With {name} in place of {choice.name} it fits: set model.attention={name}"
+                ) from error
+        raise
+
+
+def _fits(base: PreTrainedModel, rows: list[list[int]]) -> bool:
+    try:
+        check_fitness(base, rows)
+    except ModelError:
+        return False
+    return True
 
 
 def trial_row(chat: ChatFormat, text: str, length: int) -> list[int]:

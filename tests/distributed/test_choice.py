@@ -135,16 +135,15 @@ def test_a_run_falls_back_says_so_and_keeps_its_bits(pool: Any, square_file: Pat
     """Graphs that fail on one rank change no bit; attention that fails on one rank gives what all can take."""
 
     def places(name: str) -> list[str]:
-        folder = tmp_path / name
-        own = [f"name={name}", f"record.dir={tmp_path}", f"record.artefacts={folder}-artefacts"]
+        own = [f"record.dir={tmp_path / name}", f"record.artefacts={tmp_path / name / 'artefacts'}"]
         return [*BRIEF, f"data.square={square_file}", *own]
 
     def manifest(name: str) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads((tmp_path / name / "manifest.json").read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads((tmp_path / name / "small" / "manifest.json").read_text(encoding="utf-8"))
         return found
 
     def said(name: str) -> list[str]:
-        log = (tmp_path / name / "logs" / "rank-000.jsonl").read_text(encoding="utf-8")
+        log = (tmp_path / name / "small" / "logs" / "rank-000.jsonl").read_text(encoding="utf-8")
         return [entry["text"] for entry in map(json.loads, log.splitlines()) if entry["event"] == "note"]
 
     pool.run_all(
@@ -153,7 +152,7 @@ def test_a_run_falls_back_says_so_and_keeps_its_bits(pool: Any, square_file: Pat
             (2, whole_run, [*places("wrong"), "model.attention=auto"], 1, 1),
         ]
     )
-    right, wrong = (outcome(tmp_path / name, tmp_path / f"{name}-artefacts") for name in ("right", "wrong"))
+    right, wrong = (outcome(tmp_path / name / "small", tmp_path / name / "artefacts") for name in ("right", "wrong"))
     assert different(wrong, right) in ([], ["artefacts"]), "keys of artefacts name the setting"
     why = f"eager (auto; not sdpa: on rank 1, {WRONG})"
     assert manifest("wrong")["attention"] == {"model": why}
