@@ -151,34 +151,34 @@ def load_base(
     check_tokenizer(chat, embeddings.num_embeddings, folder, key)
     try:
         rows = [trial_row(chat, text, length) for text, length in zip(TEXTS, LENGTHS, strict=True)]
-        try_fitness(base, rows, choice)
+        try_fitness(base, rows, choice, trains=key != "judge.path")
     except ModelError as error:
         raise ModelError(f"{key}={str(folder)!r}: {error}") from error
     return base, chat
 
 
-def try_fitness(base: PreTrainedModel, rows: list[list[int]], choice: Choice) -> None:
+def try_fitness(base: PreTrainedModel, rows: list[list[int]], choice: Choice, *, trains: bool = True) -> None:
     """Check that a loaded model fits, and if not, whether it would with a backend that is not CUDA's alone.
 
     Raises:
         ModelError: it does not fit; with the backend that it fits with, where one of CUDA's kernels is to blame.
     """
     try:
-        check_fitness(base, rows)
+        check_fitness(base, rows, trains=trains)
     except ModelError as error:
         others = [name for name, reason in choice.tried.items() if not reason and name not in CUDA_ONLY]
         for name in others if choice.name in CUDA_ONLY else []:
             base.set_attn_implementation(IMPLEMENTATIONS[name])
-            if _fits(base, rows):
+            if _fits(base, rows, trains):
                 raise ModelError(
                     f"{error}. With {name} in place of {choice.name} it fits: set model.attention={name}"
                 ) from error
         raise
 
 
-def _fits(base: PreTrainedModel, rows: list[list[int]]) -> bool:
+def _fits(base: PreTrainedModel, rows: list[list[int]], trains: bool) -> bool:
     try:
-        check_fitness(base, rows)
+        check_fitness(base, rows, trains=trains)
     except ModelError:
         return False
     return True
