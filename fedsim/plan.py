@@ -103,7 +103,7 @@ def models(found: Preflight) -> dict[str, str]:
     """Size of each model and its adapter, and the attention backend that it gets."""
     return {
         role: f"{shape.architecture}, {shape.num_parameters:,} weights in {str(shape.dtype).removeprefix('torch.')}, "
-        f"adapter of {shape.adapter_size:,} numbers, attention: {shape.attention.name} ({shape.attention.why})"
+        f"adapter of {shape.adapter_size:,} numbers, attention: {shape.attention.words}"
         for role, shape in found.shapes.items()
     }
 

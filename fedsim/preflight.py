@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
+from fedsim.attention.choice import agreed
 from fedsim.config import Config
 from fedsim.errors import ConfigError, FolderError, Gathered
 from fedsim.evaluate.judge_inputs import check_judge
@@ -103,7 +104,11 @@ def preflight(config: Config, world: World) -> Preflight:
     for one in by_rank:
         one.mistakes.raise_all()
     found = by_rank[world.rank]
-    shapes, room = found.shapes, found.room
+    room = found.room
+    shapes = {  # with the attention that all ranks can take
+        role: replace(shape, attention=agreed([one.shapes[role].attention for one in by_rank]))
+        for role, shape in found.shapes.items()
+    }
     assert room is not None
     free = [one.free_bytes for one in by_rank]
     least = free.index(min(free))

@@ -145,7 +145,12 @@ class Preparation:
             path = models_in_use(self.config)[role]
             with self.record.phase(f"trying the {role}'s architecture", "load"):
                 load_base(
-                    path, dtype=model.dtype, attention=model.attention, device=self.world.device, key=f"{role}.path"
+                    path,
+                    dtype=model.dtype,
+                    attention=model.attention,
+                    device=self.world.device,
+                    key=f"{role}.path",
+                    ranks=self.ranks,
                 )
                 if self.world.device.type == "cuda":
                     torch.cuda.empty_cache()
@@ -163,7 +168,7 @@ class Preparation:
 
         def write() -> None:
             hashes = self._model_hashes()
-            attention = {role: shape.attention.name for role, shape in shapes.items()}
+            attention = {role: shape.attention.words for role, shape in shapes.items()}
             write_manifest(
                 self.record.folder, to_nested(self.config), inputs.files, hashes, attention, num_ranks=self.world.size
             )
@@ -254,9 +259,14 @@ class Preparation:
         model = self.config.model
         digest = self.ranks.once(lambda: model_digest(model.path))
         attention = chosen_attention(
-            model.path, dtype=model.dtype, attention=model.attention, device=self.world.device, key="model.path"
+            model.path,
+            dtype=model.dtype,
+            attention=model.attention,
+            device=self.world.device,
+            key="model.path",
+            ranks=self.ranks,
         )
-        graphs = uses_graphs(self.world.device, attention.implementation)
+        graphs = uses_graphs(self.world.device)
         return {"model": digest, "dtype": model.dtype, "attention": attention.name, "graphs": graphs}
 
     def aligner(

@@ -115,7 +115,7 @@ class Simulation:
         record.header(self.world.size, self.world.device)
         found, inputs = self._inspect()
         for role, shape in found.shapes.items():
-            record.say(f"attention of the {role}: {shape.attention.name} ({shape.attention.why})")
+            record.say(f"attention of the {role}: {shape.attention.words}")
             if shape.dropout_off:
                 record.say(f"dropout of the {role}'s base is off, LoRA's alone counts: {shape.dropout_off}")
         for warning in found.warnings():
@@ -175,6 +175,7 @@ class Simulation:
     def _assemble(self, filtered: Filtered) -> Federation:
         with self.record.phase("load model", "load"):
             federation = assemble(self.config, self.world, filtered.shards, self.record.client_state)
+            federation.engine.on_note = self.record.note
             if federation.rows.tally.num_dropped or federation.rows.tally.num_cut:
                 self.record.say(federation.rows.words(self.config))
             for note in federation.chat.notes():  # before evaluations, whose rows depend on the rank

@@ -293,7 +293,7 @@ def test_a_whole_round_runs(
     stages = {row["stage"]: row for row in read_rows(tmp_path / name / "metrics.jsonl")}
     assert {"filter", "eval", "cai_data", "round"} <= set(stages)
     manifest = json.loads((tmp_path / name / "manifest.json").read_text())
-    assert manifest["attention"] == dict.fromkeys(("model", "guard"), attentions(name)[0])
+    assert manifest["attention"] == dict.fromkeys(("model", "guard"), f"{attentions(name)[0]} (asked for)")
     said = capsys.readouterr().err
     assert f"attention of the guard: {attentions(name)[0]} (asked for)" in said
     off = [f"dropout of the {r}'s base is off, LoRA's alone counts: attention_dropout=0.1" for r in ("model", "guard")]

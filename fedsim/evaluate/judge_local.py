@@ -46,7 +46,12 @@ def judge_locally(
         ModelError: the model cannot be loaded, or its chat template takes no system message.
     """
     model, chat = load_base(
-        config.judge.path, dtype=config.model.dtype, attention=config.model.attention, device=device, key="judge.path"
+        config.judge.path,
+        dtype=config.model.dtype,
+        attention=config.model.attention,
+        device=device,
+        key="judge.path",
+        ranks=ranks,
     )
     engine = Engine(
         model,

@@ -192,7 +192,7 @@ class Decoder:
                 self._step(active, longest + step)
             else:
                 size = (min(1 << (active - 1).bit_length(), self.slots.num_rows), grown(longest + self.block))
-                self.graphs.run(size, lambda size=size: self._step(*size))  # type: ignore[misc]
+                self.graphs.run(size, lambda size=size: self._step(*size), self.state.carried)  # type: ignore[misc]
         self.passes += self.block
 
     def _reserve(self, length: int) -> None:
@@ -201,13 +201,18 @@ class Decoder:
         if self.graphs is not None and self.slots.capacity != before:
             self.graphs.clear()
 
-    def _step(self, num_rows: int, longest: int) -> None:
-        """One token of each of the first slots; touches tensors alone."""
+    def _step(self, num_rows: int, longest: int) -> torch.Tensor:
+        """One token of each of the first slots; touches tensors alone.
+
+        Returns:
+            The logits that the tokens were drawn from, ``[num_rows, vocabulary]``.
+        """
         state = self.state
         rows, places = state.rows[:num_rows], state.places[:num_rows]
         layout = Stepping(self.slots, rows, places, longest)
         logits = packed_logits(self.model, state.ids[:num_rows], places[None], layout, rows)
         self._draw(0, num_rows, logits)
+        return logits
 
     def _draw(self, begin: int, end: int, logits: torch.Tensor) -> None:
         tokens = pick(logits, self.state.uniforms_of(begin, end), self.temperature)

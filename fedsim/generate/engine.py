@@ -6,6 +6,7 @@ row draws from its own key, so the number of ranks changes no token.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -89,6 +90,8 @@ class Engine:
         on_progress: called with (done, total) units of this rank.
 
     Attributes:
+        graph_problem: why CUDA graphs are off, the same on every rank; None while they are on.
+        on_note: called on every rank with what a user should know, such as that graphs are off; by default a warning.
         work: what all ranks together have computed since :meth:`pop_work` was last called.
     """
 
@@ -110,6 +113,8 @@ class Engine:
         self.max_context = max_context
         self.seed = seed
         self.on_progress = on_progress
+        self.on_note: Callable[[str], None] = self._warn
+        self.graph_problem: str | None = None
         self.work = Work()
 
     def pop_work(self) -> Work:
@@ -183,10 +188,25 @@ class Engine:
         if decoder.graphs is not None:
             decoder.slots.reserve(min(self.max_context, self._end(lengths, follow_ups, num_new)) + decoder.block + 1)
         done = self._run(compute, units, [float(sum(lengths[i] for i in u)) for u in units])
+        if decoder.graphs is not None and self.graph_problem is None:
+            self._settle_graphs(decoder.graphs.problem)
         rows = self._in_order(units, [values for values, _ in done])
         turns = [(made.num_kept, made.num_prompt, len(made.ids)) for row in rows for made, _ in row]
         self.work += decode_work(turns, passes=sum(passes for _, passes in done))
         return [[self._reply(*row[turn]) for row in rows] for turn in range(len(turn_keys))]
+
+    def _settle_graphs(self, problem: str | None) -> None:
+        """Switch graphs off on all ranks where one could not use them; the steps' shapes, and bits, stay."""
+        for rank, found in enumerate(self.ranks.gather(problem)):
+            if found is not None:
+                where = f" on rank {rank}" if self.ranks.size > 1 else ""
+                self.graph_problem = f"CUDA graphs of decoding steps are off: {found}{where}"
+                self.on_note(self.graph_problem)
+                return
+
+    def _warn(self, note: str) -> None:
+        if self.ranks.is_main:
+            warnings.warn(note, RuntimeWarning, stacklevel=2)
 
     def _reply(self, made: Made, prompt_truncated: bool) -> Reply:
         text, thought = self._read(made.ids)
@@ -239,8 +259,8 @@ class Engine:
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             eos_ids=self.chat.end_ids,
-            graphs=Graphs(capture_cuda)
-            if uses_graphs(device, self.model.config._attn_implementation) and can_be_captured(self.model)
+            graphs=Graphs(capture_cuda, self.graph_problem)
+            if uses_graphs(device) and can_be_captured(self.model)
             else None,
             block=CUDA_BLOCK if device.type == "cuda" else 1,
         )

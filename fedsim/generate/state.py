@@ -36,6 +36,11 @@ class State:
         self._out = torch.zeros(size, dtype=torch.int64, device=device)
         self._uniforms = torch.zeros(size, dtype=torch.float64, device=device)
 
+    @property
+    def carried(self) -> tuple[torch.Tensor, ...]:
+        """What a step changes: the columns, and the tokens that were drawn."""
+        return self._fields, self._out
+
     def clear(self) -> None:
         """No slot has a row: all of them stand still at their beginning."""
         self._fields.zero_()

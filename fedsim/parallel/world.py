@@ -17,6 +17,7 @@ from typing import TypeVar, cast
 import torch
 import torch.distributed as dist
 
+from fedsim.attention.backends import leave_out_cudnn
 from fedsim.errors import FedsimError, RunError
 from fedsim.parallel.failing import LAST_S, alone, in_time, portable, say_signal, stop_here, together
 from fedsim.parallel.planner import deal_units
@@ -280,4 +281,5 @@ def _device(size: int) -> torch.device:
         return torch.device("cpu")
     index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
     torch.cuda.set_device(index)
+    leave_out_cudnn()
     return torch.device("cuda", index)

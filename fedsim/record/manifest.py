@@ -39,7 +39,7 @@ def write_manifest(
         config: the resolved configuration, nested or flat; its ``seed`` and ``parallel`` part are in it.
         inputs: data files by role, such as ``{"square": path}``; each gets its size and SHA-256.
         model_hashes: SHA-256 by role, such as ``{"base": ..., "guard": ...}``, as the caller computed them.
-        attention: the attention backend of each model, by role.
+        attention: the attention backend of each model, and why it was taken, by role.
         num_ranks: processes of the run.
 
     A run that is resumed keeps the manifest it began with and adds an entry to its ``resumed`` list, in which ``moved``
@@ -68,10 +68,23 @@ def write_manifest(
             "models": dict(model_hashes),
             "config": dict(config),
         }
+    _replace(path, manifest)
+    return path
+
+
+def add_note(path: Path, text: str) -> None:
+    """Add a line to the ``notes`` of the session that writes a manifest now (called on rank 0)."""
+    manifest = read_manifest(path)
+    session = manifest["resumed"][-1] if manifest.get("resumed") else manifest
+    session.setdefault("notes", []).append(text)
+    _replace(path, manifest)
+
+
+def _replace(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Write a manifest whole, or leave the old one."""
     new = path.with_suffix(".json.new")
     write_json(new, manifest)
     new.replace(path)
-    return path
 
 
 def versions() -> dict[str, str | None]:

@@ -24,6 +24,7 @@ from fedsim.ranks import Ranks
 from fedsim.record.ending import forget_ending, write_ending
 from fedsim.record.journal import Journal
 from fedsim.record.lock import DirectoryLock
+from fedsim.record.manifest import add_note
 from fedsim.record.metrics import MetricLog, read_rows
 from fedsim.record.paper import arm_of
 from fedsim.record.places import check_folder, run_folder
@@ -145,6 +146,12 @@ class RunRecord:
         """One line of progress."""
         self.progress.note(text)
         self.journal.write("note", text=text)
+
+    def note(self, text: str) -> None:
+        """One line of progress, which the manifest keeps too; called on every rank."""
+        self.say(text)
+        if self.ranks.is_main:
+            add_note(self.folder / "manifest.json", text)
 
     def _claim(self) -> bool:
         """Make the directory, or check that it holds this very run; one without a checkpoint begins at round 1.

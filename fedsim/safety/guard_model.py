@@ -17,7 +17,7 @@ from fedsim.data import batch, chat, markers, prepare, template, thoughts
 from fedsim.data.chat import TokenRow
 from fedsim.data.prepare import PreparedData
 from fedsim.generate import prefix, slots
-from fedsim.kernels import fixed_point, fixed_point_triton
+from fedsim.kernels import fixed_point
 from fedsim.model import fitness, flat_adapter, load, logprobs
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.model.load import LoadedModel, LoraSettings, chosen_attention, load_model, model_digest
@@ -34,7 +34,7 @@ from fedsim.train.objectives import SftObjective
 
 CODE: Final = (
     *(attention, batch, chat, markers, template, thoughts, *prepare.CODE, prefix, slots, flat_adapter, logprobs),
-    *(fitness, sums, loop, objectives, keys, dropout, fixed_point, fixed_point_triton, load, zero, zero_config),
+    *(fitness, sums, loop, objectives, keys, dropout, fixed_point, load, zero, zero_config),
     *(guard, guard_format, guard_prompt, guard_tuning),
     sys.modules[__name__],
 )
@@ -126,7 +126,12 @@ class GuardModel:
             settings = {k: v for k, v in settings.items() if not k.startswith(("tune_", "lora_"))}
         path, model = self.config.guard.path, self.config.model
         attention = chosen_attention(
-            path, dtype=model.dtype, attention=model.attention, device=self.device, key="guard.path"
+            path,
+            dtype=model.dtype,
+            attention=model.attention,
+            device=self.device,
+            key="guard.path",
+            ranks=self.ranks,
         )
         if not self._sha256:
             self._sha256 = self.ranks.once(lambda: model_digest(path))
@@ -181,7 +186,13 @@ class GuardModel:
             lora = LoraSettings(guard.lora_r, guard.lora_alpha, guard.lora_dropout, tuple(guard.lora_targets))
             model = self.config.model
             loaded = load_model(
-                guard.path, lora, dtype=model.dtype, attention=model.attention, device=self.device, key="guard.path"
+                guard.path,
+                lora,
+                dtype=model.dtype,
+                attention=model.attention,
+                device=self.device,
+                key="guard.path",
+                ranks=self.ranks,
             )
             self._loaded = loaded, FlatAdapter(loaded.model)
         return self._loaded

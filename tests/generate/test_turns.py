@@ -98,7 +98,7 @@ def test_slots_that_graphs_read_are_long_enough_from_the_beginning(
 
     want = engine_of(model, llama3_bytes_chat).converse(CHATS, FOLLOW_UPS, Sampling(1.0, 24), TURN_KEYS)
     monkeypatch.setattr(engine_module, "Decoder", Kept)
-    monkeypatch.setattr(engine_module, "uses_graphs", lambda device, implementation: True)
+    monkeypatch.setattr(engine_module, "uses_graphs", lambda device: True)
     monkeypatch.setattr(engine_module, "capture_cuda", Replayed)
     engine = engine_of(model, llama3_bytes_chat)
     assert engine.converse(CHATS, FOLLOW_UPS, Sampling(1.0, 24), TURN_KEYS) == want

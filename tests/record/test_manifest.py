@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fedsim.errors import CheckpointError, DataError
-from fedsim.record.manifest import hardware, versions, write_manifest
+from fedsim.record.manifest import add_note, hardware, versions, write_manifest
 from fedsim.version import made_by
 
 
@@ -43,6 +43,16 @@ def test_a_resume_adds_to_the_manifest_it_finds(tmp_path: Path) -> None:
     assert [entry["num_ranks"] for entry in manifest.pop("resumed")] == [2, 3]
     assert manifest == first
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+
+
+def test_notes_belong_to_the_session_that_makes_them(tmp_path: Path) -> None:
+    path = write_manifest(tmp_path, {}, {}, {}, {}, num_ranks=1)
+    for note in ("a", "b"):
+        add_note(path, note)
+    write_manifest(tmp_path, {}, {}, {}, {}, num_ranks=1)
+    add_note(path, "c")
+    manifest = json.loads(path.read_text())
+    assert manifest["notes"] == ["a", "b"] and manifest["resumed"][0]["notes"] == ["c"]
 
 
 def test_a_missing_input_is_named(tmp_path: Path) -> None:
