@@ -133,7 +133,7 @@ class _Checked:
 
 def _check(config: Config, world: World) -> _Checked:
     """Make every check, whatever the others find; only what needs a model's sizes waits for them."""
-    found = _Checked(free_bytes=free_memory(world.device, world.size))
+    found = _Checked(free_bytes=free_memory(world.device, world.sharing))
     attempt = found.mistakes.attempt
     record = config.record
     attempt(lambda: check_world_size(config, world.size))

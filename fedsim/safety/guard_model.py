@@ -129,7 +129,7 @@ class GuardModel:
             path, dtype=model.dtype, attention=model.attention, device=self.device, key="guard.path"
         )
         if not self._sha256:
-            self._sha256 = self.ranks.once(lambda: model_digest(path))
+            self._sha256 = self.ranks.once(lambda: model_digest(path, self.store.digests))
         return {
             "guard": settings,
             "tuned": tuned,

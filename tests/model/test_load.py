@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, LlamaForCausalLM
 
 from fedsim.attention.forward import IMPLEMENTATIONS
 from fedsim.data.chat import ChatFormat
+from fedsim.digests import FileDigests
 from fedsim.errors import ModelError
 from fedsim.model.load import (
     EMBEDDED,
@@ -205,19 +206,19 @@ def test_a_target_that_no_layer_has_is_an_error(llama_dir: Path, targets: tuple[
 
 
 def test_digest_follows_what_decides_the_output(llama_dir: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "copy"
+    folder, digests = tmp_path / "copy", FileDigests(tmp_path / "artefacts")
     shutil.copytree(llama_dir, folder)
-    digest = model_digest(str(folder))
-    assert digest == model_digest(str(llama_dir)), "the place does not matter"
+    digest = model_digest(str(folder), digests)
+    assert digest == model_digest(str(llama_dir), digests), "the place does not matter"
     (folder / "README.md").write_text("notes")
-    assert model_digest(str(folder)) == digest
+    assert model_digest(str(folder), digests) == digest
     for name in ("config.json", "tokenizer.json", "model.safetensors", "generation_config.json"):
         before = (folder / name).read_bytes()
         (folder / name).write_bytes(before + b" ")
-        assert model_digest(str(folder)) != digest, name
+        assert model_digest(str(folder), digests) != digest, name
         (folder / name).write_bytes(before)
     (folder / "chat_template.jinja").write_text("{{ messages }}")
-    assert model_digest(str(folder)) != digest
+    assert model_digest(str(folder), digests) != digest
 
 
 NAMED = [
