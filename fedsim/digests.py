@@ -2,9 +2,9 @@
 
 The digest of a file of :data:`LARGE` bytes or more is kept in the process, and in ``file-digests.json`` of the
 artefacts folder, by the file's resolved path, size, inode, and times of its last change of content (mtime) and of
-content or attributes (ctime), in nanoseconds. A file that differs in any of them is read again. What the cache trusts: a
-file whose values are all as before holds the same bytes. No ordinary write keeps them, since no program can set ctime;
-a file system whose clock went back, or a disk image edited from outside, could.
+content or attributes (ctime), in nanoseconds. A file that differs in any of them is read again. What the cache trusts:
+a file whose values are all as before holds the same bytes. No ordinary write keeps them, since no program can set
+ctime; a file system whose clock went back, or a disk image edited from outside, could.
 """
 
 from __future__ import annotations
