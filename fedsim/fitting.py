@@ -17,8 +17,8 @@ Lever = tuple[str, int | str]
 LEVERS: Final[Mapping[str, tuple[Lever, ...]]] = {
     "local training": (("local.micro_batch_size", 1), ("local.max_length", 64)),
     "CAI (DPO)": (("local.micro_batch_size", 1), ("cai.max_length", 64)),
-    "guard fine-tuning": (("local.micro_batch_size", 1), ("guard.max_length", 128)),
-    "guard scoring": (("guard.batch_tokens", "guard.max_length"), ("guard.max_length", 128)),
+    "guard fine-tuning": (("local.micro_batch_size", 1), ("guard.max_length", 400)),
+    "guard scoring": (("guard.batch_tokens", "guard.max_length"), ("guard.max_length", 400)),
     "generation": (("eval.batch_size", 1),),
     "judging": (("eval.batch_size", 1),),
 }
