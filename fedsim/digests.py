@@ -60,7 +60,7 @@ class FileDigests:
             _known.update(self._read())
         if identity not in _known:
             digest = file_digest(file)
-            if _identity(file) != identity or not _is_settled(file):
+            if not _is_settled(file):
                 return digest
             _known[identity] = digest
             self._keep(identity, digest)

@@ -10,6 +10,7 @@ from fedsim.config import Config, from_flat, to_flat
 from fedsim.model.memory import Need
 from fedsim.model.shape import ModelShape
 from fedsim.needs import memory_needs
+from fedsim.record.tables import byte_size
 
 Lever = tuple[str, int | str]
 """A key to halve, and how low it may go: a number, or the key whose value it may not undercut."""
@@ -49,7 +50,7 @@ class Fit:
     def words(self) -> str:
         """``key=value …`` as on the command line."""
         if self.unfit is not None:
-            return f"does not fit: {self.unfit.stage} ({self.unfit.num_bytes / 2**30:.1f} GiB at the lowest values)"
+            return f"does not fit: {self.unfit.stage} takes {byte_size(self.unfit.num_bytes)} at the lowest values"
         return " ".join(f"{key}={value}" for key, value in self.changes.items()) or "fits as it is"
 
 

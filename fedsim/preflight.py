@@ -78,8 +78,8 @@ class Preflight:
             for need in self.needs
             if need.num_bytes > least
         ]
-        if too_large:
-            too_large.append(f"memory of {byte_size(least)}: {self.fit.words()}")
+        if too_large and self.fit != Fit():
+            too_large.append(f"for {byte_size(least)}: {self.fit.words()}")
         return untried + too_large + ([self.shared_memory] if self.shared_memory else [])
 
 

@@ -341,8 +341,11 @@ def check_model_dir(path: str, key: str) -> Path:
     """
     folder = model_dir(path)
     if not folder.is_dir():
+        name = path if re.fullmatch(r"[\w.-]+/[\w.-]+", path) else "ORGANISATION/NAME"
         raise ModelError(
-            f"{key}={str(folder)!r}: is not a directory; download the model and give its path, or use 'embedded'"
+            f"{key}={str(folder)!r}: is not a directory; download the model and give its path (hf download {name} "
+            "--local-dir DIRECTORY; a gated one after its licence was accepted on its page, and hf auth login), or use "
+            "'embedded'"
         )
     _check_trusted_form(folder, key)
     needed = {

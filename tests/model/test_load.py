@@ -23,6 +23,7 @@ from fedsim.model.load import (
     LoadedModel,
     LoraSettings,
     attach_lora,
+    check_model_dir,
     load_model,
     model_digest,
     model_dir,
@@ -187,8 +188,10 @@ def test_an_attention_that_the_model_lacks_is_named(llama_dir: Path, tmp_path: P
 
 
 def test_other_errors_name_the_key(llama_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"model\.path=.*nowhere.*is not a directory; .*'embedded'"):
+    with pytest.raises(ModelError, match=r"model\.path=.*nowhere.*is not a directory; .*hf download ORG.*'embedded'"):
         load(tmp_path / "nowhere")
+    with pytest.raises(ModelError, match=r"hf download meta-llama/Llama-3\.1-8B-Instruct --local-dir"):
+        check_model_dir("meta-llama/Llama-3.1-8B-Instruct", "model.path")
     folder = tmp_path / "model"
     shutil.copytree(llama_dir, folder)
     (folder / "config.json").write_text('{"model_type": "nonsense"}')
