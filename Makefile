@@ -1,9 +1,10 @@
 # make demo      run the embedded default on 4 processes (makes .venv first where needed)
-# make test      lint, types and all tests
+# make test      lint, types and every test that is not marked deep, in two processes
+# make test-deep the tests that are marked deep, then test-oldest
+# make test-oldest  a part of the tests with the oldest torch and transformers allowed (downloads them to .venv-oldest)
 # make bench     time every stage beside its peers, about 12 minutes; the rows go to tools/bench/results/
 # make lint      ruff and mypy alone;  make format  lets ruff lay out the code
 # make chaos     kill a run 100 times at random moments and compare, about half an hour; the result goes to README.md
-# make test-oldest  a part of the tests with the oldest torch and transformers allowed (in .venv-oldest; downloads them)
 # make audit     known vulnerabilities of the pinned versions; needs the network (ARGS="-s osv" asks another service)
 # make clean     remove .venv and .venv-oldest, builds and caches; runs/ stays
 #
@@ -22,8 +23,10 @@ TORCH_INDEX ?=
 BIN := $(VENV)/bin
 INPUTS := constraints.txt setup.cfg pyproject.toml
 export OMP_NUM_THREADS := 1
+# Tests of one file stay in one process: they share what its fixtures made.
+SHARED_OUT := -n 2 --dist loadfile
 
-.PHONY: help demo test test-oldest bench chaos lint format audit clean
+.PHONY: help demo test test-deep test-oldest bench chaos lint format audit clean
 .DELETE_ON_ERROR:
 
 help:
@@ -33,14 +36,18 @@ demo: $(VENV)/installed
 	$(BIN)/torchrun --nproc_per_node=$(NPROC) launch/run.py $(CONFIG) $(ARGS)
 
 test: lint
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(BIN)/pytest $(SHARED_OUT) -m "not deep" $(PYTEST_ARGS)
+
+test-deep: $(VENV)/installed-test
+	$(BIN)/pytest $(SHARED_OUT) -m deep $(PYTEST_ARGS)
+	$(MAKE) test-oldest
 
 # What depends on torch and transformers: devices, sums, attention, models, training, decoding, and whole small runs.
 OLDEST_TESTS := tests/attention tests/generate tests/kernels tests/model tests/parallel tests/train \
   tests/distributed/test_lanes.py tests/distributed/test_exact.py tests/test_architectures.py tests/test_round.py
 
 test-oldest: $(OLDEST)/installed-test
-	$(OLDEST)/bin/python -m pytest $(OLDEST_TESTS) $(PYTEST_ARGS)
+	$(OLDEST)/bin/python -m pytest $(SHARED_OUT) -m "not deep" $(OLDEST_TESTS) $(PYTEST_ARGS)
 
 bench: $(VENV)/installed-test
 	$(BIN)/python tools/bench/run.py $(ARGS)
