@@ -9,7 +9,8 @@
 # make clean     remove .venv and .venv-oldest, builds and caches; runs/ stays
 #
 # Variables: PYTHON (3.11 or 3.12), NPROC, CONFIG, ARGS="key=value ...", PYTEST_ARGS, VENV, and
-# TORCH_INDEX=https://download.pytorch.org/whl/cpu for a machine without a GPU (the ordinary index serves the CUDA build).
+# TORCH_INDEX=https://download.pytorch.org/whl/cpu for a machine without a GPU (the ordinary index serves the CUDA build),
+# .../cu126 for a GPU with a driver older than 580 (docs/gpu.md).
 
 PYTHON ?= python3
 VENV ?= .venv

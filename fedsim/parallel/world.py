@@ -214,7 +214,8 @@ def process_world(*, exact: bool, threads: int, timeout_s: float, device: str = 
         SystemExit: another rank cannot start, and says why.
     """
     torch.set_num_threads(threads)
-    set_allocator()
+    if device != "cpu":
+        set_allocator()
     if exact:
         torch.use_deterministic_algorithms(True, warn_only=False)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # all is written

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import LlamaForCausalLM
 
 from fedsim.data.chat import ChatFormat
@@ -111,6 +112,7 @@ def test_a_mistake_is_said_once_by_rank_0_and_ends_every_process(
     assert max(seconds for _, _, seconds in ended) < 15
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_ranks_without_a_gpu_end_with_one_line(pool: Any, tmp_path: Path) -> None:
     """Before the processes form a group: the first rank says what is wrong, and nobody waits for the others."""
     words = [str(SMALL), "parallel.device=cuda", f"record.dir={tmp_path}", f"record.artefacts={tmp_path / 'artefacts'}"]
