@@ -170,7 +170,13 @@ class Preparation:
             hashes = self._model_hashes()
             attention = {role: shape.attention.words for role, shape in shapes.items()}
             write_manifest(
-                self.record.folder, to_nested(self.config), inputs.files, hashes, attention, num_ranks=self.world.size
+                self.record.folder,
+                to_nested(self.config),
+                inputs.files,
+                hashes,
+                attention,
+                num_ranks=self.world.size,
+                devices=self.world.placement.facts(),
             )
             self.record.write_config()
 
@@ -191,7 +197,7 @@ class Preparation:
         self.ranks.once(check)
 
     def _model_hashes(self) -> dict[str, str]:
-        return {role: model_digest(path) for role, path in models_in_use(self.config).items()}
+        return {role: model_digest(path, self.store.digests) for role, path in models_in_use(self.config).items()}
 
     def filter(self, data: PreparedData) -> Guarded:
         """Every client drops, replaces or downweights the rows that the guard calls unsafe (paper §4.1)."""
@@ -257,7 +263,7 @@ class Preparation:
     def _model_facts(self) -> dict[str, Any]:
         """What names the model in artefacts."""
         model = self.config.model
-        digest = self.ranks.once(lambda: model_digest(model.path))
+        digest = self.ranks.once(lambda: model_digest(model.path, self.store.digests))
         attention = chosen_attention(
             model.path,
             dtype=model.dtype,

@@ -288,7 +288,7 @@ def test_a_whole_round_runs(
     ]  # fmt: skip
     config = load_config(None, words)
     monkeypatch.setattr(finish, "write_plots", lambda *_: [])
-    with process_world(exact=True, threads=1, timeout_s=60) as world:
+    with process_world(exact=True, threads=1, timeout_s=60, device="cpu") as world:
         Simulation(config, world).run()
     stages = {row["stage"]: row for row in read_rows(tmp_path / name / "metrics.jsonl")}
     assert {"filter", "eval", "cai_data", "round"} <= set(stages)

@@ -24,6 +24,7 @@ from fedsim.data.chat import assistant_turn, user_turn
 from fedsim.data.prepare import PreparedData
 from fedsim.data.square import SquareRow
 from fedsim.data.usable import Tally
+from fedsim.digests import FileDigests
 from fedsim.errors import CheckpointError, ConfigError
 from fedsim.evaluate import shared
 from fedsim.evaluate.stage import BENCHMARKS, load_suite
@@ -199,7 +200,7 @@ def test_the_manifest_has_files_models_and_attention(stages: Make, llama_dir: Pa
     made.prepare.write_manifest(inputs, {"model": shape})
     manifest = json.loads((tmp_path / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["inputs"]["square"]["sha256"] == file_digest(file)
-    assert manifest["models"] == {"model": model_digest(str(llama_dir))}
+    assert manifest["models"] == {"model": model_digest(str(llama_dir), FileDigests(tmp_path))}
     assert (manifest["attention"], manifest["seed"]) == ({"model": "kite attention (asked for)"}, 5)
     assert (manifest["started"]["num_ranks"], manifest["config"]["cai"]["iterations"]) == (1, 2)
     assert made.record.notes == ["a note"], "for the summary"

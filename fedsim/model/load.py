@@ -27,10 +27,10 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
-from fedsim.artefacts import model_files_digest
 from fedsim.attention.choice import CUDA_ONLY, Choice, choose
 from fedsim.attention.forward import IMPLEMENTATIONS, text_names
 from fedsim.data.chat import ChatFormat
+from fedsim.digests import FileDigests
 from fedsim.errors import ModelError
 from fedsim.json_text import parse_json
 from fedsim.model.faults import missing_tokenizer_package, names_attention, own_attention, reason
@@ -367,9 +367,9 @@ def attach_lora(base: PreTrainedModel, lora: LoraSettings, key: str = "model.pat
     return model
 
 
-def model_digest(path: str) -> str:
-    """SHA-256 of a model's files (:func:`model_files_digest`); names the model in artefact keys."""
-    return model_files_digest(model_dir(path))
+def model_digest(path: str, digests: FileDigests) -> str:
+    """SHA-256 of a model's files (:meth:`FileDigests.model`); names the model in artefact keys."""
+    return digests.model(model_dir(path))
 
 
 def check_model_dir(path: str, key: str) -> Path:
@@ -381,8 +381,11 @@ def check_model_dir(path: str, key: str) -> Path:
     """
     folder = model_dir(path)
     if not folder.is_dir():
+        name = path if re.fullmatch(r"[\w.-]+/[\w.-]+", path) else "ORGANISATION/NAME"
         raise ModelError(
-            f"{key}={str(folder)!r}: is not a directory; download the model and give its path, or use 'embedded'"
+            f"{key}={str(folder)!r}: is not a directory; download the model and give its path (hf download {name} "
+            "--local-dir DIRECTORY; a gated one after its licence was accepted on its page, and hf auth login), or use "
+            "'embedded'"
         )
     _check_trusted_form(folder, key)
     needed = {

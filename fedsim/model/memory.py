@@ -111,9 +111,9 @@ def scoring_need(
     return Need(stage, beside + shape.weight_bytes + (kept + copies + layer) * shape.dtype.itemsize, key)
 
 
-def free_memory(device: torch.device, num_ranks: int) -> int:
-    """Bytes that one of ``num_ranks`` processes on this machine can have: of its GPU, or its share of the free RAM."""
+def free_memory(device: torch.device, sharing: int) -> int:
+    """Bytes that one of ``sharing`` processes on a GPU can have of it, or on the CPU of the machine's free RAM."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return int(free) // math.ceil(num_ranks / torch.cuda.device_count())
-    return int(psutil.virtual_memory().available) // num_ranks
+        return int(free) // sharing
+    return int(psutil.virtual_memory().available) // sharing

@@ -32,6 +32,7 @@ def write_manifest(
     attention: Mapping[str, str],
     *,
     num_ranks: int,
+    devices: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write ``directory/manifest.json`` (called on rank 0) and return its path.
 
@@ -41,6 +42,7 @@ def write_manifest(
         model_hashes: SHA-256 by role, such as ``{"base": ..., "guard": ...}``, as the caller computed them.
         attention: the attention backend of each model, and why it was taken, by role.
         num_ranks: processes of the run.
+        devices: where each process computes, and what carries their sums.
 
     A run that is resumed keeps the manifest it began with and adds an entry to its ``resumed`` list, in which ``moved``
     has the new path of each file or model that lies elsewhere.
@@ -53,6 +55,7 @@ def write_manifest(
     path = directory / "manifest.json"
     now = {"utc": datetime.now(UTC).isoformat(timespec="seconds"), "command": command_line(), "num_ranks": num_ranks}
     where = {"versions": versions(), "git": made_by()["git"], "hardware": hardware(), "attention": dict(attention)}
+    where["devices"] = dict(devices or {})
     if path.exists():
         manifest = read_manifest(path)
         check_unchanged(path, manifest, inputs, model_hashes)

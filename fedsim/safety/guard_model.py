@@ -134,7 +134,7 @@ class GuardModel:
             ranks=self.ranks,
         )
         if not self._sha256:
-            self._sha256 = self.ranks.once(lambda: model_digest(path))
+            self._sha256 = self.ranks.once(lambda: model_digest(path, self.store.digests))
         return {
             "guard": settings,
             "tuned": tuned,

@@ -91,7 +91,7 @@ def simulate(overrides: list[str], stop: tuple[str, int] | None) -> list[int]:
     cohort.plan_round = planned
     finish.write_plots = lambda *_: []  # slow, and drawn from the metrics that are compared
     try:
-        with process_world(exact=config.parallel.exact, threads=1, timeout_s=60) as world:
+        with process_world(exact=config.parallel.exact, threads=1, timeout_s=60, device="cpu") as world:
             simulation = Simulation(config, world)
             save = simulation.record.checkpoints.save
 

@@ -19,7 +19,13 @@ def test_what_a_manifest_holds(tmp_path: Path) -> None:
     data = tmp_path / "rows.json"
     data.write_bytes(b"[]\n")
     path = write_manifest(
-        tmp_path, {"seed": 7, "name": "x"}, {"square": data}, {"base": "ab" * 32}, {"base": "eager"}, num_ranks=4
+        tmp_path,
+        {"seed": 7, "name": "x"},
+        {"square": data},
+        {"base": "ab" * 32},
+        {"base": "eager"},
+        num_ranks=4,
+        devices={"backend": "gloo"},
     )
     manifest = json.loads(path.read_text())
     assert path == tmp_path / "manifest.json"
@@ -29,6 +35,7 @@ def test_what_a_manifest_holds(tmp_path: Path) -> None:
     assert manifest["models"] == {"base": "ab" * 32} and manifest["attention"] == {"base": "eager"}
     assert manifest["started"]["num_ranks"] == 4 and manifest["started"]["utc"].endswith("+00:00")
     assert manifest["threads"]["torch"] >= 1 and manifest["git"] == made_by()["git"]
+    assert manifest["devices"] == {"backend": "gloo"}
     assert "resumed" not in manifest
 
 
