@@ -21,22 +21,35 @@ def grown(length: int) -> int:
     return -(-length // GROWTH) * GROWTH
 
 
+LAYERS: Final = 8
+"""Layers whose keys and values are one tensor: few kernels move a slot, and growing copies a part at a time."""
+
+
 class Slots:
     """Keys and values of rows that are being decoded.
 
     On a CPU a head's positions lie one behind the other, which is what its matrix products read fastest; on CUDA a
     position's heads do, as its kernels want it.
 
+    Args:
+        num_rows: slots.
+        num_layers: of the model, so that no more is allocated than they need.
+        device: of the tensors.
+
     Attributes:
         lengths: positions of each slot that hold something.
         capacity: positions of each slot.
     """
 
-    def __init__(self, num_rows: int, device: torch.device) -> None:
+    def __init__(self, num_rows: int, num_layers: int, device: torch.device) -> None:
         self.lengths = [0] * num_rows
         self.capacity = 0
         self.device = device
+        self._num_layers = num_layers
         self._used = 0  # no slot holds anything from here on, not even what is no longer its row's
+        self._parts: list[torch.Tensor] = []  # [keys and values of some layers, rows, …]
+        self._open: dict[tuple[int, ...], tuple[int, int]] = {}  # by shape: the part with room, and how much is taken
+        self._found: dict[Place, list[tuple[int, int]]] = {}  # part and index of keys and of values
         self._kept: dict[Place, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @property
@@ -54,11 +67,11 @@ class Slots:
             return
         self.capacity = grown(length)
         longest = max(self.lengths)
-        for place, old in self._kept.items():
-            new = self._buffer(old[0]), self._buffer(old[1])
-            for to, come in zip(new, old, strict=True):
-                to[:, :longest] = come[:, :longest]
-            self._kept[place] = new
+        self._kept.clear()
+        for number, old in enumerate(self._parts):
+            new = self._part(len(old), old.shape[3], old.shape[4], old.dtype)
+            new[:, :, :longest] = old[:, :, :longest]
+            self._parts[number] = new
 
     def clear(self, begin: int, end: int) -> None:
         """Slots ``begin`` to ``end − 1`` are for other rows, which may meet nothing of what these held.
@@ -67,9 +80,8 @@ class Slots:
         """
         self.lengths[begin:end] = [0] * (end - begin)
         if self._used:
-            for buffers in self._kept.values():
-                for buffer in buffers:
-                    buffer[begin:end, : self._used] = 0
+            for part in self._parts:
+                part[:, begin:end, : self._used] = 0
         if end - begin == self.num_rows:
             self._used = 0
 
@@ -78,31 +90,49 @@ class Slots:
 
         Heads and size are those of ``key`` and of ``value``, whose heads may have another size.
         """
-        found = self._kept.get(place)
-        if found is None:
-            found = self._kept[place] = self._buffer(key), self._buffer(value)
+        views = self._kept.get(place)
+        if views is None:
+            found = self._found.get(place)
+            if found is None:
+                found = self._found[place] = self._take(key, value)
+            of_keys, of_values = (self._parts[part][index] for part, index in found)
+            views = self._kept[place] = of_keys, of_values
+        return views
+
+    def move(self, order: Sequence[int], to: torch.Tensor, source: torch.Tensor, longest: int) -> None:
+        """Slot i becomes as long as slot ``order[i]`` is; those of ``to`` get what is in ``source``.
+
+        Args:
+            to: int64 ``[moved]``, on the device: all slots that get another's content, if it has any.
+            source: int64 ``[moved]``: whose.
+            longest: positions that any slot holds, those of a row that has left included.
+        """
+        self.lengths = [self.lengths[slot] for slot in order]
+        if len(to):
+            for part in self._parts:
+                held = part[:, :, : longest + 1]  # a row that has ended may have written one position behind its end
+                held[:, to] = held[:, source]
+
+    def _take(self, key: torch.Tensor, value: torch.Tensor) -> list[tuple[int, int]]:
+        """Room for another attention's keys and values."""
+        num_tensors = 2 if key.shape[1:] == value.shape[1:] else 1
+        num_layers = max(min(self._num_layers - len(self._found), LAYERS), 1)
+        found = []
+        for like in (key, value):
+            heads, size = like.shape[-2:]
+            part, taken = self._open.get((heads, size), (-1, 0))
+            if part < 0 or taken == len(self._parts[part]):
+                part, taken = len(self._parts), 0
+                self._parts.append(self._part(num_tensors * num_layers, heads, size, like.dtype))
+            self._open[heads, size] = part, taken + 1
+            found.append((part, taken))
         return found
 
-    def exchange(self, one: int, other: int) -> None:
-        """Two slots take each other's place."""
-        if one == other:
-            return
-        lengths = self.lengths
-        if lengths[one] > lengths[other]:
-            one, other = other, one
-        short, length = lengths[one], lengths[other]
-        for buffers in self._kept.values():
-            for buffer in buffers:
-                kept = buffer[one, :short].clone()
-                buffer[one, :length] = buffer[other, :length]
-                buffer[other, :short] = kept
-        lengths[one], lengths[other] = length, short
-
-    def _buffer(self, like: torch.Tensor) -> torch.Tensor:
-        heads, size = like.shape[-2:]
+    def _part(self, num: int, heads: int, size: int, dtype: torch.dtype) -> torch.Tensor:
+        """Zeros ``[num, rows, capacity, heads, size]``."""
         if self.device.type == "cpu":
-            return like.new_zeros(self.num_rows, heads, self.capacity, size).transpose(1, 2)
-        return like.new_zeros(self.num_rows, self.capacity, heads, size)
+            return torch.zeros(num, self.num_rows, heads, self.capacity, size, dtype=dtype).transpose(2, 3)
+        return torch.zeros(num, self.num_rows, self.capacity, heads, size, dtype=dtype, device=self.device)
 
 
 class Extending:

@@ -86,7 +86,6 @@ class Conversations:
             model,
             num_slots,
             max_new_tokens=max(map(max, self.replies)),
-            temperature=temperature,
             eos_ids=frozenset(),
             graphs=Graphs(capture) if capture is not None and has_graphs else None,
             block=CUDA_BLOCK if self.bench.cuda or has_graphs else 1,
@@ -98,9 +97,9 @@ class Conversations:
             if turn == len(self.replies):
                 return None
             said[row].append([*said[row][-1], *ids, *self.asks[turn - 1][row]])
-            return Request(said[row][-1], row + turn, self.replies[turn][row])
+            return Request(said[row][-1], row + turn, self.replies[turn][row], temperature)
 
-        starts = [Request(p, row, self.replies[0][row]) for row, p in enumerate(self.prompts)]
+        starts = [Request(p, row, self.replies[0][row], temperature) for row, p in enumerate(self.prompts)]
         made = decoder.run(starts, then)
         self.turns = [(m.num_kept, m.num_prompt, len(m.ids)) for row in made for m in row]
         return [[turn.ids for turn in row] for row in made]
