@@ -108,7 +108,7 @@ class Decoder:
     ) -> None:
         device = next(model.parameters()).device
         self.model = model
-        self.slots = Slots(num_slots, int(model.config.get_text_config().num_hidden_layers), device)
+        self.slots = Slots(num_slots, device, int(model.config.get_text_config().num_hidden_layers))
         self.state = State(num_slots, max_new_tokens, device)
         self.graphs = graphs
         self.block = block

@@ -33,15 +33,15 @@ class Slots:
 
     Args:
         num_rows: slots.
-        num_layers: of the model, so that no more is allocated than they need.
         device: of the tensors.
+        num_layers: whose keys and values may be allocated together; more layers are taken one by one.
 
     Attributes:
         lengths: positions of each slot that hold something.
         capacity: positions of each slot.
     """
 
-    def __init__(self, num_rows: int, num_layers: int, device: torch.device) -> None:
+    def __init__(self, num_rows: int, device: torch.device, num_layers: int = 1) -> None:
         self.lengths = [0] * num_rows
         self.capacity = 0
         self.device = device

@@ -216,7 +216,7 @@ def test_infinities_of_one_row_never_reach_another(
 
 def test_a_slot_is_empty_when_a_row_gets_it(make_llama: Callable[..., LlamaForCausalLM]) -> None:
     """Within a unit too: a row whose keys hold infinities can have logits that are numbers."""
-    slots = Slots(3, 1, torch.device("cpu"))
+    slots = Slots(3, torch.device("cpu"))
     slots.reserve(10)
     keys, values = slots.kept(Place(0), torch.zeros(1, 2, 4), torch.zeros(1, 2, 6))
     for part in (keys, values):

@@ -68,7 +68,7 @@ def test_who_computes_a_unit_does_not_matter(
     seen: dict[bytes, list[torch.Tensor]] = {}
     logits: list[torch.Tensor] = []
     real = decode.pick
-    monkeypatch.setattr(decode, "pick", lambda found, u, t: logits.append(found) or real(found, u, t))
+    monkeypatch.setattr(decode, "pick", lambda found, *how: logits.append(found) or real(found, *how))
 
     class Kept(Decoder):
         def run(self, starts: Sequence[Request], then: Then = lambda row, ids: None) -> list[list[Made]]:

@@ -20,9 +20,8 @@ def exchange(state: State, one: int, other: int) -> None:
 
 def test_slots_end_at_their_limit_or_an_end_token_and_then_stand_still() -> None:
     state = State(3, 4, torch.device("cpu"))
-    state.begin(
-        0, [5, 9, 2], [2, 4, 4], [1.0, 0.5, 2.0], [np.arange(limit) / 10 + slot for slot, limit in enumerate([2, 4, 4])]
-    )
+    uniforms = [np.arange(limit) / 10 + slot for slot, limit in enumerate([2, 4, 4])]
+    state.begin(0, [5, 9, 2], [2, 4, 4], [1.0, 0.5, 2.0], uniforms)
     for tokens in ([10, 20, 30], [11, 7, 31], [12, 22, 32]):
         state.advance(0, 3, torch.tensor(tokens), SOUND[:3], EOS)
     assert state.read(3) == ([2, 2, 3], [0, 0, 1], [1, 1, 1])

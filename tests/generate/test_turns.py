@@ -196,7 +196,7 @@ def test_long_prompts_are_read_in_several_passes(model: LlamaForCausalLM, monkey
 def test_logits_after_kept_positions_equal_a_fresh_pass(model: LlamaForCausalLM) -> None:
     """Slots are extended, stepped, cut back, exchanged and outgrown; then the logits are those of the whole rows."""
     device = torch.device("cpu")
-    slots = Slots(3, 2, device)
+    slots = Slots(3, device, 2)
     rows = [list(range(3, 53)), list(range(60, 72)), list(range(90, 215))]
 
     def extend(which: list[int], begin: list[int], end: list[int]) -> torch.Tensor:
