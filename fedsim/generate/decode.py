@@ -22,7 +22,7 @@ from fedsim.attention.spans import put
 from fedsim.generate.graph import Graphs
 from fedsim.generate.pick import pick
 from fedsim.generate.score import unsound
-from fedsim.generate.slots import Extending, Slots, Stepping, grown
+from fedsim.generate.slots import Extending, Slots, Stepping, grown, parts_of
 from fedsim.generate.state import State
 
 PREFILL_TOKENS: Final = 8192
@@ -186,7 +186,7 @@ class Decoder:
         self._reserve(max(self.slots.lengths) + self.block + 1)  # a slot that has ended still writes behind its end
         for step in range(1, self.block + 1):
             if self.graphs is None:
-                self._step(active, longest + step)
+                self._step(active, longest + step, self._parts(step))
             else:
                 size = (min(1 << (active - 1).bit_length(), self.slots.num_rows), grown(longest + self.block))
                 self.graphs.run((*size, frozenset(self._kinds)), lambda size=size: self._step(*size))  # type: ignore[misc]
@@ -198,11 +198,18 @@ class Decoder:
         if self.graphs is not None and self.slots.capacity != before:
             self.graphs.clear()
 
-    def _step(self, num_rows: int, longest: int) -> None:
+    def _parts(self, step: int) -> list[tuple[slice, int]] | None:
+        """Rows that a CPU attends together in the block's step; a GPU attends all at once, by one kernel."""
+        if self.slots.device.type != "cpu":
+            return None
+        ends = [length + step for length in self.slots.lengths[: self._num_active]]
+        return parts_of(ends, self.slots.position_bytes)
+
+    def _step(self, num_rows: int, longest: int, parts: list[tuple[slice, int]] | None = None) -> None:
         """One token of each of the first slots; touches tensors alone."""
         state = self.state
         rows, places = state.rows[:num_rows], state.places[:num_rows]
-        layout = Stepping(self.slots, rows, places, longest)
+        layout = Stepping(self.slots, rows, places, longest, parts)
         logits = packed_logits(self.model, state.ids[:num_rows], places[None], layout, rows)
         self._draw(0, num_rows, logits)
 

@@ -225,8 +225,8 @@ class Engine:
         report = self._progress(len(rows))
         units = generation_units(lengths, most_new, self.batch_size)
         decoder = self._decoder(max(map(len, units), default=1), max(limits, default=1))
-        if decoder.graphs is not None:
-            decoder.slots.reserve(min(self.max_context, self._end(rows, lengths, most_new)) + decoder.block + 1)
+        if decoder.slots.device.type == "cuda" or decoder.graphs is not None:
+            decoder.slots.lengthen(min(self.max_context, self._end(rows, lengths, most_new)) + decoder.block + 1)
         done = self._run(compute, units, [float(sum(lengths[r] + most_new[r] for r in u)) for u in units])
         found = self._in_order(units, [values for values, _ in done])
         turns = [(made.num_kept, made.num_prompt, len(made.ids)) for row in found for made, _ in row]

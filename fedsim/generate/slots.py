@@ -21,7 +21,13 @@ def grown(length: int) -> int:
     return -(-length // GROWTH) * GROWTH
 
 
-LAYERS: Final = 8
+PART: Final = 16
+"""Rows that a CPU attends to together where rows differ much in length."""
+
+PART_BYTES: Final = 2**18
+"""Bytes that take about as long to read as a part of the rows takes to be attended to by itself."""
+
+LAYERS: Final = 4
 """Layers whose keys and values are one tensor: few kernels move a slot, and growing copies a part at a time."""
 
 
@@ -53,16 +59,26 @@ class Slots:
         self._kept: dict[Place, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @property
+    def position_bytes(self) -> int:
+        """Of a position's keys and values in the first layer; 0 before it has any."""
+        tensors = next(iter(self._kept.values()), ())
+        return sum(part.shape[2] * part.shape[3] * part.element_size() for part in tensors)
+
+    @property
     def num_rows(self) -> int:
         """Slots."""
         return len(self.lengths)
 
     def reserve(self, length: int) -> None:
-        """Make every slot at least ``length`` positions long, all of which may be written from now on.
+        """Let ``length`` positions of every slot be written from now on; longer slots as of :meth:`lengthen`."""
+        self._used = max(self._used, length)
+        self.lengthen(length)
+
+    def lengthen(self, length: int) -> None:
+        """Make every slot at least ``length`` positions long.
 
         What slots hold stays; where they are not long enough, at another address.
         """
-        self._used = max(self._used, length)
         if length <= self.capacity:
             return
         self.capacity = grown(length)
@@ -135,6 +151,24 @@ class Slots:
         return torch.zeros(num, self.num_rows, self.capacity, heads, size, dtype=dtype, device=self.device)
 
 
+def parts_of(ends: Sequence[int], position_bytes: int) -> list[tuple[slice, int]]:
+    """Consecutive rows of a step that a CPU attends to together, and how many positions the longest of them has.
+
+    All rows at once take the fewest calls, and read every row's slot as far as the longest goes; several parts read
+    less, and are worth it where that is much.
+
+    Args:
+        ends: positions of each row, at least one row.
+        position_bytes: of a position's keys and values in one layer.
+    """
+    parts = [slice(begin, min(begin + PART, len(ends))) for begin in range(0, len(ends), PART)]
+    longest = [max(ends[part]) for part in parts]
+    spared = sum((part.stop - part.start) * (max(ends) - most) for part, most in zip(parts, longest, strict=True))
+    if spared * position_bytes < PART_BYTES * len(parts):
+        return [(slice(0, len(ends)), max(ends))]
+    return list(zip(parts, longest, strict=True))
+
+
 class Extending:
     """Some slots grow by several tokens each: prompts, or what a further turn adds.
 
@@ -180,14 +214,26 @@ class Stepping:
         rows: int64 ``[rows]``: 0, 1, …
         places: int64 ``[rows]``: where the token of each goes, which is how many positions it sees before itself.
         longest: of the slots that go on after the step, or more, up to the capacity; others see so much at most.
+        parts: rows that are attended to together, and the longest of each part; None: all at once.
     """
 
-    def __init__(self, slots: Slots, rows: torch.Tensor, places: torch.Tensor, longest: int) -> None:
+    def __init__(
+        self,
+        slots: Slots,
+        rows: torch.Tensor,
+        places: torch.Tensor,
+        longest: int,
+        parts: Sequence[tuple[slice, int]] | None = None,
+    ) -> None:
+        parts = parts or [(slice(0, len(rows)), longest)]
         self.slots = slots
-        self.longest = longest
         self._rows = rows
         self._places = places
-        self._lengths = (places + 1).clamp(max=longest).to(torch.int32)
+        hidden: list[dict[tuple[int | None, torch.dtype], torch.Tensor]] = [{} for _ in parts]
+        self._parts = [
+            (some, (places[some] + 1).clamp(max=most).to(torch.int32), most, shared)
+            for (some, most), shared in zip(parts, hidden, strict=True)
+        ]
 
     def attend(
         self,
@@ -199,7 +245,11 @@ class Stepping:
         scores: Scores,
     ) -> torch.Tensor:
         """See :class:`fedsim.attention.forward.Layout`."""
-        keys, values = (part[: len(self._rows)] for part in self.slots.kept(place, key, value))
+        keys, values = self.slots.kept(place, key, value)
         keys[self._rows, self._places] = key
         values[self._rows, self._places] = value
-        return backend.slots(query, Cached(keys, values, self._lengths, self.longest), scores)
+        outs = [
+            backend.slots(query[some], Cached(keys[some], values[some], lengths, longest, hidden), scores)
+            for some, lengths, longest, hidden in self._parts
+        ]
+        return outs[0] if len(outs) == 1 else torch.cat(outs)

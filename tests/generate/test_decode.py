@@ -17,7 +17,7 @@ from fedsim.attention.forward import IMPLEMENTATIONS, Place
 from fedsim.errors import RunError
 from fedsim.generate import decode
 from fedsim.generate.decode import Decoder, Request
-from fedsim.generate.pick import pick
+from fedsim.generate.pick import BLOCK, pick
 from fedsim.generate.slots import Slots
 
 EOS, PAD = 259, 260
@@ -251,3 +251,57 @@ def test_pick_is_the_smallest_token_whose_cumulative_probability_exceeds(
     cumulative = np.cumsum(probs / probs.sum())
     (got,) = drawn(torch.tensor([logits], dtype=torch.float64), [uniform], temperature)
     assert cumulative[got] >= uniform - 1e-9 and (got == 0 or cumulative[got - 1] <= uniform + 1e-9)
+
+
+def one_cumulative_sum(logits: torch.Tensor, uniforms: list[float], temperature: float) -> list[int]:
+    """The definition: one sum over all tokens of ⌊2^b · p / p_max⌋, without blocks."""
+    size = logits.shape[-1]
+    scaled = logits.double() / temperature
+    weights = (scaled - scaled.amax(dim=-1, keepdim=True)).exp() * 2.0 ** (62 - (size - 1).bit_length())
+    cumulative = weights.to(torch.int64).cumsum(dim=-1)
+    total = cumulative[:, -1]
+    level = torch.minimum((torch.tensor(uniforms, dtype=torch.float64) * total.double()).to(torch.int64), total - 1)
+    return torch.searchsorted(cumulative, level[:, None], right=True)[:, 0].tolist()
+
+
+EDGES = [0.0, 2**-53, 0.5 - 2**-54, 0.5, 1 - 2**-53]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.integers(1, 2000),
+    st.integers(0, 2**32 - 1),
+    st.sampled_from(EDGES) | st.floats(0, 1, exclude_max=True),
+    st.sampled_from([0.05, 0.7, 1.0, 3.0]),
+    st.sampled_from([0.0, 0.5, 0.999]),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+)
+def test_blocks_draw_the_token_of_one_sum(
+    size: int, seed: int, uniform: float, temperature: float, barred: float, dtype: torch.dtype
+) -> None:
+    """Integers add up alike in any order, so for every uniform number; barred tokens have a logit of −∞."""
+    rng = np.random.default_rng(seed)
+    logits = torch.from_numpy(rng.normal(0, 4, size=(2, size))).to(dtype)
+    logits[torch.from_numpy(rng.random((2, size)) < barred)] = -torch.inf
+    logits[:, int(rng.integers(size))] = 1.0
+    uniforms = [uniform, float(rng.random())]
+    assert drawn(logits, uniforms, temperature) == one_cumulative_sum(logits, uniforms, temperature)
+
+
+@pytest.mark.parametrize("size", [BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK])
+def test_every_level_of_equal_weights_draws_its_token(size: int) -> None:
+    """Just below, at and just above the border between two tokens, at the borders of blocks too."""
+    logits = torch.zeros(1, size)
+    for token in range(size):
+        for uniform in (token / size, math.nextafter(token / size, 1), math.nextafter((token + 1) / size, 0)):
+            assert drawn(logits, [uniform], 1.0) == one_cumulative_sum(logits, [uniform], 1.0)
+
+
+def test_greedy_and_sampled_rows_share_a_batch() -> None:
+    """Each by its own temperature: as in batches of one kind."""
+    logits = torch.randn(4, 700, generator=torch.Generator().manual_seed(0))
+    largest, uniforms = logits.amax(dim=-1, keepdim=True), torch.tensor([0.1, 0.4, 0.7, 0.99], dtype=torch.float64)
+    temperatures = torch.tensor([0.7, 0.0, 1.5, 0.0], dtype=torch.float64)
+    together = pick(logits, largest, uniforms, temperatures, {True, False}).tolist()
+    alone = [drawn(logits[i : i + 1], [uniforms[i].item()], temperatures[i].item())[0] for i in range(4)]
+    assert together == alone and together[0] != logits[0].argmax()
