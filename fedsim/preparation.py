@@ -292,7 +292,7 @@ class Preparation:
             return None
         federation.flat.load(federation.flat.initial(self.config.seed))
         facts = self.facts | self._model_facts() | {"data": data.source_sha256}
-        with self.record.phase("CAI conversations", "cai_generate", "batches") as phase:
+        with self.record.phase("CAI conversations", "cai_generate", "rows") as phase:
             federation.engine.on_progress = phase.step
             conversations = cai_conversations(self.config, federation.engine, data.cai_rows, self.store, facts)
             federation.engine.on_progress = None

@@ -194,8 +194,8 @@ def test_greedy_decoding_equals_hugging_face(family_dir: Any, name: str, attenti
     """Prompts and replies that outgrow the window, in a batch from which rows leave."""
     loaded = load(family_dir(name), attention)
     asked = [ids(n, seed=2).tolist() for n in (2, 31, 9, WINDOW, 50)]
-    decoder = Decoder(loaded.base, 3, max_new_tokens=24, temperature=0.0, eos_ids=frozenset({9, 77, 130, 201}))
-    replies = decoder.run([Request(prompt, 0, 24) for prompt in asked])
+    decoder = Decoder(loaded.base, 3, max_new_tokens=24, eos_ids=frozenset({9, 77, 130, 201}))
+    replies = decoder.run([Request(prompt, 0, 24, 0.0) for prompt in asked])
     for prompt, (turn,) in zip(asked, replies, strict=True):
         sent = torch.tensor([prompt])
         made: Any = loaded.base.generate(

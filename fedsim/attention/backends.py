@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Final, Protocol
 
@@ -42,12 +42,14 @@ class Cached:
         values: ``[rows, capacity, key heads, value size]``.
         lengths: int32 ``[rows]``, on the device: positions of each row, the query's own included.
         max_length: the largest of them, or more, up to the capacity.
+        hidden: what :meth:`hiding` has made, which the layers of a step share.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
     lengths: torch.Tensor
     max_length: int
+    hidden: dict[tuple[int | None, torch.dtype], torch.Tensor] = field(default_factory=dict)
 
     def heads(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values as ``[rows, key heads, max_length, head size]``, views."""
@@ -60,6 +62,14 @@ class Cached:
         if window is not None:
             seen &= places >= self.lengths[:, None] - window
         return seen[:, None, None]
+
+    def hiding(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+        """``[rows, 1, 1, max_length]``: 0 where :meth:`mask` is true, else −∞, to be added to scores."""
+        if (window, dtype) not in self.hidden:
+            seen = self.mask(window)
+            zeros = torch.zeros_like(seen, dtype=dtype)
+            self.hidden[window, dtype] = zeros.masked_fill_(~seen, -torch.inf)
+        return self.hidden[window, dtype]
 
 
 class Backend(Protocol):
@@ -132,12 +142,11 @@ class Sdpa:
         rows, heads, size = query.shape
         keys, values = cached.heads()
         grouped = query.view(rows, keys.shape[1], heads // keys.shape[1], size)
-        mask = cached.mask(scores.window)
+        hidden = cached.hiding(scores.window, query.dtype)
         if query.device.type == "cpu":  # the fused kernel is made for many queries
-            hidden = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
-            products = (grouped * scores.scale) @ keys.transpose(2, 3) + hidden
+            products = ((grouped * scores.scale) @ keys.transpose(2, 3)).add_(hidden)
             return (products.softmax(dim=-1) @ values).view(rows, heads, -1)
-        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scores.scale)
+        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=hidden, scale=scores.scale)
         return out.reshape(rows, heads, -1)
 
 

@@ -99,8 +99,8 @@ class MtJudge:
 
     @property
     def unit(self) -> str:
-        """What progress counts: requests, or a local model's batches on this rank."""
-        return "turns" if self.config.judge.kind == "openai" else "batches"
+        """What progress counts: requests, or a local model's rows on this rank."""
+        return "turns" if self.config.judge.kind == "openai" else "rows"
 
     def judge(
         self,

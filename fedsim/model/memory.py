@@ -9,7 +9,7 @@ import psutil
 import torch
 
 from fedsim.generate.decode import PREFILL_TOKENS
-from fedsim.generate.slots import GROWTH
+from fedsim.generate.slots import GROWTH, LAYERS
 from fedsim.model.logprobs import MAX_LOGITS
 from fedsim.model.shape import ModelShape
 
@@ -77,7 +77,7 @@ def generation_need(
 ) -> Need:
     """Memory of decoding: weights, the slots of the cache, one pass that reads prompts, and one row of logits a row.
 
-    While a layer's slots grow, its old ones are still there.
+    While the slots of some layers grow, their old ones are still there.
 
     Args:
         num_rows: that are decoded together.
@@ -85,7 +85,8 @@ def generation_need(
         beside: bytes of vectors, and of other models that are in memory at the time.
     """
     capacity = -(-num_tokens // GROWTH) * GROWTH
-    cache = num_rows * capacity * (shape.num_layers + 1) * shape.kv_size * shape.dtype.itemsize
+    layers = shape.num_layers + min(LAYERS, shape.num_layers)
+    cache = num_rows * capacity * layers * shape.kv_size * shape.dtype.itemsize
     read = min(num_rows * num_tokens, max(num_tokens, PREFILL_TOKENS))
     prefill = read * (2 * shape.hidden_size + 3 * shape.intermediate_size) * shape.dtype.itemsize
     logits = 3 * 8 * num_rows * shape.vocab_size  # sampling works in fp64: logits, exponentials, cumulative sum

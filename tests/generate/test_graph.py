@@ -13,7 +13,10 @@ from fedsim.generate.decode import Decoder, Made, Request
 from fedsim.generate.graph import NUM_CHECKED, Graphs, can_be_captured
 
 EOS = frozenset({259, *range(0, 240, 12)})
-STARTS = [Request([11 + row] * (1 + 17 * row % 70), row, 4 + 23 * row % 61) for row in range(13)]
+
+
+def starts(temperature: float) -> list[Request]:
+    return [Request([11 + row] * (1 + 17 * row % 70), row, 4 + 23 * row % 61, temperature) for row in range(13)]
 
 
 class Remembered:
@@ -34,7 +37,7 @@ class Remembered:
 def addresses(decoder: Decoder) -> list[int]:
     state = decoder.state
     tensors = [state.rows, state.ids, state.places, state.counts, state.limits, state.alive, state.lines]
-    tensors += [state._out, state._uniforms, *(t for layer in decoder.slots._kept.values() for t in layer)]
+    tensors += [state._out, state._uniforms, *decoder.slots._parts]
     return [tensor.data_ptr() for tensor in tensors]
 
 
@@ -49,20 +52,18 @@ def replayed(model: LlamaForCausalLM, num_slots: int, **options: Any) -> tuple[D
     return decoder, graphs
 
 
-def then(row: int, ids: list[int]) -> Request | None:
-    """A second turn of every other row."""
-    if row % 2 or row in _ASKED:
-        return None
-    _ASKED.add(row)
-    return Request([*STARTS[row].prompt, *ids, 5, 6], 50 + row, 9)
+def run(decoder: Decoder, temperature: float) -> list[list[Made]]:
+    """All rows, every other one with a second turn."""
+    rows = starts(temperature)
+    asked: set[int] = set()
 
+    def then(row: int, ids: list[int]) -> Request | None:
+        if row % 2 or row in asked:
+            return None
+        asked.add(row)
+        return Request([*rows[row].prompt, *ids, 5, 6], 50 + row, 9, temperature)
 
-_ASKED: set[int] = set()
-
-
-def run(decoder: Decoder) -> list[list[Made]]:
-    _ASKED.clear()
-    return decoder.run(STARTS, then)
+    return decoder.run(rows, then)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -71,15 +72,15 @@ def test_replays_give_the_eager_tokens(
     make_llama: Callable[..., LlamaForCausalLM], temperature: float, num_slots: int, block: int
 ) -> None:
     model = make_llama().double()
-    want = run(Decoder(model, num_slots, max_new_tokens=64, temperature=temperature, eos_ids=EOS))
-    decoder, graphs = replayed(model, num_slots, temperature=temperature, block=block)
-    assert run(decoder) == want
+    want = run(Decoder(model, num_slots, max_new_tokens=64, eos_ids=EOS), temperature)
+    decoder, graphs = replayed(model, num_slots, block=block)
+    assert run(decoder, temperature) == want
     assert graphs and max(graph.num_replays for graph in graphs) > 5
     assert len(graphs) <= 2 * num_slots.bit_length(), "one a number of rows and a capacity"
     assert decoder.graphs is not None
-    assert run(decoder) == want, "another unit, the same slots"
+    assert run(decoder, temperature) == want, "another unit, the same slots"
     num_graphs = len(graphs)
-    assert run(decoder) == want
+    assert run(decoder, temperature) == want
     assert len(graphs) == num_graphs, "no slot has moved since, so every graph is still of use"
 
 
@@ -94,11 +95,11 @@ def test_what_a_step_computes_depends_on_its_own_unit_alone(
 
     def seen(decoder: Decoder, length: int) -> list[tuple[int, int]]:
         sizes.clear()
-        decoder.run([Request([11 + row] * length, row, 60) for row in range(3)])
+        decoder.run([Request([11 + row] * length, row, 60, 0.0) for row in range(3)])
         return list(sizes)
 
-    fresh = seen(replayed(model, 4, temperature=0.0, block=4)[0], 100)
-    decoder, _ = replayed(model, 4, temperature=0.0, block=4)
+    fresh = seen(replayed(model, 4, block=4)[0], 100)
+    decoder, _ = replayed(model, 4, block=4)
     seen(decoder, 400)
     assert decoder.slots.capacity > 400
     assert seen(decoder, 100) == fresh
@@ -260,8 +261,8 @@ def test_a_decoder_goes_on_without_a_wrong_graph(
 
 def test_a_step_makes_no_lasting_tensor(make_llama: Callable[..., LlamaForCausalLM]) -> None:
     """Between two steps of one size nothing is moved, and only the state and the slots carry anything over."""
-    decoder = Decoder(make_llama(), 4, max_new_tokens=64, temperature=1.0, eos_ids=frozenset())
-    decoder.run([Request([3, 4, 5], row, 2) for row in range(4)])
+    decoder = Decoder(make_llama(), 4, max_new_tokens=64, eos_ids=frozenset())
+    decoder.run([Request([3, 4, 5], row, 2, 1.0) for row in range(4)])
     before = addresses(decoder)
     with torch.inference_mode():
         for _ in range(3):

@@ -86,7 +86,6 @@ class Conversations:
             model,
             num_slots,
             max_new_tokens=max(map(max, self.replies)),
-            temperature=temperature,
             eos_ids=frozenset(),
             graphs=Graphs(capture) if capture is not None and has_graphs else None,
             block=CUDA_BLOCK if self.bench.cuda or has_graphs else 1,
@@ -98,9 +97,9 @@ class Conversations:
             if turn == len(self.replies):
                 return None
             said[row].append([*said[row][-1], *ids, *self.asks[turn - 1][row]])
-            return Request(said[row][-1], row + turn, self.replies[turn][row])
+            return Request(said[row][-1], row + turn, self.replies[turn][row], temperature)
 
-        starts = [Request(p, row, self.replies[0][row]) for row, p in enumerate(self.prompts)]
+        starts = [Request(p, row, self.replies[0][row], temperature) for row, p in enumerate(self.prompts)]
         made = decoder.run(starts, then)
         if decoder.graphs is not None and decoder.graphs.problem is not None:
             raise RuntimeError(decoder.graphs.problem)
