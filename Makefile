@@ -1,6 +1,8 @@
 # make demo      run the embedded default on 4 processes (makes .venv first where needed)
 # make test      lint, types and all tests
 # make bench     time every stage beside its peers, about 12 minutes; the rows go to tools/bench/results/
+# make rehearse  count the CUDA path's steps at 8B shapes without a GPU, about 5 minutes; needs g++ and a CPU build of
+#                torch; the table goes to tools/rehearsal/results/
 # make lint      ruff and mypy alone;  make format  lets ruff lay out the code
 # make chaos     kill a run 100 times at random moments and compare, about half an hour; the result goes to README.md
 # make audit     known vulnerabilities of the pinned versions; needs the network (ARGS="-s osv" asks another service)
@@ -21,7 +23,7 @@ BIN := $(VENV)/bin
 INPUTS := constraints.txt setup.cfg pyproject.toml
 export OMP_NUM_THREADS := 1
 
-.PHONY: help demo test bench chaos lint format audit clean
+.PHONY: help demo test bench rehearse chaos lint format audit clean
 .DELETE_ON_ERROR:
 
 help:
@@ -35,6 +37,9 @@ test: lint
 
 bench: $(VENV)/installed-test
 	$(BIN)/python tools/bench/run.py $(ARGS)
+
+rehearse: $(VENV)/installed-test
+	$(BIN)/python -m tools.rehearsal $(ARGS)
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
