@@ -74,7 +74,7 @@ def test_no_phase_beats_its_floor(rehearsal: dict[str, Any], phase: str) -> None
 
 
 def test_the_committed_run_of_all_layers_agrees(rehearsal: dict[str, Any]) -> None:
-    """Layers repeat one another, so that 32 of them cost what 1 and 2 say."""
+    """Layers repeat one another, so that 2 and 3 of them tell what 32 cost."""
     whole = json.loads((ROOT / "tools" / "rehearsal" / "results" / "phases.json").read_text(encoding="utf-8"))
     assert list(whole["phases"]) == PHASES, "run: make rehearse"
     if rehearsal["versions"] != whole["versions"]:

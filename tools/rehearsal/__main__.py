@@ -18,7 +18,7 @@ RESULTS = Path(__file__).with_name("results")
 def main(arguments: Sequence[str]) -> int:
     """See the help; returns the exit code: 1 where a budget is exceeded, 2 where the fake device cannot be had."""
     parser = argparse.ArgumentParser(prog="python -m tools.rehearsal", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="carry 1 and 2 layers to 32, and write no results")
+    parser.add_argument("--quick", action="store_true", help="carry 2 and 3 layers to 32, and write no results")
     parser.add_argument("--lower", action="store_true", help="as --quick, and lower the budgets to what was counted")
     parser.add_argument("--faults", action="store_true", help="seed faults too, and say how each is reported")
     parser.add_argument("--phases", metavar="TEXT", default="", help="only phases whose name holds this")

@@ -1,4 +1,4 @@
-"""What a phase costs: counted at some layers, or carried from 1 and 2 layers to 32, which repeat one another."""
+"""What a phase costs: counted at all 32 layers, or carried to them from 2 and 3, as layers repeat one another."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from fedsim.model.load import LoraSettings
 from tools.rehearsal.device import stand_in
@@ -95,6 +95,8 @@ def counted(phase: Phase, models: Models) -> Measured:
             run()
     found = roofline.counted
     gc.collect()
+    with unset_fake_temporarily():
+        bound = needed(phase, models.device)
     return Measured(
         tokens=work.tokens,
         kernels=found.kernels,
@@ -103,7 +105,7 @@ def counted(phase: Phase, models: Models) -> Measured:
         ms={gpu: 1e3 * seconds for gpu, seconds in found.seconds.items()},
         floor_ms={gpu: 1e3 * rates.floor(work.flops, work.num_bytes) for gpu, rates in GPUS.items()},
         peak=found.peak,
-        needed=needed(phase, models.device),
+        needed=bound,
         num_waits=len(found.waits),
         waits=found.waits,
         collective_bytes=sum(found.collectives.values()),
@@ -112,32 +114,36 @@ def counted(phase: Phase, models: Models) -> Measured:
     )
 
 
-def carried(one: Measured, two: Measured, num_layers: int = LAYERS) -> Measured:
-    """Figures at ``num_layers`` layers from those at 1 and 2: each further layer adds what the second one did."""
+FEW: Final = (2, 3)
+"""Layers of a quick rehearsal: with one alone, the last layer of guard scoring, which computes less, would be all."""
+
+
+def carried(two: Measured, three: Measured, num_layers: int = LAYERS) -> Measured:
+    """Figures at ``num_layers`` layers from those at :data:`FEW`: each further one adds what the third did."""
 
     def number(a: float, b: float) -> float:
-        return a + (num_layers - 1) * (b - a)
+        return a + (num_layers - FEW[0]) * (b - a)
 
     def table(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:
         return {name: number(a.get(name, 0.0), b.get(name, 0.0)) for name in b}
 
     changed: dict[str, Any] = {}
-    for name, second in asdict(two).items():
-        first = getattr(one, name)
+    for name, more in asdict(three).items():
+        fewer = getattr(two, name)
         if name in ("tokens", "needed", "waits"):
-            changed[name] = second
+            changed[name] = more
         else:
-            changed[name] = table(first, second) if isinstance(second, dict) else number(first, second)
+            changed[name] = table(fewer, more) if isinstance(more, dict) else number(fewer, more)
     return Measured(**changed)
 
 
 def rehearse(
     names: Sequence[str], *, quick: bool, say: Callable[[str], None] = lambda name: None
 ) -> dict[str, Measured]:
-    """Figures of phases at 32 layers: carried from 1 and 2 layers if ``quick``, else of all layers."""
+    """Figures of phases at 32 layers: carried from :data:`FEW` layers if ``quick``, else of all layers."""
     found = {}
     with fake_device() as device:
-        few, many = Models(1, device), Models(2 if quick else LAYERS, device)
+        few, many = Models(FEW[0], device), Models(FEW[1] if quick else LAYERS, device)
         for name in names:
             phase = PHASES[name]
             say(name)
