@@ -188,7 +188,7 @@ def test_collectives_count_their_bytes_and_no_kernel() -> None:
         counted = copies(lambda: dist.all_reduce(on_cuda(100, dtype=torch.float32)))
     finally:
         dist.destroy_process_group()
-    assert counted.kernels == 0 and counted.collectives == {"allreduce_": 400}
+    assert counted.kernels == 0 and counted.collectives == {"c10d::allreduce_": 400}
 
 
 def test_work_belongs_to_the_module_that_does_it_forward_and_backward() -> None:

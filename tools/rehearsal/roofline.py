@@ -258,7 +258,7 @@ class Roofline(TorchDispatchMode):
 
     def _count(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
         schema = func._schema
-        name = schema.name.split("::")[1]
+        name = schema.name.removeprefix("aten::")
         named = {a.name: v for a, v in zip(schema.arguments, args, strict=False)} | dict(kwargs)
         inputs, outputs = list(_tensors((args, *kwargs.values()))), list(_tensors(out))
         for tensor in outputs:
@@ -279,11 +279,10 @@ class Roofline(TorchDispatchMode):
             return
         if name == "copy_" and not all(there):
             return
-        self._add_kernel(func, name, schema, named, inputs, outputs)
+        self._add_kernel(name, schema, named, inputs, outputs)
 
     def _add_kernel(
         self,
-        func: Any,
         name: str,
         schema: Any,
         named: Mapping[str, Any],
@@ -296,7 +295,7 @@ class Roofline(TorchDispatchMode):
         kind = _kind(next((t.dtype for t in inputs if t.is_floating_point()), torch.float32))
         counted.kernels += 1
         counted.num_bytes += num_bytes
-        counted.operators[f"{func.namespace}::{name}"] += 1
+        counted.operators[schema.name] += 1
         if flops:
             counted.flops[kind] += flops
         for gpu, rates in GPUS.items():
@@ -323,7 +322,7 @@ class Roofline(TorchDispatchMode):
             return 2 * sum(map(_size, outputs))
         if name in _PLACING | _ADDING:
             return (3 if name in _ADDING else 2) * _size(inputs[-1])
-        if name.startswith("_varlen_attn") and named.get("seqused_k") is not None:
+        if name == "torch_attn::_varlen_attn" and named.get("seqused_k") is not None:
             share = packed_keys(named) / named["key"].shape[0]
             cached = _size(named["key"]) + _size(named["value"])
             whole = sum(_size(t) for t in [*inputs, *outputs] if self._is_there(t))
