@@ -1,5 +1,6 @@
 # make demo      run the embedded default on 4 processes (makes .venv first where needed)
-# make test      lint, types and all tests
+# make test      lint, types and every test that is not marked deep, in two processes
+# make test-deep the tests that are marked deep
 # make bench     time every stage beside its peers, about 12 minutes; the rows go to tools/bench/results/
 # make rehearse  count the CUDA path's steps at 8B shapes without a GPU, about 5 minutes; needs g++ and a CPU build of
 #                torch; the table goes to tools/rehearsal/results/
@@ -22,8 +23,10 @@ TORCH_INDEX ?=
 BIN := $(VENV)/bin
 INPUTS := constraints.txt setup.cfg pyproject.toml
 export OMP_NUM_THREADS := 1
+# Tests of one file stay in one process: they share what its fixtures made.
+SHARED_OUT := -n 2 --dist loadfile
 
-.PHONY: help demo test bench rehearse chaos lint format audit clean
+.PHONY: help demo test test-deep bench rehearse chaos lint format audit clean
 .DELETE_ON_ERROR:
 
 help:
@@ -33,7 +36,10 @@ demo: $(VENV)/installed
 	$(BIN)/torchrun --nproc_per_node=$(NPROC) launch/run.py $(CONFIG) $(ARGS)
 
 test: lint
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(BIN)/pytest $(SHARED_OUT) -m "not deep" $(PYTEST_ARGS)
+
+test-deep: $(VENV)/installed-test
+	$(BIN)/pytest $(SHARED_OUT) -m deep $(PYTEST_ARGS)
 
 bench: $(VENV)/installed-test
 	$(BIN)/python tools/bench/run.py $(ARGS)

@@ -23,7 +23,8 @@ def kernel() -> Iterator[ModuleType]:
     """The module with its kernel interpreted: Triton reads the variable where a kernel is defined."""
     before = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "1"
-    sys.modules.pop("fedsim.kernels.fixed_point_triton", None)
+    if sys.modules.pop("fedsim.kernels.fixed_point_triton", None):
+        del kernels.fixed_point_triton  # else the import below takes the module that is compiled
     from fedsim.kernels import fixed_point_triton
 
     yield fixed_point_triton

@@ -98,6 +98,26 @@ ACCEPTED = [
     "youtu",
 ]
 
+COMMON = {
+    "deepseek_v3",
+    "gemma2",
+    "gemma3_text",
+    "glm4",
+    "gpt2",
+    "granite",
+    "llama",
+    "mistral",
+    "mixtral",
+    "olmo2",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "smollm3",
+}
+"""Families that every run of the tests decodes; the others are tried in depth."""
+ALL = [pytest.param(name, marks=() if name in COMMON else pytest.mark.deep) for name in ACCEPTED]
+
 REFUSED = {
     "axk2": "index_topk",
     "bailing_hybrid": "carries state from token to token",
@@ -150,7 +170,7 @@ def small_model(name: str) -> PreTrainedModel:
     return model
 
 
-@pytest.mark.parametrize("name", ACCEPTED)
+@pytest.mark.parametrize("name", ALL)
 def test_an_accepted_family_is_decoded_as_transformers_decodes(name: str) -> None:
     config: Any = AutoConfig.for_model(name)
     switch_dropout_off(config)
