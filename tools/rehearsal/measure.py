@@ -96,7 +96,7 @@ def counted(phase: Phase, models: Models) -> Measured:
     found = roofline.counted
     gc.collect()
     with unset_fake_temporarily():
-        bound = needed(phase, models.device)
+        bound = needed(phase)
     return Measured(
         tokens=work.tokens,
         kernels=found.kernels,

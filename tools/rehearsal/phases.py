@@ -21,6 +21,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import LlamaForCausalLM, PreTrainedModel
 
+from fedsim.attention.choice import Choice
 from fedsim.attention.forward import IMPLEMENTATIONS
 from fedsim.config import FederationConfig, LocalConfig, ServerOptimizerConfig, load_config
 from fedsim.data.chat import TokenRow
@@ -389,20 +390,23 @@ PHASES: Final[Mapping[str, Phase]] = {
 }
 
 
-def needed(phase: Phase, device: torch.device) -> int | None:
+def needed(phase: Phase) -> int | None:
     """Bytes that ``memory_needs`` gives for the stage at the phase's size, at 32 layers; None without a stage."""
     if not phase.stage:
         return None
-    shapes = {"model": _shape(phase.backend, LORA, device), "guard": _shape(phase.backend, GUARD_LORA, device)}
+    shapes = {"model": _shape(phase.backend, LORA), "guard": _shape(phase.backend, GUARD_LORA)}
     config = load_config(CONFIG, ["model.path=/model", "guard.path=/guard", *phase.sizes])
     return next(n.num_bytes for n in memory_needs(config, shapes, WORLD) if n.stage == phase.stage)
 
 
 @cache
-def _shape(backend: str, lora: LoraSettings, device: torch.device) -> ModelShape:
+def _shape(backend: str, lora: LoraSettings) -> ModelShape:
+    """Sizes of the whole model. It is measured as on a CPU: no device is asked whether it can have the backend."""
     with tempfile.TemporaryDirectory() as folder:
         GPU.llama().save_pretrained(folder)
-        return model_shape(Path(folder), lora, dtype="bfloat16", attention=backend, device=device, key="model.path")
+        cpu = torch.device("cpu")
+        shape = model_shape(Path(folder), lora, dtype="bfloat16", attention="sdpa", device=cpu, key="model.path")
+    return replace(shape, attention=Choice(backend, ""))
 
 
 @contextmanager
