@@ -3,6 +3,8 @@
 # make test-deep the tests that are marked deep, then test-oldest
 # make test-oldest  a part of the tests with the oldest torch and transformers allowed (downloads them to .venv-oldest)
 # make bench     time every stage beside its peers, about 12 minutes; the rows go to tools/bench/results/
+# make rehearse  count the CUDA path's steps at 8B shapes without a GPU, about 5 minutes; needs g++ and a CPU build of
+#                torch; the table goes to tools/rehearsal/results/
 # make lint      ruff and mypy alone;  make format  lets ruff lay out the code
 # make chaos     kill a run 100 times at random moments and compare, about half an hour; the result goes to README.md
 # make audit     known vulnerabilities of the pinned versions; needs the network (ARGS="-s osv" asks another service)
@@ -27,7 +29,7 @@ export OMP_NUM_THREADS := 1
 # Tests of one file stay in one process: they share what its fixtures made.
 SHARED_OUT := -n 2 --dist loadfile
 
-.PHONY: help demo test test-deep test-oldest bench chaos lint format audit clean
+.PHONY: help demo test test-deep test-oldest bench rehearse chaos lint format audit clean
 .DELETE_ON_ERROR:
 
 help:
@@ -52,6 +54,9 @@ test-oldest: $(OLDEST)/installed-test
 
 bench: $(VENV)/installed-test
 	$(BIN)/python tools/bench/run.py $(ARGS)
+
+rehearse: $(VENV)/installed-test
+	$(BIN)/python -m tools.rehearsal $(ARGS)
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -256,8 +256,8 @@ class Decoder:
         """
 
         def exchange(one: int, other: int) -> None:
-            for places in (self._rows, order):
-                places[one], places[other] = places[other], places[one]
+            self._rows[one], self._rows[other] = self._rows[other], self._rows[one]
+            order[one], order[other] = order[other], order[one]
 
         row = self._rows[slot]
         if request is None:
