@@ -63,7 +63,8 @@ def fitting(config: Config, shapes: Mapping[str, ModelShape], num_ranks: int, nu
         shapes: sizes of the models in use, by role.
         num_bytes: memory of one rank.
     """
-    flat, changes = to_flat(config), {}
+    flat = to_flat(config)
+    changes: dict[str, Any] = {}
     while True:
         needs = memory_needs(from_flat(flat), shapes, num_ranks)
         largest = max(needs, key=lambda need: need.num_bytes)
