@@ -22,8 +22,7 @@ class Traffic:
 
     An all-reduce counts the whole vector on every member, a gathered object its pickle on every rank, and one that
     rank 0 sends out its pickle there alone. Of DeepSpeed's collectives the gradients and the adapter's shares count, by
-    their sizes. Barriers, heartbeats, the set-up of groups, and DeepSpeed's scalars and padding do
-    not.
+    their sizes. Barriers, heartbeats, the set-up of groups, and DeepSpeed's scalars and padding do not.
     """
 
     num_bytes: int = 0

@@ -9,15 +9,17 @@ from typing import Any
 import torch
 
 from fedsim.config import load_config
-from fedsim.evaluate.judge import MtJudge
+from fedsim.evaluate.judge import POLL_S, MtJudge
 from fedsim.evaluate.judge_inputs import load_questions
 from fedsim.parallel.world import process_world
 
-TIMEOUT_S = 2.0
+TIMEOUT_S = 4.0
 
 
 def judge(words: list[str], folder: str) -> tuple[list[Any], int, float]:
     """Scores, turns without a judgment, and seconds."""
+    import openai  # noqa: F401  takes seconds, and is no wait for a judge
+
     config, began = load_config(None, words), time.monotonic()
     answered = [(question, ("first", "second")) for question in load_questions(config)]
 
@@ -31,6 +33,7 @@ def judge(words: list[str], folder: str) -> tuple[list[Any], int, float]:
 
 
 def test_a_long_back_off_ends_no_other_rank(pool: Any, endpoint: Any, mt_folder: Path, tmp_path: Path) -> None:
+    assert TIMEOUT_S < POLL_S
     endpoint.answer = lambda number, request: 500 if number == 0 else "Rating: [[7]]"
     words = ["judge.kind=openai", f"judge.base_url={endpoint.url}", f"eval.mt_bench={mt_folder / 'question.jsonl'}",
              f"eval.mt_bench_references={mt_folder / 'reference_answer' / 'gpt-4.jsonl'}", "judge.workers=1",
