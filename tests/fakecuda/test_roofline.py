@@ -166,10 +166,11 @@ def copies(run: object) -> Counted:
 def test_what_a_copy_waits_for() -> None:
     small, large = torch.empty(10), torch.empty(1 << 20)
     there = on_cuda(10)
-    assert copies(lambda: small.to("cuda", non_blocking=True)).waits == []  # staged at once
-    assert len(copies(lambda: large.to("cuda", non_blocking=True)).waits) == 1  # pageable
-    assert len(copies(lambda: small.to("cuda")).waits) == 1
-    assert len(copies(lambda: there.cpu()).waits) == 1
+    put = torch.ops.aten._to_copy
+    assert copies(lambda: put(small, device="cuda", non_blocking=True)).waits == []  # staged at once
+    assert len(copies(lambda: put(large, device="cuda", non_blocking=True)).waits) == 1  # pageable
+    assert len(copies(lambda: put(small, device="cuda")).waits) == 1
+    assert len(copies(lambda: put(there, device="cpu")).waits) == 1
     assert len(copies(lambda: there.copy_(small)).waits) == 1
     assert copies(lambda: there.to(torch.float32)).waits == []
 
