@@ -15,7 +15,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from tools.rehearsal import budgets  # noqa: E402
-from tools.rehearsal.roofline import GPUS, KERNEL_S, Counted, Labels, Roofline, attention_flops  # noqa: E402
+from tools.rehearsal.roofline import GPUS, KERNEL_S, Counted, Roofline, attention_flops  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -190,42 +190,6 @@ def test_collectives_count_their_bytes_and_no_kernel() -> None:
     finally:
         dist.destroy_process_group()
     assert counted.kernels == 0 and counted.collectives == {"c10d::allreduce_": 400}
-
-
-def test_work_belongs_to_the_module_that_does_it_forward_and_backward() -> None:
-    with torch.device("meta"):
-        model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.SiLU())
-    x = torch.empty(3, 4, device="meta")
-    labels = Labels(model, lambda name, module: {"0": "product", "1": "silu"}.get(name))
-    with Roofline("meta", labels) as roofline:
-        loss = model(x).sum()
-        loss.backward()
-    found = roofline.counted.kernels_of
-    assert found["silu"] >= 2 and found["product"] >= 3 and found[Labels.OUTSIDE] >= 2
-
-
-def test_an_exception_inside_a_module_leaves_the_outer_ones_label() -> None:
-    class Raises(torch.nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            raise ValueError
-
-    class Outer(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = Raises()
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            try:
-                self.inner(x)
-            except ValueError:
-                return x + 1
-            return x
-
-    outer = Outer()
-    labels = Labels(outer, lambda name, module: name or "outer")
-    with Roofline("meta", labels):
-        outer(torch.empty(2, device="meta"))
-    assert labels.current() == Labels.OUTSIDE
 
 
 BUDGET = {"kernels": 100, "a100_ms": 50.0}

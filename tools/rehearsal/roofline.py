@@ -422,8 +422,9 @@ class Labels:
 @cache
 def _is_composed(func: Any) -> bool:
     """Whether an operator is computed by others on CUDA; a kernel of its own may stand beside the composed form."""
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CUDA")
-    return func.namespace == "aten" and func._can_decompose() and not has_kernel
+    if func.namespace != "aten" or not func._can_decompose():
+        return False
+    return not torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CUDA")
 
 
 def _kind(dtype: torch.dtype) -> str:
