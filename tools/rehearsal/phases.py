@@ -390,23 +390,24 @@ PHASES: Final[Mapping[str, Phase]] = {
 }
 
 
+@cache
 def needed(phase: Phase) -> int | None:
     """Bytes that ``memory_needs`` gives for the stage at the phase's size, at 32 layers; None without a stage."""
     if not phase.stage:
         return None
-    shapes = {"model": _shape(phase.backend, LORA), "guard": _shape(phase.backend, GUARD_LORA)}
+    choice = Choice(phase.backend, "")
+    shapes = {"model": replace(_shape(LORA), attention=choice), "guard": replace(_shape(GUARD_LORA), attention=choice)}
     config = load_config(CONFIG, ["model.path=/model", "guard.path=/guard", *phase.sizes])
     return next(n.num_bytes for n in memory_needs(config, shapes, WORLD) if n.stage == phase.stage)
 
 
 @cache
-def _shape(backend: str, lora: LoraSettings) -> ModelShape:
-    """Sizes of the whole model. It is measured as on a CPU: no device is asked whether it can have the backend."""
+def _shape(lora: LoraSettings) -> ModelShape:
+    """Sizes of the whole model. It is measured as on a CPU: no device is asked whether it can have a backend."""
     with tempfile.TemporaryDirectory() as folder:
         GPU.llama().save_pretrained(folder)
         cpu = torch.device("cpu")
-        shape = model_shape(Path(folder), lora, dtype="bfloat16", attention="sdpa", device=cpu, key="model.path")
-    return replace(shape, attention=Choice(backend, ""))
+        return model_shape(Path(folder), lora, dtype="bfloat16", attention="sdpa", device=cpu, key="model.path")
 
 
 @contextmanager

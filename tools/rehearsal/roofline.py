@@ -13,6 +13,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Final
 
 import torch
@@ -244,7 +245,7 @@ class Roofline(TorchDispatchMode):
     ) -> Any:
         """Run the operator and count it."""
         kwargs = dict(kwargs or {})
-        if func.namespace == "aten" and func._can_decompose():  # inference mode shows composed operators whole
+        if _is_composed(func):  # inference mode shows these whole
             if func._schema.name == "aten::dropout" and not args[2]:
                 return args[0]
             with self:
@@ -275,10 +276,10 @@ class Roofline(TorchDispatchMode):
             return
         if not any(there) and not any(map(self._is_there, outputs)):
             return
-        if func.is_view or name in _NO_KERNEL or (name == "_to_copy" and not all(there)):
+        if func.is_view or name in _NO_KERNEL:
             return
-        if name == "copy_" and not all(there):
-            return
+        if name in ("_to_copy", "copy_") and not all(there + [self._is_there(tensor) for tensor in outputs]):
+            return  # between host and device: no kernel
         self._add_kernel(name, schema, named, inputs, outputs)
 
     def _add_kernel(
@@ -416,6 +417,14 @@ class Labels:
         """The module is done, and whatever an exception left inside it."""
         while self._stack.pop()[0] is not module:
             pass
+
+
+@cache
+def _is_composed(func: Any) -> bool:
+    """Whether an operator is computed by others on CUDA; a kernel of its own may stand beside the composed form."""
+    if func.namespace != "aten" or not func._can_decompose():
+        return False
+    return not torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CUDA")
 
 
 def _kind(dtype: torch.dtype) -> str:
