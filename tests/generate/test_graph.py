@@ -103,7 +103,7 @@ def test_what_a_step_computes_depends_on_its_own_unit_alone(
     seen(decoder, 400)
     assert decoder.slots.capacity > 400
     assert seen(decoder, 100) == fresh
-    assert {longest for _, longest in fresh} == {128, 256}, "as few positions as the unit needs"
+    assert {longest for _, longest, _ in fresh} == {128, 256}, "as few positions as the unit needs"
 
 
 @pytest.mark.parametrize(
@@ -220,13 +220,13 @@ def test_a_decoder_goes_on_without_a_wrong_graph(
 ) -> None:
     """Tokens are those of plain steps; the sizes of steps are those of graphs, whether or not they are replayed."""
     model = make_llama().double()
-    want = run(Decoder(model, 5, max_new_tokens=64, temperature=temperature, eos_ids=EOS))
+    want = run(Decoder(model, 5, max_new_tokens=64, eos_ids=EOS), temperature)
     sizes: list[list[tuple[int, int]]] = []
     step = Decoder._step
     monkeypatch.setattr(Decoder, "_step", lambda self, *size: sizes[-1].append(size) or step(self, *size))
     sizes.append([])
-    decoder, _ = replayed(model, 5, temperature=temperature, block=4)
-    assert run(decoder) == want
+    decoder, _ = replayed(model, 5, block=4)
+    assert run(decoder, temperature) == want
 
     sizes.append([])
     num_captures = 0
@@ -239,21 +239,18 @@ def test_a_decoder_goes_on_without_a_wrong_graph(
 
         class Wrong:
             def replay(self) -> None:
-                kept = {p: [t.clone() for t in pair] for p, pair in decoder.slots._kept.items()}
+                kept = [part.clone() for part in decoder.slots._parts]
                 step()
                 if fault == "keys":  # the graph wrote its keys and values to where nobody reads them
-                    for place, pair in kept.items():
-                        for to, old in zip(decoder.slots._kept[place], pair, strict=True):
-                            to.copy_(old)
+                    for to, old in zip(decoder.slots._parts, kept, strict=True):
+                        to.copy_(old)
                 if fault == "logits":
                     decoder.state.ids.add_(1).remainder_(200)
 
         return Wrong()
 
-    decoder = Decoder(
-        model, 5, max_new_tokens=64, eos_ids=EOS, graphs=Graphs(capture), temperature=temperature, block=4
-    )
-    assert run(decoder) == want and decoder.graphs is not None
+    decoder = Decoder(model, 5, max_new_tokens=64, eos_ids=EOS, graphs=Graphs(capture), block=4)
+    assert run(decoder, temperature) == want and decoder.graphs is not None
     assert (decoder.graphs.problem is None) == (fault is None)
     assert num_captures == 1 or fault is None, "graphs are off from then on"
     assert set(sizes[0]) == set(sizes[1])

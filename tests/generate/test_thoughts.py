@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from fedsim.data.benchmarks import HhhItem, MtQuestion
 from fedsim.data.chat import ChatFormat, assistant_turn, user_turn
@@ -65,6 +67,7 @@ class Scripted(Engine):
         class Decoder:
             graphs = None
             passes = 0
+            slots = SimpleNamespace(device=torch.device("cpu"))
 
             def run(self, starts: Sequence[Request], then: Any = lambda row, ids: None) -> list[list[Made]]:
                 return [self.turns(row, start, then) for row, start in enumerate(starts)]

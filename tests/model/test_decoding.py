@@ -178,9 +178,9 @@ def test_an_accepted_family_is_decoded_as_transformers_decodes(name: str) -> Non
     assert try_architecture(config, "sdpa")
     assert torch.equal(torch.get_rng_state(), before), "no number is drawn"
     model = small_model(name)
-    decoder = Recording(model, 2, max_new_tokens=NUM_STEPS, temperature=0.0, eos_ids=frozenset())
+    decoder = Recording(model, 2, max_new_tokens=NUM_STEPS, eos_ids=frozenset())
     decoder.logits = {}
-    replies = decoder.run([Request(prompt, 0, NUM_STEPS) for prompt in PROMPTS])
+    replies = decoder.run([Request(prompt, 0, NUM_STEPS, 0.0) for prompt in PROMPTS])
     model.set_attn_implementation("eager")
     for row, (prompt, (turn,)) in enumerate(zip(PROMPTS, replies, strict=True)):
         tokens, logits = greedy(model, prompt)
