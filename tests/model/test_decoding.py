@@ -5,17 +5,36 @@ The models are those of fedsim.model.trial, small and random, of each family's o
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+import transformers
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from fedsim.attention.forward import IMPLEMENTATIONS
 from fedsim.errors import ModelError
 from fedsim.generate.decode import Decoder, Request
 from fedsim.model.fitness import switch_dropout_off
 from fedsim.model.trial import NUM_TOKENS, SIGHT, SIGHTS, shrunken, try_architecture
+
+PINNED = re.search(r"^transformers==(.+)$", (Path(__file__).parents[2] / "constraints.txt").read_text(), re.M)
+
+
+def config_of(name: str) -> Any:
+    """A family's own configuration; skips one that is younger than an older transformers than the pinned one."""
+    if name not in CONFIG_MAPPING and not is_pinned():
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    return AutoConfig.for_model(name)
+
+
+def is_pinned() -> bool:
+    """Tell whether transformers is the version that the lists below are of."""
+    assert PINNED is not None
+    return transformers.__version__ == PINNED.group(1)
+
 
 ACCEPTED = [
     "afmoe",
@@ -156,7 +175,7 @@ class Recording(Decoder):
 
 def small_model(name: str) -> PreTrainedModel:
     """A random model with windows shorter than the rows."""
-    config: Any = AutoConfig.for_model(name)
+    config = config_of(name)
     switch_dropout_off(config)
     small = shrunken(config)
     for key in SIGHTS:
@@ -172,10 +191,15 @@ def small_model(name: str) -> PreTrainedModel:
 
 @pytest.mark.parametrize("name", ALL)
 def test_an_accepted_family_is_decoded_as_transformers_decodes(name: str) -> None:
-    config: Any = AutoConfig.for_model(name)
+    config = config_of(name)
     switch_dropout_off(config)
     before = torch.get_rng_state()
-    assert try_architecture(config, "sdpa")
+    is_tried = try_architecture(config, "sdpa")
+    if not is_tried and not is_pinned():
+        pytest.skip(
+            f"of {name} transformers {transformers.__version__} makes no small model: a run loads it once first"
+        )
+    assert is_tried
     assert torch.equal(torch.get_rng_state(), before), "no number is drawn"
     model = small_model(name)
     decoder = Recording(model, 2, max_new_tokens=NUM_STEPS, eos_ids=frozenset())
@@ -204,7 +228,7 @@ def greedy(model: Any, prompt: list[int]) -> tuple[list[int], torch.Tensor]:
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_refused_family_has_its_sentence(name: str) -> None:
-    config: Any = AutoConfig.for_model(name)
+    config = config_of(name)
     switch_dropout_off(config)
     with pytest.raises(ModelError) as caught:
         try_architecture(config, "sdpa")
@@ -215,7 +239,7 @@ def test_a_refused_family_has_its_sentence(name: str) -> None:
 
 @pytest.mark.parametrize("name", UNTRIED)
 def test_what_cannot_be_tried_is_said_to_be_untried(name: str) -> None:
-    config: PretrainedConfig = AutoConfig.for_model(name)
+    config: PretrainedConfig = config_of(name)
     assert try_architecture(config, "sdpa") is False
 
 
