@@ -171,7 +171,7 @@ def test_what_a_copy_waits_for() -> None:
     assert len(copies(lambda: put(large, device="cuda", non_blocking=True)).waits) == 1  # pageable
     assert len(copies(lambda: put(small, device="cuda")).waits) == 1
     assert len(copies(lambda: put(there, device="cpu")).waits) == 1
-    assert len(copies(lambda: there.copy_(small)).waits) == 1
+    assert len(copies(lambda: torch.ops.aten.copy_(there, small)).waits) == 1
     assert copies(lambda: there.to(torch.float32)).waits == []
 
 

@@ -11,14 +11,8 @@ from tools.rehearsal.measure import GIB, Measured, top
 from tools.rehearsal.roofline import GPUS, KERNEL_S, REACHED
 
 HEAD: Final = (
-    "phase",
-    "tokens",
-    "kernels",
-    "GB",
-    "MB/tok",
-    "peak GiB",
-    "of bound",
-    *(f"{gpu} {what}" for gpu in GPUS for what in ("ms", "floor", "share")),
+    *("phase", "tokens", "kernels", "GB", "MB/tok", "peak GiB", "of bound"),
+    *(head for gpu in GPUS for head in (f"{gpu} ms", "floor", "share")),
 )
 LOSSES: Final = ("phase", "A100 ms outside bf16 products and attention, by module (kernels)")
 
