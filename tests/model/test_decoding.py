@@ -196,9 +196,7 @@ def test_an_accepted_family_is_decoded_as_transformers_decodes(name: str) -> Non
     before = torch.get_rng_state()
     is_tried = try_architecture(config, "sdpa")
     if not is_tried and not is_pinned():
-        pytest.skip(
-            f"of {name} transformers {transformers.__version__} makes no small model: a run loads it once first"
-        )
+        pytest.skip(f"of {name} transformers {transformers.__version__} makes no small model: runs load it first")
     assert is_tried
     assert torch.equal(torch.get_rng_state(), before), "no number is drawn"
     model = small_model(name)
