@@ -61,16 +61,7 @@ def test_figures_are_within_their_budget(rehearsal: dict[str, Any], phase: str) 
     assert budgets.outdated(phase, figures, budget) == []
 
 
-MATH_SCORES = "SDPA with a mask and grouped heads keeps all scores in fp32, which scoring_need leaves out"
-
-
-def but(phases: list[str], failing: str, reason: str) -> list[Any]:
-    """Phases, one of which is known to fail."""
-    mark = pytest.mark.xfail(strict=True, reason=reason)
-    return [pytest.param(phase, marks=mark) if phase == failing else phase for phase in phases]
-
-
-@pytest.mark.parametrize("phase", but(PHASES, "guard unit, sdpa", MATH_SCORES))
+@pytest.mark.parametrize("phase", PHASES)
 def test_the_peak_is_within_what_the_configuration_check_says(rehearsal: dict[str, Any], phase: str) -> None:
     found = rehearsal["phases"][phase]
     assert found["needed"] is None or found["peak"] <= found["needed"]

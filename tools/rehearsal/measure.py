@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -171,4 +170,4 @@ def figures(measured: Measured) -> dict[str, float]:
 
 def top(table: Mapping[str, float], number: int = 4) -> list[tuple[str, float]]:
     """The largest entries."""
-    return Counter(table).most_common(number)
+    return sorted(table.items(), key=lambda entry: -entry[1])[:number]

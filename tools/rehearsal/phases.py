@@ -192,7 +192,7 @@ def label(name: str, module: torch.nn.Module) -> str | None:
 def _attached(base: PreTrainedModel, lora: LoraSettings, device: torch.device) -> PeftModel:
     """LoRA that is made on the device: PEFT moves it there, which fake tensors cannot."""
     real = torch.nn.Module._apply
-    torch.nn.Module._apply = lambda self, fn, recurse=True: self  # type: ignore[assignment, method-assign]
+    torch.nn.Module._apply = lambda self, fn, recurse=True: self  # type: ignore[method-assign]
     try:
         with device:
             return attach_lora(base, lora)
@@ -346,6 +346,7 @@ def decode(model: Model, num_rows: int) -> Steps:
     with torch.inference_mode():
         decoder.slots.reserve(CONTEXT + 10)
         decoder.slots.lengths = [CONTEXT] * num_rows
+        decoder._kinds = {True}  # rows draw
         decoder._step(num_rows, CONTEXT + 1)  # makes the slots
         cache_bytes = KV_BYTES * model.num_layers * num_rows * CONTEXT
         yield Work(

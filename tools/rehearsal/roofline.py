@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -199,13 +199,13 @@ class Counted:
 
     kernels: int = 0
     num_bytes: float = 0.0
-    flops: Counter[str] = field(default_factory=Counter)
-    seconds: Counter[str] = field(default_factory=Counter)
+    flops: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     peak: int = 0
     to_device: list[Copy] = field(default_factory=list)
     to_host: list[Copy] = field(default_factory=list)
-    collectives: Counter[str] = field(default_factory=Counter)
-    lost: Counter[str] = field(default_factory=Counter)
+    collectives: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    lost: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     kernels_of: Counter[str] = field(default_factory=Counter)
     operators: Counter[str] = field(default_factory=Counter)
 
@@ -405,11 +405,11 @@ class Labels:
 
     def current(self) -> str:
         """Of the operator that runs now."""
-        node = torch._C._current_autograd_node()
+        node: Any = torch._C._current_autograd_node()
         if node is None:
             label = self._stack[-1][1]
             # The operator's own node is the last one made; later operators without a gradient make none.
-            self._of_node.setdefault(torch._C._autograd._get_sequence_nr() - 1, label)  # type: ignore[attr-defined]
+            self._of_node.setdefault(torch._C._autograd._get_sequence_nr() - 1, label)
             return label
         return self._of_node.get(node._sequence_nr(), self.SUMS)
 
