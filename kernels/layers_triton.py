@@ -1,7 +1,7 @@
 """The elementwise parts of a decoder layer in Triton: every input is read once, every result written once.
 
 Arithmetic is in fp32, rounded where the plain modules of transformers round. References in plain torch stand in
-:mod:`fedsim.model.ops`, which calls these functions. Imported only where they are used.
+:mod:`fedsim.fused.ops`, which calls these functions. Imported only where they are used.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ def _rows_of(x: torch.Tensor) -> tuple[int, int, int, int]:
 def norm(
     x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See :func:`fedsim.model.ops.norm`."""
+    """See :func:`fedsim.fused.ops.norm`."""
     num_rows, width, rows, block = _rows_of(x)
     total = x.new_empty(0) if delta is None else torch.empty_like(x)
     out = torch.empty_like(x)
@@ -212,7 +212,7 @@ def norm(
 def norm_grad(
     d_out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor, d_total: torch.Tensor | None
 ) -> torch.Tensor:
-    """See :func:`fedsim.model.ops.norm_grad`."""
+    """See :func:`fedsim.fused.ops.norm_grad`."""
     num_rows, width, rows, block = _rows_of(x)
     d_x = torch.empty_like(x)
     _norm_grad_kernel[(triton.cdiv(num_rows, rows),)](
@@ -223,14 +223,14 @@ def norm_grad(
 
 
 def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """See :func:`fedsim.model.ops.silu_mul`."""
+    """See :func:`fedsim.fused.ops.silu_mul`."""
     out = torch.empty_like(gate)
     _silu_mul_kernel[(triton.cdiv(gate.numel(), COLUMNS),)](gate, up, out, gate.numel(), BLOCK=COLUMNS)
     return out
 
 
 def silu_mul_grad(d_out: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """See :func:`fedsim.model.ops.silu_mul_grad`."""
+    """See :func:`fedsim.fused.ops.silu_mul_grad`."""
     d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
     grid = (triton.cdiv(gate.numel(), COLUMNS),)
     _silu_mul_grad_kernel[grid](d_out, gate, up, d_gate, d_up, gate.numel(), BLOCK=COLUMNS)
@@ -240,7 +240,7 @@ def silu_mul_grad(d_out: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> 
 def rotate(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See :func:`fedsim.model.ops.rotate`."""
+    """See :func:`fedsim.fused.ops.rotate`."""
     tokens, q_heads, size = q.shape
     k_heads = k.shape[1]
     q_out, k_out = (torch.empty(part.shape, dtype=part.dtype, device=part.device) for part in (q, k))
@@ -256,7 +256,7 @@ def rotate(
 def drop(
     x: torch.Tensor, seeds: torch.Tensor, places: torch.Tensor, draw: int, p: float, onto: torch.Tensor | None
 ) -> torch.Tensor:
-    """See :func:`fedsim.model.ops.drop`."""
+    """See :func:`fedsim.fused.ops.drop`."""
     tokens, width = x.shape
     out = torch.empty_like(x)
     block = min(COLUMNS, triton.next_power_of_2(triton.cdiv(width, 4)))
@@ -269,7 +269,7 @@ def drop(
 
 
 def pick(logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """See :func:`fedsim.model.ops.pick`."""
+    """See :func:`fedsim.fused.ops.pick`."""
     rows, width = logits.shape
     picked = torch.empty(rows, dtype=torch.float32, device=logits.device)
     total = torch.empty_like(picked)
@@ -278,10 +278,8 @@ def pick(logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.T
     return picked, total
 
 
-def pick_grad(
-    d_picked: torch.Tensor, logits: torch.Tensor, ids: torch.Tensor, total: torch.Tensor
-) -> torch.Tensor:
-    """See :func:`fedsim.model.ops.pick_grad`."""
+def pick_grad(d_picked: torch.Tensor, logits: torch.Tensor, ids: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    """See :func:`fedsim.fused.ops.pick_grad`."""
     rows, width = logits.shape
     d_logits = torch.empty_like(logits)
     if rows:

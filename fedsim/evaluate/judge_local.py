@@ -14,6 +14,7 @@ import torch
 from fedsim.config import Config
 from fedsim.evaluate.fastchat import CUT, NOT_ASKED
 from fedsim.evaluate.judge_prompts import Match
+from fedsim.fused.choice import fuse
 from fedsim.generate.engine import Engine, Sampling
 from fedsim.model.load import load_base, max_positions
 from fedsim.ranks import Ranks
@@ -48,6 +49,7 @@ def judge_locally(
     model, chat = load_base(
         config.judge.path, dtype=config.model.dtype, attention=config.model.attention, device=device, key="judge.path"
     )
+    fuse(model)
     engine = Engine(
         model,
         chat,

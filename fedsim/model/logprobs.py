@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from fedsim.attention.forward import Rows, causal_lm, packed_hidden, packed_logits
 from fedsim.attention.head import head_logits
 from fedsim.data.batch import Batch
-from fedsim.model.fused import pick
-from fedsim.model.ops import runs_fused
+from fedsim.fused.functions import pick
+from fedsim.fused.ops import runs_fused
 
 MAX_LOGITS: Final = 1 << 27
 """Logits that may be kept for a backward pass: 512 MiB in fp32, 1,046 targets of a vocabulary of 128,256."""

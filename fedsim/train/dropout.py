@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 
 from fedsim.attention.spans import to_device
 from fedsim.errors import ModelError
-from fedsim.model.fused import Draw, Drawing, dropped
+from fedsim.fused.functions import Draw, Drawing, dropped
+from fedsim.fused.ops import OPS, runs_fused
 from fedsim.model.logprobs import head_start
-from fedsim.model.ops import OPS, runs_fused
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class Masked:
     p: float
 
     def apply(self, x: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
-        """See :class:`fedsim.model.fused.Draw`."""
+        """See :class:`fedsim.fused.functions.Draw`."""
         dropped = (x * self.kept).mul_(1 / (1 - self.p))
         return dropped if onto is None else dropped.add_(onto)
 
@@ -171,7 +171,7 @@ class Counted:
     p: float
 
     def apply(self, x: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
-        """See :class:`fedsim.model.fused.Draw`."""
+        """See :class:`fedsim.fused.functions.Draw`."""
         seeds, places = self.counters
         out: torch.Tensor = OPS.drop(x, seeds, places, self.number, self.p, onto)
         return out

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from fedsim.model.ops import OPS
+from fedsim.fused.ops import OPS
 
 
 class Draw(Protocol):
@@ -105,9 +105,7 @@ class _Feed(torch.autograd.Function):
         return grad.view(*d_out.shape[:-1], -1), d_out if ctx.needs_input_grad[1] else None, None, None, None
 
 
-def feed(
-    x: Tensor, gate_weight: Tensor, up_weight: Tensor, down_weight: Tensor, onto: Tensor | None = None
-) -> Tensor:
+def feed(x: Tensor, gate_weight: Tensor, up_weight: Tensor, down_weight: Tensor, onto: Tensor | None = None) -> Tensor:
     """The gated feed-forward part of frozen weights, ``(silu(x Gᵀ) · x Uᵀ) Dᵀ``, plus ``onto``.
 
     Keeps the two products.
@@ -153,7 +151,8 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
 
 
 class _Lora(torch.autograd.Function):
-    """Base product and low-rank branch; products with tensors of tokens are in their dtype, gradients in the master's."""
+    """Base product and low-rank branch. Products with tensors of tokens are in their dtype; gradients of the low-rank
+    matrices are in the matrices' own."""
 
     @staticmethod
     def forward(
@@ -204,8 +203,7 @@ def lora(
 ) -> Tensor:
     """A frozen linear layer with LoRA (arXiv 2106.09685), ``x Wᵀ + bias + scaling · drop(x) Aᵀ Bᵀ``.
 
-    Keeps ``x``, which is often another layer's output that is kept anyway, and ``scaling · drop(x) Aᵀ``; what dropout kept is
-    drawn again.
+    Keeps ``x``, which several layers share, and ``scaling · drop(x) Aᵀ``; what dropout keeps is drawn again.
 
     Args:
         x: ``[…, in]``.

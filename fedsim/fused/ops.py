@@ -1,8 +1,8 @@
 """Operators of the fused layers: Triton on CUDA, plain torch elsewhere, shapes alone on a device that computes nothing.
 
-They are registered with torch, so that modes which look at operators, a fake device's say, see one operator a kernel.
-None has a gradient of its own: :mod:`fedsim.model.fused` pairs each with the one that computes its gradient. The plain
-forms round where transformers' modules do, and are the reference of the Triton kernels.
+They are registered with torch, so that a mode which looks at operators, a fake device's say, sees one for each kernel.
+None has a gradient of its own: :mod:`fedsim.fused.functions` pairs each with the one that computes its gradient. The
+plain forms round where transformers' modules do, and are the reference of the Triton kernels.
 """
 
 from __future__ import annotations

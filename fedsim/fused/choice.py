@@ -1,9 +1,9 @@
-"""Which layers of a model compute by fused functions (:mod:`fedsim.model.fused`): those that prove to be the same.
+"""Which layers of a model compute by fused functions (:mod:`fedsim.fused.functions`): those that prove to be the same.
 
 A layer is a candidate by its structure: a norm with one weight and an epsilon, a gated feed-forward part with SiLU, an
-attention that calls transformers' ``apply_rotary_pos_emb``, a decoder layer of the two-norm form, a plain LoRA layer.
-Each candidate is tried on a few random tokens beside the plain one, value and gradients; one that differs, Gemma's norms
-of 1 + weight say, stays as it is. Parameters and names of modules stay as they are too.
+attention that calls transformers' ``apply_rotary_pos_emb``, a plain LoRA layer, Llama's decoder layer. Each is tried on
+a few random tokens beside the plain one, value and gradients; one that differs, Gemma's norms of 1 + weight say, stays
+as it is. Parameters and names of modules stay as they are too.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from transformers.models.llama import modeling_llama
 
-from fedsim.model import fused
+from fedsim.fused import functions as fused
+from fedsim.fused.ops import runs_fused
 from fedsim.model.faults import reason
-from fedsim.model.ops import runs_fused
 
 NUM_TOKENS: Final = 5
 """Tokens of a trial."""
@@ -31,8 +31,6 @@ WIDEST: Final = 1 << 14
 
 LIMITS: Final = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-5, torch.float64: 1e-12}
 """‖fused − plain‖ / ‖plain‖ that rounding may make: both round at the same places, sums in another order."""
-
-KEPT: Final = "computes something else"
 
 Forward = Callable[..., Any]
 
@@ -67,23 +65,27 @@ def fuse(model: nn.Module) -> Fused:
     return fuse_layers(model) if runs_fused(device) else Fused()
 
 
-def fuse_layers(model: nn.Module) -> Fused:
-    """:func:`fuse`, on any device."""
+def fuse_layers(model: nn.Module, *, with_trials: bool = True) -> Fused:
+    """:func:`fuse` on any device.
+
+    Args:
+        with_trials: try each candidate; False takes all of them, as on a device that computes no numbers.
+    """
     found = Fused()
-    for kind, make, trial in _CANDIDATES:
+    for kind in _KINDS:
         for module in model.modules():
-            forward = make(module)
+            forward = kind.make(module)
             if forward is None:
                 continue
             try:
-                problem = trial(module, forward)
+                problem = kind.trial(module, forward) if with_trials else ""
             except Exception as error:  # whatever a compiler or a kernel that does not fit raises
                 problem = reason(error)
             if problem:
-                found.refused[f"{kind} ({type(module).__name__}: {problem})"] += 1
+                found.refused[f"{kind.name} ({type(module).__name__}: {problem})"] += 1
             else:
-                module.forward = forward
-                found.taken[kind] += 1
+                module.forward = forward  # type: ignore[method-assign]
+                found.taken[kind.name] += 1
     return found
 
 
@@ -127,23 +129,25 @@ def _feed(module: nn.Module) -> Forward | None:
         return None
     if not all(isinstance(getattr(module, part), (nn.Linear, LoraLinear)) for part in parts):
         return None
-    gate, up, down = (getattr(module, part) for part in parts)
+    feed: Any = module
 
-    def forward(x: Tensor) -> Tensor:
-        return down(fused.silu_mul(gate(x), up(x)))  # type: ignore[no-any-return]
+    def forward(x: Tensor, onto: Tensor | None = None) -> Tensor:
+        gate, up, down = feed.gate_proj, feed.up_proj, feed.down_proj
+        if all(_is_frozen(part) and part.bias is None for part in (gate, up, down)):
+            return fused.feed(x, gate.weight, up.weight, down.weight, onto)
+        out: Tensor = down(fused.silu_mul(gate(x), up(x)))
+        return out if onto is None else onto + out
 
-    def frozen(x: Tensor, onto: Tensor | None = None) -> Tensor:
-        return fused.feed(x, gate.weight, up.weight, down.weight, onto)
-
-    return frozen if all(_is_frozen(part) and part.bias is None for part in (gate, up, down)) else forward
+    return forward
 
 
 def _is_frozen(module: Any) -> bool:
-    return type(module) is nn.Linear and not any(p.requires_grad for p in module.parameters())
+    bias = module.bias if type(module) is nn.Linear else None
+    return type(module) is nn.Linear and not module.weight.requires_grad and (bias is None or not bias.requires_grad)
 
 
 def _try_feed(module: Any, forward: Forward) -> str:
-    weight = _weight(module.gate_proj)
+    weight = module.gate_proj.weight  # PEFT's layers have it too
     return _difference(module.forward, forward, {"x": _random(weight, NUM_TOKENS, weight.shape[1])})
 
 
@@ -248,7 +252,7 @@ def _layer(module: nn.Module) -> Forward | None:
     first, second, feed = layer.input_layernorm, layer.post_attention_layernorm, layer.mlp
     if not all("forward" in vars(part) and _norm(part) is not None for part in (first, second)):
         return None
-    adds = "forward" in vars(feed) and "onto" in feed.forward.__code__.co_varnames
+    adds = _feed(feed) is not None and "forward" in vars(feed)
     eps = [_epsilon(part) for part in (first, second)]
     plain = module.forward
 
@@ -280,11 +284,6 @@ def _try_layer(module: Any, forward: Forward) -> str:
 # --- trials --------------------------------------------------------------------------------------------------------
 
 
-def _weight(module: Any) -> Tensor:
-    weight: Tensor = module.weight
-    return weight
-
-
 def _random(like: Tensor, *shape: int, seed: int = 0) -> Tensor:
     """Normal draws on the device and in the dtype of ``like``, from a generator of their own."""
     generator = torch.Generator("cpu").manual_seed(seed)
@@ -302,7 +301,7 @@ def _difference(
         dtype = next(iter(inputs.values())).dtype
         distance = float((found.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-30))
         if not distance <= LIMITS.get(dtype, 0.0):  # NaN too
-            return KEPT
+            return "computes something else"
     return ""
 
 
@@ -315,10 +314,25 @@ def _results(function: Forward, inputs: Mapping[str, Tensor], parameters: tuple[
         yield from torch.autograd.grad(out, [*leaves.values(), *parameters], _random(out, *out.shape, seed=3))
 
 
-_CANDIDATES: Final[tuple[tuple[str, Callable[[nn.Module], Forward | None], Callable[[Any, Forward], str]], ...]] = (
-    ("norms", _norm, _try_norm),
-    ("feed-forward parts", _feed, _try_feed),
-    ("rotations", _attention, _try_rotation),
-    ("LoRA layers", _lora, _try_lora),
-    ("decoder layers", _layer, _try_layer),
+@dataclass(frozen=True)
+class _Kind:
+    """A kind of layer.
+
+    Attributes:
+        name: for the log, in the plural.
+        make: the fused forward pass of a module; None if the module is no such layer.
+        trial: compares it with the module's own; what is wrong, or nothing.
+    """
+
+    name: str
+    make: Callable[[nn.Module], Forward | None]
+    trial: Callable[[Any, Forward], str]
+
+
+_KINDS: Final = (
+    _Kind("norms", _norm, _try_norm),
+    _Kind("feed-forward parts", _feed, _try_feed),
+    _Kind("rotations", _attention, _try_rotation),
+    _Kind("LoRA layers", _lora, _try_lora),
+    _Kind("decoder layers", _layer, _try_layer),  # of the parts above
 )
