@@ -90,7 +90,7 @@ def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_computes_what_it_did(make_rows: Rows, name: str) -> None:
-    """Value and gradient with the same dropout, to the rounding of fp32; in bf16 no further off than the plain model."""
+    """Value and gradient with the same dropout, to the rounding of fp32; in bf16 no further off than plain."""
     config, wanted = FAMILIES[name]
     rows = make_rows(5)
     plain = outcome(*made(config), rows)
