@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.models.llama import modeling_llama
 
 from fedsim.fused import functions as fused
-from fedsim.fused.ops import runs_fused
+from fedsim.fused.ops import kernels_problem, runs_fused
 from fedsim.model.faults import reason
 
 NUM_TOKENS: Final = 5
@@ -37,7 +37,7 @@ Forward = Callable[..., Any]
 
 @dataclass
 class Fused:
-    """What became of the candidates.
+    """Layers that are fused, and candidates that are not.
 
     Attributes:
         taken: how many of each kind are fused.
@@ -62,7 +62,9 @@ def fuse(model: nn.Module) -> Fused:
     To be called once all weights are frozen or adapted, PEFT's layers included.
     """
     device = next(model.parameters()).device
-    return fuse_layers(model) if runs_fused(device) else Fused()
+    if runs_fused(device):
+        return fuse_layers(model)
+    return Fused(refused=Counter({f"model ({kernels_problem(device)})": 1} if device.type == "cuda" else {}))
 
 
 def fuse_layers(model: nn.Module, *, with_trials: bool = True) -> Fused:
@@ -127,9 +129,11 @@ def _feed(module: nn.Module) -> Forward | None:
     parts = ("gate_proj", "up_proj", "down_proj")
     if {name for name, _ in module.named_children()} != {*parts, "act_fn"}:
         return None
+    feed: Any = module
+    if "SiLU" not in type(feed.act_fn).__name__:
+        return None
     if not all(isinstance(getattr(module, part), (nn.Linear, LoraLinear)) for part in parts):
         return None
-    feed: Any = module
 
     def forward(x: Tensor, onto: Tensor | None = None) -> Tensor:
         gate, up, down = feed.gate_proj, feed.up_proj, feed.down_proj
@@ -177,9 +181,18 @@ def _rotates_as(function: Any, wanted: Any) -> bool:
 def _same_function(a: Any, b: Any) -> bool:
     if not isinstance(a, types.FunctionType) or not isinstance(b, types.FunctionType):
         return False
-    return a.__defaults__ == b.__defaults__ and all(
-        getattr(a.__code__, part) == getattr(b.__code__, part) for part in ("co_code", "co_names", "co_varnames")
+    return (
+        a.__defaults__ == b.__defaults__
+        and all(
+            getattr(a.__code__, part) == getattr(b.__code__, part) for part in ("co_code", "co_names", "co_varnames")
+        )
+        and _numbers(a) == _numbers(b)
     )
+
+
+def _numbers(function: types.FunctionType) -> list[Any]:
+    """A function's constants without its docstring."""
+    return [constant for constant in function.__code__.co_consts if not isinstance(constant, str)]
 
 
 def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:

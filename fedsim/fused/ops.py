@@ -16,19 +16,40 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedsim.model.faults import reason
+
 WORD: Final = 1 << 32
 """Values of a word that :func:`drop` compares with."""
 
 
-@cache
-def has_triton() -> bool:
-    """Whether Triton is installed, without which nothing is fused on CUDA."""
-    return find_spec("triton") is not None
-
-
 def runs_fused(device: torch.device) -> bool:
-    """Whether layers on a device are fused: on CUDA, where Triton is installed."""
-    return device.type == "cuda" and has_triton()
+    """Whether layers on a device are fused: on CUDA, where the kernels work (:func:`kernels_problem`)."""
+    return device.type == "cuda" and not kernels_problem(device)
+
+
+@cache
+def kernels_problem(device: torch.device) -> str:
+    """Why no kernel can be used on a CUDA device; empty where a few of them compute what the plain forms do.
+
+    Such as: Triton is missing, or the C compiler that it wants. Tried once a process.
+    """
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    try:
+        x = torch.linspace(-2, 2, 120, device=device).view(3, 40)
+        if type(x) is not Tensor:
+            return ""  # a fake device computes no numbers
+        ids = torch.arange(3, device=device)
+        total = pick(x, ids)[1]
+        pairs = [
+            (OPS.drop(x, ids, ids, 1, 0.5, x), drop(x, ids, ids, 1, 0.5, x)),
+            (OPS.pick(x, ids)[0], pick(x, ids)[0]),
+            (OPS.pick_grad(total, x, ids, total), pick_grad(total, x, ids, total)),
+        ]
+        is_right = all(torch.allclose(found, wanted, rtol=1e-4, atol=1e-4) for found, wanted in pairs)
+    except Exception as error:  # whatever a compiler raises
+        return reason(error)
+    return "" if is_right else "its kernels compute something else than they should"
 
 
 def _kernels() -> Any:

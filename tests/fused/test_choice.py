@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -33,7 +33,6 @@ from fedsim.train.dropout import KeyedDropout, Part
 from fedsim.train.objectives import SftObjective
 
 CPU = torch.device("cpu")
-Rows = Callable[..., list[TokenRow]]
 SMALL: dict[str, Any] = {
     "vocab_size": 261, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
@@ -54,6 +53,17 @@ FAMILIES: dict[str, tuple[PretrainedConfig, dict[str, int]]] = {
     "gemma2": (Gemma2Config(**SMALL, **HEADS), {"rotations": 2, "LoRA layers": 4}),
     "gemma3": (Gemma3TextConfig(**SMALL, **HEADS), {"rotations": 2, "LoRA layers": 4}),
 }
+
+
+def random_rows(num: int) -> list[TokenRow]:
+    """Rows of 6 to 40 tokens, of which some last ones are targets."""
+    draws = np.random.default_rng(num)
+    lengths = [int(draws.integers(6, 40)) for _ in range(num)]
+    starts = [int(draws.integers(1, length)) for length in lengths]
+    return [
+        TokenRow(draws.integers(0, 250, length).astype(np.int32), np.arange(length) >= start)
+        for length, start in zip(lengths, starts, strict=True)
+    ]
 
 
 def made(
@@ -89,10 +99,10 @@ def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_family_computes_what_it_did(make_rows: Rows, name: str) -> None:
+def test_a_family_computes_what_it_did(name: str) -> None:
     """Value and gradient with the same dropout, to the rounding of fp32; in bf16 no further off than plain."""
     config, wanted = FAMILIES[name]
-    rows = make_rows(5)
+    rows = random_rows(5)
     plain = outcome(*made(config), rows)
     model, adapter = made(config)
     assert dict(fuse_layers(model).taken) == wanted
@@ -106,8 +116,8 @@ def test_a_family_computes_what_it_did(make_rows: Rows, name: str) -> None:
 
 
 @pytest.mark.parametrize("targets", [("gate_proj", "up_proj", "down_proj"), ("q_proj", "k_proj", "o_proj", "lm_head")])
-def test_any_target_of_lora(make_rows: Rows, targets: tuple[str, ...]) -> None:
-    config, rows = FAMILIES["llama"][0], make_rows(5)
+def test_any_target_of_lora(targets: tuple[str, ...]) -> None:
+    config, rows = FAMILIES["llama"][0], random_rows(5)
     plain = outcome(*made(config, targets=targets), rows)
     model, adapter = made(config, targets=targets)
     fuse_layers(model)
@@ -115,9 +125,9 @@ def test_any_target_of_lora(make_rows: Rows, targets: tuple[str, ...]) -> None:
         assert distance(found, right) < 1e-5
 
 
-def test_lora_that_comes_after_the_choice_is_not_passed_over(make_rows: Rows) -> None:
+def test_lora_that_comes_after_the_choice_is_not_passed_over() -> None:
     """A fused feed-forward part looks at its layers when it runs."""
-    config, rows, targets = FAMILIES["llama"][0], make_rows(5), ("gate_proj", "down_proj")
+    config, rows, targets = FAMILIES["llama"][0], random_rows(5), ("gate_proj", "down_proj")
     plain = outcome(*made(config, targets=targets), rows)
     model, adapter = made(config, targets=targets)
     adapted = dict(model.named_modules())
@@ -130,8 +140,8 @@ def test_lora_that_comes_after_the_choice_is_not_passed_over(make_rows: Rows) ->
         assert distance(found, right) < 1e-5
 
 
-def test_evaluation_and_switched_off_adapters(make_rows: Rows) -> None:
-    batch = collate(make_rows(3), CPU)
+def test_evaluation_and_switched_off_adapters() -> None:
+    batch = collate(random_rows(3), CPU)
     (plain, _), (model, _) = made(FAMILIES["llama"][0]), made(FAMILIES["llama"][0])
     fuse_layers(model)
     with torch.no_grad():
@@ -205,7 +215,7 @@ def test_trained_weights_and_wide_rows_stay_plain() -> None:
     assert not fuse_layers(nn.Sequential(wide)).taken
 
 
-def test_trials_leave_everything_as_it_was(make_rows: Rows) -> None:
+def test_trials_leave_everything_as_it_was() -> None:
     """Weights, gradients, modes and the generators."""
     model, adapter = made(FAMILIES["qwen3"][0])
     adapter.grad.fill_(3.0)
@@ -220,20 +230,34 @@ def test_trials_leave_everything_as_it_was(make_rows: Rows) -> None:
     assert all(torch.equal(before[name], x) for name, x in model.state_dict().items())
 
 
-@contextmanager
-def pretended(has_triton: bool) -> Iterator[None]:
-    ops.has_triton.cache_clear()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "find_spec", lambda name: object() if has_triton else None)
-        yield
-    ops.has_triton.cache_clear()
-
-
-def test_where_layers_are_fused() -> None:
-    """On CUDA with Triton alone: a CPU's bits are the published ones."""
-    for has_triton in (True, False):
-        with pretended(has_triton):
-            assert ops.runs_fused(torch.device("cuda", 1)) == has_triton
-            assert not ops.runs_fused(CPU)
+def test_layers_are_fused_on_cuda_where_kernels_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU's bits are the published ones, and stay."""
+    cuda = torch.device("cuda", 1)
+    for problem in ("", "no C compiler"):
+        monkeypatch.setattr(ops, "kernels_problem", lambda device, problem=problem: problem)
+        assert ops.runs_fused(cuda) == (not problem)
+        assert not ops.runs_fused(CPU)
     model, _ = made(FAMILIES["llama"][0])
     assert fuse(model).words() == "" and not any("forward" in vars(module) for module in model.modules())
+
+
+def test_kernels_are_tried_before_any_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton is there or not, a kernel raises, a kernel is wrong: each is said, and cached."""
+    problem = ops.kernels_problem.__wrapped__
+    monkeypatch.setattr(ops, "find_spec", lambda name: None)
+    assert problem(CPU) == "Triton is not installed"
+    monkeypatch.setattr(ops, "find_spec", lambda name: object())
+    assert problem(CPU) == "", "the plain operators agree with themselves"
+    right = ops.drop
+    wrong: Any = lambda *args: right(*args) + 1  # noqa: E731
+    monkeypatch.setattr(ops, "drop", wrong)
+    assert "something else" in problem(CPU)
+    assert "CUDA" in problem(torch.device("cuda", 0)), "torch's own words"
+
+
+def test_a_gpu_without_working_kernels_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = nn.Linear(2, 2)
+    monkeypatch.setattr(choice, "runs_fused", lambda device: False)
+    monkeypatch.setattr(choice, "kernels_problem", lambda device: "no C compiler")
+    monkeypatch.setattr(model, "parameters", lambda: iter([SimpleNamespace(device=torch.device("cuda"))]))
+    assert fuse(model).words() == "plain: 1 model (no C compiler)"
