@@ -12,7 +12,8 @@ import triton.language as tl
 
 TILE = 4096  # numbers of a program where rows are short, or columns of a chunk where they are long
 COLUMNS = 1024  # of a program of an elementwise kernel
-ROUND = tl.constexpr(2.0**32)
+WORD = 1 << 32  # values of a random word
+EXACT = {"enable_fp_fusion": False}  # a fused multiply-add would skip the rounding of a product
 
 
 @triton.jit
@@ -248,7 +249,7 @@ def rotate(
         q, k, cos, sin, q_out, k_out, q.stride(0), q.stride(1), k.stride(0), k.stride(1),
         Q_HEADS=q_heads, Q_BLOCK=triton.next_power_of_2(q_heads),
         K_HEADS=k_heads, K_BLOCK=triton.next_power_of_2(k_heads),
-        half=size // 2, HALF=triton.next_power_of_2(size // 2), INVERSE=inverse,
+        half=size // 2, HALF=triton.next_power_of_2(size // 2), INVERSE=inverse, **EXACT,
     )  # fmt: skip
     return q_out, k_out
 
@@ -262,7 +263,7 @@ def drop(
     block = min(COLUMNS, triton.next_power_of_2(triton.cdiv(width, 4)))
     grid = (tokens, triton.cdiv(triton.cdiv(width, 4), block))
     _drop_kernel[grid](
-        x, x if onto is None else onto, out, seeds, places, draw, width, round((1 - p) * ROUND.value), 1 / (1 - p),
+        x, x if onto is None else onto, out, seeds, places, draw, width, round((1 - p) * WORD), 1 / (1 - p),
         ADD=onto is not None, BLOCK=block,
     )  # fmt: skip
     return out

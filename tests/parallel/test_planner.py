@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from fedsim.parallel.planner import (
     Plan,
     SharedSteps,
+    _place,
     deal_units,
     learned_cost,
     learned_sharing,
@@ -127,35 +128,25 @@ def test_sharing_is_worth_what_it_saves(cost: float) -> None:
     assert max(job.width for job in found.jobs) == (4 if cost < 0.75 else 1)
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.floats(0.001, 0.02), st.lists(st.sampled_from([1e-4, 2e-4]), min_size=4, max_size=4), st.integers(0, 99))
-def test_both_costs_are_learned_from_rounds(extra: float, real: list[float], seed: int) -> None:
+@pytest.mark.parametrize("extra", [0.0, 0.002, 0.02])
+@pytest.mark.parametrize("seed", range(3))
+def test_both_costs_are_learned_from_rounds(extra: float, seed: int) -> None:
     """Rounds that take tokens · cost / speed-up, and more in each shared step, lead to these two figures."""
     draws = random.Random(seed)
-    cost, sharing = (1.5e-4,) * 4, 0.0
-    for _ in range(60):
-        tokens = {client: draws.randrange(20_000, 60_000) for client in range(5)}
+    real, cost, sharing = 1e-4, (1.5e-4,) * 4, 0.0
+    for _ in range(40):
+        tokens = {client: draws.randrange(40_000, 60_000) for client in range(5)}
         shared = SharedSteps(dict.fromkeys(tokens, 25), sharing)
-        plan = _wide(tokens, cost)
+        plan = _place(sorted(tokens, key=lambda c: -tokens[c]), 4, [4], tokens, cost, 4, shared)
         took = {
-            job.client: tokens[job.client] * max(real[r] for r in job.ranks) / speedup(job.width, 4)
-            + (25 * extra if job.width > 1 else 0.0)
+            job.client: tokens[job.client] * real / speedup(job.width, 4) + (25 * extra if job.width > 1 else 0.0)
             for job in plan.jobs
         }
         busy = [sum(took[job.client] for job in plan.jobs if rank in job.ranks) for rank in range(4)]
         cost = learned_cost(cost, busy, plan, tokens, 4, shared)
         sharing = learned_sharing(shared, took, plan, tokens, cost, 4)
-    if len(set(real)) == 1:
-        assert sharing == pytest.approx(extra, rel=0.02)
-        assert cost == pytest.approx(tuple(real), rel=0.02)
-    assert sharing >= 0
-
-
-def _wide(tokens: dict[int, int], cost: tuple[float, ...]) -> Plan:
-    """The plan without what sharing costs, which always has a wide lane here."""
-    found = plan_round(tokens, cost, 4, wide_lanes=True)
-    assert max(job.width for job in found.jobs) > 1
-    return found
+    assert sharing == pytest.approx(extra, rel=0.01, abs=1e-5)
+    assert cost == pytest.approx((real,) * 4, rel=0.01)
 
 
 def test_rounds_without_a_wide_lane_teach_nothing_of_it() -> None:
