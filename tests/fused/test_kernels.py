@@ -163,7 +163,7 @@ for kernel, types, constants, warps in CASES:
 
 
 def test_kernels_compile_for_both_generations() -> None:
-    """At 8B shapes, to machine code, nothing spilt to local memory; rotations round every product as transformers does."""
+    """At 8B shapes, to machine code in registers; rotations round every product as transformers does."""
     pytest.importorskip("triton")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment)
