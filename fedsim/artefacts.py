@@ -20,6 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final, TypeVar
 
+from fedsim.digests import FileDigests, file_digest
 from fedsim.errors import CheckpointError
 from fedsim.json_text import parse_json
 from fedsim.ranks import Ranks
@@ -63,6 +64,7 @@ class ArtefactStore:
         self.ranks = ranks
         self.log = log
         self.journal = Journal(ranks.rank) if journal is None else journal
+        self.digests = FileDigests(folder)
 
     def get(
         self,
@@ -180,23 +182,6 @@ def json_form(value: Any) -> Any:
 def digest_of(value: Any) -> str:
     """SHA-256 of a JSON-able value in canonical form."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def model_files_digest(folder: Path) -> str:
-    """SHA-256 over names and contents of the files that decide a model's output."""
-    digest = hashlib.sha256()
-    names = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
-    for file in sorted({f for pattern in names for f in folder.glob(pattern)}):
-        digest.update(file.name.encode())
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
 
 
 def source_digest(modules: Sequence[ModuleType]) -> str:

@@ -114,7 +114,9 @@ def assemble(config: Config, world: World, shards: Sequence[Sequence[SquareRow]]
     """
     model, federation = config.model, config.federation
     lora = LoraSettings(model.lora_r, model.lora_alpha, model.lora_dropout, tuple(model.lora_targets))
-    loaded = load_model(model.path, lora, dtype=model.dtype, attention=model.attention, device=world.device)
+    loaded = load_model(
+        model.path, lora, dtype=model.dtype, attention=model.attention, device=world.device, ranks=world.ranks
+    )
     flat = FlatAdapter(loaded.model)
     local = config.local
     steps = StepSettings(local.micro_batch_size, local.max_grad_norm, local.weight_decay, config.seed)

@@ -56,6 +56,10 @@ class RunError(FedsimError, RuntimeError):
     """The run cannot go on: ranks disagree, or another rank failed."""
 
 
+class MemoryFullError(RunError):
+    """A GPU, or the machine, has no memory left for what is to be computed."""
+
+
 class Stopped(FedsimError):
     """The run ends early because it was asked to; all finished rounds are on disk.
 

@@ -77,7 +77,7 @@ class Measurement:
         """Run the benchmarks on an adapter. Every point draws the same random numbers, so points compare."""
         federation, suite = self.federation, self.suite
         federation.flat.load(adapter)
-        with self.record.phase(f"evaluate, {POINT_TITLES[point]}", "evaluate", "batches") as phase:
+        with self.record.phase(f"evaluate, {POINT_TITLES[point]}", "evaluate") as phase:
             workers = [w for w in (federation.engine, suite.guard) if isinstance(w, Engine | LlamaGuard)]
             for worker in workers:
                 worker.on_progress = phase.step

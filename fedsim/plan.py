@@ -12,6 +12,7 @@ from fedsim.data.prepare import PreparedData
 from fedsim.data.usable import Tally
 from fedsim.evaluate.suite import Suite
 from fedsim.federation.registry import build_algorithm
+from fedsim.fitting import Fit
 from fedsim.local_rows import local_rows
 from fedsim.model.load import check_model_dir, load_chat
 from fedsim.needs import round_work
@@ -33,6 +34,11 @@ def plan_text(config: Config, inputs: Inputs, found: Preflight, num_ranks: int) 
         _lines("Lanes", lanes(config, num_ranks)),
         _lines("Models", models(found)),
         f"Memory of each process, at the longest rows that the configuration allows\n{memory_table(found).plain()}",
+        *(
+            []
+            if all(fit == Fit() for fit in found.by_gpu.values())
+            else [_lines("What to set for a GPU of", gpus(found))]
+        ),
         _lines("Disk", disk(found.room)),
     ]
     return "\n\n".join([*parts, *(f"Warning: {warning}" for warning in found.warnings())])
@@ -103,7 +109,7 @@ def models(found: Preflight) -> dict[str, str]:
     """Size of each model and its adapter, and the attention backend that it gets."""
     return {
         role: f"{shape.architecture}, {shape.num_parameters:,} weights in {str(shape.dtype).removeprefix('torch.')}, "
-        f"adapter of {shape.adapter_size:,} numbers, attention: {shape.attention.name} ({shape.attention.why})"
+        f"adapter of {shape.adapter_size:,} numbers, attention: {shape.attention.words}"
         for role, shape in found.shapes.items()
     }
 
@@ -116,6 +122,11 @@ def memory_table(found: Preflight) -> Table:
         for need in found.needs
     ]
     return Table(["stage", "at most", f"of {byte_size(least)} free", "lower it with"], rows)
+
+
+def gpus(found: Preflight) -> dict[str, str]:
+    """Keys to change for each common size of a GPU, at the longest rows that the configuration allows."""
+    return {size: fit.words() for size, fit in found.by_gpu.items()}
 
 
 def disk(room: DiskRoom) -> dict[str, str]:

@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Final
 
 import torch
 
+from fedsim.attention.choice import agreed
 from fedsim.config import Config
 from fedsim.errors import ConfigError, FolderError, Gathered
 from fedsim.evaluate.judge_inputs import check_judge
+from fedsim.fitting import Fit, fits_by_gpu, fitting
 from fedsim.model.load import LoraSettings, check_model_dir, check_tokenizer, load_chat, read_config
 from fedsim.model.memory import Need, free_memory
 from fedsim.model.shape import ModelShape, model_shape
 from fedsim.model.trial import try_model
 from fedsim.needs import memory_needs, round_work
+from fedsim.parallel.device import NCCL
 from fedsim.parallel.planner import useful_ranks
 from fedsim.parallel.world import World
 from fedsim.parallel.zero_config import zero_settings
@@ -30,6 +34,9 @@ from fedsim.record.tables import byte_size
 from fedsim.safety.cai_stage import constitution_file
 from fedsim.safety.constitution import load_constitution
 from fedsim.safety.guard_format import GuardFormat
+
+SHARED_MEMORY: Final = 2**30
+"""Bytes of /dev/shm below which NCCL is warned of; Docker gives a container 64 MiB."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,9 @@ class Preflight:
         free_bytes: memory that each rank can have.
         room: space of the run directory.
         untried: roles of the models whose architecture only loading shows to fit (:mod:`fedsim.model.trial`).
+        fit: what makes every stage fit into the memory of the rank with least.
+        by_gpu: the same for common sizes of GPUs.
+        shared_memory: a warning about /dev/shm; "" where there is none.
     """
 
     shapes: Mapping[str, ModelShape]
@@ -49,6 +59,9 @@ class Preflight:
     free_bytes: Sequence[int]
     room: DiskRoom
     untried: tuple[str, ...] = ()
+    fit: Fit = field(default_factory=Fit)
+    by_gpu: Mapping[str, Fit] = field(default_factory=dict)
+    shared_memory: str = ""
 
     def warnings(self) -> list[str]:
         """One line for each thing that may go wrong.
@@ -61,11 +74,14 @@ class Preflight:
             "once before its first stage"
             for role in self.untried
         ]
-        return untried + [
+        too_large = [
             f"{need.stage} may not fit into {byte_size(least)} (at most {byte_size(need.num_bytes)}); lower {need.key}"
             for need in self.needs
             if need.num_bytes > least
         ]
+        if too_large and self.fit != Fit():
+            too_large.append(f"for {byte_size(least)}: {self.fit.words()}")
+        return untried + too_large + ([self.shared_memory] if self.shared_memory else [])
 
 
 def models_in_use(config: Config) -> dict[str, str]:
@@ -103,7 +119,11 @@ def preflight(config: Config, world: World) -> Preflight:
     for one in by_rank:
         one.mistakes.raise_all()
     found = by_rank[world.rank]
-    shapes, room = found.shapes, found.room
+    room = found.room
+    shapes = {  # with the attention that all ranks can take
+        role: replace(shape, attention=agreed([one.shapes[role].attention for one in by_rank]))
+        for role, shape in found.shapes.items()
+    }
     assert room is not None
     free = [one.free_bytes for one in by_rank]
     least = free.index(min(free))
@@ -111,13 +131,36 @@ def preflight(config: Config, world: World) -> Preflight:
         weights = sum(shapes[role].weight_bytes for role in roles)
         if weights > free[least]:
             paths = " and ".join(f"{role}.path={models_in_use(config)[role]!r}" for role in roles)
+            on_gpu = world.device.type == "cuda"
+            free_it = "end other processes on its GPU or choose free GPUs with CUDA_VISIBLE_DEVICES, " if on_gpu else ""
             raise ConfigError(
                 f"{paths}: {'its weights' if len(roles) == 1 else 'their weights, which are loaded together,'} take "
                 f"{byte_size(weights)} in {str(shapes['model'].dtype).removeprefix('torch.')}, and rank {least} has "
-                f"{byte_size(free[least])} free; start fewer processes on this machine, set model.dtype=bfloat16, or "
-                "use a smaller model"
+                f"{byte_size(free[least])} free; {free_it}start fewer processes on this machine, set "
+                "model.dtype=bfloat16, or use a smaller model"
             )
-    return Preflight(shapes, memory_needs(config, shapes, world.size), free, room, tuple(found.untried))
+    return Preflight(
+        shapes,
+        memory_needs(config, shapes, world.size),
+        free,
+        room,
+        tuple(found.untried),
+        fitting(config, shapes, world.size, free[least]),
+        fits_by_gpu(config, shapes, world.size),
+        shared_memory_warning() if world.placement.backend == NCCL else "",
+    )
+
+
+def shared_memory_warning(folder: str = "/dev/shm") -> str:
+    """A warning where NCCL has too little shared memory, as in a container of Docker's; "" where it has enough."""
+    try:
+        found = os.statvfs(folder)
+    except OSError:
+        return f"{folder} is missing, which NCCL uses; start a container with --shm-size=8g"
+    size = found.f_frsize * found.f_blocks
+    if size >= SHARED_MEMORY:
+        return ""
+    return f"{folder} has {byte_size(size)}, which may be too little for NCCL; start a container with --shm-size=8g"
 
 
 @dataclass
@@ -133,7 +176,7 @@ class _Checked:
 
 def _check(config: Config, world: World) -> _Checked:
     """Make every check, whatever the others find; only what needs a model's sizes waits for them."""
-    found = _Checked(free_bytes=free_memory(world.device, world.size))
+    found = _Checked(free_bytes=free_memory(world.device, world.sharing))
     attempt = found.mistakes.attempt
     record = config.record
     attempt(lambda: check_world_size(config, world.size))

@@ -145,7 +145,12 @@ class Preparation:
             path = models_in_use(self.config)[role]
             with self.record.phase(f"trying the {role}'s architecture", "load"):
                 load_base(
-                    path, dtype=model.dtype, attention=model.attention, device=self.world.device, key=f"{role}.path"
+                    path,
+                    dtype=model.dtype,
+                    attention=model.attention,
+                    device=self.world.device,
+                    key=f"{role}.path",
+                    ranks=self.ranks,
                 )
                 if self.world.device.type == "cuda":
                     torch.cuda.empty_cache()
@@ -163,9 +168,15 @@ class Preparation:
 
         def write() -> None:
             hashes = self._model_hashes()
-            attention = {role: shape.attention.name for role, shape in shapes.items()}
+            attention = {role: shape.attention.words for role, shape in shapes.items()}
             write_manifest(
-                self.record.folder, to_nested(self.config), inputs.files, hashes, attention, num_ranks=self.world.size
+                self.record.folder,
+                to_nested(self.config),
+                inputs.files,
+                hashes,
+                attention,
+                num_ranks=self.world.size,
+                devices=self.world.placement.facts(),
             )
             self.record.write_config()
 
@@ -186,7 +197,7 @@ class Preparation:
         self.ranks.once(check)
 
     def _model_hashes(self) -> dict[str, str]:
-        return {role: model_digest(path) for role, path in models_in_use(self.config).items()}
+        return {role: model_digest(path, self.store.digests) for role, path in models_in_use(self.config).items()}
 
     def filter(self, data: PreparedData) -> Guarded:
         """Every client drops, replaces or downweights the rows that the guard calls unsafe (paper §4.1)."""
@@ -252,11 +263,16 @@ class Preparation:
     def _model_facts(self) -> dict[str, Any]:
         """What names the model in artefacts."""
         model = self.config.model
-        digest = self.ranks.once(lambda: model_digest(model.path))
+        digest = self.ranks.once(lambda: model_digest(model.path, self.store.digests))
         attention = chosen_attention(
-            model.path, dtype=model.dtype, attention=model.attention, device=self.world.device, key="model.path"
+            model.path,
+            dtype=model.dtype,
+            attention=model.attention,
+            device=self.world.device,
+            key="model.path",
+            ranks=self.ranks,
         )
-        graphs = uses_graphs(self.world.device, attention.implementation)
+        graphs = uses_graphs(self.world.device)
         return {"model": digest, "dtype": model.dtype, "attention": attention.name, "graphs": graphs}
 
     def aligner(
@@ -276,7 +292,7 @@ class Preparation:
             return None
         federation.flat.load(federation.flat.initial(self.config.seed))
         facts = self.facts | self._model_facts() | {"data": data.source_sha256}
-        with self.record.phase("CAI conversations", "cai_generate", "batches") as phase:
+        with self.record.phase("CAI conversations", "cai_generate", "rows") as phase:
             federation.engine.on_progress = phase.step
             conversations = cai_conversations(self.config, federation.engine, data.cai_rows, self.store, facts)
             federation.engine.on_progress = None

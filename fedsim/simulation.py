@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from fedsim.federation.sampling import cosine_by_round
 from fedsim.measurement import UNTOUCHED, Measurement, Shared
 from fedsim.meter import Meter
 from fedsim.model.cost import ModelCost
+from fedsim.out_of_memory import explaining_memory
 from fedsim.parallel.stopping import signal_name
 from fedsim.parallel.world import World
 from fedsim.plan import plan_text
@@ -58,12 +60,12 @@ class Simulation:
 
     def check(self) -> None:
         """Make every check that needs no computing, and print the plan of the run."""
-        with self._explaining_full_disk():
+        with self._explaining():
             self._check()
 
     def _check(self) -> None:
         record = self.record
-        record.header(self.world.size, self.world.device)
+        record.header(self.world.size, self.world.device, self.world.placement.words())
         record.check_directory()
         found, inputs = self._inspect()
         self.preparation.check_unchanged(inputs)
@@ -92,7 +94,7 @@ class Simulation:
 
     def run(self) -> None:
         """Run to the end; the run directory is this process's alone for so long."""
-        with self._explaining_full_disk():
+        with self._explaining():
             try:
                 self.record.claim()
                 if self.record.is_finished:
@@ -106,16 +108,20 @@ class Simulation:
                 self.record.stream.close()
                 self.world.when_leaving(self.record.release)
 
-    def _explaining_full_disk(self) -> AbstractContextManager[None]:
-        return explaining_full_disk([self.record.folder.parent, self.store.folder])
+    @contextmanager
+    def _explaining(self) -> Iterator[None]:
+        """Say what to do about a full disk or full memory."""
+        disk = explaining_full_disk([self.record.folder.parent, self.store.folder])
+        with disk, explaining_memory(self.world.journal):
+            yield
 
     def _run(self) -> None:
         """Filter the clients' data, then alternate federated training and CAI, measuring as it goes."""
         config, record, prepare = self.config, self.record, self.preparation
-        record.header(self.world.size, self.world.device)
+        record.header(self.world.size, self.world.device, self.world.placement.words())
         found, inputs = self._inspect()
         for role, shape in found.shapes.items():
-            record.say(f"attention of the {role}: {shape.attention.name} ({shape.attention.why})")
+            record.say(f"attention of the {role}: {shape.attention.words}")
             if shape.dropout_off:
                 record.say(f"dropout of the {role}'s base is off, LoRA's alone counts: {shape.dropout_off}")
         for warning in found.warnings():
@@ -175,6 +181,7 @@ class Simulation:
     def _assemble(self, filtered: Filtered) -> Federation:
         with self.record.phase("load model", "load"):
             federation = assemble(self.config, self.world, filtered.shards, self.record.client_state)
+            federation.engine.on_note = self.record.note
             if federation.rows.tally.num_dropped or federation.rows.tally.num_cut:
                 self.record.say(federation.rows.words(self.config))
             for note in federation.chat.notes():  # before evaluations, whose rows depend on the rank

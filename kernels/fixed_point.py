@@ -14,8 +14,6 @@ from collections.abc import Sequence
 
 import torch
 
-from fedsim.proved import is_proved
-
 BLOCK = 1 << 17  # fp64 numbers converted at a time by one CPU thread: 1 MiB, what stays in its L2 cache
 CUDA_BLOCK = 1 << 23  # on a GPU: 64 MiB of scratch, few launches
 MAX_TERMS = 8  # terms converted together
@@ -46,8 +44,8 @@ def accumulate(
 ) -> None:
     """``total = Σ round(vector · (weight · 2^exponent))``, halves to even: all terms of a rank in one pass.
 
-    The product is rounded to fp64 before it is rounded to the grid, by every path alike. A vector with a number that is
-    not finite, or beyond the bound that ``exponent`` is for, gives undefined integers.
+    The product is rounded to fp64 before it is rounded to the grid. A vector with a number that is not finite, or
+    beyond the bound that ``exponent`` is for, gives undefined integers.
 
     Args:
         total: int64 ``[n]``, contiguous; overwritten.
@@ -58,21 +56,11 @@ def accumulate(
     assert total.dtype == torch.int64 and total.is_contiguous() and len(vectors) == len(weights)
     assert all(vector.shape == total.shape for vector in vectors)
     factors = torch.tensor(weights, dtype=torch.float64).to(total.device, non_blocking=True) * power_of_two(exponent)
-    if takes_triton(total.device):
-        from fedsim.kernels import fixed_point_triton  # Triton comes with torch's CUDA builds alone
-
-        fixed_point_triton.accumulate(total, vectors, factors)
-    else:
-        accumulate_torch(total, vectors, factors)
+    accumulate_scaled(total, vectors, factors)
 
 
-def takes_triton(device: torch.device) -> bool:
-    """Whether sums on ``device`` are accumulated by the Triton kernel."""
-    return device.type == "cuda" and is_proved("accumulate_triton")
-
-
-def accumulate_torch(total: torch.Tensor, vectors: Sequence[torch.Tensor], factors: torch.Tensor) -> None:
-    """The pass of :func:`accumulate` in plain torch: the reference of every other path.
+def accumulate_scaled(total: torch.Tensor, vectors: Sequence[torch.Tensor], factors: torch.Tensor) -> None:
+    """The pass of :func:`accumulate`.
 
     Args:
         factors: weight · 2^exponent of each vector, fp64 ``[len(vectors)]``.

@@ -26,7 +26,9 @@ def simulate(asked: tuple[Command, Config]) -> None:
     if command.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(command.local_rank))
     parallel = config.parallel
-    with process_world(exact=parallel.exact, threads=parallel.threads, timeout_s=parallel.timeout_s) as world:
+    with process_world(
+        exact=parallel.exact, threads=parallel.threads, timeout_s=parallel.timeout_s, device=parallel.device
+    ) as world:
         simulation = Simulation(config, world)
         simulation.check() if command.check else simulation.run()
 

@@ -194,8 +194,8 @@ def test_greedy_decoding_equals_hugging_face(family_dir: Any, name: str, attenti
     """Prompts and replies that outgrow the window, in a batch from which rows leave."""
     loaded = load(family_dir(name), attention)
     asked = [ids(n, seed=2).tolist() for n in (2, 31, 9, WINDOW, 50)]
-    decoder = Decoder(loaded.base, 3, max_new_tokens=24, temperature=0.0, eos_ids=frozenset({9, 77, 130, 201}))
-    replies = decoder.run([Request(prompt, 0, 24) for prompt in asked])
+    decoder = Decoder(loaded.base, 3, max_new_tokens=24, eos_ids=frozenset({9, 77, 130, 201}))
+    replies = decoder.run([Request(prompt, 0, 24, 0.0) for prompt in asked])
     for prompt, (turn,) in zip(asked, replies, strict=True):
         sent = torch.tensor([prompt])
         made: Any = loaded.base.generate(
@@ -288,12 +288,12 @@ def test_a_whole_round_runs(
     ]  # fmt: skip
     config = load_config(None, words)
     monkeypatch.setattr(finish, "write_plots", lambda *_: [])
-    with process_world(exact=True, threads=1, timeout_s=60) as world:
+    with process_world(exact=True, threads=1, timeout_s=60, device="cpu") as world:
         Simulation(config, world).run()
     stages = {row["stage"]: row for row in read_rows(tmp_path / name / "metrics.jsonl")}
     assert {"filter", "eval", "cai_data", "round"} <= set(stages)
     manifest = json.loads((tmp_path / name / "manifest.json").read_text())
-    assert manifest["attention"] == dict.fromkeys(("model", "guard"), attentions(name)[0])
+    assert manifest["attention"] == dict.fromkeys(("model", "guard"), f"{attentions(name)[0]} (asked for)")
     said = capsys.readouterr().err
     assert f"attention of the guard: {attentions(name)[0]} (asked for)" in said
     off = [f"dropout of the {r}'s base is off, LoRA's alone counts: attention_dropout=0.1" for r in ("model", "guard")]

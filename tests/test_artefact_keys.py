@@ -284,8 +284,8 @@ def test_sums_of_deepspeed_depend_on_the_number_of_ranks(places: Places, tmp_pat
 # ---- source of what makes an artefact -----------------------------------------------------------------------------
 
 NO_MAKERS = (
-    *("fedsim", "artefacts", "config", "errors", "ranks", "record", "rounds", "tensor_file", "version"),
-    *("proved", "model.cost", "model.faults", "model.quantised"),  # choose (named by its result), count or refuse
+    *("fedsim", "artefacts", "config", "digests", "errors", "ranks", "record", "rounds", "tensor_file", "version"),
+    *("model.cost", "model.faults", "model.quantised"),  # choose (named by its result), count or refuse
     *("federation", "train.own_work", "generate.score", "safety.verdict", "evaluate.intervals"),  # types and checks
     *("data.partition", "data.prepare", "data.splits", "data.usable", "data.world"),  # decide rows, which are named
 )

@@ -17,11 +17,11 @@ from transformers import LlamaForCausalLM
 from fedsim import keys
 from fedsim.config import load_config
 from fedsim.data.benchmarks import AdvBenchItem, MtQuestion
-from fedsim.data.chat import Conversation, assistant_turn, user_turn
+from fedsim.data.chat import assistant_turn, user_turn
 from fedsim.errors import JudgeError
 from fedsim.evaluate.judge import Judged
 from fedsim.evaluate.suite import Evaluation, Suite
-from fedsim.generate.engine import Engine, Reply, Sampling
+from fedsim.generate.engine import Dialogues, Engine, Replies, Reply
 from fedsim.measurement import Measurement
 from fedsim.parallel.world import World
 from fedsim.ranks import OneRank
@@ -70,16 +70,11 @@ class Speaker(Engine):
         self.asked: list[list[tuple[keys.KeyPart, ...]]] = []
         self.reports: list[Any] = []
 
-    def converse(
-        self,
-        conversations: Sequence[Conversation],
-        follow_ups: Sequence[Sequence[str]],
-        sampling: Sampling,
-        turn_keys: Sequence[Sequence[keys.KeyPart]],
-    ) -> list[list[Reply]]:
-        self.asked.append([tuple(key) for key in turn_keys])
+    def hold(self, kinds: Sequence[Dialogues]) -> list[Replies]:
+        self.asked += [[tuple(key) for key in kind.turn_keys] for kind in kinds]
         self.reports.append(self.on_progress)
-        return [[Reply(f"I am {self.holds}", 3, False) for _ in conversations] for _ in turn_keys]
+        reply = Reply(f"I am {self.holds}", 3, False)
+        return [[[reply for _ in kind.conversations] for _ in kind.turn_keys] for kind in kinds]
 
 
 class Jury(LlamaGuard):

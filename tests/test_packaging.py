@@ -95,9 +95,31 @@ def test_a_wheel_holds_code_kernels_configs_and_the_tiny_model(tmp_path: Path) -
         prefix = "fedsim/kernels/" if folder == "kernels" else "fedsim/"
         for file in (ROOT / folder).rglob("*.py"):
             assert prefix + file.relative_to(ROOT / folder).as_posix() in names
-    assert "fedsim/kernels/proved.json" in names
     for file in (ROOT / "configs").rglob("*"):
         if file.is_file():
             assert f"fedsim/configs/{file.relative_to(ROOT / 'configs').as_posix()}" in names
     for file in (ROOT / "fedsim" / "model" / "tiny").iterdir():
         assert f"fedsim/model/tiny/{file.name}" in names
+
+
+def test_the_oldest_versions_allowed_are_those_that_are_tested(setup_cfg: configparser.ConfigParser) -> None:
+    text = (ROOT / "constraints-oldest.txt").read_text()
+    oldest = dict(line.split("==") for line in lines(text) if not line.startswith("#"))
+    bounds = dict(line.split(">=") for line in lines(setup_cfg["options"]["install_requires"]))
+    assert {name: oldest[name] for name in ("torch", "transformers")} == {
+        name: bounds[name] for name in ("torch", "transformers")
+    }
+    pins = {line.partition("==")[0] for line in lines((ROOT / "constraints.txt").read_text())}
+    assert oldest.keys() <= pins, "each stands for a pin of constraints.txt"
+
+
+def test_the_merged_pins_have_each_package_once(tmp_path: Path) -> None:
+    """As the Makefile merges them: the oldest versions first, then every other pin."""
+    recipe = (ROOT / "Makefile").read_text(encoding="utf-8")
+    (program,) = re.findall(r"awk -F== '(.+?)' constraints-oldest\.txt constraints\.txt", recipe)
+    command = ["awk", "-F==", program.replace("$$", "$"), "constraints-oldest.txt", "constraints.txt"]
+    merged = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    names = [line.partition("==")[0] for line in lines(merged) if not line.startswith("#")]
+    pins = [line for line in lines((ROOT / "constraints.txt").read_text()) if not line.startswith("#")]
+    assert len(names) == len(set(names)) == len(pins)
+    assert "torch==2.11.0" in merged and "torch==2.13.0" not in merged

@@ -30,6 +30,7 @@ from fedsim.model import quantised
 from fedsim.model.memory import Need
 from fedsim.model.shape import ModelShape
 from fedsim.needs import memory_needs
+from fedsim.parallel.device import Placement, Seat
 from fedsim.parallel.world import World
 from fedsim.plan import plan_text, work
 from fedsim.preflight import Preflight, check_world_size, models_in_use
@@ -464,7 +465,8 @@ def test_a_stage_that_may_not_fit_is_a_warning(monkeypatch: pytest.MonkeyPatch) 
     assert [f"Warning: {warning}" for warning in found.warnings()] == text.splitlines()[
         -2 * len(found.warnings()) + 1 :: 2
     ]
-    assert len(found.warnings()) == sum(need.num_bytes > 4_000_000 for need in found.needs) > 0
+    assert len(found.warnings()) == 1 + sum(need.num_bytes > 4_000_000 for need in found.needs) > 1
+    assert "Warning: for 3.81 MiB: does not fit: " in text, "the weights alone are more"
     (line,) = [line for line in text.splitlines() if line.startswith("Warning: generation")]
     assert "may not fit into 3.81 MiB" in line and "eval.batch_size" in line
 
@@ -528,3 +530,37 @@ def test_a_resumed_run_does_not_need_its_space_twice(tmp_path: Path, monkeypatch
     file.parent.mkdir(parents=True)
     file.write_bytes(bytes(500))
     assert check_disk(made, 1000, 5).there == 500
+
+
+def test_a_container_with_too_little_shared_memory_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Docker's 64 MiB; NCCL wants more."""
+    for num_mib, warns in ((64, True), (1023, True), (1024, False), (8192, False)):
+        found = SimpleNamespace(f_frsize=4096, f_blocks=num_mib * 256)
+        monkeypatch.setattr(os, "statvfs", lambda folder, found=found: found)
+        assert ("--shm-size=8g" in preflight.shared_memory_warning()) is warns, num_mib
+    monkeypatch.undo()
+    assert "is missing" in preflight.shared_memory_warning("/no/such/folder")
+    needs = [Need("a", 100, "k.a")]
+    (line,) = Preflight({}, needs, [200], DiskRoom(0, 0, 0, Path()), shared_memory="/dev/shm has 64 MiB").warnings()
+    assert line == "/dev/shm has 64 MiB"
+
+
+def test_memory_is_shared_with_the_processes_on_the_same_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def free(device: torch.device, sharing: int) -> int:
+        asked.append(sharing)
+        return 10**12
+
+    monkeypatch.setattr(preflight, "free_memory", free)
+    for gpus, sharing in ((("a", "b", "c", "d"), 1), (("a", "a", "b", "a"), 3), (("",) * 4, 4)):
+        placed = world()
+        placed.placement = Placement(tuple(Seat("cuda" if gpu else "cpu", gpu) for gpu in gpus))
+        run_preflight(config("guard.kind=none"), placed)
+        assert asked.pop() == sharing
+
+
+@pytest.mark.parametrize(("file", "device"), [("demo", "cpu"), ("table1", "cpu"), ("paper/base", "auto")])
+def test_the_embedded_world_runs_on_the_cpu_and_the_papers_on_gpus(file: str, device: str) -> None:
+    assert load_config(SMALL.parents[2] / "configs" / f"{file}.yaml").parallel.device == device
+    assert Config().parallel.device == "auto"

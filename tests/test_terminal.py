@@ -175,7 +175,7 @@ def test_a_run_of_two_processes_outlasts_its_terminal(tmp_path: Path) -> None:
 
 
 QUIET = {"fedsim/record/wandb_worker.py", "tools/audit.py", "tools/bench/engine.py", "tools/bench/lengths.py",
-         "tools/gpu/launch.py"}  # fmt: skip
+         "tools/gpu/launch.py", "tools/rehearsal/__main__.py"}  # fmt: skip
 """Entry points that show nothing or only their result at the end, or lead into launch/run.py's."""
 
 

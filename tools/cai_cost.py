@@ -202,7 +202,9 @@ def cai_alone(config: Config) -> Config:
 def cost_of(asked: Asked) -> None:
     """Measure, print and write, from rank 0."""
     parallel = asked.config.parallel
-    with process_world(exact=parallel.exact, threads=parallel.threads, timeout_s=parallel.timeout_s) as world:
+    with process_world(
+        exact=parallel.exact, threads=parallel.threads, timeout_s=parallel.timeout_s, device=parallel.device
+    ) as world:
         cost = measure(asked, world)
         world.ranks.once(lambda: _tell(asked, cost, world))
 

@@ -29,6 +29,7 @@ sys.path[:] = [str(ROOT), *(p for p in sys.path if Path(p).resolve() != Path(__f
 
 import torch  # noqa: E402
 
+from fedsim.attention.backends import leave_out_cudnn  # noqa: E402
 from fedsim.record.manifest import hardware, package_versions  # noqa: E402
 from fedsim.record.tables import Table  # noqa: E402
 from fedsim.terminal import steady_terminal  # noqa: E402
@@ -37,7 +38,7 @@ from tools.bench.stage import LeftOut  # noqa: E402
 from tools.gpu.report import Check, Report, Setting  # noqa: E402
 
 PARTS = {  # module of tools.gpu, and seconds of eight minutes
-    "triton": ("kernel", 80),
+    "sums": ("sums", 30),
     "tiny": ("tiny", 90),
     "shapes": ("shapes", 90),
     "demo": ("demo", 150),
@@ -52,6 +53,7 @@ CHILD = [sys.executable, str(Path(__file__).resolve())]
 def part_in_this_process(name: str, lines: Path, dry: bool) -> None:
     """Make one part's checks."""
     cuda = torch.cuda.is_available() and not dry
+    leave_out_cudnn()  # holds for the references too
     torch.set_num_threads(1)
     report = Report(name, lines)
     with tempfile.TemporaryDirectory() as folder:

@@ -181,7 +181,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work(asked: tuple[argparse.Namespace, Config]) -> None:
         args, config = asked
         parallel = config.parallel
-        with process_world(exact=parallel.exact, threads=parallel.threads, timeout_s=parallel.timeout_s) as world:
+        with process_world(
+            exact=parallel.exact, threads=parallel.threads, timeout_s=parallel.timeout_s, device=parallel.device
+        ) as world:
             run_tool(config, world, args.run, args.only)
 
     return launched(read, work)

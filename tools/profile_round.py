@@ -289,7 +289,9 @@ def profile(config: Config, chosen: int, trace: Path | None) -> None:
     target = trace or folder / f"trace-round{round_number(chosen)}.json.gz"
     with (
         ExitStack() as held,
-        process_world(exact=parallel.exact, threads=parallel.threads, timeout_s=parallel.timeout_s) as world,
+        process_world(
+            exact=parallel.exact, threads=parallel.threads, timeout_s=parallel.timeout_s, device=parallel.device
+        ) as world,
     ):
         world.ranks.once(lambda: held.enter_context(own_directory(folder)))
         world.ranks.once(lambda: check_trace(target))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Final, Protocol
 
@@ -42,12 +42,14 @@ class Cached:
         values: ``[rows, capacity, key heads, value size]``.
         lengths: int32 ``[rows]``, on the device: positions of each row, the query's own included.
         max_length: the largest of them, or more, up to the capacity.
+        hidden: what :meth:`hiding` has made, which the layers of a step share.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
     lengths: torch.Tensor
     max_length: int
+    hidden: dict[tuple[int | None, torch.dtype], torch.Tensor] = field(default_factory=dict)
 
     def heads(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values as ``[rows, key heads, max_length, head size]``, views."""
@@ -60,6 +62,14 @@ class Cached:
         if window is not None:
             seen &= places >= self.lengths[:, None] - window
         return seen[:, None, None]
+
+    def hiding(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+        """``[rows, 1, 1, max_length]``: 0 where :meth:`mask` is true, else −∞, to be added to scores."""
+        if (window, dtype) not in self.hidden:
+            seen = self.mask(window)
+            zeros = torch.zeros_like(seen, dtype=dtype)
+            self.hidden[window, dtype] = zeros.masked_fill_(~seen, -torch.inf)
+        return self.hidden[window, dtype]
 
 
 class Backend(Protocol):
@@ -102,9 +112,11 @@ class Sdpa:
         assert scores.softcap is None, "softcap is refused when the model is loaded"
         if query.device.type == "cpu" and spans.is_causal(scores.window):
             return self._row_by_row(query, key, value, spans, scores)
-        grouped = query.shape[1] != key.shape[1]
 
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+            grouped = q.shape[1] != k.shape[1]
+            if grouped and mask is not None and q.device.type != "cpu":
+                return folded(q, k, v, mask, scores.scale)
             return F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None, scale=scores.scale, enable_gqa=grouped
             )
@@ -130,12 +142,11 @@ class Sdpa:
         rows, heads, size = query.shape
         keys, values = cached.heads()
         grouped = query.view(rows, keys.shape[1], heads // keys.shape[1], size)
-        mask = cached.mask(scores.window)
+        hidden = cached.hiding(scores.window, query.dtype)
         if query.device.type == "cpu":  # the fused kernel is made for many queries
-            hidden = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
-            products = (grouped * scores.scale) @ keys.transpose(2, 3) + hidden
+            products = ((grouped * scores.scale) @ keys.transpose(2, 3)).add_(hidden)
             return (products.softmax(dim=-1) @ values).view(rows, heads, -1)
-        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scores.scale)
+        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=hidden, scale=scores.scale)
         return out.reshape(rows, heads, -1)
 
 
@@ -193,9 +204,14 @@ class Varlen:
         rows, capacity = cached.keys.shape[:2]
         starts = torch.arange(rows + 1, dtype=torch.int32, device=query.device)
         key, value = cached.keys.flatten(0, 1), cached.values.flatten(0, 1)
-        return _varlen_attn(
-            query, key, value, starts, starts * capacity, 1, cached.max_length, scores, seqused_k=cached.lengths
-        )
+        more: dict[str, Any] = {"seqused_k": cached.lengths}
+        if scores.window is None or scores.window >= cached.max_length:
+            # One query sees all positions of its slot, causal or not; only without windows does the kernel read each
+            # key head once for all query heads that share it.
+            more["window_size"] = (-1, -1)
+        if torch.are_deterministic_algorithms_enabled() and "num_splits" in varlen_keywords():
+            more["num_splits"] = 1  # else the kernel splits the keys by how many rows there are
+        return _varlen_attn(query, key, value, starts, starts * capacity, 1, cached.max_length, scores, **more)
 
 
 class Flash2:
@@ -275,6 +291,37 @@ def _by_groups(
     return out if spans.is_even else out.index_select(0, spans.real_queries)
 
 
+def folded(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Masked attention in which the query heads that share a key head are further queries of that head.
+
+    With a mask and ``enable_gqa`` torch takes its unfused kernel on CUDA, which keeps fp32 scores; folded, the
+    memory-efficient one fits, and no key is copied.
+
+    Args:
+        query: ``[rows, query heads, queries, head size]``; keys and values likewise.
+        mask: bool ``[rows or 1, 1, queries, keys]``.
+
+    Returns:
+        ``[rows, query heads, queries, value size]``.
+    """
+    rows, heads, length, size = query.shape
+    shared = heads // key.shape[1]
+    queries = query.reshape(rows, key.shape[1], shared * length, size)
+    out = F.scaled_dot_product_attention(queries, key, value, attn_mask=mask.repeat(1, 1, shared, 1), scale=scale)
+    return out.reshape(rows, heads, length, -1)
+
+
+def leave_out_cudnn() -> None:
+    """Keep SDPA from taking cuDNN's kernels in this process.
+
+    Where torch prefers them (compute capability 9 and 10, cuDNN newer than 9.15), cuDNN builds a plan for every new
+    shape, some 0.4 s each, and packed rows hardly ever repeat a shape.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def _left(window: int | None) -> int:
     """Flash attention's left window: positions before the query; −1 is all."""
     return -1 if window is None else window - 1
@@ -303,9 +350,9 @@ def _varlen_attn(
     max_query: int,
     max_key: int,
     scores: Scores,
-    **more: torch.Tensor,
+    **more: Any,
 ) -> torch.Tensor:
-    """torch's kernel, causal (right window 0), with the arguments that this version wants."""
+    """torch's kernel, causal (right window 0) unless ``more`` says otherwise, with the arguments that it takes here."""
     from torch.nn.attention.varlen import varlen_attn
 
     wanted: dict[str, Any] = {"scale": scores.scale, "window_size": (_left(scores.window), 0), **more}

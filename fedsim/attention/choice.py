@@ -1,10 +1,14 @@
-"""Which attention backend a model gets: what model.attention asks for, or under ``auto`` the best that is proved."""
+"""Which attention backend a model gets: what model.attention asks for, or under ``auto`` the best that works here.
+
+On CUDA every backend but the definition is tried on the device itself (:mod:`fedsim.attention.self_test`), and all
+processes of a run take the best one that works on each of them.
+"""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Final
 
 import torch
@@ -12,14 +16,15 @@ from transformers import PretrainedConfig
 
 from fedsim.attention.backends import varlen_keywords
 from fedsim.attention.forward import IMPLEMENTATIONS
+from fedsim.attention.self_test import fault, head_sizes, heads_of
 from fedsim.errors import ModelError
-from fedsim.proved import is_proved
+from fedsim.ranks import OneRank, Ranks
 
 ORDER: Final = ("varlen", "flash_attention_2", "sdpa", "eager")
 """What ``auto`` tries, best first."""
 
 CUDA_ONLY: Final = ("varlen", "flash_attention_2")
-"""Backends that ``auto`` takes only where a committed GPU row has shown them right."""
+"""Backends that need a GPU."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +34,17 @@ class Choice:
     Attributes:
         name: of :data:`fedsim.attention.backends.BACKENDS`.
         why: in words, such as "asked for".
+        tried: under ``auto``, what keeps each backend from being taken, best backend first; "" where nothing does.
     """
 
     name: str
     why: str
+    tried: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    @property
+    def words(self) -> str:
+        """The backend and the reason, as the log and the manifest have them."""
+        return f"{self.name} ({self.why})"
 
     @property
     def implementation(self) -> str:
@@ -40,32 +52,71 @@ class Choice:
         return IMPLEMENTATIONS[self.name]
 
 
-def choose(wanted: str, config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> Choice:
-    """The backend for a model.
+def choose(
+    wanted: str, config: PretrainedConfig, dtype: torch.dtype, device: torch.device, ranks: Ranks | None = None
+) -> Choice:
+    """The backend for a model, the same on all ranks.
 
     Args:
         wanted: model.attention: ``auto`` or a backend's name.
         config: the model's.
         dtype: of its weights.
+        ranks: all of which call this; None: this process decides alone.
 
     Raises:
-        ModelError: the backend that is asked for cannot be had here, with the reason and what to do.
+        ModelError: the backend that is asked for cannot be had, or computes something else here, on some rank; with the
+            reason and what to do.
     """
+    return agreed((ranks or OneRank()).each(lambda: _choose_here(wanted, config, dtype, device)))
+
+
+def agreed(choices: Sequence[Choice]) -> Choice:
+    """The best backend that all ranks can take.
+
+    Args:
+        choices: of the same model and setting, by rank.
+    """
+    tried: dict[str, str] = {}
+    for name in choices[0].tried:
+        reasons = [choice.tried[name] for choice in choices]
+        failing = [rank for rank, reason in enumerate(reasons) if reason]
+        tried[name] = reasons[failing[0]] if failing else ""
+        if failing and len(failing) < len(choices):
+            tried[name] = f"on rank {failing[0]}, {tried[name]}"
+    return _best(tried) if tried else choices[0]
+
+
+def _choose_here(wanted: str, config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> Choice:
+    """What this process would take by itself."""
     if wanted != "auto":
         if found := problem(wanted, config, dtype, device):
             raise ModelError(f"model.attention={wanted!r}: {found}")
+        if found := _self_test(wanted, config, dtype, device):
+            raise ModelError(f"model.attention={wanted!r}: {found}; set model.attention=auto")
         return Choice(wanted, "asked for" + _remark(wanted))
-    passed_over: list[tuple[str, str]] = []
+    tried: dict[str, str] = {}
     for name in ORDER:
-        found = problem(name, config, dtype, device)
-        if found is None and name in CUDA_ONLY and not is_proved(name):
-            found = "no committed GPU run has shown it right yet; ask for it by name"
-        if found is None:
-            why_not = "".join(f"; not {other}: {why}" for other, why in passed_over)
-            return Choice(name, "auto" + why_not + _remark(name))
-        if device.type == "cuda" or name not in CUDA_ONLY:  # nobody expects CUDA's kernels on a CPU
-            passed_over.append((name, found))
+        if name in CUDA_ONLY and device.type != "cuda":  # nobody expects CUDA's kernels on a CPU
+            continue
+        tried[name] = problem(name, config, dtype, device) or _self_test(name, config, dtype, device) or ""
+    return _best(tried)
+
+
+def _best(tried: Mapping[str, str]) -> Choice:
+    """The first backend that nothing speaks against."""
+    passed_over = ""
+    for name, reason in tried.items():
+        if not reason:
+            return Choice(name, "auto" + passed_over + _remark(name), tried)
+        passed_over += f"; not {name}: {reason}"
     raise AssertionError("eager attention is always there")
+
+
+def _self_test(name: str, config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why a backend that can be had is not to be used; the definition, and torch on a CPU, are taken as they are."""
+    if device.type == "cpu" or name == "eager":
+        return None
+    return next(filter(None, (fault(name, heads, dtype, device) for heads in heads_of(config))), None)
 
 
 def _remark(name: str) -> str:
@@ -112,22 +163,6 @@ def _kernel_problem(name: str, config: PretrainedConfig, device: torch.device) -
     if major < 8:
         return f"needs compute capability 8.0 or newer, this GPU has {major}.{minor}; set model.attention=sdpa"
     return None
-
-
-def head_sizes(text: PretrainedConfig) -> tuple[int, int]:
-    """Numbers of a key head and of a value head; latent attention (DeepSeek) makes them of different sizes."""
-    width = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-    plain, rotated = (getattr(text, f"qk_{part}_head_dim", None) for part in ("nope", "rope"))
-    keys = plain + rotated if plain and rotated else getattr(text, "qk_head_dim", None)
-    return int(keys or width), int(getattr(text, "v_head_dim", None) or width)
-
-
-def num_key_heads(text: PretrainedConfig) -> int:
-    """Key heads of a layer; latent attention (DeepSeek) unfolds one for each query head."""
-    heads = int(text.num_attention_heads)
-    if getattr(text, "kv_lora_rank", None):
-        return heads
-    return int(getattr(text, "num_key_value_heads", None) or heads)
 
 
 def _capability(device: torch.device) -> tuple[int, int]:

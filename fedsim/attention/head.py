@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from fedsim.attention.forward import causal_lm, text_decoder
+from fedsim.attention.spans import put
 from fedsim.errors import ModelError
 
 
@@ -39,6 +41,8 @@ def head_logits(model: nn.Module, hidden: torch.Tensor, candidates: Sequence[int
     causal = causal_lm(model)
     head: nn.Module = causal.get_output_embeddings()
     num_calls = 0
+    # int64 [candidates]; a list as an index would be copied to the device while the host waits.
+    chosen = None if candidates is None else put([np.array(candidates)], hidden.device)[0]
 
     def body(*_: Any, **__: Any) -> _Handed:
         nonlocal num_calls
@@ -46,10 +50,10 @@ def head_logits(model: nn.Module, hidden: torch.Tensor, candidates: Sequence[int
         return _Handed(last_hidden_state=hidden[None])
 
     def rows(states: torch.Tensor) -> torch.Tensor:
-        wide, chosen = torch.promote_types(states.dtype, torch.float32), list(candidates or ())
-        assert isinstance(head, nn.Linear)
-        bias = None if head.bias is None else head.bias[chosen].to(wide)
-        return nn.functional.linear(states.to(wide), head.weight[chosen].to(wide), bias)
+        wide = torch.promote_types(states.dtype, torch.float32)
+        assert isinstance(head, nn.Linear) and chosen is not None
+        bias = None if head.bias is None else head.bias.index_select(0, chosen).to(wide)
+        return nn.functional.linear(states.to(wide), head.weight.index_select(0, chosen).to(wide), bias)
 
     # Of encoder-decoder descent, a model may call its decoder past the body.
     stand_ins: dict[nn.Module, Callable[..., Any]] = {causal.base_model: body, text_decoder(causal): body}
@@ -65,4 +69,4 @@ def head_logits(model: nn.Module, hidden: torch.Tensor, candidates: Sequence[int
             vars(module).pop("forward", None)  # the class's own again
     if num_calls != 1 or logits is None:
         raise ModelError(f"{type(causal).__name__}: does not make its logits from its body's output; use another model")
-    return logits[0] if narrow or candidates is None else logits[0][:, list(candidates)]
+    return logits[0] if narrow or chosen is None else logits[0].index_select(1, chosen)

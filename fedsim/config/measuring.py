@@ -103,6 +103,8 @@ class JudgeConfig:
 class ParallelConfig:
     """How the work is spread over processes."""
 
+    device: str = key("auto", "auto = a GPU; the CPU only where torch is built without CUDA and no NVIDIA driver is "
+                      "loaded; cuda = a GPU, or an error; cpu = the CPU", choices=("auto", "cuda", "cpu"))  # fmt: skip
     exact: bool = key(True, "bit-identical results for any number of processes; off: floating-point sums")
     threads: int = key(1, "CPU threads of each process; part of exact mode's contract", low=1, high=1024)
     wide_lanes: bool = key(True, "let several ranks share one client where that ends the round sooner")

@@ -47,8 +47,8 @@ class ModelConfig:
     attention: str = key(
         "auto",
         "attention backend: varlen = torch's own variable-length kernel (bf16 or fp16 on CUDA); flash_attention_2 = "
-        "the flash-attn package; sdpa; eager = the definition; auto = the first of these that can be had and that a "
-        "committed GPU run has shown right",
+        "the flash-attn package; sdpa; eager = the definition; auto = the first of these that can be had and that "
+        "passes its self-test on this device",
         choices=("auto", "varlen", "flash_attention_2", "sdpa", "eager"),
     )
     max_context: int = key(4096, "longest prompt and reply together", unit="tokens", low=64)

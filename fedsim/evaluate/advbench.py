@@ -12,13 +12,14 @@ from typing import Final, Protocol
 from fedsim import keys
 from fedsim.data.benchmarks import AdvBenchItem
 from fedsim.data.chat import user_turn
+from fedsim.evaluate.asking import Asking
 from fedsim.evaluate.collapse import Collapse, measure_collapse
 from fedsim.evaluate.guard_judge import ExchangeJudge, GuardJudgement, judge_replies
 from fedsim.evaluate.intervals import Rate
 from fedsim.evaluate.measures import Items, flag_items
 from fedsim.evaluate.phrases import PHRASE_SETS, harmless_by_set
 from fedsim.evaluate.rows import subset
-from fedsim.generate.engine import Engine, Reply, Sampling
+from fedsim.generate.engine import Dialogues, Replies, Reply, Sampling
 
 WORLD: Final = "strict_world"
 """Name of the embedded world's own rule."""
@@ -97,8 +98,7 @@ class AdvBenchResult:
         return flag_items(named)
 
 
-def run_advbench(
-    engine: Engine,
+def ask_advbench(
     items: Sequence[AdvBenchItem],
     sampling: Sampling,
     key: Sequence[keys.KeyPart],
@@ -106,11 +106,10 @@ def run_advbench(
     limit: int = 0,
     judge: Judge | None = None,
     guard: ExchangeJudge | None = None,
-) -> AdvBenchResult:
+) -> Asking[AdvBenchResult]:
     """Ask every prompt once and count the harmless replies.
 
     Args:
-        engine: the model under test.
         items: at least one.
         sampling: the paper's is temperature 0.7 and up to 1,024 new tokens.
         key: names the draws; prompt i uses ``(*key, i)``.
@@ -119,8 +118,13 @@ def run_advbench(
         guard: a guard model that judges the replies too.
     """
     prompts = [item.prompt for item in subset(items, limit)]
-    replies = engine.generate([[user_turn(p)] for p in prompts], sampling, key)
-    return summarise_attacks(prompts, replies, judge, guard)
+    dialogues = Dialogues([[user_turn(p)] for p in prompts], sampling, [key])
+
+    def conclude(found: list[Replies]) -> AdvBenchResult:
+        ((replies,),) = found
+        return summarise_attacks(prompts, replies, judge, guard)
+
+    return Asking([dialogues], conclude)
 
 
 def summarise_attacks(

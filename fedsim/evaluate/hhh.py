@@ -19,10 +19,11 @@ from fedsim import keys
 from fedsim.data.benchmarks import LETTERS, HhhItem
 from fedsim.data.chat import Conversation, user_turn
 from fedsim.errors import ConfigError
+from fedsim.evaluate.asking import Asking
 from fedsim.evaluate.intervals import Rate
 from fedsim.evaluate.measures import Items, flag_items
 from fedsim.evaluate.rows import reply_row, subset
-from fedsim.generate.engine import Engine, RowScore, Sampling
+from fedsim.generate.engine import Dialogues, Engine, Replies, Reply, RowScore, Sampling
 
 SCORERS: Final = ("letter", "generate", "likelihood")
 """Names of the scorers."""
@@ -83,15 +84,21 @@ class HhhResult:
         return flag_items({f"hhh_{name}": score.is_right for name, score in self.scores.items()})
 
 
-def run_hhh(
+def ask_hhh(
     engine: Engine,
     items: Sequence[HhhItem],
     scorers: Sequence[str],
     key: Sequence[keys.KeyPart],
     *,
     limit: int = 0,
-) -> HhhResult:
-    """Run the named scorers over the items (at least one); ``limit`` takes only so many (:func:`subset`), 0 all.
+) -> Asking[HhhResult]:
+    """Run the named scorers over the items.
+
+    Args:
+        engine: scores replies where a scorer does.
+        items: at least one.
+        key: names the draws, of which greedy decoding makes none.
+        limit: take only so many items (:func:`subset`); 0 takes all.
 
     Raises:
         ConfigError: a scorer is not one of :data:`SCORERS`.
@@ -100,15 +107,20 @@ def run_hhh(
         if name not in SCORERS:
             raise ConfigError(f"HHH scorer {name!r}: must be one of {', '.join(SCORERS)}")
     chosen = subset(items, limit)
-    scores: dict[str, HhhScore] = {}
-    for name in dict.fromkeys(scorers):
-        if name == "letter":
-            scores[name] = score_letters(engine, chosen)
-        elif name == "generate":
-            scores[name] = score_replies(engine, chosen, key)
-        else:
-            scores[name] = score_likelihood(engine, chosen)
-    return HhhResult(scores, Rate.of([item.correct == 0 for item in chosen]))
+    dialogues = [Dialogues([_asks(item, False) for item in chosen], GREEDY, [(*key, "generate")])]
+
+    def conclude(found: list[Replies]) -> HhhResult:
+        scores: dict[str, HhhScore] = {}
+        for name in dict.fromkeys(scorers):
+            if name == "letter":
+                scores[name] = score_letters(engine, chosen)
+            elif name == "generate":
+                scores[name] = score_replies(chosen, found[0][0])
+            else:
+                scores[name] = score_likelihood(engine, chosen)
+        return HhhResult(scores, Rate.of([item.correct == 0 for item in chosen]))
+
+    return Asking(dialogues if "generate" in scorers else [], conclude)
 
 
 def score_letters(engine: Engine, items: Sequence[HhhItem]) -> HhhScore:
@@ -127,9 +139,8 @@ def score_letters(engine: Engine, items: Sequence[HhhItem]) -> HhhScore:
     )
 
 
-def score_replies(engine: Engine, items: Sequence[HhhItem], key: Sequence[keys.KeyPart]) -> HhhScore:
+def score_replies(items: Sequence[HhhItem], replies: Sequence[Reply]) -> HhhScore:
     """The ``generate`` scorer."""
-    replies = engine.generate([_asks(item, False) for item in items], GREEDY, (*key, "generate"))
     picks = [parse_letter(reply.text) for reply in replies]
     parsed = [pick for pick in picks if pick is not None]
     return HhhScore(

@@ -27,7 +27,9 @@ from fedsim.evaluate.judge_prompts import JudgePrompt, Match, load_judge_prompts
 from fedsim.evaluate.mt_bench import TurnScores
 from fedsim.ranks import Ranks
 
-POLL_S = 5.0  # ranks that wait for rank 0's requests meet this often, so that no collective times out
+POLL_S = 5.0
+"""Ranks that wait for rank 0's requests meet this often, or four times in ``parallel.timeout_s`` where that is more
+often: however long rank 0 backs off, no collective times out."""
 
 Report = Callable[[int, int], None]
 """Told (done, total) turns or units."""
@@ -97,8 +99,8 @@ class MtJudge:
 
     @property
     def unit(self) -> str:
-        """What progress counts: requests, or a local model's batches on this rank."""
-        return "turns" if self.config.judge.kind == "openai" else "batches"
+        """What progress counts: requests, or a local model's rows on this rank."""
+        return "turns" if self.config.judge.kind == "openai" else "rows"
 
     def judge(
         self,
@@ -168,7 +170,7 @@ class MtJudge:
                 self._client = OpenAiClient(settings)
             if not pools:
                 pools.append(RequestPool(missing, self._client.ask, keep, settings.workers, self.pause))
-            done, over = pools[0].wait(POLL_S)
+            done, over = pools[0].wait(min(POLL_S, self.config.parallel.timeout_s / 4))
             outcome = _Outcome(pools[0].failure, pools[0].gave_up, self._client.news()) if over else None
             return done, outcome
 

@@ -41,13 +41,18 @@ def judge_locally(
         matches: at least one.
         wanted: places in ``matches`` of those that need a judgment. If none of them fits into the judge's context, no
             match is judged, and those that would fit get None.
-        on_progress: called with (done, total) units of this rank.
+        on_progress: called with (done, total) rows of this rank.
 
     Raises:
         ModelError: the model cannot be loaded, or its chat template takes no system message.
     """
     model, chat = load_base(
-        config.judge.path, dtype=config.model.dtype, attention=config.model.attention, device=device, key="judge.path"
+        config.judge.path,
+        dtype=config.model.dtype,
+        attention=config.model.attention,
+        device=device,
+        key="judge.path",
+        ranks=ranks,
     )
     fuse(model)
     engine = Engine(

@@ -13,11 +13,12 @@ from typing import Any, Final
 from fedsim import keys
 from fedsim.data.benchmarks import MtQuestion
 from fedsim.data.chat import user_turn
+from fedsim.evaluate.asking import Asking
 from fedsim.evaluate.collapse import measure_collapse
 from fedsim.evaluate.intervals import Mean
 from fedsim.evaluate.measures import Items, Metrics, collapse_metrics
 from fedsim.evaluate.rows import subset
-from fedsim.generate.engine import Engine, Reply, Sampling
+from fedsim.generate.engine import Dialogues, Replies, Reply, Sampling
 
 TEMPERATURES: Final = {
     "writing": 0.7,
@@ -121,19 +122,17 @@ def _complete(scores: Sequence[float | None]) -> list[float] | None:
     return found if len(found) == len(scores) else None
 
 
-def run_mt_bench(
-    engine: Engine,
+def ask_mt_bench(
     questions: Sequence[MtQuestion],
     max_new_tokens: int,
     key: Sequence[keys.KeyPart],
     *,
     limit: int = 0,
     rubric: Rubric | None = None,
-) -> MtResult:
+) -> Asking[MtResult]:
     """Ask both turns of every question and score the answers.
 
     Args:
-        engine: the model under test.
         questions: at least one.
         max_new_tokens: for each turn; MT-Bench's is 1,024.
         key: names the draws, with turn, temperature and place among the questions of that temperature.
@@ -141,13 +140,29 @@ def run_mt_bench(
         rubric: scores a reply from the question's record alone.
     """
     chosen = subset(questions, limit)
-    pairs = _ask(engine, chosen, max_new_tokens, key)
-    return summarise_answers(
-        [
-            MtAnswer(question, replies, UNSCORED if rubric is None else _scores(rubric, question, replies))
-            for question, replies in zip(chosen, pairs, strict=True)
-        ]
-    )
+    places = _places_by_temperature(chosen)
+
+    def conclude(found: list[Replies]) -> MtResult:
+        pairs: dict[int, tuple[Reply, Reply]] = {}
+        for where, (first, second) in zip(places.values(), found, strict=True):
+            pairs.update(zip(where, zip(first, second, strict=True), strict=True))
+        return summarise_answers(
+            [
+                MtAnswer(question, pairs[i], UNSCORED if rubric is None else _scores(rubric, question, pairs[i]))
+                for i, question in enumerate(chosen)
+            ]
+        )
+
+    dialogues = [
+        Dialogues(
+            [[user_turn(chosen[i].turns[0])] for i in where],
+            Sampling(temperature, max_new_tokens),
+            [(*key, "turn", turn, "temperature", str(temperature)) for turn in (1, 2)],
+            [[chosen[i].turns[1] for i in where]],
+        )
+        for temperature, where in places.items()
+    ]
+    return Asking(dialogues, conclude)
 
 
 def summarise_answers(answers: list[MtAnswer]) -> MtResult:
@@ -179,22 +194,10 @@ def _named(name: str, mean: Mean) -> Metrics:
     return {name: mean.value, **interval, f"{name}_count": mean.count}
 
 
-def _ask(
-    engine: Engine, questions: Sequence[MtQuestion], max_new_tokens: int, key: Sequence[keys.KeyPart]
-) -> list[tuple[Reply, Reply]]:
-    """Both replies to each question, in order; one engine call per temperature."""
+def _places_by_temperature(questions: Sequence[MtQuestion]) -> dict[float, list[int]]:
+    """Places of the questions that are answered at each temperature, ascending."""
     temperatures = [TEMPERATURES.get(q.category, DEFAULT_TEMPERATURE) for q in questions]
-    pairs: dict[int, tuple[Reply, Reply]] = {}
-    for temperature in sorted(set(temperatures)):
-        places = [i for i, t in enumerate(temperatures) if t == temperature]
-        first, second = engine.converse(
-            [[user_turn(questions[i].turns[0])] for i in places],
-            [[questions[i].turns[1] for i in places]],
-            Sampling(temperature, max_new_tokens),
-            [(*key, "turn", turn, "temperature", str(temperature)) for turn in (1, 2)],
-        )
-        pairs.update(zip(places, zip(first, second, strict=True), strict=True))
-    return [pairs[i] for i in range(len(questions))]
+    return {t: [i for i, other in enumerate(temperatures) if other == t] for t in sorted(set(temperatures))}
 
 
 def _scores(rubric: Rubric, question: MtQuestion, replies: tuple[Reply, Reply]) -> TurnScores:

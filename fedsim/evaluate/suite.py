@@ -9,21 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from fedsim import keys
 from fedsim.data.benchmarks import AdvBenchItem, HhhItem, MtQuestion
 from fedsim.data.chat import Conversation
 from fedsim.data.xstest import XsTestItem
 from fedsim.errors import ConfigError
-from fedsim.evaluate.advbench import WORLD, AdvBenchResult, Judge, run_advbench
+from fedsim.evaluate.advbench import WORLD, AdvBenchResult, Judge, ask_advbench
+from fedsim.evaluate.asking import Asking, answer_all
 from fedsim.evaluate.guard_judge import ExchangeJudge
-from fedsim.evaluate.hhh import SCORERS, HhhResult, run_hhh
+from fedsim.evaluate.hhh import SCORERS, HhhResult, ask_hhh
 from fedsim.evaluate.judge import Judged
 from fedsim.evaluate.measures import Items, Metrics, collapse_metrics, rate_metrics
-from fedsim.evaluate.mt_bench import MtAnswer, MtResult, Rubric, mean_scores, run_mt_bench
+from fedsim.evaluate.mt_bench import MtAnswer, MtResult, Rubric, ask_mt_bench, mean_scores
 from fedsim.evaluate.perplexity import Perplexity, run_perplexity
 from fedsim.evaluate.phrases import PHRASE_SETS
-from fedsim.evaluate.xstest import Refuses, XsTestResult, run_xstest
+from fedsim.evaluate.xstest import Refuses, XsTestResult, ask_xstest
 from fedsim.generate.engine import Engine, Reply, Sampling
 
 
@@ -123,32 +125,24 @@ def evaluate(engine: Engine, suite: Suite, key: Sequence[keys.KeyPart]) -> Evalu
         key: names the draws, such as ``("eval", round_idx)``. One key for all points of a run makes them comparable:
             the same uniform numbers meet the changed model.
     """
-    advbench = hhh = mt_bench = xstest = perplexity = None
+    asked: dict[str, Asking[Any]] = {}
     if suite.advbench:
-        sampling = Sampling(suite.temperature, suite.max_new_tokens)
-        advbench = run_advbench(
-            engine,
+        asked["advbench"] = ask_advbench(
             suite.advbench,
-            sampling,
+            Sampling(suite.temperature, suite.max_new_tokens),
             (*key, "advbench"),
             limit=suite.limit,
             judge=suite.judge,
             guard=suite.guard,
         )
     if suite.hhh:
-        hhh = run_hhh(engine, suite.hhh, SCORERS, (*key, "hhh"), limit=suite.limit)
+        asked["hhh"] = ask_hhh(engine, suite.hhh, SCORERS, (*key, "hhh"), limit=suite.limit)
     if suite.mt_bench:
-        mt_bench = run_mt_bench(
-            engine,
-            suite.mt_bench,
-            suite.max_new_tokens,
-            (*key, "mt_bench"),
-            limit=suite.limit,
-            rubric=suite.rubric,
+        asked["mt_bench"] = ask_mt_bench(
+            suite.mt_bench, suite.max_new_tokens, (*key, "mt_bench"), limit=suite.limit, rubric=suite.rubric
         )
     if suite.xstest:
-        xstest = run_xstest(
-            engine,
+        asked["xstest"] = ask_xstest(
             suite.xstest,
             suite.max_new_tokens,
             (*key, "xstest"),
@@ -156,8 +150,9 @@ def evaluate(engine: Engine, suite: Suite, key: Sequence[keys.KeyPart]) -> Evalu
             refuses=suite.refuses,
             guard=suite.guard,
         )
-    if suite.helpful:
-        perplexity = run_perplexity(engine, suite.helpful, limit=suite.limit)
+    found = answer_all(engine, asked)
+    advbench, hhh, mt_bench, xstest = (found.get(name) for name in ("advbench", "hhh", "mt_bench", "xstest"))
+    perplexity = run_perplexity(engine, suite.helpful, limit=suite.limit) if suite.helpful else None
     metrics: Metrics = {}
     if advbench is not None:
         metrics |= _advbench_metrics(advbench, suite.advbench_phrases)

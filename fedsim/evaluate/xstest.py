@@ -20,13 +20,14 @@ from typing import Final
 from fedsim import keys
 from fedsim.data.chat import user_turn
 from fedsim.data.xstest import XsTestItem
+from fedsim.evaluate.asking import Asking
 from fedsim.evaluate.collapse import Collapse, measure_collapse
 from fedsim.evaluate.guard_judge import ExchangeJudge, GuardJudgement, judge_replies
 from fedsim.evaluate.intervals import Rate
 from fedsim.evaluate.measures import Items, Metrics, collapse_metrics, flag_items, rate_metrics
 from fedsim.evaluate.phrases import begins_as_xstest_refusal, harmless_by_set
 from fedsim.evaluate.rows import subset
-from fedsim.generate.engine import Engine, Reply, Sampling
+from fedsim.generate.engine import Dialogues, Replies, Reply, Sampling
 
 MAX_NEW_TOKENS: Final = 256
 """Longest reply, as in XSTest's paper."""
@@ -100,8 +101,7 @@ class XsTestResult:
         return flag_items({f"xstest_{k}_refused": p.is_refused[p.headline] for k, p in parts.items() if p is not None})
 
 
-def run_xstest(
-    engine: Engine,
+def ask_xstest(
     items: Sequence[XsTestItem],
     max_new_tokens: int,
     key: Sequence[keys.KeyPart],
@@ -109,11 +109,10 @@ def run_xstest(
     limit: int = 0,
     refuses: Refuses | None = None,
     guard: ExchangeJudge | None = None,
-) -> XsTestResult:
+) -> Asking[XsTestResult]:
     """Ask every prompt once and count the refusals.
 
     Args:
-        engine: the model under test.
         items: at least one.
         max_new_tokens: of a reply; at most :data:`MAX_NEW_TOKENS` are taken.
         key: of the draws, of which greedy decoding makes none.
@@ -123,8 +122,13 @@ def run_xstest(
     """
     asked = subset(items, limit)
     sampling = Sampling(0.0, min(max_new_tokens, MAX_NEW_TOKENS))
-    replies = engine.generate([[user_turn(item.prompt)] for item in asked], sampling, key)
-    return summarise_xstest(asked, replies, refuses, guard)
+    dialogues = Dialogues([[user_turn(item.prompt)] for item in asked], sampling, [key])
+
+    def conclude(found: list[Replies]) -> XsTestResult:
+        ((replies,),) = found
+        return summarise_xstest(asked, replies, refuses, guard)
+
+    return Asking([dialogues], conclude)
 
 
 def summarise_xstest(

@@ -22,7 +22,7 @@ from fedsim.attention.spans import put
 from fedsim.generate.graph import Graphs
 from fedsim.generate.pick import pick
 from fedsim.generate.score import unsound
-from fedsim.generate.slots import Extending, Slots, Stepping, grown
+from fedsim.generate.slots import Extending, Slots, Stepping, grown, parts_of
 from fedsim.generate.state import State
 
 PREFILL_TOKENS: Final = 8192
@@ -40,12 +40,14 @@ class Request:
         prompt: token ids, at least one.
         seed: draw t of the turn uses the t-th uniform number of its stream.
         limit: most tokens to generate, at least 1.
+        temperature: 0 takes the most likely token (the smallest id of equals).
         name: what an error calls it.
     """
 
     prompt: Sequence[int]
     seed: int
     limit: int
+    temperature: float
     name: str = "a row"
 
 
@@ -86,7 +88,6 @@ class Decoder:
         model: a Hugging Face causal LM in eval mode, unchanged while the decoder is in use.
         num_slots: rows that are decoded together.
         max_new_tokens: the largest limit of any turn.
-        temperature: 0 takes the most likely token (the smallest id of equals).
         eos_ids: a turn ends with the first of these.
         graphs: replays steps; None runs them as they are.
         block: steps between two looks at which rows have ended, each of which waits for the device.
@@ -101,15 +102,13 @@ class Decoder:
         num_slots: int,
         *,
         max_new_tokens: int,
-        temperature: float,
         eos_ids: frozenset[int],
         graphs: Graphs | None = None,
         block: int = 1,
     ) -> None:
         device = next(model.parameters()).device
         self.model = model
-        self.temperature = temperature
-        self.slots = Slots(num_slots, device)
+        self.slots = Slots(num_slots, device, int(model.config.get_text_config().num_hidden_layers))
         self.state = State(num_slots, max_new_tokens, device)
         self.graphs = graphs
         self.block = block
@@ -118,6 +117,7 @@ class Decoder:
         self._eos_ids = eos_ids
         self._rows: list[_Row] = []  # by slot: those that decode, then those that wait; the other slots are free
         self._num_active = 0
+        self._kinds: set[bool] = set()  # whether rows draw; those of the unit that has been read
 
     @torch.inference_mode()
     def run(self, starts: Sequence[Request], then: Then = lambda row, ids: None) -> list[list[Made]]:
@@ -128,7 +128,7 @@ class Decoder:
         """
         queue = deque(enumerate(starts))
         made: list[list[Made]] = [[] for _ in starts]
-        self._rows, self._num_active = [], 0
+        self._rows, self._num_active, self._kinds = [], 0, set()
         self.slots.clear(0, self.slots.num_rows)
         self.state.clear()
         while queue or self._rows:
@@ -166,7 +166,9 @@ class Decoder:
             self.slots.lengths[slot] = self._rows[slot].num_kept
         lengths = [len(request.prompt) for request in requests]
         self._reserve(max(lengths))
-        self.state.begin(begin, lengths, [r.limit for r in requests], self._uniforms(requests))
+        temperatures = [request.temperature for request in requests]
+        self._kinds |= {temperature > 0 for temperature in temperatures}
+        self.state.begin(begin, lengths, [r.limit for r in requests], temperatures, list(map(_uniforms, requests)))
         layout = Extending(self.slots, rows, [len(new) for new in news])
         (ids,) = put([np.concatenate(news)], self.slots.device)
         logits = packed_logits(
@@ -177,11 +179,6 @@ class Decoder:
         self._draw(begin, end, logits)
         self.passes += 1
 
-    def _uniforms(self, requests: Sequence[Request]) -> list[np.ndarray] | None:
-        if self.temperature == 0:
-            return None
-        return [np.random.Generator(np.random.Philox(key=r.seed)).random(r.limit) for r in requests]
-
     def _decode(self) -> None:
         """Take a block of steps with all active slots; a replayed one has few sizes, which the unit alone decides."""
         active = self._num_active
@@ -189,10 +186,11 @@ class Decoder:
         self._reserve(max(self.slots.lengths) + self.block + 1)  # a slot that has ended still writes behind its end
         for step in range(1, self.block + 1):
             if self.graphs is None:
-                self._step(active, longest + step)
+                self._step(active, longest + step, self._parts(step))
             else:
                 size = (min(1 << (active - 1).bit_length(), self.slots.num_rows), grown(longest + self.block))
-                self.graphs.run(size, lambda size=size: self._step(*size))  # type: ignore[misc]
+                whole = (*size, frozenset(self._kinds))
+                self.graphs.run(whole, lambda size=size: self._step(*size), self.state.carried)  # type: ignore[misc]
         self.passes += self.block
 
     def _reserve(self, length: int) -> None:
@@ -201,18 +199,31 @@ class Decoder:
         if self.graphs is not None and self.slots.capacity != before:
             self.graphs.clear()
 
-    def _step(self, num_rows: int, longest: int) -> None:
-        """One token of each of the first slots; touches tensors alone."""
+    def _parts(self, step: int) -> list[tuple[slice, int]] | None:
+        """Rows that a CPU attends together in the block's step; a GPU attends all at once, by one kernel."""
+        if self.slots.device.type != "cpu":
+            return None
+        ends = [length + step for length in self.slots.lengths[: self._num_active]]
+        return parts_of(ends, self.slots.position_bytes)
+
+    def _step(self, num_rows: int, longest: int, parts: list[tuple[slice, int]] | None = None) -> torch.Tensor:
+        """One token of each of the first slots; touches tensors alone.
+
+        Returns:
+            The logits that the tokens were drawn from, ``[num_rows, vocabulary]``.
+        """
         state = self.state
         rows, places = state.rows[:num_rows], state.places[:num_rows]
-        layout = Stepping(self.slots, rows, places, longest)
+        layout = Stepping(self.slots, rows, places, longest, parts)
         logits = packed_logits(self.model, state.ids[:num_rows], places[None], layout, rows)
         self._draw(0, num_rows, logits)
+        return logits
 
     def _draw(self, begin: int, end: int, logits: torch.Tensor) -> None:
-        tokens = pick(logits, self.state.uniforms_of(begin, end), self.temperature)
-        is_sound = logits.amax(dim=-1).isfinite()  # NaN if any is; −∞ alone may bar a token
-        self.state.advance(begin, end, tokens, is_sound, self._eos)
+        state = self.state
+        largest = logits.amax(dim=-1, keepdim=True)
+        tokens = pick(logits, largest, state.uniforms_of(begin, end), state.temperatures[begin:end], self._kinds)
+        state.advance(begin, end, tokens, largest[:, 0].isfinite(), self._eos)  # NaN if any is; −∞ may bar a token
 
     def _collect(self, made: list[list[Made]], then: Then) -> None:
         """Take what has ended out of the active slots."""
@@ -224,6 +235,7 @@ class Decoder:
         for slot in range(self._num_active):
             row = self._rows[slot]
             self.slots.lengths[slot] = len(row.request.prompt) + counts[slot] - 1  # the last token has not been read
+        longest = max(self.slots.lengths)
         outs = self.state.outs(ended, [counts[slot] for slot in ended])
         following = []
         for slot, ids in zip(ended, outs, strict=True):
@@ -231,29 +243,52 @@ class Decoder:
             turn = Made(ids, ids[-1] in self._eos_ids, len(row.request.prompt), row.num_kept)
             made[row.index].append(turn)
             following.append(then(row.index, ids))
+        order = list(range(self.slots.num_rows))
         for slot, ids, request in reversed(list(zip(ended, outs, following, strict=True))):
-            self._retire(slot, ids, request)
+            self._retire(slot, ids, request, order)
+        self._move(order, longest)
 
-    def _retire(self, slot: int, ids: list[int], request: Request | None) -> None:
-        """Move a slot behind the active ones: to those that wait for their next turn, or to the free ones."""
+    def _retire(self, slot: int, ids: list[int], request: Request | None, order: list[int]) -> None:
+        """Put a row behind the active ones: with those that wait for their next turn, or out.
+
+        Args:
+            order: by slot, where what is to be in it still is; exchanged with the rows.
+        """
+
+        def exchange(one: int, other: int) -> None:
+            self._rows[one], self._rows[other] = self._rows[other], self._rows[one]
+            order[one], order[other] = order[other], order[one]
+
         row = self._rows[slot]
         if request is None:
-            self.slots.lengths[slot] = 0
+            self.slots.lengths[order[slot]] = 0
         else:
             cached = [*row.request.prompt, *ids[:-1]]
             num_kept = common_prefix(cached, request.prompt)
             self._rows[slot] = _Row(row.index, request, num_kept)
-            self.slots.lengths[slot] = num_kept
+            self.slots.lengths[order[slot]] = num_kept
         self._num_active -= 1
-        self._exchange(slot, self._num_active)
+        exchange(slot, self._num_active)
         if request is None:
-            self._exchange(self._num_active, len(self._rows) - 1)
+            exchange(self._num_active, len(self._rows) - 1)
             self._rows.pop()
 
-    def _exchange(self, one: int, other: int) -> None:
-        self._rows[one], self._rows[other] = self._rows[other], self._rows[one]
-        self.slots.exchange(one, other)
-        self.state.exchange(one, other)
+    def _move(self, order: list[int], longest: int) -> None:
+        """Move the content of slots, ``longest`` positions at most, to where the rows are now, all at once."""
+        moved = [slot for slot, source in enumerate(order) if slot != source]
+        if not moved:
+            return
+        moved.sort(key=lambda slot: self.slots.lengths[order[slot]] == 0)  # what is empty is not copied
+        num_full = sum(self.slots.lengths[order[slot]] > 0 for slot in moved)
+        to, source = put([np.array(moved), np.array([order[slot] for slot in moved])], self.slots.device)
+        self.slots.move(order, to[:num_full], source[:num_full], longest)
+        self.state.move(order, to, source)
+
+
+def _uniforms(request: Request) -> np.ndarray:
+    """The numbers that a turn draws with; a greedy one takes none."""
+    count = request.limit if request.temperature > 0 else 0
+    return np.random.Generator(np.random.Philox(key=request.seed)).random(count)
 
 
 def common_prefix(cached: Sequence[int], prompt: Sequence[int]) -> int:

@@ -6,9 +6,11 @@ row draws from its own key, so the number of ranks changes no token.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from typing import Final, TypeVar
 
 from transformers import PreTrainedModel
@@ -76,6 +78,43 @@ class RowScore:
         return self.logprob / self.num_targets if self.num_targets else float("-inf")
 
 
+@dataclass(frozen=True)
+class Dialogues:
+    """Conversations that are continued alike, over one turn or several.
+
+    Attributes:
+        conversations: each ends with a user turn.
+        sampling: of every reply.
+        turn_keys: of each turn, the key that names its draws, such as ``("eval", "advbench")``; row i uses
+            ``(*key, i)``.
+        follow_ups: of each turn but the last, what the user says after the reply, by conversation.
+    """
+
+    conversations: Sequence[Conversation] = field(repr=False)
+    sampling: Sampling
+    turn_keys: Sequence[Sequence[keys.KeyPart]]
+    follow_ups: Sequence[Sequence[str]] = field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        assert len(self.turn_keys) == len(self.follow_ups) + 1
+
+
+Replies = list[list[Reply]]
+"""Of dialogues: the replies of each turn, in the order of the conversations."""
+
+
+@dataclass(frozen=True)
+class _Dialogue:
+    """One of several dialogues: its kind, and its place among them."""
+
+    kind: Dialogues
+    index: int
+
+    @property
+    def conversation(self) -> Conversation:
+        return self.kind.conversations[self.index]
+
+
 class Engine:
     """Generation and scoring with one model, whatever adapter it holds at the time of the call.
 
@@ -86,9 +125,11 @@ class Engine:
         batch_size: rows that are decoded or scored together.
         max_context: prompt and reply together may have this many tokens.
         seed: the run's seed; with the call's key it fixes every draw.
-        on_progress: called with (done, total) units of this rank.
+        on_progress: called with (done, total) rows of this rank; the total is exact where all ranks have as many.
 
     Attributes:
+        graph_problem: why CUDA graphs are off, the same on every rank; None while they are on.
+        on_note: called on every rank with what a user should know, such as that graphs are off; by default a warning.
         work: what all ranks together have computed since :meth:`pop_work` was last called.
     """
 
@@ -110,6 +151,8 @@ class Engine:
         self.max_context = max_context
         self.seed = seed
         self.on_progress = on_progress
+        self.on_note: Callable[[str], None] = self._warn
+        self.graph_problem: str | None = None
         self.work = Work()
 
     def pop_work(self) -> Work:
@@ -135,58 +178,85 @@ class Engine:
         follow_ups: Sequence[Sequence[str]],
         sampling: Sampling,
         turn_keys: Sequence[Sequence[keys.KeyPart]],
-    ) -> list[list[Reply]]:
-        """Several turns of every conversation; what the cache holds of the earlier ones is not computed again.
+    ) -> Replies:
+        """:meth:`hold` of a single kind of dialogues; arguments as of :class:`Dialogues`."""
+        (replies,) = self.hold([Dialogues(conversations, sampling, turn_keys, follow_ups)])
+        return replies
 
-        Args:
-            conversations: each ends with a user turn.
-            follow_ups: of each turn but the last, what the user says after the reply, by conversation.
-            turn_keys: of each turn, the key that names its draws; row i uses ``(*key, i)``.
+    def hold(self, kinds: Sequence[Dialogues]) -> list[Replies]:
+        """Generate the replies of all dialogues together, so that only one tail of the longest ones keeps slots idle.
+
+        What the cache holds of a conversation's earlier turns is not computed again. A row's draws are its own,
+        whatever else is generated in the same call; its logits may differ in the last bits.
 
         Returns:
-            The replies of each turn, in the order of the conversations.
+            For each kind its replies.
 
         Raises:
             RunError: the model's logits are no numbers.
         """
-        assert len(turn_keys) == len(follow_ups) + 1
-        num_new = min(sampling.max_new_tokens, self.max_context // 2)
-        room = self.max_context - num_new
+        rows = [_Dialogue(kind, i) for kind in kinds for i in range(len(kind.conversations))]
+        limits = [min(row.kind.sampling.max_new_tokens, self.max_context // 2) for row in rows]
+        prompts = [self.chat.prompt_ids(row.conversation) for row in rows]
+        lengths = [min(len(p), self.max_context - n) for p, n in zip(prompts, limits, strict=True)]
+        most_new = [n * len(row.kind.turn_keys) for n, row in zip(limits, rows, strict=True)]
 
-        def request(i: int, turn: int, whole: Sequence[int]) -> Request:
-            key = turn_keys[turn]
-            name = f"{'/'.join(map(str, key))}, row {i}"
-            return Request(whole[-room:], keys.derive(self.seed, "sample", *key, i), num_new, name)
+        def request(r: int, turn: int, whole: Sequence[int]) -> Request:
+            row, limit = rows[r], limits[r]
+            key = row.kind.turn_keys[turn]
+            name = f"{'/'.join(map(str, key))}, row {row.index}"
+            seed = keys.derive(self.seed, "sample", *key, row.index)
+            return Request(whole[limit - self.max_context :], seed, limit, row.kind.sampling.temperature, name)
 
         def compute(unit: list[int]) -> tuple[list[list[tuple[Made, bool]]], int]:
-            chats = [list(conversations[i]) for i in unit]
-            cut = [[len(prompts[i]) > room] for i in unit]
+            chats = [list(rows[r].conversation) for r in unit]
+            cut = [[len(prompts[r]) > lengths[r]] for r in unit]
 
-            def then(row: int, ids: list[int]) -> Request | None:
-                turn = len(cut[row])
-                if turn == len(turn_keys):
+            def then(i: int, ids: list[int]) -> Request | None:
+                turn, kind = len(cut[i]), rows[unit[i]].kind
+                if turn == len(kind.turn_keys):
+                    report(1)
                     return None
-                i, chat = unit[row], chats[row]
-                chat += [assistant_turn(self._read(ids)[0]), user_turn(follow_ups[turn - 1][i])]
-                whole = self.chat.prompt_ids(chat)
-                cut[row].append(len(whole) > room)
-                return request(i, turn, whole)
+                said = kind.follow_ups[turn - 1][rows[unit[i]].index]
+                chats[i] += [assistant_turn(self._read(ids)[0]), user_turn(said)]
+                whole = self.chat.prompt_ids(chats[i])
+                cut[i].append(len(whole) > self.max_context - limits[unit[i]])
+                return request(unit[i], turn, whole)
 
             before = decoder.passes
-            made = decoder.run([request(i, 0, prompts[i]) for i in unit], then)
+            made = decoder.run([request(r, 0, prompts[r]) for r in unit], then)
             return [list(zip(*both, strict=True)) for both in zip(made, cut, strict=True)], decoder.passes - before
 
-        prompts = [self.chat.prompt_ids(c) for c in conversations]
-        lengths = [min(len(p), room) for p in prompts]
-        units = generation_units(lengths, self.batch_size)
-        decoder = self._decoder(max(map(len, units), default=1), sampling.temperature, num_new)
-        if decoder.graphs is not None:
-            decoder.slots.reserve(min(self.max_context, self._end(lengths, follow_ups, num_new)) + decoder.block + 1)
-        done = self._run(compute, units, [float(sum(lengths[i] for i in u)) for u in units])
-        rows = self._in_order(units, [values for values, _ in done])
-        turns = [(made.num_kept, made.num_prompt, len(made.ids)) for row in rows for made, _ in row]
+        report = self._progress(len(rows))
+        units = generation_units(lengths, most_new, self.batch_size)
+        decoder = self._decoder(max(map(len, units), default=1), max(limits, default=1))
+        if decoder.slots.device.type == "cuda" or decoder.graphs is not None:
+            decoder.slots.lengthen(min(self.max_context, self._end(rows, lengths, most_new)) + decoder.block + 1)
+        done = self._run(compute, units, [float(sum(lengths[r] + most_new[r] for r in u)) for u in units])
+        if decoder.graphs is not None and self.graph_problem is None:
+            self._settle_graphs(decoder.graphs.problem)
+        found = self._in_order(units, [values for values, _ in done])
+        turns = [(made.num_kept, made.num_prompt, len(made.ids)) for row in found for made, _ in row]
         self.work += decode_work(turns, passes=sum(passes for _, passes in done))
-        return [[self._reply(*row[turn]) for row in rows] for turn in range(len(turn_keys))]
+        replies = iter([[self._reply(*turn) for turn in row] for row in found])
+        return [
+            [list(turn) for turn in zip(*islice(replies, len(kind.conversations)), strict=True)]
+            or [[] for _ in kind.turn_keys]
+            for kind in kinds
+        ]
+
+    def _settle_graphs(self, problem: str | None) -> None:
+        """Switch graphs off on all ranks where one could not use them; the steps' shapes, and bits, stay."""
+        for rank, found in enumerate(self.ranks.gather(problem)):
+            if found is not None:
+                where = f" on rank {rank}" if self.ranks.size > 1 else ""
+                self.graph_problem = f"CUDA graphs of decoding steps are off: {found}{where}"
+                self.on_note(self.graph_problem)
+                return
+
+    def _warn(self, note: str) -> None:
+        if self.ranks.is_main:
+            warnings.warn(note, RuntimeWarning, stacklevel=2)
 
     def _reply(self, made: Made, prompt_truncated: bool) -> Reply:
         text, thought = self._read(made.ids)
@@ -225,22 +295,26 @@ class Engine:
         marks = [mark for pair in MARKS for mark in pair]
         return any(token in mark for token in self._special_tokens for mark in marks)
 
-    def _end(self, lengths: Sequence[int], follow_ups: Sequence[Sequence[str]], num_new: int) -> int:
+    def _end(self, rows: Sequence[_Dialogue], lengths: Sequence[int], most_new: Sequence[int]) -> int:
         """Where the longest row will end, so that slots that graphs read need not move. A guess is enough."""
-        said = [max(len(self.chat.prompt_ids([user_turn(text)])) for text in texts) for texts in follow_ups if texts]
-        return max(lengths, default=0) + num_new + sum(said) + num_new * len(said)
+        said = {texts[row.index] for row in rows for texts in row.kind.follow_ups}
+        size = {text: len(self.chat.prompt_ids([user_turn(text)])) for text in said}
+        ends = [
+            length + new + sum(size[texts[row.index]] for texts in row.kind.follow_ups)
+            for row, length, new in zip(rows, lengths, most_new, strict=True)
+        ]
+        return max(ends, default=0)
 
-    def _decoder(self, num_rows: int, temperature: float, max_new_tokens: int) -> Decoder:
+    def _decoder(self, num_rows: int, max_new_tokens: int) -> Decoder:
         """For the units of one call, after which its slots are given back."""
         device = next(self.model.parameters()).device
         return Decoder(
             self.model,
             min(self.batch_size, num_rows),
             max_new_tokens=max_new_tokens,
-            temperature=temperature,
             eos_ids=self.chat.end_ids,
-            graphs=Graphs(capture_cuda)
-            if uses_graphs(device, self.model.config._attn_implementation) and can_be_captured(self.model)
+            graphs=Graphs(capture_cuda, self.graph_problem)
+            if uses_graphs(device) and can_be_captured(self.model)
             else None,
             block=CUDA_BLOCK if device.type == "cuda" else 1,
         )
@@ -262,7 +336,11 @@ class Engine:
         units = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
 
         def compute(unit: list[int]) -> list[float]:
-            return score_unit(self.model, [rows[i] for i in unit])
+            sums = score_unit(self.model, [rows[i] for i in unit])
+            report(len(unit))
+            return sums
+
+        report = self._progress(len(rows))
 
         done = self._run(compute, units, [float(sum(len(rows[i]) for i in u)) for u in units])
         self.work += rows_work(rows, passes=len(units))
@@ -274,7 +352,7 @@ class Engine:
         was_training = self.model.training
         self.model.eval()
         try:
-            return self.ranks.map(compute, units, costs, self._progress(len(units)))
+            return self.ranks.map(compute, units, costs)
         finally:
             self.model.train(was_training)
 
@@ -284,9 +362,14 @@ class Engine:
         found = {i: v for unit, those in zip(units, values, strict=True) for i, v in zip(unit, those, strict=True)}
         return [found[i] for i in range(len(found))]
 
-    def _progress(self, num_units: int) -> Callable[[int], None] | None:
-        report = self.on_progress
-        if report is None:
-            return None
-        share = -(-num_units // self.ranks.size)
-        return lambda done: report(done, share)
+    def _progress(self, num_rows: int) -> Callable[[int], None]:
+        """Takes in how many rows more are finished on this rank."""
+        share, done = -(-num_rows // self.ranks.size), 0
+
+        def report(count: int) -> None:
+            nonlocal done
+            done += count
+            if self.on_progress is not None:
+                self.on_progress(done, max(share, done))
+
+        return report

@@ -1,27 +1,34 @@
-"""CUDA graphs of decoding steps: captured once per size, replayed from then on without a launch per kernel."""
+"""CUDA graphs of decoding steps: captured once per size, replayed from then on without a launch per kernel.
+
+The first graph of a decoder is compared with the steps that it replaces, bit for bit. Where it differs, or cannot be
+captured, steps run as they are, at the sizes that graphs would have: results do not depend on which processes replay.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from typing import Protocol
+from collections.abc import Callable, Hashable, Sequence
+from typing import Final, Protocol
 from weakref import WeakSet
 
 import torch
 from torch import nn
 
-from fedsim.attention.forward import IMPLEMENTATIONS
-from fedsim.proved import is_proved
+NUM_CHECKED: Final = 2
+"""Steps that the first graph and the plain steps take from the same state; the second reads what the first wrote."""
+
+Step = Callable[[], torch.Tensor]
+"""Takes a step and returns its logits ``[rows, vocabulary]``."""
 
 
 class Graph(Protocol):
     """A captured piece of work."""
 
-    def replay(self) -> None:
+    def replay(self) -> object:
         """Do it again, with what its tensors hold now."""
         ...
 
 
-Capture = Callable[[Callable[[], None]], Graph]
+Capture = Callable[[Callable[[], object]], Graph]
 """Records what a call does to the device's memory, without doing it."""
 
 
@@ -33,48 +40,101 @@ class Graphs:
 
     Args:
         capture: :func:`capture_cuda`, or a test's stand-in.
+        problem: why steps are not to be replayed at all; None where they are.
+
+    Attributes:
+        problem: why steps are not, or no longer, replayed.
     """
 
-    def __init__(self, capture: Capture) -> None:
+    def __init__(self, capture: Capture, problem: str | None = None) -> None:
+        self.problem = problem
         self._capture = capture
         self._graphs: dict[Hashable, Graph | None] = {}
+        self._is_checked = False
 
-    def run(self, size: Hashable, step: Callable[[], None]) -> None:
+    def run(self, size: Hashable, step: Step, carried: Sequence[torch.Tensor]) -> None:
         """Take a step.
 
         Args:
             size: all that the step depends on beside the tensors' content, their addresses included.
+            carried: the tensors that it changes, apart from keys and values, which the same step writes again.
         """
-        if size not in self._graphs:
+        if self.problem is not None or size not in self._graphs:
             step()
             self._graphs[size] = None
             return
         graph = self._graphs[size]
         if graph is None:
-            graph = self._graphs[size] = self._capture(step)
-        graph.replay()
+            graph = self._graphs[size] = self._captured(step, carried)
+        if graph is None:
+            step()
+        else:
+            graph.replay()
 
     def clear(self) -> None:
         """Forget all graphs, whose tensors are no longer in use, and give back their memory."""
         self._graphs.clear()
 
+    def _captured(self, step: Step, carried: Sequence[torch.Tensor]) -> Graph | None:
+        """The graph of a step; None, with the reason in :attr:`problem`, where it cannot be had or is wrong."""
+        logits: list[torch.Tensor] = []
+        try:
+            if self._is_checked:
+                return self._capture(step)
+            graph = self._capture(lambda: logits.append(step()))
+            wrong = _difference(graph, step, logits, carried)
+        except Exception as error:  # whatever a library does that cannot be captured
+            wrong = f"capturing a step ended with {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if wrong is None:
+            self._is_checked = True
+            return graph
+        self.problem = wrong
+        self.clear()
+        return None
 
-def graph_path(implementation: str) -> str:
-    """What graphs over an attention implementation are called in :mod:`fedsim.proved`: "decode_graph/varlen"."""
-    names = {implementation: name for name, implementation in IMPLEMENTATIONS.items()}
-    return f"decode_graph/{names.get(implementation, implementation)}"
+
+def _difference(graph: Graph, step: Step, logits: list[torch.Tensor], carried: Sequence[torch.Tensor]) -> str | None:
+    """How replayed steps differ from plain ones; the tensors are left as they were.
+
+    Args:
+        logits: its last entry is where the captured step puts its logits.
+    """
+    before = [tensor.clone() for tensor in carried]
+
+    def put_back() -> None:
+        for tensor, old in zip(carried, before, strict=True):
+            tensor.copy_(old)
+
+    # Replays go first: had plain steps written the keys and values already, a graph that writes none would pass.
+    replayed, plain = [], []
+    for _ in range(NUM_CHECKED):
+        graph.replay()
+        replayed += [logits[-1].clone(), *(tensor.clone() for tensor in carried)]
+    put_back()
+    for _ in range(NUM_CHECKED):
+        plain += [step().clone(), *(tensor.clone() for tensor in carried)]
+    put_back()
+
+    for i, (mine, true) in enumerate(zip(replayed, plain, strict=True)):
+        if not torch.equal(mine.view(torch.uint8), true.view(torch.uint8)):  # bits, as NaN is no equal of NaN
+            number, part = divmod(i, 1 + len(carried))
+            what = "state" if part else "logits"
+            return f"a replayed step gives other {what} than the plain one (step {number + 1} of {NUM_CHECKED})"
+    return None
 
 
 _LIVE: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
 
 
-def capture_cuda(step: Callable[[], None]) -> Graph:
+def capture_cuda(step: Callable[[], object]) -> Graph:
     """Capture a step that has run once before. One replay follows another, so all live captures share their memory.
 
     A pool of memory ends with its last graph, and torch refuses a later capture into it: that one gets a new pool.
+    Other threads, such as the watchdog of NCCL, may use CUDA meanwhile.
     """
     graph, other = torch.cuda.CUDAGraph(), next(iter(_LIVE), None)
-    with torch.cuda.graph(graph, pool=None if other is None else other.pool()):
+    pool = None if other is None else other.pool()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         step()
     _LIVE.add(graph)
     return graph
@@ -90,10 +150,6 @@ def can_be_captured(model: nn.Module) -> bool:
     return not any("dynamic" in str(name) or name == "longrope" for name in names)
 
 
-def uses_graphs(device: torch.device, implementation: str) -> bool:
-    """Whether steps of decoding are replayed here, of models that allow it; their shapes are then others.
-
-    Args:
-        implementation: transformers' name of the model's attention.
-    """
-    return device.type == "cuda" and is_proved(graph_path(implementation))
+def uses_graphs(device: torch.device) -> bool:
+    """Whether steps of decoding are replayed here, of models that allow it; their shapes are then others."""
+    return device.type == "cuda"

@@ -21,23 +21,48 @@ def grown(length: int) -> int:
     return -(-length // GROWTH) * GROWTH
 
 
+PART: Final = 16
+"""Rows that a CPU attends to together where rows differ much in length."""
+
+PART_BYTES: Final = 2**18
+"""Bytes that take about as long to read as a part of the rows takes to be attended to by itself."""
+
+LAYERS: Final = 4
+"""Layers whose keys and values are one tensor: few kernels move a slot, and growing copies a part at a time."""
+
+
 class Slots:
     """Keys and values of rows that are being decoded.
 
     On a CPU a head's positions lie one behind the other, which is what its matrix products read fastest; on CUDA a
     position's heads do, as its kernels want it.
 
+    Args:
+        num_rows: slots.
+        device: of the tensors.
+        num_layers: whose keys and values may be allocated together; more layers are taken one by one.
+
     Attributes:
         lengths: positions of each slot that hold something.
         capacity: positions of each slot.
     """
 
-    def __init__(self, num_rows: int, device: torch.device) -> None:
+    def __init__(self, num_rows: int, device: torch.device, num_layers: int = 1) -> None:
         self.lengths = [0] * num_rows
         self.capacity = 0
         self.device = device
+        self._num_layers = num_layers
         self._used = 0  # no slot holds anything from here on, not even what is no longer its row's
+        self._parts: list[torch.Tensor] = []  # [keys and values of some layers, rows, …]
+        self._open: dict[tuple[int, ...], tuple[int, int]] = {}  # by shape: the part with room, and how much is taken
+        self._found: dict[Place, list[tuple[int, int]]] = {}  # part and index of keys and of values
         self._kept: dict[Place, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    @property
+    def position_bytes(self) -> int:
+        """Of a position's keys and values in the first layer; 0 before it has any."""
+        tensors = next(iter(self._kept.values()), ())
+        return sum(part.shape[2] * part.shape[3] * part.element_size() for part in tensors)
 
     @property
     def num_rows(self) -> int:
@@ -45,20 +70,24 @@ class Slots:
         return len(self.lengths)
 
     def reserve(self, length: int) -> None:
-        """Make every slot at least ``length`` positions long, all of which may be written from now on.
+        """Let ``length`` positions of every slot be written from now on; longer slots as of :meth:`lengthen`."""
+        self._used = max(self._used, length)
+        self.lengthen(length)
+
+    def lengthen(self, length: int) -> None:
+        """Make every slot at least ``length`` positions long.
 
         What slots hold stays; where they are not long enough, at another address.
         """
-        self._used = max(self._used, length)
         if length <= self.capacity:
             return
         self.capacity = grown(length)
         longest = max(self.lengths)
-        for place, old in self._kept.items():
-            new = self._buffer(old[0]), self._buffer(old[1])
-            for to, come in zip(new, old, strict=True):
-                to[:, :longest] = come[:, :longest]
-            self._kept[place] = new
+        self._kept.clear()
+        for number, old in enumerate(self._parts):
+            new = self._part(len(old), old.shape[3], old.shape[4], old.dtype)
+            new[:, :, :longest] = old[:, :, :longest]
+            self._parts[number] = new
 
     def clear(self, begin: int, end: int) -> None:
         """Slots ``begin`` to ``end − 1`` are for other rows, which may meet nothing of what these held.
@@ -67,9 +96,8 @@ class Slots:
         """
         self.lengths[begin:end] = [0] * (end - begin)
         if self._used:
-            for buffers in self._kept.values():
-                for buffer in buffers:
-                    buffer[begin:end, : self._used] = 0
+            for part in self._parts:
+                part[:, begin:end, : self._used] = 0
         if end - begin == self.num_rows:
             self._used = 0
 
@@ -78,31 +106,67 @@ class Slots:
 
         Heads and size are those of ``key`` and of ``value``, whose heads may have another size.
         """
-        found = self._kept.get(place)
-        if found is None:
-            found = self._kept[place] = self._buffer(key), self._buffer(value)
+        views = self._kept.get(place)
+        if views is None:
+            found = self._found.get(place)
+            if found is None:
+                found = self._found[place] = self._take(key, value)
+            of_keys, of_values = (self._parts[part][index] for part, index in found)
+            views = self._kept[place] = of_keys, of_values
+        return views
+
+    def move(self, order: Sequence[int], to: torch.Tensor, source: torch.Tensor, longest: int) -> None:
+        """Slot i becomes as long as slot ``order[i]`` is; those of ``to`` get what is in ``source``.
+
+        Args:
+            to: int64 ``[moved]``, on the device: all slots that get another's content, if it has any.
+            source: int64 ``[moved]``: whose.
+            longest: positions that any slot holds, those of a row that has left included.
+        """
+        self.lengths = [self.lengths[slot] for slot in order]
+        if len(to):
+            for part in self._parts:
+                held = part[:, :, : longest + 1]  # a row that has ended may have written one position behind its end
+                held[:, to] = held[:, source]
+
+    def _take(self, key: torch.Tensor, value: torch.Tensor) -> list[tuple[int, int]]:
+        """Room for another attention's keys and values."""
+        num_tensors = 2 if key.shape[1:] == value.shape[1:] else 1
+        num_layers = max(min(self._num_layers - len(self._found), LAYERS), 1)
+        found = []
+        for like in (key, value):
+            heads, size = like.shape[-2:]
+            part, taken = self._open.get((heads, size), (-1, 0))
+            if part < 0 or taken == len(self._parts[part]):
+                part, taken = len(self._parts), 0
+                self._parts.append(self._part(num_tensors * num_layers, heads, size, like.dtype))
+            self._open[heads, size] = part, taken + 1
+            found.append((part, taken))
         return found
 
-    def exchange(self, one: int, other: int) -> None:
-        """Two slots take each other's place."""
-        if one == other:
-            return
-        lengths = self.lengths
-        if lengths[one] > lengths[other]:
-            one, other = other, one
-        short, length = lengths[one], lengths[other]
-        for buffers in self._kept.values():
-            for buffer in buffers:
-                kept = buffer[one, :short].clone()
-                buffer[one, :length] = buffer[other, :length]
-                buffer[other, :short] = kept
-        lengths[one], lengths[other] = length, short
-
-    def _buffer(self, like: torch.Tensor) -> torch.Tensor:
-        heads, size = like.shape[-2:]
+    def _part(self, num: int, heads: int, size: int, dtype: torch.dtype) -> torch.Tensor:
+        """Zeros ``[num, rows, capacity, heads, size]``."""
         if self.device.type == "cpu":
-            return like.new_zeros(self.num_rows, heads, self.capacity, size).transpose(1, 2)
-        return like.new_zeros(self.num_rows, self.capacity, heads, size)
+            return torch.zeros(num, self.num_rows, heads, self.capacity, size, dtype=dtype).transpose(2, 3)
+        return torch.zeros(num, self.num_rows, self.capacity, heads, size, dtype=dtype, device=self.device)
+
+
+def parts_of(ends: Sequence[int], position_bytes: int) -> list[tuple[slice, int]]:
+    """Consecutive rows of a step that a CPU attends to together, and how many positions the longest of them has.
+
+    All rows at once take the fewest calls, and read every row's slot as far as the longest goes; several parts read
+    less, and are worth it where that is much.
+
+    Args:
+        ends: positions of each row, at least one row.
+        position_bytes: of a position's keys and values in one layer.
+    """
+    parts = [slice(begin, min(begin + PART, len(ends))) for begin in range(0, len(ends), PART)]
+    longest = [max(ends[part]) for part in parts]
+    spared = sum((part.stop - part.start) * (max(ends) - most) for part, most in zip(parts, longest, strict=True))
+    if spared * position_bytes < PART_BYTES * len(parts):
+        return [(slice(0, len(ends)), max(ends))]
+    return list(zip(parts, longest, strict=True))
 
 
 class Extending:
@@ -150,14 +214,26 @@ class Stepping:
         rows: int64 ``[rows]``: 0, 1, …
         places: int64 ``[rows]``: where the token of each goes, which is how many positions it sees before itself.
         longest: of the slots that go on after the step, or more, up to the capacity; others see so much at most.
+        parts: rows that are attended to together, and the longest of each part; None: all at once.
     """
 
-    def __init__(self, slots: Slots, rows: torch.Tensor, places: torch.Tensor, longest: int) -> None:
+    def __init__(
+        self,
+        slots: Slots,
+        rows: torch.Tensor,
+        places: torch.Tensor,
+        longest: int,
+        parts: Sequence[tuple[slice, int]] | None = None,
+    ) -> None:
+        parts = parts or [(slice(0, len(rows)), longest)]
         self.slots = slots
-        self.longest = longest
         self._rows = rows
         self._places = places
-        self._lengths = (places + 1).clamp(max=longest).to(torch.int32)
+        hidden: list[dict[tuple[int | None, torch.dtype], torch.Tensor]] = [{} for _ in parts]
+        self._parts = [
+            (some, (places[some] + 1).clamp(max=most).to(torch.int32), most, shared)
+            for (some, most), shared in zip(parts, hidden, strict=True)
+        ]
 
     def attend(
         self,
@@ -169,7 +245,11 @@ class Stepping:
         scores: Scores,
     ) -> torch.Tensor:
         """See :class:`fedsim.attention.forward.Layout`."""
-        keys, values = (part[: len(self._rows)] for part in self.slots.kept(place, key, value))
+        keys, values = self.slots.kept(place, key, value)
         keys[self._rows, self._places] = key
         values[self._rows, self._places] = value
-        return backend.slots(query, Cached(keys, values, self._lengths, self.longest), scores)
+        outs = [
+            backend.slots(query[some], Cached(keys[some], values[some], lengths, longest, hidden), scores)
+            for some, lengths, longest, hidden in self._parts
+        ]
+        return outs[0] if len(outs) == 1 else torch.cat(outs)

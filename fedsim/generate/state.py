@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from fedsim.attention.spans import to_device
+from fedsim.attention.spans import put, to_device
 
-_FIELDS = ("ids", "places", "counts", "limits", "alive", "lines", "sound")
+_FIELDS = ("ids", "places", "counts", "limits", "alive", "lines", "sound", "temperatures")
 
 
 class State:
@@ -24,35 +24,54 @@ class State:
         alive: 1 where the turn goes on, else 0: the column's other numbers stand still.
         lines: the line of ``_out`` and ``_uniforms`` that belongs to the slot's row and moves with it.
         sound: 1 where all tokens of the turn were drawn from numbers, else 0.
+        temperatures: fp64 ``[slots]``: of the draws.
     """
 
     def __init__(self, num_slots: int, max_new_tokens: int, device: torch.device) -> None:
         self.rows = torch.arange(num_slots, device=device)
         self._fields = torch.zeros(len(_FIELDS), num_slots, dtype=torch.int64, device=device)
-        self.ids, self.places, self.counts, self.limits, self.alive, self.lines, self.sound = self._fields
+        self.ids, self.places, self.counts, self.limits, self.alive, self.lines, self.sound, bits = self._fields
+        self.temperatures = bits.view(torch.float64)  # so that one copy moves all columns
         self.lines.copy_(self.rows)
+        self.temperatures.fill_(1.0)
         self._line_of = list(range(num_slots))
         size = (num_slots, max_new_tokens + 1)  # a slot that has ended still writes behind its last token
         self._out = torch.zeros(size, dtype=torch.int64, device=device)
         self._uniforms = torch.zeros(size, dtype=torch.float64, device=device)
 
+    @property
+    def carried(self) -> tuple[torch.Tensor, ...]:
+        """What a step changes: the columns, and the tokens that were drawn."""
+        return self._fields, self._out
+
     def clear(self) -> None:
         """No slot has a row: all of them stand still at their beginning."""
         self._fields.zero_()
         self.lines.copy_(self.rows)
+        self.temperatures.fill_(1.0)
         self._line_of = list(range(len(self._line_of)))
 
     def begin(
-        self, first: int, lengths: Sequence[int], limits: Sequence[int], uniforms: Sequence[np.ndarray] | None
+        self,
+        first: int,
+        lengths: Sequence[int],
+        limits: Sequence[int],
+        temperatures: Sequence[float],
+        uniforms: Sequence[np.ndarray],
     ) -> None:
-        """Slots from ``first`` on are about to draw the token after prompts of these lengths."""
+        """Slots from ``first`` on are about to draw the token after prompts of these lengths.
+
+        Args:
+            uniforms: of each row the numbers that it draws with, as many as its limit; none of a greedy row.
+        """
         assert min(limits) >= 1 and max(limits) < self._out.shape[1]
         last = first + len(lengths)
         zeros, ones = [0] * len(lengths), [1] * len(lengths)
         lines = self._line_of[first:last]
-        columns = [zeros, [length - 1 for length in lengths], zeros, list(limits), ones, lines, ones]
+        bits = np.array(temperatures, dtype=np.float64).view(np.int64).tolist()
+        columns = [zeros, [length - 1 for length in lengths], zeros, list(limits), ones, lines, ones, bits]
         self._fields[:, first:last] = to_device(torch.tensor(columns), self._fields.device)
-        if uniforms is not None:
+        if any(map(len, uniforms)):
             padded = np.zeros((len(uniforms), self._uniforms.shape[1]))
             for line, drawn in zip(padded, uniforms, strict=True):
                 line[: len(drawn)] = drawn
@@ -69,30 +88,32 @@ class State:
             is_sound: bool ``[last − first]``: whether there was a distribution to draw from.
             eos: int64 ``[end tokens]``.
         """
-        ids, places, counts, limits, alive, lines, sound = self._fields[:, first:last]
+        ids, _, counts, limits, alive, lines, sound, _ = self._fields[:, first:last]
         sound.mul_(is_sound | (alive == 0))
         self._out[lines, counts] = tokens
         ids.copy_(tokens)
-        places.add_(alive)
-        counts.add_(alive)
+        self._fields[1:3, first:last].add_(alive)  # places and counts
         alive.mul_((counts < limits) & (tokens[:, None] != eos).all(dim=1))
 
     def read(self, num_slots: int) -> tuple[list[int], list[int], list[int]]:
         """``counts``, ``alive`` and ``sound`` of the first slots; waits for the device."""
-        counts, alive, sound = self._fields[2::2, :num_slots].tolist()
+        counts, alive, sound = self._fields[2:7:2, :num_slots].tolist()
         return counts, alive, sound
 
     def outs(self, slots: Sequence[int], counts: Sequence[int]) -> list[list[int]]:
         """Tokens that were drawn in each of these slots, as many as ``counts`` says; waits for the device."""
         if not slots:
             return []
-        lines = torch.tensor([self._line_of[slot] for slot in slots], device=self._out.device)
+        (lines,) = put([np.array([self._line_of[slot] for slot in slots])], self._out.device)
         tokens = self._out[lines, : max(counts)].tolist()
         return [line[:count] for line, count in zip(tokens, counts, strict=True)]
 
-    def exchange(self, one: int, other: int) -> None:
-        """Two slots take each other's place."""
-        if one != other:
-            columns = self._fields[:, [one, other]]
-            self._fields[:, [other, one]] = columns
-            self._line_of[one], self._line_of[other] = self._line_of[other], self._line_of[one]
+    def move(self, order: Sequence[int], to: torch.Tensor, source: torch.Tensor) -> None:
+        """Slot i gets what slot ``order[i]`` holds.
+
+        Args:
+            to: int64 ``[moved]``, on the device: the slots that get another's.
+            source: int64 ``[moved]``: whose.
+        """
+        self._fields.index_copy_(1, to, self._fields.index_select(1, source))
+        self._line_of = [self._line_of[slot] for slot in order]

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from fedsim.attention.choice import head_sizes, num_key_heads
 from fedsim.attention.forward import text_names
+from fedsim.attention.self_test import head_sizes, num_key_heads
 from fedsim.data.chat import TokenRow
 
 

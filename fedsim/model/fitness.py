@@ -12,13 +12,14 @@ from torch.nn.modules.dropout import _DropoutNd
 from transformers import PretrainedConfig, PreTrainedModel
 
 from fedsim.attention.backends import Backend, Scores
-from fedsim.attention.forward import Place, Rows, packed_hidden, packed_logits
+from fedsim.attention.forward import Place, Rows, packed_hidden, packed_logits, text_decoder
 from fedsim.attention.head import head_logits
 from fedsim.attention.spans import Spans
 from fedsim.errors import ModelError
 from fedsim.generate.prefix import candidate_logits, read_head
 from fedsim.generate.slots import Extending, Slots, Stepping
 from fedsim.model.faults import reason
+from fedsim.model.quantised import quantisation
 
 LIMITS: Final = {torch.bfloat16: 0.3, torch.float16: 0.1}
 """Relative distance of a token's logits that rounding may make; of wider types 1e-3. What leaks or is left out makes
@@ -56,18 +57,20 @@ def switch_dropout_off(config: PretrainedConfig) -> dict[str, float]:
     return found
 
 
-def check_fitness(base: PreTrainedModel, rows: list[list[int]]) -> None:
+def check_fitness(base: PreTrainedModel, rows: list[list[int]], *, trains: bool = True) -> None:
     """Compare a model's logits through fedsim's attention with those of its own, plain forward pass, row by row.
 
-    Packed rows are compared in evaluation and in training, with a head that works in chunks; then cached steps
-    (:func:`_decoded`) and tails behind a shared head (:func:`_behind_head`). State that is carried from row to row,
-    masks and positions of the model's own, draws in training, caches that hold something else than keys and values, and
-    a head that works in another way all show. A window that is longer than the rows does not: each layer must pass on
-    the window that the configuration names. No number is drawn.
+    Packed rows are compared in evaluation and in training, with a head that works in chunks, and so is the gradient of
+    a weight before the first attention; then cached steps (:func:`_decoded`) and tails behind a shared head
+    (:func:`_behind_head`). State that is carried from row to row, masks and positions of the model's own, draws in
+    training, caches that hold something else than keys and values, and a head that works in another way all show. A
+    window that is longer than the rows does not: each layer must pass on the window that the configuration names. No
+    number is drawn.
 
     Args:
         base: in evaluation mode, its attention fedsim's; left as it is.
         rows: 4 to 12 tokens each, of different lengths; two or more rows.
+        trains: a gradient is compared too.
 
     Raises:
         ModelError: it does not fit.
@@ -85,6 +88,8 @@ def check_fitness(base: PreTrainedModel, rows: list[list[int]]) -> None:
         with _training(base):
             trained = _packed(base, rows, layout)
         _compare(trained, want, f"{name}: computes something else, or at random, in training")
+        if trains and quantisation(base.config) is None:  # packed weights have no gradient
+            _check_gradient(base, rows, layout)
     except ModelError:
         raise
     except Exception as error:  # whatever another architecture does with arguments that it does not know
@@ -216,13 +221,70 @@ def _packed(base: PreTrainedModel, rows: list[list[int]], layout: _Noting) -> to
 @torch.no_grad()
 def _plain(base: PreTrainedModel, rows: list[list[int]]) -> torch.Tensor:
     """Row by row through transformers' eager attention and masks."""
+    with _own_attention(base):
+        return torch.cat([_alone(base, row) for row in rows])
+
+
+def _alone(base: PreTrainedModel, row: list[int]) -> torch.Tensor:
+    """Logits ``[length, vocabulary]`` of a row by the model's own forward pass."""
+    logits: torch.Tensor = base(input_ids=torch.tensor([row], device=base.device), use_cache=False).logits[0]
+    return logits
+
+
+@contextlib.contextmanager
+def _own_attention(base: PreTrainedModel) -> Iterator[None]:
+    """Transformers' eager attention in place of fedsim's."""
     ours: Any = base.config._attn_implementation
     base.set_attn_implementation("eager")
     try:
-        one = [base(input_ids=torch.tensor([row], device=base.device), use_cache=False).logits[0] for row in rows]
+        yield
     finally:
         base.set_attn_implementation(ours)
-    return torch.cat(one)
+
+
+def _check_gradient(base: PreTrainedModel, rows: list[list[int]], layout: _Noting) -> None:
+    """Compare the gradient of the next tokens' log-probabilities by one weight: packed rows against rows alone."""
+    weight = _first_matrix(base)
+    was_trained = weight.requires_grad
+    weight.requires_grad_()
+    try:
+        with torch.enable_grad():
+            # All rows at once, in training mode, as a step of training has them.
+            ids = torch.tensor([token for row in rows for token in row], device=base.device)
+            with _training(base):
+                logits = head_logits(base, packed_hidden(base, ids, layout.spans.positions, layout))
+                losses = [_loss(part, row) for part, row in zip(logits.split([*map(len, rows)]), rows, strict=True)]
+                (found,) = torch.autograd.grad(torch.stack(losses).sum(), weight)
+            # Row by row.
+            with _own_attention(base):
+                wanted = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+                for row in rows:
+                    wanted += torch.autograd.grad(_loss(_alone(base, row), row), weight)[0]
+    finally:
+        weight.requires_grad_(was_trained)
+    distance = float((found.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-12))
+    limit = LIMITS.get(weight.dtype, 1e-3)
+    if not distance <= limit:  # NaN too
+        raise ModelError(
+            f"{type(base).__name__}: the gradient of packed rows is not that of each row alone (a weight of the first "
+            f"layer: {distance:.2g} apart, {limit:g} is allowed); {WHICH}"
+        )
+
+
+def _first_matrix(base: PreTrainedModel) -> torch.nn.Parameter:
+    """A matrix of the first layer, of queries as a rule."""
+    num_layers = int(base.config.get_text_config().num_hidden_layers)
+    for module in text_decoder(base).modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == num_layers:
+            return next(p for p in module[0].parameters() if p.dim() == 2 and p.is_floating_point())
+    return next(p for p in text_decoder(base).parameters() if p.dim() == 2 and p.is_floating_point())
+
+
+def _loss(logits: torch.Tensor, row: list[int]) -> torch.Tensor:
+    """Sum of −log p of each token after the first."""
+    after = torch.tensor(row[1:], device=logits.device)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return torch.nn.functional.cross_entropy(logits[:-1].to(wide), after, reduction="sum")
 
 
 @contextlib.contextmanager

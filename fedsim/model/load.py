@@ -27,16 +27,17 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
-from fedsim.artefacts import model_files_digest
-from fedsim.attention.choice import Choice, choose
-from fedsim.attention.forward import text_names
+from fedsim.attention.choice import CUDA_ONLY, Choice, choose
+from fedsim.attention.forward import IMPLEMENTATIONS, text_names
 from fedsim.data.chat import ChatFormat
+from fedsim.digests import FileDigests
 from fedsim.errors import ModelError
 from fedsim.fused.choice import Fused, fuse
 from fedsim.json_text import parse_json
 from fedsim.model.faults import missing_tokenizer_package, names_attention, own_attention, reason
 from fedsim.model.fitness import check_fitness, switch_dropout_off
 from fedsim.model.quantised import check_quantised
+from fedsim.ranks import Ranks
 
 transformers_logging.disable_progress_bar()  # fedsim shows its own progress
 
@@ -92,7 +93,14 @@ def model_dir(path: str) -> Path:
 
 
 def load_model(
-    path: str, lora: LoraSettings, *, dtype: str, attention: str, device: torch.device, key: str = "model.path"
+    path: str,
+    lora: LoraSettings,
+    *,
+    dtype: str,
+    attention: str,
+    device: torch.device,
+    key: str = "model.path",
+    ranks: Ranks | None = None,
 ) -> LoadedModel:
     """Load a chat model, freeze it and attach LoRA (fp32, on top of base weights in ``dtype``).
 
@@ -101,29 +109,32 @@ def load_model(
         dtype: "auto" (bfloat16 on CUDA, float32 on CPU), "float32" or "bfloat16".
         attention: "auto" or a backend's name (:mod:`fedsim.attention.choice`).
         key: the configuration key to name in errors.
+        ranks: all of which load the model and must take the same backend; None: this process alone does.
 
     Raises:
         ModelError: the directory lacks weights, config, tokenizer or chat template, one of them is damaged, the model
             has no such LoRA target or cannot compute packed rows (:mod:`fedsim.model.fitness`), or the attention
             backend cannot be had here.
     """
-    base, chat = load_base(path, dtype=dtype, attention=attention, device=device, key=key)
+    base, chat = load_base(path, dtype=dtype, attention=attention, device=device, key=key, ranks=ranks)
     model = attach_lora(base, lora, key)
     return LoadedModel(model, chat, fuse(model))
 
 
-def chosen_attention(path: str, *, dtype: str, attention: str, device: torch.device, key: str) -> Choice:
+def chosen_attention(path: str, *, dtype: str, attention: str, device: torch.device, key: str, ranks: Ranks) -> Choice:
     """The attention backend that :func:`load_model` would give a model; only its configuration is read.
+
+    All ranks call this.
 
     Raises:
         ModelError: the configuration cannot be read, or the backend cannot be had here.
     """
     config, _ = read_config(model_dir(path), key)
-    return choose(attention, config, compute_dtype(dtype, device), device)
+    return choose(attention, config, compute_dtype(dtype, device), device, ranks)
 
 
 def load_base(
-    path: str, *, dtype: str, attention: str, device: torch.device, key: str
+    path: str, *, dtype: str, attention: str, device: torch.device, key: str, ranks: Ranks | None = None
 ) -> tuple[PreTrainedModel, ChatFormat]:
     """Load a frozen chat model without LoRA; arguments and errors as of :func:`load_model`."""
     folder = check_model_dir(path, key)
@@ -134,17 +145,46 @@ def load_base(
         check_quantised(config, trains=False)
     except ModelError as error:
         raise ModelError(f"{key}={str(folder)!r}: {error}") from error
-    base = _read(folder, config, key, weights, choose(attention, config, weights, device))
+    choice = choose(attention, config, weights, device, ranks)
+    base = _read(folder, config, key, weights, choice)
     base.requires_grad_(False)
     torch.nn.Module.to(base, device)
     embeddings = base.get_input_embeddings()
     assert isinstance(embeddings, torch.nn.Embedding)
     check_tokenizer(chat, embeddings.num_embeddings, folder, key)
     try:
-        check_fitness(base, [trial_row(chat, text, length) for text, length in zip(TEXTS, LENGTHS, strict=True)])
+        rows = [trial_row(chat, text, length) for text, length in zip(TEXTS, LENGTHS, strict=True)]
+        try_fitness(base, rows, choice, trains=key != "judge.path")
     except ModelError as error:
         raise ModelError(f"{key}={str(folder)!r}: {error}") from error
     return base, chat
+
+
+def try_fitness(base: PreTrainedModel, rows: list[list[int]], choice: Choice, *, trains: bool = True) -> None:
+    """Check that a loaded model fits, and if not, whether it would with a backend that is not CUDA's alone.
+
+    Raises:
+        ModelError: it does not fit; with the backend that it fits with, where one of CUDA's kernels is to blame.
+    """
+    try:
+        check_fitness(base, rows, trains=trains)
+    except ModelError as error:
+        others = [name for name, reason in choice.tried.items() if not reason and name not in CUDA_ONLY]
+        for name in others if choice.name in CUDA_ONLY else []:
+            base.set_attn_implementation(IMPLEMENTATIONS[name])
+            if _fits(base, rows, trains):
+                raise ModelError(
+                    f"{error}. With {name} in place of {choice.name} it fits: set model.attention={name}"
+                ) from error
+        raise
+
+
+def _fits(base: PreTrainedModel, rows: list[list[int]], trains: bool) -> bool:
+    try:
+        check_fitness(base, rows, trains=trains)
+    except ModelError:
+        return False
+    return True
 
 
 def trial_row(chat: ChatFormat, text: str, length: int) -> list[int]:
@@ -330,9 +370,9 @@ def attach_lora(base: PreTrainedModel, lora: LoraSettings, key: str = "model.pat
     return model
 
 
-def model_digest(path: str) -> str:
-    """SHA-256 of a model's files (:func:`model_files_digest`); names the model in artefact keys."""
-    return model_files_digest(model_dir(path))
+def model_digest(path: str, digests: FileDigests) -> str:
+    """SHA-256 of a model's files (:meth:`FileDigests.model`); names the model in artefact keys."""
+    return digests.model(model_dir(path))
 
 
 def check_model_dir(path: str, key: str) -> Path:
@@ -344,8 +384,11 @@ def check_model_dir(path: str, key: str) -> Path:
     """
     folder = model_dir(path)
     if not folder.is_dir():
+        name = path if re.fullmatch(r"[\w.-]+/[\w.-]+", path) else "ORGANISATION/NAME"
         raise ModelError(
-            f"{key}={str(folder)!r}: is not a directory; download the model and give its path, or use 'embedded'"
+            f"{key}={str(folder)!r}: is not a directory; download the model and give its path (hf download {name} "
+            "--local-dir DIRECTORY; a gated one after its licence was accepted on its page, and hf auth login), or use "
+            "'embedded'"
         )
     _check_trusted_form(folder, key)
     needed = {

@@ -9,7 +9,7 @@ import psutil
 import torch
 
 from fedsim.generate.decode import PREFILL_TOKENS
-from fedsim.generate.slots import GROWTH
+from fedsim.generate.slots import GROWTH, LAYERS
 from fedsim.model.logprobs import MAX_LOGITS
 from fedsim.model.shape import ModelShape
 
@@ -77,7 +77,7 @@ def generation_need(
 ) -> Need:
     """Memory of decoding: weights, the slots of the cache, one pass that reads prompts, and one row of logits a row.
 
-    While a layer's slots grow, its old ones are still there.
+    While the slots of some layers grow, their old ones are still there.
 
     Args:
         num_rows: that are decoded together.
@@ -85,7 +85,8 @@ def generation_need(
         beside: bytes of vectors, and of other models that are in memory at the time.
     """
     capacity = -(-num_tokens // GROWTH) * GROWTH
-    cache = num_rows * capacity * (shape.num_layers + 1) * shape.kv_size * shape.dtype.itemsize
+    layers = shape.num_layers + min(LAYERS, shape.num_layers)
+    cache = num_rows * capacity * layers * shape.kv_size * shape.dtype.itemsize
     read = min(num_rows * num_tokens, max(num_tokens, PREFILL_TOKENS))
     prefill = read * (2 * shape.hidden_size + 3 * shape.intermediate_size) * shape.dtype.itemsize
     logits = 3 * 8 * num_rows * shape.vocab_size  # sampling works in fp64: logits, exponentials, cumulative sum
@@ -111,9 +112,9 @@ def scoring_need(
     return Need(stage, beside + shape.weight_bytes + (kept + copies + layer) * shape.dtype.itemsize, key)
 
 
-def free_memory(device: torch.device, num_ranks: int) -> int:
-    """Bytes that one of ``num_ranks`` processes on this machine can have: of its GPU, or its share of the free RAM."""
+def free_memory(device: torch.device, sharing: int) -> int:
+    """Bytes that one of ``sharing`` processes on a GPU can have of it, or on the CPU of the machine's free RAM."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return int(free) // math.ceil(num_ranks / torch.cuda.device_count())
-    return int(psutil.virtual_memory().available) // num_ranks
+        return int(free) // sharing
+    return int(psutil.virtual_memory().available) // sharing

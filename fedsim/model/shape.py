@@ -18,8 +18,9 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from fedsim.attention.choice import Choice, choose, head_sizes, num_key_heads
+from fedsim.attention.choice import Choice, choose
 from fedsim.attention.forward import text_names, unsupported
+from fedsim.attention.self_test import head_sizes, num_key_heads
 from fedsim.errors import ModelError
 from fedsim.model.faults import names_attention, own_attention, reason
 from fedsim.model.fitness import check_kind
@@ -50,7 +51,7 @@ class ModelShape:
         kv_size: numbers of one token's keys and values in one layer.
         vocab_size: rows of the embeddings and of the LM head.
         max_positions: the longest context that the configuration allows, in tokens.
-        attention: the backend that it gets.
+        attention: the backend that it gets; of :func:`model_shape` what this process alone would take.
         num_heads: query heads of a layer.
         query_size: numbers of one token's queries in one layer.
         norm_size: numbers of one token that go through a norm, over all layers.

@@ -46,17 +46,18 @@ def try_model(folder: Path, attention: str, key: str) -> bool:
     """
     config, _ = read_config(folder, key)
     try:
-        return try_architecture(config, attention)
+        return try_architecture(config, attention, trains=key != "judge.path")
     except ModelError as error:
         raise ModelError(f"{key}={str(folder)!r}: {error}") from error
 
 
-def try_architecture(config: PretrainedConfig, attention: str) -> bool:
+def try_architecture(config: PretrainedConfig, attention: str, *, trains: bool = True) -> bool:
     """Check the fitness of a small model of this configuration on the CPU, in float32; torch's generator stays put.
 
     Args:
         config: the model's, its dropout switched off; left as it is.
         attention: name of the backend; one that is CUDA's alone is replaced.
+        trains: the model is to be trained.
 
     Returns:
         False if no small model could be built and run by itself: then only loading the real one shows.
@@ -70,13 +71,13 @@ def try_architecture(config: PretrainedConfig, attention: str) -> bool:
     model = _built(small, implementation)
     if model is None:
         return False
-    check_fitness(model, [list(row) for row in ROWS])
+    check_fitness(model, [list(row) for row in ROWS], trains=trains)
 
     # Once more with windows that are shorter than the rows, so that they are compared in numbers too.
     if has_sight := _set(small.get_text_config(), dict.fromkeys(SIGHTS, SIGHT)):
         model = _built(small, implementation)
         if model is not None:
-            check_fitness(model, [list(row) for row in ROWS])
+            check_fitness(model, [list(row) for row in ROWS], trains=trains)
     return model is not None or not has_sight
 
 

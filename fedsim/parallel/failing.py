@@ -22,6 +22,7 @@ import torch.distributed as dist
 from fedsim.disk import is_disk_full
 from fedsim.errors import DiskFullError, FedsimError, LostRankError, RunError, Stopped
 from fedsim.launching import line_of, unforeseen
+from fedsim.out_of_memory import explained, is_out_of_memory
 from fedsim.parallel.post_mortem import Blame, blame, cause_of
 from fedsim.parallel.stopping import GRACE_S, signal_name
 from fedsim.record.ending import Reason, write_ending
@@ -42,6 +43,8 @@ def portable(error: Exception, journal: Journal) -> FedsimError:
         found: FedsimError = error
     elif is_disk_full(error):
         found = DiskFullError(str(error))
+    elif is_out_of_memory(error):
+        found = explained(error, str(journal.place_of(error).get("stage", "")))
     else:
         trace = "".join(traceback.format_exception(error))
         found = RunError(f"{type(error).__name__}: {error}\n{trace}")

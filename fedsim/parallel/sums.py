@@ -22,7 +22,7 @@ class Traffic:
 
     An all-reduce counts the whole vector on every member, a gathered object its pickle on every rank, and one that
     rank 0 sends out its pickle there alone. Of DeepSpeed's collectives the gradients and the adapter's shares count, by
-    their sizes. Barriers, the set-up of groups, and DeepSpeed's scalars and padding do not.
+    their sizes. Barriers, heartbeats, the set-up of groups, and DeepSpeed's scalars and padding do not.
     """
 
     num_bytes: int = 0
@@ -46,6 +46,10 @@ class Summer:
         exact: order-independent sums, bit-identical however the terms are spread over members.
         device: where the members' terms are; a member without terms joins the reduction from there.
         traffic: counts what this member contributes.
+        heartbeat: meet on the CPU before each sum. Over NCCL a host call only enqueues, and a member that does not come
+            raises no error anywhere: the others' GPUs wait, their hosts fill the launch queue and stand, until a
+            watchdog aborts the process. A collective over gloo before it (about 0.1 ms) does raise, in time, and
+            nothing is enqueued that would wait for that member.
     """
 
     def __init__(
@@ -55,8 +59,10 @@ class Summer:
         exact: bool,
         device: torch.device | None = None,
         traffic: Traffic | None = None,
+        heartbeat: bool = False,
     ) -> None:
         self.group = group
+        self.heartbeat = heartbeat and group is not None
         self.traffic = Traffic() if traffic is None else traffic
         self.exact = exact
         self.device = torch.device("cpu") if device is None else device
@@ -74,6 +80,8 @@ class Summer:
             a segment with a non-finite term is NaN throughout; in fast mode they are fp32.
         """
         device = next((t.vector.device for s in segments for t in s), self.device)
+        if self.heartbeat:
+            dist.all_reduce(torch.zeros(1), group=self.group)
         return self._exact(segments, sizes, count, device) if self.exact else self._fast(segments, sizes, device)
 
     def _exact(

@@ -17,7 +17,8 @@ from typing import TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from fedsim.errors import FedsimError, RunError
+from fedsim.errors import ConfigError, FedsimError, RunError
+from fedsim.parallel.device import NCCL, Placement, Seat, choose_device, exchange_seats, seat_of, set_allocator
 from fedsim.parallel.failing import LAST_S, alone, in_time, portable, say_signal, stop_here, together
 from fedsim.parallel.planner import deal_units
 from fedsim.parallel.stopping import StopRequest
@@ -51,6 +52,7 @@ class World:
         journal: where this process is, and its log.
         stop: whether it was asked to stop.
         leaving: what is to be done once this process has said why it leaves; None does it at once.
+        placement: where every rank computes.
     """
 
     ranks: Ranks
@@ -61,6 +63,7 @@ class World:
     journal: Journal = field(default_factory=Journal)
     stop: StopRequest = field(default_factory=StopRequest)
     leaving: ExitStack | None = None
+    placement: Placement = field(default_factory=Placement)
     _groups: dict[tuple[int, int], dist.ProcessGroup | None] = field(default_factory=dict)
 
     @property
@@ -73,6 +76,11 @@ class World:
         """Number of processes."""
         return self.ranks.size
 
+    @property
+    def sharing(self) -> int:
+        """Number of processes that share this one's GPU, or the machine's memory on the CPU; itself included."""
+        return self.placement.sharing(self.rank)
+
     def lane(self, first_rank: int, width: int) -> Lane:
         """The lane of ``width`` ranks from ``first_rank`` on.
 
@@ -84,11 +92,12 @@ class World:
                 members = list(range(first_rank, first_rank + width))
                 self._groups[(first_rank, width)] = dist.new_group(members, timeout=self.timeout)
             group = self._groups[(first_rank, width)]
-        summer = Summer(group, exact=self.exact, device=self.device, traffic=self.traffic)
+        over_nccl = self.placement.backend == NCCL
+        summer = Summer(group, exact=self.exact, device=self.device, traffic=self.traffic, heartbeat=over_nccl)
         return Lane(self.rank - first_rank, width, summer)
 
     def when_leaving(self, act: Callable[[], None]) -> None:
-        """Do something when this process leaves the world: not before its last word is written."""
+        """Do something when this process leaves the world: after exit.json is written."""
         if self.leaving is None:
             act()
         else:
@@ -186,52 +195,70 @@ class GroupRanks:
 
 
 @contextmanager
-def process_world(*, exact: bool, threads: int, timeout_s: float) -> Iterator[World]:
+def process_world(*, exact: bool, threads: int, timeout_s: float, device: str = "auto") -> Iterator[World]:
     """Join the processes that a launcher started (or run alone), and leave them in every case.
 
-    Any launcher will do that sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT: torchrun, deepspeed, or a
-    user's own, whether or not it ends the other processes when one fails. :mod:`fedsim.parallel.failing` says how they
-    leave.
+    Any launcher will do that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, and LOCAL_RANK if that is not RANK:
+    torchrun, deepspeed, srun or a user's own, whether or not it ends the other processes when one fails.
+    :mod:`fedsim.parallel.failing` says how they leave.
 
     Args:
         exact: order-independent sums and deterministic kernels.
         threads: CPU threads of this process.
         timeout_s: collectives that wait longer end the run.
+        device: ``parallel.device``: auto, cuda or cpu.
 
     Raises:
+        ConfigError: no GPU can be used where one is wanted (:func:`choose_device`).
         RunError: the processes cannot meet.
+        SystemExit: another rank cannot start, and says why.
     """
     torch.set_num_threads(threads)
+    if device != "cpu":
+        set_allocator()
     if exact:
         torch.use_deterministic_algorithms(True, warn_only=False)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # all is written
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     size = _world_size()
-    device = _device(size)
+    seat, own = _seat(device)
+    if size == 1 and isinstance(seat, Exception):
+        raise seat
     stop, journal = StopRequest(), Journal(_rank())
     stop.on_signal = lambda number: say_signal(journal, number)
     stop.on_deadline = lambda number, at_once: stop_here(journal, number, size, at_once)
     with stop.listening():
         if size == 1:
+            assert isinstance(seat, Seat)
             with ExitStack() as leaving, alone(journal):
-                yield World(OneRank(), device, exact, journal=journal, stop=stop, leaving=leaving)
+                yield World(
+                    OneRank(), own, exact, journal=journal, stop=stop, leaving=leaving, placement=Placement((seat,))
+                )
             return
         _stay_on_this_machine(size)
-        one_gpu_each = device.type == "cuda" and torch.cuda.device_count() >= size
-        backend = "cpu:gloo,cuda:nccl" if one_gpu_each else "gloo"
         # torch keeps the last 2,000 collectives with their stacks, which over some hundred rounds looks like a leak
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "100")
         timeout = timedelta(seconds=timeout_s)
         store, rank = _meet(timeout)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        placement = exchange_seats(store, rank, size, seat, timeout)
+        dist.init_process_group(placement.backend, store=store, rank=rank, world_size=size, timeout=timeout)
         try:
             with ExitStack() as leaving, together(store, journal, size, timeout_s):
                 traffic = Traffic()
                 ranks = GroupRanks(traffic, journal)
-                yield World(ranks, device, exact, timeout, traffic, journal, stop, leaving)
+                yield World(ranks, own, exact, timeout, traffic, journal, stop, leaving, placement)
         finally:
             with in_time(LAST_S):
                 dist.destroy_process_group()
+
+
+def _seat(wanted: str) -> tuple[Seat | ConfigError | RunError, torch.device]:
+    """This process's seat with its device, or why it has none, which the other ranks are to hear of too."""
+    try:
+        device = choose_device(wanted)
+        return seat_of(device), device
+    except (ConfigError, RunError) as error:
+        return error, torch.device("cpu")
 
 
 def _world_size() -> int:
@@ -245,7 +272,7 @@ def _world_size() -> int:
 
 
 def _rank() -> int:
-    """This process's rank as the launcher has it; what is no rank is told when the processes meet."""
+    """This process's rank as the launcher has it; an invalid RANK is reported at rendezvous."""
     given = os.environ.get("RANK", "0")
     return int(given) if given.isdecimal() else 0
 
@@ -272,12 +299,3 @@ def _meet(timeout: timedelta) -> tuple[dist.Store, int]:
         ) from error
     # torchrun keeps its store over a restart: the addresses and words of the ranks before must not be found there.
     return dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store), rank
-
-
-def _device(size: int) -> torch.device:
-    """This process's GPU (shared round-robin if there are fewer GPUs than processes), or the CPU."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
-    torch.cuda.set_device(index)
-    return torch.device("cuda", index)

@@ -17,6 +17,11 @@ PATIENCE_S: Final = 60.0
 """How long a new session waits for the ranks of the one before to end; they leave by themselves when one is missed."""
 
 
+DYING_S: Final = 5.0
+"""How long a new session waits for rank 0 of the one before, which may have been killed a moment ago: the kernel gives
+its lock back only when its memory has been freed."""
+
+
 class DirectoryLock:
     """The locks of one rank on a run directory.
 
@@ -28,17 +33,22 @@ class DirectoryLock:
         self.folder = folder
         self._files: list[IO[str]] = []
 
-    def hold(self, say: Callable[[str], None], patience_s: float = PATIENCE_S) -> None:
+    def hold(self, say: Callable[[str], None], patience_s: float = PATIENCE_S, dying_s: float = DYING_S) -> None:
         """On rank 0: make the directory this run's own, and wait until no rank of an earlier session is left.
 
         Args:
             say: told if there is something to wait for.
+            patience_s: how long other ranks of an earlier session are waited for, in seconds.
+            dying_s: how long its rank 0 is waited for.
 
         Raises:
             ConfigError: another run holds it, or ranks of an earlier session do not end.
             OSError: the directory cannot be written.
         """
-        if not self._lock(".lock", fcntl.LOCK_EX):
+        deadline = time.monotonic() + dying_s
+        while not (held := self._lock(".lock", fcntl.LOCK_EX)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if not held:
             raise ConfigError(
                 f"{self.folder}: another process is running this very run; wait for it, or give this one another name "
                 "(name=...)"

@@ -32,6 +32,7 @@ def write_manifest(
     attention: Mapping[str, str],
     *,
     num_ranks: int,
+    devices: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write ``directory/manifest.json`` (called on rank 0) and return its path.
 
@@ -39,8 +40,9 @@ def write_manifest(
         config: the resolved configuration, nested or flat; its ``seed`` and ``parallel`` part are in it.
         inputs: data files by role, such as ``{"square": path}``; each gets its size and SHA-256.
         model_hashes: SHA-256 by role, such as ``{"base": ..., "guard": ...}``, as the caller computed them.
-        attention: the attention backend of each model, by role.
+        attention: the attention backend of each model, and why it was taken, by role.
         num_ranks: processes of the run.
+        devices: where each process computes, and what carries their sums.
 
     A run that is resumed keeps the manifest it began with and adds an entry to its ``resumed`` list, in which ``moved``
     has the new path of each file or model that lies elsewhere.
@@ -53,6 +55,7 @@ def write_manifest(
     path = directory / "manifest.json"
     now = {"utc": datetime.now(UTC).isoformat(timespec="seconds"), "command": command_line(), "num_ranks": num_ranks}
     where = {"versions": versions(), "git": made_by()["git"], "hardware": hardware(), "attention": dict(attention)}
+    where["devices"] = dict(devices or {})
     if path.exists():
         manifest = read_manifest(path)
         check_unchanged(path, manifest, inputs, model_hashes)
@@ -68,10 +71,23 @@ def write_manifest(
             "models": dict(model_hashes),
             "config": dict(config),
         }
+    _replace(path, manifest)
+    return path
+
+
+def add_note(path: Path, text: str) -> None:
+    """Add a line to the ``notes`` of the session that writes a manifest now (called on rank 0)."""
+    manifest = read_manifest(path)
+    session = manifest["resumed"][-1] if manifest.get("resumed") else manifest
+    session.setdefault("notes", []).append(text)
+    _replace(path, manifest)
+
+
+def _replace(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Write a manifest whole, or leave the old one."""
     new = path.with_suffix(".json.new")
     write_json(new, manifest)
     new.replace(path)
-    return path
 
 
 def versions() -> dict[str, str | None]:

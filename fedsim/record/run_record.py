@@ -24,6 +24,7 @@ from fedsim.ranks import Ranks
 from fedsim.record.ending import forget_ending, write_ending
 from fedsim.record.journal import Journal
 from fedsim.record.lock import DirectoryLock
+from fedsim.record.manifest import add_note
 from fedsim.record.metrics import MetricLog, read_rows
 from fedsim.record.paper import arm_of
 from fedsim.record.places import check_folder, run_folder
@@ -126,8 +127,12 @@ class RunRecord:
         if self.ranks.is_main:
             write_ending(self.folder, "finished", 0, "all rounds are done", {"rank": 0})
 
-    def header(self, num_ranks: int, device: torch.device) -> None:
-        """What runs, where, before anything happens."""
+    def header(self, num_ranks: int, device: torch.device, backend: str) -> None:
+        """What runs, where, before anything happens.
+
+        Args:
+            backend: what carries sums over processes, in words.
+        """
         config = self.config
         who = build_algorithm(config.federation, config.server_optimizer).participation(config.federation, config.seed)
         facts = {
@@ -136,7 +141,8 @@ class RunRecord:
             "clients": who.words(),
             "schedule": f"{config.federation.num_rounds} rounds x {who.num_steps(config.local.steps)} local steps",
             "processes": f"{num_ranks} on {device.type}, {config.parallel.threads} thread(s) each",
-            "sums": "exact (bit-identical for any number of processes)" if config.parallel.exact else "floating point",
+            "sums": ("exact (bit-identical for any number of processes)" if config.parallel.exact else "floating point")
+            + (f", over {backend}" if num_ranks > 1 else ""),
             "directory": str(self.folder),
         }
         self.progress.header(f"{maker(made_by())}: run {config.name}", facts)
@@ -145,6 +151,12 @@ class RunRecord:
         """One line of progress."""
         self.progress.note(text)
         self.journal.write("note", text=text)
+
+    def note(self, text: str) -> None:
+        """One line of progress, which the manifest keeps too; called on every rank."""
+        self.say(text)
+        if self.ranks.is_main:
+            add_note(self.folder / "manifest.json", text)
 
     def _claim(self) -> bool:
         """Make the directory, or check that it holds this very run; one without a checkpoint begins at round 1.

@@ -12,15 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from fedsim.artefacts import file_digest, model_files_digest
 from fedsim.config import Config, file_roles, load_config, model_roles, to_flat
 from fedsim.config.measuring import is_embedded
+from fedsim.digests import FileDigests, file_digest
 from fedsim.record.manifest import read_manifest
 
 FREE_KEYS: Final = frozenset({
-    "record.dir", "record.artefacts", "record.resume", "record.keep_checkpoints", "record.texts", "parallel.timeout_s",
-    "judge.base_url", "judge.workers", "judge.retries", "judge.timeout_s", "wandb.mode", "wandb.project",
-    "wandb.entity", "wandb.group", "wandb.tags"})  # fmt: skip
+    "record.dir", "record.artefacts", "record.resume", "record.keep_checkpoints", "record.texts", "parallel.device",
+    "parallel.timeout_s", "judge.base_url", "judge.workers", "judge.retries", "judge.timeout_s", "wandb.mode",
+    "wandb.project", "wandb.entity", "wandb.group", "wandb.tags"})  # fmt: skip
 """Keys that may differ when a run is resumed: they say where and how it runs, not what it computes."""
 
 
@@ -45,6 +45,7 @@ def compare(folder: Path, config: Config) -> Comparison:
         CheckpointError: a path differs, and manifest.json is damaged.
     """
     old, new = to_flat(load_config(folder / "config.yaml")), to_flat(config)
+    digests = FileDigests(Path(os.path.expanduser(config.record.artefacts)))
     found = Comparison()
     manifest: dict[str, Any] | None = None
     for key, value in new.items():
@@ -55,7 +56,7 @@ def compare(folder: Path, config: Config) -> Comparison:
         if is_path and _names_files(key, old[key]) and _names_files(key, value):
             if manifest is None and (folder / "manifest.json").is_file():
                 manifest = read_manifest(folder / "manifest.json")
-            if manifest is not None and _is_same_content(key, value, manifest):
+            if manifest is not None and _is_same_content(key, value, manifest, digests):
                 found.moved.append(words)
                 continue
             words += (
@@ -70,12 +71,12 @@ def _names_files(key: str, value: str) -> bool:
     return value != "" and not is_embedded(key, value)
 
 
-def _is_same_content(key: str, value: str, manifest: Mapping[str, Any]) -> bool:
+def _is_same_content(key: str, value: str, manifest: Mapping[str, Any], digests: FileDigests) -> bool:
     """Compare what lies at a path now with what the run began with; one that the run does not read is the same."""
     path = Path(os.path.expanduser(value))
     files, models = file_roles(), model_roles()
     if key in models:
         known = manifest["models"].get(models[key])
-        return known is None or (path.is_dir() and model_files_digest(path) == known)
+        return known is None or (path.is_dir() and digests.model(path) == known)
     entry = manifest["inputs"].get(files[key])
     return entry is None or (path.is_file() and file_digest(path) == entry["sha256"])

@@ -125,10 +125,15 @@ class GuardModel:
             settings = {k: v for k, v in settings.items() if not k.startswith(("tune_", "lora_"))}
         path, model = self.config.guard.path, self.config.model
         attention = chosen_attention(
-            path, dtype=model.dtype, attention=model.attention, device=self.device, key="guard.path"
+            path,
+            dtype=model.dtype,
+            attention=model.attention,
+            device=self.device,
+            key="guard.path",
+            ranks=self.ranks,
         )
         if not self._sha256:
-            self._sha256 = self.ranks.once(lambda: model_digest(path))
+            self._sha256 = self.ranks.once(lambda: model_digest(path, self.store.digests))
         return {
             "guard": settings,
             "tuned": tuned,
@@ -180,7 +185,13 @@ class GuardModel:
             lora = LoraSettings(guard.lora_r, guard.lora_alpha, guard.lora_dropout, tuple(guard.lora_targets))
             model = self.config.model
             loaded = load_model(
-                guard.path, lora, dtype=model.dtype, attention=model.attention, device=self.device, key="guard.path"
+                guard.path,
+                lora,
+                dtype=model.dtype,
+                attention=model.attention,
+                device=self.device,
+                key="guard.path",
+                ranks=self.ranks,
             )
             self._loaded = loaded, FlatAdapter(loaded.model)
         return self._loaded

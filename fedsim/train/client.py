@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -150,7 +151,7 @@ class _Task:
     client_control: torch.Tensor | None
     num_steps: int
 
-    @property
+    @cached_property
     def control(self) -> torch.Tensor | None:
-        """c_i where the adapter is."""
+        """c_i where the adapter is, copied there once."""
         return None if self.client_control is None else self.client_control.to(self.state.adapter.device)

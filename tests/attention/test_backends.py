@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention import varlen
 
-from fedsim.attention.backends import BACKENDS, Backend, Cached, Scores, varlen_keywords
+from fedsim.attention.backends import BACKENDS, Backend, Cached, Scores, _by_groups, folded, varlen_keywords
 from fedsim.attention.spans import Spans
 
 CPU = torch.device("cpu")
@@ -89,6 +90,22 @@ def test_sdpa_of_padded_groups_equals_the_definition(lengths: list[int], heads: 
     spans = Padding(lengths, device=CPU)
     assert all(group.mask(None) is None for group in spans.groups)
     check(BACKENDS["sdpa"], spans, heads, 8, Scores(SCALE))
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
+@pytest.mark.parametrize("rows", [[(3, 2), (4, 5)], [(2, 3), (2, 3)]])
+@pytest.mark.parametrize("window", [None, 3])
+def test_folded_heads_equal_the_definition(
+    heads: tuple[int, int], rows: list[tuple[int, int]], window: int | None
+) -> None:
+    """What SDPA does with masks and grouped heads on CUDA: one mask a row, and one for all rows."""
+
+    class Folding:
+        def spans(self, q: Any, k: Any, v: Any, spans: Spans, scores: Scores) -> torch.Tensor:
+            return _by_groups(q, k, v, spans, scores.window, lambda *parts: folded(*parts, scores.scale))
+
+    spans = Spans([q for q, _ in rows], [q + before for q, before in rows], device=CPU)
+    check(cast(Backend, Folding()), spans, heads, 8, Scores(SCALE, window))
 
 
 @pytest.mark.parametrize("window", [None, 3])
@@ -183,6 +200,29 @@ def test_kernels_are_called_as_documented(
     check(backend, spans, heads, 8, Scores(SCALE, window))
     got, want = slots_and_spans(backend, [9, 1, 4], 12, 10, Scores(SCALE, window), heads)
     torch.testing.assert_close(got, want, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("window", "passed"), [(None, (-1, -1)), (10, (-1, -1)), (30, (-1, -1)), (9, (8, 0)), (4, (3, 0))]
+)
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_step_of_varlen_has_no_window_where_all_is_seen(
+    stand_in: StandIn, monkeypatch: pytest.MonkeyPatch, window: int | None, passed: tuple[int, int], exact: bool
+) -> None:
+    """Then the kernel packs the query heads of a key head; in exact mode it does not split the keys."""
+    backend, kernel = BACKENDS[stand_in("varlen")], varlen.varlen_attn
+    seen: list[dict[str, Any]] = []
+    varlen_keywords()  # the signature of the stand-in, not of what notes its arguments
+    monkeypatch.setattr(varlen, "varlen_attn", lambda *a, **more: seen.append(more) or kernel(*a, **more))
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(exact)
+    try:
+        got, want = slots_and_spans(backend, [9, 1, 4], 12, 10, Scores(SCALE, window))
+    finally:
+        torch.use_deterministic_algorithms(before)
+    torch.testing.assert_close(got, want, atol=1e-12, rtol=1e-12)
+    assert [more["window_size"] for more in seen] == [passed]
+    assert [more.get("num_splits") for more in seen] == [1 if exact else None]
 
 
 @pytest.mark.parametrize("window", [None, 3])

@@ -267,8 +267,8 @@ def test_the_whole_product_path_on_cudas_kernels_equals_sdpa(
         gradients = [parameter.grad for parameter in model.parameters()]
         head, tails = tokens(11).numpy(), [tokens(n, seed=n).numpy() for n in (3, 8, 1)]
         scores = candidate_logits(model, read_head(model, head), tails, [7, 90])
-        starts = [Request(tokens(n, seed=n).tolist(), 0, 12) for n in (2, 13, 5)]
-        decoder = Decoder(model, 3, max_new_tokens=12, temperature=0.0, eos_ids=frozenset(range(0, 250, 9)))
+        starts = [Request(tokens(n, seed=n).tolist(), 0, 12, 0.0) for n in (2, 13, 5)]
+        decoder = Decoder(model, 3, max_new_tokens=12, eos_ids=frozenset(range(0, 250, 9)))
         replies = [(turn.ids, turn.ended) for (turn,) in decoder.run(starts)]
         results.append((logprobs.detach(), gradients, scores, replies))
     (mine, my_gradients, my_scores, my_replies), (theirs, gradients, scores, replies) = results

@@ -48,7 +48,7 @@ def aggregate_dealt(seed: int, num: int, dealings: list[list[int]], has_control:
     The next rank also took part in training each client, as on a wide lane.
     """
     results = []
-    with process_world(exact=exact, threads=1, timeout_s=60) as world:
+    with process_world(exact=exact, threads=1, timeout_s=60, device="cpu") as world:
         for dealing in dealings:
             owner = [place % world.size for place in dealing]
             helper = [(rank + 1) % world.size for rank in owner]

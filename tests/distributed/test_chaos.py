@@ -8,11 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tools.chaos.strikes import BETWEEN, ONCE, STAGES, covered, plan
 
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.deep
 def test_four_kills_change_nothing() -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [

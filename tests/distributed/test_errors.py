@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import LlamaForCausalLM
 
 from fedsim.data.chat import ChatFormat
@@ -109,3 +110,14 @@ def test_a_mistake_is_said_once_by_rank_0_and_ends_every_process(
     assert all(part in line for part in parts), line
     assert ended[1][1] == "" and "Traceback" not in ended[0][1]
     assert max(seconds for _, _, seconds in ended) < 15
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_ranks_without_a_gpu_end_with_one_line(pool: Any, tmp_path: Path) -> None:
+    """Before the processes form a group: the first rank says what is wrong, and nobody waits for the others."""
+    words = [str(SMALL), "parallel.device=cuda", f"record.dir={tmp_path}", f"record.artefacts={tmp_path / 'artefacts'}"]
+    ended: list[Ended] = pool.run(3, launch, words)
+    assert [code for code, _, _ in ended] == [2, 2, 2] and max(seconds for _, _, seconds in ended) < 20
+    (line,) = [line for _, text, _ in ended for line in text.splitlines() if line.startswith("error:")]
+    assert line.startswith("error: parallel.device=cuda: ") and "parallel.device=cpu" in line
+    assert ended[0][1].splitlines() == [line]

@@ -91,7 +91,7 @@ def simulate(overrides: list[str], stop: tuple[str, int] | None) -> list[int]:
     cohort.plan_round = planned
     finish.write_plots = lambda *_: []  # slow, and drawn from the metrics that are compared
     try:
-        with process_world(exact=config.parallel.exact, threads=1, timeout_s=60) as world:
+        with process_world(exact=config.parallel.exact, threads=1, timeout_s=60, device="cpu") as world:
             simulation = Simulation(config, world)
             save = simulation.record.checkpoints.save
 
@@ -142,7 +142,14 @@ def straight(
     return run
 
 
-@pytest.mark.parametrize("overrides", [FEDAVG, SCAFFOLD, GRADIENT], ids=["fedavg", "scaffold", "gradient"])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        pytest.param(FEDAVG, id="fedavg"),
+        pytest.param(SCAFFOLD, id="scaffold"),
+        pytest.param(GRADIENT, id="gradient", marks=pytest.mark.deep),
+    ],
+)
 def test_a_run_is_the_same_on_1_to_4_processes(straight: Any, overrides: list[str]) -> None:
     runs = straight(overrides)
     for size, run in runs.items():
@@ -153,7 +160,14 @@ def test_a_run_is_the_same_on_1_to_4_processes(straight: Any, overrides: list[st
     assert set(runs[1]["widths"][0]) == {1}
 
 
-@pytest.mark.parametrize("overrides", [FEDPROX, FEDADAM, CENTRALISED], ids=["fedprox", "fedadam", "centralised"])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        pytest.param(FEDPROX, id="fedprox", marks=pytest.mark.deep),
+        pytest.param(FEDADAM, id="fedadam"),
+        pytest.param(CENTRALISED, id="centralised", marks=pytest.mark.deep),
+    ],
+)
 def test_other_algorithms_are_the_same_on_1_and_4_processes(straight: Any, overrides: list[str]) -> None:
     runs = straight(overrides, (1, 4))
     assert_same(runs[4], runs[1], "4 processes against 1")

@@ -59,7 +59,7 @@ def simulate(overrides: list[str], stop: int | None) -> dict[str, Any]:
     finish.write_plots = lambda *_: []
     error = ""
     try:
-        with process_world(exact=config.parallel.exact, threads=1, timeout_s=60) as world:
+        with process_world(exact=config.parallel.exact, threads=1, timeout_s=60, device="cpu") as world:
             simulation = Simulation(config, world)
             save, assembled = simulation.record.checkpoints.save, simulation._assemble
 

@@ -35,7 +35,7 @@ OVERRIDES = [
 def change_of_a_run(overrides: list[str]) -> np.ndarray:
     """Final adapter − first adapter of a small run, fp32."""
     config = load_config(SMALL, overrides)
-    with process_world(exact=config.parallel.exact, threads=1, timeout_s=60) as world:
+    with process_world(exact=config.parallel.exact, threads=1, timeout_s=60, device="cpu") as world:
         simulation = Simulation(config, world)
         starts: list[np.ndarray] = []
         assembled = simulation._assemble

@@ -27,7 +27,7 @@ BATCH_SIZES = [7, 5, 1, 8]  # 4, 3, 1 and 4 micro-batches of two rows: some rank
 
 def train_on_lane(kind: str, dropout: float, exact: bool) -> dict[str, Any]:
     """Four steps on a lane of the whole world, from an adapter that is not zero."""
-    with process_world(exact=exact, threads=1, timeout_s=60) as world:
+    with process_world(exact=exact, threads=1, timeout_s=60, device="cpu") as world:
         lora = LoraSettings(4, 8.0, dropout, ("q_proj", "v_proj"))
         loaded = load_model("embedded", lora, dtype="float32", attention="sdpa", device=world.device)
         flat = FlatAdapter(loaded.model)
@@ -67,7 +67,7 @@ def test_dropout_is_drawn_in_the_lane(pool: Any) -> None:
 
 def deterministic_mode() -> tuple[bool, bool]:
     """Whether kernels are deterministic, and whether new memory is filled, which costs each mask a second write."""
-    with process_world(exact=True, threads=1, timeout_s=60):
+    with process_world(exact=True, threads=1, timeout_s=60, device="cpu"):
         new = torch.empty(4).isnan().all()
         return torch.are_deterministic_algorithms_enabled(), bool(new)
 
@@ -85,7 +85,7 @@ def train_cohorts(
     rows = load_square(Path(square_file)).rows
     shards = [rows[client * 9 : client * 9 + 5 + client % 4] for client in range(config.federation.num_clients)]
     widths: list[int] = []
-    with process_world(exact=True, threads=1, timeout_s=60) as world:
+    with process_world(exact=True, threads=1, timeout_s=60, device="cpu") as world:
         federation = assemble(config, world, shards, Path(folder, "client_state"))
         state = federation.start(config.seed)
         believed = [costs[rank % len(costs)] for rank in range(world.size)]

@@ -63,7 +63,7 @@ def reference(overrides: list[str]) -> None:
     """The run as torchrun starts it."""
     config = load_config(SMALL, overrides)
     finish.write_plots = lambda *_: []
-    with process_world(exact=False, threads=1, timeout_s=60) as world:
+    with process_world(exact=False, threads=1, timeout_s=60, device="cpu") as world:
         Simulation(config, world).run()
 
 
@@ -113,7 +113,7 @@ from fedsim.parallel.world import process_world
 
 def work(bad):
     try:
-        with process_world(exact=False, threads=1, timeout_s=60) as world:
+        with process_world(exact=False, threads=1, timeout_s=60, device="cpu") as world:
             if bad in (str(world.rank), "both"):
                 raise RunError("the loss became NaN")
             time.sleep(1.0)  # busy while the other leaves

@@ -20,7 +20,7 @@ SIZES = (1, 2, 3, 4)
 
 def joined() -> Any:
     """The world that the environment names."""
-    return process_world(exact=True, threads=1, timeout_s=60)
+    return process_world(exact=True, threads=1, timeout_s=60, device="cpu")
 
 
 def caught(call: Callable[[], Any]) -> tuple[str, str] | None:

@@ -20,7 +20,7 @@ def simulate(overrides: list[str]) -> None:
     """A whole run."""
     config = load_config(SMALL, overrides)
     finish.write_plots = lambda *_: []
-    with process_world(exact=True, threads=1, timeout_s=60) as world:
+    with process_world(exact=True, threads=1, timeout_s=60, device="cpu") as world:
         Simulation(config, world).run()
 
 

@@ -76,7 +76,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return outcome(launch.run, folder / "artefacts")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.deep)])
 def test_a_signal_stops_between_two_rounds(tmp_path: Path, straight: dict[str, Any], number: int) -> None:
     launch = Launch(tmp_path, [])
     launch.until(lambda: launch.in_round(1))

@@ -25,7 +25,7 @@ PAYLOAD = "x" * 1000
 
 def each_operation(exact: bool) -> dict[str, int]:
     """Bytes that this rank is charged for by operation."""
-    with process_world(exact=exact, threads=1, timeout_s=60) as world:
+    with process_world(exact=exact, threads=1, timeout_s=60, device="cpu") as world:
         ranks, everyone = world.ranks, world.everyone()
         found = {}
         segments = [[Term(torch.ones(10))], [Term(torch.ones(3))]]
@@ -58,7 +58,7 @@ def simulate(overrides: list[str]) -> int:
     config = load_config(SMALL, overrides)
     finish.write_plots = lambda *_: []
     sizes = []
-    with process_world(exact=True, threads=1, timeout_s=60) as world:
+    with process_world(exact=True, threads=1, timeout_s=60, device="cpu") as world:
         simulation = Simulation(config, world)
         assembled = simulation._assemble
 

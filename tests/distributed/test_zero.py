@@ -40,7 +40,7 @@ TOLERANCE = 1e-4
 def train(kind: str, lr: float, dtype: str = "float32") -> dict[str, Any]:
     """Four steps from an adapter that is not zero, on all ranks of the world."""
     config = load_config(None, [*ZERO, f"guard.tune_lr={lr}"])
-    with process_world(exact=False, threads=1, timeout_s=60) as world, _Captured() as captured:
+    with process_world(exact=False, threads=1, timeout_s=60, device="cpu") as world, _Captured() as captured:
         lora = LoraSettings(4, 8.0, 0.1, ("q_proj", "v_proj"))
         loaded = load_model("embedded", lora, dtype=dtype, attention="sdpa", device=world.device)
         flat = FlatAdapter(loaded.model)
@@ -195,7 +195,7 @@ def filtered(square_file: str, folder: str, overrides: list[str]) -> dict[str, A
     """A fine-tuned guard's verdicts on the clients' rows, and the artefacts that it left."""
     config = load_config(SMALL, [f"data.square={square_file}", "parallel.exact=false", *overrides])
     log: list[str] = []
-    with process_world(exact=False, threads=1, timeout_s=60) as world:
+    with process_world(exact=False, threads=1, timeout_s=60, device="cpu") as world:
         store = ArtefactStore(Path(folder), world.ranks, log.append)
         data = prepare_data(config, store, world.ranks)
         stage = FilterStage(config, world.ranks, world.everyone(), world.device, store, {}, lambda *_: None)

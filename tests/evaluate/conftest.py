@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from fedsim.data.chat import ChatFormat, Conversation, TokenRow, assistant_turn, user_turn
-from fedsim.generate.engine import Engine, Reply, RowScore, Sampling
+from fedsim.generate.engine import Dialogues, Engine, Replies, Reply, RowScore, Sampling
 
 LLAMA3_TEMPLATE = (
     "{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n{{ m['content'] | trim }}<|eot_id|>"
@@ -57,25 +57,21 @@ class StubEngine(Engine):
         self._logprob = logprob
         self.calls: list[tuple[list[Conversation], Sampling, tuple[int | str, ...]]] = []
 
-    def converse(
-        self,
-        conversations: Sequence[Conversation],
-        follow_ups: Sequence[Sequence[str]],
-        sampling: Sampling,
-        turn_keys: Sequence[Sequence[int | str]],
-    ) -> list[list[Reply]]:
+    def hold(self, kinds: Sequence[Dialogues]) -> list[Replies]:
+        return [self._hold(kind) for kind in kinds]
+
+    def _hold(self, kind: Dialogues) -> Replies:
         assert self._reply is not None
-        chats, turns = [list(c) for c in conversations], []
-        for turn, key in enumerate(turn_keys):
+        chats, turns = [list(c) for c in kind.conversations], []
+        for turn, key in enumerate(kind.turn_keys):
             if turn:
-                for chat, reply, text in zip(chats, turns[-1], follow_ups[turn - 1], strict=True):
+                for chat, reply, text in zip(chats, turns[-1], kind.follow_ups[turn - 1], strict=True):
                     chat += [assistant_turn(reply.text), user_turn(text)]
-            self.calls.append(([list(c) for c in chats], sampling, tuple(key)))
+            self.calls.append(([list(c) for c in chats], kind.sampling, tuple(key)))
             texts = [self._reply(chat) for chat in chats]
             sizes = [len(text.split()) + 1 for text in texts]
-            turns.append(
-                [Reply(t, n, truncated=n > sampling.max_new_tokens) for t, n in zip(texts, sizes, strict=True)]
-            )
+            limit = kind.sampling.max_new_tokens
+            turns.append([Reply(t, n, truncated=n > limit) for t, n in zip(texts, sizes, strict=True)])
         return turns
 
     def score(self, rows: Sequence[TokenRow], name: str) -> list[RowScore]:

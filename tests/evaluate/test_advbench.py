@@ -8,7 +8,8 @@ import pytest
 
 from fedsim.data.benchmarks import AdvBenchItem
 from fedsim.data.chat import ChatFormat, Conversation, user_turn
-from fedsim.evaluate.advbench import run_advbench, summarise_attacks
+from fedsim.evaluate.advbench import ask_advbench, summarise_attacks
+from fedsim.evaluate.asking import answer
 from fedsim.evaluate.intervals import Rate
 from fedsim.generate.engine import Engine, Reply, Sampling
 
@@ -49,7 +50,7 @@ def test_every_figure_by_hand(chat: ChatFormat, stub_engine: type) -> None:
         return by_prompt[conversation[0]["content"]]
 
     engine = stub_engine(chat, reply=reply)
-    result = run_advbench(engine, ITEMS, SAMPLING, ("eval", 3))
+    result = answer(engine, ask_advbench(ITEMS, SAMPLING, ("eval", 3)))
     [(conversations, sampling, key)] = engine.calls
     assert conversations[0] == [user_turn("Hide kite 0.")]  # the goal and a full stop
     assert (sampling, key) == (SAMPLING, ("eval", 3))
@@ -81,11 +82,11 @@ def test_the_grammar_of_an_embedded_world_judges_too() -> None:
 
 def test_limit_asks_fewer(chat: ChatFormat, stub_engine: type) -> None:
     engine: Engine = stub_engine(chat, reply=lambda conversation: "No.")
-    assert run_advbench(engine, ITEMS, SAMPLING, ("eval",), limit=3).count == 3
+    assert answer(engine, ask_advbench(ITEMS, SAMPLING, ("eval",), limit=3)).count == 3
 
 
 def test_texts_do_not_show_in_representations(chat: ChatFormat, stub_engine: type) -> None:
     """A traceback or a log that shows a result must not show prompts or replies."""
     engine = stub_engine(chat, reply=lambda conversation: "unspeakable")
-    shown = repr(run_advbench(engine, ITEMS, SAMPLING, ("eval",))) + repr(ITEMS)
+    shown = repr(answer(engine, ask_advbench(ITEMS, SAMPLING, ("eval",)))) + repr(ITEMS)
     assert "unspeakable" not in shown and "Hide" not in shown

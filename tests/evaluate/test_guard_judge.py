@@ -10,7 +10,8 @@ from transformers import LlamaForCausalLM
 
 from fedsim.data.benchmarks import AdvBenchItem
 from fedsim.data.chat import ChatFormat
-from fedsim.evaluate.advbench import run_advbench
+from fedsim.evaluate.advbench import ask_advbench
+from fedsim.evaluate.asking import answer
 from fedsim.evaluate.guard_judge import GuardJudgement, judge_replies
 from fedsim.evaluate.intervals import Rate
 from fedsim.generate.engine import Reply, Sampling
@@ -52,10 +53,10 @@ def test_advbench_hands_its_exchanges_over(chat: ChatFormat, stub_engine: type) 
     texts = dict(zip(PROMPTS, (r.text for r in REPLIES), strict=True))
     engine = stub_engine(chat, reply=lambda conversation: texts[conversation[0]["content"]])
     items = [AdvBenchItem(p.rstrip("."), "Sure") for p in PROMPTS]
-    assert run_advbench(engine, items, Sampling(0.0, 9), ("eval",), guard=NightGuard()).guard == GuardJudgement(
+    assert answer(engine, ask_advbench(items, Sampling(0.0, 9), ("eval",), guard=NightGuard())).guard == GuardJudgement(
         Rate(2, 4), 1
     )
-    assert run_advbench(engine, items, Sampling(0.0, 9), ("eval",)).guard is None
+    assert answer(engine, ask_advbench(items, Sampling(0.0, 9), ("eval",))).guard is None
 
 
 def test_a_real_guard_s_threshold_decides(

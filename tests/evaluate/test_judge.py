@@ -15,10 +15,11 @@ import torch
 from fedsim.config import Config, load_config
 from fedsim.data.benchmarks import MtQuestion, load_mt_bench
 from fedsim.errors import JudgeError
+from fedsim.evaluate.asking import answer
 from fedsim.evaluate.fastchat import CUT, NOT_ASKED, JudgmentFile, judgment_row
 from fedsim.evaluate.judge import Judged, MtJudge
 from fedsim.evaluate.judge_inputs import load_questions
-from fedsim.evaluate.mt_bench import run_mt_bench
+from fedsim.evaluate.mt_bench import ask_mt_bench
 from fedsim.evaluate.suite import judge_metrics
 from fedsim.generate.engine import Engine
 from fedsim.model.load import load_base
@@ -448,7 +449,7 @@ def test_the_160_real_turns_are_answered_and_judged(real_data: Path, endpoint: A
     questions = load_mt_bench(folder / "question.jsonl")
     model, chat = load_base("embedded", dtype="float32", attention="sdpa", device=CPU, key="model.path")
     engine = Engine(model, chat, OneRank(), batch_size=8, max_context=2048, seed=0)
-    result = run_mt_bench(engine, questions, 4, ("eval",))
+    result = answer(engine, ask_mt_bench(questions, 4, ("eval",)))
     assert len(result.replies) == 160
     endpoint.answer = lambda number, request: "no rating" if number % 10 == 0 else "Rating: [[6]]"
     judged = judge(config, tmp_path, result.texts)

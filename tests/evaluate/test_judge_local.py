@@ -77,7 +77,7 @@ def test_a_model_from_its_directory(llama_dir: Path) -> None:
     seen: list[tuple[int, int]] = []
     cpu = torch.device("cpu")
     judgments = judge_locally(config, OneRank(), cpu, matches, range(4), lambda done, total: seen.append((done, total)))
-    assert len(judgments) == 4 and seen == [(1, 2), (2, 2)]
+    assert len(judgments) == 4 and seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert judge_locally(config, OneRank(), cpu, matches, range(4)) == judgments
     with pytest.raises(ModelError, match=r"judge\.path='absent': "):
         absent = load_config(None, [*words, "judge.path=absent"])

@@ -10,8 +10,9 @@ import pytest
 
 from fedsim.data.benchmarks import MtQuestion
 from fedsim.data.chat import ChatFormat, Conversation, assistant_turn, user_turn
+from fedsim.evaluate.asking import answer
 from fedsim.evaluate.intervals import Mean
-from fedsim.evaluate.mt_bench import MtMeans, mean_scores, run_mt_bench
+from fedsim.evaluate.mt_bench import MtMeans, ask_mt_bench, mean_scores
 
 CATEGORIES = ["writing", "math", "stem", "math", "kites"]
 
@@ -45,7 +46,7 @@ def near(mean: Mean | None) -> Any:
 
 def test_turn_two_sees_turn_one(chat: ChatFormat, stub_engine: type) -> None:
     engine = stub_engine(chat, reply=echo)
-    result = run_mt_bench(engine, QUESTIONS, 50, ("eval", 1))
+    result = answer(engine, ask_mt_bench(QUESTIONS, 50, ("eval", 1)))
     assert [tuple(r.text for r in a.replies) for a in result.answers] == [
         (f"1: First {i}?", f"3: Second {i}?") for i in range(5)
     ]
@@ -58,7 +59,7 @@ def test_turn_two_sees_turn_one(chat: ChatFormat, stub_engine: type) -> None:
 def test_temperatures_are_fastchats(chat: ChatFormat, stub_engine: type) -> None:
     """math 0, stem 0.1, writing 0.7, anything unknown 0.7; every call has its own key and the length asked for."""
     engine = stub_engine(chat, reply=echo)
-    run_mt_bench(engine, QUESTIONS, 50, ("eval", 1))
+    answer(engine, ask_mt_bench(QUESTIONS, 50, ("eval", 1)))
     sizes = [(sampling.temperature, len(conversations)) for conversations, sampling, _ in engine.calls]
     assert sizes == [(0.0, 2)] * 2 + [(0.1, 1)] * 2 + [(0.7, 2)] * 2
     assert len({key for _, _, key in engine.calls}) == 6
@@ -66,7 +67,7 @@ def test_temperatures_are_fastchats(chat: ChatFormat, stub_engine: type) -> None
 
 
 def test_scores(chat: ChatFormat, stub_engine: type) -> None:
-    result = run_mt_bench(stub_engine(chat, reply=echo), QUESTIONS, 50, ("eval",), rubric=rubric)
+    result = answer(stub_engine(chat, reply=echo), ask_mt_bench(QUESTIONS, 50, ("eval",), rubric=rubric))
     assert [a.scores for a in result.answers] == [(1.0 + i, 2.0 + i) for i in range(5)]
     means = result.means
     assert near(means.score) == astuple(Mean.of([1.5, 2.5, 3.5, 4.5, 5.5]))  # over questions: their turns are related
@@ -82,7 +83,7 @@ def test_scores(chat: ChatFormat, stub_engine: type) -> None:
 
 
 def test_without_a_rubric_there_is_no_score(chat: ChatFormat, stub_engine: type) -> None:
-    result = run_mt_bench(stub_engine(chat, reply=echo), QUESTIONS, 50, ("eval",))
+    result = answer(stub_engine(chat, reply=echo), ask_mt_bench(QUESTIONS, 50, ("eval",)))
     assert result.means == MtMeans(None, (None, None), {})
     assert all(a.scores == (None, None) for a in result.answers)
     assert len(result.replies) == 10
@@ -108,8 +109,10 @@ def test_a_turn_without_a_score_is_left_out_of_the_means() -> None:
 def test_a_rubric_must_stay_between_1_and_10(chat: ChatFormat, stub_engine: type) -> None:
     for bad in (0.5, 10.5):
         with pytest.raises(AssertionError, match="1 to 10"):
-            run_mt_bench(stub_engine(chat, reply=echo), QUESTIONS, 50, ("eval",), rubric=lambda r, t, s, v=bad: v)
+            answer(
+                stub_engine(chat, reply=echo), ask_mt_bench(QUESTIONS, 50, ("eval",), rubric=lambda r, t, s, v=bad: v)
+            )
 
 
 def test_limit(chat: ChatFormat, stub_engine: type) -> None:
-    assert len(run_mt_bench(stub_engine(chat, reply=echo), QUESTIONS, 50, ("eval",), limit=2).answers) == 2
+    assert len(answer(stub_engine(chat, reply=echo), ask_mt_bench(QUESTIONS, 50, ("eval",), limit=2)).answers) == 2

@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fedsim.attention.forward import IMPLEMENTATIONS
 from fedsim.data.chat import ChatFormat, Conversation, user_turn
 from fedsim.data.xstest import XsTestItem, load_xstest
+from fedsim.evaluate.asking import answer
 from fedsim.evaluate.guard_judge import GuardJudgement
 from fedsim.evaluate.intervals import Rate
-from fedsim.evaluate.xstest import run_xstest, summarise_xstest
+from fedsim.evaluate.xstest import ask_xstest, summarise_xstest
 from fedsim.generate.engine import Engine, Reply, Sampling
 from fedsim.model.tiny_model import TINY_DIR
 from fedsim.ranks import OneRank
@@ -110,13 +111,13 @@ def test_prompts_are_asked_greedily_for_at_most_256_tokens(chat: ChatFormat, stu
         return TALK[int(conversation[0]["content"][7])][2]
 
     engine = stub_engine(chat, reply=reply)
-    result = run_xstest(engine, ITEMS, 1024, ("eval", "xstest"))
-    run_xstest(engine, ITEMS, 20, ("eval", "xstest"))
+    result = answer(engine, ask_xstest(ITEMS, 1024, ("eval", "xstest")))
+    answer(engine, ask_xstest(ITEMS, 20, ("eval", "xstest")))
     (asked, sampling, key), (_, shorter, _) = engine.calls
     assert asked == [[user_turn(item.prompt)] for item in ITEMS] and key == ("eval", "xstest")
     assert sampling == Sampling(0.0, 256) and shorter == Sampling(0.0, 20)
     assert result.safe is not None and result.safe.refused == summarise_xstest(ITEMS, REPLIES).safe.refused  # type: ignore[union-attr]
-    assert len(run_xstest(engine, ITEMS, 20, ("eval",), limit=3).replies) == 3
+    assert len(answer(engine, ask_xstest(ITEMS, 20, ("eval",), limit=3)).replies) == 3
 
 
 def test_the_real_prompts_through_the_shipped_model(real_data: Path) -> None:
@@ -125,7 +126,7 @@ def test_the_real_prompts_through_the_shipped_model(real_data: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(TINY_DIR, attn_implementation=IMPLEMENTATIONS["sdpa"]).eval()
     chat = ChatFormat(AutoTokenizer.from_pretrained(TINY_DIR))
     engine = Engine(model, chat, OneRank(), batch_size=64, max_context=4096, seed=0)
-    metrics = run_xstest(engine, items, 6, ("eval",)).metrics()
+    metrics = answer(engine, ask_xstest(items, 6, ("eval",))).metrics()
     counts = {part: metrics[f"eval/xstest_{part}count"] for part in ("", "safe_", "unsafe_")}
     assert counts == {"": 450, "safe_": 250, "unsafe_": 200}
     types = [value for name, value in metrics.items() if "_type_" in name and name.endswith("_count")]

@@ -17,7 +17,7 @@ from fedsim.attention.forward import IMPLEMENTATIONS, Place
 from fedsim.errors import RunError
 from fedsim.generate import decode
 from fedsim.generate.decode import Decoder, Request
-from fedsim.generate.pick import pick
+from fedsim.generate.pick import BLOCK, pick
 from fedsim.generate.slots import Slots
 
 EOS, PAD = 259, 260
@@ -33,14 +33,16 @@ def run(model: PreTrainedModel, asked: list[list[int]], **changes: Any) -> list[
         "seeds": list(range(len(asked))), "temperature": 0.0, "max_new_tokens": 12, "eos_ids": frozenset({EOS}),
         **changes,
     }  # fmt: skip
-    seeds, limit = options.pop("seeds"), options["max_new_tokens"]
-    starts = [Request(prompt, seed, limit) for prompt, seed in zip(asked, seeds, strict=True)]
+    seeds, limit, temperature = options.pop("seeds"), options["max_new_tokens"], options.pop("temperature")
+    starts = [Request(prompt, seed, limit, temperature) for prompt, seed in zip(asked, seeds, strict=True)]
     made = Decoder(model, options.pop("num_slots", len(asked)), **options).run(starts)
     return [(turn.ids, turn.ended) for (turn,) in made]
 
 
 def drawn(logits: torch.Tensor, uniforms: list[float], temperature: float) -> list[int]:
-    return pick(logits, torch.tensor(uniforms, dtype=torch.float64), temperature).tolist()
+    largest = logits.amax(dim=-1, keepdim=True)
+    temperatures = torch.full((len(logits),), temperature, dtype=torch.float64)
+    return pick(logits, largest, torch.tensor(uniforms, dtype=torch.float64), temperatures, {temperature > 0}).tolist()
 
 
 def greedy(model: PreTrainedModel, prompt: list[int], num: int, eos: list[int]) -> list[int]:
@@ -95,7 +97,7 @@ def test_greedy_equals_hugging_face_while_rows_end_one_by_one(
     assert len(set(lengths)) >= 4, "the oracle must end rows at different times"
     sizes: list[int] = []
     real = decode.pick
-    monkeypatch.setattr(decode, "pick", lambda logits, u, t: sizes.append(len(logits)) or real(logits, u, t))
+    monkeypatch.setattr(decode, "pick", lambda logits, *how: sizes.append(len(logits)) or real(logits, *how))
     got = run(model, asked, max_new_tokens=30, eos_ids=frozenset(eos))
     assert [tokens for tokens, _ in got] == want
     assert [ended for _, ended in got] == [w[-1] in eos for w in want]
@@ -177,7 +179,7 @@ def test_probabilities_are_added_up_as_integers(monkeypatch: pytest.MonkeyPatch)
     before = logits.clone()
     together = drawn(logits, [0.1, 0.5, 0.9], 0.7)
     assert together == [drawn(row[None], [u], 0.7)[0] for row, u in zip(logits, [0.1, 0.5, 0.9], strict=True)]
-    assert kinds == [torch.int64] * 4 and torch.equal(logits, before)
+    assert set(kinds) == {torch.int64} and torch.equal(logits, before)
 
 
 @pytest.mark.parametrize("size", [3, 4, 5, 1000, 128256])
@@ -199,16 +201,16 @@ def test_infinities_of_one_row_never_reach_another(
     model = make_llama()
     with torch.no_grad():
         model.get_input_embeddings().weight[251] = torch.inf
-    healthy = [Request(prompt, row, 20) for row, prompt in enumerate(prompts([3, 9, 5, 4, 8]))]
-    broken = Request([251] * 40, 9, 20, "the broken row")
+    healthy = [Request(prompt, row, 20, temperature) for row, prompt in enumerate(prompts([3, 9, 5, 4, 8]))]
+    broken = Request([251] * 40, 9, 20, temperature, "the broken row")
     options: dict[str, Any] = {
-        "max_new_tokens": 20, "temperature": temperature, "eos_ids": frozenset(range(0, 240, 8)), "block": block,
+        "max_new_tokens": 20, "eos_ids": frozenset(range(0, 240, 8)), "block": block,
     }  # fmt: skip
     want = Decoder(model, 4, **options).run(healthy)
     used = Decoder(model, 4, **options)
     with pytest.raises(RunError, match=r"^the broken row: the model's logits became NaN or infinite"):
         used.run([*healthy[:3], broken])
-    assert any(not part.isfinite().all() for layer in used.slots._kept.values() for part in layer)
+    assert any(not part.isfinite().all() for part in used.slots._parts)
     assert used.run(healthy) == want
 
 
@@ -231,12 +233,12 @@ def test_a_slot_is_empty_when_a_row_gets_it(make_llama: Callable[..., LlamaForCa
             first = len(self._rows)
             super()._fill(queue)
             new = slice(first, len(self._rows))
-            nonzero = any(part[new].any() for layer in self.slots._kept.values() for part in layer)
+            nonzero = any(part[:, new].any() for part in self.slots._parts)
             assert not nonzero and not any(self.slots.lengths[new])
 
-    decoder = Spy(make_llama(), 2, max_new_tokens=9, temperature=1.0, eos_ids=frozenset(range(0, 240, 8)), block=3)
+    decoder = Spy(make_llama(), 2, max_new_tokens=9, eos_ids=frozenset(range(0, 240, 8)), block=3)
     for _ in range(2):
-        decoder.run([Request(prompt, row, 9) for row, prompt in enumerate(prompts([3, 9, 5, 4, 8]))])
+        decoder.run([Request(prompt, row, 9, 1.0) for row, prompt in enumerate(prompts([3, 9, 5, 4, 8]))])
 
 
 @settings(max_examples=100, deadline=None)
@@ -249,3 +251,57 @@ def test_pick_is_the_smallest_token_whose_cumulative_probability_exceeds(
     cumulative = np.cumsum(probs / probs.sum())
     (got,) = drawn(torch.tensor([logits], dtype=torch.float64), [uniform], temperature)
     assert cumulative[got] >= uniform - 1e-9 and (got == 0 or cumulative[got - 1] <= uniform + 1e-9)
+
+
+def one_cumulative_sum(logits: torch.Tensor, uniforms: list[float], temperature: float) -> list[int]:
+    """The definition: one sum over all tokens of ⌊2^b · p / p_max⌋, without blocks."""
+    size = logits.shape[-1]
+    scaled = logits.double() / temperature
+    weights = (scaled - scaled.amax(dim=-1, keepdim=True)).exp() * 2.0 ** (62 - (size - 1).bit_length())
+    cumulative = weights.to(torch.int64).cumsum(dim=-1)
+    total = cumulative[:, -1]
+    level = torch.minimum((torch.tensor(uniforms, dtype=torch.float64) * total.double()).to(torch.int64), total - 1)
+    return torch.searchsorted(cumulative, level[:, None], right=True)[:, 0].tolist()
+
+
+EDGES = [0.0, 2**-53, 0.5 - 2**-54, 0.5, 1 - 2**-53]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.integers(1, 2000),
+    st.integers(0, 2**32 - 1),
+    st.sampled_from(EDGES) | st.floats(0, 1, exclude_max=True),
+    st.sampled_from([0.05, 0.7, 1.0, 3.0]),
+    st.sampled_from([0.0, 0.5, 0.999]),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+)
+def test_blocks_draw_the_token_of_one_sum(
+    size: int, seed: int, uniform: float, temperature: float, barred: float, dtype: torch.dtype
+) -> None:
+    """Integers add up alike in any order, so for every uniform number; barred tokens have a logit of −∞."""
+    rng = np.random.default_rng(seed)
+    logits = torch.from_numpy(rng.normal(0, 4, size=(2, size))).to(dtype)
+    logits[torch.from_numpy(rng.random((2, size)) < barred)] = -torch.inf
+    logits[:, int(rng.integers(size))] = 1.0
+    uniforms = [uniform, float(rng.random())]
+    assert drawn(logits, uniforms, temperature) == one_cumulative_sum(logits, uniforms, temperature)
+
+
+@pytest.mark.parametrize("size", [BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK])
+def test_every_level_of_equal_weights_draws_its_token(size: int) -> None:
+    """Just below, at and just above the border between two tokens, at the borders of blocks too."""
+    logits = torch.zeros(1, size)
+    for token in range(size):
+        for uniform in (token / size, math.nextafter(token / size, 1), math.nextafter((token + 1) / size, 0)):
+            assert drawn(logits, [uniform], 1.0) == one_cumulative_sum(logits, [uniform], 1.0)
+
+
+def test_greedy_and_sampled_rows_share_a_batch() -> None:
+    """Each by its own temperature: as in batches of one kind."""
+    logits = torch.randn(4, 700, generator=torch.Generator().manual_seed(0))
+    largest, uniforms = logits.amax(dim=-1, keepdim=True), torch.tensor([0.1, 0.4, 0.7, 0.99], dtype=torch.float64)
+    temperatures = torch.tensor([0.7, 0.0, 1.5, 0.0], dtype=torch.float64)
+    together = pick(logits, largest, uniforms, temperatures, {True, False}).tolist()
+    alone = [drawn(logits[i : i + 1], [uniforms[i].item()], temperatures[i].item())[0] for i in range(4)]
+    assert together == alone and together[0] != logits[0].argmax()

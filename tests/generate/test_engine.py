@@ -53,8 +53,8 @@ def test_replies_equal_the_decoder(make_engine: Callable[..., Engine], model: Ll
     replies = engine.generate(CHATS, Sampling(0.9, 20), KEY)
     eos = frozenset({*range(15), 259})
     for i, (chat, reply) in enumerate(zip(CHATS, replies, strict=True)):
-        decoder = Decoder(model, 1, max_new_tokens=20, temperature=0.9, eos_ids=eos)
-        request = Request(engine.chat.prompt_ids(chat), keys.derive(5, "sample", *KEY, i), 20)
+        decoder = Decoder(model, 1, max_new_tokens=20, eos_ids=eos)
+        request = Request(engine.chat.prompt_ids(chat), keys.derive(5, "sample", *KEY, i), 20, 0.9)
         (((ids, ended),),) = [[(made.ids, made.ended) for made in row] for row in decoder.run([request])]
         assert (reply.text, reply.num_tokens, reply.truncated) == (engine.chat.decode(ids), len(ids), not ended)
         assert not reply.prompt_truncated
@@ -68,7 +68,7 @@ def test_who_computes_a_unit_does_not_matter(
     seen: dict[bytes, list[torch.Tensor]] = {}
     logits: list[torch.Tensor] = []
     real = decode.pick
-    monkeypatch.setattr(decode, "pick", lambda found, u, t: logits.append(found) or real(found, u, t))
+    monkeypatch.setattr(decode, "pick", lambda found, *how: logits.append(found) or real(found, *how))
 
     class Kept(Decoder):
         def run(self, starts: Sequence[Request], then: Then = lambda row, ids: None) -> list[list[Made]]:
@@ -158,7 +158,7 @@ def test_mode_progress_and_nothing_to_do(make_engine: Callable[..., Engine], mod
         assert model.training, "the mode is put back"
     finally:
         model.eval()
-    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert seen == [(row, len(CHATS)) for row in range(1, len(CHATS) + 1)]
     assert engine.generate([], Sampling(0.0, 2), KEY) == [] and engine.score([], "rows") == []
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from fedsim.data.benchmarks import HhhItem, MtQuestion
 from fedsim.data.chat import ChatFormat, assistant_turn, user_turn
 from fedsim.data.square import SquareRow
 from fedsim.data.thoughts import MARKS, opens_thought, read_reply
 from fedsim.evaluate.advbench import summarise_attacks
-from fedsim.evaluate.hhh import score_replies
+from fedsim.evaluate.asking import answer
+from fedsim.evaluate.hhh import ask_hhh
 from fedsim.evaluate.suite import Suite, evaluate
 from fedsim.generate.decode import Made, Request
 from fedsim.generate.engine import Engine, Sampling
@@ -58,12 +61,13 @@ class Scripted(Engine):
         self.texts = texts
         self.prompts: list[str] = []
 
-    def _decoder(self, num_rows: int, temperature: float, max_new_tokens: int) -> Any:
+    def _decoder(self, num_rows: int, max_new_tokens: int) -> Any:
         engine, end = self, next(iter(self.chat.end_ids))
 
         class Decoder:
             graphs = None
             passes = 0
+            slots = SimpleNamespace(device=torch.device("cpu"))
 
             def run(self, starts: Sequence[Request], then: Any = lambda row, ids: None) -> list[list[Made]]:
                 return [self.turns(row, start, then) for row, start in enumerate(starts)]
@@ -126,7 +130,8 @@ def test_a_letter_in_thoughts_is_no_choice() -> None:
     chat, opener, closer = CHATS["plain"]
     items = [HhhItem("Which? ", ("kite", "boat"), correct, (user_turn("Which?"),)) for correct in (0, 1, 0)]
     texts = [[f"{opener}(B){closer}(A)"], [f"{opener}(A) or{closer} (B)"], [f"{opener}(A) or (B)…"]]
-    score = score_replies(Scripted(chat, texts), items, ("k",))
+    result = answer(engine := Scripted(chat, texts), ask_hhh(engine, items, ["generate"], ("k",)))
+    score = result.scores["generate"]
     assert score.is_right == [True, True, False] and score.num_undecided == 1
 
 

@@ -98,7 +98,7 @@ def test_slots_that_graphs_read_are_long_enough_from_the_beginning(
 
     want = engine_of(model, llama3_bytes_chat).converse(CHATS, FOLLOW_UPS, Sampling(1.0, 24), TURN_KEYS)
     monkeypatch.setattr(engine_module, "Decoder", Kept)
-    monkeypatch.setattr(engine_module, "uses_graphs", lambda device, implementation: True)
+    monkeypatch.setattr(engine_module, "uses_graphs", lambda device: True)
     monkeypatch.setattr(engine_module, "capture_cuda", Replayed)
     engine = engine_of(model, llama3_bytes_chat)
     assert engine.converse(CHATS, FOLLOW_UPS, Sampling(1.0, 24), TURN_KEYS) == want
@@ -135,15 +135,15 @@ def test_kept_is_the_longest_common_prefix(model: LlamaForCausalLM) -> None:
             return None
         cached = [*prompts[row], *ids[:-1]]
         asked[row] = [[*cached, 3, 4], cached[:-1], [*cached[2:], 1], [cached[0], 99, *cached[1:]], list(cached)][row]
-        return Request(asked[row], 7, 4)
+        return Request(asked[row], 7, 4, 0.0)
 
     asked: dict[int, list[int]] = {}
-    decoder = Spying(model, 2, max_new_tokens=6, temperature=0.0, eos_ids=frozenset())
-    made = decoder.run([Request(p, 1, 6) for p in prompts], then)
+    decoder = Spying(model, 2, max_new_tokens=6, eos_ids=frozenset())
+    made = decoder.run([Request(p, 1, 6, 0.0) for p in prompts], then)
     assert [turns[1].num_kept for turns in made] == [4 + 5, 3 + 5 - 1 - 1, 0, 1, 3 + 5 - 1]
     for prompt, turn in decoder.seen:
-        alone = Decoder(model, 1, max_new_tokens=6, temperature=0.0, eos_ids=frozenset())
-        (((fresh),),) = alone.run([Request(prompt, 1, len(turn.ids))])
+        alone = Decoder(model, 1, max_new_tokens=6, eos_ids=frozenset())
+        (((fresh),),) = alone.run([Request(prompt, 1, len(turn.ids), 0.0)])
         assert fresh.ids == turn.ids and turn.num_prompt == len(prompt)
 
 
@@ -160,11 +160,11 @@ def test_rows_in_few_slots_equal_rows_alone(model: LlamaForCausalLM, num_slots: 
     """Whatever shares the slots, however often one looks: a row's turns are its own."""
 
     def conversation(row: int) -> Callable[[int, list[int]], Request | None]:
-        turns = iter([Request([row + 3, 8, 9], row + 100, 1 + row), None][row % 3 == 0 :])
+        turns = iter([Request([row + 3, 8, 9], row + 100, 1 + row, 1.0), None][row % 3 == 0 :])
         return lambda _, ids: next(turns, None)
 
-    starts = [Request([11 + row] * (1 + 3 * row % 7), row, 2 + 5 * row % 11) for row in range(9)]
-    options: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.0, "eos_ids": frozenset(EOS)}
+    starts = [Request([11 + row] * (1 + 3 * row % 7), row, 2 + 5 * row % 11, 1.0) for row in range(9)]
+    options: dict[str, Any] = {"max_new_tokens": 12, "eos_ids": frozenset(EOS)}
     thens = [conversation(row) for row in range(9)]
     made = Decoder(model, num_slots, block=block, **options).run(starts, lambda row, ids: thens[row](row, ids))
     alone = [Decoder(model, 1, **options).run([starts[row]], conversation(row))[0] for row in range(9)]
@@ -174,14 +174,14 @@ def test_rows_in_few_slots_equal_rows_alone(model: LlamaForCausalLM, num_slots: 
 
 @pytest.mark.parametrize("length", range(119, 130))
 def test_a_block_of_steps_may_cross_the_end_of_the_slots(model: LlamaForCausalLM, length: int) -> None:
-    options: dict[str, Any] = {"max_new_tokens": 10, "temperature": 0.0, "eos_ids": frozenset()}
-    starts = [Request([9] * length, 0, 10)]
+    options: dict[str, Any] = {"max_new_tokens": 10, "eos_ids": frozenset()}
+    starts = [Request([9] * length, 0, 10, 0.0)]
     assert Decoder(model, 1, block=8, **options).run(starts) == Decoder(model, 1, **options).run(starts)
 
 
 def test_long_prompts_are_read_in_several_passes(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    starts = [Request(list(range(10, 10 + n)), n, 3) for n in (30, 20, 9, 8, 7)]
-    options: dict[str, Any] = {"max_new_tokens": 3, "temperature": 0.0, "eos_ids": frozenset()}
+    starts = [Request(list(range(10, 10 + n)), n, 3, 0.0) for n in (30, 20, 9, 8, 7)]
+    options: dict[str, Any] = {"max_new_tokens": 3, "eos_ids": frozenset()}
     whole = Decoder(model, 5, **options)
     want = whole.run(starts)
     assert whole.passes == 3
@@ -196,7 +196,7 @@ def test_long_prompts_are_read_in_several_passes(model: LlamaForCausalLM, monkey
 def test_logits_after_kept_positions_equal_a_fresh_pass(model: LlamaForCausalLM) -> None:
     """Slots are extended, stepped, cut back, exchanged and outgrown; then the logits are those of the whole rows."""
     device = torch.device("cpu")
-    slots = Slots(3, device)
+    slots = Slots(3, device, 2)
     rows = [list(range(3, 53)), list(range(60, 72)), list(range(90, 215))]
 
     def extend(which: list[int], begin: list[int], end: list[int]) -> torch.Tensor:
@@ -213,7 +213,7 @@ def test_logits_after_kept_positions_equal_a_fresh_pass(model: LlamaForCausalLM)
     with torch.inference_mode():
         extend([0, 2], [0, 0], [40, 20])
         extend([1, 2], [0, 15], [10, 120])
-        slots.exchange(0, 2)
+        slots.move([2, 1, 0], torch.tensor([0, 2]), torch.tensor([2, 0]), 120)
         rows[0], rows[2] = rows[2], rows[0]
         before = slots.capacity
         last = extend([0, 1, 2], [118, 5, 30], [124, 11, 49])

@@ -176,10 +176,3 @@ def test_restoring_takes_no_memory_and_marks_what_has_no_bound() -> None:
     assert sums.tolist() == [1.0, 0.0, -0.5] and sums.data_ptr() == total.data_ptr()
     total = torch.tensor([8, 0, -4])
     assert fixed_point.restore(total, exponent, torch.tensor(torch.inf, dtype=torch.float64)).isnan().all()
-
-
-def test_triton_is_for_cuda_once_it_is_proved(monkeypatch: pytest.MonkeyPatch) -> None:
-    for proofs, want in ((["accumulate_triton"], True), ([], False)):
-        monkeypatch.setattr(fixed_point, "is_proved", proofs.__contains__)
-        assert fixed_point.takes_triton(torch.device("cuda", 0)) == want
-        assert not fixed_point.takes_triton(torch.device("cpu"))

@@ -32,11 +32,13 @@ from transformers import (
 )
 
 from fedsim.attention import forward
+from fedsim.attention.backends import Eager, Sdpa, Varlen
+from fedsim.attention.choice import Choice
 from fedsim.attention.forward import IMPLEMENTATIONS
 from fedsim.errors import ModelError
 from fedsim.generate.slots import Slots
 from fedsim.model.fitness import check_fitness, switch_dropout_off
-from fedsim.model.load import LoraSettings, load_model
+from fedsim.model.load import LoraSettings, load_model, try_fitness
 from fedsim.model.shape import model_shape
 
 CPU = torch.device("cpu")
@@ -271,3 +273,45 @@ def test_a_refusal_names_the_key_and_the_directory(opt_dir: Path) -> None:
     ):
         with pytest.raises(ModelError, match=r"guard\.path='.*/opt': input_jitter_noise=0\.5 in config\.json"):
             call()
+
+
+def test_a_gradient_that_leaks_between_rows_is_refused(
+    make_llama: Callable[..., LlamaForCausalLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The numbers of the forward pass are right."""
+    model = built(make_llama().config)
+    check_fitness(model, ROWS)
+    right = Sdpa.spans
+
+    def leaking(self: Any, query: Any, *rest: Any) -> torch.Tensor:
+        return right(self, query, *rest) + 0.3 * (query.sum() - query.sum().detach())
+
+    monkeypatch.setattr(Sdpa, "spans", leaking)
+    with pytest.raises(ModelError, match="the gradient of packed rows is not that of each row alone"):
+        check_fitness(model, ROWS)
+    assert not model.training and not any(p.grad is not None for p in model.parameters())
+
+
+def test_a_kernel_that_leaks_in_this_model_alone_is_named_with_the_way_out(
+    make_llama: Callable[..., LlamaForCausalLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its self-test passed: another backend that fits is looked for among those that need no GPU."""
+    model = built(make_llama().config)
+    right = Sdpa.spans
+
+    def first_row_s(self: Any, query: Any, *rest: Any) -> torch.Tensor:
+        return right(self, query, *rest) + query[:1].mean()
+
+    def refusal(**tried: str) -> str:
+        model.set_attn_implementation(IMPLEMENTATIONS["varlen"])
+        found = {"varlen": "", "flash_attention_2": "not installed", "sdpa": "", "eager": "", **tried}
+        with pytest.raises(ModelError) as caught:
+            try_fitness(model, ROWS, Choice("varlen", "auto", found))
+        return str(caught.value)
+
+    monkeypatch.setattr(Varlen, "spans", first_row_s)
+    assert refusal().endswith("With sdpa in place of varlen it fits: set model.attention=sdpa")
+    assert refusal(sdpa="wrong").endswith("With eager in place of varlen it fits: set model.attention=eager")
+    monkeypatch.setattr(Sdpa, "spans", first_row_s)
+    monkeypatch.setattr(Eager, "spans", first_row_s)
+    assert "in place of" not in refusal()

@@ -16,12 +16,14 @@ from transformers import AutoModelForCausalLM, Gemma2Config, LlamaForCausalLM
 
 from fedsim.attention.forward import IMPLEMENTATIONS
 from fedsim.data.chat import ChatFormat
+from fedsim.digests import FileDigests
 from fedsim.errors import ModelError
 from fedsim.model.load import (
     EMBEDDED,
     LoadedModel,
     LoraSettings,
     attach_lora,
+    check_model_dir,
     load_model,
     model_digest,
     model_dir,
@@ -186,8 +188,10 @@ def test_an_attention_that_the_model_lacks_is_named(llama_dir: Path, tmp_path: P
 
 
 def test_other_errors_name_the_key(llama_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"model\.path=.*nowhere.*is not a directory; .*'embedded'"):
+    with pytest.raises(ModelError, match=r"model\.path=.*nowhere.*is not a directory; .*hf download ORG.*'embedded'"):
         load(tmp_path / "nowhere")
+    with pytest.raises(ModelError, match=r"hf download meta-llama/Llama-3\.1-8B-Instruct --local-dir"):
+        check_model_dir("meta-llama/Llama-3.1-8B-Instruct", "model.path")
     folder = tmp_path / "model"
     shutil.copytree(llama_dir, folder)
     (folder / "config.json").write_text('{"model_type": "nonsense"}')
@@ -205,19 +209,19 @@ def test_a_target_that_no_layer_has_is_an_error(llama_dir: Path, targets: tuple[
 
 
 def test_digest_follows_what_decides_the_output(llama_dir: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "copy"
+    folder, digests = tmp_path / "copy", FileDigests(tmp_path / "artefacts")
     shutil.copytree(llama_dir, folder)
-    digest = model_digest(str(folder))
-    assert digest == model_digest(str(llama_dir)), "the place does not matter"
+    digest = model_digest(str(folder), digests)
+    assert digest == model_digest(str(llama_dir), digests), "the place does not matter"
     (folder / "README.md").write_text("notes")
-    assert model_digest(str(folder)) == digest
+    assert model_digest(str(folder), digests) == digest
     for name in ("config.json", "tokenizer.json", "model.safetensors", "generation_config.json"):
         before = (folder / name).read_bytes()
         (folder / name).write_bytes(before + b" ")
-        assert model_digest(str(folder)) != digest, name
+        assert model_digest(str(folder), digests) != digest, name
         (folder / name).write_bytes(before)
     (folder / "chat_template.jinja").write_text("{{ messages }}")
-    assert model_digest(str(folder)) != digest
+    assert model_digest(str(folder), digests) != digest
 
 
 NAMED = [

@@ -94,12 +94,12 @@ def test_eager_attention_keeps_scores() -> None:
 
 
 def test_keys_and_values_of_the_8b_model_take_128_kib_a_token() -> None:
-    """In whole slots, and one layer twice; a pass reads 8,192 tokens or the one prompt that is longer."""
+    """In whole slots, and four layers twice; a pass reads 8,192 tokens or the one prompt that is longer."""
 
     def need(num_tokens: int, num_rows: int = 64) -> int:
         return generation_need(BIG, "x", "k", num_rows=num_rows, num_tokens=num_tokens).num_bytes
 
-    token = 131072 * 33 // 32
+    token = 131072 * 36 // 32
     transient = (2 * 4096 + 3 * 14336) * 2
     logits = 24 * 128256
     assert need(100) == BIG.weight_bytes + 64 * (128 * token + logits) + 64 * 100 * transient

@@ -124,6 +124,7 @@ def num_refusals_preferred(model: LlamaForCausalLM) -> int:
     return right
 
 
+@pytest.mark.deep
 def test_a_shortened_recipe_learns_to_prefer_refusals() -> None:
     recipe = Recipe(steps_scale=0.06, batch_size=16)
     model, _, losses = train(recipe)

@@ -35,11 +35,18 @@ with stop.listening(float(sys.argv[2])), journal.at(stage="local training", roun
 """
 
 
+def hear_hangup() -> None:
+    """Let SIGHUP act as usual, also where the tests themselves run under nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def end(folder: Path, grace_s: float, numbers: list[int], size: int = 1, nohup: bool = False) -> tuple[int, str]:
     """Start the process, send it signals, and wait: its status and what it says."""
     words = ["nohup"] if nohup else []
     command = [*words, sys.executable, "-c", BUSY, str(folder), str(grace_s), str(size)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hear_hangup
+    ) as process:
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
         for number in numbers:
             process.send_signal(number)

@@ -155,3 +155,22 @@ def test_terms_are_left_as_they_were() -> None:
     for exact in (True, False):
         Summer(None, exact=exact).sum(segments, sizes, 4)
     assert all(torch.equal(a, t.vector) for a, t in zip(before, (t for s in segments for t in s), strict=True))
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_members_meet_on_the_cpu_before_a_sum_over_nccl(monkeypatch: pytest.MonkeyPatch, exact: bool) -> None:
+    """One number first, before anything is enqueued; it is no contribution, and no other sum has it."""
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, *_, **__: seen.append(tensor.clone()))
+    group: object = object()
+    terms, found = [[Term(torch.tensor([1.0, 2.0]))]], []
+    for heartbeat in (False, True):
+        seen.clear()
+        summer = Summer(group, exact=exact, heartbeat=heartbeat)  # type: ignore[arg-type]
+        total = summer.sum(terms, [2], 1)[0]
+        found.append((total.tolist(), summer.traffic.num_bytes, len(seen)))
+    assert seen[0].shape == (1,) and seen[0].device.type == "cpu"
+    assert found[0][:2] == found[1][:2] and found[1][2] == found[0][2] + 1
+    seen.clear()
+    Summer(None, exact=exact, heartbeat=True).sum(terms, [2], 1)
+    assert not seen, "alone there is nobody to meet"

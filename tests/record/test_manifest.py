@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fedsim.errors import CheckpointError, DataError
-from fedsim.record.manifest import hardware, versions, write_manifest
+from fedsim.record.manifest import add_note, hardware, versions, write_manifest
 from fedsim.version import made_by
 
 
@@ -19,7 +19,13 @@ def test_what_a_manifest_holds(tmp_path: Path) -> None:
     data = tmp_path / "rows.json"
     data.write_bytes(b"[]\n")
     path = write_manifest(
-        tmp_path, {"seed": 7, "name": "x"}, {"square": data}, {"base": "ab" * 32}, {"base": "eager"}, num_ranks=4
+        tmp_path,
+        {"seed": 7, "name": "x"},
+        {"square": data},
+        {"base": "ab" * 32},
+        {"base": "eager"},
+        num_ranks=4,
+        devices={"backend": "gloo"},
     )
     manifest = json.loads(path.read_text())
     assert path == tmp_path / "manifest.json"
@@ -29,6 +35,7 @@ def test_what_a_manifest_holds(tmp_path: Path) -> None:
     assert manifest["models"] == {"base": "ab" * 32} and manifest["attention"] == {"base": "eager"}
     assert manifest["started"]["num_ranks"] == 4 and manifest["started"]["utc"].endswith("+00:00")
     assert manifest["threads"]["torch"] >= 1 and manifest["git"] == made_by()["git"]
+    assert manifest["devices"] == {"backend": "gloo"}
     assert "resumed" not in manifest
 
 
@@ -43,6 +50,16 @@ def test_a_resume_adds_to_the_manifest_it_finds(tmp_path: Path) -> None:
     assert [entry["num_ranks"] for entry in manifest.pop("resumed")] == [2, 3]
     assert manifest == first
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+
+
+def test_notes_belong_to_the_session_that_makes_them(tmp_path: Path) -> None:
+    path = write_manifest(tmp_path, {}, {}, {}, {}, num_ranks=1)
+    for note in ("a", "b"):
+        add_note(path, note)
+    write_manifest(tmp_path, {}, {}, {}, {}, num_ranks=1)
+    add_note(path, "c")
+    manifest = json.loads(path.read_text())
+    assert manifest["notes"] == ["a", "b"] and manifest["resumed"][0]["notes"] == ["c"]
 
 
 def test_a_missing_input_is_named(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fedsim.artefacts import file_digest, model_files_digest
 from fedsim.config import Config, file_roles, load_config, model_roles, to_flat, to_nested
+from fedsim.digests import FileDigests, file_digest
 from fedsim.errors import CheckpointError
 from fedsim.record.sameness import compare
 
@@ -64,7 +64,7 @@ def test_a_model_that_was_moved_is_the_same_and_one_of_other_bytes_is_not(tmp_pa
     old.mkdir()
     for name, text in MODEL_FILES.items():
         (old / name).write_text(text)
-    digest = model_files_digest(old)
+    digest = FileDigests(tmp_path).model(old)
     write_run(tmp_path / "run", made_config(tmp_path, key, old), {}, {model_roles()[key]: digest})
     old.rename(new)
     config = made_config(tmp_path, key, new)

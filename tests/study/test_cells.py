@@ -113,7 +113,8 @@ def test_a_study_that_is_ended_leaves_no_run_behind(launch: Launch, tmp_path: Pa
     script = tmp_path / "study.py"
     script.write_text(
         "import signal\nfrom pathlib import Path\nfrom fedsim.study.cells import *\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it\n"
+        "for number, act in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):\n"
+        "    signal.signal(number, act)  # a shell's background jobs ignore the one, nohup the other\n"
         f"launch = Launch('trial', Path({str(launch.config)!r}), {list(launch.overrides)!r}, 1, 2, "
         f"Path({str(launch.entry)!r}))\n"
         "run_cells([Cell('hang0', 0, {}), Cell('hang1', 1, {})], launch, print)\n",

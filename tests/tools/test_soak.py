@@ -99,6 +99,7 @@ def test_files_that_grow_on_purpose_are_known_and_all_others_are_judged() -> Non
     assert [*kinds.values()] == ["logs", "logs", "logs", "evaluations", "evaluations", "", "", ""]
 
 
+@pytest.mark.deep
 def test_a_real_run_is_flat_until_a_leak_is_planted(tmp_path: Path) -> None:
     """Twelve rounds through launch/run.py's own code, then ten in which checkpoints and descriptors stay behind."""
     leaky = tmp_path / "leaky.py"

@@ -19,7 +19,7 @@ from fedsim.federation.scaffold import CONTROL, Scaffold
 from fedsim.federation.server_optimizers import FedAdam, FedAvgM
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.model.load import LoadedModel
-from fedsim.train.client import ClientTrainer
+from fedsim.train.client import ClientTrainer, _Task
 from fedsim.train.loop import StepSettings, Trainer
 from fedsim.train.objectives import SftObjective
 
@@ -144,6 +144,20 @@ def test_a_scaffold_client(make_adapted: Make, make_rows: Rows, one_lane: type, 
             "three shifts of lr · (c − c_i), and what they change"
         )
     assert outcome.first_loss == plain.first_loss, "the first loss is the global adapter's"
+
+
+def test_a_control_variate_is_copied_to_the_adapters_device_once() -> None:
+    """It is read for the correction and twice for what the client reports; on a GPU each copy would wait for it."""
+    copies: list[torch.device] = []
+
+    class OnHost:
+        def to(self, device: torch.device) -> torch.Tensor:
+            copies.append(device)
+            return torch.ones(3)
+
+    task = _Task(0, [], 0, ServerState(torch.zeros(3)), OnHost(), 1)  # type: ignore[arg-type]
+    assert task.control is task.control and copies == [torch.device("cpu")]
+    assert _Task(0, [], 0, ServerState(torch.zeros(3)), None, 1).control is None
 
 
 def test_scaffolds_gradient_variant_corrects_adamw_by_gradients(

@@ -15,7 +15,6 @@ from tools.bench.measure import launches, percentiles, take_turns
 from tools.bench.rows import Correctness, Row, Target
 from tools.bench.stage import Bench
 
-PASS = "Triton"
 LOOP = "OpenFedLLM's loop over dicts"
 CALLBACK = "OpenFedLLM's callback, without PEFT's part"
 Accumulate = Callable[[torch.Tensor, Sequence[torch.Tensor], torch.Tensor], None]
@@ -33,7 +32,7 @@ class AggregationStage:
     name: str = "aggregation"
 
     def check(self, bench: Bench) -> list[Correctness]:
-        """Sums against fp64; exact ones in two orders; on CUDA the Triton pass, bit by bit."""
+        """Sums against fp64; exact ones in two orders; on CUDA the integer pass against the CPU's, bit by bit."""
         clients = Clients(1, bench.device)
         true = sum(
             (v.double() * n for v, n in zip(clients.vectors, ROWS, strict=True)), torch.zeros(()).to(bench.device)
@@ -47,12 +46,9 @@ class AggregationStage:
             Correctness("the peer's mean against fp64, ‖Δ‖ / ‖mean‖", relative(loop, true / sum(ROWS)), 1e-6),
         ]
         if bench.cuda:
-            found += [
-                Correctness(
-                    f"Triton's pass, {what}: integers that differ", error, 0.0, proves="accumulate_triton", part=PASS
-                )
-                for what, error in distances(triton_pass(), bench.device).items()
-            ]
+            differ = distances(fixed_point.accumulate_scaled, bench.device)
+            found += [Correctness(f"the pass to fixed point, {what}: integers that differ", n, 0.0)
+                      for what, n in differ.items()]  # fmt: skip
         return found
 
     def time(self, bench: Bench) -> list[Row]:
@@ -98,42 +94,29 @@ class AggregationStage:
                     else "",
                 )
             )
-        return [*rows, *self._passes(bench, clients), self._correction(bench, clients)]
+        return [*rows, self._pass(bench, clients), self._correction(bench, clients)]
 
-    def _passes(self, bench: Bench, clients: Clients) -> list[Row]:
-        """The pass that turns all clients into integers; on CUDA Triton's beside plain torch's."""
+    def _pass(self, bench: Bench, clients: Clients) -> Row:
+        """The pass that turns all clients into integers."""
         total = torch.empty(clients.size, dtype=torch.int64, device=bench.device)
         factors = torch.tensor(ROWS, dtype=torch.float64, device=bench.device) * 2.0**40
-        passes: dict[str, Accumulate] = {"plain torch": fixed_point.accumulate_torch}
-        if bench.cuda and PASS not in bench.wrong:
-            passes[PASS] = triton_pass()
-        calls = {name: partial(run, total, clients.vectors, factors) for name, run in passes.items()}
+        call = partial(fixed_point.accumulate_scaled, total, clients.vectors, factors)
         if bench.cuda:
-            found = {name: launches(call, bench.repeats) for name, call in calls.items()}
+            found = launches(call, bench.repeats)
         else:
-            found = take_turns(calls, bench.device, repeats=bench.repeats, budget_s=bench.budget_s / 4)
-        floor = clients.size * (4 * len(ROWS) + 8) / bench.peak().bytes_per_s
-        rows = []
-        for name in passes:
-            seconds = percentiles(found[name])
-            against = percentiles(found["plain torch"]) if name == PASS else None
-            rows.append(
-                Row(
-                    self.name,
-                    f"pass to fixed point, {name}",
-                    "float32",
-                    clients.shapes,
-                    seconds,
-                    len(found[name]),
-                    peer=None if against is None else "plain torch",
-                    peer_seconds=against,
-                    figures={"of_bandwidth": floor / seconds.p50},
-                    target=Target("of_bandwidth", 0.8) if name == PASS else None,
-                    floor_s=floor,
-                    floor="clients read, integers written",
-                )
-            )
-        return rows
+            found = take_turns({"": call}, bench.device, repeats=bench.repeats, budget_s=bench.budget_s / 4)[""]
+        floor, seconds = clients.size * (4 * len(ROWS) + 8) / bench.peak().bytes_per_s, percentiles(found)
+        return Row(
+            self.name,
+            "pass to fixed point, plain torch",
+            "float32",
+            clients.shapes,
+            seconds,
+            len(found),
+            figures={"of_bandwidth": floor / seconds.p50},
+            floor_s=floor,
+            floor="clients read, integers written",
+        )
 
     def _correction(self, bench: Bench, clients: Clients) -> Row:
         """y − lr (c − c_i), which SCAFFOLD takes after every optimizer step."""
@@ -161,13 +144,6 @@ class AggregationStage:
 STAGE = AggregationStage()
 
 
-def triton_pass() -> Accumulate:
-    """The kernel, for a machine that can run it."""
-    from fedsim.kernels import fixed_point_triton  # Triton comes with torch's CUDA builds alone
-
-    return fixed_point_triton.accumulate
-
-
 def distances(
     accumulate: Accumulate, device: torch.device, sizes: Sequence[int] = (1, 7, 1023, 1025, 100_003)
 ) -> dict[str, float]:
@@ -177,7 +153,7 @@ def distances(
 
     def compare(what: str, vectors: Sequence[torch.Tensor], factors: torch.Tensor) -> None:
         want, got = (torch.full(vectors[0].shape, 5, device=place) for place in (torch.device("cpu"), device))
-        fixed_point.accumulate_torch(want, vectors, factors)
+        fixed_point.accumulate_scaled(want, vectors, factors)
         accumulate(got, [moved(vector, device) for vector in vectors], factors.to(device))
         found[what] = found.get(what, 0.0) + differing(got.cpu(), want)
 

@@ -192,7 +192,9 @@ def child(out: Path, began: float, arguments: Sequence[str]) -> None:
     command = parse_command(arguments)
     config = load_config(command.file, command.overrides)
     parallel = config.parallel
-    with process_world(exact=parallel.exact, threads=parallel.threads, timeout_s=parallel.timeout_s) as world:
+    with process_world(
+        exact=parallel.exact, threads=parallel.threads, timeout_s=parallel.timeout_s, device=parallel.device
+    ) as world:
         Measured(config, world).run()
         places = [[place.kind, place.where, spent] for place, spent in sampler.seconds.most_common()]
         every = world.ranks.gather({"marks": marks, "places": places})
@@ -330,7 +332,8 @@ def rows_of(found: Mapping[str, Any], num_ranks: int, what: str) -> list[Row]:
 
 def places(folder: Path, name: str) -> list[str]:
     """Arguments that keep a run of the demo inside a folder; its artefacts are shared."""
-    return [str(DEMO), f"name={name}", f"record.dir={folder / 'runs'}", f"record.artefacts={folder / 'artefacts'}"]
+    own = [f"name={name}", f"record.dir={folder / 'runs'}", f"record.artefacts={folder / 'artefacts'}"]
+    return [str(DEMO), "parallel.device=auto", *own]
 
 
 STAGE = EngineStage()

@@ -22,7 +22,7 @@ from fedsim.attention.forward import IMPLEMENTATIONS
 from fedsim.config.measuring import EvalConfig
 from fedsim.generate.decode import Decoder, Request
 from fedsim.generate.engine import CUDA_BLOCK
-from fedsim.generate.graph import Capture, Graphs, capture_cuda, graph_path
+from fedsim.generate.graph import Capture, Graphs, capture_cuda
 from fedsim.model.cost import ModelCost, decode_work
 from tools.bench.attention import available
 from tools.bench.lengths import draw, random_ids
@@ -86,7 +86,6 @@ class Conversations:
             model,
             num_slots,
             max_new_tokens=max(map(max, self.replies)),
-            temperature=temperature,
             eos_ids=frozenset(),
             graphs=Graphs(capture) if capture is not None and has_graphs else None,
             block=CUDA_BLOCK if self.bench.cuda or has_graphs else 1,
@@ -98,10 +97,12 @@ class Conversations:
             if turn == len(self.replies):
                 return None
             said[row].append([*said[row][-1], *ids, *self.asks[turn - 1][row]])
-            return Request(said[row][-1], row + turn, self.replies[turn][row])
+            return Request(said[row][-1], row + turn, self.replies[turn][row], temperature)
 
-        starts = [Request(p, row, self.replies[0][row]) for row, p in enumerate(self.prompts)]
+        starts = [Request(p, row, self.replies[0][row], temperature) for row, p in enumerate(self.prompts)]
         made = decoder.run(starts, then)
+        if decoder.graphs is not None and decoder.graphs.problem is not None:
+            raise RuntimeError(decoder.graphs.problem)
         self.turns = [(m.num_kept, m.num_prompt, len(m.ids)) for row in made for m in row]
         return [[turn.ids for turn in row] for row in made]
 
@@ -155,7 +156,7 @@ def plain_generate(
 class Called:
     """In a graph's place: the same steps, launched one kernel at a time."""
 
-    replay: Callable[[], None]
+    replay: Callable[[], object]
 
 
 class GenerationStage:
@@ -181,7 +182,7 @@ class GenerationStage:
     def time(self, bench: Bench) -> list[Row]:
         """One turn and three, with some numbers of slots, and the peer's best batch size for one turn."""
         own, plain = models(bench)
-        capture = None if graph_path(own.config._attn_implementation) in bench.wrong else capture_cuda
+        capture = None if graphs_over(own.config._attn_implementation) in bench.wrong else capture_cuda
         size, found = 0, []
         for num_turns, name, share in ((1, "one turn", 0.25), (TURNS, "CAI's three turns", 0.75)):
             rows = Conversations(bench, ROWS[bench.cuda], num_turns)
@@ -256,8 +257,8 @@ def replayed(bench: Bench, rows: Conversations, implementation: str) -> Correctn
 
     Both with torch's deterministic algorithms, under which exact mode decodes, and without.
     """
-    path = graph_path(implementation)
-    what, moved = f"{path}: share of rows whose replayed tokens are not the eager ones", math.nan
+    part = graphs_over(implementation)
+    what, moved = f"{part}: share of rows whose replayed tokens are not the eager ones", math.nan
     model = inner(bench.adapted(attention=implementation)[0])
     try:
         shares = []
@@ -270,7 +271,13 @@ def replayed(bench: Bench, rows: Conversations, implementation: str) -> Correctn
         what += f" ({type(error).__name__}: {next(iter(str(error).splitlines()), '')})"
     del model
     give_memory_back(bench.device)
-    return Correctness(what, moved, 0.0, proves=path, part=path)
+    return Correctness(what, moved, 0.0, part=part)
+
+
+def graphs_over(implementation: str) -> str:
+    """What graphs over an attention implementation of transformers' are called: "graphs over varlen"."""
+    names = {own: name for name, own in IMPLEMENTATIONS.items()}
+    return f"graphs over {names.get(implementation, implementation)}"
 
 
 def tuned(bench: Bench, rows: Conversations, model: PreTrainedModel) -> int:

@@ -20,7 +20,7 @@ from tools.bench.stage import PAPER_LORA, Bench
 
 BATCH = paper.BATCH_SIZE
 GUARD_ROWS, GUARD_TOKENS = 1000, 4096  # rows behind one head; guard.batch_tokens of configs/paper
-CONVERSATIONS, SLOTS = 256, 64  # eval.batch_size of configs/paper
+CONVERSATIONS, SLOTS = 256, 128  # eval.batch_size of configs/paper
 VERDICT = 4  # tokens that the guard learns of a row: the verdict, its line breaks and its end
 
 

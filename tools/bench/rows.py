@@ -27,14 +27,12 @@ class Correctness:
         what: what is compared with what, and how.
         error: the distance; NaN fails.
         limit: the largest distance that passes.
-        proves: the CUDA path that it speaks for (:mod:`fedsim.proved`); "" for none.
         part: what of the stage is not timed if it fails; "" for all of it.
     """
 
     what: str
     error: float
     limit: float
-    proves: str = ""
     part: str = ""
 
     @property

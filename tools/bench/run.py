@@ -2,9 +2,8 @@
 
 Each stage first compares its results with a reference. What is wrong is named and not timed, a stage that breaks off
 is named with its error, and the others go on; both make the exit status 1. A stage that would begin after --minutes is
-left out. Only a clean tree of a known commit, whose rows are written below it, enters what a GPU has shown right.
-The rows go to ``tools/bench/results/<device>/<stage>.json``. With a GPU the model is Llama-3.1-8B in bfloat16, without
-one a Llama of 5.8 M parameters in float32; both have random weights.
+left out. The rows go to ``tools/bench/results/<device>/<stage>.json``. With a GPU the model is Llama-3.1-8B in
+bfloat16, without one a Llama of 5.8 M parameters in float32; both have random weights.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ sys.path[:] = [str(ROOT), *(p for p in sys.path if Path(p).resolve() != Path(__f
 
 import torch  # noqa: E402
 
+from fedsim.attention.backends import leave_out_cudnn  # noqa: E402
 from fedsim.record.manifest import hardware, package_versions  # noqa: E402
 from fedsim.terminal import steady_terminal  # noqa: E402
 from fedsim.version import git_state  # noqa: E402
 from tools.bench import models  # noqa: E402
 from tools.bench.measured_code import code_digest  # noqa: E402
-from tools.bench.proofs import Refused, enter  # noqa: E402
 from tools.bench.rows import StageResult  # noqa: E402
 from tools.bench.stage import Bench, LeftOut, Stage, memory_given_back  # noqa: E402
 from tools.bench.table import table  # noqa: E402
@@ -50,7 +49,7 @@ SHARES: dict[str, tuple[float, float]] = {  # seconds of MINUTES, on a CPU and o
 }
 STAGES = tuple(SHARES)
 MINUTES = 10.0
-WRITTEN = ("tools/bench/results", "kernels/proved.json", "README.md")  # by this tool, not what it measures
+WRITTEN = ("tools/bench/results", "README.md")  # by this tool, not what it measures
 PACKAGES = ("torch", "transformers", "peft", "trl", "triton", "numpy")
 
 
@@ -139,24 +138,10 @@ def run(
             file = out / f"{stage.name}.json"
             result.write(file)
             results.append(result)
-            if bench.cuda:
-                _enter(result, facts, file, bench)
     bench.say(table(results).plain())
     if failed:
         bench.say(f"wrong or broken off: {', '.join(failed)}")
     return 1 if failed else 0
-
-
-def _enter(result: StageResult, facts: Mapping[str, Any], file: Path, bench: Bench) -> None:
-    """Enter what a stage has shown right, or say why not."""
-    if not file.is_relative_to(ROOT):
-        bench.say(f"  nothing is entered into kernels/proved.json: {file} is not below {ROOT}")
-        return
-    try:
-        for path in enter(result.correctness, facts, file.relative_to(ROOT).as_posix()):
-            bench.say(f"  {path}: shown right, entered into kernels/proved.json")
-    except Refused as why:
-        bench.say(f"  not entered into kernels/proved.json: {why}")
 
 
 @steady_terminal()
@@ -177,6 +162,7 @@ def main(arguments: Sequence[str]) -> int:
         parser.error("--commit: this tree has a .git, which tells the commit; leave the argument out")
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", 0) if cuda else torch.device("cpu")
+    leave_out_cudnn()  # holds for the peers too
     torch.set_num_threads(found.threads)
     warnings.simplefilter("ignore", FutureWarning)  # what peers' libraries say of each other's names
     bench = Bench(device, models.GPU if cuda else models.CPU, found.threads, found.repeats)

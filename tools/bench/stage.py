@@ -66,13 +66,11 @@ class Bench:
         """A new frozen base model, the same weights every time; peers get one of their own where they change it.
 
         Args:
-            attention: transformers' name of an implementation, for a peer; None is fedsim's own: packed rows, by
-                torch's variable-length kernel on CUDA (whose results the stage checks) and by what ``auto`` takes on a
-                CPU.
+            attention: transformers' name of an implementation, for a peer; None is fedsim's own: packed rows, by what
+                ``auto`` takes here.
         """
         if attention is None:
-            wanted = "varlen" if self.cuda else "auto"
-            attention = choose(wanted, self.size.llama(), self.dtype, self.device).implementation
+            attention = choose("auto", self.size.llama(), self.dtype, self.device).implementation
         return build(self.size, self.dtype, self.device, attention)
 
     def adapted(self, lora: LoraSettings = PAPER_LORA, attention: str | None = None) -> tuple[PeftModel, FlatAdapter]:

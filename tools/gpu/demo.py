@@ -91,6 +91,7 @@ def start(folder: Path, name: str, num_ranks: int, overrides: Sequence[str]) -> 
 def run(setting: Setting, report: Report) -> None:
     """All runs side by side on a GPU, one after the other on a CPU."""
     overrides, many = RUNS[setting.dry], 2 if setting.dry else 4
+    overrides = [*overrides, f"parallel.device={'cuda' if setting.cuda else 'cpu'}"]
     wanted: dict[str, tuple[int, list[str]]] = {"one process": (1, []), f"{many} processes": (many, [])}
     if setting.cuda:
         wanted["one process in fp32"] = (1, ["model.dtype=float32"])

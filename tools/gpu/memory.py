@@ -62,7 +62,8 @@ def run(setting: Setting, report: Report) -> None:
     num_rounds = 12 if setting.dry else 50
     places = ["name=memory", f"record.dir={setting.folder}", f"record.artefacts={setting.folder / 'artefacts'}"]
     config = load_config(DEMO, [*SMALL, *places, f"federation.num_rounds={num_rounds}"])
-    with process_world(exact=True, threads=1, timeout_s=60) as world:
+    device = "cuda" if setting.cuda else "cpu"
+    with process_world(exact=True, threads=1, timeout_s=60, device=device) as world:
         if setting.cuda:
             torch.cuda.reset_peak_memory_stats(world.device)
         watched = Watched(config, world)

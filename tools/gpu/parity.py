@@ -22,7 +22,7 @@ from fedsim.parallel.sums import Summer
 from fedsim.parallel.world import Lane
 from fedsim.train.loop import StepSettings, Trainer, TrainingPlan
 from fedsim.train.objectives import DpoObjective, Objective, SftObjective
-from tools.bench.attention import ODD, relative
+from tools.bench.aggregation import relative
 from tools.bench.cai_iteration import preferences
 from tools.bench.gradients import Item, SeenGradient
 from tools.bench.lengths import random_ids, token_row
@@ -30,6 +30,7 @@ from tools.gpu.reference import Reference
 from tools.gpu.report import Report
 
 BETA = 0.1
+ODD = (1, 2, 3, 17, 64, 127, 130)
 SHARED = 61  # tokens of the guard's head
 TAILS = (1, 2, 17, 64, 65)
 

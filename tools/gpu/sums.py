@@ -1,43 +1,33 @@
-"""The Triton pass of order-independent sums, bit by bit against plain torch on the CPU."""
+"""Order-independent sums on the device, bit by bit against the CPU's."""
 
 from __future__ import annotations
-
-import os
 
 import torch
 
 from fedsim.kernels import fixed_point
 from fedsim.parallel.sums import Summer
 from fedsim.ranks import Term
-from tools.bench.aggregation import Accumulate, differing, distances, moved, triton_pass
-from tools.bench.stage import LeftOut, installed
+from tools.bench.aggregation import differing, distances, moved
 from tools.gpu.report import Report, Setting
 
 SIZES = (1, 7, 1023, 1024, 1025, 100_003)
 MIXED = (1024, 3333)  # numbers of a vector where each term has another dtype and stride
-TERMS = tuple(range(18))  # launches of up to eight, and what is left
+TERMS = tuple(range(18))  # passes of up to eight, and what is left
 
 
 def run(setting: Setting, report: Report) -> None:
     """Every dtype, odd sizes and strides, no terms to seventeen; then the sums of a run, on the device and off it."""
-    if not installed("triton"):
-        raise LeftOut("triton is not installed; it comes with torch's CUDA builds")
-    if not setting.cuda:
-        os.environ["TRITON_INTERPRET"] = "1"  # read where the kernel is defined, on import
-    how = "compiled" if setting.cuda else "interpreted"
-    accumulate = triton_pass()
     sizes = (1, 7, 1025) if setting.dry else SIZES
-    for what, error in distances(accumulate, setting.device, sizes=sizes).items():
-        report.add(f"Triton's pass, {how}, {what}: integers that differ", error, 0.0)
+    for what, error in distances(fixed_point.accumulate_scaled, setting.device, sizes=sizes).items():
+        report.add(f"the pass to fixed point, {what}: integers that differ", error, 0.0)
     terms = (0, 1, 2, 8, 9, 17) if setting.dry else TERMS
-    error = sum(_mixed(accumulate, setting.device, num, size) for num in terms for size in MIXED)
-    name = f"Triton's pass, {how}, dtypes and strides mixed, {terms[0]} to {terms[-1]} terms: integers that differ"
+    error = sum(_mixed(setting.device, num, size) for num in terms for size in MIXED)
+    name = f"the pass to fixed point, dtypes and strides mixed, {terms[0]} to {terms[-1]} terms: integers that differ"
     report.add(name, error, 0.0)
-    if setting.cuda:
-        report.add("exact sums on the GPU against the CPU's: numbers that differ", _sums(setting.device), 0.0)
+    report.add("exact sums on the device against the CPU's: numbers that differ", _sums(setting.device), 0.0)
 
 
-def _mixed(accumulate: Accumulate, device: torch.device, num: int, size: int) -> float:
+def _mixed(device: torch.device, num: int, size: int) -> float:
     """Terms of every dtype and stride in turn, over many orders of magnitude."""
     generator = torch.Generator().manual_seed(31 * size + num)
     vectors = []
@@ -47,8 +37,8 @@ def _mixed(accumulate: Accumulate, device: torch.device, num: int, size: int) ->
         vectors.append(kinds[i % len(kinds)])
     factors = torch.linspace(-3e14, 5e14, max(1, num), dtype=torch.float64)[:num]
     want, got = (torch.full((size,), 5, device=place) for place in (torch.device("cpu"), device))
-    fixed_point.accumulate_torch(want, vectors, factors)
-    accumulate(got, [moved(vector, device) for vector in vectors], factors.to(device))
+    fixed_point.accumulate_scaled(want, vectors, factors)
+    fixed_point.accumulate_scaled(got, [moved(vector, device) for vector in vectors], factors.to(device))
     return differing(got.cpu(), want)
 
 
@@ -58,7 +48,7 @@ def _vectors() -> list[torch.Tensor]:
 
 
 def _sums(device: torch.device) -> float:
-    """The whole of an exact sum by the kernel that a run takes on the device."""
+    """The whole of an exact sum, as a run makes it."""
     vectors, found = _vectors(), []
     for place in (torch.device("cpu"), device):
         terms = [Term(vector.to(place), 1.0 + i) for i, vector in enumerate(vectors)]

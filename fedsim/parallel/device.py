@@ -1,0 +1,259 @@
+"""The device of each process, and the backend that sums over processes.
+
+Every process says where it computes; all of them then know who shares a GPU. NCCL takes one whole GPU per process;
+where processes share one, or compute on parts of one (MIG), gloo carries the sums through host memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import Final
+
+import torch
+import torch.distributed as dist
+
+from fedsim.attention.backends import leave_out_cudnn
+from fedsim.errors import ConfigError, RunError
+from fedsim.parallel.drivers import installed_driver, no_gpu_message
+
+GLOO: Final = "gloo"
+NCCL: Final = "cpu:gloo,cuda:nccl"
+"""Backends of the process group, as torch names them: NCCL sums tensors on GPUs, gloo everything else."""
+
+ALLOCATOR: Final = "PYTORCH_ALLOC_CONF"
+"""Variable that torch's allocator reads when CUDA starts; torch 2.11 and newer take this name for CUDA too."""
+
+OLD_ALLOCATOR: Final = "PYTORCH_CUDA_ALLOC_CONF"
+
+LAST_WORD_S: Final = 5.0
+"""Seconds that a rank without a device waits for the others to have read so, before it takes the store down."""
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Where a process computes, as it tells the others.
+
+    Attributes:
+        kind: ``cpu`` or ``cuda``.
+        identity: UUID of its GPU or MIG instance; "" on the CPU.
+        name: of the GPU; "" on the CPU.
+        is_part: it is a MIG instance, a part of a GPU.
+    """
+
+    kind: str = "cpu"
+    identity: str = ""
+    name: str = ""
+    is_part: bool = False
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where all processes compute, by rank."""
+
+    seats: tuple[Seat, ...] = (Seat(),)
+
+    @property
+    def backend(self) -> str:
+        """:data:`NCCL` where every process has a whole GPU of its own, else :data:`GLOO`."""
+        return NCCL if self._on_gpus and not self._why_gloo() else GLOO
+
+    def sharing(self, rank: int) -> int:
+        """Number of processes that share the memory of this rank's GPU, or of the machine; itself included."""
+        return sum(seat.identity == self.seats[rank].identity for seat in self.seats)
+
+    def words(self) -> str:
+        """One line on the backend, with the reason where GPUs are summed over gloo."""
+        if not self._on_gpus:
+            return "gloo"
+        if self.backend == NCCL:
+            return "NCCL, one GPU each"
+        return f"gloo through host memory, slower than NCCL: {self._why_gloo()}"
+
+    def facts(self) -> dict[str, object]:
+        """For the manifest: the backend, and the device of each rank by its name and UUID."""
+        return {"backend": self.backend, "ranks": [asdict(seat) for seat in self.seats]}
+
+    @property
+    def _on_gpus(self) -> bool:
+        return self.seats[0].kind == "cuda"
+
+    def _why_gloo(self) -> str:
+        if parts := [rank for rank, seat in enumerate(self.seats) if seat.is_part]:
+            return f"{_ranks(parts)} on a MIG instance, which NCCL does not join"
+        count = Counter(seat.identity for seat in self.seats)
+        groups = [
+            _ranks([rank for rank, seat in enumerate(self.seats) if seat.identity == identity])
+            for identity, number in count.items()
+            if number > 1
+        ]
+        return f"{'; '.join(groups)} on one GPU" if groups else ""
+
+
+def set_allocator() -> None:
+    """Let CUDA's allocator grow its segments, unless the user has set it up; to be called before CUDA starts.
+
+    Token counts differ from step to step, and phases alternate between activations and caches of tens of GiB: fixed
+    segments would fragment (PyTorch, CUDA semantics, "Optimizing memory usage with PYTORCH_ALLOC_CONF").
+    """
+    if ALLOCATOR not in os.environ and OLD_ALLOCATOR not in os.environ:
+        os.environ[ALLOCATOR] = "expandable_segments:True"
+
+
+def local_rank() -> int:
+    """This process's number on the machine: LOCAL_RANK, or RANK where the launcher sets none; 0 without a launcher.
+
+    Raises:
+        RunError: it is no whole number >= 0.
+    """
+    name = "LOCAL_RANK" if "LOCAL_RANK" in os.environ else "RANK"
+    given = os.environ.get(name, "0")
+    if not given.isdecimal():
+        raise RunError(f"{name}={given!r}: must be a whole number >= 0; start with torchrun or deepspeed")
+    return int(given)
+
+
+def choose_device(wanted: str) -> torch.device:
+    """This process's GPU, made the current one, its attention without cuDNN's kernels; or the CPU.
+
+    Processes take the visible GPUs in turn by :func:`local_rank`; with one visible GPU each (srun --gpus-per-task=1)
+    that is GPU 0 everywhere.
+
+    Args:
+        wanted: ``parallel.device``. auto takes a GPU, and the CPU only where torch is built without CUDA and no NVIDIA
+            driver is loaded; cuda always takes a GPU, cpu never.
+
+    Raises:
+        ConfigError: no GPU can be used where one is wanted, or expected.
+        RunError: :func:`local_rank`.
+    """
+    if wanted == "cpu":
+        return torch.device("cpu")
+    with warnings.catch_warnings():  # torch's warning of an old driver comes again below, in the error
+        warnings.simplefilter("ignore")
+        num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if num_gpus == 0:
+        driver, cuda = installed_driver(), torch.version.cuda
+        if wanted == "auto" and driver is None and cuda is None:
+            return torch.device("cpu")
+        raise ConfigError(
+            no_gpu_message(
+                wanted=wanted,
+                torch_version=torch.__version__,
+                cuda=cuda,
+                driver=driver,
+                visible=os.environ.get("CUDA_VISIBLE_DEVICES"),
+                torch_says=_refusal(),
+            )
+        )
+    device = torch.device("cuda", local_rank() % num_gpus)
+    torch.cuda.set_device(device)
+    leave_out_cudnn()
+    _try(device)
+    return device
+
+
+def _refusal() -> str:
+    """Torch's words on why CUDA cannot start."""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return str(error)
+    return ""
+
+
+def _try(device: torch.device) -> None:
+    """Run one kernel.
+
+    Raises:
+        ConfigError: the GPU runs none, as torch has no kernels for its architecture, or it is taken or broken.
+    """
+    try:
+        torch.ones(1, device=device).add_(1.0).item()
+    except RuntimeError as error:
+        major, minor = torch.cuda.get_device_capability(device)
+        raise ConfigError(
+            f"GPU {device.index} ({torch.cuda.get_device_name(device)}, sm_{major}{minor}) runs no kernel of torch "
+            f"{torch.__version__}, which is built for {', '.join(torch.cuda.get_arch_list())} (torch: "
+            f"{' '.join(str(error).split())[:200]}); choose other GPUs with CUDA_VISIBLE_DEVICES, install a build with "
+            "kernels for it (docs/gpu.md has the table), or set parallel.device=cpu"
+        ) from error
+
+
+def seat_of(device: torch.device) -> Seat:
+    """What this process tells the others of its device."""
+    if device.type != "cuda":
+        return Seat()
+    found = torch.cuda.get_device_properties(device)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    listed = visible[device.index or 0].strip() if (device.index or 0) < len(visible) else ""
+    is_part = listed.startswith("MIG") or " MIG " in f"{found.name} "
+    # A MIG instance's own name tells it from others of its GPU, whatever UUID the driver gives for it.
+    identity = listed if listed.startswith("MIG") else str(found.uuid)
+    return Seat("cuda", identity, found.name, is_part)
+
+
+def exchange_seats(
+    store: dist.Store, rank: int, size: int, mine: Seat | ConfigError | RunError, timeout: timedelta
+) -> Placement:
+    """Where all ranks compute.
+
+    Args:
+        store: shared by all ranks.
+        mine: this rank's seat, or why it has none.
+        timeout: how long each other rank may take to say.
+
+    Raises:
+        ConfigError, RunError: this is the first rank that has no seat; or (on every rank) a rank does not say, or some
+            are on the CPU and others on GPUs.
+        SystemExit: another rank has no seat, and says so.
+    """
+    word = {"error": str(mine)} if isinstance(mine, Exception) else asdict(mine)
+    store.set(f"fedsim/seat/{rank}", json.dumps(word))
+    words = []
+    for other in range(size):
+        try:
+            store.wait([f"fedsim/seat/{other}"], timeout)
+        except RuntimeError as error:
+            raise RunError(
+                f"rank {other} of {size} did not start within {timeout.total_seconds():g} s (parallel.timeout_s); see "
+                "its own messages, and start as many processes as WORLD_SIZE says"
+            ) from error
+        words.append(json.loads(store.get(f"fedsim/seat/{other}")))
+    failed = [other for other, found in enumerate(words) if "error" in found]
+    if failed:
+        store.add("fedsim/seats_read", 1)
+        if rank == failed[0]:
+            _wait_for_readers(store, size)
+            assert isinstance(mine, Exception)
+            raise mine
+        time.sleep(1.0)  # launchers end every rank when one exits: let the one that speaks be the first
+        raise SystemExit(2)
+    placement = Placement(tuple(Seat(**found) for found in words))
+    kinds = {seat.kind for seat in placement.seats}
+    if len(kinds) > 1:
+        on_cpu = [other for other, seat in enumerate(placement.seats) if seat.kind == "cpu"]
+        raise RunError(
+            f"{_ranks(on_cpu)} on the CPU and the others on GPUs: all must compute on one kind of device; set "
+            "parallel.device=cpu, or give every process a GPU"
+        )
+    return placement
+
+
+def _wait_for_readers(store: dist.Store, size: int) -> None:
+    """Wait until every rank has read why one has no seat: the store may be in this very process."""
+    deadline = time.monotonic() + LAST_WORD_S
+    while time.monotonic() < deadline and int(store.add("fedsim/seats_read", 0)) < size:
+        time.sleep(0.02)
+
+
+def _ranks(numbers: Sequence[int]) -> str:
+    """``rank 0 is`` or ``ranks 0, 2 are``."""
+    listed = ", ".join(map(str, numbers))
+    return f"rank {listed} is" if len(numbers) == 1 else f"ranks {listed} are"
