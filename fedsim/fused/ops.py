@@ -238,7 +238,14 @@ def _register(schema: str, plain: Callable[..., Any], shapes: Callable[..., Any]
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, plain, "CPU")
     _LIBRARY.impl(name, lambda *args: getattr(_kernels(), name)(*args), "CUDA")
-    torch.library.register_fake(f"fedsim::{name}", shapes, lib=_LIBRARY)
+
+    def on_one_device(*args: Any) -> Any:
+        devices = {str(x.device) for x in args if isinstance(x, Tensor)}
+        if len(devices) > 1:  # a kernel would read another's memory
+            raise RuntimeError(f"fedsim::{name}: tensors on {' and '.join(sorted(devices))}; all must be on one device")
+        return shapes(*args)
+
+    torch.library.register_fake(f"fedsim::{name}", on_one_device, lib=_LIBRARY)
 
 
 _register("norm(Tensor x, Tensor? delta, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)", norm, _norm_shapes)

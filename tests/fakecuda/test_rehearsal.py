@@ -87,7 +87,7 @@ def test_the_committed_run_of_all_layers_agrees(rehearsal: dict[str, Any]) -> No
             assert fits, f"{phase}, {name}: {whole_value} of all layers, {value} carried; run make rehearse"
 
 
-RAISED = ["dropout mask on the host", "positions on the host", ".item() in a step", "if norm > 1"]
+RAISED = ["dropout's counters on the host", "positions on the host", ".item() in a step", "if norm > 1"]
 WAITED = ["pageable copy of the batch", "result read in a step"]
 OVER = {
     "one more kernel": "kernels",

@@ -251,3 +251,9 @@ def test_operators_know_their_shapes() -> None:
                 a.to(dtype) if isinstance(a, Tensor) and a.dtype == torch.float32 and a is not lse else a for a in args
             )
             torch.library.opcheck(getattr(ops.OPS, name).default, cast, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_tensors_on_two_devices_are_an_error() -> None:
+    x, ids = torch.empty(3, 4, device="meta"), torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="fedsim::drop: tensors on cpu and meta"):
+        ops.OPS.drop(x, ids, ids, 1, 0.5, None)
