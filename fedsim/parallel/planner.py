@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
 
 
 @dataclass(frozen=True)
@@ -42,34 +41,8 @@ class Plan:
     idle_share: float
 
 
-@dataclass(frozen=True)
-class SharedSteps:
-    """What a wide lane's steps take beyond the lane's share of the tokens: kernels that are as many, and sums.
-
-    Attributes:
-        num: optimizer steps of each client.
-        seconds: more of a step on a wide lane; its cost on a single rank is part of the cost of tokens.
-    """
-
-    num: Mapping[int, int]
-    seconds: float = 0.0
-
-    def of(self, client: int) -> float:
-        """Seconds more of a client's steps, were they shared."""
-        return self.seconds * self.num.get(client, 0)
-
-
-NO_COST: Final = SharedSteps({})
-"""Steps that cost nothing to share."""
-
-
 def plan_round(
-    tokens: Mapping[int, int],
-    seconds_per_token: Sequence[float],
-    num_micro_batches: int,
-    *,
-    wide_lanes: bool,
-    shared: SharedSteps = NO_COST,
+    tokens: Mapping[int, int], seconds_per_token: Sequence[float], num_micro_batches: int, *, wide_lanes: bool
 ) -> Plan:
     """Place clients on ranks.
 
@@ -78,7 +51,6 @@ def plan_round(
         seconds_per_token: measured cost of each rank; its length is the world size.
         num_micro_batches: parts that a batch can be split into; a lane of width g is ⌈n/⌈n/g⌉⌉-fold faster at best.
         wide_lanes: whether several ranks may share a client.
-        shared: what sharing costs.
 
     Returns:
         The plan with the least makespan; of equals, the one with the most clients on single ranks.
@@ -90,7 +62,7 @@ def plan_round(
         if num_single < len(order) and (not wide_lanes or world == 1 or num_single < len(order) - world):
             break
         for widths in _lane_widths(len(order) - num_single, world):
-            plan = _place(order, num_single, widths, tokens, seconds_per_token, num_micro_batches, shared)
+            plan = _place(order, num_single, widths, tokens, seconds_per_token, num_micro_batches)
             if best is None or plan.makespan_s < best.makespan_s * (1 - 1e-9):
                 best = plan
     assert best is not None
@@ -98,52 +70,23 @@ def plan_round(
 
 
 def learned_cost(
-    known: Sequence[float],
-    busy_s: Sequence[float],
-    plan: Plan,
-    tokens: Mapping[int, int],
-    num_micro_batches: int,
-    shared: SharedSteps = NO_COST,
+    known: Sequence[float], busy_s: Sequence[float], plan: Plan, tokens: Mapping[int, int], num_micro_batches: int
 ) -> tuple[float, ...]:
     """Seconds per token of each rank: half the old figure, half what this round measured; kept where nothing was.
 
-    A wide job counts as the tokens that its slowest member computed, without what sharing costs; one of a client that
-    is not in ``tokens``, as it failed, as none.
+    A wide job counts as the tokens that its slowest member computed, one of a client that is not in ``tokens``, as it
+    failed, as none.
     """
     cost = list(known)
     for rank in range(len(cost)):
-        jobs = [job for job in plan.jobs if rank in job.ranks and job.client in tokens]
-        work = sum(tokens[job.client] / speedup(job.width, num_micro_batches) for job in jobs)
-        busy = busy_s[rank] - sum(shared.of(job.client) for job in jobs if job.width > 1)
-        if work > 0 and busy > 0:
-            cost[rank] = 0.5 * cost[rank] + 0.5 * busy / work
+        work = sum(
+            tokens.get(job.client, 0) * -(-num_micro_batches // job.width) / num_micro_batches
+            for job in plan.jobs
+            if rank in job.ranks
+        )
+        if work > 0 and busy_s[rank] > 0:
+            cost[rank] = 0.5 * cost[rank] + 0.5 * busy_s[rank] / work
     return tuple(cost)
-
-
-def learned_sharing(
-    shared: SharedSteps,
-    seconds: Mapping[int, float],
-    plan: Plan,
-    tokens: Mapping[int, int],
-    cost: Sequence[float],
-    num_micro_batches: int,
-) -> float:
-    """Seconds more of a shared step: half the old figure, half what this round's wide jobs measured, 0 at least.
-
-    Args:
-        shared: the round's steps, and the old figure.
-        seconds: of each client that was trained; of a wide lane, those of the member that waited least.
-        plan: how clients were placed.
-        tokens: work of each client that was trained.
-        cost: seconds per token of each rank.
-        num_micro_batches: parts that a batch can be split into.
-    """
-    found = []
-    for job in plan.jobs:
-        if job.width > 1 and job.client in tokens and shared.num[job.client] > 0:
-            share = tokens[job.client] * max(cost[r] for r in job.ranks) / speedup(job.width, num_micro_batches)
-            found.append(max(0.0, seconds[job.client] - share) / shared.num[job.client])
-    return 0.5 * shared.seconds + 0.5 * sum(found) / len(found) if found else shared.seconds
 
 
 def useful_ranks(cohort_size: int, num_micro_batches: int, *, wide_lanes: bool) -> int:
@@ -185,7 +128,6 @@ def _place(
     tokens: Mapping[int, int],
     cost: Sequence[float],
     num_micro_batches: int,
-    shared: SharedSteps,
 ) -> Plan:
     world = len(cost)
     free = [0.0] * world
@@ -202,7 +144,6 @@ def _place(
         ranks = range(first % world, first % world + width)
         start = max(free[r] for r in ranks)
         length = tokens[client] * max(cost[r] for r in ranks) / speedup(width, num_micro_batches)
-        length += shared.of(client) if width > 1 else 0.0
         jobs.append(Job(client, ranks.start, width, start, start + length))
         for r in ranks:
             free[r] = start + length
