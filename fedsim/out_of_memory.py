@@ -43,13 +43,14 @@ def explained(error: BaseException, stage: str, device: torch.device | None = No
 
     Args:
         stage: name of the stage in the journal; "" where it is not known.
-        device: a GPU; None takes the current one where CUDA runs, else the RAM.
+        device: a GPU; None takes the current one where the error is CUDA's, else the RAM.
     """
     if isinstance(error, MemoryFullError):
         return error
     keys = next((keys for begin, keys in STAGE_KEYS.items() if stage.startswith(begin)), ())
     advice = [f"lower {' or '.join(keys)}"] if keys else ["set model.dtype=bfloat16", "use a smaller model"]
-    if device is None and torch.cuda.is_initialized():
+    of_cuda = isinstance(error, torch.OutOfMemoryError) or "CUDA out of memory" in str(error)
+    if device is None and of_cuda and torch.cuda.is_initialized():
         device = torch.device("cuda", torch.cuda.current_device())
     if device is not None and device.type == "cuda":
         where, busy = _gpu(device)

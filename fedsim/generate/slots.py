@@ -57,12 +57,7 @@ class Slots:
         self._open: dict[tuple[int, ...], tuple[int, int]] = {}  # by shape: the part with room, and how much is taken
         self._found: dict[Place, list[tuple[int, int]]] = {}  # part and index of keys and of values
         self._kept: dict[Place, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    @property
-    def position_bytes(self) -> int:
-        """Of a position's keys and values in the first layer; 0 before it has any."""
-        tensors = next(iter(self._kept.values()), ())
-        return sum(part.shape[2] * part.shape[3] * part.element_size() for part in tensors)
+        self.position_bytes = 0  # of a position's keys and values in the first layer, once it has any
 
     @property
     def num_rows(self) -> int:
@@ -113,6 +108,8 @@ class Slots:
                 found = self._found[place] = self._take(key, value)
             of_keys, of_values = (self._parts[part][index] for part, index in found)
             views = self._kept[place] = of_keys, of_values
+            if not self.position_bytes:
+                self.position_bytes = sum(part.shape[2] * part.shape[3] * part.element_size() for part in views)
         return views
 
     def move(self, order: Sequence[int], to: torch.Tensor, source: torch.Tensor, longest: int) -> None:

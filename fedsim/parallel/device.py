@@ -153,7 +153,6 @@ def choose_device(wanted: str) -> torch.device:
             )
         )
     device = torch.device("cuda", local_rank() % num_gpus)
-    torch.cuda.set_device(device)
     leave_out_cudnn()
     _try(device)
     return device
@@ -169,20 +168,27 @@ def _refusal() -> str:
 
 
 def _try(device: torch.device) -> None:
-    """Run one kernel.
+    """Make a GPU the current one and run one kernel.
 
     Raises:
-        ConfigError: the GPU runs none, as torch has no kernels for its architecture, or it is taken or broken.
+        ConfigError: the GPU runs none, as torch has no kernels for its architecture, or it is taken, full or broken.
     """
     try:
+        torch.cuda.set_device(device)
         torch.ones(1, device=device).add_(1.0).item()
     except RuntimeError as error:
+        said = " ".join(str(error).split())[:200]
+        if "no kernel image" not in said:  # taken by another process, full, or broken
+            raise ConfigError(
+                f"GPU {device.index} cannot be used (torch: {said}); see nvidia-smi for what holds it, choose other "
+                "GPUs with CUDA_VISIBLE_DEVICES, or set parallel.device=cpu"
+            ) from error
         major, minor = torch.cuda.get_device_capability(device)
         raise ConfigError(
             f"GPU {device.index} ({torch.cuda.get_device_name(device)}, sm_{major}{minor}) runs no kernel of torch "
-            f"{torch.__version__}, which is built for {', '.join(torch.cuda.get_arch_list())} (torch: "
-            f"{' '.join(str(error).split())[:200]}); choose other GPUs with CUDA_VISIBLE_DEVICES, install a build with "
-            "kernels for it (docs/gpu.md has the table), or set parallel.device=cpu"
+            f"{torch.__version__}, which is built for {', '.join(torch.cuda.get_arch_list())} (torch: {said}); choose "
+            "other GPUs with CUDA_VISIBLE_DEVICES, install a build with kernels for it (docs/gpu.md has the table), or "
+            "set parallel.device=cpu"
         ) from error
 
 
@@ -226,9 +232,9 @@ def exchange_seats(
                 "its own messages, and start as many processes as WORLD_SIZE says"
             ) from error
         words.append(json.loads(store.get(f"fedsim/seat/{other}")))
+    store.add("fedsim/seats_read", 1)
     failed = [other for other, found in enumerate(words) if "error" in found]
     if failed:
-        store.add("fedsim/seats_read", 1)
         if rank == failed[0]:
             _wait_for_readers(store, size)
             assert isinstance(mine, Exception)
@@ -238,6 +244,7 @@ def exchange_seats(
     placement = Placement(tuple(Seat(**found) for found in words))
     kinds = {seat.kind for seat in placement.seats}
     if len(kinds) > 1:
+        _wait_for_readers(store, size)
         on_cpu = [other for other, seat in enumerate(placement.seats) if seat.kind == "cpu"]
         raise RunError(
             f"{_ranks(on_cpu)} on the CPU and the others on GPUs: all must compute on one kind of device; set "

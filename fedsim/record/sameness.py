@@ -18,7 +18,7 @@ from fedsim.digests import FileDigests, file_digest
 from fedsim.record.manifest import read_manifest
 
 FREE_KEYS: Final = frozenset({
-    "record.dir", "record.artefacts", "record.resume", "record.keep_checkpoints", "record.texts", "parallel.device",
+    "record.dir", "record.artefacts", "record.resume", "record.keep_checkpoints", "record.texts",
     "parallel.timeout_s", "judge.base_url", "judge.workers", "judge.retries", "judge.timeout_s", "wandb.mode",
     "wandb.project", "wandb.entity", "wandb.group", "wandb.tags"})  # fmt: skip
 """Keys that may differ when a run is resumed: they say where and how it runs, not what it computes."""

@@ -110,6 +110,28 @@ def test_tokens_are_the_same_however_rows_are_attended_to(
     assert found[0] == found[1]
 
 
+def test_what_is_attended_together_does_not_depend_on_a_unit_before(
+    make_llama: Callable[..., LlamaForCausalLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A unit that finds long slots, and one for which they must grow, are dealt into the same parts."""
+    seen: list[list[tuple[slice, int]]] = []
+    monkeypatch.setattr(slots_module, "PART_BYTES", 0)
+    monkeypatch.setattr("fedsim.generate.decode.parts_of", lambda *a: seen.append(parts_of(*a)) or seen[-1])
+    model = make_llama(max_position_embeddings=1024)
+    unit = [Request([5 + row] * (4 * row + 1), row, 140, 0.0) for row in range(40)]
+
+    def parts(before: list[Request]) -> list[list[tuple[slice, int]]]:
+        decoder = Decoder(model, 40, max_new_tokens=256, eos_ids=frozenset())
+        decoder.run(before)
+        seen.clear()
+        decoder.run(unit)
+        return list(seen)
+
+    fresh = parts([])
+    assert max(map(len, fresh)) > 1
+    assert parts([Request([7] * 500, 0, 4, 0.0)]) == fresh
+
+
 class Launches(TorchDispatchMode):
     """Counts operations that compute; views do not."""
 
