@@ -86,7 +86,7 @@ def fuse_layers(model: nn.Module, *, with_trials: bool = True) -> Fused:
             if problem:
                 found.refused[f"{kind.name} ({type(module).__name__}: {problem})"] += 1
             else:
-                module.forward = forward  # type: ignore[method-assign]
+                module.forward = forward
                 found.taken[kind.name] += 1
     return found
 
@@ -105,7 +105,7 @@ def _norm(module: nn.Module) -> Forward | None:
 
     def forward(hidden_states: Tensor) -> Tensor:
         if hidden_states.dtype != weight.dtype:
-            return plain(hidden_states)  # type: ignore[no-any-return]
+            return plain(hidden_states)
         return fused.norm(hidden_states, weight, eps)
 
     return forward
@@ -198,7 +198,7 @@ def _numbers(function: types.FunctionType) -> list[Any]:
 def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
     fits = q.shape[-1] == k.shape[-1] == cos.shape[-1] == sin.shape[-1] and cos.dim() == 3 and q.stride(-1) == 1
     if unsqueeze_dim != 1 or not fits or not q.dtype == k.dtype == cos.dtype == sin.dtype:
-        return modeling_llama.apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)  # type: ignore[no-any-return]
+        return modeling_llama.apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
     return fused.rotate(q, k, cos, sin)
 
 
@@ -218,12 +218,14 @@ def _try_rotation(module: Any, _: Forward) -> str:
 
 
 def _lora(module: nn.Module) -> Forward | None:
-    if not isinstance(module, LoraLinear) or list(module.lora_A) != ["default"] or module.lora_variant:
-        return None
-    base, a, b = module.base_layer, module.lora_A["default"], module.lora_B["default"]
-    if not _is_frozen(base) or a.bias is not None or b.bias is not None:
+    if not isinstance(module, LoraLinear):
         return None
     layer: Any = module
+    if list(layer.lora_A) != ["default"] or layer.lora_variant:
+        return None
+    base, a, b = layer.base_layer, layer.lora_A["default"], layer.lora_B["default"]
+    if not _is_frozen(base) or a.bias is not None or b.bias is not None:
+        return None
     plain = layer.forward
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -231,7 +233,7 @@ def _lora(module: nn.Module) -> Forward | None:
         is_plain = layer.disable_adapters or layer.merged or layer.active_adapters != ["default"] or args or kwargs
         known = isinstance(dropout, (nn.Identity, fused.Drawing)) or not dropout.training
         if is_plain or not known or x.dtype != base.weight.dtype:
-            return plain(x, *args, **kwargs)  # type: ignore[no-any-return]
+            return plain(x, *args, **kwargs)
         draw = dropout.draw(x) if isinstance(dropout, fused.Drawing) else None
         return fused.lora(x, base.weight, base.bias, a.weight, b.weight, layer.scaling["default"], draw)
 
@@ -266,16 +268,17 @@ def _layer(module: nn.Module) -> Forward | None:
     if not all("forward" in vars(part) and _norm(part) is not None for part in (first, second)):
         return None
     adds = _feed(feed) is not None and "forward" in vars(feed)
-    eps = [_epsilon(part) for part in (first, second)]
+    first_eps, second_eps = _epsilon(first), _epsilon(second)
+    assert first_eps is not None and second_eps is not None, "a fused norm has one"
     plain = module.forward
 
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or not hidden_states.dtype == first.weight.dtype == second.weight.dtype:
-            return plain(hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
-        before, normed = fused.add_norm(hidden_states, None, first.weight, eps[0])
+            return plain(hidden_states, *args, **kwargs)
+        before, normed = fused.add_norm(hidden_states, None, first.weight, first_eps)
         attended, _ = layer.self_attn(hidden_states=normed, **kwargs)
-        between, normed = fused.add_norm(before, attended, second.weight, eps[1])
-        return feed(normed, onto=between) if adds else between + feed(normed)  # type: ignore[no-any-return]
+        between, normed = fused.add_norm(before, attended, second.weight, second_eps)
+        return feed(normed, onto=between) if adds else between + feed(normed)
 
     return forward
 

@@ -62,7 +62,7 @@ def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tup
 
     Whoever goes on with the first result spares autograd the sum of its gradient and the norm's.
     """
-    return _Norm.apply(x, delta, weight, eps)  # type: ignore[no-any-return]
+    return _Norm.apply(x, delta, weight, eps)
 
 
 class _SiluMul(torch.autograd.Function):
@@ -70,17 +70,17 @@ class _SiluMul(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(gate, up)
-        return OPS.silu_mul(gate, up)  # type: ignore[no-any-return]
+        return OPS.silu_mul(gate, up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor]:
-        return OPS.silu_mul_grad(d_out.contiguous(), *ctx.saved_tensors)  # type: ignore[no-any-return]
+        return OPS.silu_mul_grad(d_out.contiguous(), *ctx.saved_tensors)
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """``silu(gate) · up``. Keeps both."""
-    return _SiluMul.apply(gate, up)  # type: ignore[no-any-return]
+    return _SiluMul.apply(gate, up)
 
 
 class _Feed(torch.autograd.Function):
@@ -114,14 +114,14 @@ def feed(x: Tensor, gate_weight: Tensor, up_weight: Tensor, down_weight: Tensor,
         x: ``[…, width]``.
         onto: of the result's shape and dtype; None: nothing is added.
     """
-    return _Feed.apply(x, onto, gate_weight, up_weight, down_weight)  # type: ignore[no-any-return]
+    return _Feed.apply(x, onto, gate_weight, up_weight, down_weight)
 
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
-        return OPS.rotate(q, k, cos, sin, False)  # type: ignore[no-any-return]
+        return OPS.rotate(q, k, cos, sin, False)
 
     @staticmethod
     @once_differentiable
@@ -211,7 +211,7 @@ def lora(
         a: ``[rank, in]``, in fp32 or ``x``'s dtype; its gradient is summed and kept in its dtype.
         b: ``[out, rank]``, likewise.
     """
-    return _Lora.apply(x, weight, bias, a, b, scaling, draw)  # type: ignore[no-any-return]
+    return _Lora.apply(x, weight, bias, a, b, scaling, draw)
 
 
 def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
@@ -237,7 +237,7 @@ class _Dropped(torch.autograd.Function):
 
 def dropped(x: Tensor, draw: Draw) -> Tensor:
     """``draw.apply(x)`` with its gradient; keeps nothing of ``x``."""
-    return _Dropped.apply(x, draw)  # type: ignore[no-any-return]
+    return _Dropped.apply(x, draw)
 
 
 class _Pick(torch.autograd.Function):
@@ -245,7 +245,7 @@ class _Pick(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, ids: Tensor) -> Tensor:
         picked, total = OPS.pick(logits, ids)
         ctx.save_for_backward(logits, ids, total)
-        return picked  # type: ignore[no-any-return]
+        return picked
 
     @staticmethod
     @once_differentiable
@@ -255,4 +255,4 @@ class _Pick(torch.autograd.Function):
 
 def pick(logits: Tensor, ids: Tensor) -> Tensor:
     """Log softmax of ``[rows, vocabulary]`` at one token of each row, fp32 or wider ``[rows]``. Keeps the logits."""
-    return _Pick.apply(logits.contiguous(), ids)  # type: ignore[no-any-return]
+    return _Pick.apply(logits.contiguous(), ids)
