@@ -56,23 +56,22 @@ class Fused:
         return "; ".join(parts)
 
 
-def fuse(model: nn.Module) -> Fused:
+def fuse(model: nn.Module, *, with_trials: bool = True) -> Fused:
     """Let a model's layers compute by fused functions where its device has them (:func:`runs_fused`).
 
     To be called once all weights are frozen or adapted, PEFT's layers included.
-    """
-    device = next(model.parameters()).device
-    if runs_fused(device):
-        return fuse_layers(model)
-    return Fused(refused=Counter({f"model ({kernels_problem(device)})": 1} if device.type == "cuda" else {}))
-
-
-def fuse_layers(model: nn.Module, *, with_trials: bool = True) -> Fused:
-    """:func:`fuse` on any device.
 
     Args:
         with_trials: try each candidate; False takes all of them, as on a device that computes no numbers.
     """
+    device = next(model.parameters()).device
+    if runs_fused(device):
+        return fuse_layers(model, with_trials=with_trials)
+    return Fused(refused=Counter({f"model ({kernels_problem(device)})": 1} if device.type == "cuda" else {}))
+
+
+def fuse_layers(model: nn.Module, *, with_trials: bool = True) -> Fused:
+    """:func:`fuse` on any device."""
     found = Fused()
     for kind in _KINDS:
         for module in model.modules():
