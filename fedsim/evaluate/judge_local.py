@@ -54,7 +54,7 @@ def judge_locally(
         key="judge.path",
         ranks=ranks,
     )
-    fuse(model)
+    fuse(model, ranks)
     engine = Engine(
         model,
         chat,

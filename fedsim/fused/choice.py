@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from transformers.models.llama import modeling_llama
 
 from fedsim.fused import functions as fused
-from fedsim.fused.ops import kernels_problem, runs_fused
+from fedsim.fused.ops import agree_on_kernels, runs_fused, why_plain
 from fedsim.model.faults import reason
+from fedsim.ranks import OneRank, Ranks
 
 NUM_TOKENS: Final = 5
 """Tokens of a trial."""
@@ -42,10 +43,12 @@ class Fused:
     Attributes:
         taken: how many of each kind are fused.
         refused: why others are not, and how many.
+        modules: that are fused.
     """
 
     taken: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
+    modules: list[nn.Module] = field(default_factory=list)
 
     def words(self) -> str:
         """One line for the log; empty where there were no candidates."""
@@ -56,18 +59,26 @@ class Fused:
         return "; ".join(parts)
 
 
-def fuse(model: nn.Module, *, with_trials: bool = True) -> Fused:
+def fuse(model: nn.Module, ranks: Ranks | None = None, *, with_trials: bool = True) -> Fused:
     """Let a model's layers compute by fused functions where its device has them (:func:`runs_fused`).
 
     To be called once all weights are frozen or adapted, PEFT's layers included.
 
     Args:
+        ranks: all of which call this for the same model, and fuse the same layers or none; None: this process alone.
         with_trials: try each candidate; False takes all of them, as on a device that computes no numbers.
     """
+    ranks = ranks or OneRank()
     device = next(model.parameters()).device
-    if runs_fused(device):
-        return fuse_layers(model, with_trials=with_trials)
-    return Fused(refused=Counter({f"model ({kernels_problem(device)})": 1} if device.type == "cuda" else {}))
+    agree_on_kernels(device, ranks)
+    if not runs_fused(device):
+        return Fused(refused=Counter({f"model ({why_plain(device)})": 1} if device.type == "cuda" else {}))
+    found = fuse_layers(model, with_trials=with_trials)
+    if len(set(ranks.gather(found.words()))) > 1:
+        for module in found.modules:
+            del module.forward
+        return Fused(refused=Counter({"model (its layers passed their trials on some ranks alone)": 1}))
+    return found
 
 
 def fuse_layers(model: nn.Module, *, with_trials: bool = True) -> Fused:
@@ -87,6 +98,7 @@ def fuse_layers(model: nn.Module, *, with_trials: bool = True) -> Fused:
             else:
                 module.forward = forward
                 found.taken[kind.name] += 1
+                found.modules.append(module)
     return found
 
 

@@ -17,14 +17,31 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedsim.model.faults import reason
+from fedsim.ranks import Ranks
 
 WORD: Final = 1 << 32
 """Values of a word that :func:`drop` compares with."""
 
 
 def runs_fused(device: torch.device) -> bool:
-    """Whether layers on a device are fused: on CUDA, where the kernels work (:func:`kernels_problem`)."""
-    return device.type == "cuda" and not kernels_problem(device)
+    """Whether layers on a device are fused: on CUDA, where the kernels work (:func:`kernels_problem`) on all ranks."""
+    return device.type == "cuda" and not why_plain(device)
+
+
+_PROBLEMS: Final[dict[torch.device, str]] = {}
+"""What ranks have agreed on, by this one's device."""
+
+
+def agree_on_kernels(device: torch.device, ranks: Ranks) -> None:
+    """Use kernels where all ranks can; all ranks call this."""
+    problems = ranks.gather(kernels_problem(device) if device.type == "cuda" else "")
+    failing = [rank for rank, problem in enumerate(problems) if problem]
+    _PROBLEMS[device] = f"on rank {failing[0]}, {problems[failing[0]]}" if failing else ""
+
+
+def why_plain(device: torch.device) -> str:
+    """Why layers on a CUDA device are not fused; empty where they are."""
+    return _PROBLEMS[device] if device in _PROBLEMS else kernels_problem(device)
 
 
 @cache

@@ -118,7 +118,7 @@ def load_model(
     """
     base, chat = load_base(path, dtype=dtype, attention=attention, device=device, key=key, ranks=ranks)
     model = attach_lora(base, lora, key)
-    return LoadedModel(model, chat, fuse(model))
+    return LoadedModel(model, chat, fuse(model, ranks))
 
 
 def chosen_attention(path: str, *, dtype: str, attention: str, device: torch.device, key: str, ranks: Ranks) -> Choice:

@@ -29,6 +29,7 @@ from fedsim.fused.choice import fuse, fuse_layers
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.model.load import LoraSettings, attach_lora
 from fedsim.model.logprobs import target_logprobs
+from fedsim.ranks import OneRank
 from fedsim.train.dropout import KeyedDropout, Part
 from fedsim.train.objectives import SftObjective
 
@@ -233,12 +234,42 @@ def test_trials_leave_everything_as_it_was() -> None:
 def test_layers_are_fused_on_cuda_where_kernels_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU's bits are the published ones, and stay."""
     cuda = torch.device("cuda", 1)
+    monkeypatch.setattr(ops, "_PROBLEMS", {})
     for problem in ("", "no C compiler"):
         monkeypatch.setattr(ops, "kernels_problem", lambda device, problem=problem: problem)
         assert ops.runs_fused(cuda) == (not problem)
         assert not ops.runs_fused(CPU)
     model, _ = made(FAMILIES["llama"][0])
     assert fuse(model).words() == "" and not any("forward" in vars(module) for module in model.modules())
+
+
+class TwoRanks(OneRank):
+    """The other rank says ``other``, or what this one does."""
+
+    def __init__(self, other: Any = None) -> None:
+        super().__init__()
+        self.other = other
+
+    def gather(self, item: Any) -> list[Any]:
+        return [item, item if self.other is None else self.other]
+
+
+def test_ranks_fuse_where_all_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = torch.device("cuda", 1)
+    monkeypatch.setattr(ops, "_PROBLEMS", {})
+    monkeypatch.setattr(ops, "kernels_problem", lambda device: "")
+    ops.agree_on_kernels(cuda, TwoRanks())
+    assert ops.runs_fused(cuda)
+    ops.agree_on_kernels(cuda, TwoRanks("Triton is not installed"))
+    assert not ops.runs_fused(cuda) and ops.why_plain(cuda) == "on rank 1, Triton is not installed"
+
+
+def test_ranks_that_disagree_about_layers_fuse_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "agree_on_kernels", lambda device, ranks: None)
+    monkeypatch.setattr(choice, "runs_fused", lambda device: True)
+    same, other = (nn.Sequential(ScaledRMSNorm("")) for _ in range(2))
+    assert fuse(same, TwoRanks()).words() == "fused: 1 norms" and "forward" in vars(same[0])
+    assert "some ranks" in fuse(other, TwoRanks("fused: 2 norms")).words() and "forward" not in vars(other[0])
 
 
 def test_kernels_are_tried_before_any_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,7 +288,7 @@ def test_kernels_are_tried_before_any_is_used(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_gpu_without_working_kernels_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = nn.Linear(2, 2)
-    monkeypatch.setattr(choice, "runs_fused", lambda device: False)
-    monkeypatch.setattr(choice, "kernels_problem", lambda device: "no C compiler")
+    monkeypatch.setattr(ops, "_PROBLEMS", {})
+    monkeypatch.setattr(ops, "kernels_problem", lambda device: "no C compiler")
     monkeypatch.setattr(model, "parameters", lambda: iter([SimpleNamespace(device=torch.device("cuda"))]))
-    assert fuse(model).words() == "plain: 1 model (no C compiler)"
+    assert fuse(model).words() == "plain: 1 model (on rank 0, no C compiler)"
