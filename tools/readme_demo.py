@@ -56,7 +56,10 @@ def demo_rows(run: Path) -> dict[str, Any]:
     ]
     return {
         "facts": asdict(facts),
-        "manifest": {name: manifest[name] for name in ("started", "hardware", "versions", "git")},
+        "manifest": {
+            "started": {name: value for name, value in manifest["started"].items() if name != "command"},
+            **{name: manifest[name] for name in ("hardware", "versions", "git")},
+        },
         "peak_rss_bytes": max(row.get("perf/peak_rss_bytes", 0) for row in rows),
         "rows": [_only(row) for row in kept],
     }
