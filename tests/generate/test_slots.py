@@ -115,7 +115,7 @@ def test_what_is_attended_together_does_not_depend_on_a_unit_before(
 ) -> None:
     """A unit that finds long slots, and one for which they must grow, are dealt into the same parts."""
     seen: list[list[tuple[slice, int]]] = []
-    monkeypatch.setattr(slots_module, "PART_BYTES", 0)
+    monkeypatch.setattr(slots_module, "PART_BYTES", 1)
     monkeypatch.setattr("fedsim.generate.decode.parts_of", lambda *a: seen.append(parts_of(*a)) or seen[-1])
     model = make_llama(max_position_embeddings=1024)
     unit = [Request([5 + row] * (4 * row + 1), row, 140, 0.0) for row in range(40)]
