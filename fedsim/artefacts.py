@@ -188,9 +188,12 @@ def source_digest(modules: Sequence[ModuleType]) -> str:
     """SHA-256 over the source of modules (all files of a package): the code version of a stage."""
     digest = hashlib.sha256()
     for module in modules:
-        assert module.__file__ is not None
-        file = Path(module.__file__)
-        for source in sorted(file.parent.glob("*.py")) if hasattr(module, "__path__") else [file]:
+        folders = [Path(folder) for folder in getattr(module, "__path__", ())]
+        files = [file for folder in folders for file in sorted(folder.glob("*.py"))]
+        if not folders:
+            assert module.__file__ is not None
+            files = [Path(module.__file__)]
+        for source in files:
             digest.update(source.read_bytes())
     return digest.hexdigest()
 

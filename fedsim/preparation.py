@@ -23,6 +23,7 @@ from fedsim.evaluate.shared import shared_evaluation
 from fedsim.evaluate.stage import BENCHMARKS, load_suite
 from fedsim.evaluate.suite import Evaluation, Suite
 from fedsim.federation.registry import build_algorithm
+from fedsim.fused.ops import runs_fused
 from fedsim.generate.graph import uses_graphs
 from fedsim.local_rows import check_local_rows
 from fedsim.measurement import Shared
@@ -98,6 +99,7 @@ class Preparation:
             "threads": config.parallel.threads,
             "exact": config.parallel.exact,
             "versions": versions(),
+            "fused": runs_fused(world.device),
             "gpu": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else None,
         }
 

@@ -186,6 +186,8 @@ class Simulation:
                 self.record.say(federation.rows.words(self.config))
             for note in federation.chat.notes():  # before evaluations, whose rows depend on the rank
                 self.record.say(note)
+            if fused := federation.loaded.fused.words():
+                self.record.say(f"layers of the model: {fused}")
             base = federation.loaded.base
             peak = run_peak(self.ranks, self.world.device, base.dtype)
             self.meter = Meter(ModelCost.of(base), peak, self.world)

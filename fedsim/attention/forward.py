@@ -173,7 +173,7 @@ def packed_logits(
         packed_pass=passing,
     )
     _check_layers(causal, passing)
-    logits: torch.Tensor = out.logits[0]
+    logits: torch.Tensor = out.logits.squeeze(0)  # indexing would copy in the backward pass
     return logits
 
 
@@ -204,7 +204,7 @@ def packed_hidden(
             packed_pass=passing,
         )
     _check_layers(causal, passing)
-    hidden: torch.Tensor = out.last_hidden_state[0]
+    hidden: torch.Tensor = out.last_hidden_state.squeeze(0)
     return hidden if narrowed is None else hidden[narrowed.keep]
 
 

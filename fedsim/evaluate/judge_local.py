@@ -14,6 +14,7 @@ import torch
 from fedsim.config import Config
 from fedsim.evaluate.fastchat import CUT, NOT_ASKED
 from fedsim.evaluate.judge_prompts import Match
+from fedsim.fused.choice import fuse
 from fedsim.generate.engine import Engine, Sampling
 from fedsim.model.load import load_base, max_positions
 from fedsim.ranks import Ranks
@@ -53,6 +54,7 @@ def judge_locally(
         key="judge.path",
         ranks=ranks,
     )
+    fuse(model, ranks)
     engine = Engine(
         model,
         chat,

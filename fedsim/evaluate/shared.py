@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from fedsim import attention, data, evaluate, generate, keys, measurement, model
+from fedsim import attention, data, evaluate, fused, generate, kernels, keys, measurement, model
 from fedsim.artefacts import ArtefactStore, write_json
 from fedsim.data import world
 from fedsim.data.benchmarks import MtQuestion
@@ -22,7 +22,7 @@ from fedsim.evaluate.rows import subset
 from fedsim.evaluate.suite import Evaluation, Suite
 from fedsim.generate.engine import Reply
 
-_CODE = (attention, data, world, evaluate, generate, keys, measurement, model)
+_CODE = (attention, data, world, evaluate, fused, generate, kernels, keys, measurement, model)
 _FILE = "evaluation.json"
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from fedsim.attention.forward import IMPLEMENTATIONS, text_names
 from fedsim.data.chat import ChatFormat
 from fedsim.digests import FileDigests
 from fedsim.errors import ModelError
+from fedsim.fused.choice import Fused, fuse
 from fedsim.json_text import parse_json
 from fedsim.model.faults import missing_tokenizer_package, names_attention, own_attention, reason
 from fedsim.model.fitness import check_fitness, switch_dropout_off
@@ -62,10 +63,11 @@ class LoraSettings:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A base model with LoRA attached, and its chat format."""
+    """A base model with LoRA attached, its chat format, and which of its layers are fused."""
 
     model: PeftModel
     chat: ChatFormat
+    fused: Fused = field(default_factory=Fused)
 
     @property
     def base(self) -> PreTrainedModel:
@@ -115,7 +117,8 @@ def load_model(
             backend cannot be had here.
     """
     base, chat = load_base(path, dtype=dtype, attention=attention, device=device, key=key, ranks=ranks)
-    return LoadedModel(attach_lora(base, lora, key), chat)
+    model = attach_lora(base, lora, key)
+    return LoadedModel(model, chat, fuse(model, ranks))
 
 
 def chosen_attention(path: str, *, dtype: str, attention: str, device: torch.device, key: str, ranks: Ranks) -> Choice:

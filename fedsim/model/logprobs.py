@@ -12,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from fedsim.attention.forward import Rows, causal_lm, packed_hidden, packed_logits
 from fedsim.attention.head import head_logits
 from fedsim.data.batch import Batch
+from fedsim.fused.functions import pick
+from fedsim.fused.ops import runs_fused
 
 MAX_LOGITS: Final = 1 << 27
 """Logits that may be kept for a backward pass: 512 MiB in fp32, 1,046 targets of a vocabulary of 128,256."""
@@ -62,5 +64,7 @@ def target_logprobs(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
 
 def _picked(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """log softmax at ``ids``, in fp32 or wider."""
+    if runs_fused(logits.device):
+        return pick(logits, ids)
     wide = torch.promote_types(logits.dtype, torch.float32)
     return -F.nll_loss(F.log_softmax(logits, dim=-1, dtype=wide), ids, reduction="none")

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final, Literal, cast
 
-from fedsim import attention, generate, keys
+from fedsim import attention, fused, generate, kernels, keys
 from fedsim.artefacts import ArtefactStore, file_digest
 from fedsim.config import Config
 from fedsim.data import chat, markers, prepare, template, thoughts
@@ -21,7 +21,21 @@ from fedsim.safety.cai_data import CaiRow, generate_conversations, load_conversa
 
 CONSTITUTIONS = Path(__file__).parents[1] / "configs" / "constitution"
 CODE: Final = (
-    *(attention, cai_data, chat, constitution, generate, keys, load, markers, template, thoughts, *prepare.CODE),
+    *(
+        attention,
+        cai_data,
+        chat,
+        constitution,
+        fused,
+        generate,
+        kernels,
+        keys,
+        load,
+        markers,
+        template,
+        thoughts,
+        *prepare.CODE,
+    ),
     sys.modules[__name__],
 )
 """Modules that decide the conversations' texts."""

@@ -10,14 +10,13 @@ from typing import Any, Final
 
 import torch
 
-from fedsim import attention, keys
+from fedsim import attention, fused, kernels, keys
 from fedsim.artefacts import ArtefactStore
 from fedsim.config import Config, GuardConfig
 from fedsim.data import batch, chat, markers, prepare, template, thoughts
 from fedsim.data.chat import TokenRow
 from fedsim.data.prepare import PreparedData
 from fedsim.generate import prefix, slots
-from fedsim.kernels import fixed_point
 from fedsim.model import fitness, flat_adapter, load, logprobs
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.model.load import LoadedModel, LoraSettings, chosen_attention, load_model, model_digest
@@ -34,7 +33,7 @@ from fedsim.train.objectives import SftObjective
 
 CODE: Final = (
     *(attention, batch, chat, markers, template, thoughts, *prepare.CODE, prefix, slots, flat_adapter, logprobs),
-    *(fitness, sums, loop, objectives, keys, dropout, fixed_point, load, zero, zero_config),
+    *(fitness, sums, loop, objectives, keys, dropout, kernels, fused, load, zero, zero_config),
     *(guard, guard_format, guard_prompt, guard_tuning),
     sys.modules[__name__],
 )

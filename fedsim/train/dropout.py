@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 
+from fedsim.attention.spans import to_device
 from fedsim.errors import ModelError
+from fedsim.fused.functions import Draw, Drawing, dropped
+from fedsim.fused.ops import OPS, runs_fused
 from fedsim.model.logprobs import head_start
 
 
@@ -32,13 +36,16 @@ class Part:
 class KeyedDropout:
     """The draws of the pass that is under way, shared by all LoRA layers of a model.
 
-    Each micro-batch has a generator of its own, from which the layers draw one after the other.
+    The layers draw one after the other, and each micro-batch has a seed of its own: on CUDA with Triton the key of a
+    counter-based generator, elsewhere a generator's seed.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._parts: list[tuple[torch.Generator, Part]] = []
-        self._of_head: torch.Tensor | None = None
+        self._of_head: Masked | None = None
+        self._counters = self._counters_of_head = torch.zeros(2, 0, dtype=torch.int64)
+        self._num_draws = 0
 
     @classmethod
     def install(cls, model: PreTrainedModel) -> KeyedDropout | None:
@@ -71,42 +78,106 @@ class KeyedDropout:
     def begin(self, parts: Iterable[Part]) -> None:
         """A pass of these micro-batches begins, in the order in which they are packed."""
         self._parts = [(torch.Generator(self.device).manual_seed(part.seed), part) for part in parts]
-        self._of_head = None
+        self._of_head, self._num_draws = None, 0
+        if runs_fused(self.device):
+            counts = [part.num_tokens for _, part in self._parts], [part.num_targets for _, part in self._parts]
+            seeds = np.array([part.seed for _, part in self._parts], dtype=np.int64)
+            self._counters, self._counters_of_head = (
+                to_device(torch.from_numpy(counters(seeds, count)), self.device) for count in counts
+            )
 
-    def kept(self, x: torch.Tensor, p: float) -> torch.Tensor | None:
-        """What a decoder layer keeps of the pass's tokens: bool, True with probability 1 − p.
+    def draw(self, num_tokens: int, width: int, p: float) -> Draw | None:
+        """What a decoder layer keeps of the pass's tokens, each number with probability 1 − p.
 
         Args:
-            x: ``[…, width]``, one vector a token, in the pass's order.
+            num_tokens: that the layer sees, in the pass's order.
+            width: of a token's vector.
 
         Returns:
-            Shaped as ``x``; None if it has other tokens.
+            None if the pass has other tokens.
         """
-        if x.shape[:-1].numel() != sum(part.num_tokens for _, part in self._parts):
+        counts = [part.num_tokens for _, part in self._parts]
+        if num_tokens != sum(counts):
             return None
-        return self._drawn(x, [part.num_tokens for _, part in self._parts], p).view(x.shape)
+        if runs_fused(self.device):
+            self._num_draws += 1
+            return Counted(self._counters, self._num_draws, p)
+        return self._masked(width, counts, p)
 
-    def kept_of_head(self, x: torch.Tensor, p: float) -> torch.Tensor | None:
+    def draw_of_head(self, num_tokens: int, width: int, p: float) -> Draw | None:
         """The same of the LM head and the tokens before targets, or of some of them from :func:`head_start` on.
 
         They are drawn once in a pass, so that a chunk that is computed again has the draws that it had.
         """
         counts = [part.num_targets for _, part in self._parts]
-        start, number = head_start(), x.shape[:-1].numel()
-        if start + number > sum(counts):
+        start = head_start()
+        chunk = slice(start, start + num_tokens)
+        if chunk.stop > sum(counts):
             return None
+        if runs_fused(self.device):
+            return Counted(self._counters_of_head[:, chunk], 0, p)
         if self._of_head is None:
-            self._of_head = self._drawn(x, counts, p)
-        return self._of_head[start : start + number].view(x.shape)
+            self._of_head = self._masked(width, counts, p)
+        return Masked(self._of_head.kept[chunk], p)
 
-    def _drawn(self, x: torch.Tensor, counts: list[int], p: float) -> torch.Tensor:
-        kept = torch.empty(sum(counts), x.shape[-1], dtype=torch.bool, device=x.device)
+    def _masked(self, width: int, counts: list[int], p: float) -> Masked:
+        kept = torch.empty(sum(counts), width, dtype=torch.bool, device=self.device)
         for (generator, _), rows in zip(self._parts, kept.split(counts), strict=True):
             rows.bernoulli_(1 - p, generator=generator)
-        return kept
+        return Masked(kept, p)
 
 
-class LoraDropout(nn.Module):
+def counters(seeds: np.ndarray, counts: Sequence[int]) -> np.ndarray:
+    """Seed of each token's micro-batch, and the token's place in it: int64 ``[2, tokens]``.
+
+    Args:
+        seeds: int64, one a micro-batch.
+        counts: tokens of each.
+    """
+    places = [np.arange(count, dtype=np.int64) for count in counts]
+    return np.stack([np.repeat(seeds, counts), np.concatenate([np.empty(0, np.int64), *places])])
+
+
+@dataclass(frozen=True, eq=False)
+class Masked:
+    """Draws that are kept as a mask.
+
+    Attributes:
+        kept: bool ``[tokens, width]``, True with probability 1 − p.
+        p: share that is dropped.
+    """
+
+    kept: torch.Tensor
+    p: float
+
+    def apply(self, x: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
+        """See :class:`fedsim.fused.functions.Draw`."""
+        dropped = (x * self.kept).mul_(1 / (1 - self.p))
+        return dropped if onto is None else dropped.add_(onto)
+
+
+@dataclass(frozen=True, eq=False)
+class Counted:
+    """Draws that are a function of seed, token, column and layer, and are made again rather than kept.
+
+    Attributes:
+        counters: of the tokens, on the device (:func:`counters`).
+        number: which of the pass's decoder layers it is, from 1 on; 0 is the LM head.
+        p: share that is dropped.
+    """
+
+    counters: torch.Tensor
+    number: int
+    p: float
+
+    def apply(self, x: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
+        """See :class:`fedsim.fused.functions.Draw`."""
+        seeds, places = self.counters
+        out: torch.Tensor = OPS.drop(x, seeds, places, self.number, self.p, onto)
+        return out
+
+
+class LoraDropout(Drawing):
     """Inverted dropout (Srivastava et al. 2014) with keyed draws; the identity in evaluation mode.
 
     Args:
@@ -123,18 +194,25 @@ class LoraDropout(nn.Module):
         self.path = path
         self.sees_targets = sees_targets
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Zero a share of p, scale the rest by 1 / (1 − p).
+    def draw(self, x: torch.Tensor) -> Draw | None:
+        """The layer's draw of the pass for ``[…, width]``, one vector a token; None in evaluation mode.
 
         Raises:
             ModelError: ``x`` has other tokens than the pass.
         """
         if not self.training:
-            return x
-        kept = (self.draws.kept_of_head if self.sees_targets else self.draws.kept)(x, self.p)
-        if kept is None:
+            return None
+        found = (self.draws.draw_of_head if self.sees_targets else self.draws.draw)(
+            x.shape[:-1].numel(), x.shape[-1], self.p
+        )
+        if found is None:
             raise _refused(self.path, "sees other tokens than the batch has")
-        return (x * kept).mul_(1 / (1 - self.p))
+        return found
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Zero a share of p, scale the rest by 1 / (1 − p); errors as of :meth:`draw`."""
+        draw = self.draw(x)
+        return x if draw is None else dropped(x, draw)
 
 
 def _refused(path: str, why: str) -> ModelError:

@@ -81,13 +81,14 @@ def test_the_committed_run_of_all_layers_agrees(rehearsal: dict[str, Any]) -> No
         pytest.skip(f"the committed run is of {whole['versions']}, this is {rehearsal['versions']}")
     for phase, found in whole["phases"].items():
         for name, value in rehearsal["phases"][phase]["figures"].items():
-            whole_value, near = found["figures"][name], pytest.approx(value, rel=0.01)
+            # Launches that take many layers' tensors at once grow in steps: 11 or 32 of 1,850 for a SCAFFOLD client.
+            whole_value, near = found["figures"][name], pytest.approx(value, rel=0.015)
             # A peak is carried from above: with few layers it may lie in one of them, with many behind the last.
             fits = whole_value == near or (name == "peak_gib" and whole_value < value)
             assert fits, f"{phase}, {name}: {whole_value} of all layers, {value} carried; run make rehearse"
 
 
-RAISED = ["dropout mask on the host", "positions on the host", ".item() in a step", "if norm > 1"]
+RAISED = ["dropout's counters on the host", "positions on the host", ".item() in a step", "if norm > 1"]
 WAITED = ["pageable copy of the batch", "result read in a step"]
 OVER = {
     "one more kernel": "kernels",

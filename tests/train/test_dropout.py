@@ -14,10 +14,11 @@ from fedsim.attention.forward import IMPLEMENTATIONS
 from fedsim.data.batch import collate
 from fedsim.data.chat import TokenRow
 from fedsim.errors import ModelError
+from fedsim.fused.functions import Draw
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.model.load import LoadedModel, LoraSettings, attach_lora
-from fedsim.model.logprobs import target_logprobs
-from fedsim.train.dropout import KeyedDropout, LoraDropout, Part
+from fedsim.model.logprobs import _HEAD_START, target_logprobs
+from fedsim.train.dropout import KeyedDropout, LoraDropout, Masked, Part
 from fedsim.train.loop import StepSettings, Trainer, TrainingPlan
 from fedsim.train.objectives import SftObjective
 
@@ -26,9 +27,9 @@ Rows = Callable[..., list[TokenRow]]
 CPU = torch.device("cpu")
 
 
-def mask(found: torch.Tensor | None) -> torch.Tensor:
-    assert found is not None
-    return found
+def mask(found: Draw | None) -> torch.Tensor:
+    assert isinstance(found, Masked)
+    return found.kept
 
 
 def test_draws_do_not_depend_on_what_shares_the_pass() -> None:
@@ -39,18 +40,81 @@ def test_draws_do_not_depend_on_what_shares_the_pass() -> None:
     def masks(chosen: list[Part]) -> list[torch.Tensor]:
         draws.begin(chosen)
         tokens, targets = sum(p.num_tokens for p in chosen), sum(p.num_targets for p in chosen)
-        layers = [mask(draws.kept(torch.ones(1, tokens, width), 0.3))[0] for width in (40, 64)]
-        return [*layers, mask(draws.kept_of_head(torch.ones(1, targets, 40), 0.3))[0]]
+        layers = [mask(draws.draw(tokens, width, 0.3)) for width in (40, 64)]
+        return [*layers, mask(draws.draw_of_head(targets, 40, 0.3))]
 
     alone = [masks([part]) for part in parts]
     for layer, together in enumerate(masks(parts)):
         assert torch.equal(together, torch.cat([one[layer] for one in alone]))
     assert not torch.equal(alone[0][0][:3], alone[1][0]), "each has draws of its own"
     draws.begin(parts)
-    assert draws.kept(torch.ones(1, 8, 4), 0.3) is None and draws.kept_of_head(torch.ones(1, 6, 4), 0.3) is None
-    flat = mask(draws.kept(torch.ones(9, 40), 0.3))  # as a mixture of experts hands its tokens on
-    draws.begin(parts)
-    assert torch.equal(flat, mask(draws.kept(torch.ones(1, 9, 40), 0.3))[0])
+    assert draws.draw(8, 4, 0.3) is None and draws.draw_of_head(6, 4, 0.3) is None
+
+
+def test_a_layer_sees_its_tokens_in_any_shape() -> None:
+    """A mixture of experts hands its tokens on without the batch's dimension."""
+    draws = KeyedDropout(CPU)
+    layer = LoraDropout(0.3, draws)
+    outs = []
+    for shape in ((9, 40), (1, 9, 40)):
+        draws.begin([Part(7, 9, 0)])
+        outs.append(layer(torch.ones(shape)))
+    assert outs[1].shape == (1, 9, 40) and torch.equal(outs[0], outs[1][0])
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draws by counters, as on CUDA, computed in plain torch."""
+    monkeypatch.setattr("fedsim.train.dropout.runs_fused", lambda device: True)
+
+
+@pytest.mark.usefixtures("counted")
+def test_counted_draws_belong_to_micro_batch_token_column_and_layer() -> None:
+    """Whatever shares the pass, and made again as they were; chunks of the head's are pieces of the whole."""
+    draws = KeyedDropout(CPU)
+    parts = [Part(7, 5, 4), Part(1 << 62, 3, 0), Part(9, 1, 1)]
+
+    def kept(chosen: list[Part]) -> list[torch.Tensor]:
+        draws.begin(chosen)
+        tokens, targets = sum(p.num_tokens for p in chosen), sum(p.num_targets for p in chosen)
+        layers = [(tokens, draws.draw(tokens, width, 0.3), width) for width in (41, 41, 64)]
+        made = [*layers, (targets, draws.draw_of_head(targets, 41, 0.3), 41)]
+        for number, draw, width in made:
+            assert draw is not None
+            assert torch.equal(draw.apply(torch.ones(number, width)), draw.apply(torch.ones(number, width)))
+        return [draw.apply(torch.ones(number, width)) for number, draw, width in made if draw is not None]
+
+    alone = [kept([part]) for part in parts]
+    together = kept(parts)
+    for layer, whole in enumerate(together):
+        assert torch.equal(whole, torch.cat([one[layer] for one in alone]))
+    assert len({draw[:4].numpy().tobytes() for draw in (together[0], together[1], together[3])}) == 3
+    token = _HEAD_START.set(2)
+    try:
+        chunk = draws.draw_of_head(3, 41, 0.3)
+    finally:
+        _HEAD_START.reset(token)
+    assert chunk is not None and torch.equal(chunk.apply(torch.ones(3, 41)), together[3][2:])
+    assert draws.draw(8, 4, 0.3) is None and draws.draw_of_head(6, 4, 0.3) is None
+
+
+@pytest.mark.usefixtures("counted")
+@pytest.mark.parametrize("p", [0.05, 0.2, 0.7])
+def test_counted_dropout_is_inverted_dropout(p: float) -> None:
+    """The share within 5 standard deviations; a gradient takes the value's way."""
+    draws = KeyedDropout(CPU)
+    layer = LoraDropout(p, draws)
+    draws.begin([Part(1, 300, 0), Part(2, 200, 0)])
+    x = torch.ones(1, 500, 202, requires_grad=True)
+    out = layer(x)
+    assert set(out.unique().tolist()) == {0.0, float(torch.tensor(1 / (1 - p)))}
+    share = float((out == 0).double().mean())
+    assert abs(share - p) < 5 * (p * (1 - p) / out.numel()) ** 0.5
+    out.sum().backward()
+    assert torch.equal(x.grad, out.detach())
+    columns, rows = (out == 0).double().mean(dim=(0, 1)), (out == 0).double().mean(dim=(0, 2))
+    assert float((columns - p).abs().max()) < 5.5 * (p * (1 - p) / 500) ** 0.5
+    assert float((rows - p).abs().max()) < 5.5 * (p * (1 - p) / 202) ** 0.5
 
 
 def test_inverted_dropout() -> None:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from fedsim import keys
 from fedsim.attention.choice import choose
+from fedsim.fused.choice import fuse
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.model.load import LoraSettings, attach_lora
 from fedsim.record.peak import Peak, device_peak
@@ -75,6 +76,7 @@ class Bench:
     def adapted(self, lora: LoraSettings = PAPER_LORA, attention: str | None = None) -> tuple[PeftModel, FlatAdapter]:
         """A new base model with LoRA in a flat adapter, at :func:`start_vector`; ``attention`` as of :meth:`base`."""
         model = attach_lora(self.base(attention), lora)
+        fuse(model)
         adapter = FlatAdapter(model)
         adapter.load(start_vector(adapter))
         return model, adapter

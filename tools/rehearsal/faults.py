@@ -10,7 +10,7 @@ from typing import Any, Final
 import torch
 
 from fedsim.attention import spans
-from fedsim.train.dropout import KeyedDropout
+from fedsim.train import dropout
 from fedsim.train.loop import Trainer
 from tools.rehearsal.budgets import exceeded
 from tools.rehearsal.measure import Models, counted, fake_device, figures
@@ -44,11 +44,8 @@ def _replaced(owner: Any, name: str, new: Any) -> Iterator[None]:
         setattr(owner, name, old)
 
 
-def _mask_on_the_host(model: Model) -> Any:
-    def drawn(self: Any, x: torch.Tensor, counts: list[int], p: float) -> torch.Tensor:
-        return torch.ones(sum(counts), x.shape[-1], dtype=torch.bool)
-
-    return _replaced(KeyedDropout, "_drawn", drawn)
+def _draws_on_the_host(model: Model) -> Any:
+    return _replaced(dropout, "to_device", lambda tensor, device: tensor)
 
 
 def _positions_on_the_host(model: Model) -> Any:
@@ -114,7 +111,7 @@ def _kept_activation(model: Model) -> Any:
 
 
 FAULTS: Final[Mapping[str, Callable[[Model], Any]]] = {
-    "dropout mask on the host": _mask_on_the_host,
+    "dropout's counters on the host": _draws_on_the_host,
     "positions on the host": _positions_on_the_host,
     ".item() in a step": _item,
     "if norm > 1": _if_norm,

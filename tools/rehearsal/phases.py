@@ -27,6 +27,7 @@ from fedsim.config import FederationConfig, LocalConfig, ServerOptimizerConfig, 
 from fedsim.data.chat import TokenRow
 from fedsim.federation.algorithms import RoundSums
 from fedsim.federation.registry import build_algorithm
+from fedsim.fused.choice import fuse
 from fedsim.generate.decode import Decoder, Request, _Row
 from fedsim.generate.prefix import candidate_logits, read_head
 from fedsim.model.flat_adapter import FlatAdapter
@@ -132,6 +133,7 @@ class Model:
         self.num_layers = num_layers
         self.device = device
         self.model = _attached(base.eval(), lora, device)
+        fuse(self.model, with_trials=False)  # there are no numbers to compare
         self.adapter = FlatAdapter(self.model)
         inner = self.model.get_base_model()
         assert isinstance(inner, PreTrainedModel)

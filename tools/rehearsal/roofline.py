@@ -82,7 +82,7 @@ def _bmm(args: Mapping[str, Any]) -> float:
     return 2 * args["self"].numel() * args["mat2"].shape[-1]
 
 
-@states_flops("aten::addmm")
+@states_flops("aten::addmm", "aten::addmm_")
 def _addmm(args: Mapping[str, Any]) -> float:
     return 2 * args["mat1"].numel() * args["mat2"].shape[-1]
 

@@ -1,0 +1,365 @@
+"""Which layers of a model compute by fused functions (:mod:`fedsim.fused.functions`): those that prove to be the same.
+
+A layer is a candidate by its structure: a norm with one weight and an epsilon, a gated feed-forward part with SiLU, an
+attention that calls transformers' ``apply_rotary_pos_emb``, a plain LoRA layer, Llama's decoder layer. Each is tried on
+a few random tokens beside the plain one, value and gradients; one that differs, Gemma's norms of 1 + weight say, stays
+as it is. Parameters and names of modules stay as they are too.
+"""
+
+from __future__ import annotations
+
+import types
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+from transformers.models.llama import modeling_llama
+
+from fedsim.fused import functions as fused
+from fedsim.fused.ops import agree_on_kernels, runs_fused, why_plain
+from fedsim.model.faults import reason
+from fedsim.ranks import OneRank, Ranks
+
+NUM_TOKENS: Final = 5
+"""Tokens of a trial."""
+
+WIDEST: Final = 1 << 14
+"""The widest row that a norm's kernel holds at once."""
+
+LIMITS: Final = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-5, torch.float64: 1e-12}
+"""‖fused − plain‖ / ‖plain‖ that rounding may make: both round at the same places, sums in another order."""
+
+Forward = Callable[..., Any]
+
+
+@dataclass
+class Fused:
+    """Layers that are fused, and candidates that are not.
+
+    Attributes:
+        taken: how many of each kind are fused.
+        refused: why others are not, and how many.
+        modules: that are fused.
+    """
+
+    taken: Counter[str] = field(default_factory=Counter)
+    refused: Counter[str] = field(default_factory=Counter)
+    modules: list[nn.Module] = field(default_factory=list)
+
+    def words(self) -> str:
+        """One line for the log; empty where there were no candidates."""
+        parts = []
+        if self.taken:
+            parts.append("fused: " + ", ".join(f"{n} {kind}" for kind, n in sorted(self.taken.items())))
+        parts += [f"plain: {n} {why}" for why, n in sorted(self.refused.items())]
+        return "; ".join(parts)
+
+
+def fuse(model: nn.Module, ranks: Ranks | None = None, *, with_trials: bool = True) -> Fused:
+    """Let a model's layers compute by fused functions where its device has them (:func:`runs_fused`).
+
+    To be called once all weights are frozen or adapted, PEFT's layers included.
+
+    Args:
+        ranks: all of which call this for the same model, and fuse the same layers or none; None: this process alone.
+        with_trials: try each candidate; False takes all of them, as on a device that computes no numbers.
+    """
+    ranks = ranks or OneRank()
+    device = next(model.parameters()).device
+    agree_on_kernels(device, ranks)
+    if not runs_fused(device):
+        return Fused(refused=Counter({f"model ({why_plain(device)})": 1} if device.type == "cuda" else {}))
+    found = fuse_layers(model, with_trials=with_trials)
+    if len(set(ranks.gather(found.words()))) > 1:
+        for module in found.modules:
+            del module.forward
+        return Fused(refused=Counter({"model (its layers passed their trials on some ranks alone)": 1}))
+    return found
+
+
+def fuse_layers(model: nn.Module, *, with_trials: bool = True) -> Fused:
+    """:func:`fuse` on any device."""
+    found = Fused()
+    for kind in _KINDS:
+        for module in model.modules():
+            forward = kind.make(module)
+            if forward is None:
+                continue
+            try:
+                problem = kind.trial(module, forward) if with_trials else ""
+            except Exception as error:  # whatever a compiler or a kernel that does not fit raises
+                problem = reason(error)
+            if problem:
+                found.refused[f"{kind.name} ({type(module).__name__}: {problem})"] += 1
+            else:
+                module.forward = forward
+                found.taken[kind.name] += 1
+                found.modules.append(module)
+    return found
+
+
+# --- norms ---------------------------------------------------------------------------------------------------------
+
+
+def _norm(module: nn.Module) -> Forward | None:
+    parameters = dict(module.named_parameters())
+    weight, eps = parameters.get("weight"), _epsilon(module)
+    if "RMSNorm" not in type(module).__name__ or len(parameters) != 1 or weight is None or eps is None:
+        return None
+    if weight.dim() != 1 or weight.requires_grad or len(weight) > WIDEST:
+        return None
+    plain = module.forward
+
+    def forward(hidden_states: Tensor) -> Tensor:
+        if hidden_states.dtype != weight.dtype:
+            return plain(hidden_states)
+        return fused.norm(hidden_states, weight, eps)
+
+    return forward
+
+
+def _epsilon(module: nn.Module) -> float | None:
+    values = [getattr(module, name, None) for name in ("variance_epsilon", "eps")]
+    known = [value for value in values if isinstance(value, float)]
+    return known[0] if len(known) == 1 else None
+
+
+def _try_norm(module: Any, forward: Forward) -> str:
+    x = _random(module.weight, NUM_TOKENS, len(module.weight))
+    return _difference(module.forward, forward, {"hidden_states": 3 * x})
+
+
+# --- feed-forward parts --------------------------------------------------------------------------------------------
+
+
+def _feed(module: nn.Module) -> Forward | None:
+    parts = ("gate_proj", "up_proj", "down_proj")
+    if {name for name, _ in module.named_children()} != {*parts, "act_fn"}:
+        return None
+    feed: Any = module
+    if "SiLU" not in type(feed.act_fn).__name__:
+        return None
+    if not all(isinstance(getattr(module, part), (nn.Linear, LoraLinear)) for part in parts):
+        return None
+
+    def forward(x: Tensor, onto: Tensor | None = None) -> Tensor:
+        gate, up, down = feed.gate_proj, feed.up_proj, feed.down_proj
+        if all(_is_frozen(part) and part.bias is None for part in (gate, up, down)):
+            return fused.feed(x, gate.weight, up.weight, down.weight, onto)
+        out: Tensor = down(fused.silu_mul(gate(x), up(x)))
+        return out if onto is None else onto + out
+
+    return forward
+
+
+def _is_frozen(module: Any) -> bool:
+    bias = module.bias if type(module) is nn.Linear else None
+    return type(module) is nn.Linear and not module.weight.requires_grad and (bias is None or not bias.requires_grad)
+
+
+def _try_feed(module: Any, forward: Forward) -> str:
+    weight = module.gate_proj.weight  # PEFT's layers have it too
+    return _difference(module.forward, forward, {"x": _random(weight, NUM_TOKENS, weight.shape[1])})
+
+
+# --- rotary positions ----------------------------------------------------------------------------------------------
+
+
+def _attention(module: nn.Module) -> Forward | None:
+    """The module's own forward pass, but for the function that rotates queries and keys."""
+    plain = getattr(type(module), "forward", None)
+    name = "apply_rotary_pos_emb"
+    if not isinstance(plain, types.FunctionType) or name not in plain.__code__.co_names or plain.__closure__:
+        return None
+    if not _rotates_as(plain.__globals__.get(name), modeling_llama.apply_rotary_pos_emb):
+        return None
+    with_fused = {**plain.__globals__, name: _rotate}
+    copy = types.FunctionType(plain.__code__, with_fused, plain.__name__, plain.__defaults__)
+    copy.__kwdefaults__ = plain.__kwdefaults__
+    return types.MethodType(copy, module)
+
+
+def _rotates_as(function: Any, wanted: Any) -> bool:
+    """Whether a function rotates as another does: both are the same code, and so is what both call."""
+    halves = [getattr(f, "__globals__", {}).get("rotate_half") for f in (function, wanted)]
+    return _same_function(function, wanted) and _same_function(*halves)
+
+
+def _same_function(a: Any, b: Any) -> bool:
+    if not isinstance(a, types.FunctionType) or not isinstance(b, types.FunctionType):
+        return False
+    return (
+        a.__defaults__ == b.__defaults__
+        and all(
+            getattr(a.__code__, part) == getattr(b.__code__, part) for part in ("co_code", "co_names", "co_varnames")
+        )
+        and _numbers(a) == _numbers(b)
+    )
+
+
+def _numbers(function: types.FunctionType) -> list[Any]:
+    """A function's constants without its docstring."""
+    return [constant for constant in function.__code__.co_consts if not isinstance(constant, str)]
+
+
+def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+    fits = q.shape[-1] == k.shape[-1] == cos.shape[-1] == sin.shape[-1] and cos.dim() == 3 and q.stride(-1) == 1
+    if unsqueeze_dim != 1 or not fits or not q.dtype == k.dtype == cos.dtype == sin.dtype:
+        return modeling_llama.apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
+    return fused.rotate(q, k, cos, sin)
+
+
+def _try_rotation(module: Any, _: Forward) -> str:
+    weight = next(module.parameters())
+    size = int(getattr(module, "head_dim", 0))
+    q, k = (_random(weight, 1, NUM_TOKENS, heads, size).transpose(1, 2) for heads in (4, 2))
+    cos, sin = (_random(weight, 1, NUM_TOKENS, size, seed=seed) for seed in (1, 2))
+
+    def joined(rotate: Forward) -> Forward:
+        return lambda q, k: torch.cat([part.transpose(1, 2) for part in rotate(q, k, cos, sin)], dim=2)
+
+    return _difference(joined(modeling_llama.apply_rotary_pos_emb), joined(_rotate), {"q": q, "k": k})
+
+
+# --- LoRA ----------------------------------------------------------------------------------------------------------
+
+
+def _lora(module: nn.Module) -> Forward | None:
+    if not isinstance(module, LoraLinear):
+        return None
+    layer: Any = module
+    if list(layer.lora_A) != ["default"] or layer.lora_variant:
+        return None
+    base, a, b = layer.base_layer, layer.lora_A["default"], layer.lora_B["default"]
+    if not _is_frozen(base) or a.bias is not None or b.bias is not None:
+        return None
+    plain = layer.forward
+
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        dropout = layer.lora_dropout["default"]
+        is_plain = layer.disable_adapters or layer.merged or layer.active_adapters != ["default"] or args or kwargs
+        known = isinstance(dropout, (nn.Identity, fused.Drawing)) or not dropout.training
+        if is_plain or not known or x.dtype != base.weight.dtype:
+            return plain(x, *args, **kwargs)
+        draw = dropout.draw(x) if isinstance(dropout, fused.Drawing) else None
+        return fused.lora(x, base.weight, base.bias, a.weight, b.weight, layer.scaling["default"], draw)
+
+    return forward
+
+
+def _try_lora(module: Any, forward: Forward) -> str:
+    """In evaluation mode, with other values than the start's zeros; gradients of both matrices too."""
+    a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+    saved, was_training = b.detach().clone(), module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            b.copy_(_random(b, *b.shape) / b.shape[1])
+        x = _random(module.base_layer.weight, NUM_TOKENS, module.base_layer.in_features)
+        return _difference(module.forward, forward, {"x": x}, (a, b))
+    finally:
+        with torch.no_grad():
+            b.copy_(saved)
+        module.train(was_training)
+
+
+# --- decoder layers ------------------------------------------------------------------------------------------------
+
+
+def _layer(module: nn.Module) -> Forward | None:
+    """Llama's decoder layer, whose norms are fused already."""
+    if not _same_function(getattr(type(module), "forward", None), modeling_llama.LlamaDecoderLayer.forward):
+        return None
+    layer: Any = module
+    first, second, feed = layer.input_layernorm, layer.post_attention_layernorm, layer.mlp
+    if not all("forward" in vars(part) and _norm(part) is not None for part in (first, second)):
+        return None
+    adds = _feed(feed) is not None and "forward" in vars(feed)
+    first_eps, second_eps = _epsilon(first), _epsilon(second)
+    assert first_eps is not None and second_eps is not None, "a fused norm has one"
+    plain = module.forward
+
+    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or not hidden_states.dtype == first.weight.dtype == second.weight.dtype:
+            return plain(hidden_states, *args, **kwargs)
+        before, normed = fused.add_norm(hidden_states, None, first.weight, first_eps)
+        attended, _ = layer.self_attn(hidden_states=normed, **kwargs)
+        between, normed = fused.add_norm(before, attended, second.weight, second_eps)
+        return feed(normed, onto=between) if adds else between + feed(normed)
+
+    return forward
+
+
+def _try_layer(module: Any, forward: Forward) -> str:
+    """With a stand-in of its attention, which is tried apart."""
+    attention = module.self_attn
+    own = vars(attention).get("forward")
+    attention.forward = lambda hidden_states, **_: (hidden_states.roll(1, -1), None)
+    try:
+        x = _random(module.input_layernorm.weight, NUM_TOKENS, len(module.input_layernorm.weight))[None]
+        return _difference(module.forward, forward, {"hidden_states": x})
+    finally:
+        del attention.forward
+        if own is not None:
+            attention.forward = own
+
+
+# --- trials --------------------------------------------------------------------------------------------------------
+
+
+def _random(like: Tensor, *shape: int, seed: int = 0) -> Tensor:
+    """Normal draws on the device and in the dtype of ``like``, from a generator of their own."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(like.device, like.dtype)
+
+
+def _difference(
+    plain: Forward, other: Forward, inputs: Mapping[str, Tensor], parameters: tuple[Tensor, ...] = ()
+) -> str:
+    """What is wrong with ``other``: its value and its gradients differ by more than rounding; empty if nothing is."""
+    want, got = (list(_results(function, inputs, parameters)) for function in (plain, other))
+    for wanted, found in zip(want, got, strict=True):
+        if wanted.shape != found.shape or wanted.dtype != found.dtype:
+            return "gives another shape or type"
+        dtype = next(iter(inputs.values())).dtype
+        distance = float((found.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-30))
+        if not distance <= LIMITS.get(dtype, 0.0):  # NaN too
+            return "computes something else"
+    return ""
+
+
+def _results(function: Forward, inputs: Mapping[str, Tensor], parameters: tuple[Tensor, ...]) -> Iterator[Tensor]:
+    """The value, and the gradients of its product with fixed numbers; no parameter's own gradient is touched."""
+    leaves = {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
+    with torch.enable_grad():
+        out = function(**leaves)
+        yield out.detach()
+        yield from torch.autograd.grad(out, [*leaves.values(), *parameters], _random(out, *out.shape, seed=3))
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """A kind of layer.
+
+    Attributes:
+        name: for the log, in the plural.
+        make: the fused forward pass of a module; None if the module is no such layer.
+        trial: compares it with the module's own; what is wrong, or nothing.
+    """
+
+    name: str
+    make: Callable[[nn.Module], Forward | None]
+    trial: Callable[[Any, Forward], str]
+
+
+_KINDS: Final = (
+    _Kind("norms", _norm, _try_norm),
+    _Kind("feed-forward parts", _feed, _try_feed),
+    _Kind("rotations", _attention, _try_rotation),
+    _Kind("LoRA layers", _lora, _try_lora),
+    _Kind("decoder layers", _layer, _try_layer),  # of the parts above
+)

@@ -1,0 +1,258 @@
+"""Parts of a decoder layer as functions that keep little for the backward pass; frozen weights have no gradient."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from fedsim.fused.ops import OPS
+
+
+class Draw(Protocol):
+    """Dropout's draws of one layer in one pass: a diagonal map, and so its own transpose."""
+
+    def apply(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        """Zero what is dropped of ``x``, ``[tokens, width]``, scale the rest; plus ``onto``. No gradient."""
+        ...
+
+
+class Drawing(nn.Module):
+    """A dropout layer whose draws can be had apart from its forward pass."""
+
+    def draw(self, x: Tensor) -> Draw | None:
+        """The layer's next draw, for ``[…, width]``, one vector a token; None where nothing is dropped."""
+        raise NotImplementedError
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        x = x.contiguous()
+        total, out, rstd = OPS.norm(x, None if delta is None else delta.contiguous(), weight, eps)
+        total = x if delta is None else total
+        ctx.save_for_backward(total, weight, rstd)
+        ctx.set_materialize_grads(False)
+        return total, out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_total: Tensor | None, d_out: Tensor | None) -> tuple[Tensor | None, ...]:
+        total, weight, rstd = ctx.saved_tensors
+        grad = d_total
+        if d_out is not None:
+            d_total = None if d_total is None else d_total.contiguous()
+            grad = OPS.norm_grad(d_out.contiguous(), total, weight, rstd, d_total)
+        return grad, grad if ctx.needs_input_grad[1] else None, None, None
+
+
+def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``weight · x / rms(x)`` over the last dimension; ``weight`` is frozen and of ``x``'s dtype.
+
+    Keeps ``x`` and one number a row.
+    """
+    return add_norm(x, None, weight, eps)[1]
+
+
+def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """``x + delta``, or ``x`` without ``delta``, and that normed as by :func:`norm`.
+
+    Whoever goes on with the first result spares autograd the sum of its gradient and the norm's.
+    """
+    return _Norm.apply(x, delta, weight, eps)
+
+
+class _SiluMul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        gate, up = gate.contiguous(), up.contiguous()
+        ctx.save_for_backward(gate, up)
+        return OPS.silu_mul(gate, up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor]:
+        return OPS.silu_mul_grad(d_out.contiguous(), *ctx.saved_tensors)
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """``silu(gate) · up``. Keeps both."""
+    return _SiluMul.apply(gate, up)
+
+
+class _Feed(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, onto: Tensor | None, gate_weight: Tensor, up_weight: Tensor, down_weight: Tensor
+    ) -> Tensor:
+        gate, up = F.linear(x, gate_weight), F.linear(x, up_weight)
+        ctx.save_for_backward(gate, up, gate_weight, up_weight, down_weight)
+        inner = OPS.silu_mul(gate, up)
+        if onto is None:
+            return F.linear(inner, down_weight)
+        return torch.addmm(onto.flatten(0, -2), inner.flatten(0, -2), down_weight.T).view(onto.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up, gate_weight, up_weight, down_weight = ctx.saved_tensors
+        d_gate, d_up = OPS.silu_mul_grad((d_out @ down_weight).contiguous(), gate, up)
+        grad = d_gate.flatten(0, -2) @ gate_weight
+        grad.addmm_(d_up.flatten(0, -2), up_weight)
+        return grad.view(*d_out.shape[:-1], -1), d_out if ctx.needs_input_grad[1] else None, None, None, None
+
+
+def feed(x: Tensor, gate_weight: Tensor, up_weight: Tensor, down_weight: Tensor, onto: Tensor | None = None) -> Tensor:
+    """The gated feed-forward part of frozen weights, ``(silu(x Gᵀ) · x Uᵀ) Dᵀ``, plus ``onto``.
+
+    Keeps the two products.
+
+    Args:
+        x: ``[…, width]``.
+        onto: of the result's shape and dtype; None: nothing is added.
+    """
+    return _Feed.apply(x, onto, gate_weight, up_weight, down_weight)
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        return OPS.rotate(q, k, cos, sin, False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_q: Tensor, d_k: Tensor) -> tuple[Tensor | None, ...]:
+        d_q, d_k = (d if d.stride(-1) == 1 else d.contiguous() for d in (d_q, d_k))
+        return *OPS.rotate(d_q, d_k, *ctx.saved_tensors, True), None, None
+
+
+def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotary positions, as transformers' ``apply_rotary_pos_emb``; keeps cosines and sines alone.
+
+    Args:
+        q: ``[batch, query heads, length, head size]``.
+        k: ``[batch, key heads, length, head size]``.
+        cos: ``[1 or batch, length, head size]``.
+        sin: likewise.
+
+    Returns:
+        Both rotated, views of ``[batch · length, heads, head size]``.
+    """
+    batch, _, length, size = q.shape
+    cos, sin = (part.expand(batch, length, size).reshape(-1, size) for part in (cos, sin))
+    packed = (part.transpose(1, 2).flatten(0, 1) for part in (q, k))
+    rotated: tuple[Tensor, ...] = _Rotate.apply(*packed, cos, sin)
+    first, second = (part.unflatten(0, (batch, length)).transpose(1, 2) for part in rotated)
+    return first, second
+
+
+class _Lora(torch.autograd.Function):
+    """Base product and low-rank branch. Products with tensors of tokens are in their dtype; gradients of the low-rank
+    matrices are in the matrices' own."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scaling: float,
+        draw: Draw | None,
+    ) -> Tensor:
+        tokens = x.flatten(0, -2).contiguous()
+        low_a = torch.mul(a, scaling, out=torch.empty_like(a, dtype=x.dtype))  # scaled and cast at once
+        low_b = b.to(x.dtype)
+        out = F.linear(tokens, weight, bias)
+        inner = (tokens if draw is None else draw.apply(tokens)) @ low_a.T
+        out.addmm_(inner, low_b.T)
+        ctx.save_for_backward(tokens, inner, weight, low_a, low_b)
+        ctx.scaling, ctx.draw, ctx.kinds = scaling, draw, (a.dtype, b.dtype)
+        return out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        tokens, inner, weight, low_a, low_b = ctx.saved_tensors
+        draw: Draw | None = ctx.draw
+        d_tokens = d_out.flatten(0, -2).contiguous()
+        d_inner = d_tokens @ low_b
+        d_a, d_b, d_x = None, None, None
+        if ctx.needs_input_grad[3]:
+            dropped = tokens if draw is None else draw.apply(tokens)
+            d_a = product(d_inner.T, dropped, ctx.kinds[0]).mul_(ctx.scaling)
+        if ctx.needs_input_grad[4]:
+            d_b = product(d_tokens.T, inner, ctx.kinds[1])
+        if ctx.needs_input_grad[0]:
+            d_x = d_tokens @ weight
+            if draw is None:
+                d_x.addmm_(d_inner, low_a)
+            else:
+                d_x = draw.apply(d_inner @ low_a, onto=d_x)
+            d_x = d_x.view(*d_out.shape[:-1], -1)
+        return d_x, None, None, d_a, d_b, None, None
+
+
+def lora(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float, draw: Draw | None
+) -> Tensor:
+    """A frozen linear layer with LoRA (arXiv 2106.09685), ``x Wᵀ + bias + scaling · drop(x) Aᵀ Bᵀ``.
+
+    Keeps ``x``, which several layers share, and ``scaling · drop(x) Aᵀ``; what dropout keeps is drawn again.
+
+    Args:
+        x: ``[…, in]``.
+        weight: ``[out, in]``, of ``x``'s dtype; frozen, as is ``bias``.
+        a: ``[rank, in]``, in fp32 or ``x``'s dtype; its gradient is summed and kept in its dtype.
+        b: ``[out, rank]``, likewise.
+    """
+    return _Lora.apply(x, weight, bias, a, b, scaling, draw)
+
+
+def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """Matrix product whose sums are rounded to ``dtype`` alone."""
+    if left.dtype == dtype:
+        return left @ right
+    if left.device.type == "cuda":
+        return torch.mm(left, right, out_dtype=dtype)
+    return left.to(dtype) @ right.to(dtype)
+
+
+class _Dropped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, draw: Draw) -> Tensor:
+        ctx.draw = draw
+        return draw.apply(x.flatten(0, -2).contiguous()).view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, None]:
+        return ctx.draw.apply(d_out.flatten(0, -2).contiguous()).view(d_out.shape), None
+
+
+def dropped(x: Tensor, draw: Draw) -> Tensor:
+    """``draw.apply(x)`` with its gradient; keeps nothing of ``x``."""
+    return _Dropped.apply(x, draw)
+
+
+class _Pick(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, ids: Tensor) -> Tensor:
+        picked, total = OPS.pick(logits, ids)
+        ctx.save_for_backward(logits, ids, total)
+        return picked
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_picked: Tensor) -> tuple[Tensor, None]:
+        return OPS.pick_grad(d_picked.contiguous(), *ctx.saved_tensors), None
+
+
+def pick(logits: Tensor, ids: Tensor) -> Tensor:
+    """Log softmax of ``[rows, vocabulary]`` at one token of each row, fp32 or wider ``[rows]``. Keeps the logits."""
+    return _Pick.apply(logits.contiguous(), ids)
