@@ -239,7 +239,9 @@ def test_a_finished_run_is_left_alone(finished: Ended, run_folder: Path, places:
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (["local.lr=0.5"], ["another configuration", "local.lr was 0.01, is 0.5", "name=..."]),
+        pytest.param(
+            ["local.lr=0.5"], ["another configuration", "local.lr was 0.01, is 0.5", "name=..."], marks=pytest.mark.deep
+        ),
         (["record.resume=never"], ["record.resume=never", "exists", "name=..."]),
     ],
 )

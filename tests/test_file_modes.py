@@ -22,7 +22,10 @@ BRIEF = ["federation.algorithm=scaffold", "federation.num_rounds=1", "cai.iterat
          "eval.limit=1", "eval.guard_judge=none", "wandb.mode=offline"]  # fmt: skip
 
 
-@pytest.fixture(params=[0o022, 0o027, 0o077], ids=["022", "027", "077"])
+@pytest.fixture(
+    params=[0o022, pytest.param(0o027, marks=pytest.mark.deep), pytest.param(0o077, marks=pytest.mark.deep)],
+    ids=["022", "027", "077"],
+)
 def umask(request: pytest.FixtureRequest) -> Iterator[int]:
     before = os.umask(request.param)
     yield request.param

@@ -145,7 +145,7 @@ def straight(
 @pytest.mark.parametrize(
     "overrides",
     [
-        pytest.param(FEDAVG, id="fedavg"),
+        pytest.param(FEDAVG, id="fedavg", marks=pytest.mark.deep),
         pytest.param(SCAFFOLD, id="scaffold"),
         pytest.param(GRADIENT, id="gradient", marks=pytest.mark.deep),
     ],
@@ -164,7 +164,7 @@ def test_a_run_is_the_same_on_1_to_4_processes(straight: Any, overrides: list[st
     "overrides",
     [
         pytest.param(FEDPROX, id="fedprox", marks=pytest.mark.deep),
-        pytest.param(FEDADAM, id="fedadam"),
+        pytest.param(FEDADAM, id="fedadam", marks=pytest.mark.deep),
         pytest.param(CENTRALISED, id="centralised", marks=pytest.mark.deep),
     ],
 )
@@ -204,20 +204,29 @@ def test_the_runs_that_are_compared_did_something(straight: Any) -> None:
     assert all(controls <= row.keys() for row in rows if row["stage"] == "eval")
     kinds = {name.rpartition("-")[0] for name in (path.split("/")[0] for path in runs[1]["artefacts"])}
     assert {"guard-adapter", "guard-verdicts", "cai-conversations"} <= kinds
-    assert straight(FEDAVG)[1]["adapter"] != runs[1]["adapter"]
+
+
+@pytest.mark.deep
+def test_the_other_runs_that_are_compared_did_something(straight: Any) -> None:
+    assert straight(FEDAVG)[1]["adapter"] != straight(SCAFFOLD)[1]["adapter"]
     (light,) = [row for row in map(json.loads, straight(FEDAVG)[1]["rows"]) if row["stage"] == "filter"]
     assert light["client/num_kept_rows"] == 60 and 18 < light["client/kept_weight"] < 60
     (kept,) = [row for row in map(json.loads, straight(GRADIENT)[1]["rows"]) if row["stage"] == "filter"]
     assert 0 < kept["client/num_kept_rows"] < 60
 
 
+def deep(*values: Any) -> Any:
+    """A case for the deep suite alone."""
+    return pytest.param(*values, marks=pytest.mark.deep)
+
+
 @pytest.mark.parametrize(
     ("overrides", "stop", "sizes"),
     [
-        (SCAFFOLD, ("after", 0), (2, 3)),  # the checkpoint is there: the next round follows, on other ranks
+        deep(SCAFFOLD, ("after", 0), (2, 3)),  # the checkpoint is there: the next round follows, on other ranks
         (SCAFFOLD, ("before", 1), (4, 1)),  # rows and control variates of a round without a checkpoint: done anew
-        (FEDAVG, ("before", 0), (1, 4)),  # nothing is finished: the pretrained model is measured anew
-        (FEDADAM, ("after", 0), (4, 1)),  # the moments and the count of server steps come from the checkpoint
+        deep(FEDAVG, ("before", 0), (1, 4)),  # nothing is finished: the pretrained model is measured anew
+        deep(FEDADAM, ("after", 0), (4, 1)),  # the moments and the count of server steps come from the checkpoint
         (DROPPED, ("after", 0), (2, 1)),  # the same rows are dropped in each session
     ],
     ids=["after-checkpoint", "before-checkpoint", "before-the-first", "moments", "dropped-rows"],

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from fedsim.config import load_config
 from fedsim.parallel.world import process_world
@@ -52,6 +53,7 @@ def change_of_a_run(overrides: list[str]) -> np.ndarray:
     return checkpoint.state.adapter.numpy() - starts[0]
 
 
+@pytest.mark.deep
 def test_fast_runs_agree_within_the_tolerance(pool: Any, square_file: Path, tmp_path: Path) -> None:
     def words(name: str) -> list[str]:
         folder = tmp_path / name

@@ -107,7 +107,7 @@ def train_cohorts(
         }
 
 
-@pytest.mark.parametrize("correction", ["openfedllm", "gradient"])
+@pytest.mark.parametrize("correction", ["openfedllm", pytest.param("gradient", marks=pytest.mark.deep)])
 def test_placement_changes_no_bit(pool: Any, square_file: Path, tmp_path: Path, correction: str) -> None:
     """Wide lanes or none, equal or very unequal ranks: adapter, control variates and losses are the same."""
     overrides = [f"federation.scaffold_correction={correction}"]

@@ -73,6 +73,7 @@ def outcome(folder: Path) -> tuple[list[Any], str]:
     return decided_rows(read_rows(folder / "small" / "metrics.jsonl")), file_digest(adapter)
 
 
+@pytest.mark.deep
 def test_a_run_under_deepspeeds_launcher_is_the_same_run(pool: Any, square_file: Path, tmp_path: Path) -> None:
     """Its guard is fine-tuned under ZeRO-2; one round, before anything measured decides a placement."""
 
@@ -97,6 +98,7 @@ def errors(text: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith("error:")]
 
 
+@pytest.mark.deep
 def test_under_deepspeeds_launcher_an_error_is_said_once() -> None:
     ended = deepspeed([str(SMALL), "nope=3"])
     assert ended.returncode == 2

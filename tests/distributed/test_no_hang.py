@@ -112,7 +112,7 @@ def stall_in_lane(words: list[str], rank: int) -> Ended:
         world.NCCL = NCCL  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("exact", ["true", "false"])
+@pytest.mark.parametrize("exact", ["true", pytest.param("false", marks=pytest.mark.deep)])
 def test_a_rank_that_stands_still_over_nccl_is_named(pool: Any, square_file: Path, tmp_path: Path, exact: str) -> None:
     words = [str(SMALL), *CLIENT_WORDS, "parallel.wide_lanes=true", "federation.clients_per_round=1",
              f"parallel.exact={exact}", f"parallel.timeout_s={TIMEOUT_S}", f"data.square={square_file}",

@@ -94,6 +94,7 @@ def test_a_signal_stops_between_two_rounds(tmp_path: Path, straight: dict[str, A
     assert different(outcome(again.run, tmp_path / "artefacts"), straight) == []
 
 
+@pytest.mark.deep
 def test_torchrun_restarts_after_a_rank_was_killed(tmp_path: Path, straight: dict[str, Any]) -> None:
     launch = Launch(tmp_path, [*TORCHRUN, "--max-restarts=2"])
     launch.until(lambda: launch.in_round(2))

@@ -108,7 +108,10 @@ def test_a_failed_cell_is_told_and_done_again(launch: Launch) -> None:
     assert said[0] == "2 of 3 runs are finished already" and "1/1 fail: finished" in said[1]
 
 
-@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "ending",
+    [signal.SIGTERM, *(pytest.param(number, marks=pytest.mark.deep) for number in (signal.SIGINT, signal.SIGHUP))],
+)
 def test_a_study_that_is_ended_leaves_no_run_behind(launch: Launch, tmp_path: Path, ending: signal.Signals) -> None:
     script = tmp_path / "study.py"
     script.write_text(

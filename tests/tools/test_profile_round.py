@@ -154,6 +154,7 @@ def test_the_form_names_no_python_after_torchrun(tool: Any, capsys: pytest.Captu
     assert "[torchrun --nproc_per_node=N] tools/profile_round.py" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.deep
 def test_of_two_processes_one_tells_a_users_error_and_torchrun_ends_with_it() -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
