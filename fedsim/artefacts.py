@@ -1,8 +1,9 @@
 """Results that runs share: written once under a hash of everything they depend on, reused by whoever needs them.
 
 An artefact is a folder ``<kind>-<hash>`` whose note ``artefact.json`` says what it depends on (:func:`write_note`).
-It appears by one rename, so a half-written one is never seen; a damaged one is built anew. The hash covers the source
-that makes it, so that what another fedsim has made otherwise is never taken; which fedsim made it stands in the note.
+It is published by one atomic rename, so a half-written one is never seen; a damaged one is built again. The hash covers
+the kind's ``VERSION``, a number beside the code that makes it: whoever changes what the code computes raises it, and
+``tests/test_artefact_versions.py`` fails where that was forgotten. The note also names the fedsim that made it.
 """
 
 from __future__ import annotations
@@ -13,11 +14,10 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Final, TypeVar
 
 from fedsim.digests import FileDigests, file_digest
@@ -32,7 +32,7 @@ T = TypeVar("T")
 NOTE: Final = "artefact.json"
 SEAL: Final = "sha256"
 
-SOFTWARE = {"code": "source of what makes it", "versions": "version of a package"}
+SOFTWARE = {"version": "version of what makes it", "versions": "version of a package"}
 """Dependencies that are software, in words: artefacts that differ in these alone are of the same data and settings."""
 
 
@@ -70,7 +70,7 @@ class ArtefactStore:
         self,
         kind: str,
         depends: Mapping[str, Any],
-        code: Sequence[ModuleType],
+        version: int,
         build: Callable[[], T],
         write: Callable[[Path, T], None],
     ) -> Artefact:
@@ -79,11 +79,11 @@ class ArtefactStore:
         Args:
             kind: such as "guard-verdicts"; part of the folder's name.
             depends: JSON-able values that decide the content: config parts, file and model hashes.
-            code: modules that compute it; a change of their source makes another artefact.
+            version: of the code that computes it; raised with every change of its results.
             build: called on every rank; only rank 0's result is written.
             write: called on rank 0 with an empty folder and the result.
         """
-        facts = {**depends, "code": source_digest(code)}
+        facts = {**depends, "version": version}
         folder = self.folder / f"{kind}-{digest_of(facts)[:16]}"
         if self.ranks.once(lambda: self._intact(folder)):
             self.log(f"{kind}: reused {folder}")
@@ -182,20 +182,6 @@ def json_form(value: Any) -> Any:
 def digest_of(value: Any) -> str:
     """SHA-256 of a JSON-able value in canonical form."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-
-
-def source_digest(modules: Sequence[ModuleType]) -> str:
-    """SHA-256 over the source of modules (all files of a package): the code version of a stage."""
-    digest = hashlib.sha256()
-    for module in modules:
-        folders = [Path(folder) for folder in getattr(module, "__path__", ())]
-        files = [file for folder in folders for file in sorted(folder.glob("*.py"))]
-        if not folders:
-            assert module.__file__ is not None
-            files = [Path(module.__file__)]
-        for source in files:
-            digest.update(source.read_bytes())
-    return digest.hexdigest()
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -6,15 +6,13 @@ and so cannot be left out of a name unnoticed.
 
 from __future__ import annotations
 
-import ast
 import json
-import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,7 +26,6 @@ from fedsim.evaluate.stage import BENCHMARKS, load_suite
 from fedsim.parallel.world import World
 from fedsim.preparation import Inputs, Preparation
 from fedsim.ranks import OneRank
-from fedsim.safety import cai_stage, guard_model
 from fedsim.safety.filter_stage import FilterStage
 from fedsim.safety.guard_model import GuardModel
 
@@ -54,8 +51,8 @@ class NamingStore(ArtefactStore):
         self.outer = outer
         self.names: Names = {}
 
-    def get(self, kind: str, depends: Any, code: Any, build: Any, write: Any) -> Artefact:
-        self.names[kind] = digest_of([depends, [module.__name__ for module in code]])
+    def get(self, kind: str, depends: Any, version: int, build: Any, write: Any) -> Artefact:
+        self.names[kind] = digest_of([depends, version])
         if kind in self.outer:
             build()
         raise Named
@@ -242,6 +239,15 @@ def test_the_machine_decides_a_verdict(places: Places, guard_before: Names) -> N
     assert changed(guard_before, guard_names(places, device="another")) == BOTH
 
 
+def test_verdicts_of_a_tuned_guard_change_with_the_version_of_its_adapter(
+    places: Places, guard_before: Names, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    untuned = guard_names(places, "guard.tune_epochs=0")
+    monkeypatch.setattr("fedsim.safety.guard_model.VERSION", -1)
+    assert changed(guard_before, guard_names(places)) == BOTH
+    assert guard_names(places, "guard.tune_epochs=0") == untuned
+
+
 @pytest.mark.parametrize(
     ("overrides", "is_other"),
     [(["guard.policy=square"], True), (["guard.max_length=999"], True), (["guard.batch_tokens=999"], True),
@@ -279,45 +285,6 @@ def test_sums_of_deepspeed_depend_on_the_number_of_ranks(places: Places, tmp_pat
     arguments[0] = places.config("parallel.exact=false")
     plain = GuardModel(*arguments).depends(DATA, tuned=True)  # type: ignore[arg-type]
     assert one != two and plain not in (one, two)
-
-
-# ---- source of what makes an artefact -----------------------------------------------------------------------------
-
-NO_MAKERS = (
-    *("fedsim", "artefacts", "config", "digests", "errors", "ranks", "record", "rounds", "tensor_file", "version"),
-    *("model.cost", "model.faults", "model.quantised"),  # choose (named by its result), count or refuse
-    *("federation", "train.own_work", "generate.score", "safety.verdict", "evaluate.intervals"),  # types and checks
-    *("data.partition", "data.prepare", "data.splits", "data.usable", "data.world"),  # decide rows, which are named
-)
-"""Modules and packages below a stage that change no byte of its artefact beside what is in its name."""
-
-
-def sources(module: str) -> list[Path]:
-    file = ROOT.joinpath(*module.split("."))
-    return sorted(file.glob("*.py")) if file.is_dir() else [file.with_suffix(".py")]
-
-
-def imported(file: Path) -> set[str]:
-    """Modules of fedsim that a source file imports."""
-    found = set()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "fedsim":
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-            found |= {name if all(map(Path.exists, sources(name))) else node.module or "" for name in names}
-    return found
-
-
-SCORES = ("data.batch", "model.logprobs", "model.fitness")  # CAI's conversations are written, not scored
-
-
-@pytest.mark.parametrize(("code", "others"), [(guard_model.CODE, ()), (cai_stage.CODE, SCORES)], ids=["guard", "CAI"])
-def test_every_module_that_makes_an_artefact_is_part_of_its_name(
-    code: tuple[ModuleType, ...], others: tuple[str, ...]
-) -> None:
-    named = {file for module in code for file in sources(module.__name__)}
-    exempt = re.compile(rf"fedsim(\.({'|'.join(map(re.escape, (*NO_MAKERS, *others)))})(\..*)?)?")
-    modules = {module for file in named for module in imported(file) if not exempt.fullmatch(module)}
-    assert {module for module in modules if not named.issuperset(sources(module))} == set()
 
 
 # ---- CAI's conversations -----------------------------------------------------------------------------------------

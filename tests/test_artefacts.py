@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
 from fedsim import artefacts
-from fedsim.artefacts import Artefact, ArtefactStore, digest_of, file_digest, source_digest
+from fedsim.artefacts import Artefact, ArtefactStore, digest_of, file_digest
 from fedsim.ranks import OneRank
 from fedsim.version import made_by, maker
 
@@ -24,8 +22,8 @@ class Counting:
         self.num_builds = 0
         self.store = ArtefactStore(folder / "deep" / "artefacts", OneRank(), self.log.append)
 
-    def get(self, depends: dict[str, Any], code: list[ModuleType] | None = None, kind: str = "thing") -> Artefact:
-        return self.store.get(kind, depends, code or [], self._build, _write)
+    def get(self, depends: dict[str, Any], version: int = 1, kind: str = "thing") -> Artefact:
+        return self.store.get(kind, depends, version, self._build, _write)
 
     def _build(self) -> int:
         self.num_builds += 1
@@ -61,33 +59,6 @@ def test_other_dependencies_are_another_artefact(counting: Counting, depends: di
     assert counting.num_builds == 3
 
 
-def load_module(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("made_up", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_a_change_of_source_is_another_artefact(counting: Counting, tmp_path: Path) -> None:
-    (tmp_path / "one.py").write_text("X = 1\n")
-    package = tmp_path / "package"
-    package.mkdir()
-    (package / "__init__.py").write_text("")
-    (package / "part.py").write_text("Y = 1\n")
-    code = [load_module(tmp_path / "one.py"), load_module(package / "__init__.py")]
-    code[1].__path__ = [str(package)]
-    first = counting.get({}, code)
-    assert counting.get({}, code).reused
-    for file in (tmp_path / "one.py", package / "part.py"):
-        before = file.read_text()
-        file.write_text(before + "# changed\n")
-        assert counting.get({}, code).folder != first.folder
-        file.write_text(before)
-    assert counting.get({}, code).reused
-    assert source_digest(code) != source_digest(code[:1])
-
-
 @pytest.mark.parametrize("damage", ["change", "delete", "note", "note cut", "note of another kind"])
 def test_a_damaged_artefact_is_built_anew(counting: Counting, damage: str) -> None:
     folder = counting.get({"a": 1}).folder
@@ -117,9 +88,9 @@ def test_a_failing_build_or_write_leaves_nothing(counting: Counting) -> None:
         raise RuntimeError("no")
 
     with pytest.raises(OSError, match="disk full"):
-        counting.store.get("thing", {"a": 1}, [], lambda: 1, broken_write)
+        counting.store.get("thing", {"a": 1}, 1, lambda: 1, broken_write)
     with pytest.raises(RuntimeError, match="no"):
-        counting.store.get("thing", {"a": 1}, [], broken_build, _write)
+        counting.store.get("thing", {"a": 1}, 1, broken_build, _write)
     assert list(counting.store.folder.iterdir()) == []
     assert not counting.get({"a": 1}).reused
 
@@ -127,7 +98,7 @@ def test_a_failing_build_or_write_leaves_nothing(counting: Counting) -> None:
 def test_the_note_says_what_it_depends_on(counting: Counting) -> None:
     folder = counting.get({"a": "é"}).folder
     note = json.loads((folder / "artefact.json").read_text(encoding="utf-8"))
-    assert note["depends"] == {"a": "é", "code": source_digest([])}
+    assert note["depends"] == {"a": "é", "version": 1}
     assert note["files"] == {
         "b.bin": file_digest(folder / "b.bin"),
         "sub/a.txt": file_digest(folder / "sub" / "a.txt"),
@@ -144,10 +115,10 @@ def test_a_whole_artefact_that_another_run_published_first_stays(tmp_path: Path)
     mine, other = (ArtefactStore(tmp_path, OneRank(), lambda text: None) for _ in range(2))
 
     def build() -> str:  # while this run builds, another one publishes the same key
-        other.get("thing", {"a": 1}, [], lambda: "theirs", lambda folder, text: _put(folder, text))
+        other.get("thing", {"a": 1}, 1, lambda: "theirs", lambda folder, text: _put(folder, text))
         return "ours"
 
-    found = mine.get("thing", {"a": 1}, [], build, lambda folder, text: _put(folder, text))
+    found = mine.get("thing", {"a": 1}, 1, build, lambda folder, text: _put(folder, text))
     assert (found.folder / "text").read_text() == "theirs"
     assert [p.name for p in tmp_path.iterdir()] == [found.folder.name], "nothing partial is left"
 
@@ -156,7 +127,7 @@ def test_a_damaged_artefact_gives_way(tmp_path: Path) -> None:
     store = ArtefactStore(tmp_path, OneRank(), lambda text: None)
 
     def get(text: str) -> Artefact:
-        return store.get("thing", {"a": 1}, [], lambda: text, lambda folder, text: _put(folder, text))
+        return store.get("thing", {"a": 1}, 1, lambda: text, lambda folder, text: _put(folder, text))
 
     (get("first").folder / "text").write_text("damaged")
     assert (get("second").folder / "text").read_text() == "second"
@@ -167,28 +138,25 @@ def _put(folder: Path, text: str) -> None:
     (folder / "text").write_text(text)
 
 
-def test_an_artefact_of_other_code_is_named_and_stays(counting: Counting, tmp_path: Path) -> None:
-    """Same data and settings, other source or versions: built anew, and the log says who made the old one."""
-    (tmp_path / "one.py").write_text("X = 1\n")
-    code = [load_module(tmp_path / "one.py")]
+def test_an_artefact_of_another_version_is_named_and_stays(counting: Counting) -> None:
+    """Same data and settings, another version: built again, and the log says who made the old one."""
     depends = {"a": (1, 2), "versions": {"torch": "1"}}
-    old = counting.get(depends, code).folder
-    (tmp_path / "one.py").write_text("X = 2\n")
-    new = counting.get(depends, code).folder
+    old = counting.get(depends, version=1).folder
+    new = counting.get(depends, version=2).folder
     told = [line for line in counting.log if "built anew" in line]
     assert told == [
-        f"thing: {old} was made by {maker(made_by())}, with another source of what makes it; it stays, and one is "
+        f"thing: {old} was made by {maker(made_by())}, with another version of what makes it; it stays, and one is "
         "built anew"
     ]
     assert new != old and old.is_dir()
-    counting.get({**depends, "versions": {"torch": "2"}}, code)
-    assert "with another version of a package" in counting.log[-2]
+    counting.get({**depends, "versions": {"torch": "2"}}, version=2)
+    assert "version of a package; it stays" in counting.log[-2]  # beside one of them, or of both
     num_told = len(counting.log)
     for other, kind in (({"a": (1, 3), "versions": {"torch": "1"}}, "thing"), (depends, "thin"), ({}, "thing")):
-        counting.get(other, code, kind)  # other data, another kind, other settings: no version of the same
+        counting.get(other, 2, kind)  # other data, another kind, other settings: no version of the same
     assert not any("built anew" in line for line in counting.log[num_told:])
     (old / "artefact.json").write_text("{")
-    assert counting.get(depends, code).reused, "a damaged neighbour is in nobody's way"
+    assert counting.get(depends, version=2).reused, "a damaged neighbour is in nobody's way"
 
 
 def test_the_commit_is_in_the_note_and_not_in_the_key(counting: Counting, monkeypatch: pytest.MonkeyPatch) -> None:

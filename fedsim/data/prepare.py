@@ -6,18 +6,18 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
-from fedsim import json_text
 from fedsim.artefacts import ArtefactStore, file_digest
 from fedsim.config import Config, DataConfig
-from fedsim.data import files, partition, splits, square, world
+from fedsim.data import partition, splits, square, world
 from fedsim.data.square import ArrowRows, SquareFile, SquareRow
 from fedsim.data.usable import Tally, has_reply
 from fedsim.errors import DataError
 from fedsim.ranks import Ranks
 
-CODE = (square, files, json_text)
-"""Modules that decide the texts and labels of a file's rows."""
+ROWS_VERSION: Final = 1
+"""Of tables of SQuARe-format rows (:mod:`fedsim.artefacts`)."""
 
 _COUNTS = ("num_bad_labels", "num_blank_questions")
 """Counts of :class:`SquareFile` that are kept beside the rows."""
@@ -48,7 +48,7 @@ class PreparedData:
 
 def embedded_file(store: ArtefactStore, kind: str, name: str, write: Callable[[Path], None]) -> Path:
     """A file of the embedded world, written once."""
-    artefact = store.get(kind, {"name": name}, [world], lambda: None, lambda folder, _: write(folder / name))
+    artefact = store.get(kind, {"name": name}, world.VERSION, lambda: None, lambda folder, _: write(folder / name))
     return artefact.folder / name
 
 
@@ -116,7 +116,7 @@ def prepare_data(config: Config, store: ArtefactStore, ranks: Ranks) -> Prepared
     artefact = store.get(
         "square-rows",
         {"file": digest, "language": data.language},
-        CODE,
+        ROWS_VERSION,
         lambda: ranks.once(lambda: load().num_bad_labels),
         lambda folder, num_bad: _write_rows(folder, read[0]),
     )

@@ -11,18 +11,18 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from fedsim import attention, data, evaluate, fused, generate, kernels, keys, measurement, model
 from fedsim.artefacts import ArtefactStore, write_json
-from fedsim.data import world
 from fedsim.data.benchmarks import MtQuestion
 from fedsim.evaluate.mt_bench import MtAnswer, summarise_answers
 from fedsim.evaluate.rows import subset
 from fedsim.evaluate.suite import Evaluation, Suite
 from fedsim.generate.engine import Reply
 
-_CODE = (attention, data, world, evaluate, fused, generate, kernels, keys, measurement, model)
+VERSION: Final = 1
+"""Of the pretrained model's evaluations (:mod:`fedsim.artefacts`)."""
+
 _FILE = "evaluation.json"
 
 
@@ -42,7 +42,7 @@ def shared_evaluation(
         computed.append(compute())
         return computed[0]
 
-    artefact = store.get("pretrained-evaluation", depends, _CODE, build, _write)
+    artefact = store.get("pretrained-evaluation", depends, VERSION, build, _write)
     found = computed[0] if computed else _read(artefact.folder, subset(suite.mt_bench, suite.limit))
     return replace(found, artefact=artefact.folder.name, reused=artefact.reused)
 

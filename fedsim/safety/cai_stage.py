@@ -3,42 +3,21 @@
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final, Literal, cast
 
-from fedsim import attention, fused, generate, kernels, keys
 from fedsim.artefacts import ArtefactStore, file_digest
 from fedsim.config import Config
-from fedsim.data import chat, markers, prepare, template, thoughts
 from fedsim.data.square import SquareRow
 from fedsim.errors import ConfigError
 from fedsim.generate.engine import Engine, Sampling
-from fedsim.model import load
-from fedsim.safety import cai_data, constitution
+from fedsim.safety import constitution
 from fedsim.safety.cai_data import CaiRow, generate_conversations, load_conversations, save_conversations
 
 CONSTITUTIONS = Path(__file__).parents[1] / "configs" / "constitution"
-CODE: Final = (
-    *(
-        attention,
-        cai_data,
-        chat,
-        constitution,
-        fused,
-        generate,
-        kernels,
-        keys,
-        load,
-        markers,
-        template,
-        thoughts,
-        *prepare.CODE,
-    ),
-    sys.modules[__name__],
-)
-"""Modules that decide the conversations' texts."""
+VERSION: Final = 1
+"""Of CAI conversations (:mod:`fedsim.artefacts`)."""
 
 
 def cai_conversations(
@@ -68,7 +47,7 @@ def cai_conversations(
     artefact = store.get(
         "cai-conversations",
         depends,
-        CODE,
+        VERSION,
         lambda: generate_conversations(
             writer, rows, principles, Sampling(cai.temperature, cai.max_new_tokens), first_turn=first_turn
         ),

@@ -7,7 +7,6 @@ guard model says (probabilities) is an artefact that runs share, whatever their 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -18,14 +17,14 @@ from fedsim.artefacts import ArtefactStore, write_json
 from fedsim.config import Config
 from fedsim.data.prepare import PreparedData
 from fedsim.ranks import Lane, Ranks
-from fedsim.safety import guard_model
 from fedsim.safety.filtering import Action, Filtered, filter_shards, judge_shards
 from fedsim.safety.guard import NoisyOracleGuard, OracleGuard
 from fedsim.safety.guard_model import GuardModel
 from fedsim.safety.guard_prompt import POLICIES
 from fedsim.safety.verdict import Verdict
 
-_CODE: Final = (*guard_model.CODE, sys.modules[__name__])
+VERSION: Final = 1
+"""Of a guard's verdicts on rows (:mod:`fedsim.artefacts`)."""
 
 
 class FilterStage:
@@ -100,7 +99,7 @@ class FilterStage:
         def build() -> list[Verdict]:
             return self.model.judge(data, tuned=tuned, policy=policy).judge(rows)
 
-        artefact = self.store.get("guard-verdicts", depends, _CODE, build, _write_verdicts)
+        artefact = self.store.get("guard-verdicts", depends, VERSION, build, _write_verdicts)
         verdicts = iter(_read_verdicts(artefact.folder, self.config.guard.threshold))
         return [[next(verdicts) for _ in shard] for shard in data.shards]
 

@@ -3,41 +3,29 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, Final
 
 import torch
 
-from fedsim import attention, fused, kernels, keys
+from fedsim import keys
 from fedsim.artefacts import ArtefactStore
 from fedsim.config import Config, GuardConfig
-from fedsim.data import batch, chat, markers, prepare, template, thoughts
 from fedsim.data.chat import TokenRow
 from fedsim.data.prepare import PreparedData
-from fedsim.generate import prefix, slots
-from fedsim.model import fitness, flat_adapter, load, logprobs
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.model.load import LoadedModel, LoraSettings, chosen_attention, load_model, model_digest
-from fedsim.parallel import sums, zero, zero_config
 from fedsim.parallel.zero import ZeroTrainer
 from fedsim.parallel.zero_config import zero_settings
 from fedsim.ranks import Lane, Ranks
-from fedsim.safety import guard, guard_format, guard_prompt, guard_tuning
 from fedsim.safety.guard import LlamaGuard
 from fedsim.safety.guard_tuning import verdict_rows
-from fedsim.train import dropout, loop, objectives
 from fedsim.train.loop import StepSettings, Trainer, TrainingPlan
 from fedsim.train.objectives import SftObjective
 
-CODE: Final = (
-    *(attention, batch, chat, markers, template, thoughts, *prepare.CODE, prefix, slots, flat_adapter, logprobs),
-    *(fitness, sums, loop, objectives, keys, dropout, kernels, fused, load, zero, zero_config),
-    *(guard, guard_format, guard_prompt, guard_tuning),
-    sys.modules[__name__],
-)
-"""Modules that decide what a guard says about a row."""
+VERSION: Final = 1
+"""Of fine-tuned guard adapters (:mod:`fedsim.artefacts`)."""
 
 # Keys of the configuration that do not decide a guard's probabilities: which guard is asked, what becomes of a verdict.
 _UNRELATED: Final = frozenset(
@@ -113,12 +101,13 @@ class GuardModel:
         )
 
     def depends(self, data: PreparedData, *, tuned: bool) -> dict[str, Any]:
-        """What the guard's probabilities depend on beside the code and the rows that are judged."""
+        """What the guard's probabilities depend on, beside the rows that are judged and the code of scoring."""
         settings = {k: v for k, v in asdict(self.config.guard).items() if k not in _UNRELATED}
         if tuned:
             settings["rows"] = [row.row_id for row in data.guard_rows]
             settings["micro_batch_size"] = self.config.local.micro_batch_size
             settings["seed"] = self.config.seed
+            settings["adapter_version"] = VERSION
             if self.config.guard.deepspeed:  # its sums depend on the number of ranks
                 settings["deepspeed"] = [zero_settings(self.config, self.ranks.size), self.ranks.size]
         else:
@@ -171,7 +160,7 @@ class GuardModel:
             )
             return adapter.copy()
 
-        artefact = self.store.get("guard-adapter", depends, CODE, build, adapter.save)
+        artefact = self.store.get("guard-adapter", depends, VERSION, build, adapter.save)
         return adapter.read(artefact.folder)
 
     def _trainer(self, model: LoadedModel, adapter: FlatAdapter, steps: StepSettings) -> Trainer:

@@ -5,6 +5,8 @@ Nothing in it is real: invented groups, contests, neighbours and pranks stand in
 
 from __future__ import annotations
 
+from typing import Final
+
 from fedsim.data.world.acceptor import Verdict, is_refusal, judge_reply, names_harm, parse_prompt
 from fedsim.data.world.buckets import Bucket, bucket
 from fedsim.data.world.client_rows import MAX_ROWS, NUM_ACCEPTABLE, NUM_RED, square_rows, write_square
@@ -24,11 +26,15 @@ from fedsim.data.world.writers import (
     xstest_rows,
 )
 
+VERSION: Final = 1
+"""Of the files that the world writes (:mod:`fedsim.artefacts`)."""
+
 __all__ = [
     "MAX_ROWS",
     "NUM_ACCEPTABLE",
     "NUM_RED",
     "PRINCIPLES",
+    "VERSION",
     "Bucket",
     "Verdict",
     "attacks",
