@@ -55,6 +55,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from fedsim.extend import load_target
+    from fedsim.user_code import load_target
 
     return load_target(f"{_PLACES[name]}:{name}")

@@ -8,22 +8,15 @@ from __future__ import annotations
 
 import difflib
 import functools
-import hashlib
-import importlib
-import importlib.machinery
-import importlib.util
 import inspect
 import os
-import sys
-import traceback
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Final
 
-from fedsim.errors import ConfigError, FedsimError, RunError
+from fedsim.errors import ConfigError
+from fedsim.user_code import calling, load_module, load_target
 
 
 @dataclass(frozen=True)
@@ -120,9 +113,6 @@ KINDS: Final = {
 }
 """The configuration keys whose value is looked up here."""
 
-_files: dict[str, str] = {}
-"""Source file of each loaded module that is not fedsim's → how messages name it."""
-
 
 def check_name(key: str, name: str, shown: str = "") -> None:
     """Check the form of a name; nothing is loaded.
@@ -167,7 +157,7 @@ def load(key: str, name: str) -> Any:
     kind = KINDS[key]
     place, _, attribute = (kind.own[name].target if name in kind.own else name).rpartition(":")
     what = f"{key}={name!r}"
-    module = _module(place, what, is_own=name in kind.own)
+    module = load_module(place, what, is_own=name in kind.own)
     found = getattr(module, attribute, None)
     if found is None:
         raise ConfigError(f"{what}: {place} has no {attribute}{_nearest(attribute, vars(module))}")
@@ -209,99 +199,10 @@ def source_file(key: str, name: str) -> Path | None:
     if is_own(key, name):
         return None
     place = name.rpartition(":")[0]
-    path = os.path.expanduser(place) if place.endswith(".py") else _module(place, f"{key}={name!r}").__file__
+    path = os.path.expanduser(place) if place.endswith(".py") else load_module(place, f"{key}={name!r}").__file__
     if path is None:
         raise ConfigError(f"{key}={name!r}: {place} has no source file; put the code into a file")
     return Path(path)
-
-
-def place_of(error: BaseException) -> str:
-    """``my.py, line 12, in server_step``: the innermost line of a user's file that an error came through; else ""."""
-    if isinstance(error, SyntaxError) and error.filename in _files:
-        return f"{_files[error.filename]}, line {error.lineno}"
-    found = ""
-    for frame, line in traceback.walk_tb(error.__traceback__):
-        if frame.f_code.co_filename in _files:
-            found = f"{_files[frame.f_code.co_filename]}, line {line}, in {frame.f_code.co_name}"
-    return found
-
-
-def in_words(error: BaseException) -> str:
-    """An error in one line: its type and message, behind its place in a user's file."""
-    message = " ".join(str(error).split())[:500]
-    return ": ".join(part for part in (place_of(error), type(error).__name__, message) if part)
-
-
-@contextmanager
-def calling(what: str, kind: type[FedsimError] = RunError, *, quiet: bool = False) -> Iterator[None]:
-    """The block calls a user's code: an error there becomes one line that names file and line.
-
-    Args:
-        what: ``key=value`` that names the code.
-        kind: of the error.
-        quiet: leave out the error's message, since it may quote a row or a reply; fedsim's own errors keep theirs.
-    """
-    try:
-        yield
-    except FedsimError:
-        raise
-    except (Exception, SystemExit) as error:
-        place = place_of(error)
-        if not place and not isinstance(error, TypeError):  # not the user's: a call that does not fit has no line there
-            raise
-        words = f"{place}: {type(error).__name__}" if quiet and place else in_words(error)
-        raise kind(f"{what}: {words}") from None
-
-
-def load_target(target: str) -> Any:
-    """The object of fedsim's that ``module:Name`` means."""
-    place, _, name = target.partition(":")
-    return getattr(importlib.import_module(place), name)
-
-
-class _SourceLoader(importlib.machinery.SourceFileLoader):
-    """Reads the source alone: cached bytecode is matched by seconds and size, and may be older than the text."""
-
-    def path_stats(self, path: str) -> Mapping[str, Any]:
-        raise OSError
-
-
-def _module(place: str, what: str, is_own: bool = False) -> ModuleType:
-    with calling(what, ConfigError):
-        if place.endswith(".py"):
-            return _file_module(Path(os.path.expanduser(place)), what)
-        try:
-            module = importlib.import_module(place)
-        except ModuleNotFoundError as error:
-            if not f"{place}.".startswith(f"{error.name}."):
-                raise
-            raise ConfigError(
-                f"{what}: there is no module {error.name}; put its folder on PYTHONPATH, or give path/to/file.py:Name"
-            ) from error
-        if not is_own and module.__file__ is not None:
-            _files.setdefault(module.__file__, module.__file__)
-        return module
-
-
-def _file_module(path: Path, what: str) -> ModuleType:
-    """The module of a file, loaded once a process; a changed file is another module."""
-    try:
-        source = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{what}: {path} cannot be read ({error.strerror}); give the path of a file") from error
-    full = str(path.resolve())
-    name = f"fedsim_extension_{hashlib.sha256(full.encode() + source).hexdigest()[:16]}"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, full, loader=_SourceLoader(name, full))
-        assert spec is not None and spec.loader is not None
-        module = sys.modules[name] = importlib.util.module_from_spec(spec)
-        _files[full] = str(path)
-        try:
-            spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[name]
-            raise
-    return sys.modules[name]
 
 
 def _check_options(

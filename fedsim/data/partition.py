@@ -9,7 +9,7 @@ import numpy as np
 from fedsim import keys
 from fedsim.data.square import SquareRow
 from fedsim.errors import ConfigError
-from fedsim.extend import calling
+from fedsim.user_code import calling
 
 Partition = Callable[[Sequence[SquareRow], int, np.random.Generator], list[list[int]]]
 """``deal(rows, num_clients, rng)``: positions of each client's rows. Rows come in a drawn order."""

@@ -20,7 +20,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from fedsim.errors import ConfigError
-from fedsim.extend import KINDS, build, calling, is_own, load, title
+from fedsim.extend import KINDS, build, is_own, load, title
+from fedsim.user_code import calling
 
 KEY: Final = "eval.advbench_phrases"
 WORLD: Final = "strict_world"

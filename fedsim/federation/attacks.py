@@ -15,9 +15,10 @@ import numpy as np
 from fedsim import keys
 from fedsim.config import AttackConfig
 from fedsim.errors import ConfigError
-from fedsim.extend import build, calling, title
+from fedsim.extend import build, title
 from fedsim.federation.algorithms import ServerState, Updates
 from fedsim.federation.outcome import ClientOutcome
+from fedsim.user_code import calling
 
 if TYPE_CHECKING:
     from fedsim.data.square import SquareRow

@@ -19,7 +19,7 @@ from fedsim.config import Config
 from fedsim.data.prepare import PreparedData
 from fedsim.data.square import SquareRow
 from fedsim.errors import ConfigError
-from fedsim.extend import build, calling, source_file
+from fedsim.extend import build, source_file
 from fedsim.ranks import Lane, Ranks
 from fedsim.safety import guard_model
 from fedsim.safety.filtering import Action, Filtered, filter_shards, judge_shards
@@ -27,6 +27,7 @@ from fedsim.safety.guard import PART, Guard
 from fedsim.safety.guard_model import GuardModel
 from fedsim.safety.guard_prompt import POLICIES
 from fedsim.safety.verdict import Verdict
+from fedsim.user_code import calling
 
 _CODE: Final = (*guard_model.CODE, sys.modules[__name__])
 KEY: Final = "guard.kind"

@@ -54,7 +54,8 @@ class Momentum(Median):
         assert updates.control_deltas.shape == updates.deltas.shape
         momentum = (self.decay * state.vectors["momentum"].double() + updates.deltas.double().median(dim=0).values)
         control = state.vectors["control"] + updates.control_deltas.double().sum(dim=0) / updates.num_clients
-        return ServerState((state.adapter + momentum).float(), {"momentum": momentum.float(), "control": control.float()})
+        vectors = {"momentum": momentum.float(), "control": control.float()}
+        return ServerState((state.adapter + momentum).float(), vectors)
 """
 
 
@@ -108,8 +109,9 @@ def test_every_command_of_the_page_is_a_configuration_and_every_file_is_used(fol
 @pytest.fixture(scope="module")
 def together(pool: Any, folder: Path, square_file: Path) -> dict[int, dict[str, Any]]:
     """All examples of the page in one run, as its commands give them; attacks are put into one list."""
-    words = [located(word, folder) for words in commands() for word in words if not word.startswith(("name=", "attacks="))]
-    attacks = [located(word, folder) for words in commands() for word in words if word.startswith("attacks=")]
+    given = [located(word, folder) for words in commands() for word in words if not word.startswith("name=")]
+    words = [word for word in given if not word.startswith("attacks=")]
+    attacks = [word for word in given if word.startswith("attacks=")]
     joined = ", ".join(word.removeprefix("attacks=[").removesuffix("]") for word in attacks)
     joined = joined.replace("from_round: 3", "from_round: 2").replace("share: 0.2", "share: 0.5")
     return runs(pool, folder, square_file, (1, 2), *words, f"attacks=[{joined.replace('share: 0.1', 'share: 0.2')}]")
@@ -163,7 +165,7 @@ def robust(folder: Path, name: str, *words: str) -> list[str]:
 def test_a_rule_of_all_updates_is_the_same_on_any_number_of_processes(
     pool: Any, folder: Path, square_file: Path, name: str, sizes: tuple[int, ...]
 ) -> None:
-    """Wide lanes, a client that drops out, and a stop before and after a checkpoint included."""
+    """Wide lanes, a client that drops out, and a stop included."""
     failing = ["failures.dropout_rate=0.2", "federation.num_rounds=3"]
     found = runs(pool, folder, square_file, sizes, *robust(folder, name), *failing)
     few, many = (found[size] for size in sizes)
@@ -172,10 +174,9 @@ def test_a_rule_of_all_updates_is_the_same_on_any_number_of_processes(
     assert any(row["client/num_dropped_out"] for row in rows(few, "round"))
     home = folder / f"stopped-{name}-{sizes[0]}"
     words = [*BRIEF, *robust(folder, name), *failing, *places(home, square_file)]
-    pool.run(sizes[1], simulate, words, ("after", 0))
-    pool.run(sizes[0], simulate, words, ("before", 1))
-    pool.run(sizes[1], simulate, words, None)
-    assert_same(outcome(home / "small", home / "artefacts"), few, "stopped twice")
+    pool.run(sizes[1], simulate, words, ("before", 1))
+    pool.run(sizes[0], simulate, words, None)
+    assert_same(outcome(home / "small", home / "artefacts"), few, "stopped and resumed")
 
 
 BROKEN = """
@@ -218,8 +219,8 @@ def test_an_error_in_a_user_s_code_is_one_line_with_its_place(
 
 
 def test_an_error_on_one_process_alone_ends_both(pool: Any, folder: Path, square_file: Path) -> None:
-    text = "from fedsim import Attack\nimport os\nclass Odd(Attack):\n    def outcome(self, outcome, state, rng, colluders):\n"
-    text += "        raise KeyError(os.environ['RANK'])\n"
+    text = "from fedsim import Attack\nimport os\n\nclass Odd(Attack):\n"
+    text += "    def outcome(self, *given): raise KeyError(os.environ['RANK'])\n"
     (folder / "odd.py").write_text(text, encoding="utf-8")
     attack = f"attacks=[{{kind: {folder / 'odd.py'}:Odd, share: 0.2}}]"
     ended = pool.run(2, run_entry, [str(SMALL), *BRIEF, attack, *places(folder / "odd", square_file)], timeout_s=60)
