@@ -31,6 +31,7 @@ VERSION: Final = 1
 _UNRELATED: Final = frozenset(
     {
         "kind",
+        "options",
         "path",
         "tpr",
         "fpr",
