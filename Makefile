@@ -4,9 +4,10 @@
 # make test-oldest  a part of the tests with the oldest torch and transformers allowed (downloads them to .venv-oldest)
 # make bench     time every stage beside its peers, about 12 minutes; the rows go to tools/bench/results/
 # make rehearse  count the CUDA path's steps at 8B shapes without a GPU, about 5 minutes; needs g++ and a CPU build of
-#                torch; the table goes to tools/rehearsal/results/
+#                torch; the table goes to docs/results/rehearsal.md
 # make lint      ruff and mypy alone;  make format  lets ruff lay out the code
-# make chaos     kill a run 100 times at random moments and compare, about half an hour; the result goes to README.md
+# make chaos     kill a run 100 times at random moments and compare, half an hour; the result goes to docs/results/chaos.md
+# make docs      build docs/ as a site into build/site; a broken link is an error
 # make audit     known vulnerabilities of the pinned versions; needs the network (ARGS="-s osv" asks another service)
 # make clean     remove .venv and .venv-oldest, builds and caches; runs/ stays
 #
@@ -29,7 +30,7 @@ export OMP_NUM_THREADS := 1
 # Tests of one file stay in one process: they share what its fixtures made.
 SHARED_OUT := -n 2 --dist loadfile
 
-.PHONY: help demo test test-deep test-oldest bench rehearse chaos lint format audit clean
+.PHONY: help demo test test-deep test-oldest bench rehearse chaos lint format docs audit clean
 .DELETE_ON_ERROR:
 
 help:
@@ -70,6 +71,9 @@ format: $(VENV)/installed-test
 chaos: $(VENV)/installed-test
 	$(BIN)/python tools/chaos/run.py --kills 100 --publish $(ARGS)
 
+docs: $(VENV)/installed-docs
+	$(BIN)/zensical build --clean --strict
+
 audit: $(VENV)/installed-audit
 	$(BIN)/python tools/audit.py constraints.txt $(ARGS)
 
@@ -99,6 +103,10 @@ $(OLDEST)/installed-test: $(INPUTS) constraints-oldest.txt
 	$(OLDEST)/bin/pip install -c $(OLDEST)/pins.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' constraints-oldest.txt)"
 	$(OLDEST)/bin/pip install -c $(OLDEST)/pins.txt -e '.[test]'
 	@touch $@
+
+$(VENV)/installed-docs: $(VENV)/torch
+	$(BIN)/pip install -c constraints.txt -e '.[docs]'
+	@touch $(VENV)/installed $@
 
 # It needs some of what is pinned, and is none of it.
 $(VENV)/installed-audit: $(VENV)/torch

@@ -2,7 +2,7 @@
 
 Writes one for every client, as a run does, and times writing and reading one, a resume's check of all and a round's
 clearing away of old ones; resident memory is watched meanwhile, as only what is mapped into memory or copied shows in
-it. The row goes to ``tools/bench/results/<device>/operations/client_scale.json``; ``tools/soak.py --readme`` shows it.
+it. The row goes to ``tools/bench/results/<device>/operations/client_scale.json``; ``tools/soak.py --page`` shows it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The paper's elapsed times beside measured rows and their projection: ``python tools/costs.py [RUN …] [--readme]``.
+"""The paper's elapsed times beside measured rows and their projection: ``python tools/costs.py [RUN …] [--page]``.
 
 Arithmetic alone: nothing is run. ``--rows`` is a machine's folder of committed benchmark rows (by default a GPU's, if
 there is one), ``--target`` a machine to project to, such as 4xH200 (may be repeated). RUN directories add the seconds
-of their phases. ``--json FILE`` writes all figures, ``--readme`` the README's table and ``docs/costs.md``.
+of their phases. ``--json FILE`` writes all figures, ``--page`` ``docs/results/costs.md``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ sys.path.insert(0, str(ROOT))
 
 from fedsim.errors import ConfigError  # noqa: E402
 from fedsim.launching import Parser, launched  # noqa: E402
-from fedsim.record.blocks import replace_block  # noqa: E402
 from fedsim.record.costs import Effort, Measured, Piece, Report, machine, report, run_table  # noqa: E402
 from fedsim.record.groups import short_names  # noqa: E402
 from fedsim.record.metrics import MetricLog  # noqa: E402
@@ -30,7 +29,7 @@ from tools.bench.models import GPU  # noqa: E402
 from tools.bench.paper_work import paper_work  # noqa: E402
 from tools.bench.rows import Row, StageResult  # noqa: E402
 
-README, PAGE = ROOT / "README.md", ROOT / "docs" / "costs.md"
+PAGE = ROOT / "docs" / "results" / "costs.md"
 RESULTS = ROOT / "tools" / "bench" / "results"
 TARGETS = ("4xA100-SXM4-80GB", "4xH200")
 # Stage and beginning of the row's name, the best first, and the entry of its shapes that a unit is one of.
@@ -122,7 +121,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rows", help="folder of committed rows, by name or path")
     parser.add_argument("--target", action="append", help=f"a machine to project to; {' and '.join(TARGETS)}")
     parser.add_argument("--json", type=Path, help="write the figures as JSON to this file")
-    parser.add_argument("--readme", action="store_true", help="write the README's table and docs/costs.md")
+    parser.add_argument("--page", action="store_true", help="write docs/results/costs.md")
     return parser.parse_args(arguments)
 
 
@@ -136,8 +135,7 @@ def tell(asked: argparse.Namespace) -> None:
     if asked.json is not None:
         content = {"work": {name: asdict(effort) for name, effort in work.items()}, **asdict(found)}
         _write(asked.json, json.dumps({**content, "runs": [seconds.head, *seconds.rows] if runs else []}) + "\n")
-    if asked.readme:
-        _write(README, replace_block(README.read_text(encoding="utf-8"), "costs", block(found)))
+    if asked.page:
         _write(PAGE, page(found, work, seconds if runs else None))
 
 
@@ -155,19 +153,15 @@ def projected_report(
     return report(read(chosen(rows, known)), work, [machine(text) for text in targets or TARGETS], why)
 
 
-def block(found: Report) -> str:
-    """The README's block."""
-    return f"{found.table().markdown()}\n\n{found.caption} Formulas: [docs/costs.md](docs/costs.md)."
-
-
 def page(found: Report, work: Mapping[str, Any], runs: Any) -> str:
-    """``docs/costs.md``."""
+    """The result page."""
     first, *others = found.formulas(work)
     parts = [
         "# What the paper's runs cost",
-        "Written by `python tools/costs.py --readme`; nothing below is typed in.",
+        "Written by `python tools/costs.py --page`; nothing below is typed in.",
         found.table().markdown(),
         found.caption,
+        "## Formulas",
         first,
         "\n".join(f"- {line}" for line in others),
     ]

@@ -7,8 +7,8 @@ the pretrained model's evaluation) is made before by one run of each setting tha
 round of any run. Shown are medians over rounds and repeats, with the quartiles, and the ratio of exact to fast: median
 of the repeats' own ratios, with the smallest and the largest.
 
-The rows go to ``tools/bench/results/<device>/operations/exact_cost.json``; ``--readme`` runs nothing and writes the
-README's block from them.
+The rows go to ``tools/bench/results/<device>/operations/exact_cost.json``; ``--page`` runs nothing and writes
+``docs/results/exact-cost.md`` from them.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from tools import running  # noqa: E402
 from tools.bench.rows import Row, StageResult  # noqa: E402
 
 NAME = "exact_cost"
+PAGE = running.PAGES / "exact-cost.md"
 BRIEF = ["name=cost", "federation.num_rounds=4", "guard.kind=none", "eval.every=2", "eval.limit=50", "wandb.mode=off"]
 PHASES = ("train", "aggregate", "cai", "evaluate", "round")
 TITLES = {
@@ -163,16 +164,20 @@ def table(rows: Sequence[Row]) -> Table:
     return Table(["processes", "phase", "exact, s", "fast, s", "exact ÷ fast"], lines, num_text=2)
 
 
-def block() -> str:
-    """The README's block, from the rows' file."""
+def page() -> str:
+    """The result page, from the rows' file."""
     found = running.newest_rows(NAME)
     repeats = found.rows[0].shapes["repeats"]
     made = " ".join(["python tools/exact_cost.py", *found.facts["words"]])
-    return (
-        f"{table(found.rows).markdown()}\n\nSeconds of a round, median [quartiles] over {repeats} run(s) each that "
-        f"took turns; ratio: median [smallest, largest] of the turns. The demo with {', '.join(BRIEF[1:])}, unless "
-        f"overridden. {running.measured_on(found)} Made by `{made}`."
-    )
+    parts = [
+        "# Cost of exact mode",
+        "The same run with `parallel.exact` on and off. Written by `python tools/exact_cost.py --page`.",
+        table(found.rows).markdown(),
+        f"Seconds of a round, median [quartiles] over {repeats} run(s) each that took turns; ratio: median [smallest, "
+        f"largest] of the turns. The demo with {', '.join(BRIEF[1:])}, unless overridden. "
+        f"{running.measured_on(found)} Made by `{made}`.",
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -183,7 +188,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3, help="runs of each setting (3)")
     parser.add_argument("--limit-s", type=float, default=300.0, help="longest time of one run (300)")
     parser.add_argument("--out", type=Path, help="file for the rows")
-    parser.add_argument("--readme", action="store_true", help="run nothing, write the README's block from the rows")
+    parser.add_argument("--page", action="store_true", help=f"run nothing, write {PAGE.name} from the committed rows")
     asked = parser.parse_intermixed_args(arguments)
     if asked.repeats < 1:
         raise ConfigError(f"--repeats {asked.repeats}: must be >= 1; the spread needs several")
@@ -195,8 +200,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def tell(asked: argparse.Namespace) -> None:
     """Run, print and write."""
-    if asked.readme:
-        running.write_readme(NAME, block())
+    if asked.page:
+        running.write_page(PAGE, page())
         return
     facts = running.facts() | {"words": list(asked.given)}
     settings = [Setting(count, exact) for count in asked.counts for exact in (True, False)]

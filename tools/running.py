@@ -1,4 +1,4 @@
-"""Runs that tools start as a user does, the rows' file of what was measured on them, and the README's block of it."""
+"""Runs that tools start as a user does, the rows' file of what was measured on them, and the result page of it."""
 
 from __future__ import annotations
 
@@ -14,17 +14,16 @@ from typing import Any
 from fedsim.config import load_config
 from fedsim.config.command_line import DEFAULT
 from fedsim.errors import ConfigError
-from fedsim.record.blocks import write_block
 from fedsim.record.manifest import hardware, package_versions
 from fedsim.version import git_state
 from tools.bench.rows import StageResult
 
 ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
+PAGES = ROOT / "docs" / "results"
 RESULTS = ROOT / "tools" / "bench" / "results"
 FOLDER = "operations"  # beside the benchmark's own rows, which are of single pieces of work
 PACKAGES = ("torch", "transformers", "peft")
-WRITTEN = ("tools/bench/results", "README.md")  # by these tools, not what they measure
+WRITTEN = ("tools/bench/results", "docs/results")  # by these tools, not what they measure
 
 
 def command(num_ranks: int, words: Sequence[str]) -> list[str]:
@@ -119,13 +118,18 @@ def newest_rows(name: str, results: Path = RESULTS) -> StageResult:
     """
     found = [StageResult.read(path) for path in results.glob(f"*/{FOLDER}/{name}.json")]
     if not found:
-        raise ConfigError(f"--readme: no {FOLDER}/{name}.json in {results}; measure first, without --readme")
+        raise ConfigError(f"--page: no {FOLDER}/{name}.json in {results}; measure first, without --page")
     return max(found, key=lambda result: str(result.facts["date"]))
 
 
-def write_readme(name: str, content: str, page: Path = README) -> None:
-    """Replace the README's block ``name``."""
+def write_page(path: Path, text: str) -> None:
+    """Write a result page.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
     try:
-        write_block(page, name, content)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{page}: block {name} cannot be written ({error}); put its two marks back") from error
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written ({error.strerror}); mend its folder") from error
+    print(f"written: {path}")

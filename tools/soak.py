@@ -6,8 +6,8 @@ process, and the files of the run directory. glibc is told to give back at once 
 its heap wanders by several MiB, among which a leak would hide. What counts as flat stands in ``tools/growth.py``; the
 exit status is 2 unless everything is. Logs, and what is kept of evaluations, grow on purpose: their bytes are told.
 
-The rows go to ``tools/bench/results/<device>/operations/soak.json``; ``--readme`` runs nothing and writes the README's
-block from them and from those of ``tools/client_scale.py``.
+The rows go to ``tools/bench/results/<device>/operations/soak.json``; ``--page`` runs nothing and writes
+``docs/results/soak.md`` from them and from those of ``tools/client_scale.py``.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from tools.growth import DISK, FILES, GROWS, HANDLES, MEMORY, SPAN, UNDECIDED, S
 from tools.watching import CORE, WORKER, watch  # noqa: E402
 
 NAME = "soak"
+PAGE = running.PAGES / "soak.md"
 WARM_UP = 40  # caches and heaps fill
 SMALL = [
     "name=soak", "federation.algorithm=scaffold", "federation.num_clients=6", "federation.clients_per_round=5",
@@ -142,19 +143,23 @@ def _cell(row: Row, quantity: str) -> str:
     return f"{level}{unit}, {growth:+.2f} [{low:.2f}, {high:.2f}], {row.note}"
 
 
-def block() -> str:
-    """The README's block, from the rows' files."""
+def page() -> str:
+    """The result page, from the rows' files."""
     found, state = running.newest_rows(NAME), running.newest_rows(client_scale.NAME)
     rounds = sorted({row.shapes["rounds"] for row in found.rows})
-    return "\n\n".join(
-        [
-            table(found.rows).markdown(),
-            f"Level, growth and verdict over {' and '.join(map(str, rounds))} rounds after a warm-up, glibc giving "
-            "back at once what is freed; of several ranks the one whose interval reaches highest. "
-            f"{running.measured_on(found)} Made by `python tools/soak.py`.",
-            f"{client_scale.sentence(state)} {running.measured_on(state)} Made by `python tools/client_scale.py`.",
-        ]
-    )
+    parts = [
+        "# Soak and client scale",
+        "A long run watched from outside, and SCAFFOLD's state of many clients. Written by `python tools/soak.py "
+        "--page`.",
+        "## Growth over a long run",
+        table(found.rows).markdown(),
+        f"Level, growth and verdict over {' and '.join(map(str, rounds))} rounds after a warm-up, glibc giving "
+        "back at once what is freed; of several ranks the one whose interval reaches highest. "
+        f"{running.measured_on(found)} Made by `python tools/soak.py`.",
+        "## State of many clients",
+        f"{client_scale.sentence(state)} {running.measured_on(state)} Made by `python tools/client_scale.py`.",
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -165,7 +170,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--warm-up", type=int, default=WARM_UP, help=f"rounds that do not count ({WARM_UP})")
     parser.add_argument("--limit-s", type=float, default=540.0, help="longest time of one run (540)")
     parser.add_argument("--out", type=Path, help="file for the rows")
-    parser.add_argument("--readme", action="store_true", help="run nothing, write the README's block from the rows")
+    parser.add_argument("--page", action="store_true", help=f"run nothing, write {PAGE.name} from the committed rows")
     asked = parser.parse_intermixed_args(arguments)
     asked.counts = running.process_counts(asked.nproc)
     asked.words = running.run_words(asked.words, SMALL)
@@ -178,8 +183,8 @@ def tell(asked: argparse.Namespace) -> None:
     Raises:
         RunError: something grows, or too few rounds were seen to tell.
     """
-    if asked.readme:
-        running.write_readme(NAME, block())
+    if asked.page:
+        running.write_page(PAGE, page())
         return
     facts, rows = running.facts(), []
     with tempfile.TemporaryDirectory() as folder:

@@ -1,9 +1,9 @@
 """A grid over configuration keys: ``tools/sweep.py SWEEP.yaml [--form quick|full] [key=value …] [--seeds 0-2]``.
 
 Runs what is not finished yet, then writes a tidy CSV, a plot and findings that follow from intervals over seeds.
-``--publish`` also copies the CSV to ``docs`` and makes the page from it; ``--pages`` runs nothing and makes the page
-from the CSV that is there. Sweeps that ship with fedsim are in ``configs/sweeps``; ``fedsim/study/grid.py`` describes
-them.
+``--publish`` also copies the CSV to ``docs/results`` and writes plot and page there; ``--page`` runs nothing and writes
+them from the committed CSV. Sweeps that ship with fedsim are in ``configs/sweeps``; ``fedsim/study/grid.py`` describes
+their files.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fedsim.study.cells import run_cells
 from fedsim.study.command import add_run_options, launch_of, made_by, parse_seeds, say, write_csv
 from fedsim.study.grid import FORMS, Sweep, point_name, read_sweep
 from fedsim.study.outcomes import Outcome, check_paired
-from fedsim.study.published import ORIGINS, RESULTS, Blocks, origin_of, read_origin, write_origin, write_pages
+from fedsim.study.published import ORIGINS, RESULTS, origin_of, read_origin, write_origin
 from fedsim.study.stamp import measured_on
 from fedsim.study.sweep import finding, read_records, tidy_rows
 from fedsim.study.sweep_plot import write_plot
@@ -28,6 +28,12 @@ from fedsim.study.sweep_plot import write_plot
 ROOT = Path(__file__).resolve().parents[1]
 
 INTERVALS = "Intervals are over seeds, paired; the prompts are one fixed set."
+
+INTRODUCTION = (
+    "Findings are computed by `python tools/sweep.py FILE --page` from {csv}, by 95 % intervals over paired "
+    "seeds; means stand in brackets. The cells are those of the quick form of `configs/sweeps/{file}.yaml`. "
+    "[What such figures can and cannot show](../embedded-world.md)."
+)
 
 
 def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Sweep]:
@@ -46,12 +52,16 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Sweep]:
 
 def run(args: argparse.Namespace, sweep: Sweep) -> None:
     """Run the cells and write what they show."""
-    if not args.pages:
+    if not args.page:
         _measure(args, sweep)
-    if args.publish or args.pages:
-        records = read_records(ROOT / "docs" / f"sweep-{sweep.name}.csv")
-        write_plot(sweep, records, ROOT / "docs" / f"sweep-{sweep.name}.png")
-        write_pages(ROOT, blocks(ROOT, sweep))
+    if args.publish or args.page:
+        write_plot(sweep, read_records(_published(ROOT, sweep, "csv")), _published(ROOT, sweep, "png"))
+        _published(ROOT, sweep, "md").write_text(page(ROOT, sweep), encoding="utf-8")
+
+
+def _published(root: Path, sweep: Sweep, suffix: str) -> Path:
+    """A sweep's committed file: ``csv``, ``png`` or ``md``."""
+    return root / RESULTS / f"sweep-{sweep.name}.{suffix}"
 
 
 def _measure(args: argparse.Namespace, sweep: Sweep) -> None:
@@ -79,21 +89,25 @@ def _measure(args: argparse.Namespace, sweep: Sweep) -> None:
     (folder / "finding.md").write_text("\n".join([*lines, "", note, ""]), encoding="utf-8")
     print("\n".join(["", *lines, "", note, f"Written: {folder}/sweep.csv, sweep.png, finding.md"]), flush=True)
     if args.publish:
-        shutil.copyfile(folder / "sweep.csv", ROOT / "docs" / f"sweep-{sweep.name}.csv")
+        shutil.copyfile(folder / "sweep.csv", _published(ROOT, sweep, "csv"))
         write_origin(ROOT / RESULTS / ORIGINS, f"sweep-{sweep.name}", origin)
 
 
-def blocks(root: Path, sweep: Sweep) -> Blocks:
-    """The sweep's block of docs/sweeps.md, made from the committed records alone."""
+def page(root: Path, sweep: Sweep) -> str:
+    """The result page, made from the committed records alone."""
     name = f"sweep-{sweep.name}"
-    records, origin = read_records(root / "docs" / f"{name}.csv"), read_origin(root / RESULTS / ORIGINS, name)
+    records = read_records(_published(root, sweep, "csv"))
+    origin = read_origin(root / RESULTS / ORIGINS, name)
     parts = [
+        f"# Sweep: {sweep.what}",
+        *([sweep.about] if sweep.about else []),
+        INTRODUCTION.format(file=sweep.name, csv=f"[{name}.csv]({name}.csv)"),
         "\n".join(f"- {finding(comparison, records)}" for comparison in sweep.findings),
         f"![{sweep.what}]({name}.png)",
         f"{origin.setting} {INTERVALS} {origin.measured}",
-        f"Made by {origin.made_by}; figures: [{name}.csv]({name}.csv).",
+        f"Made by {origin.made_by}.",
     ]
-    return {Path("docs/sweeps.md"): {sweep.name: "\n\n".join(parts)}}
+    return "\n\n".join(parts) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

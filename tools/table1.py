@@ -2,8 +2,8 @@
 
 Runs what is not finished yet (four methods under FedAvg and SCAFFOLD, every seed), then writes one row per arm, seed
 and figure, the table beside the published one, and what the paper's differences come to, with 95 % intervals.
-``--publish`` also copies the rows to ``docs/results`` and makes the pages from them; ``--pages`` runs nothing and makes
-the pages from the rows that are there.
+``--publish`` also copies the rows to ``docs/results`` and writes ``table1.md`` there; ``--page`` runs nothing and
+writes that page from the committed rows.
 """
 
 from __future__ import annotations
@@ -23,20 +23,34 @@ from fedsim.study.outcomes import Outcome
 from fedsim.study.published import (
     ORIGINS,
     RESULTS,
-    Blocks,
     Origin,
     origin_of,
     read_origin,
     write_origin,
-    write_pages,
 )
 from fedsim.study.seed_rows import SeedRow, read_seed_rows, write_seed_rows
 from fedsim.study.stamp import measured_on
 
 ROOT = Path(__file__).resolve().parents[1]
 
+PAGE = RESULTS / "table1.md"
+
 ROWS, CONTROL_ROWS = "table1.csv", "table1-replay.csv"
 """Files of rows; the second is the replay control's, of which there is no configuration yet."""
+
+INTRODUCTION = (
+    "The paper's eight arms on the tiny model and the fictional corpus that ship with fedsim. [What such figures "
+    "can and cannot show](../embedded-world.md). Everything here is computed by `python tools/table1.py --page` "
+    f"from [{ROWS}]({ROWS}), which has one row per arm, seed and figure with the outcome of every item. The bits "
+    "are those of one machine, torch version and number of threads: on another CPU a figure may differ by a prompt."
+)
+
+CONTROL_NOTE = (
+    f"The replay control ([{CONTROL_ROWS}]({CONTROL_ROWS})) is FedAvg, FL + CAI with two changes: the target of "
+    "CAI's SFT is the first response instead of the revision (`pair.rejected` for `pair.chosen` in "
+    "`Aligner.align`; [replay-control.patch](replay-control.patch), made for commit 883972f9a1), and "
+    "`cai.dpo_lr=1e-12`."
+)
 
 
 def run_arms(launch: Launch, seeds: Sequence[int]) -> dict[table1.Arm, list[Outcome]]:
@@ -53,10 +67,10 @@ def run_arms(launch: Launch, seeds: Sequence[int]) -> dict[table1.Arm, list[Outc
 
 def run(args: argparse.Namespace) -> None:
     """Run what is missing, and write the table."""
-    if not args.pages:
+    if not args.page:
         _measure(args)
-    if args.publish or args.pages:
-        write_pages(ROOT, blocks(ROOT))
+    if args.publish or args.page:
+        (ROOT / PAGE).write_text(page(ROOT), encoding="utf-8")
 
 
 def _measure(args: argparse.Namespace) -> None:
@@ -80,26 +94,16 @@ def _measure(args: argparse.Namespace) -> None:
         write_origin(results / ORIGINS, table1.STUDY, origin)
 
 
-def blocks(root: Path) -> Blocks:
-    """The pages' blocks, made from the committed rows alone."""
+def page(root: Path) -> str:
+    """The result page, made from the committed rows alone."""
     results = root / RESULTS
     origin = read_origin(results / ORIGINS, table1.STUDY)
     rows, control = read_seed_rows(results / ROWS), _control(results, origin)
     table = table1.TableOne([*rows, *control])
-    source = f"Made by {origin.made_by}; rows by seed: [table1.csv]"
-    brief, whole = table1_words.brief(table, origin), table1_words.page(table, origin)
-    replay = "\n\n".join(table1_words.replay_lines(table))
-    return {
-        Path("README.md"): {
-            "replay": replay,
-            "table1": "\n\n".join([*brief, f"{source}({RESULTS}/table1.csv)."]),
-        },
-        Path("docs/table1.md"): {
-            "replay": replay,
-            "table1": "\n\n".join([*whole, f"{source}(results/table1.csv)."]),
-        },
-        Path("docs/embedded-world.md"): {"replay": replay},
-    }
+    parts = ["# Table 1 in the embedded world", *table1_words.replay_lines(table), INTRODUCTION]
+    parts += [CONTROL_NOTE] if control else []
+    parts += [*table1_words.page(table, origin), f"Made by {origin.made_by}."]
+    return "\n\n".join(parts) + "\n"
 
 
 def _control(results: Path, origin: Origin) -> list[SeedRow]:

@@ -2,7 +2,7 @@
 
 The guard before and after fine-tuning on the clients' rows, and the red share before and after filtering, beside the
 published figures. The runs are Table 1's own (FedAvg, FL + filter): after that table, this one takes no further run.
-``--publish`` and ``--pages`` are as in ``tools/table1.py``.
+``--publish`` and ``--page`` are as in ``tools/table1.py``.
 """
 
 from __future__ import annotations
@@ -20,21 +20,29 @@ from fedsim.study.cells import run_cells
 from fedsim.study.claims import FILTER
 from fedsim.study.command import launch_of, parse_seeds, parse_table, say
 from fedsim.study.outcomes import Outcome
-from fedsim.study.published import ORIGINS, RESULTS, Blocks, origin_of, read_origin, write_origin, write_pages
+from fedsim.study.published import ORIGINS, RESULTS, origin_of, read_origin, write_origin
 from fedsim.study.stamp import measured_on
 
 ROOT = Path(__file__).resolve().parents[1]
 
+PAGE = RESULTS / "table2.md"
+
 ROWS = "table2.csv"
 """File of the counts by seed."""
+
+INTRODUCTION = (
+    "The guard before and after fine-tuning, on the rows of all clients, and the red share that it leaves. [What "
+    "such figures can and cannot show](../embedded-world.md). Computed by `python tools/table2.py --page` from the "
+    f"counts by seed in [{ROWS}]({ROWS})."
+)
 
 
 def run(args: argparse.Namespace) -> None:
     """Run what is missing, and write the table."""
-    if not args.pages:
+    if not args.page:
         _measure(args)
-    if args.publish or args.pages:
-        write_pages(ROOT, blocks(ROOT))
+    if args.publish or args.page:
+        (ROOT / PAGE).write_text(page(ROOT), encoding="utf-8")
 
 
 def _measure(args: argparse.Namespace) -> None:
@@ -59,14 +67,13 @@ def _measure(args: argparse.Namespace) -> None:
         write_origin(results / ORIGINS, table2.STUDY, origin)
 
 
-def blocks(root: Path) -> Blocks:
-    """The README's block, made from the committed counts alone."""
+def page(root: Path) -> str:
+    """The result page, made from the committed counts alone."""
     results = root / RESULTS
     origin, rows = read_origin(results / ORIGINS, table2.STUDY), table2.read_count_rows(results / ROWS)
-    made = f"Made by {origin.made_by}; counts by seed: [table2.csv]({RESULTS}/table2.csv)."
-    return {
-        Path("README.md"): {"table2": f"{table2.guard_table(rows).markdown()}\n\n{table2.note(origin, rows)} {made}"}
-    }
+    title = "# Table 2 in the embedded world"
+    parts = [title, INTRODUCTION, table2.guard_table(rows).markdown(), table2.note(origin, rows)]
+    return "\n\n".join([*parts, f"Made by {origin.made_by}."]) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,13 +10,13 @@ from fedsim.config.loading import (
     file_roles,
     flat_from_file,
     from_flat,
-    help_text,
     load_config,
     model_roles,
     to_flat,
     to_nested,
 )
 from fedsim.config.measuring import EvalConfig, JudgeConfig, ParallelConfig, RecordConfig, WandbConfig
+from fedsim.config.page import help_text
 from fedsim.config.safety import CaiConfig, GuardConfig
 from fedsim.config.schema import Config
 from fedsim.config.training import (

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedsim.config.loading import help_text
+from fedsim.config.page import help_text
 from fedsim.errors import ConfigError
 from fedsim.launching import Parser
 

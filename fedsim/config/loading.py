@@ -183,24 +183,6 @@ def _default_of(declared: dataclasses.Field[Any]) -> Any:
     return declared.default_factory()
 
 
-def help_text() -> str:
-    """The key reference that ``--help`` prints."""
-    lines = []
-    section = None
-    for info in describe():
-        head = info.name.rpartition(".")[0]
-        if head != section:
-            lines.append(f"\n{head or 'run'}:")
-            section = head
-        notes = ", ".join(n for n in (info.type_name, info.unit, info.rule) if n)
-        lines.append(f"  {info.name} = {_shown(info.default)}\n      {info.meaning} [{notes}]")
-    return "\n".join(lines)
-
-
-def _shown(value: Any) -> str:
-    return yaml.safe_dump(value, default_flow_style=True).strip().removesuffix("...").strip()
-
-
 def _fields(owner: type, prefix: str = "") -> Iterator[tuple[str, type, dataclasses.Field[Any]]]:
     hints = get_type_hints(owner)
     for declared in dataclasses.fields(owner):

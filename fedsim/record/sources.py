@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 from fedsim.record.tables import Table
 
@@ -118,9 +119,18 @@ def is_published(key: str, sha256: str) -> bool:
     return any(source.key == key and source.sha256 == sha256 for source in SOURCES)
 
 
-def sources_markdown() -> str:
-    """The README's table, and the hashes as ``sha256sum`` writes them."""
+INTRODUCTION: Final = (
+    "Files and models that fedsim takes by key. Nothing is downloaded: get each from its place, under its "
+    "licence. A file with one of the SHA-256 below is the very file that the readers were tested on. "
+    "Written by `python tools/sources_page.py`."
+)
+
+
+def page() -> str:
+    """The page of sources: a table, and the hashes as ``sha256sum`` writes them."""
     head = ["key", "what", "where", "licence", "the tested file"]
     rows = [[f"`{s.key}`", s.name, s.place, s.licence, s.rows or "not tested"] for s in SOURCES]
+    table = Table(head, rows, num_text=len(head)).markdown()
     hashes = "\n".join(f"{s.sha256}  {s.file}" for s in SOURCES if s.sha256)
-    return f"{Table(head, rows, num_text=len(head)).markdown()}\n\n```text\n{hashes}\n```"
+    parts = ["# Public data and models", INTRODUCTION, table, "## Hashes", f"```text\n{hashes}\n```"]
+    return "\n\n".join(parts) + "\n"

@@ -21,10 +21,10 @@ from fedsim.launching import Parser
 from fedsim.study.cells import Launch, words_of
 
 PUBLISH = "--publish"
-"""Option that also copies a study's rows to docs/ and makes README.md's and docs/' blocks from them."""
+"""Option that also copies a study's rows to docs/results and writes its page from them."""
 
-PAGES = "--pages"
-"""Option that makes the blocks from the rows that are there."""
+PAGE = "--page"
+"""Option that runs nothing and writes the page from the committed rows."""
 
 HERE = re.compile(r"(?<![^=])~?/(?:[^/=]+/)*(?=[^/=]+/?$)")
 """The folders of an absolute path that is a word, or the value of one."""
@@ -47,8 +47,8 @@ def add_run_options(parser: argparse.ArgumentParser, default_seeds: str, first: 
     )
     parser.add_argument("--nproc", type=int, help="processes of a run (default: one a GPU, else 1)")
     pages = parser.add_mutually_exclusive_group()
-    pages.add_argument(PUBLISH, action="store_true", help="also copy the rows to docs/ and make the pages from them")
-    pages.add_argument(PAGES, action="store_true", help="run nothing, make the pages from the rows in docs/")
+    pages.add_argument(PUBLISH, action="store_true", help="also copy the rows to docs/results and write the page there")
+    pages.add_argument(PAGE, action="store_true", help="run nothing, write the page from the committed rows")
     parser.add_argument("--jobs", type=int, help="runs at once (default: 1 on GPUs, else as many as fill the cores)")
 
 

@@ -7,6 +7,7 @@
     x: cai.iterations                                 # horizontal axis of the plot: a key, or a figure of the run
     curves: cai.every                                 # one curve for each value of this key; may be left out
     figures: [advbench_harmless, mt_bench]            # what is plotted, by name in the item files
+    about: every is 1 in every round                  # a paragraph for the result page; may be left out
     quick:
       seeds: 0-2
       settings: {federation.num_rounds: 8}            # for all cells of this form
@@ -54,6 +55,7 @@ class Sweep:
         x: key or figure on the horizontal axis.
         curves: key that makes a curve of each of its values; "" makes one curve.
         figures: names of what is plotted.
+        about: paragraph for the result page, "" for none.
         seeds: as :func:`fedsim.study.command.parse_seeds` reads them.
         settings: for all cells, before the user's own.
         points: what each cell sets, in order.
@@ -66,6 +68,7 @@ class Sweep:
     x: str
     curves: str
     figures: tuple[str, ...]
+    about: str
     seeds: str
     settings: Mapping[str, Any]
     points: tuple[Mapping[str, Any], ...]
@@ -113,6 +116,7 @@ def read_sweep(path: Path, form: str) -> Sweep:
             x=str(content["x"]),
             curves=str(content.get("curves", "")),
             figures=tuple(content["figures"]),
+            about=str(content.get("about", "")).strip(),
             seeds=str(chosen["seeds"]),
             settings=dict(chosen.get("settings", {})),
             points=points,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Final
@@ -12,11 +11,10 @@ from fedsim.config import Config
 from fedsim.config.measuring import EMBEDDED, HELD_OUT
 from fedsim.data.world.questions import FRAMES, HELD_OUT_FRAMES
 from fedsim.errors import DataError
-from fedsim.record.blocks import replace_block
 from fedsim.study.command import HERE
 
 RESULTS: Final = Path("docs") / "results"
-"""Folder of committed rows, below the root of the repository."""
+"""Folder of committed rows and of the pages made from them, below the root of the repository."""
 
 ORIGINS: Final = "measured.json"
 """File in it: study → :class:`Origin`."""
@@ -97,28 +95,3 @@ def read_origin(path: Path, study: str) -> Origin:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: has no entry of {study} ({error!r}); publish the study again") from error
     return Origin(found.measured, found.made_by, tuple(found.seeds), found.attacks, found.embedded)
-
-
-Blocks = Mapping[Path, Mapping[str, str]]
-"""Pages below the root, with the content of each of their blocks by name."""
-
-
-def updated_pages(root: Path, blocks: Blocks) -> dict[Path, str]:
-    """The pages with new contents in their blocks.
-
-    Raises:
-        ValueError: a page lacks one of its blocks.
-    """
-    pages = {}
-    for page, contents in blocks.items():
-        text = (root / page).read_text(encoding="utf-8")
-        for name, content in contents.items():
-            text = replace_block(text, name, content)
-        pages[page] = text
-    return pages
-
-
-def write_pages(root: Path, blocks: Blocks) -> None:
-    """:func:`updated_pages` on the files."""
-    for page, text in updated_pages(root, blocks).items():
-        (root / page).write_text(text, encoding="utf-8")

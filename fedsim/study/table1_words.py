@@ -15,18 +15,15 @@ from fedsim.study.published import Origin
 from fedsim.study.table1 import CONTROLS, REPLAY, Arm, Finding, TableOne, scale_of
 
 
-def brief(table: TableOne, origin: Origin) -> list[str]:
-    """The paragraphs of the README's block."""
-    findings = "\n".join([*verdicts(table), *filter_findings(table)])
-    return [arm_table(table).markdown(), f"{ARM_NOTE} {_measured(table, origin)}", findings]
-
-
 def page(table: TableOne, origin: Origin) -> list[str]:
-    """The paragraphs of the whole page."""
-    tables = [claim_table(table).markdown(), CLAIM_NOTE]
-    for more in (cai_table(table), control_table(table)):
-        tables += [] if more is None else [more.markdown()]
-    return [*brief(table, origin), *tables]
+    """Paragraphs of the page, without title and introduction."""
+    findings = "\n".join([*verdicts(table), *filter_findings(table)])
+    parts = [arm_table(table).markdown(), f"{ARM_NOTE} {_measured(table, origin)}", "## Findings", findings]
+    parts += ["## Differences", claim_table(table).markdown(), CLAIM_NOTE]
+    for title, more in (("## CAI", cai_table(table)), ("## Controls", control_table(table))):
+        if more is not None:
+            parts += [title, more.markdown()]
+    return parts
 
 
 def shown(table: TableOne, origin: Origin) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fedsim.artefacts import file_digest
 from fedsim.config import describe
-from fedsim.record.sources import SOURCES, known_file, sources_markdown
+from fedsim.record.sources import SOURCES, known_file, page
 
 
 def test_every_key_takes_a_path_and_every_hash_is_whole() -> None:
@@ -31,5 +31,5 @@ def test_the_real_files_have_the_hashes_of_the_table(real_data: Path) -> None:
 
 
 def test_the_table_has_a_row_for_each_source() -> None:
-    shown = sources_markdown()
+    shown = page()
     assert all(f"`{source.key}`" in shown and source.place in shown for source in SOURCES)

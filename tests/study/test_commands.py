@@ -7,13 +7,13 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 import tools.sweep
 import tools.table1
 import tools.table2
-from fedsim.record.blocks import replace_block
 from fedsim.study import command
 from fedsim.study.seed_rows import read_seed_rows
 from tests.study.conftest import MANIFEST
@@ -60,17 +60,16 @@ def _pretended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of README.md and docs/ that the commands may write."""
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of docs/results that the commands may write."""
     place = tmp_path / "pages"
-    shutil.copytree(ROOT / "docs", place / "docs")
-    shutil.copy(ROOT / "README.md", place)
+    shutil.copytree(ROOT / "docs" / "results", place / "docs" / "results")
     for tool in (tools.sweep, tools.table1, tools.table2):
         monkeypatch.setattr(tool, "ROOT", place)
-    return place
+    return place / "docs" / "results"
 
 
-def test_both_tables_from_the_same_runs(tmp_path: Path, pages: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_both_tables_from_the_same_runs(tmp_path: Path, results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [f"record.dir={tmp_path / 'runs'}", "--seeds", "3-4", "--jobs", "2", "--publish"]
     assert tools.table1.main(words) == 0
     shown, told = capsys.readouterr()
@@ -82,34 +81,32 @@ def test_both_tables_from_the_same_runs(tmp_path: Path, pages: Path, capsys: pyt
     found = {(r.aggregation, r.method, r.figure, r.seed): r.value for r in read_seed_rows(folder / "table1.csv")}
     assert found["scaffold", "FL + CAI", "advbench_harmless", 3] == 60.0, "six right of ten"
     assert found["fedavg", "FL + filter + CAI", "hhh_likelihood", 4] == 90.0
-    readme = (pages / "README.md").read_text(encoding="utf-8")
-    made = "--seeds 3-4 --jobs 2`."
-    made = made.removesuffix(".")
-    assert f"Made by `python tools/table1.py {made}" in readme and f"Made by `python tools/table2.py {made}" in readme
-    results = pages / "docs" / "results"
-    assert str(tmp_path) not in readme + (results / "measured.json").read_text(encoding="utf-8")
+    for name in ("table1", "table2"):
+        page = (results / f"{name}.md").read_text(encoding="utf-8")
+        assert f"Made by `python tools/{name}.py --seeds 3-4 --jobs 2`." in page and str(tmp_path) not in page
+    assert str(tmp_path) not in (results / "measured.json").read_text(encoding="utf-8")
     for name in ("table1.csv", "table2.csv"):
         assert (results / name).read_bytes() == (folder / name).read_bytes()
 
 
-def test_pages_alone_are_made_from_the_committed_rows(pages: Path) -> None:
-    """No run is started, and what is wrong in a block is put right."""
-    readme = pages / "README.md"
-    right = readme.read_text(encoding="utf-8")
-    for tool, block in ((tools.table1, "table1"), (tools.table2, "table2")):
-        readme.write_text(replace_block(right, block, "99.9"), encoding="utf-8")
-        assert tool.main(["--pages"]) == 0
-        assert readme.read_text(encoding="utf-8") == right
+@pytest.mark.parametrize("tool", [tools.table1, tools.table2], ids=["table1", "table2"])
+def test_a_page_alone_is_made_from_the_committed_rows(results: Path, tool: ModuleType) -> None:
+    """No run is started, and a wrong page is put right."""
+    page = results / tool.PAGE.name
+    right = page.read_text(encoding="utf-8")
+    page.write_text("99.9", encoding="utf-8")
+    assert tool.main(["--page"]) == 0
+    assert page.read_text(encoding="utf-8") == right
 
 
 def test_a_sweep_writes_its_finding_and_its_page(
-    tmp_path: Path, pages: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, results: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "base.yaml").write_text("eval: {advbench_phrases: gcg}\n", encoding="utf-8")
-    (pages / "docs" / "sweeps.md").write_text("<!-- mine: begin -->\n<!-- mine: end -->\n", encoding="utf-8")
     sweep = tmp_path / "mine.yaml"
     sweep.write_text(
-        "{what: a question, config: base.yaml, x: cai.iterations, figures: [mt_bench], quick: {seeds: 0-1, "
+        "{what: a question, about: Some words., config: base.yaml, x: cai.iterations, figures: [mt_bench], quick: "
+        "{seeds: 0-1, "
         "settings: {guard.kind: none, eval.xstest: ''}, grids: [{cai.iterations: [2, 4]}], findings: [{figure: "
         "mt_bench, treated: {cai.iterations: 4}, control: {cai.iterations: 2}}]}}",
         encoding="utf-8",
@@ -120,9 +117,10 @@ def test_a_sweep_writes_its_finding_and_its_page(
     finding = "MT-Bench"
     folder = tmp_path / "runs" / "sweep-mine-quick"
     assert finding in shown and finding in (folder / "finding.md").read_text(encoding="utf-8")
-    page = (pages / "docs" / "sweeps.md").read_text(encoding="utf-8")
+    page = (results / "sweep-mine.md").read_text(encoding="utf-8")
+    assert page.startswith("# Sweep: a question\n\nSome words.\n\n")
     assert "Made by `python tools/sweep.py '…/mine.yaml' eval.helpful=`" in page and str(tmp_path) not in page
-    assert (pages / "docs" / "sweep-mine.png").read_bytes().startswith(b"\x89PNG")
+    assert (results / "sweep-mine.png").read_bytes().startswith(b"\x89PNG")
     assert (folder / "iterations-2-s0" / "config.yaml").read_text(encoding="utf-8").count("xstest: ''") == 1
 
 

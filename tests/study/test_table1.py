@@ -259,7 +259,7 @@ def test_a_judges_score_counts_as_one_item(finish: Callable[..., Outcome]) -> No
     found = table.sample(table1.Arm("fedavg", FL), "mt_bench")
     assert found is not None and found.tolist() == [[6.53], [6.53]]
     assert table.estimate(table1.Arm("fedavg", FL), "hhh_letter") is None
-    assert "not rated" not in " ".join(table1_words.brief(table, ORIGIN))
+    assert "not rated" not in " ".join(table1_words.page(table, ORIGIN))
 
 
 def test_a_run_that_has_lost_its_items_is_refused(finish: Callable[..., Outcome]) -> None:
@@ -272,7 +272,7 @@ def test_a_run_that_has_lost_its_items_is_refused(finish: Callable[..., Outcome]
 
 def test_answers_without_a_rating_are_said(table: table1.TableOne) -> None:
     rows = [row for found in table.rows.values() for row in found if row.figure != "mt_bench"]
-    assert "MT-Bench was not rated" in " ".join(table1_words.brief(table1.TableOne(rows), ORIGIN))
+    assert "MT-Bench was not rated" in " ".join(table1_words.page(table1.TableOne(rows), ORIGIN))
 
 
 def test_a_figure_without_items_counts_as_one(finish: Callable[..., Outcome]) -> None:

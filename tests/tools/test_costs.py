@@ -68,22 +68,20 @@ def test_a_gpu_comes_first_and_missing_stages_are_left_out(tmp_path: Path) -> No
         costs.chosen("other", known)
 
 
-def test_terminal_json_readme_and_page(
+def test_terminal_json_and_page(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    readme, page = tmp_path / "README.md", tmp_path / "costs.md"
-    readme.write_text("above\n<!-- costs: begin -->\nold\n<!-- costs: end -->\nbelow\n")
-    monkeypatch.setattr(costs, "README", readme)
+    page = tmp_path / "costs.md"
     monkeypatch.setattr(costs, "PAGE", page)
     folder = tmp_path / "mine"
     folder.mkdir()
     (folder / "metrics.jsonl").write_text('{"round": 1, "stage": "round", "time/train_s": 7.0}\n')
     file = tmp_path / "costs.json"
-    assert run(monkeypatch, str(folder), "--rows", CPU, "--json", str(file), "--readme") == 0
-    shown, text = capsys.readouterr().out, readme.read_text()
+    assert run(monkeypatch, str(folder), "--rows", CPU, "--json", str(file), "--page") == 0
+    shown, text = capsys.readouterr().out, page.read_text()
     assert "36 h 40 min (follows from the paper's figures)" in shown and "mine" in shown and "7 s" in shown
-    assert text.startswith("above\n") and text.endswith("below\n") and "old" not in text
-    for content in (shown, text, page.read_text()):
+    assert text.startswith("# ") and "| seconds of a run | mine |" in text
+    for content in (shown, text):
         assert "arithmetic, not measured" in content and "no GPU" in content
     content = json.loads(file.read_text())
     assert content["runs"][0] == ["seconds of a run", "mine"]

@@ -69,7 +69,7 @@ def test_ratios_are_of_turns_and_spreads_of_all_rounds() -> None:
     assert line == ["4", "local training", "4.5 [3, 6]", "3 [2, 4.25]", "1.42 [1.33, 1.50]"]
 
 
-def test_from_the_command_to_the_readme(
+def test_from_the_command_to_the_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With a stand-in for the run, whose exact mode takes 3 s where the fast one takes 2 s to train."""
@@ -90,12 +90,12 @@ def test_from_the_command_to_the_readme(
     assert {phase for _, phase in by_phase} == {"train", "cai", "evaluate", "round"}, "what never ran has no row"
     assert by_phase[(2, "train")].figures["ratio"] == 1.5 and by_phase[(1, "cai")].figures["ratio"] == 1.0
     assert by_phase[(1, "round")].figures["exact_s"] == 4.5 and by_phase[(1, "round")].shapes["rounds"] == 6
-    page = tmp_path / "README.md"
-    page.write_text("above\n<!-- exact_cost: begin -->\nold\n<!-- exact_cost: end -->\n")
     monkeypatch.setattr(running.newest_rows, "__defaults__", (tmp_path,))
-    running.write_readme(exact_cost.NAME, exact_cost.block(), page)
-    text = page.read_text()
-    assert "| 2 | local training | 3 [3, 3] | 2 [2, 2] | 1.50 [1.50, 1.50] |" in text and "old" not in text
+    monkeypatch.setattr(exact_cost, "PAGE", tmp_path / "exact-cost.md")
+    monkeypatch.setattr(sys, "argv", ["exact_cost.py", "--page"])
+    assert exact_cost.main() == 0 and len(asked) == 12, "no further run"
+    text = (tmp_path / "exact-cost.md").read_text()
+    assert "| 2 | local training | 3 [3, 3] | 2 [2, 2] | 1.50 [1.50, 1.50] |" in text
     assert "over 2 run(s) each" in text and json.loads(file.read_text())["facts"]["words"] == []
 
 

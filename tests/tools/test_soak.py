@@ -135,7 +135,7 @@ def test_a_run_that_fails_or_hangs_is_an_error(tmp_path: Path, monkeypatch: pyte
             soak.soak(1, words, tmp_path, 5, limit_s)
 
 
-def test_rows_table_and_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_table_and_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = [replace(judge(samples(60, **leak), count, 5), num_ranks=count)
              for count, leak in ((1, {}), (4, {"files": 1.0}))]  # fmt: skip
     rows = [row for each in found for row in soak.rows_of(each)]
@@ -152,11 +152,8 @@ def test_rows_table_and_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(running.newest_rows, "__defaults__", (tmp_path,))
     for name, these in ((soak.NAME, rows), (client_scale.NAME, [state])):
         StageResult(name, facts, [], these).write(tmp_path / "a-cpu" / running.FOLDER / f"{name}.json")
-    page = tmp_path / "README.md"
-    page.write_text("<!-- soak: begin -->\nold\n<!-- soak: end -->\n")
-    running.write_readme(soak.NAME, soak.block(), page)
-    text = page.read_text()
-    assert "over 54 rounds" in text and "old" not in text and "1,000 clients, 256 numbers (1.00 KiB)" in text
+    text = soak.page()
+    assert "over 54 rounds" in text and "1,000 clients, 256 numbers (1.00 KiB)" in text
     assert text.count("Measured on 20") == 2 and "grew by 1.00 MiB at most" in text
 
 

@@ -26,7 +26,6 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from fedsim.launching import Parser  # noqa: E402
-from fedsim.record.blocks import write_block  # noqa: E402
 from fedsim.record.ending import read_ending  # noqa: E402
 from fedsim.record.manifest import hardware  # noqa: E402
 from fedsim.record.tables import Table, duration  # noqa: E402
@@ -39,6 +38,7 @@ from tools.chaos.strikes import Strike, covered, plan, strike, timeline  # noqa:
 
 CONFIG = Path(__file__).parent / "chaos.yaml"
 RESULT = Path(__file__).parent / "result.json"
+PAGE = ROOT / "docs" / "results" / "chaos.md"
 
 SESSION_S = 180.0
 """No session takes longer."""
@@ -183,7 +183,7 @@ def leaving(median_s: float, longest_s: float) -> str:
 
 
 def publish(report: Report, sizes: Sequence[int], took_s: float) -> None:
-    """Write ``result.json`` and the README's block."""
+    """Write ``result.json`` and the result page."""
     leave, machine = sorted(report.leave_s), hardware()
     note = {
         "utc": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -202,11 +202,11 @@ def publish(report: Report, sizes: Sequence[int], took_s: float) -> None:
         },
     }
     RESULT.write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
-    write_block(ROOT / "README.md", "chaos", block(note))
+    PAGE.write_text(page(note), encoding="utf-8")
 
 
-def block(note: Mapping[str, Any]) -> str:
-    """The README's block from ``result.json``."""
+def page(note: Mapping[str, Any]) -> str:
+    """The result page from ``result.json``."""
     rows = [[title, str(counts["one_rank"]), str(counts["all_ranks"])] for title, counts in note["stages"].items()]
     table = Table(["killed in", "one rank", "all ranks"], rows)
     text = (
@@ -216,7 +216,14 @@ def block(note: Mapping[str, Any]) -> str:
         f"{duration(note['seconds'])} on {note['machine']['cores']} cores of {note['machine']['cpu']}, "
         f"{note['utc'][:10]}, {maker(note)}."
     )
-    return f"{text}\n\n{table.markdown()}"
+    return "\n\n".join(["# Kills at random moments", INTRODUCTION, text, table.markdown()]) + "\n"
+
+
+INTRODUCTION = (
+    "One rank or all of them are killed at random moments of every stage. The run is started again, and at "
+    "last compared with an undisturbed one: checkpoints, adapter, control variates, metric rows, replies, "
+    "artefacts and W&B's steps. Written by `make chaos`."
+)
 
 
 @steady_terminal()
@@ -228,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=4, help="how many (default 4)")
     parser.add_argument("--nproc", default="2,3", help="numbers of processes; a session takes one (default 2,3)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default 0)")
-    parser.add_argument("--publish", action="store_true", help="write result.json and README.md")
+    parser.add_argument("--publish", action="store_true", help="write result.json and docs/results/chaos.md")
     args = parser.parse_args(argv)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     began, folder = time.monotonic(), Path(tempfile.mkdtemp(prefix="fedsim-chaos-"))

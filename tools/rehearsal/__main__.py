@@ -12,7 +12,8 @@ from typing import Any
 
 from tools.rehearsal import device
 
-RESULTS = Path(__file__).with_name("results")
+RESULT = Path(__file__).with_name("results") / "phases.json"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "results" / "rehearsal.md"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -23,7 +24,11 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--faults", action="store_true", help="seed faults too, and say how each is reported")
     parser.add_argument("--phases", metavar="TEXT", default="", help="only phases whose name holds this")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write all figures there, and no results")
+    parser.add_argument("--page", action="store_true", help=f"count nothing, write {PAGE.name} from committed figures")
     options = parser.parse_args(arguments)
+    if options.page:
+        _write_page()
+        return 0
     if (reason := device.why_not()) is not None:
         print(f"the rehearsal cannot run here: {reason}", file=sys.stderr)
         return 2
@@ -50,20 +55,26 @@ def _run(options: argparse.Namespace) -> int:
         from tools.rehearsal.faults import reports
 
         content["faults"] = {name: asdict(report) for name, report in reports().items()}
-    text = table.text(found)
+    text = table.text(found, content["versions"])
     print(text, end="")
     if options.json is not None:
         options.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     elif not quick and len(names) == len(PHASES):
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "table.txt").write_text(text, encoding="utf-8")
-        (RESULTS / "phases.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        RESULT.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        _write_page()
     if options.lower:
         old = budgets.read()["phases"] if budgets.FILE.is_file() else {}
         new = budgets.lowered(figures, old)
         budgets.write({name: new.get(name) or old[name] for name in PHASES if name in new or name in old})
         return 0
     return _judge(figures)
+
+
+def _write_page() -> None:
+    """Write the result page from the committed figures."""
+    from tools.rehearsal import table
+
+    PAGE.write_text(table.page(json.loads(RESULT.read_text(encoding="utf-8"))), encoding="utf-8")
 
 
 def _judge(figures: dict[str, dict[str, float]]) -> int:

@@ -59,7 +59,7 @@ def write(phases: Mapping[str, Figures]) -> None:
     """Replace the file, for the installed versions."""
     content = {
         "what": "Roofline figures at 8B shapes and 32 layers, counted on a fake device: no GPU has run anything. See "
-        "docs/rehearsal.md.",
+        "docs/performance.md.",
         "versions": versions(),
         "phases": phases,
     }

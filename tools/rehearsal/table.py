@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Final
+from dataclasses import fields
+from typing import Any, Final
 
 from fedsim.record.tables import Table
-from tools.rehearsal.budgets import versions
 from tools.rehearsal.measure import GIB, Measured, top
 from tools.rehearsal.roofline import GPUS, KERNEL_S, REACHED
 
@@ -17,10 +17,31 @@ HEAD: Final = (
 LOSSES: Final = ("phase", "A100 ms outside bf16 products and attention, by module (kernels)")
 
 
-def text(found: Mapping[str, Measured]) -> str:
-    """Both tables with their legend, at most 120 columns."""
-    names = ", ".join(f"{name} {number}" for name, number in versions().items())
-    legend = [
+def text(found: Mapping[str, Measured], versions: Mapping[str, str]) -> str:
+    """Both tables with their legend for a terminal, at most 120 columns."""
+    phases, losses = _tables(found)
+    return "\n".join([*_legend(versions), "", phases.plain(), "", losses.plain()]) + "\n"
+
+
+def page(content: Mapping[str, Any]) -> str:
+    """The result page from the content of ``phases.json``."""
+    names = [field.name for field in fields(Measured)]
+    found = {phase: Measured(**{name: row[name] for name in names}) for phase, row in content["phases"].items()}
+    phases, losses = _tables(found)
+    parts = ["# Rehearsal of the CUDA path", " ".join(_legend(content["versions"])), PAGE_NOTE]
+    return "\n\n".join([*parts, phases.markdown(), "## Where time is lost", losses.markdown()]) + "\n"
+
+
+PAGE_NOTE: Final = (
+    "[What a rehearsal shows and what it cannot](../performance.md#rehearsal-of-the-cuda-path). Columns: tokens of the "
+    "phase, kernels that it launches, gigabytes that they move, megabytes per token, live memory at its peak and its "
+    "share of the bound that `--check` prints; then for each GPU the roofline's time, the floor, and the floor's share."
+)
+
+
+def _legend(versions: Mapping[str, str]) -> list[str]:
+    names = ", ".join(f"{name} {number}" for name, number in versions.items())
+    return [
         "Roofline of Llama-3.1-8B's shapes, 32 layers, bf16, LoRA r 32 on q and v: no GPU has run anything.",
         f"Each operator on a fake device, one after the other: {REACHED['bf16']:.0%} of bf16's peak, "
         f"{REACHED['fp32']:.0%} of fp32's, {REACHED['bandwidth']:.0%} of the bandwidth,",
@@ -28,9 +49,12 @@ def text(found: Mapping[str, Measured]) -> str:
         "Not in it: the host's time and collectives.",
         f"Versions: {names}. Made by `make rehearse`.",
     ]
-    rows = [_row(name, measured) for name, measured in found.items()]
+
+
+def _tables(found: Mapping[str, Measured]) -> tuple[Table, Table]:
+    """A line a phase, and where each phase loses time."""
     losses = [(name, _losses(measured)) for name, measured in found.items()]
-    return "\n".join([*legend, "", Table(HEAD, rows).plain(), "", Table(LOSSES, losses, 2).plain()]) + "\n"
+    return Table(HEAD, [_row(name, measured) for name, measured in found.items()]), Table(LOSSES, losses, 2)
 
 
 def _row(name: str, measured: Measured) -> list[str]:

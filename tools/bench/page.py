@@ -1,4 +1,4 @@
-"""Write docs/benchmark.md and the README's table of strongest peers from the committed rows."""
+"""Write docs/results/benchmark.md from the committed rows: ``python tools/bench/page.py``."""
 
 from __future__ import annotations
 
@@ -8,23 +8,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:] = [str(ROOT), *(p for p in sys.path if Path(p).resolve() != Path(__file__).resolve().parent)]
 
 from fedsim.launching import Parser, launched  # noqa: E402
-from fedsim.record.blocks import replace_block  # noqa: E402
 from tools.bench.measured_code import code_digest  # noqa: E402
 from tools.bench.rows import StageResult  # noqa: E402
 from tools.bench.table import markdown_table, strongest_peers  # noqa: E402
 
-README: Final = ROOT / "README.md"
-PAGE: Final = ROOT / "docs" / "benchmark.md"
+PAGE: Final = ROOT / "docs" / "results" / "benchmark.md"
 RESULTS: Final = ROOT / "tools" / "bench" / "results"
 NONE: Final = "No rows are committed yet."
 INTRODUCTION: Final = (
-    "Every committed row, written by `python tools/readme_bench.py` from `tools/bench/results/`. Ours and the peers "
-    "take turns on the same rows, in the same dtype, with the same threads; set-up is timed apart. Ratio: the peer's "
-    "median ÷ ours, so below 1 the peer is faster. The floor is the work's arithmetic or memory traffic at the "
+    "Written by `python tools/bench/page.py` from the rows in `tools/bench/results/`. Each device has two tables: for "
+    "each piece of work the strongest peer, which is the one with the lowest ratio, and then every row. fedsim and the "
+    "peers take turns on the same rows, in the same dtype, with the same threads; set-up is timed apart. Ratio: the "
+    "peer's median ÷ ours, so below 1 the peer is faster. The floor is the work's arithmetic or memory traffic at the "
     "device's peak."
 )
 
@@ -40,21 +39,15 @@ def devices(results: Path) -> list[list[StageResult]]:
 
 
 def page(results: Path = RESULTS, root: Path = ROOT) -> str:
-    """The whole of docs/benchmark.md: all rows of every device."""
+    """The result page: for every device the strongest peers, all rows, and where they were measured."""
     parts = ["# Benchmark", INTRODUCTION]
     for stages in devices(results):
-        parts += [f"## {stages[0].facts['device']}", markdown_table(stages).markdown(), *provenance(stages, root)]
+        parts += [f"## {stages[0].facts['device']}", *provenance(stages, root)]
+        peers = strongest_peers(stages)
+        if peers.rows:
+            parts += ["### Strongest peers", peers.markdown()]
+        parts += ["### All rows", markdown_table(stages).markdown()]
     return "\n\n".join(parts if len(parts) > 2 else [*parts, NONE]) + "\n"
-
-
-def block(results: Path = RESULTS, root: Path = ROOT) -> str:
-    """The README's block: for each piece of work the peer that comes nearest to it or is ahead of it."""
-    parts = []
-    for stages in devices(results):
-        table = strongest_peers(stages)
-        if table.rows:
-            parts += [table.markdown(), *provenance(stages, root)]
-    return "\n\n".join(parts) or NONE
 
 
 def provenance(results: Sequence[StageResult], root: Path = ROOT) -> list[str]:
@@ -78,20 +71,14 @@ def provenance(results: Sequence[StageResult], root: Path = ROOT) -> list[str]:
     return found
 
 
-def updated(readme: str) -> str:
-    """The README's text with the block as it should be."""
-    return replace_block(readme, "bench", block())
-
-
 def write(_: argparse.Namespace) -> None:
-    """Rewrite both."""
-    README.write_text(updated(README.read_text(encoding="utf-8")), encoding="utf-8")
+    """Rewrite the page."""
     PAGE.write_text(page(), encoding="utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns the exit status."""
-    parser = Parser(prog="tools/readme_bench.py", description=__doc__)
+    parser = Parser(prog="tools/bench/page.py", description=__doc__)
     return launched(lambda: parser.parse_args(argv), write)
 
 

@@ -1,7 +1,8 @@
-"""Put a finished run's table into the README, and its plots into docs/: ``python tools/readme_demo.py [runs/demo]``.
+"""Write docs/results/demo.md from a finished run: ``python tools/demo_page.py [runs/demo]``.
 
 The rows that the table is made from go to ``docs/results/demo.json``, with the date, the machine and the versions of
-the run directory; nothing is typed in. Without a run directory the README's block is made from the rows that are there.
+the run directory, and its plots beside them; nothing is typed in. Without a run directory the page is made from the
+committed rows.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from typing import Any, Final
 from fedsim.config import load_config, to_flat
 from fedsim.errors import DataError
 from fedsim.launching import Parser, launched
-from fedsim.record.blocks import replace_block
 from fedsim.record.cai_line import FINDINGS, LAST_ROUND, cai_lines
 from fedsim.record.metrics import MetricLog, Row
 from fedsim.record.summary import BENCHMARKS, TEMPLATES_NOTE, RunFacts, arm_table, eval_points, facts_from, refusals
@@ -26,17 +26,17 @@ from fedsim.record.tables import duration
 from fedsim.record.timers import top_level_seconds
 from fedsim.version import commit_of
 
-ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 PLOTS = ("safety.png", "helpfulness.png", "time.png")
 
-#: Figures of an evaluation that the block shows.
+#: Figures of an evaluation that the page shows.
 SHOWN: Final = (*(b.metric for b in BENCHMARKS), *(b.count for b in BENCHMARKS), "eval/hhh_letter",
                 "eval/xstest_safe_refused", "eval/xstest_safe_count", "eval/xstest_unsafe_refused",
                 "eval/xstest_unsafe_count")  # fmt: skip
 
 
 def demo_rows(run: Path) -> dict[str, Any]:
-    """Data of the block: facts of the run, the machine, and the rows with the figures that it shows.
+    """Data of the page: facts of the run, the machine, and the rows with the figures that it shows.
 
     Raises:
         DataError: the folder is no finished run's.
@@ -66,14 +66,20 @@ def demo_rows(run: Path) -> dict[str, Any]:
 
 
 def _only(row: Row) -> Row:
-    """A row with the figures that the block shows."""
+    """A row with the figures that the page shows."""
     names = {"round", "stage", "point", *SHOWN, *FINDINGS, *LAST_ROUND}
     names |= {f"{name}{ending}" for name in (*SHOWN, *FINDINGS) for ending in ("_low", "_high", "_count")}
     return {name: value for name, value in row.items() if name in names}
 
 
-def demo_block(found: dict[str, Any]) -> str:
-    """The block: findings, table, and the machine, date and versions of the measurement."""
+INTRODUCTION: Final = (
+    "What `make demo` measures in the embedded world, beside the paper's figures for an 8B model. Written by `python "
+    "tools/demo_page.py` from [demo.json](demo.json). [What such figures can and cannot show](../embedded-world.md)."
+)
+
+
+def page(found: dict[str, Any]) -> str:
+    """The result page: findings, table, plots, and the machine, date and versions of the measurement."""
     rows, manifest, facts = found["rows"], found["manifest"], RunFacts(**found["facts"])
     machine, versions = manifest["hardware"], manifest["versions"]
     gpus = ", ".join(gpu["name"] for gpu in machine["gpus"]) or "no GPU"
@@ -85,8 +91,9 @@ def demo_block(found: dict[str, Any]) -> str:
     )
     table = arm_table(rows, facts, short=False).markdown()
     lines = "\n".join(f"- {line}" for line in (_letter(rows), *refusals(rows)) if line)
-    pictures = "\n".join(f"![{name.removesuffix('.png')}](docs/demo-{name})" for name in PLOTS)
-    return "\n\n".join([" ".join(cai_lines(rows)), table, lines, f"{TEMPLATES_NOTE} {where}", pictures])
+    pictures = [f"![{name.removesuffix('.png')}](demo-{name})" for name in PLOTS]
+    note = f"{TEMPLATES_NOTE} {where}"
+    return "\n\n".join(["# The demo", INTRODUCTION, " ".join(cai_lines(rows)), table, lines, note, *pictures]) + "\n"
 
 
 def _letter(rows: list[Row]) -> str:
@@ -99,26 +106,26 @@ def _letter(rows: list[Row]) -> str:
     )
 
 
-def updated(root: Path) -> str:
-    """The README with the block of the committed rows."""
-    found = json.loads((root / "docs" / "results" / "demo.json").read_text(encoding="utf-8"))
-    return replace_block((root / "README.md").read_text(encoding="utf-8"), "demo", demo_block(found))
+def committed() -> dict[str, Any]:
+    """Data of the page as it is committed."""
+    found: dict[str, Any] = json.loads((RESULTS / "demo.json").read_text(encoding="utf-8"))
+    return found
 
 
 def write(asked: argparse.Namespace) -> None:
-    """Copy the run's rows and plots where one is given, and rewrite the README's block."""
+    """Copy the run's rows and plots where one is given, and rewrite the page."""
     run: Path | None = asked.run
     if run is not None:
         text = json.dumps(demo_rows(run), indent=1, ensure_ascii=False) + "\n"
-        (ROOT / "docs" / "results" / "demo.json").write_text(text, encoding="utf-8")
+        (RESULTS / "demo.json").write_text(text, encoding="utf-8")
         for name in PLOTS:
-            shutil.copyfile(run / name, ROOT / "docs" / f"demo-{name}")
-    (ROOT / "README.md").write_text(updated(ROOT), encoding="utf-8")
+            shutil.copyfile(run / name, RESULTS / f"demo-{name}")
+    (RESULTS / "demo.md").write_text(page(committed()), encoding="utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns the exit status."""
-    parser = Parser(prog="tools/readme_demo.py", description=__doc__)
+    parser = Parser(prog="tools/demo_page.py", description=__doc__)
     parser.add_argument("run", metavar="RUN", nargs="?", type=Path, help="directory of a finished run")
     return launched(lambda: parser.parse_args(argv), write)
 

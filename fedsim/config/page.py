@@ -1,0 +1,78 @@
+"""Reference of all configuration keys: the text of ``--help``, and docs/config.md (``python tools/config_page.py``)."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Iterator
+from typing import Any, Final, get_type_hints
+
+import yaml
+
+from fedsim.config.loading import KeyInfo, describe
+from fedsim.config.schema import Config
+
+INTRODUCTION: Final = """# Configuration keys
+
+Every key of a run, by section, with the value that it has when neither a file nor the command
+line sets it. A key is set in a YAML file (`federation: {num_rounds: 8}`) or on the command line
+(`federation.num_rounds=8`); [Your own run](run.md) has files, overrides and `--check`.
+`configs/demo.yaml` and `configs/paper/*.yaml` set many of these keys. A value that breaks its rule
+is an error that names the key, the rule and the fix. Written by `python tools/config_page.py`;
+`python launch/run.py --help` prints the same."""
+
+KINDS: Final = {
+    "bool": "true or false",
+    "int": "whole number",
+    "float": "number",
+    "str": "text",
+    "list of str": "list of names",
+}
+"""What a value of each type is called."""
+
+
+def help_text() -> str:
+    """The reference as ``--help`` prints it."""
+    lines = []
+    for section, infos in sections():
+        lines.append(f"\n{section or 'run'}:")
+        for info in infos:
+            notes = ", ".join(note for note in (info.type_name, info.unit, info.rule) if note)
+            lines.append(f"  {info.name} = {_shown(info.default)}\n      {info.meaning} [{notes}]")
+    return "\n".join(lines)
+
+
+def page() -> str:
+    """The reference as a Markdown page: a section for each group of keys, with the group's docstring and a table."""
+    hints = get_type_hints(Config)
+    parts = [INTRODUCTION]
+    for section, infos in sections():
+        about = inspect.getdoc(hints[section] if section else Config)
+        assert about is not None
+        lines = ["| key | default | meaning | values |", "| --- | --- | --- | --- |"]
+        for info in infos:
+            meaning = info.meaning.replace("|", "\\|")
+            lines.append(f"| `{info.name}` | `{_shown(info.default)}` | {meaning} | {_values(info)} |")
+        parts += [f"## {section or 'run'}", about, "\n".join(lines)]
+    return "\n\n".join(parts) + "\n"
+
+
+def sections() -> Iterator[tuple[str, list[KeyInfo]]]:
+    """Groups of keys in the schema's order; the keys outside any group come first, under ""."""
+    infos = describe()
+    names = [field.name for field in dataclasses.fields(Config) if dataclasses.is_dataclass(field.default_factory)]
+    for section in ("", *names):
+        yield section, [info for info in infos if info.name.rpartition(".")[0] == section]
+
+
+def _values(info: KeyInfo) -> str:
+    """What a key takes, such as ``whole number >= 1, rows`` or a list of its choices."""
+    choices = info.rule.split(" | ") if " | " in info.rule else []
+    if choices:
+        return ", ".join(f"`{choice}`" for choice in choices)
+    return ", ".join(part for part in (f"{KINDS[info.type_name]} {info.rule}".strip(), info.unit) if part)
+
+
+def _shown(value: Any) -> str:
+    """A default as a YAML file would have it."""
+    return yaml.safe_dump(value, default_flow_style=True).strip().removesuffix("...").strip()
