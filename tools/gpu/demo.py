@@ -152,7 +152,7 @@ def write_reference(folder: Path) -> None:
     found: dict[str, Any] = {
         "versions": versions(),
         "commit": git_state(ROOT),
-        "command": "tools/gpu_check.py --reference",
+        "command": "python -m tools.gpu reference",
     }
     for size, dry in (("dry", True), ("full", False)):
         made = start(folder, size, 1 if dry else 2, RUNS[dry])
