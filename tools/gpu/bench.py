@@ -17,7 +17,7 @@ from tools.bench.stage import Bench, memory_given_back
 from tools.bench.table import table
 from tools.gpu.report import Report, Setting
 
-SHARE: Final = 0.6
+SHARE: Final = 0.45
 """Of the time that is left after the checks, for timed calls: warm-ups, tuning and a last turn come beside them."""
 
 

@@ -31,7 +31,7 @@ from tools.rehearsal.phases import CONTEXT, LAYERS, LORA, PHASES, Model, steps
 
 GIB: Final = 1 << 30
 COUNTED: Final = Path(__file__).resolve().parents[1] / "rehearsal" / "results" / "phases.json"
-TIMED: Final = 5
+TIMED: Final = 3
 THIN: Final = ModelSize(
     "thin",
     {**GPU.config, "vocab_size": 2048, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4,
