@@ -5,10 +5,14 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -76,6 +80,24 @@ def test_what_breaks_off_or_overruns_fails_alone_and_three_files_come_back(
         assert archive.getnames() == [f"{name}/rows/a.json" for name in parts]
     shown = capsys.readouterr().out
     assert "4 ok, 2 FAILED, 0 left out" in shown and "no room" in shown
+
+
+def test_a_call_that_is_ended_leaves_what_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "CHILD", [sys.executable, "-c", PART])
+
+    def end() -> None:
+        deadline = time.monotonic() + 20
+        while b"begun" not in (tmp_path / "check.log").read_bytes() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    (tmp_path / "check.log").touch()
+    threading.Thread(target=end).start()
+    with pytest.raises(SystemExit, match="143"):
+        session.run_call("check", {"slow": Part("", 1)}, tmp_path, limit_s=60, dry=True, commit=COMMIT)
+    assert sorted(path.name for path in tmp_path.iterdir()) == FILES
+    part = json.loads((tmp_path / "check.json").read_text())["parts"]["slow"]
+    assert part["status"] == "stopped" and part["checks"][0]["name"] == "right"
 
 
 def test_a_part_for_which_no_time_is_left_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,6 +115,9 @@ class Session:
                     self._part(name, work / name)
                     self._pack(work)
             finally:
+                for result in self.results.values():
+                    if result.status == "running":
+                        result.status, result.message = "stopped", "the call was ended"
                 self._pack(work)
                 self._write()
         print(self.table(), flush=True)
@@ -165,7 +168,7 @@ class Session:
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment,
-            start_new_session=True,
+            process_group=0,  # ended as a whole; a session of its own could outlive this one
         )
 
     def _judge(self, name: str, status: int | None, printed: int) -> None:
