@@ -132,6 +132,13 @@ def test_the_readmes_table_has_the_figures_of_the_committed_rows() -> None:
     assert shown == wanted
 
 
+def test_the_readmes_rule_is_the_one_that_is_run() -> None:
+    """``tests/distributed/test_extend.py`` runs the examples of docs/extend.md, of which the first is a rule."""
+    readme, page = (ROOT / name for name in ("README.md", "docs/extend.md"))
+    (shown,) = re.findall(r"```python\n(.*?)```", readme.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert shown == re.findall(r"```python\n# krum.py\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)[0]
+
+
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
 

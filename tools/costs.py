@@ -37,7 +37,7 @@ PIECES: dict[str, tuple[str, Sequence[str], str]] = {
     "local_step": ("local_step", (f"{FAST}, dropout 0.05", FAST), ""),
     "cai_iteration": ("cai_iteration", (FAST,), ""),
     "guard_row": ("guard", ("",), "rows"),
-    "conversation": ("generation", ("CAI's three turns, 64 slots",), "rows"),
+    "conversation": ("generation", ("CAI's three turns, 128 slots", "CAI's three turns, 64 slots"), "rows"),
     "aggregation": ("aggregation", ("fast sum and FedAvg's step",), ""),
     "correction": ("aggregation", ("SCAFFOLD's correction",), ""),
 }

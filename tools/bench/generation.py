@@ -8,7 +8,7 @@ beside its weights, not merged into them, as runs do.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
@@ -31,11 +31,13 @@ from tools.bench.plain_loop import PeerModel
 from tools.bench.rows import Correctness, Row, Target
 from tools.bench.stage import Bench, give_memory_back
 
-BATCHES = {False: (16, 32, 64), True: (64, 128, 256)}  # of theirs, by whether CUDA
-OURS = {False: (EvalConfig.batch_size, 16), True: (EvalConfig.batch_size, 256)}
-ROWS = {False: 64, True: 256}
-LEAST = {False: 7, True: 3}  # repeats, however long they take
 TURNS = 3
+BATCHES = {False: (16, 32, 64), True: (64, 128, 256)}  # of theirs, by whether CUDA
+OURS = {False: (EvalConfig.batch_size, 16), True: (128, 256)}  # slots; the first also of three turns
+SAID = {EvalConfig.batch_size: " (default)", 128: " (configs/paper)"}  # of a number of slots
+ROWS = {False: 64, True: 256}
+LEAST = {False: 7, True: 2}  # repeats, however long they take
+CHECKED = {False: (12, TURNS), True: (6, 2)}  # rows and turns; graphs are checked on one turn
 ASKED = 30  # tokens of a later turn's question, with the chat template's
 MEAN = 55.0
 
@@ -166,9 +168,10 @@ class GenerationStage:
 
     def check(self, bench: Bench) -> list[Correctness]:
         """Greedy tokens of three turns: all equal in fp32; in bf16 most, since rounding decides between near ones."""
-        rows = Conversations(bench, 12, TURNS)
+        num_rows, num_turns = CHECKED[bench.cuda]
+        rows = Conversations(bench, num_rows, num_turns)
         own, plain = models(bench)
-        ours, theirs = rows.ours(own, 5, 0.0), rows.theirs(plain, 4, 0.0)
+        ours, theirs = rows.ours(own, 5, 0.0), rows.theirs(plain, num_rows if bench.cuda else 4, 0.0)
         if not bench.cuda:
             whole = [(a, b) for mine, other in zip(ours, theirs, strict=True) for a, b in zip(mine, other, strict=True)]
             wrong = sum(a != b for a, b in whole) / len(whole)
@@ -177,19 +180,19 @@ class GenerationStage:
         del own, plain
         found = [Correctness("share of first turns whose first 8 greedy tokens are not generate's", wrong, 0.25)]
         backends = [name for name in available(bench) if name in (*CUDA_ONLY, "sdpa")]
+        rows = Conversations(bench, num_rows, 1)
         return [*found, *(replayed(bench, rows, IMPLEMENTATIONS[name]) for name in backends)]
 
-    def time(self, bench: Bench) -> list[Row]:
+    def time(self, bench: Bench) -> Iterator[Row]:
         """One turn and three, with some numbers of slots, and the peer's best batch size for one turn."""
         own, plain = models(bench)
         capture = None if graphs_over(own.config._attn_implementation) in bench.wrong else capture_cuda
-        size, found = 0, []
+        size = 0
         for num_turns, name, share in ((1, "one turn", 0.25), (TURNS, "CAI's three turns", 0.75)):
             rows = Conversations(bench, ROWS[bench.cuda], num_turns)
             size = size or tuned(bench, rows, plain)
-            # On a CPU three turns take half a minute a repeat: the default number of slots alone is timed.
-            has_one = num_turns > 1 and not bench.cuda
-            all_slots = [EvalConfig.batch_size] if has_one else sorted(set(OURS[bench.cuda]))
+            # Three turns take half a minute a repeat: one number of slots alone is timed.
+            all_slots = OURS[bench.cuda][:1] if num_turns > 1 else sorted(set(OURS[bench.cuda]))
             calls: dict[str, Callable[[], object]] = {
                 str(slots): partial(rows.ours, own, slots, 1.0, capture) for slots in all_slots
             }
@@ -208,33 +211,30 @@ class GenerationStage:
             for slots in all_slots:
                 ours = percentiles(times[str(slots)])
                 floor_s, words = floor(bench, own, rows.turns, rows.least_passes(slots))
-                found.append(
-                    Row(
-                        stage=self.name,
-                        name=f"{name}, {slots} slots" + (" (default)" if slots == EvalConfig.batch_size else ""),
-                        dtype=bench.dtype_name,
-                        shapes={
-                            "rows": len(rows.prompts),
-                            "turns": num_turns,
-                            "slots": slots,
-                            "reply_mean": rows.num_tokens / len(rows.prompts) / num_turns,
-                            "model": bench.size.name,
-                        },
-                        seconds=ours,
-                        repeats=len(times[str(slots)]),
-                        peer=f"generate, batches of {size} (the best of {', '.join(map(str, BATCHES[bench.cuda]))})",
-                        peer_seconds=percentiles(times["peer"]),
-                        figures={
-                            "tokens_per_s": rows.num_tokens / ours.p50,
-                            "peer_tokens_per_s": rows.num_tokens / percentiles(times["peer"]).p50,
-                        },
-                        target=_target(bench, slots),
-                        floor_s=floor_s,
-                        floor=words,
-                        note="LoRA r 32 on q and v, not merged, on both sides",
-                    )
+                yield Row(
+                    stage=self.name,
+                    name=f"{name}, {slots} slots{SAID.get(slots, '')}",
+                    dtype=bench.dtype_name,
+                    shapes={
+                        "rows": len(rows.prompts),
+                        "turns": num_turns,
+                        "slots": slots,
+                        "reply_mean": rows.num_tokens / len(rows.prompts) / num_turns,
+                        "model": bench.size.name,
+                    },
+                    seconds=ours,
+                    repeats=len(times[str(slots)]),
+                    peer=f"generate, batches of {size} (the best of {', '.join(map(str, BATCHES[bench.cuda]))})",
+                    peer_seconds=percentiles(times["peer"]),
+                    figures={
+                        "tokens_per_s": rows.num_tokens / ours.p50,
+                        "peer_tokens_per_s": rows.num_tokens / percentiles(times["peer"]).p50,
+                    },
+                    target=_target(bench, slots),
+                    floor_s=floor_s,
+                    floor=words,
+                    note="LoRA r 32 on q and v, not merged, on both sides",
                 )
-        return found
 
 
 def models(bench: Bench) -> tuple[PreTrainedModel, PreTrainedModel]:

@@ -32,7 +32,7 @@ from fedsim.terminal import steady_terminal  # noqa: E402
 from fedsim.version import git_state  # noqa: E402
 from tools.bench import models  # noqa: E402
 from tools.bench.measured_code import code_digest  # noqa: E402
-from tools.bench.rows import StageResult  # noqa: E402
+from tools.bench.rows import Row, StageResult  # noqa: E402
 from tools.bench.stage import Bench, LeftOut, Stage, memory_given_back  # noqa: E402
 from tools.bench.table import table  # noqa: E402
 
@@ -91,12 +91,12 @@ def run_stage(stage: Stage, bench: Bench, facts: Mapping[str, Any]) -> StageResu
         outcome = "ok" if check.passed else "FAILED"
         bench.say(f"  {outcome}: {check.what}: {check.error:.2g} (limit {check.limit:.2g})")
     wrong = frozenset(check.part for check in checks if not check.passed)
-    rows = []
+    rows: list[Row] = []
     if "" not in wrong:
         bench.say(f"{stage.name}: timing")
         left = max(0.0, bench.budget_s - (time.perf_counter() - began))
         with memory_given_back(bench):
-            rows = stage.time(replace(bench, budget_s=left, wrong=wrong))
+            rows = list(stage.time(replace(bench, budget_s=left, wrong=wrong)))
     bench.say(f"{stage.name}: {time.perf_counter() - began:.0f} s")
     return StageResult(stage.name, {**facts, "code": code_digest(stage.name)}, checks, rows)
 

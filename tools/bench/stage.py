@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -116,8 +116,8 @@ class Stage(Protocol):
         """
         ...
 
-    def time(self, bench: Bench) -> list[Row]:
-        """Measure."""
+    def time(self, bench: Bench) -> Iterable[Row]:
+        """Measure; rows may come as soon as they are there."""
         ...
 
 

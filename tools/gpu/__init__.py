@@ -1,1 +1,1 @@
-"""What ``tools/gpu_check.py`` compares, part by part."""
+"""The first session on a GPU: ``python -m tools.gpu --help``; docs/gpu.md says what each call measures."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -89,7 +88,7 @@ def start(folder: Path, name: str, num_ranks: int, overrides: Sequence[str]) -> 
 
 
 def run(setting: Setting, report: Report) -> None:
-    """All runs side by side on a GPU, one after the other on a CPU."""
+    """All runs, one after the other."""
     overrides, many = RUNS[setting.dry], 2 if setting.dry else 4
     overrides = [*overrides, f"parallel.device={'cuda' if setting.cuda else 'cpu'}"]
     wanted: dict[str, tuple[int, list[str]]] = {"one process": (1, []), f"{many} processes": (many, [])}
@@ -97,19 +96,11 @@ def run(setting: Setting, report: Report) -> None:
         wanted["one process in fp32"] = (1, ["model.dtype=float32"])
     note = "; ".join(stand_ins())
     runs: dict[str, Started] = {}
-    try:
-        for name, (num_ranks, more) in wanted.items():
+    for name, (num_ranks, more) in wanted.items():  # one after the other: side by side they would share the GPU's time
+        with report.guarding(f"demo, {name}: runs to its end"):
             runs[name] = start(setting.folder, name, num_ranks, [*overrides, *more])
-            if not setting.cuda:
-                runs[name].wait()
-        for name, started in runs.items():
-            with report.guarding(f"demo, {name}: runs to its end"):
-                started.wait()
-                report.add(f"demo, {name}: exit status", 0.0, 0.0, note)
-    finally:
-        for started in runs.values():
-            if started.process.poll() is None:
-                started.process.send_signal(signal.SIGTERM)
+            runs[name].wait()
+            report.add(f"demo, {name}: exit status", 0.0, 0.0, note)
     one, shared = runs["one process"], runs[f"{many} processes"]
     with report.guarding("demo: one process and more, bit for bit: breaks off"):
         pairs = zip(one.rows, shared.rows, strict=True)
@@ -152,7 +143,7 @@ def write_reference(folder: Path) -> None:
     found: dict[str, Any] = {
         "versions": versions(),
         "commit": git_state(ROOT),
-        "command": "tools/gpu_check.py --reference",
+        "command": "python -m tools.gpu reference",
     }
     for size, dry in (("dry", True), ("full", False)):
         made = start(folder, size, 1 if dry else 2, RUNS[dry])

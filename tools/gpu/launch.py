@@ -14,6 +14,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:] = [str(ROOT), *(p for p in sys.path if Path(p).resolve() != Path(__file__).resolve().parent)]
 
+from tools.gpu import without  # noqa: E402
+
+without.hide_as_told()  # before anything else is imported
+
 from fedsim.data import square  # noqa: E402
 from fedsim.record import finish  # noqa: E402
 from launch.run import main  # noqa: E402

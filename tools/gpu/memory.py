@@ -59,7 +59,7 @@ def in_use(device: torch.device) -> int:
 def run(setting: Setting, report: Report) -> None:
     """Fifty rounds of a small run."""
     note = "; ".join(stand_ins())
-    num_rounds = 12 if setting.dry else 50
+    num_rounds = 8 if setting.dry else 50
     places = ["name=memory", f"record.dir={setting.folder}", f"record.artefacts={setting.folder / 'artefacts'}"]
     config = load_config(DEMO, [*SMALL, *places, f"federation.num_rounds={num_rounds}"])
     device = "cuda" if setting.cuda else "cpu"

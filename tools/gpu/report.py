@@ -1,4 +1,4 @@
-"""What one check of a GPU found, and the file that a part of the checks writes them to as they are made."""
+"""What a part found: checks that pass or fail, and figures; both on disk as soon as they are there."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Check:
     """One comparison.
 
     Attributes:
-        part: of the checks.
+        part: of the call.
         name: what is compared with what, and in which measure.
         error: the distance; NaN fails.
         tolerance: the largest distance that passes.
@@ -58,17 +58,19 @@ class Check:
 
 @dataclass
 class Report:
-    """Takes a part's checks and puts each on disk at once: what a part that is ended has found stays.
+    """Takes what a part finds and puts it on disk at once: what a part that is ended has found stays.
 
     Attributes:
         part: its name.
-        file: JSON lines; None keeps them in memory alone.
+        file: JSON lines, of checks and of figures; None keeps them in memory alone.
         checks: all so far.
+        figures: what was measured, by name.
     """
 
     part: str
     file: Path | None = None
     checks: list[Check] = field(default_factory=list)
+    figures: dict[str, Any] = field(default_factory=dict)
     _last: float = field(default_factory=time.perf_counter)
 
     def add(self, name: str, error: float, tolerance: float, note: str = "") -> None:
@@ -84,13 +86,19 @@ class Report:
         for check in found:
             self.add(of + check.what, check.error, check.limit)
 
+    def figure(self, name: str, value: Any) -> None:
+        """Something measured, of what JSON can hold."""
+        self.figures[name] = value
+        self._write({"figure": name, "value": value})
+
     @contextmanager
     def guarding(self, name: str) -> Iterator[None]:
         """A block whose error is a failed check, so that the part goes on."""
         try:
             yield
-        except (RuntimeError, ValueError, TypeError, AssertionError) as error:
-            self.add(name, math.nan, 0.0, f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}")
+        except Exception as error:  # whatever a device or a kernel does, the rest is tried
+            line = next(iter(str(error).splitlines()), "")
+            self.add(name, math.nan, 0.0, f"{type(error).__name__}: {line}")
 
     def _seconds(self) -> float:
         now = time.perf_counter()
@@ -99,9 +107,29 @@ class Report:
 
     def _take(self, check: Check) -> None:
         self.checks.append(check)
+        self._write(check.entry())
+
+    def _write(self, entry: dict[str, Any]) -> None:
         if self.file is not None:
             with self.file.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps(check.entry(), ensure_ascii=False) + "\n")
+                lines.write(json.dumps(entry, ensure_ascii=False) + "\n")
+
+
+def read_lines(path: Path, part: str) -> Report:
+    """What a part has written so far; a line that was cut short is left out."""
+    found = Report(part)
+    if not path.exists():
+        return found
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if "figure" in entry:
+            found.figures[entry["figure"]] = entry["value"]
+        else:
+            found.checks.append(Check.read(entry))
+    return found
 
 
 @dataclass(frozen=True)
@@ -112,13 +140,30 @@ class Setting:
         device: a GPU, or the CPU of a dry run.
         dry: micro sizes.
         folder: for files, which are deleted at the end.
+        keep: folder whose files are brought back; None: none are.
+        ends_at: ``time.monotonic()`` at which the part is ended.
+        commit: of the tree, where it is no clone.
     """
 
     device: torch.device
     dry: bool
     folder: Path
+    keep: Path | None = None
+    ends_at: float = math.inf
+    commit: str | None = None
 
     @property
     def cuda(self) -> bool:
         """Whether this is a GPU."""
         return self.device.type == "cuda"
+
+    @property
+    def seconds_left(self) -> float:
+        """Until the part is ended."""
+        return self.ends_at - time.monotonic()
+
+    def kept(self, name: str) -> Path:
+        """A file that is brought back, in a folder that exists."""
+        path = (self.folder if self.keep is None else self.keep) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path

@@ -42,7 +42,7 @@ from fedsim.train.client import ClientTrainer
 from fedsim.train.loop import StepSettings, Trainer, TrainingPlan, TrainingStats
 from fedsim.train.objectives import DpoObjective, Preference, SftObjective
 from tools.bench.lengths import draw, random_ids, training_rows
-from tools.bench.models import GPU
+from tools.bench.models import GPU, ModelSize
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 CONFIG: Final = ROOT / "configs" / "paper" / "fedavg-filter-cai.yaml"
@@ -112,15 +112,18 @@ class Phase:
 
 
 class Model:
-    """An 8B-shaped model of some layers on the fake device, with LoRA in a flat adapter.
+    """An 8B-shaped model of some layers on the fake device or a real one, with LoRA in a flat adapter.
+
+    Args:
+        size: its shape but for the layers; the least work of a phase is that of Llama-3.1-8B in any case.
 
     Attributes:
         inner: the Hugging Face model, whose layers carry the adapters.
+        vocabulary: number of tokens.
     """
 
-    def __init__(self, num_layers: int, lora: LoraSettings, device: torch.device) -> None:
-        size = replace(GPU, config={**GPU.config, "num_hidden_layers": num_layers})
-        config = size.llama()
+    def __init__(self, num_layers: int, lora: LoraSettings, device: torch.device, size: ModelSize = GPU) -> None:
+        config = replace(size, config={**size.config, "num_hidden_layers": num_layers}).llama()
         config._attn_implementation = IMPLEMENTATIONS["sdpa"]
         before = torch.get_default_dtype()
         torch.set_default_dtype(torch.bfloat16)
@@ -131,6 +134,7 @@ class Model:
             torch.set_default_dtype(before)
         base.requires_grad_(False)
         self.num_layers = num_layers
+        self.vocabulary = size.vocab_size
         self.device = device
         self.model = _attached(base.eval(), lora, device)
         fuse(self.model, with_trials=False)  # there are no numbers to compare
@@ -223,15 +227,15 @@ def _trainer(model: Model) -> Trainer:
     return Trainer(model.inner, model.adapter, StepSettings(MICRO, 1.0, 0.0, 0))
 
 
-def _rows() -> list[TokenRow]:
-    rows = training_rows(ROWS, VOCABULARY)
+def _rows(model: Model) -> list[TokenRow]:
+    rows = training_rows(ROWS, model.vocabulary)
     assert sum(map(len, rows)) == STEP_TOKENS
     return rows
 
 
 def sft(model: Model, *, algorithm: str = "fedavg", exact: bool = False, wide: bool = False) -> Steps:
     """A client's step on 16 rows, 110 tokens long in the mean."""
-    rows, objective, trainer = _rows(), SftObjective(), _trainer(model)
+    rows, objective, trainer = _rows(model), SftObjective(), _trainer(model)
     federation = build_algorithm(FederationConfig(algorithm=algorithm), ServerOptimizerConfig())
     state = federation.start(model.vector())
     correction = federation.correction(state, model.vector() if federation.has_control else None)
@@ -255,8 +259,8 @@ def sft(model: Model, *, algorithm: str = "fedavg", exact: bool = False, wide: b
 
 def dpo(model: Model) -> Steps:
     """A DPO step on 16 pairs of 200-token rows: policy and reference."""
-    chosen = training_rows(ROWS, VOCABULARY, prompt_mean=110, reply_mean=90)
-    rejected = training_rows(ROWS, VOCABULARY, prompt_mean=110, reply_mean=60, seed=1)
+    chosen = training_rows(ROWS, model.vocabulary, prompt_mean=110, reply_mean=90)
+    rejected = training_rows(ROWS, model.vocabulary, prompt_mean=110, reply_mean=60, seed=1)
     pairs = [Preference(*pair) for pair in zip(chosen, rejected, strict=True)]
     objective = DpoObjective(model.adapter, model.adapter.copy(), 0.1)
     trainer, lane = _trainer(model), _lane(model)
@@ -282,7 +286,7 @@ def client(model: Model) -> Steps:
     clients = ClientTrainer(trainer, federation, SftObjective(), local, 1, 3, 0)
     state = federation.start(model.vector())
     control = torch.zeros(model.adapter.size)  # kept on the host
-    rows = _rows()
+    rows = _rows(model)
     yield Work(0, 0.0, 0.0)
     clients.train(0, rows, 1, state, control, _lane(model))
 
@@ -325,7 +329,7 @@ def _decoder(model: Model, num_rows: int) -> Decoder:
 def prefill(model: Model) -> Steps:
     """A pass that reads as many 300-token prompts as it may hold."""
     decoder = _decoder(model, 64)
-    prompts = [random_ids(CONTEXT, VOCABULARY, "prompt", i) for i in range(64)]
+    prompts = [random_ids(CONTEXT, model.vocabulary, "prompt", i) for i in range(64)]
     decoder._rows = [_Row(i, Request(ids, i, 32, 1.0)) for i, ids in enumerate(prompts)]
     with torch.inference_mode():
         decoder._reserve(CONTEXT)
