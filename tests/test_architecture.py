@@ -56,7 +56,6 @@ ALLOWED: Final[dict[str, set[str]]] = {
 BREACHES: Final = {
     "artefacts.py -> record",
     "evaluate/guard_judge.py -> safety",
-    "evaluate/shared.py -> run",
     "evaluate/stage.py -> record",
     "fused/choice.py -> model",
     "fused/ops.py -> model",
