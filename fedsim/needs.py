@@ -11,6 +11,9 @@ from fedsim.model.memory import Need, generation_need, scoring_need, training_ne
 from fedsim.model.shape import ModelShape
 from fedsim.parallel.planner import plan_round
 
+GENERATION = "generation"
+"""Name of the stage that generates replies with the model."""
+
 TAIL_TOKENS = 32  # of the closing instruction, which follows every exchange that a guard judges; it is longer
 
 
@@ -67,7 +70,7 @@ def memory_needs(config: Config, shapes: Mapping[str, ModelShape], num_ranks: in
     needs.append(
         generation_need(
             model,
-            "generation",
+            GENERATION,
             "eval.batch_size",
             num_rows=judged.batch_size,
             num_tokens=context,

@@ -28,7 +28,7 @@ from fedsim.model.load import LoraSettings, check_model_dir, check_tokenizer, lo
 from fedsim.model.memory import Need, free_memory
 from fedsim.model.shape import ModelShape, model_shape
 from fedsim.model.trial import try_model
-from fedsim.needs import memory_needs, round_work
+from fedsim.needs import GENERATION, memory_needs, round_work
 from fedsim.parallel.device import NCCL
 from fedsim.parallel.planner import useful_ranks
 from fedsim.parallel.world import World
@@ -41,6 +41,9 @@ from fedsim.safety.guard_format import GuardFormat
 
 SHARED_MEMORY: Final = 2**30
 """Bytes of /dev/shm below which NCCL is warned of; Docker gives a container 64 MiB."""
+
+RESERVE: Final = 2 << 30
+"""Bytes that are never counted as spare: CUDA graphs, fragments, and libraries' workspaces."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,12 @@ class Preflight:
     fit: Fit = field(default_factory=Fit)
     by_gpu: Mapping[str, Fit] = field(default_factory=dict)
     shared_memory: str = ""
+
+    @property
+    def spare_bytes(self) -> int:
+        """Memory that no stage but generation needs, by the stages' upper bounds, on the rank with least of it."""
+        most = max(need.num_bytes for need in self.needs if need.stage != GENERATION)
+        return max(0, min(self.free_bytes) - most - RESERVE)
 
     def warnings(self) -> list[str]:
         """One line for each thing that may go wrong.

@@ -132,6 +132,7 @@ class Simulation:
         prepare.try_models(found.untried)
         guarded = prepare.filter(inputs.data)
         federation = self._assemble(guarded.filtered)
+        federation.engine.spare_bytes = found.spare_bytes
         suite = replace(inputs.suite, guard=guarded.judge)
         measurement = self._measurement(federation, suite, prepare.shared_evaluation(inputs, federation))
         checkpoint = record.resume(federation.check)

@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from fedsim.fused.sampling import BLOCK, weight_bits
+
 TILE = 4096  # numbers of a program where rows are short, or columns of a chunk where they are long
 COLUMNS = 1024  # of a program of an elementwise kernel
 WORD = 1 << 32  # values of a random word
@@ -56,13 +58,14 @@ def _norm_grad_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _silu_mul_kernel(gate, up, out, size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < size
-    g = tl.load(gate + place, mask=inside, other=0.0).to(tl.float32)
-    u = tl.load(up + place, mask=inside, other=0.0).to(tl.float32)
+def _silu_mul_kernel(gate, up, out, gate_row, up_row, out_row, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    g = tl.load(gate + row * gate_row + column, mask=inside, other=0.0).to(tl.float32)
+    u = tl.load(up + row * up_row + column, mask=inside, other=0.0).to(tl.float32)
     activated = (g / (1.0 + tl.exp(-g))).to(out.dtype.element_ty).to(tl.float32)
-    tl.store(out + place, (activated * u).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + row * out_row + column, (activated * u).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -80,13 +83,13 @@ def _silu_mul_grad_kernel(d_out, gate, up, d_gate, d_up, size, BLOCK: tl.constex
 
 @triton.jit
 def _rotated_heads(  # type: ignore[no-untyped-def]
-    x, out, token, stride_token, stride_head, cos1, cos2, sin1, sin2,
+    x, out, x_head, out_head, cos1, cos2, sin1, sin2,
     heads: tl.constexpr, HEADS: tl.constexpr, half: tl.constexpr, HALF: tl.constexpr, INVERSE: tl.constexpr,
 ):  # fmt: skip
     head = tl.arange(0, HEADS)
     column = tl.arange(0, HALF)
     inside = (head < heads)[:, None] & (column < half)[None, :]
-    source = x + token * stride_token + head[:, None] * stride_head + column[None, :]
+    source = x + head[:, None] * x_head + column[None, :]
     first = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(source + half, mask=inside, other=0.0).to(tl.float32)
     kind = out.dtype.element_ty
@@ -96,9 +99,20 @@ def _rotated_heads(  # type: ignore[no-untyped-def]
     else:
         low = (first * cos1).to(kind).to(tl.float32) - (second * sin1).to(kind).to(tl.float32)
         high = (second * cos2).to(kind).to(tl.float32) + (first * sin2).to(kind).to(tl.float32)
-    goal = out + (token * heads + head[:, None]) * (2 * half) + column[None, :]
+    goal = out + head[:, None] * out_head + column[None, :]
     tl.store(goal, low.to(kind), mask=inside)
     tl.store(goal + half, high.to(kind), mask=inside)
+
+
+@triton.jit
+def _angles(x, token, half: tl.constexpr, HALF: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Both halves of a token's cosines or sines."""
+    column = tl.arange(0, HALF)
+    inside = column < half
+    x += token * 2 * half
+    first = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+    second = tl.load(x + half + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+    return first, second
 
 
 @triton.jit
@@ -108,16 +122,37 @@ def _rotate_kernel(  # type: ignore[no-untyped-def]
     half: tl.constexpr, HALF: tl.constexpr, INVERSE: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, HALF)
-    inside = column < half
-    cos += token * 2 * half
-    sin += token * 2 * half
-    cos1 = tl.load(cos + column, mask=inside, other=0.0).to(tl.float32)[None, :]
-    cos2 = tl.load(cos + half + column, mask=inside, other=0.0).to(tl.float32)[None, :]
-    sin1 = tl.load(sin + column, mask=inside, other=0.0).to(tl.float32)[None, :]
-    sin2 = tl.load(sin + half + column, mask=inside, other=0.0).to(tl.float32)[None, :]
-    _rotated_heads(q, q_out, token, q_token, q_head, cos1, cos2, sin1, sin2, Q_HEADS, Q_BLOCK, half, HALF, INVERSE)
-    _rotated_heads(k, k_out, token, k_token, k_head, cos1, cos2, sin1, sin2, K_HEADS, K_BLOCK, half, HALF, INVERSE)
+    c1, c2 = _angles(cos, token, half, HALF)
+    s1, s2 = _angles(sin, token, half, HALF)
+    q_out += token * Q_HEADS * 2 * half
+    k_out += token * K_HEADS * 2 * half
+    _rotated_heads(q + token * q_token, q_out, q_head, 2 * half, c1, c2, s1, s2, Q_HEADS, Q_BLOCK, half, HALF, INVERSE)
+    _rotated_heads(k + token * k_token, k_out, k_head, 2 * half, c1, c2, s1, s2, K_HEADS, K_BLOCK, half, HALF, INVERSE)
+
+
+@triton.jit
+def _rotate_into_kernel(  # type: ignore[no-untyped-def]
+    q, k, v, cos, sin, q_out, keys, values, places,
+    q_token, q_head, k_token, k_head, v_token, v_head,
+    keys_slot, keys_position, keys_head, values_slot, values_position, values_head,
+    Q_HEADS: tl.constexpr, Q_BLOCK: tl.constexpr, K_HEADS: tl.constexpr, K_BLOCK: tl.constexpr,
+    half: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    place = tl.load(places + token)
+    c1, c2 = _angles(cos, token, half, HALF)
+    s1, s2 = _angles(sin, token, half, HALF)
+    q_out += token * Q_HEADS * 2 * half
+    _rotated_heads(q + token * q_token, q_out, q_head, 2 * half, c1, c2, s1, s2, Q_HEADS, Q_BLOCK, half, HALF, False)
+    keys += token * keys_slot + place * keys_position
+    _rotated_heads(k + token * k_token, keys, k_head, keys_head, c1, c2, s1, s2, K_HEADS, K_BLOCK, half, HALF, False)
+    head = tl.arange(0, K_BLOCK)[:, None]
+    column = tl.arange(0, HALF)[None, :]
+    inside = (head < K_HEADS) & (column < half)
+    source = v + token * v_token + head * v_head + column
+    goal = values + token * values_slot + place * values_position + head * values_head + column
+    tl.store(goal, tl.load(source, mask=inside), mask=inside)
+    tl.store(goal + half, tl.load(source + half, mask=inside), mask=inside)
 
 
 @triton.jit
@@ -186,6 +221,45 @@ def _pick_grad_kernel(d_picked, logits, ids, total, d_logits, width, BLOCK: tl.c
     tl.store(d_logits + row * width + column, (d * (hit - share)).to(d_logits.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _token_weights(logits, column, width, largest, temperature, factor):  # type: ignore[no-untyped-def]
+    value = tl.load(logits + column, mask=column < width, other=float("-inf")).to(tl.float64)
+    return (tl.exp(value / temperature - largest / temperature) * factor).to(tl.int64)
+
+
+@triton.jit
+def _block_sums_kernel(  # type: ignore[no-untyped-def]
+    logits, largest, temperatures, sums, width, num_blocks, factor, BLOCKS: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
+    column = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    top = tl.load(largest + row).to(tl.float64)
+    weight = _token_weights(logits + row * width, column, width, top, tl.load(temperatures + row), factor)
+    tl.store(sums + row * num_blocks + block, tl.sum(weight, axis=1), mask=block < num_blocks)
+
+
+@triton.jit
+def _draw_in_block_kernel(  # type: ignore[no-untyped-def]
+    logits, largest, temperatures, uniforms, sums, tokens, width, num_blocks, factor,
+    BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.arange(0, BLOCKS)
+    weight = tl.load(sums + row * num_blocks + block, mask=block < num_blocks, other=0)
+    total = tl.sum(weight, axis=0)
+    level = (tl.load(uniforms + row) * total.to(tl.float64)).to(tl.int64)
+    level = tl.minimum(level, total - 1)
+    passed = (tl.cumsum(weight, axis=0) <= level) & (block < num_blocks)
+    chosen = tl.minimum(tl.sum(passed.to(tl.int32), axis=0), num_blocks - 1)
+    rest = level - tl.sum(tl.where(block < chosen, weight, 0), axis=0)
+    column = chosen * BLOCK + tl.arange(0, BLOCK)
+    top = tl.load(largest + row).to(tl.float64)
+    inner = _token_weights(logits + row * width, column, width, top, tl.load(temperatures + row), factor)
+    token = chosen * BLOCK + tl.sum((tl.cumsum(inner, axis=0) <= rest).to(tl.int32), axis=0)
+    tl.store(tokens + row, tl.minimum(token, width - 1).to(tl.int64))
+
+
 def _rows_of(x: torch.Tensor) -> tuple[int, int, int, int]:
     """(rows, width, rows of a program, columns of a program) of a contiguous tensor."""
     width = x.shape[-1]
@@ -226,8 +300,20 @@ def norm_grad(
 def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """See :func:`fedsim.fused.ops.silu_mul`."""
     out = torch.empty_like(gate)
-    _silu_mul_kernel[(triton.cdiv(gate.numel(), COLUMNS),)](gate, up, out, gate.numel(), BLOCK=COLUMNS)
+    width = gate.shape[-1]
+    _silu_mul(gate.view(-1, width), up.view(-1, width), out.view(-1, width))
     return out
+
+
+def silu_mul_(gate: torch.Tensor, up: torch.Tensor) -> None:
+    """See :func:`fedsim.fused.ops.silu_mul_`."""
+    _silu_mul(gate, up, gate)
+
+
+def _silu_mul(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor) -> None:
+    rows, width = gate.shape
+    grid = (rows, triton.cdiv(width, COLUMNS))
+    _silu_mul_kernel[grid](gate, up, out, gate.stride(0), up.stride(0), out.stride(0), width, BLOCK=COLUMNS)
 
 
 def silu_mul_grad(d_out: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -252,6 +338,62 @@ def rotate(
         half=size // 2, HALF=triton.next_power_of_2(size // 2), INVERSE=inverse, **EXACT,
     )  # fmt: skip
     return q_out, k_out
+
+
+def rotate_into(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    places: torch.Tensor,
+) -> torch.Tensor:
+    """See :func:`fedsim.fused.ops.rotate_into`."""
+    tokens, q_heads, size = q.shape
+    k_heads = k.shape[1]
+    q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    strides = [n for part in (q, k, v) for n in part.stride()[:2]]
+    strides += [n for cache in (keys, values) for n in cache.stride()[:3]]
+    _rotate_into_kernel[(tokens,)](
+        q, k, v, cos, sin, q_out, keys, values, places, *strides,
+        Q_HEADS=q_heads, Q_BLOCK=triton.next_power_of_2(q_heads),
+        K_HEADS=k_heads, K_BLOCK=triton.next_power_of_2(k_heads),
+        half=size // 2, HALF=triton.next_power_of_2(size // 2), **EXACT,
+    )  # fmt: skip
+    return q_out
+
+
+def block_sums(logits: torch.Tensor, largest: torch.Tensor, temperatures: torch.Tensor) -> torch.Tensor:
+    """See :func:`fedsim.fused.sampling.block_sums`."""
+    rows, width = logits.shape
+    num_blocks = triton.cdiv(width, BLOCK)
+    sums = torch.empty(rows, num_blocks, dtype=torch.int64, device=logits.device)
+    blocks = TILE // BLOCK
+    _block_sums_kernel[(rows, triton.cdiv(num_blocks, blocks))](
+        logits, largest, temperatures, sums, width, num_blocks, 2.0 ** weight_bits(width), BLOCKS=blocks, BLOCK=BLOCK,
+        num_warps=8,
+    )  # fmt: skip
+    return sums
+
+
+def draw_in_block(
+    logits: torch.Tensor,
+    largest: torch.Tensor,
+    temperatures: torch.Tensor,
+    uniforms: torch.Tensor,
+    sums: torch.Tensor,
+) -> torch.Tensor:
+    """See :func:`fedsim.fused.sampling.draw_in_block`."""
+    rows, width = logits.shape
+    num_blocks = sums.shape[1]
+    tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    _draw_in_block_kernel[(rows,)](
+        logits, largest, temperatures, uniforms, sums, tokens, width, num_blocks, 2.0 ** weight_bits(width),
+        BLOCKS=triton.next_power_of_2(num_blocks), BLOCK=BLOCK,
+    )  # fmt: skip
+    return tokens
 
 
 def drop(

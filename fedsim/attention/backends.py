@@ -7,7 +7,7 @@ Attention is causal and aligned at the end: a row's last query sees all of its p
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Final, Protocol
@@ -42,14 +42,14 @@ class Cached:
         values: ``[rows, capacity, key heads, value size]``.
         lengths: int32 ``[rows]``, on the device: positions of each row, the query's own included.
         max_length: the largest of them, or more, up to the capacity.
-        hidden: what :meth:`hiding` has made, which the layers of a step share.
+        shared: what :meth:`hiding` and :meth:`starts` have made, which the layers of a step share.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
     lengths: torch.Tensor
     max_length: int
-    hidden: dict[tuple[int | None, torch.dtype], torch.Tensor] = field(default_factory=dict)
+    shared: dict[Hashable, torch.Tensor] = field(default_factory=dict)
 
     def heads(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values as ``[rows, key heads, max_length, head size]``, views."""
@@ -65,11 +65,18 @@ class Cached:
 
     def hiding(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
         """``[rows, 1, 1, max_length]``: 0 where :meth:`mask` is true, else −∞, to be added to scores."""
-        if (window, dtype) not in self.hidden:
+        if (window, dtype) not in self.shared:
             seen = self.mask(window)
             zeros = torch.zeros_like(seen, dtype=dtype)
-            self.hidden[window, dtype] = zeros.masked_fill_(~seen, -torch.inf)
-        return self.hidden[window, dtype]
+            self.shared[window, dtype] = zeros.masked_fill_(~seen, -torch.inf)
+        return self.shared[window, dtype]
+
+    def starts(self, step: int) -> torch.Tensor:
+        """int32 ``[rows + 1]``: 0, step, 2 · step, …"""
+        if step not in self.shared:
+            rows = len(self.keys)
+            self.shared[step] = torch.arange(0, rows * step + 1, step, dtype=torch.int32, device=self.keys.device)
+        return self.shared[step]
 
 
 class Backend(Protocol):
@@ -201,8 +208,7 @@ class Varlen:
         assert scores.softcap is None, "softcap is refused when the model is loaded"
         if "seqused_k" not in varlen_keywords():  # a torch whose kernel knows no slots
             return BACKENDS["sdpa"].slots(query, cached, scores)
-        rows, capacity = cached.keys.shape[:2]
-        starts = torch.arange(rows + 1, dtype=torch.int32, device=query.device)
+        capacity = cached.keys.shape[1]
         key, value = cached.keys.flatten(0, 1), cached.values.flatten(0, 1)
         more: dict[str, Any] = {"seqused_k": cached.lengths}
         if scores.window is None or scores.window >= cached.max_length:
@@ -211,7 +217,8 @@ class Varlen:
             more["window_size"] = (-1, -1)
         if torch.are_deterministic_algorithms_enabled() and "num_splits" in varlen_keywords():
             more["num_splits"] = 1  # else the kernel splits the keys by how many rows there are
-        return _varlen_attn(query, key, value, starts, starts * capacity, 1, cached.max_length, scores, **more)
+        starts = cached.starts(1), cached.starts(capacity)
+        return _varlen_attn(query, key, value, *starts, 1, cached.max_length, scores, **more)
 
 
 class Flash2:

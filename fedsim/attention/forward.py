@@ -69,6 +69,32 @@ class Layout(Protocol):
         ...
 
 
+class Rotation(Protocol):
+    """Rotary positions that a fused attention leaves to the layout (:class:`fedsim.fused.choice.Rotation`)."""
+
+    def rotated(self, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries and keys, ``[batch, heads, length, head size]``, rotated."""
+        ...
+
+    def rotated_into(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        places: torch.Tensor,
+    ) -> torch.Tensor:
+        """Rotated queries ``[rows, query heads, head size]``; row i's key and value go to slot i of a cache.
+
+        Args:
+            query: ``[rows, query heads, head size]``; ``key`` and ``value`` with the key heads.
+            keys: ``[slots, capacity, key heads, head size]``; ``values`` likewise.
+            places: int64 ``[rows]``: the position that each row writes.
+        """
+        ...
+
+
 class Rows:
     """Each row attends to itself alone: training and scoring."""
 
@@ -145,7 +171,7 @@ def text_names(causal: PreTrainedModel) -> str:
 
 
 def packed_logits(
-    model: nn.Module, ids: torch.Tensor, positions: torch.Tensor, layout: Layout, keep: torch.Tensor
+    model: nn.Module, ids: torch.Tensor, positions: torch.Tensor, layout: Layout, keep: torch.Tensor | None
 ) -> torch.Tensor:
     """Logits at chosen tokens of a packed batch; the head sees no other token.
 
@@ -154,7 +180,7 @@ def packed_logits(
             logits apply.
         ids: int64 ``[tokens]``, on the model's device.
         positions: int64 ``[1, tokens]``.
-        keep: int64 ``[kept]``: indices of tokens.
+        keep: int64 ``[kept]``: indices of tokens; None: all.
 
     Returns:
         ``[kept, vocabulary]`` in the model's dtype.
@@ -169,7 +195,7 @@ def packed_logits(
         attention_mask=_READY_MASK,
         position_ids=positions,
         use_cache=False,
-        logits_to_keep=keep,
+        logits_to_keep=0 if keep is None else keep,
         packed_pass=passing,
     )
     _check_layers(causal, passing)
@@ -300,11 +326,13 @@ def _attention(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     packed_pass: _Pass | None = None,
+    rotation: Rotation | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Compute attention for transformers: ``[batch, heads, length, size]`` in, ``[batch, length, heads, size]`` out.
 
-    Without a layout each batch entry is a row of its own, whose queries are the last of its positions.
+    Without a layout each batch entry is a row of its own, whose queries are the last of its positions. With a rotation
+    queries and keys are not rotated yet: a layout that has ``attend_rotating`` does it, others get them rotated.
     """
     assert not dropout, "dropout of the model's own is switched off when it is loaded"
     if s_aux is not None:
@@ -318,6 +346,9 @@ def _attention(
         )
     scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
     batch, _heads, length, _size = query.shape
+    attend_rotating = None if packed_pass is None else getattr(packed_pass.layout, "attend_rotating", None)
+    if rotation is not None and attend_rotating is None:
+        query, key = rotation.rotated(query, key)
     queries, keys, values = (part.transpose(1, 2).flatten(0, 1) for part in (query, key, value))
     if packed_pass is None:
         spans = Spans([length] * batch, [key.shape[2]] * batch, device=query.device)
@@ -331,7 +362,11 @@ def _attention(
             keys, values = packed_pass.read
         call = packed_pass.calls.get(layer, 0)
         packed_pass.calls[layer] = call + 1
-        out = packed_pass.layout.attend(backend, Place(layer, call), queries, keys, values, scores)
+        place = Place(layer, call)
+        if rotation is not None and attend_rotating is not None:
+            out = attend_rotating(backend, place, queries, keys, values, scores, rotation)
+        else:
+            out = packed_pass.layout.attend(backend, place, queries, keys, values, scores)
     return out.view(batch, length, *out.shape[1:]), None
 
 

@@ -11,16 +11,29 @@ from __future__ import annotations
 import types
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
+from transformers.models.mistral import modeling_mistral
+from transformers.models.qwen2 import modeling_qwen2
 
 from fedsim.fused import functions as fused
-from fedsim.fused.ops import agree_on_kernels, runs_fused, why_plain
+from fedsim.fused.joint import (
+    ATTRIBUTE,
+    JointLinear,
+    can_be_fused_lora,
+    can_be_joint,
+    hold_adapters,
+    is_frozen_linear,
+    uses_default_adapter,
+)
+from fedsim.fused.ops import OPS, agree_on_kernels, runs_fused, why_plain
 from fedsim.model.faults import reason
 from fedsim.ranks import OneRank, Ranks
 
@@ -76,7 +89,7 @@ def fuse(model: nn.Module, ranks: Ranks | None = None, *, with_trials: bool = Tr
     found = fuse_layers(model, with_trials=with_trials)
     if len(set(ranks.gather(found.words()))) > 1:
         for module in found.modules:
-            del module.forward
+            vars(module).pop("forward", None)  # a module may be fused twice
         return Fused(refused=Counter({"model (its layers passed their trials on some ranks alone)": 1}))
     return found
 
@@ -136,32 +149,54 @@ def _try_norm(module: Any, forward: Forward) -> str:
 # --- feed-forward parts --------------------------------------------------------------------------------------------
 
 
-def _feed(module: nn.Module) -> Forward | None:
-    parts = ("gate_proj", "up_proj", "down_proj")
-    if {name for name, _ in module.named_children()} != {*parts, "act_fn"}:
+def _feed_forward(module: nn.Module) -> Forward | None:
+    if not _is_gated(module):
         return None
-    feed: Any = module
-    if "SiLU" not in type(feed.act_fn).__name__:
-        return None
-    if not all(isinstance(getattr(module, part), (nn.Linear, LoraLinear)) for part in parts):
-        return None
+    part: Any = module
 
-    def forward(x: Tensor, onto: Tensor | None = None) -> Tensor:
-        gate, up, down = feed.gate_proj, feed.up_proj, feed.down_proj
-        if all(_is_frozen(part) and part.bias is None for part in (gate, up, down)):
-            return fused.feed(x, gate.weight, up.weight, down.weight, onto)
+    def forward(x: Tensor, residual: Tensor | None = None) -> Tensor:
+        gate, up, down = part.gate_proj, part.up_proj, part.down_proj
+        if all(is_frozen_linear(layer) and layer.bias is None for layer in (gate, up, down)):
+            return fused.feed_forward(x, gate.weight, up.weight, down.weight, residual)
         out: Tensor = down(fused.silu_mul(gate(x), up(x)))
-        return out if onto is None else onto + out
+        return out if residual is None else residual + out
 
     return forward
 
 
-def _is_frozen(module: Any) -> bool:
-    bias = module.bias if type(module) is nn.Linear else None
-    return type(module) is nn.Linear and not module.weight.requires_grad and (bias is None or not bias.requires_grad)
+def _is_gated(module: nn.Module) -> bool:
+    """Whether a module computes ``down(silu(gate(x)) · up(x))``, judged by its parts."""
+    parts = ("gate_proj", "up_proj", "down_proj")
+    if {name for name, _ in module.named_children()} != {*parts, "act_fn"}:
+        return False
+    linear = all(isinstance(getattr(module, part), (nn.Linear, LoraLinear)) for part in parts)
+    return linear and "SiLU" in type(module.act_fn).__name__
 
 
-def _try_feed(module: Any, forward: Forward) -> str:
+def _joint_feed_forward(module: nn.Module) -> Forward | None:
+    """Gate and up as one product where there are no gradients; else the fused forward pass that is there already."""
+    part: Any = module
+    if not _is_gated(module) or "forward" not in vars(module) or not can_be_joint([part.gate_proj, part.up_proj]):
+        return None
+    plain = module.forward
+    joint = JointLinear([part.gate_proj, part.up_proj])
+    setattr(module, ATTRIBUTE, joint)
+
+    def forward(x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if not joint.takes(x):
+            return plain(x, residual)
+        gate, up = joint(x.flatten(0, -2)).split(joint.sizes, dim=-1)
+        OPS.silu_mul_(gate, up)  # in place: the largest activations of the pass
+        down = part.down_proj
+        if residual is not None and is_frozen_linear(down) and down.bias is None:
+            return torch.addmm(residual.flatten(0, -2), gate, down.weight.T).view(residual.shape)
+        out: Tensor = down(gate).view(*x.shape[:-1], -1)
+        return out if residual is None else residual + out
+
+    return forward
+
+
+def _try_feed_forward(module: Any, forward: Forward) -> str:
     weight = module.gate_proj.weight  # PEFT's layers have it too
     return _difference(module.forward, forward, {"x": _random(weight, NUM_TOKENS, weight.shape[1])})
 
@@ -229,19 +264,15 @@ def _try_rotation(module: Any, _: Forward) -> str:
 
 
 def _lora(module: nn.Module) -> Forward | None:
-    if not isinstance(module, LoraLinear):
-        return None
     layer: Any = module
-    if list(layer.lora_A) != ["default"] or layer.lora_variant:
+    if not can_be_fused_lora(layer):
         return None
     base, a, b = layer.base_layer, layer.lora_A["default"], layer.lora_B["default"]
-    if not _is_frozen(base) or a.bias is not None or b.bias is not None:
-        return None
     plain = layer.forward
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         dropout = layer.lora_dropout["default"]
-        is_plain = layer.disable_adapters or layer.merged or layer.active_adapters != ["default"] or args or kwargs
+        is_plain = not uses_default_adapter(layer) or args or kwargs
         known = isinstance(dropout, (nn.Identity, fused.Drawing)) or not dropout.training
         if is_plain or not known or x.dtype != base.weight.dtype:
             return plain(x, *args, **kwargs)
@@ -252,19 +283,142 @@ def _lora(module: nn.Module) -> Forward | None:
 
 
 def _try_lora(module: Any, forward: Forward) -> str:
-    """In evaluation mode, with other values than the start's zeros; gradients of both matrices too."""
-    a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
-    saved, was_training = b.detach().clone(), module.training
+    """Gradients of both matrices too."""
+    parameters = module.lora_A["default"].weight, module.lora_B["default"].weight
+    x = _random(module.base_layer.weight, NUM_TOKENS, module.base_layer.in_features)
+    with _random_adapters(module):
+        return _difference(module.forward, forward, {"x": x}, parameters)
+
+
+@contextmanager
+def _random_adapters(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and other values of LoRA's B than the start's zeros."""
+    layers: list[Any] = [layer for layer in module.modules() if isinstance(layer, LoraLinear)]
+    weights = [layer.lora_B["default"].weight for layer in layers]
+    saved, modes = [weight.detach().clone() for weight in weights], [(m, m.training) for m in module.modules()]
     module.eval()
     try:
         with torch.no_grad():
-            b.copy_(_random(b, *b.shape) / b.shape[1])
-        x = _random(module.base_layer.weight, NUM_TOKENS, module.base_layer.in_features)
-        return _difference(module.forward, forward, {"x": x}, (a, b))
+            for seed, weight in enumerate(weights):
+                weight.copy_(_random(weight, *weight.shape, seed=seed) / weight.shape[1])
+        yield
     finally:
         with torch.no_grad():
-            b.copy_(saved)
-        module.train(was_training)
+            for weight, old in zip(weights, saved, strict=True):
+                weight.copy_(old)
+        for part, mode in modes:
+            part.training = mode
+
+
+# --- attention -----------------------------------------------------------------------------------------------------
+
+_WINDOWS: Final[tuple[tuple[Any, Callable[[Any], int | None]], ...]] = (
+    (modeling_llama.LlamaAttention, lambda module: None),
+    (modeling_mistral.MistralAttention, lambda module: getattr(module.config, "sliding_window", None)),
+    (modeling_qwen2.Qwen2Attention, lambda module: module.sliding_window),
+)
+"""Attentions that :func:`_joint_attention` knows, and their sliding windows."""
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Rotary positions of a pass that are applied behind the projections (:class:`fedsim.attention.forward.Rotation`).
+
+    Attributes:
+        cos: ``[1 or batch, length, head size]``.
+        sin: likewise.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def rotated(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys ``[batch, heads, length, head size]``, rotated."""
+        return fused.rotate(query, key, self.cos, self.sin)
+
+    def rotated_into(
+        self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, places: Tensor
+    ) -> Tensor:
+        """Rotated queries of one token a row; its rotated key, and its value, go into a cache.
+
+        Arguments as of :func:`fedsim.fused.ops.rotate_into`.
+        """
+        cos, sin = (part.flatten(0, 1) for part in (self.cos, self.sin))
+        out: Tensor = OPS.rotate_into(query, key, value, cos, sin, keys, values, places)
+        return out
+
+
+def _joint_attention(module: nn.Module) -> Forward | None:
+    """Queries, keys and values as one product where there are no gradients; else the forward pass that is there."""
+    attention: Any = module
+    own = getattr(type(module), "forward", None)
+    window = next((window for kind, window in _WINDOWS if _same_function(own, kind.forward)), None)
+    if window is None or "forward" not in vars(module):
+        return None
+    layers = [attention.q_proj, attention.k_proj, attention.v_proj]
+    if not can_be_joint(layers):
+        return None
+    plain = module.forward
+    joint, size, sliding = JointLinear(layers), attention.head_dim, window(attention)
+    setattr(module, ATTRIBUTE, joint)
+
+    def forward(
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        cos, sin = position_embeddings
+        fits = cos.dtype == hidden_states.dtype and cos.shape[-1] == size
+        if past_key_values is not None or not fits or not joint.takes(hidden_states):
+            return plain(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
+        shape = hidden_states.shape[:-1]
+        parts = joint(hidden_states.flatten(0, -2)).split(joint.sizes, dim=-1)
+        heads = [part.view(*shape, -1, size).transpose(1, 2) for part in parts]  # [batch, heads, length, size]
+        attend: Any = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
+        out, weights = attend(
+            attention,
+            *heads,
+            attention_mask,
+            scaling=attention.scaling,
+            sliding_window=sliding,
+            rotation=Rotation(cos, sin),
+            **kwargs,
+        )
+        return attention.o_proj(out.reshape(*shape, -1)), weights
+
+    return forward
+
+
+def _try_joint_attention(module: Any, forward: Forward) -> str:
+    """Without gradients; rotation into a cache is tried with the other kernels (:mod:`.ops`)."""
+    weight = module.q_proj.weight
+    cos, sin = (_random(weight, 1, NUM_TOKENS, module.head_dim, seed=seed) for seed in (1, 2))
+    inputs = {"hidden_states": _random(weight, 1, NUM_TOKENS, weight.shape[1])}
+
+    def of(function: Forward) -> Forward:
+        return lambda hidden_states: function(hidden_states, (cos, sin), None)[0]
+
+    return _joint_difference(module, of(module.forward), of(forward), inputs)
+
+
+def _try_joint_feed_forward(module: Any, forward: Forward) -> str:
+    weight = module.gate_proj.weight
+    x, residual = (_random(weight, 1, NUM_TOKENS, weight.shape[1], seed=seed) for seed in (0, 1))
+
+    def of(function: Forward) -> Forward:
+        return lambda x: torch.cat([function(x), function(x, residual)])
+
+    return _joint_difference(module, of(module.forward), of(forward), {"x": x})
+
+
+def _joint_difference(module: nn.Module, plain: Forward, other: Forward, inputs: Mapping[str, Tensor]) -> str:
+    """:func:`_difference` of values, between the layers one by one and their joint product."""
+    with _random_adapters(module), torch.no_grad():
+        wanted = {"out": plain(**inputs)}
+        with hold_adapters(module):
+            return _difference(lambda **_: wanted["out"], other, inputs)
 
 
 # --- decoder layers ------------------------------------------------------------------------------------------------
@@ -275,10 +429,10 @@ def _layer(module: nn.Module) -> Forward | None:
     if not _same_function(getattr(type(module), "forward", None), modeling_llama.LlamaDecoderLayer.forward):
         return None
     layer: Any = module
-    first, second, feed = layer.input_layernorm, layer.post_attention_layernorm, layer.mlp
+    first, second = layer.input_layernorm, layer.post_attention_layernorm
     if not all("forward" in vars(part) and _norm(part) is not None for part in (first, second)):
         return None
-    adds = _feed(feed) is not None and "forward" in vars(feed)
+    takes_residual = _is_gated(layer.mlp) and "forward" in vars(layer.mlp)
     first_eps, second_eps = _epsilon(first), _epsilon(second)
     assert first_eps is not None and second_eps is not None, "a fused norm has one"
     plain = module.forward
@@ -289,7 +443,7 @@ def _layer(module: nn.Module) -> Forward | None:
         before, normed = fused.add_norm(hidden_states, None, first.weight, first_eps)
         attended, _ = layer.self_attn(hidden_states=normed, **kwargs)
         between, normed = fused.add_norm(before, attended, second.weight, second_eps)
-        return feed(normed, onto=between) if adds else between + feed(normed)
+        return layer.mlp(normed, between) if takes_residual else between + layer.mlp(normed)
 
     return forward
 
@@ -320,7 +474,10 @@ def _random(like: Tensor, *shape: int, seed: int = 0) -> Tensor:
 def _difference(
     plain: Forward, other: Forward, inputs: Mapping[str, Tensor], parameters: tuple[Tensor, ...] = ()
 ) -> str:
-    """What is wrong with ``other``: its value and its gradients differ by more than rounding; empty if nothing is."""
+    """What is wrong with ``other``: value or gradients differ by more than rounding; empty if nothing is.
+
+    Under :func:`torch.no_grad` only values are compared.
+    """
     want, got = (list(_results(function, inputs, parameters)) for function in (plain, other))
     for wanted, found in zip(want, got, strict=True):
         if wanted.shape != found.shape or wanted.dtype != found.dtype:
@@ -335,9 +492,9 @@ def _difference(
 def _results(function: Forward, inputs: Mapping[str, Tensor], parameters: tuple[Tensor, ...]) -> Iterator[Tensor]:
     """The value, and the gradients of its product with fixed numbers; no parameter's own gradient is touched."""
     leaves = {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
-    with torch.enable_grad():
-        out = function(**leaves)
-        yield out.detach()
+    out = function(**leaves)
+    yield out.detach()
+    if torch.is_grad_enabled():
         yield from torch.autograd.grad(out, [*leaves.values(), *parameters], _random(out, *out.shape, seed=3))
 
 
@@ -358,8 +515,10 @@ class _Kind:
 
 _KINDS: Final = (
     _Kind("norms", _norm, _try_norm),
-    _Kind("feed-forward parts", _feed, _try_feed),
+    _Kind("feed-forward parts", _feed_forward, _try_feed_forward),
     _Kind("rotations", _attention, _try_rotation),
     _Kind("LoRA layers", _lora, _try_lora),
+    _Kind("joint feed-forward products", _joint_feed_forward, _try_joint_feed_forward),
+    _Kind("joint attention products", _joint_attention, _try_joint_attention),
     _Kind("decoder layers", _layer, _try_layer),  # of the parts above
 )

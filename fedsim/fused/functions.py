@@ -83,17 +83,17 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     return _SiluMul.apply(gate, up)
 
 
-class _Feed(torch.autograd.Function):
+class _FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, onto: Tensor | None, gate_weight: Tensor, up_weight: Tensor, down_weight: Tensor
+        ctx: Any, x: Tensor, residual: Tensor | None, gate_weight: Tensor, up_weight: Tensor, down_weight: Tensor
     ) -> Tensor:
         gate, up = F.linear(x, gate_weight), F.linear(x, up_weight)
         ctx.save_for_backward(gate, up, gate_weight, up_weight, down_weight)
         inner = OPS.silu_mul(gate, up)
-        if onto is None:
+        if residual is None:
             return F.linear(inner, down_weight)
-        return torch.addmm(onto.flatten(0, -2), inner.flatten(0, -2), down_weight.T).view(onto.shape)
+        return torch.addmm(residual.flatten(0, -2), inner.flatten(0, -2), down_weight.T).view(residual.shape)
 
     @staticmethod
     @once_differentiable
@@ -105,16 +105,18 @@ class _Feed(torch.autograd.Function):
         return grad.view(*d_out.shape[:-1], -1), d_out if ctx.needs_input_grad[1] else None, None, None, None
 
 
-def feed(x: Tensor, gate_weight: Tensor, up_weight: Tensor, down_weight: Tensor, onto: Tensor | None = None) -> Tensor:
-    """The gated feed-forward part of frozen weights, ``(silu(x Gᵀ) · x Uᵀ) Dᵀ``, plus ``onto``.
+def feed_forward(
+    x: Tensor, gate_weight: Tensor, up_weight: Tensor, down_weight: Tensor, residual: Tensor | None = None
+) -> Tensor:
+    """The gated feed-forward part of frozen weights, ``(silu(x Gᵀ) · x Uᵀ) Dᵀ``, plus ``residual``.
 
     Keeps the two products.
 
     Args:
         x: ``[…, width]``.
-        onto: of the result's shape and dtype; None: nothing is added.
+        residual: of the result's shape and dtype; None: nothing is added.
     """
-    return _Feed.apply(x, onto, gate_weight, up_weight, down_weight)
+    return _FeedForward.apply(x, residual, gate_weight, up_weight, down_weight)
 
 
 class _Rotate(torch.autograd.Function):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedsim.fused.sampling import BLOCK, block_sums, draw_in_block
 from fedsim.model.faults import reason
 from fedsim.ranks import Ranks
 
@@ -58,7 +59,16 @@ def kernels_problem(device: torch.device) -> str:
             return ""  # a fake device computes no numbers
         ids = torch.arange(3, device=device)
         total = pick(x, ids)[1]
+        largest, heat, u = x.amax(dim=1, keepdim=True), 0.7 + ids.double(), ids.double() / 3 + 0.1
+        sums = block_sums(x, largest, heat)
+        caches = [torch.zeros(2, 3, 4, 2, 20, device=device) for _ in range(2)]  # keys and values, by each way
+        heads = x[:, :40].view(3, 2, 20)
+        into = (heads, heads, heads, x[:, :20].contiguous(), x[:, 20:].contiguous())
         pairs = [
+            (OPS.block_sums(x, largest, heat) >> 40, sums >> 40),
+            (OPS.draw_in_block(x, largest, heat, u, sums), draw_in_block(x, largest, heat, u, sums)),
+            (OPS.rotate_into(*into, *caches[0], ids), rotate_into(*into, *caches[1], ids)),
+            (caches[0], caches[1]),
             (OPS.drop(x, ids, ids, 1, 0.5, x), drop(x, ids, ids, 1, 0.5, x)),
             (OPS.pick(x, ids)[0], pick(x, ids)[0]),
             (OPS.pick_grad(total, x, ids, total), pick_grad(total, x, ids, total)),
@@ -136,6 +146,11 @@ def silu_mul_grad(d_out: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tens
     return (d * u * share * (1 + g * (1 - share))).to(gate.dtype), (d * g * share).to(up.dtype)
 
 
+def silu_mul_(gate: Tensor, up: Tensor) -> None:
+    """:func:`silu_mul` in place of ``gate``; both ``[tokens, width]`` with any distance between tokens."""
+    gate.copy_(silu_mul(gate, up))
+
+
 # --- rotary positions ----------------------------------------------------------------------------------------------
 
 
@@ -165,6 +180,27 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tup
 
 def _rotate_shapes(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+def rotate_into(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, places: Tensor
+) -> Tensor:
+    """:func:`rotate` of a decoding step's tokens, whose keys and values go into a KV cache.
+
+    Args:
+        q: ``[rows, query heads, head size]``; ``k`` and ``v`` with the key heads; any strides but 1 in the last
+            dimension, as of ``keys`` and ``values``.
+        cos: ``[rows, head size]``, contiguous; ``sin`` likewise.
+        keys: ``[slots, capacity, key heads, head size]``; row i writes to slot i. ``values`` likewise.
+        places: int64 ``[rows]``: the position that each row writes.
+
+    Returns:
+        The rotated queries, contiguous.
+    """
+    q, k = rotate(q, k, cos, sin, False)
+    rows = torch.arange(len(places), device=places.device)
+    keys[rows, places], values[rows, places] = k, v
+    return q.contiguous()
 
 
 # --- dropout -------------------------------------------------------------------------------------------------------
@@ -279,6 +315,23 @@ _register(
 )
 _register(
     "rotate(Tensor q, Tensor k, Tensor cos, Tensor sin, bool inverse) -> (Tensor, Tensor)", rotate, _rotate_shapes
+)
+_register("silu_mul_(Tensor(a!) gate, Tensor up) -> ()", silu_mul_, lambda gate, up: None)
+_register(
+    "rotate_into(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, "
+    "Tensor places) -> Tensor",
+    rotate_into,
+    lambda q, *_: q.new_empty(q.shape),
+)
+_register(
+    "block_sums(Tensor logits, Tensor largest, Tensor temperatures) -> Tensor",
+    block_sums,
+    lambda logits, *_: logits.new_empty(len(logits), -(-logits.shape[1] // BLOCK), dtype=torch.int64),
+)
+_register(
+    "draw_in_block(Tensor logits, Tensor largest, Tensor temperatures, Tensor uniforms, Tensor sums) -> Tensor",
+    draw_in_block,
+    lambda logits, *_: logits.new_empty(len(logits), dtype=torch.int64),
 )
 _register(
     "drop(Tensor x, Tensor seeds, Tensor places, int draw, float p, Tensor? onto) -> Tensor",

@@ -193,11 +193,16 @@ class Decoder:
                 self.graphs.run(whole, lambda size=size: self._step(*size), self.state.carried)  # type: ignore[misc]
         self.passes += self.block
 
-    def _reserve(self, length: int) -> None:
+    def lengthen(self, length: int) -> None:
+        """Make slots at least ``length`` positions long; graphs of steps that read shorter ones are forgotten."""
         before = self.slots.capacity
-        self.slots.reserve(length)
+        self.slots.lengthen(length)
         if self.graphs is not None and self.slots.capacity != before:
             self.graphs.clear()
+
+    def _reserve(self, length: int) -> None:
+        self.lengthen(length)
+        self.slots.reserve(length)
 
     def _parts(self, step: int) -> list[tuple[slice, int]] | None:
         """Rows that a CPU attends together in the block's step; a GPU attends all at once, by one kernel."""
@@ -215,7 +220,7 @@ class Decoder:
         state = self.state
         rows, places = state.rows[:num_rows], state.places[:num_rows]
         layout = Stepping(self.slots, rows, places, longest, parts)
-        logits = packed_logits(self.model, state.ids[:num_rows], places[None], layout, rows)
+        logits = packed_logits(self.model, state.ids[:num_rows], places[None], layout, None)
         self._draw(0, num_rows, logits)
         return logits
 

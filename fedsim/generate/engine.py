@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 from fedsim import keys
 from fedsim.data.chat import ChatFormat, Conversation, TokenRow, assistant_turn, user_turn
 from fedsim.data.thoughts import MARKS, Thought, opens_thought, read_reply
+from fedsim.fused.joint import hold_adapters
 from fedsim.generate.decode import Decoder, Made, Request
-from fedsim.generate.graph import Graphs, can_be_captured, capture_cuda, uses_graphs
+from fedsim.generate.graph import Graphs, can_be_captured, capture_cuda, free_cuda, uses_graphs
 from fedsim.generate.score import check_sound, score_unit
 from fedsim.generate.units import generation_units
 from fedsim.model.cost import Work, decode_work, rows_work
@@ -129,6 +130,8 @@ class Engine:
 
     Attributes:
         graph_problem: why CUDA graphs are off, the same on every rank; None while they are on.
+        spare_bytes: memory that nothing else needs at any time; slots that fit into it are kept between two calls, and
+            their graphs with them.
         on_note: called on every rank with what a user should know, such as that graphs are off; by default a warning.
         work: what all ranks together have computed since :meth:`pop_work` was last called.
     """
@@ -153,6 +156,9 @@ class Engine:
         self.on_progress = on_progress
         self.on_note: Callable[[str], None] = self._warn
         self.graph_problem: str | None = None
+        self.spare_bytes = 0
+        self._kept: Decoder | None = None
+        self._noted: set[str] = set()
         self.work = Work()
 
     def pop_work(self) -> Work:
@@ -231,10 +237,12 @@ class Engine:
         units = generation_units(lengths, most_new, self.batch_size)
         decoder = self._decoder(max(map(len, units), default=1), max(limits, default=1))
         if decoder.slots.device.type == "cuda" or decoder.graphs is not None:
-            decoder.slots.lengthen(min(self.max_context, self._end(rows, lengths, most_new)) + decoder.block + 1)
+            decoder.lengthen(min(self.max_context, self._end(rows, lengths, most_new)) + decoder.block + 1)
         done = self._run(compute, units, [float(sum(lengths[r] + most_new[r] for r in u)) for u in units])
         if decoder.graphs is not None and self.graph_problem is None:
-            self._settle_graphs(decoder.graphs.problem)
+            self._settle_graphs(decoder.graphs)
+        if decoder.graphs is not None and self.graph_problem is None and decoder.slots.num_bytes <= self.spare_bytes:
+            self._kept = decoder
         found = self._in_order(units, [values for values, _ in done])
         turns = [(made.num_kept, made.num_prompt, len(made.ids)) for row in found for made, _ in row]
         self.work += decode_work(turns, passes=sum(passes for _, passes in done))
@@ -245,14 +253,22 @@ class Engine:
             for kind in kinds
         ]
 
-    def _settle_graphs(self, problem: str | None) -> None:
-        """Switch graphs off on all ranks where one could not use them; the steps' shapes, and bits, stay."""
-        for rank, found in enumerate(self.ranks.gather(problem)):
-            if found is not None:
-                where = f" on rank {rank}" if self.ranks.size > 1 else ""
-                self.graph_problem = f"CUDA graphs of decoding steps are off: {found}{where}"
+    def _settle_graphs(self, graphs: Graphs) -> None:
+        """Switch graphs off on all ranks where one could not use them; the steps' shapes, and bits, stay.
+
+        Sizes whose graphs do not fit into a rank's memory run without on that rank, which is said once.
+        """
+        for rank, (problem, sizes) in enumerate(self.ranks.gather((graphs.problem, graphs.pop_too_large()))):
+            where = f" on rank {rank}" if self.ranks.size > 1 else ""
+            if problem is not None:
+                self.graph_problem = f"CUDA graphs of decoding steps are off: {problem}{where}"
                 self.on_note(self.graph_problem)
                 return
+            for rows, positions, _ in sizes:
+                note = f"decoding steps of {rows} rows and {positions} positions run without a CUDA graph{where}: "
+                if note not in self._noted:
+                    self._noted.add(note)
+                    self.on_note(note + "memory is full; lower eval.batch_size")
 
     def _warn(self, note: str) -> None:
         if self.ranks.is_main:
@@ -306,14 +322,19 @@ class Engine:
         return max(ends, default=0)
 
     def _decoder(self, num_rows: int, max_new_tokens: int) -> Decoder:
-        """For the units of one call, after which its slots are given back."""
+        """For the units of one call: the last call's if it was kept and is as large, as graphs read its tensors."""
         device = next(self.model.parameters()).device
+        num_slots = min(self.batch_size, num_rows)
+        kept, self._kept = self._kept, None
+        if kept is not None and kept.slots.num_rows == num_slots and kept.state.max_new_tokens >= max_new_tokens:
+            return kept
+        del kept  # before other slots are made
         return Decoder(
             self.model,
-            min(self.batch_size, num_rows),
+            num_slots,
             max_new_tokens=max_new_tokens,
             eos_ids=self.chat.end_ids,
-            graphs=Graphs(capture_cuda, self.graph_problem)
+            graphs=Graphs(capture_cuda, self.graph_problem, free_cuda)
             if uses_graphs(device) and can_be_captured(self.model)
             else None,
             block=CUDA_BLOCK if device.type == "cuda" else 1,
@@ -352,7 +373,8 @@ class Engine:
         was_training = self.model.training
         self.model.eval()
         try:
-            return self.ranks.map(compute, units, costs)
+            with hold_adapters(self.model):
+                return self.ranks.map(compute, units, costs)
         finally:
             self.model.train(was_training)
 

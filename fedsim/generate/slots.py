@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Final
 
 import numpy as np
 import torch
 
 from fedsim.attention.backends import Backend, Cached, Scores
-from fedsim.attention.forward import Place
+from fedsim.attention.forward import Place, Rotation
 from fedsim.attention.spans import Spans, put
 
 GROWTH: Final = 128
@@ -63,6 +63,11 @@ class Slots:
     def num_rows(self) -> int:
         """Slots."""
         return len(self.lengths)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all slots."""
+        return sum(part.numel() * part.element_size() for part in self._parts)
 
     def reserve(self, length: int) -> None:
         """Let ``length`` positions of every slot be written from now on; longer slots as of :meth:`lengthen`."""
@@ -226,10 +231,10 @@ class Stepping:
         self.slots = slots
         self._rows = rows
         self._places = places
-        hidden: list[dict[tuple[int | None, torch.dtype], torch.Tensor]] = [{} for _ in parts]
+        of_layers: list[dict[Hashable, torch.Tensor]] = [{} for _ in parts]
         self._parts = [
             (some, (places[some] + 1).clamp(max=most).to(torch.int32), most, shared)
-            for (some, most), shared in zip(parts, hidden, strict=True)
+            for (some, most), shared in zip(parts, of_layers, strict=True)
         ]
 
     def attend(
@@ -245,8 +250,28 @@ class Stepping:
         keys, values = self.slots.kept(place, key, value)
         keys[self._rows, self._places] = key
         values[self._rows, self._places] = value
+        return self._attend(backend, query, keys, values, scores)
+
+    def attend_rotating(
+        self,
+        backend: Backend,
+        place: Place,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scores: Scores,
+        rotation: Rotation,
+    ) -> torch.Tensor:
+        """As :meth:`attend`, with queries and keys that are not rotated yet."""
+        keys, values = self.slots.kept(place, key, value)
+        query = rotation.rotated_into(query, key, value, keys, values, self._places)
+        return self._attend(backend, query, keys, values, scores)
+
+    def _attend(
+        self, backend: Backend, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scores: Scores
+    ) -> torch.Tensor:
         outs = [
-            backend.slots(query[some], Cached(keys[some], values[some], lengths, longest, hidden), scores)
-            for some, lengths, longest, hidden in self._parts
+            backend.slots(query[some], Cached(keys[some], values[some], lengths, longest, shared), scores)
+            for some, lengths, longest, shared in self._parts
         ]
         return outs[0] if len(outs) == 1 else torch.cat(outs)

@@ -40,6 +40,11 @@ class State:
         self._uniforms = torch.zeros(size, dtype=torch.float64, device=device)
 
     @property
+    def max_new_tokens(self) -> int:
+        """Most tokens of a turn."""
+        return self._out.shape[1] - 1
+
+    @property
     def carried(self) -> tuple[torch.Tensor, ...]:
         """What a step changes: the columns, and the tokens that were drawn."""
         return self._fields, self._out

@@ -14,6 +14,7 @@ from fedsim import keys
 from fedsim.data.chat import ChatFormat
 from fedsim.data.square import SquareRow
 from fedsim.errors import ConfigError
+from fedsim.fused.joint import hold_adapters
 from fedsim.generate.prefix import Head, candidate_logits, common_length, read_head
 from fedsim.generate.score import check_sound
 from fedsim.ranks import Ranks
@@ -179,7 +180,8 @@ class LlamaGuard(Guard):
         was_training = self.model.training
         self.model.eval()
         try:
-            done = self.ranks.map(compute, units, costs, self._progress(len(units)))
+            with hold_adapters(self.model):
+                done = self.ranks.map(compute, units, costs, self._progress(len(units)))
         finally:
             self.model.train(was_training)
         by_row = {i: p for unit, values in zip(units, done, strict=True) for i, p in zip(unit, values, strict=True)}

@@ -39,17 +39,21 @@ SMALL: dict[str, Any] = {
     "num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 HEADS = {"head_dim": 8, "query_pre_attn_scalar": 8}
-WHOLE = {"norms": 5, "feed-forward parts": 2, "rotations": 2, "LoRA layers": 4, "decoder layers": 2}
+SINGLE = {"norms": 5, "feed-forward parts": 2, "rotations": 2, "LoRA layers": 4, "decoder layers": 2}
+WHOLE = {**SINGLE, "joint feed-forward products": 2, "joint attention products": 2}
 # Gemma's norms are of 1 + weight, its feed-forward part has GELU, its layers four norms.
 FAMILIES: dict[str, tuple[PretrainedConfig, dict[str, int]]] = {
     "llama": (LlamaConfig(**SMALL), WHOLE),
     "llama with biases": (LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True), WHOLE),
     "mistral": (MistralConfig(**SMALL, sliding_window=6), WHOLE),
     "qwen2": (Qwen2Config(**SMALL), WHOLE),
-    "qwen3": (Qwen3Config(**SMALL, head_dim=8), {**WHOLE, "norms": 9}),
+    "qwen3": (  # norms of queries and keys come before their rotation
+        Qwen3Config(**SMALL, head_dim=8),
+        {**SINGLE, "norms": 9, "joint feed-forward products": 2},
+    ),
     "llama with GELU": (
         LlamaConfig(**SMALL, hidden_act="gelu"),
-        {name: n for name, n in WHOLE.items() if name != "feed-forward parts"},
+        {name: n for name, n in WHOLE.items() if "feed-forward" not in name},
     ),
     "gemma2": (Gemma2Config(**SMALL, **HEADS), {"rotations": 2, "LoRA layers": 4}),
     "gemma3": (Gemma3TextConfig(**SMALL, **HEADS), {"rotations": 2, "LoRA layers": 4}),

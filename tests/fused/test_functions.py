@@ -85,7 +85,7 @@ def test_feed(rows: int, width: int, inner: int, dtype: torch.dtype, seed: int, 
     inputs = [numbers(seed + 3, 1, rows, width).to(dtype), numbers(seed + 4, 1, rows, width).to(dtype)][: 1 + adds]
 
     def fused(x: Tensor, onto: Tensor | None = None) -> Tensor:
-        return functions.feed(x, *(w.to(x.dtype) for w in (gate, up, down)), onto)
+        return functions.feed_forward(x, *(w.to(x.dtype) for w in (gate, up, down)), onto)
 
     def plain(x: Tensor, onto: Tensor | None = None) -> Tensor:
         g, u, d = (w.to(dtype).to(x.dtype) for w in (gate, up, down))
@@ -175,7 +175,7 @@ def test_gradients_are_the_functions_own() -> None:
     check(lambda x, d: functions.add_norm(x, d, w5, EPS), x, d)
     check(functions.silu_mul, x, d)
     weights = numbers(4, 7, 5), numbers(5, 7, 5), numbers(6, 5, 7)
-    check(lambda x, d: functions.feed(x, *weights, d), x, d)
+    check(lambda x, d: functions.feed_forward(x, *weights, d), x, d)
     q, k = numbers(7, 2, 4, 3, 6), numbers(8, 2, 2, 3, 6)
     check(lambda q, k: functions.rotate(q, k, numbers(9, 1, 3, 6), numbers(10, 1, 3, 6)), q, k)
     for kind in ("none", "masked", "counted"):
@@ -210,7 +210,7 @@ def test_little_is_kept() -> None:
     assert kept_bytes(lambda: functions.lora(x, base, None, a, b, 2.0, draw), x, base) == 2 * rank * (rows + 2 * width)
     shapes = [(inner, width), (inner, width), (width, inner)]
     weights = [numbers(i, *shape, dtype=torch.bfloat16) for i, shape in enumerate(shapes)]
-    assert kept_bytes(lambda: functions.feed(x, *weights), *weights) == 2 * 2 * rows * inner
+    assert kept_bytes(lambda: functions.feed_forward(x, *weights), *weights) == 2 * 2 * rows * inner
     q, k = (numbers(i, 1, 2, rows, 8, dtype=torch.bfloat16).requires_grad_() for i in (1, 2))
     cos, sin = (numbers(i, 1, rows, 8, dtype=torch.bfloat16) for i in (3, 4))
     assert kept_bytes(lambda: functions.rotate(q, k, cos, sin)[0], cos, sin) == 0

@@ -8,12 +8,13 @@ import sys
 from collections.abc import Iterator
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from fedsim import kernels
-from fedsim.fused import ops
+from fedsim.fused import ops, sampling
 
 EPS = 1e-5
 # In 16 bits fp16 stands for bf16, which the interpreter cuts off where the hardware rounds to nearest.
@@ -74,6 +75,10 @@ def test_silu_mul(triton: ModuleType, shape: tuple[int, ...], dtype: torch.dtype
     gate.view(-1)[0] = -200.0  # where exp(200) is infinite
     same(triton.silu_mul(gate, up), ops.silu_mul(gate, up))
     same(triton.silu_mul_grad(d_out, gate, up), ops.silu_mul_grad(d_out, gate, up))
+    wanted, both = ops.silu_mul(gate, up), torch.cat([gate.flatten(0, -2), up.flatten(0, -2)], dim=1)
+    triton.silu_mul_(*both.chunk(2, dim=1))
+    same(both.chunk(2, dim=1)[0], wanted.flatten(0, -2))
+    assert torch.equal(both.chunk(2, dim=1)[1], up.flatten(0, -2))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -90,6 +95,46 @@ def test_rotate(
     if dtype == torch.float16:
         assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
     same(found, wanted)
+
+
+@pytest.mark.parametrize(("rows", "q_heads", "k_heads", "size"), [(1, 1, 1, 2), (5, 4, 2, 16), (3, 6, 3, 20)])
+def test_rotate_into_a_cache(triton: ModuleType, rows: int, q_heads: int, k_heads: int, size: int) -> None:
+    """Heads are views of one product; the cache's other numbers stay."""
+    cos, sin = numbers(2, rows, size, dtype=torch.float16), numbers(3, rows, size, dtype=torch.float16)
+    joint = numbers(0, rows, q_heads + 2 * k_heads, size, dtype=torch.float16)
+    q, k, v = joint.split([q_heads, k_heads, k_heads], dim=1)
+    places = torch.tensor([6, 0, 3, 2, 1])[:rows]
+    caches = [numbers(4, 2, rows + 1, 7, k_heads, size, dtype=torch.float16) for _ in range(2)]
+    found = triton.rotate_into(q, k, v, cos, sin, *caches[0], places)
+    wanted = ops.rotate_into(q, k, v, cos, sin, *caches[1], places)
+    assert torch.equal(found, wanted) and torch.equal(*caches)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (4, 100), (3, 256), (2, 9000)])
+def test_sampling(triton: ModuleType, rows: int, width: int, dtype: torch.dtype) -> None:
+    """The tokens of plain torch; sums up to one of 2^40 or so, where two exponential functions round differently."""
+    logits = 5 * numbers(0, rows, width, dtype=dtype)
+    logits[:, 1::2] = -torch.inf
+    largest, temperatures = logits.amax(dim=1, keepdim=True), torch.tensor([0.7, 1.0, 2.0, 0.1]).double()[:rows]
+    sums = sampling.block_sums(logits, largest, temperatures)
+    found = triton.block_sums(logits, largest, temperatures)
+    assert found.shape == sums.shape and bool(((found - sums).abs() <= sums >> 40).all())
+    for uniform in (0.0, 0.3, 0.99, 1 - 2.0**-53):
+        uniforms = torch.full((rows,), uniform, dtype=torch.float64)
+        tokens = triton.draw_in_block(logits, largest, temperatures, uniforms, sums)
+        assert torch.equal(tokens, sampling.sample(logits, largest, uniforms, temperatures))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_draw_from_no_distribution_is_a_token(triton: ModuleType, bad: float) -> None:
+    logits = numbers(0, 1, 300)
+    logits[0, 7] = bad
+    largest, one = logits.amax(dim=1, keepdim=True), torch.ones(1, dtype=torch.float64)
+    with np.errstate(invalid="ignore"):
+        sums = triton.block_sums(logits, largest, one)
+        token = triton.draw_in_block(logits, largest, one, 0.5 * one, sums)
+    assert 0 <= int(token) < 300
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -134,16 +179,27 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from fedsim.kernels import layers_triton as module
 
-B, F, I, L = "*bf16", "*fp32", "i32", "*i64"
+B, F, D, I, L = "*bf16", "*fp32", "*fp64", "i32", "*i64"
+HEADS = dict(Q_HEADS=32, Q_BLOCK=32, K_HEADS=8, K_BLOCK=8, half=64, HALF=64)
+STRIDES = [f"{of}_{step}" for of in "qkv" for step in ("token", "head")]
+STRIDES += [f"{of}_{step}" for of in ("keys", "values") for step in ("slot", "position", "head")]
 CASES = [
     (module._norm_kernel, dict(x=B, delta=B, weight=B, total=B, out=B, rstd=F, num_rows=I, width=I, eps="fp32"),
      dict(ADD=True, ROWS=1, BLOCK=4096), 8),
     (module._norm_grad_kernel, dict(d_out=B, x=B, weight=B, rstd=F, d_total=B, d_x=B, num_rows=I, width=I),
      dict(ADD=True, ROWS=1, BLOCK=4096), 8),
-    (module._silu_mul_kernel, dict(gate=B, up=B, out=B, size=I), dict(BLOCK=1024), 4),
+    (module._silu_mul_kernel, dict(gate=B, up=B, out=B, gate_row=I, up_row=I, out_row=I, width=I), dict(BLOCK=1024), 4),
     (module._silu_mul_grad_kernel, dict(d_out=B, gate=B, up=B, d_gate=B, d_up=B, size=I), dict(BLOCK=1024), 4),
     (module._rotate_kernel, dict(q=B, k=B, cos=B, sin=B, q_out=B, k_out=B, q_token=I, q_head=I, k_token=I, k_head=I),
-     dict(Q_HEADS=32, Q_BLOCK=32, K_HEADS=8, K_BLOCK=8, half=64, HALF=64, INVERSE=True), 4),
+     dict(HEADS, INVERSE=True), 4),
+    (module._rotate_into_kernel,
+     dict(q=B, k=B, v=B, cos=B, sin=B, q_out=B, keys=B, values=B, places=L, **dict.fromkeys(STRIDES, I)), HEADS, 4),
+    (module._block_sums_kernel,
+     dict(logits=B, largest=B, temperatures=D, sums=L, width=I, num_blocks=I, factor="fp32"),
+     dict(BLOCKS=16, BLOCK=256), 8),
+    (module._draw_in_block_kernel,
+     dict(logits=B, largest=B, temperatures=D, uniforms=D, sums=L, tokens=L, width=I, num_blocks=I, factor="fp32"),
+     dict(BLOCKS=512, BLOCK=256), 4),
     (module._drop_kernel, dict(x=B, onto=B, out=B, seeds=L, places=L, draw=I, width=I, kept_below="i64", factor="fp32"),
      dict(ADD=True, BLOCK=1024), 4),
     (module._pick_kernel, dict(logits=B, ids=L, picked=F, total=F, width=I), dict(BLOCK=4096), 8),
@@ -152,7 +208,7 @@ CASES = [
 for kernel, types, constants, warps in CASES:
     signature = {**types, **dict.fromkeys(constants, "constexpr")}
     places = {(list(signature).index(name),): value for name, value in constants.items()}
-    options = {"num_warps": warps, **(module.EXACT if kernel is module._rotate_kernel else {})}
+    options = {"num_warps": warps, **(module.EXACT if "rotate" in kernel.__name__ else {})}
     for capability in (80, 90):
         target = GPUTarget("cuda", capability, 32)
         made = triton.compile(ASTSource(kernel, signature, places), target=target, options=options)
@@ -169,8 +225,8 @@ def test_kernels_compile_for_both_generations() -> None:
     done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert len(lines) == 16
+    assert len(lines) == 22
     for name, capability, size, where, num_fused in lines:
         assert int(size) > 1000 and where == "registers"
-        if (name, capability) == ("_rotate_kernel", "90"):  # sm_80 has no other product of bf16 than a fused one with 0
+        if "rotate" in name and capability == "90":  # sm_80 has no other product of bf16 than a fused one with 0
             assert num_fused == "0"

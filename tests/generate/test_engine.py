@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -185,3 +187,98 @@ def test_logits_that_are_no_numbers_end_the_run_by_name(
     assert engine.generate(chats[:1], Sampling(1.0, 2), KEY)
     with pytest.raises(RunError, match=r"advbench/3, row 1: the model's logits became NaN or infinite"):
         engine.generate(chats, Sampling(1.0, 2), KEY)
+
+
+@pytest.fixture()
+def captured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Graphs stand in on the CPU; the list grows by one with each capture."""
+    found: list[int] = []
+
+    def capture(step: Callable[[], object]) -> Any:
+        found.append(len(found))
+        return SimpleNamespace(replay=step)
+
+    monkeypatch.setattr(engine_module, "uses_graphs", lambda device: True)
+    monkeypatch.setattr(engine_module, "capture_cuda", capture)
+    return found
+
+
+def test_graphs_are_kept_between_calls_where_slots_fit_into_spare_memory(
+    make_engine: Callable[..., Engine], captured: list[int]
+) -> None:
+    """Replies are those of new slots: a kept decoder serves calls with as many slots and tokens no longer than its."""
+    wanted = [make_engine().generate(CHATS, Sampling(t, 20), KEY) for t in (1.0, 0.0)]
+    num_captured = len(captured)
+    engine = make_engine()
+    engine.spare_bytes = 1 << 40
+    captured.clear()
+    assert [engine.generate(CHATS, Sampling(t, 20), KEY) for t in (1.0, 0.0)] == wanted
+    assert len(captured) == num_captured > 0, "other draws, other graphs"
+    assert [engine.generate(CHATS, Sampling(t, 20), KEY) for t in (1.0, 0.0)] == wanted
+    assert engine.generate(CHATS, Sampling(1.0, 10), KEY) and len(captured) == num_captured
+    slots = engine._kept and engine._kept.slots
+    engine.generate(CHATS[:2], Sampling(1.0, 20), KEY)
+    assert engine._kept is not None and engine._kept.slots is not slots, "two slots"
+    engine.spare_bytes = 0
+    assert engine.generate(CHATS, Sampling(1.0, 20), KEY) == wanted[0]
+    assert engine._kept is None, "slots are given back where something else needs their memory"
+
+
+def test_longer_rows_in_kept_slots_get_graphs_of_their_own(
+    make_engine: Callable[..., Engine], captured: list[int]
+) -> None:
+    engine = make_engine(max_context=600)
+    engine.spare_bytes = 1 << 40
+    long: list[Conversation] = [[user_turn("kite " * 60 + str(i))] for i in range(11)]
+    wanted = make_engine(max_context=600).generate(long, Sampling(1.0, 20), KEY)
+    engine.generate(CHATS, Sampling(1.0, 20), KEY)
+    num_captured, capacity = len(captured), engine._kept.slots.capacity if engine._kept else 0
+    assert engine.generate(long, Sampling(1.0, 20), KEY) == wanted
+    assert engine._kept is not None and engine._kept.slots.capacity > capacity and len(captured) > num_captured
+
+
+def test_a_size_without_memory_is_said_once(
+    make_engine: Callable[..., Engine], captured: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its steps run as they are, and graphs of other sizes go on."""
+    wanted = make_engine().generate(CHATS, Sampling(1.0, 20), KEY)
+    real, tries = engine_module.capture_cuda, 0
+
+    def full(step: Callable[[], object]) -> Any:
+        nonlocal tries
+        tries += 1
+        if tries <= 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(step)
+
+    monkeypatch.setattr(engine_module, "capture_cuda", full)
+    monkeypatch.setattr(engine_module, "free_cuda", lambda: None)
+    notes: list[str] = []
+    engine = make_engine()
+    engine.on_note = notes.append
+    captured.clear()
+    assert engine.generate(CHATS, Sampling(1.0, 20), KEY) == wanted and captured
+    tries = 0
+    assert engine.generate(CHATS, Sampling(1.0, 20), KEY) == wanted
+    assert engine.graph_problem is None
+    (note,) = notes
+    assert note.startswith("decoding steps of 4 rows and ") and "without a CUDA graph: memory is full" in note
+
+
+def test_adapters_are_held_while_rows_are_computed(
+    make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Generation and scoring both; the adapter may change between calls."""
+    held: list[str] = []
+
+    @contextmanager
+    def hold(model: Any) -> Iterator[None]:
+        held.append("held")
+        yield
+        held.append("released")
+
+    monkeypatch.setattr(engine_module, "hold_adapters", hold)
+    engine = make_engine()
+    engine.generate(CHATS[:1], Sampling(1.0, 2), KEY)
+    engine.score([engine.chat.training_row([*CHATS[0], assistant_turn("red")], 200)], "rows")
+    assert held == ["held", "released"] * 2

@@ -173,13 +173,15 @@ class Counter:
         return list(self.log)
 
 
+COMPARED = ["replayed"] * NUM_CHECKED + ["plain"] * NUM_CHECKED
+
+
 def test_the_first_step_of_a_size_is_not_captured() -> None:
-    """The first graph alone is compared: two replays, then two plain steps; then all steps have been taken once."""
+    """A size's first graph is compared: two replays, then two plain steps; then all steps have been taken once."""
     work = Counter()
     graphs = Graphs(work.capture)
-    compared = ["replayed"] * NUM_CHECKED + ["plain"] * NUM_CHECKED
-    assert work.run(graphs, 4, 4, 4) == ["plain", "captured", *compared, "replayed", "replayed"]
-    assert work.run(graphs, 8, 4, 8) == ["plain", "replayed", "captured", "replayed"]
+    assert work.run(graphs, 4, 4, 4) == ["plain", "captured", *COMPARED, "replayed", "replayed"]
+    assert work.run(graphs, 8, 4, 8) == ["plain", "replayed", "captured", *COMPARED, "replayed"]
     assert work.carried.tolist() == [6.0, 6.0] and graphs.problem is None
     graphs.clear()
     assert work.run(graphs, 4, 4) == ["plain", "captured", "replayed"], "other slots: other graphs, but as good"
@@ -206,6 +208,69 @@ def test_a_graph_that_is_wrong_is_not_used(fault: str, words: str) -> None:
     assert graphs.problem == words
     assert torch.equal(work.carried, before + 5), "every step was taken once, from where the last one ended"
     assert log.count("captured") <= 1 and log[-3:] == ["plain"] * 3
+
+
+class FullMemory(Counter):
+    """Memory is full at some captures or replays of size 8, counted from 0; the others fit."""
+
+    def __init__(self, *full: int, at: str = "capture") -> None:
+        super().__init__()
+        self.full = full
+        self.at = at
+        self.size = 0
+        self.num_tries = 0
+
+    def capture(self, step: Callable[[], object]) -> Any:
+        is_full = self.size == 8 and self.num_tries in self.full
+        self.num_tries += self.size == 8
+        if is_full and self.at == "capture":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        if is_full and self.at == "end":  # the broken capture cannot be ended
+            try:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            except torch.OutOfMemoryError:
+                raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904
+        graph = super().capture(step)
+        if is_full:  # while it is compared
+            replay, replays = graph.replay, iter(range(9))
+
+            def fails() -> None:
+                replay()
+                if next(replays) == 1:
+                    raise RuntimeError("CUDA error: out of memory")
+
+            graph.replay = fails
+        return graph
+
+    def run(self, graphs: Graphs, *sizes: int) -> list[str]:
+        self.log.clear()
+        for self.size in sizes:
+            graphs.run(self.size, self.step, [self.carried])
+        return list(self.log)
+
+
+@pytest.mark.parametrize("at", ["capture", "end", "replay"])
+def test_full_memory_is_freed_and_the_capture_tried_again(at: str) -> None:
+    work = FullMemory(0, at=at)
+    graphs = Graphs(work.capture, free=lambda: work.log.append("freed"))
+    log = work.run(graphs, 8, 8, 8)
+    assert log.count("freed") == 1 and log[-len(COMPARED) - 3 :] == ["captured", *COMPARED, "replayed", "replayed"]
+    assert work.carried.tolist() == [3.0, 3.0] and graphs.problem is None and graphs.pop_too_large() == []
+
+
+@pytest.mark.parametrize("at", ["capture", "end", "replay"])
+def test_a_size_that_does_not_fit_runs_without_a_graph(at: str) -> None:
+    """It is not tried again, also after other slots; graphs of other sizes stay and come."""
+    work = FullMemory(0, 1, at=at)
+    graphs = Graphs(work.capture, free=lambda: work.log.append("freed"))
+    work.run(graphs, 4, 4)
+    work.run(graphs, 8, 8)
+    assert work.run(graphs, 8, 4, 2, 2, 8) == ["plain", "replayed", "plain", "captured", *COMPARED, "replayed", "plain"]
+    assert work.carried.tolist() == [9.0, 9.0] and graphs.problem is None
+    assert graphs.pop_too_large() == [8] and graphs.pop_too_large() == []
+    graphs.clear()
+    assert work.run(graphs, 8, 8, 4, 4) == ["plain", "plain", "plain", "captured", "replayed"]
+    assert work.num_tries == 2
 
 
 def test_graphs_that_are_off_stay_off() -> None:

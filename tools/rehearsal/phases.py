@@ -28,6 +28,7 @@ from fedsim.data.chat import TokenRow
 from fedsim.federation.algorithms import RoundSums
 from fedsim.federation.registry import build_algorithm
 from fedsim.fused.choice import fuse
+from fedsim.fused.joint import hold_adapters
 from fedsim.generate.decode import Decoder, Request, _Row
 from fedsim.generate.prefix import candidate_logits, read_head
 from fedsim.model.flat_adapter import FlatAdapter
@@ -306,6 +307,11 @@ def guard_unit(model: Model) -> Steps:
     lengths = [60 + reply for reply in draw("prompt", 1000, 110.0)]
     units = units_of(lengths, BATCH_TOKENS)
     unit = [lengths[i] for i in units[len(units) // 2]]
+    with hold_adapters(model.inner):
+        yield from _guard_unit(model, unit)
+
+
+def _guard_unit(model: Model, unit: list[int]) -> Steps:
     head = read_head(model.inner, np.arange(HEAD_TOKENS))
     tails = [np.arange(length) for length in unit]
     last = 2 * LAYER_NUMBERS * (sum(unit) - len(unit))  # the last layer computes keys and values of all tokens
@@ -331,7 +337,7 @@ def prefill(model: Model) -> Steps:
     decoder = _decoder(model, 64)
     prompts = [random_ids(CONTEXT, model.vocabulary, "prompt", i) for i in range(64)]
     decoder._rows = [_Row(i, Request(ids, i, 32, 1.0)) for i, ids in enumerate(prompts)]
-    with torch.inference_mode():
+    with hold_adapters(model.inner), torch.inference_mode():
         decoder._reserve(CONTEXT)
         before = decoder._num_active
         num_rows = 8192 // CONTEXT
@@ -349,7 +355,7 @@ def prefill(model: Model) -> Steps:
 def decode(model: Model, num_rows: int) -> Steps:
     """One step of decoding with 300 tokens in each slot."""
     decoder = _decoder(model, num_rows)
-    with torch.inference_mode():
+    with hold_adapters(model.inner), torch.inference_mode():
         decoder.slots.reserve(CONTEXT + 10)
         decoder.slots.lengths = [CONTEXT] * num_rows
         decoder._kinds = {True}  # rows draw

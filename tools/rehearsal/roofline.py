@@ -166,6 +166,10 @@ _ADDING: Final = _words("index_add_ scatter_add_")
 """The same, read before it is written."""
 
 
+_STORING: Final = _words("fedsim::rotate_into")
+"""Operators that write to the tensors they change as much as their other inputs hold, at most."""
+
+
 @dataclass
 class Copy:
     """A copy between host and device.
@@ -321,6 +325,9 @@ class Roofline(TorchDispatchMode):
             return sum(map(_size, outputs))
         if base in _PICKING:
             return 2 * sum(map(_size, outputs))
+        if name in _STORING:
+            changed = [t for a in schema.arguments if a.is_write for t in _tensors(named[a.name])]
+            return 2 * sum(_size(t) for t in inputs if not any(t is other for other in changed))
         if name in _PLACING | _ADDING:
             return (3 if name in _ADDING else 2) * _size(inputs[-1])
         if name == "torch_attn::_varlen_attn" and named.get("seqused_k") is not None:
