@@ -1,4 +1,4 @@
-"""Units of generation: every row once, the same on any number of ranks, and few steps on the busiest of four and eight."""
+"""Units of generation: every row once, the same on any number of ranks, and few steps on the busiest rank."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_units_are_batches_then_four_then_more_where_each_is_long(num_rows: int,
 
 @pytest.mark.parametrize(("num_long", "count"), [(0, 8), (128 * 16, 8), (64, 4)])
 def test_a_few_long_rows_among_many_short_ones_make_no_more_units(num_long: int, count: int) -> None:
-    """64 batches of 16-token answers: beside some rows of 2,048 tokens the whole call is no longer than one of these."""
+    """64 batches of 16-token answers: beside rows of 2,048 tokens the call is no longer than one of these."""
     assert num_units([2048] * num_long + [16] * (128 * 64 - num_long), 128) == count
 
 
