@@ -17,7 +17,7 @@ from fedsim.federation.client_state import ClientStateStore
 from fedsim.federation.failures import ClientFailure, by_client, check_round, checked
 from fedsim.federation.outcome import ClientOutcome
 from fedsim.parallel.aggregate import Aggregated, aggregate
-from fedsim.parallel.planner import Plan, learned_cost, plan_round
+from fedsim.parallel.planner import Plan, SharedSteps, learned_cost, learned_sharing, plan_round
 from fedsim.parallel.updates import gather_updates
 from fedsim.parallel.world import World
 from fedsim.ranks import Lane, Ranks
@@ -33,6 +33,7 @@ class LocalWork:
         round_idx: the round.
         plan: how clients were placed.
         tokens: work of each client.
+        shared: steps of each client, and what a step costs more on a wide lane.
         outcomes: clients that this rank took part in training.
         reporting: those of them that it reports: a wide lane reports once, from its first member.
         failures: clients that failed, as this rank saw it.
@@ -41,6 +42,7 @@ class LocalWork:
     round_idx: int
     plan: Plan
     tokens: Mapping[int, int]
+    shared: SharedSteps
     outcomes: list[ClientOutcome]
     reporting: list[ClientOutcome]
     failures: list[ClientFailure]
@@ -111,6 +113,7 @@ class CohortRunner:
         self.wide_lanes = wide_lanes
         local = trainer.local
         self.num_micro_batches = -(-local.batch_size // local.micro_batch_size)
+        self._sharing_s = 0.0  # constant cost of a wide step, the same on every rank; a resumed run learns it again
 
     def train(
         self,
@@ -129,8 +132,9 @@ class CohortRunner:
             steps: optimizer steps of each client; all have rows.
         """
         tokens = {c: self.trainer.num_tokens(c, self.shards[c], round_idx, steps[c]) for c in steps}
-        plan = plan_round(tokens, seconds_per_token, self.num_micro_batches, wide_lanes=self.wide_lanes)
-        work = LocalWork(round_idx, plan, tokens, [], [], [])
+        shared = SharedSteps(steps, self._sharing_s)
+        plan = plan_round(tokens, seconds_per_token, self.num_micro_batches, wide_lanes=self.wide_lanes, shared=shared)
+        work = LocalWork(round_idx, plan, tokens, shared, [], [], [])
         self._train(work, steps, state, on_step)
         return work
 
@@ -141,7 +145,10 @@ class CohortRunner:
             RunError: clients failed and the policy ends the run; the same on every rank.
         """
         work = self._attack(work, state)
-        found = [failure for share in self.world.ranks.gather(work.failures) for failure in share]
+        wide = {job.client for job in work.plan.jobs if job.width > 1}
+        shared_s = {outcome.client: outcome.seconds for outcome in work.outcomes if outcome.client in wide}
+        shares = self.world.ranks.gather((work.failures, shared_s))
+        found = [failure for share, _ in shares for failure in share]
         failures = by_client(found)
         delivered = sorted(work.tokens.keys() - {failure.client for failure in failures})
         check_round(failures, len(delivered), work.round_idx, self.failures)
@@ -166,7 +173,12 @@ class CohortRunner:
             device=state.adapter.device,
         )
         tokens = {client: work.tokens[client] for client in delivered}
-        cost = learned_cost(seconds_per_token, result.busy_s, work.plan, tokens, self.num_micro_batches)
+        cost = learned_cost(seconds_per_token, result.busy_s, work.plan, tokens, self.num_micro_batches, work.shared)
+        least_s = {  # the member that waited least for the others
+            client: min(seconds[client] for _, seconds in shares if client in seconds)
+            for client in wide.intersection(delivered)
+        }
+        self._sharing_s = learned_sharing(work.shared, least_s, work.plan, tokens, cost, self.num_micro_batches)
         busy_s = list(result.busy_s)
         for failure in found:
             busy_s[failure.rank] += failure.seconds

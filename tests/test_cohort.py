@@ -20,7 +20,7 @@ from fedsim.federation.algorithms import ServerState
 from fedsim.federation.client_state import ClientStateStore
 from fedsim.federation.failures import ClientFailure
 from fedsim.federation.outcome import ClientOutcome
-from fedsim.parallel.planner import Job, Plan
+from fedsim.parallel.planner import Job, Plan, SharedSteps
 from fedsim.parallel.sums import Summer
 from fedsim.parallel.world import World
 from fedsim.ranks import OneRank
@@ -250,7 +250,7 @@ def test_what_any_rank_saw_fail_is_in_no_sum(cohort: Make) -> None:
     ranks = OneOfMany(0, 2)
     made = cohort(ranks=ranks)
     work = made.train((1e-3, 1e-3))
-    ranks.others = [[ClientFailure(1, "raised", 1, "it rains", seconds=3.5)]]
+    ranks.others = [([ClientFailure(1, "raised", 1, "it rains", seconds=3.5)], {})]
     result = made.runner.reduce(work, STATE, (1e-3, 1e-3))
     assert result.delivered == [4, 7]
     assert result.aggregated.sums.weighted_delta.tolist() == [7.0 * len(SHARDS[7])] * SIZE, "of this rank's clients"
@@ -265,12 +265,28 @@ def test_a_wide_lane_s_client_is_summed_once_and_takes_each_member_s_time(cohort
     ranks = OneOfMany(1, 2)
     made = cohort(ranks=ranks)
     work = made.train((1e-3, 1e-3))
-    ranks.others = [[]]
+    ranks.others = [([], {1: 1.5})]
     result = made.runner.reduce(work, STATE, (1e-3, 1e-3))
     assert result.delivered == [1, 4, 7]
     assert result.aggregated.sums.weighted_delta.tolist() == [4.0 * len(SHARDS[4])] * SIZE, "of what this rank reports"
     assert result.busy_s == [0.0, 2.0 * (4 + 1)]
     assert made.world.__dict__["asked"][-1] == (0, 2), "the sum is over all ranks"
+
+
+def test_the_next_round_is_planned_with_what_a_shared_step_cost(cohort: Make) -> None:
+    """Client 1, two steps on two ranks: here it took 2 s, on the other rank, which waited less, 1.5 s."""
+    ranks = OneOfMany(1, 2)
+    made = cohort(ranks=ranks)
+    work = made.train((1e-3, 1e-3))
+    assert work.shared == SharedSteps(STEPS, 0.0)
+    ranks.others = [([], {1: 1.5})]
+    result = made.runner.reduce(work, STATE, (1e-3, 1e-3))
+    cost = 0.5 * 1e-3 + 0.5 * 2.0 * (4 + 1) / (TOKENS[4] + TOKENS[1] / 2)  # of rank 1, in seconds per token
+    assert result.seconds_per_token == pytest.approx((1e-3, cost))
+    seconds = 0.5 * (1.5 - cost * TOKENS[1] / 2) / STEPS[1]
+    again = made.train((1e-3, 1e-3))
+    assert again.shared.num == STEPS and again.shared.seconds == pytest.approx(seconds)
+    assert {job.width for job in again.plan.jobs} == {1}, "sharing would cost 0.2 s and save 0.11 s"
 
 
 def test_a_failure_names_its_rank_and_keeps_none_of_the_client_s_memory(cohort: Make) -> None:

@@ -212,7 +212,10 @@ def test_what_another_member_saw_counts_here_too(run: Make, monkeypatch: pytest.
     alone = run(SKIP, SCAFFOLD, "federation.num_rounds=1", "name=alone", change=spoil_first)
     gather = OneRank.gather
     seen = ClientFailure(0, "not finite", 0, "seen by another member")
-    told = lambda ranks, value: [*gather(ranks, value), [seen]] if value == [] else gather(ranks, value)  # noqa: E731
+
+    def told(ranks: Any, value: Any) -> list[Any]:
+        return [*gather(ranks, value), *([([seen], {})] if value == ([], {}) else [])]
+
     monkeypatch.setattr(OneRank, "gather", told)
     done = run(SKIP, SCAFFOLD, "federation.num_rounds=1", change=len)
     (row,), (want,) = done.rounds(), alone.rounds()

@@ -6,24 +6,42 @@ from collections.abc import Sequence
 from typing import Final
 
 FEWEST: Final = 4
-"""Units of a call that has more batches: one for each of four ranks. Each unit more has a tail of idle slots more."""
+"""Units of a call that has more batches: one for each of four ranks.
 
-MOST_UNITS: Final = 16
-"""Most units of a call; of more ranks than units the rest has nothing to do."""
+Each unit ends with a tail, in which its last long rows keep few slots busy; a rank with two units has two tails.
+"""
 
-BATCHES_A_UNIT: Final = 16
-"""There are more units than :data:`FEWEST` where each has so many batches, beside which its tail is short."""
+MORE: Final = ((16, 16), (8, 8))
+"""(units, batches of each) that a long call is cut into, most units first.
+
+Eight units keep eight ranks busy, and take four ranks at most a tenth longer than four units do: beside eight batches a
+tail is short. Sixteen are for calls so long that four ranks hardly notice.
+"""
+
+LONGEST_ROWS: Final = 2
+"""A unit of a long call also has so many of the longest rows' tokens per slot.
+
+Else it would last as long as its longest row whatever its size, and more ranks would not help.
+"""
 
 
-def num_units(num_rows: int, batch_size: int) -> int:
-    """How many units rows are cut into: no more than batches, and a multiple of :data:`FEWEST` beyond it.
+def num_units(most_new: Sequence[int], batch_size: int) -> int:
+    """Number of units that rows are cut into: the batches where these are few, else 4, 8 or 16 by the work.
 
-    It must not depend on the number of ranks, which would change who shares a batch with whom.
+    It must not depend on the number of ranks: who shares a batch with whom decides the last bits of logits.
+
+    Args:
+        most_new: most tokens that each row may generate, over all of its turns.
+        batch_size: rows that are decoded together.
     """
-    num_batches = -(-num_rows // batch_size)
+    num_batches = -(-len(most_new) // batch_size)
     if num_batches <= FEWEST:
         return num_batches
-    return min(max(num_batches // BATCHES_A_UNIT // FEWEST, 1) * FEWEST, MOST_UNITS)
+    longest_rows = sum(most_new) / (batch_size * max(most_new))  # per slot
+    for count, batches in MORE:
+        if num_batches >= count * batches and longest_rows >= count * LONGEST_ROWS:
+            return count
+    return FEWEST
 
 
 def generation_units(lengths: Sequence[int], most_new: Sequence[int], batch_size: int) -> list[list[int]]:
@@ -39,5 +57,5 @@ def generation_units(lengths: Sequence[int], most_new: Sequence[int], batch_size
         batch_size: rows that are decoded together.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-most_new[i], -lengths[i], i))
-    count = num_units(len(order), batch_size)
+    count = num_units(most_new, batch_size)
     return [order[unit::count] for unit in range(count)]

@@ -11,7 +11,8 @@ import os
 import time
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Final
@@ -216,23 +217,25 @@ def exchange_seats(
         timeout: how long each other rank may take to say.
 
     Raises:
-        ConfigError, RunError: this is the first rank that has no seat; or (on every rank) a rank does not say, or some
-            are on the CPU and others on GPUs.
+        ConfigError, RunError: this is the first rank that has no seat; or (on every rank) a rank does not say, the
+            store is gone, or some are on the CPU and others on GPUs.
         SystemExit: another rank has no seat, and says so.
     """
     word = {"error": str(mine)} if isinstance(mine, Exception) else asdict(mine)
-    store.set(f"fedsim/seat/{rank}", json.dumps(word))
+    gone = f"rank 0 of {size}, or the launcher, left while the processes met; see its own messages"
+    with _store_error(gone):
+        store.set(f"fedsim/seat/{rank}", json.dumps(word))
     words = []
     for other in range(size):
-        try:
-            store.wait([f"fedsim/seat/{other}"], timeout)
-        except RuntimeError as error:
-            raise RunError(
-                f"rank {other} of {size} did not start within {timeout.total_seconds():g} s (parallel.timeout_s); see "
-                "its own messages, and start as many processes as WORLD_SIZE says"
-            ) from error
-        words.append(json.loads(store.get(f"fedsim/seat/{other}")))
-    store.add("fedsim/seats_read", 1)
+        key = f"fedsim/seat/{other}"
+        with _store_error(
+            f"rank {other} of {size} did not start within {timeout.total_seconds():g} s (parallel.timeout_s); see "
+            "its own messages, and start as many processes as WORLD_SIZE says"
+        ):
+            store.wait([key], timeout)
+            words.append(json.loads(store.get(key)))  # its process may have ended since
+    with _store_error(gone):
+        store.add("fedsim/seats_read", 1)
     failed = [other for other, found in enumerate(words) if "error" in found]
     if failed:
         if rank == failed[0]:
@@ -253,11 +256,21 @@ def exchange_seats(
     return placement
 
 
+@contextmanager
+def _store_error(message: str) -> Iterator[None]:
+    """Raise a :class:`RunError` with this message where the store of all ranks does not answer, or is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RunError(message) from error
+
+
 def _wait_for_readers(store: dist.Store, size: int) -> None:
     """Wait until every rank has read why one has no seat: the store may be in this very process."""
     deadline = time.monotonic() + LAST_WORD_S
-    while time.monotonic() < deadline and int(store.add("fedsim/seats_read", 0)) < size:
-        time.sleep(0.02)
+    with suppress(RuntimeError):  # the store is gone, and its readers with it
+        while time.monotonic() < deadline and int(store.add("fedsim/seats_read", 0)) < size:
+            time.sleep(0.02)
 
 
 def _ranks(numbers: Sequence[int]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,42 @@ class Plan:
     idle_share: float
 
 
+@dataclass(frozen=True)
+class SharedSteps:
+    """Constant cost of optimizer steps on a wide lane, beside the lane's share of the tokens.
+
+    However few rows a member has, it launches as many kernels, and each step ends with a sum over the lane.
+
+    Attributes:
+        num: optimizer steps of each client.
+        seconds: cost of one step on a wide lane. A single rank's is part of its seconds per token.
+    """
+
+    num: Mapping[int, int]
+    seconds: float = 0.0
+
+    def of(self, client: int) -> float:
+        """Seconds that a client's steps cost more on a wide lane."""
+        return self.seconds * self.num.get(client, 0)
+
+
+FREE: Final = SharedSteps({})
+"""Sharing that costs nothing."""
+
+FORGOTTEN: Final = 0.05
+"""Share of a wide step's cost that a round without a wide lane takes off.
+
+A cost that was measured too high, as in a round that compiles kernels, is so measured again some rounds later.
+"""
+
+
 def plan_round(
-    tokens: Mapping[int, int], seconds_per_token: Sequence[float], num_micro_batches: int, *, wide_lanes: bool
+    tokens: Mapping[int, int],
+    seconds_per_token: Sequence[float],
+    num_micro_batches: int,
+    *,
+    wide_lanes: bool,
+    shared: SharedSteps = FREE,
 ) -> Plan:
     """Place clients on ranks.
 
@@ -51,6 +86,7 @@ def plan_round(
         seconds_per_token: measured cost of each rank; its length is the world size.
         num_micro_batches: parts that a batch can be split into; a lane of width g is ⌈n/⌈n/g⌉⌉-fold faster at best.
         wide_lanes: whether several ranks may share a client.
+        shared: steps of each client, and what a step costs more on a wide lane.
 
     Returns:
         The plan with the least makespan; of equals, the one with the most clients on single ranks.
@@ -62,7 +98,7 @@ def plan_round(
         if num_single < len(order) and (not wide_lanes or world == 1 or num_single < len(order) - world):
             break
         for widths in _lane_widths(len(order) - num_single, world):
-            plan = _place(order, num_single, widths, tokens, seconds_per_token, num_micro_batches)
+            plan = _place(order, num_single, widths, tokens, seconds_per_token, num_micro_batches, shared)
             if best is None or plan.makespan_s < best.makespan_s * (1 - 1e-9):
                 best = plan
     assert best is not None
@@ -70,23 +106,56 @@ def plan_round(
 
 
 def learned_cost(
-    known: Sequence[float], busy_s: Sequence[float], plan: Plan, tokens: Mapping[int, int], num_micro_batches: int
+    known: Sequence[float],
+    busy_s: Sequence[float],
+    plan: Plan,
+    tokens: Mapping[int, int],
+    num_micro_batches: int,
+    shared: SharedSteps = FREE,
 ) -> tuple[float, ...]:
     """Seconds per token of each rank: half the old figure, half what this round measured; kept where nothing was.
 
-    A wide job counts as the tokens that its slowest member computed, one of a client that is not in ``tokens``, as it
-    failed, as none.
+    A wide job counts as the tokens that its slowest member computed, and its time without the constant cost of its
+    steps. A client that failed is not in ``tokens``, and its job does not count.
     """
     cost = list(known)
     for rank in range(len(cost)):
-        work = sum(
-            tokens.get(job.client, 0) * -(-num_micro_batches // job.width) / num_micro_batches
-            for job in plan.jobs
-            if rank in job.ranks
-        )
-        if work > 0 and busy_s[rank] > 0:
-            cost[rank] = 0.5 * cost[rank] + 0.5 * busy_s[rank] / work
+        jobs = [job for job in plan.jobs if rank in job.ranks and job.client in tokens]
+        work = sum(tokens[job.client] / speedup(job.width, num_micro_batches) for job in jobs)
+        busy = busy_s[rank] - sum(shared.of(job.client) for job in jobs if job.width > 1)
+        if work > 0 and busy > 0:
+            cost[rank] = 0.5 * cost[rank] + 0.5 * busy / work
     return tuple(cost)
+
+
+def learned_sharing(
+    shared: SharedSteps,
+    seconds: Mapping[int, float],
+    plan: Plan,
+    tokens: Mapping[int, int],
+    cost: Sequence[float],
+    num_micro_batches: int,
+) -> float:
+    """Constant cost of a wide step: half the old figure, half the mean over this round's wide jobs, at least 0.
+
+    A round without a wide job that was trained lowers the old figure by :data:`FORGOTTEN`.
+
+    Args:
+        shared: the round's steps, and the old figure.
+        seconds: wall-clock time of each wide job by client, of the member that waited least.
+        plan: how clients were placed.
+        tokens: work of each client that was trained.
+        cost: seconds per token of each rank.
+        num_micro_batches: parts that a batch can be split into.
+    """
+    found = []
+    for job in plan.jobs:
+        if job.width > 1 and job.client in tokens and shared.num[job.client] > 0:
+            of_tokens = tokens[job.client] * max(cost[r] for r in job.ranks) / speedup(job.width, num_micro_batches)
+            found.append(max(0.0, seconds[job.client] - of_tokens) / shared.num[job.client])
+    if not found:
+        return (1.0 - FORGOTTEN) * shared.seconds
+    return 0.5 * shared.seconds + 0.5 * sum(found) / len(found)
 
 
 def useful_ranks(cohort_size: int, num_micro_batches: int, *, wide_lanes: bool) -> int:
@@ -128,6 +197,7 @@ def _place(
     tokens: Mapping[int, int],
     cost: Sequence[float],
     num_micro_batches: int,
+    shared: SharedSteps,
 ) -> Plan:
     world = len(cost)
     free = [0.0] * world
@@ -144,6 +214,7 @@ def _place(
         ranks = range(first % world, first % world + width)
         start = max(free[r] for r in ranks)
         length = tokens[client] * max(cost[r] for r in ranks) / speedup(width, num_micro_batches)
+        length += shared.of(client) if width > 1 else 0.0
         jobs.append(Job(client, ranks.start, width, start, start + length))
         for r in ranks:
             free[r] = start + length

@@ -1,4 +1,4 @@
-"""Units of generation: every row once, the same on any number of ranks, and few steps on the busiest of four."""
+"""Units of generation: every row once, the same on any number of ranks, and few steps on the busiest rank."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsim.generate.units import BATCHES_A_UNIT, FEWEST, MOST_UNITS, generation_units, num_units
+from fedsim.generate import units as units_module
+from fedsim.generate.units import FEWEST, LONGEST_ROWS, MORE, generation_units, num_units
 from fedsim.parallel.planner import deal_units
 
 
@@ -50,10 +51,15 @@ def steps(names: Sequence[str], num_slots: int, ranks: int, seed: int) -> tuple[
         num_rows, mean, limit, turns = BENCHMARKS[name]
         replies += drawn(num_rows, mean, limit, turns, seed)
         most_new += [limit * turns] * num_rows
+    return steps_of_rows(replies, most_new, num_slots, ranks, seed), max(replies)
+
+
+def steps_of_rows(replies: Sequence[int], most_new: Sequence[int], num_slots: int, ranks: int, seed: int) -> int:
+    """Steps of the busiest rank for rows of these lengths and limits, with prompts of 40 to 79 tokens."""
     prompts = np.random.default_rng(seed + 1).integers(40, 80, size=len(replies)).tolist()
     units = generation_units(prompts, most_new, num_slots)
     costs = [float(sum(prompts[i] + most_new[i] for i in unit)) for unit in units]
-    return busiest(units, costs, replies, num_slots, ranks), max(replies)
+    return busiest(units, costs, replies, num_slots, ranks)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -87,13 +93,49 @@ def test_many_rows_keep_all_slots_busy() -> None:
     assert busiest(units, costs, replies, 128, 4) < 1.1 * sum(replies) / (4 * 128)
 
 
+@pytest.mark.parametrize("num_rows", [8_200, 12_000, 20_000])
+@pytest.mark.parametrize("seed", range(2))
+def test_a_long_call_keeps_eight_ranks_busy(num_rows: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CAI's conversations: eight ranks take hardly more than half as long as four, which lose a tenth at most."""
+    replies, most_new = drawn(num_rows, 150, 512, 3, seed), [1536] * num_rows
+    four, eight = (steps_of_rows(replies, most_new, 128, ranks, seed) for ranks in (4, 8))
+    monkeypatch.setattr(units_module, "MORE", ())
+    with_four_units = steps_of_rows(replies, most_new, 128, 4, seed)
+    assert four < 1.1 * with_four_units
+    assert eight < 0.6 * with_four_units
+
+
+@pytest.mark.parametrize("num_slots", [32, 64, 128])
+def test_four_units_of_an_evaluation_are_enough_for_eight_ranks(
+    num_slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its longest dialogue bounds any number of ranks; with eight units four ranks would take almost twice as long."""
+    (four, longest), (eight, _) = (steps(list(BENCHMARKS), num_slots, ranks, 0) for ranks in (4, 8))
+    assert eight == four < 1.1 * longest
+    monkeypatch.setattr(units_module, "num_units", lambda *_: 8)
+    assert steps(list(BENCHMARKS), num_slots, 8, 0)[0] == longest
+    assert steps(list(BENCHMARKS), num_slots, 4, 0)[0] > 1.7 * four
+
+
+def test_an_evaluation_with_few_slots_keeps_eight_ranks_busy() -> None:
+    """At 16 slots its work is longer than its longest dialogue."""
+    four, eight = (steps(list(BENCHMARKS), 16, ranks, 0)[0] for ranks in (4, 8))
+    assert eight < 0.6 * four
+
+
 @pytest.mark.parametrize(
     ("num_rows", "count"),
-    [(0, 0), (1, 1), (128, 1), (129, 2), (512, 4), (513, 4), (128 * 127, 4), (128 * 128, 8), (20_000, 8), (10**6, 16)],
-)
+    [(0, 0), (1, 1), (128, 1), (129, 2), (512, 4), (513, 4), (128 * 63, 4), (128 * 64, 8), (20_000, 8),
+     (128 * 255, 8), (128 * 256, 16), (10**6, 16)],
+)  # fmt: skip
 def test_units_are_batches_then_four_then_more_where_each_is_long(num_rows: int, count: int) -> None:
-    assert num_units(num_rows, 128) == count
-    assert count <= FEWEST or -(-num_rows // 128) // count >= BATCHES_A_UNIT
+    assert num_units([1024] * num_rows, 128) == count
+
+
+@pytest.mark.parametrize(("num_long", "count"), [(0, 8), (128 * 16, 8), (64, 4)])
+def test_a_few_long_rows_among_many_short_ones_make_no_more_units(num_long: int, count: int) -> None:
+    """64 batches of 16-token answers: beside rows of 2,048 tokens the call is no longer than one of these."""
+    assert num_units([2048] * num_long + [16] * (128 * 64 - num_long), 128) == count
 
 
 @settings(max_examples=200, deadline=None)
@@ -103,7 +145,11 @@ def test_units_hold_every_row_once_and_rows_of_every_kind(rows: list[tuple[int, 
     lengths, most_new = [length for length, _ in rows], [new for _, new in rows]
     units = generation_units(lengths, most_new, batch_size)
     assert sorted(i for unit in units for i in unit) == list(range(len(rows)))
-    assert len(units) <= MOST_UNITS and all(units)
+    assert len(units) <= MORE[0][0] and all(units)
+    if len(units) > FEWEST:
+        most = sum(most_new) / len(units) / batch_size
+        assert len(rows) > (dict(MORE)[len(units)] - 1) * batch_size * len(units)
+        assert most >= LONGEST_ROWS * max(most_new)
     for kind in {*most_new}:
         counts = [sum(most_new[i] == kind for i in unit) for unit in units]
         assert max(counts) - min(counts) <= 1

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -242,6 +243,44 @@ def test_ranks_on_the_cpu_and_on_gpus_do_not_mix() -> None:
 def test_a_rank_that_does_not_come_is_named() -> None:
     for result in exchange([Seat(), Seat()], timeout_s=0.3, size=3):
         assert isinstance(result, RunError) and "rank 2 of 3 did not start within 0.3 s" in str(result)
+
+
+class LosingStore:
+    """A store whose server ends at the n-th call of an operation, as it does with the process that holds it."""
+
+    def __init__(self, operation: str, nth: int) -> None:
+        self.store, self.operation, self.left = HashStore(), operation, nth
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*arguments: Any) -> Any:
+            self.left -= name == self.operation
+            if self.left <= 0:
+                raise torch.distributed.DistNetworkError("Connection reset by peer")
+            return getattr(self.store, name)(*arguments)
+
+        return call
+
+
+@pytest.mark.parametrize(
+    ("operation", "nth", "line"),
+    [("set", 1, "rank 0 of 2, or the launcher, left"), ("wait", 2, "rank 1 of 2 did not start within 5 s"),
+     ("get", 1, "rank 0 of 2 did not start within 5 s"), ("get", 2, "rank 1 of 2 did not start within 5 s"),
+     ("add", 1, "rank 0 of 2, or the launcher, left")],
+)  # fmt: skip
+def test_a_store_that_is_lost_while_seats_are_exchanged_is_one_line(operation: str, nth: int, line: str) -> None:
+    store: Any = LosingStore(operation, nth)
+    store.store.set("fedsim/seat/1", json.dumps(asdict(Seat())))
+    with pytest.raises(RunError) as caught:
+        exchange_seats(store, 0, 2, Seat(), timedelta(seconds=5))
+    assert line in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_rank_without_a_gpu_says_so_though_the_store_is_lost() -> None:
+    """The word is out: what is lost is the wait for those that read it."""
+    store: Any = LosingStore("add", 2)
+    store.store.set("fedsim/seat/1", json.dumps(asdict(Seat("cuda", "a"))))
+    with pytest.raises(ConfigError, match="no GPU"):
+        exchange_seats(store, 0, 2, ConfigError("no GPU"), timedelta(seconds=5))
 
 
 @pytest.mark.parametrize("own", [{}, {ALLOCATOR: "max_split_size_mb:64"}, {OLD_ALLOCATOR: "backend:native"}])

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsim.parallel.planner import Plan, deal_units, plan_round, speedup
+from fedsim.parallel.planner import (
+    FORGOTTEN,
+    Job,
+    Plan,
+    SharedSteps,
+    _place,
+    deal_units,
+    learned_cost,
+    learned_sharing,
+    plan_round,
+    speedup,
+)
 
 COSTS = st.lists(st.sampled_from([1e-4, 2e-4, 3.3e-4]), min_size=1, max_size=5)
 TOKENS = st.lists(st.integers(1, 5000), min_size=1, max_size=9)
@@ -17,6 +29,10 @@ TOKENS = st.lists(st.integers(1, 5000), min_size=1, max_size=9)
 
 def plan(tokens: list[int], cost: list[float], micro: int = 4, wide: bool = True) -> Plan:
     return plan_round(dict(enumerate(tokens)), cost, micro, wide_lanes=wide)
+
+
+def width(job: Job) -> int:
+    return job.width
 
 
 def lpt(tokens: list[int], cost: list[float]) -> float:
@@ -106,6 +122,66 @@ def test_the_plan_does_not_depend_on_the_mappings_order() -> None:
     assert plan_round(tokens, [1.0, 1.0], 4, wide_lanes=True) == plan_round(
         dict(sorted(tokens.items())), [1.0, 1.0], 4, wide_lanes=True
     )
+
+
+@pytest.mark.parametrize("cost", [0.0, 0.1, 0.74, 0.76, 3.0])
+def test_sharing_is_worth_what_it_saves(cost: float) -> None:
+    """5 equal clients on 4 ranks: the fifth on all takes 1/4 of its time and what its steps cost more, alone 1."""
+    tokens, steps = dict.fromkeys(range(5), 1000), 25
+    shared = SharedSteps(dict.fromkeys(range(5), steps), cost / steps)
+    found = plan_round(tokens, [1e-3] * 4, 4, wide_lanes=True, shared=shared)
+    assert found.makespan_s == pytest.approx(min(1.25 + cost, 2.0))
+    assert max(job.width for job in found.jobs) == (4 if cost < 0.75 else 1)
+
+
+@pytest.mark.parametrize("extra", [0.0, 0.002, 0.02])
+@pytest.mark.parametrize("seed", range(3))
+def test_both_costs_are_learned_from_rounds(extra: float, seed: int) -> None:
+    """Rounds that take tokens · cost / speed-up, and more in each shared step, lead to these two figures."""
+    draws = random.Random(seed)
+    real, cost, sharing = 1e-4, (1.5e-4,) * 4, 0.0
+    for _ in range(40):
+        tokens = {client: draws.randrange(40_000, 60_000) for client in range(5)}
+        shared = SharedSteps(dict.fromkeys(tokens, 25), sharing)
+        plan = _place(sorted(tokens, key=lambda c: -tokens[c]), 4, [4], tokens, cost, 4, shared)
+        took = {
+            job.client: tokens[job.client] * real / speedup(job.width, 4) + (25 * extra if job.width > 1 else 0.0)
+            for job in plan.jobs
+        }
+        busy = [sum(took[job.client] for job in plan.jobs if rank in job.ranks) for rank in range(4)]
+        cost = learned_cost(cost, busy, plan, tokens, 4, shared)
+        sharing = learned_sharing(shared, took, plan, tokens, cost, 4)
+    assert sharing == pytest.approx(extra, rel=0.01, abs=1e-5)
+    assert cost == pytest.approx((real,) * 4, rel=0.01)
+
+
+def test_each_wide_job_is_measured_by_hand() -> None:
+    """One client of 100 tokens and 5 steps on two ranks: 50 s of tokens and 5 s of steps, where 1.25 s were known."""
+    tokens, shared = {0: 100}, SharedSteps({0: 5}, 0.25)
+    wide = plan_round(tokens, [1.0, 1.0], 4, wide_lanes=True)
+    assert learned_sharing(shared, {0: 55.0}, wide, tokens, [1.0, 1.0], 4) == pytest.approx(0.5 * 0.25 + 0.5 * 1.0)
+    assert learned_sharing(shared, {0: 45.0}, wide, tokens, [1.0, 1.0], 4) == 0.125, "never below 0"
+    assert learned_cost([1.0, 1.0], [61.25, 51.25], wide, tokens, 4, shared) == pytest.approx((1.1, 1.0))
+
+
+def test_a_cost_that_is_not_measured_is_forgotten_slowly() -> None:
+    tokens, shared = {0: 100, 1: 100}, SharedSteps({0: 5, 1: 5}, 0.25)
+    plan = plan_round(tokens, [1.0, 1.0], 4, wide_lanes=False)
+    want = 0.25 * (1 - FORGOTTEN)
+    assert learned_sharing(shared, {}, plan, tokens, [1.0, 1.0], 4) == want
+    wide = plan_round({0: 100}, [1.0, 1.0], 4, wide_lanes=True)
+    assert learned_sharing(shared, {}, wide, {}, [1.0, 1.0], 4) == want, "its client failed"
+    assert learned_sharing(SharedSteps({0: 5}), {}, plan, tokens, [1.0, 1.0], 4) == 0.0
+
+
+def test_one_bad_measurement_does_not_end_wide_lanes() -> None:
+    """Sharing is worth it below 0.75 client times: four times as much is given up until 0.95^n · 4 < 1."""
+    tokens, rounds = dict.fromkeys(range(5), 1000), 0
+    shared = SharedSteps(dict.fromkeys(range(5), 25), 4 * 0.75 / 25)
+    while max((plan := plan_round(tokens, [1e-3] * 4, 4, wide_lanes=True, shared=shared)).jobs, key=width).width == 1:
+        shared = SharedSteps(shared.num, learned_sharing(shared, {}, plan, tokens, [1e-3] * 4, 4))
+        rounds += 1
+    assert rounds == math.ceil(math.log(4) / -math.log(1 - FORGOTTEN)) == 28
 
 
 @pytest.mark.parametrize(
