@@ -1,4 +1,4 @@
-"""What 1,000 clients' control variates cost: ``tools/client_scale.py [--clients 1000] [--size 200000]``.
+"""Cost of 1,000 clients' control variates: ``tools/client_scale.py [--clients 1000] [--size 200000]``.
 
 Writes one for every client, as a run does, and times writing and reading one, a resume's check of all and a round's
 clearing away of old ones; resident memory is watched meanwhile, as only what is mapped into memory or copied shows in
@@ -123,7 +123,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return asked
 
 
-def tell(asked: argparse.Namespace) -> None:
+def work(asked: argparse.Namespace) -> None:
     """Measure, print and write."""
     torch.set_num_threads(1)
     facts = running.facts()
@@ -136,7 +136,7 @@ def tell(asked: argparse.Namespace) -> None:
 
 def main() -> int:
     """Measure; a mistake is one line."""
-    return launched(lambda: parse(sys.argv[1:]), tell)
+    return launched(lambda: parse(sys.argv[1:]), work)
 
 
 if __name__ == "__main__":

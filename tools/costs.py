@@ -125,18 +125,18 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def tell(asked: argparse.Namespace) -> None:
+def work(asked: argparse.Namespace) -> None:
     """Compute, print and write."""
-    runs, work = run_rows(asked.runs), paper_work()
-    found = projected_report(work, asked.rows, asked.target)
+    runs, efforts = run_rows(asked.runs), paper_work()
+    found = projected_report(efforts, asked.rows, asked.target)
     seconds = run_table(runs)
-    parts = [found.table().plain(), "", found.caption, "", *found.formulas(work)]
+    parts = [found.table().plain(), "", found.caption, "", *found.formulas(efforts)]
     print("\n".join([*parts, *(["", seconds.plain()] if runs else [])]))
     if asked.json is not None:
-        content = {"work": {name: asdict(effort) for name, effort in work.items()}, **asdict(found)}
+        content = {"work": {name: asdict(effort) for name, effort in efforts.items()}, **asdict(found)}
         _write(asked.json, json.dumps({**content, "runs": [seconds.head, *seconds.rows] if runs else []}) + "\n")
     if asked.page:
-        _write(PAGE, page(found, work, seconds if runs else None))
+        _write(PAGE, page(found, efforts, seconds if runs else None))
 
 
 def projected_report(
@@ -177,7 +177,7 @@ def _write(path: Path, text: str) -> None:
 
 def main() -> int:
     """Show the costs; a mistake is one line."""
-    return launched(lambda: parse(sys.argv[1:]), tell)
+    return launched(lambda: parse(sys.argv[1:]), work)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What exact mode costs: ``tools/exact_cost.py [--nproc 1,4] [--repeats 3] [CONFIG.yaml] [key=value …]``.
+"""Cost of exact mode: ``tools/exact_cost.py [--nproc 1,4] [--repeats 3] [CONFIG.yaml] [key=value …]``.
 
 Runs the configuration (the demo by default, four rounds without a guard, 50 items of each benchmark) with
 ``parallel.exact`` on and off, once with each number of processes, and takes the seconds of each phase from
@@ -198,7 +198,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return asked
 
 
-def tell(asked: argparse.Namespace) -> None:
+def work(asked: argparse.Namespace) -> None:
     """Run, print and write."""
     if asked.page:
         running.write_page(PAGE, page())
@@ -212,7 +212,7 @@ def tell(asked: argparse.Namespace) -> None:
 
 def main() -> int:
     """Measure; a mistake is one line."""
-    return launched(lambda: parse(sys.argv[1:]), tell)
+    return launched(lambda: parse(sys.argv[1:]), work)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def run_words(words: Sequence[str], overrides: Sequence[str]) -> list[str]:
         raise ConfigError(f"command line: one config file at most, not {len(files)}: {' '.join(files)}")
     file = Path(files[0]) if files else DEFAULT
     pairs = [*overrides, *(word for word in words if "=" in word)]
-    load_config(file, pairs)  # a mistake is told here, not by a run that was started for it
+    load_config(file, pairs)  # a mistake ends the tool before a run is started
     return [str(file), *pairs]
 
 

@@ -1,10 +1,10 @@
-"""Does a long run keep its memory, open files and disk? ``tools/soak.py [--nproc 1,4] [CONFIG.yaml] [key=value …]``.
+"""Growth of memory, open files and disk over a long run: ``tools/soak.py [--nproc 1,4] [CONFIG.yaml] [key=value …]``.
 
 A small run of 200 rounds (SCAFFOLD, CAI in every round, a checkpoint after each) is started with ``launch/run.py``,
 once with each number of processes, and watched from outside: resident memory and open file descriptors of every
 process, and the files of the run directory. glibc is told to give back at once what is freed (``MALLOC``): left alone
 its heap wanders by several MiB, among which a leak would hide. What counts as flat stands in ``tools/growth.py``; the
-exit status is 2 unless everything is. Logs, and what is kept of evaluations, grow on purpose: their bytes are told.
+exit status is 2 unless everything is. Logs, and what is kept of evaluations, grow on purpose: their bytes are shown.
 
 The rows go to ``tools/bench/results/<device>/operations/soak.json``; ``--page`` runs nothing and writes
 ``docs/results/soak.md`` from them and from those of ``tools/client_scale.py``.
@@ -177,7 +177,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return asked
 
 
-def tell(asked: argparse.Namespace) -> None:
+def work(asked: argparse.Namespace) -> None:
     """Run, print and write.
 
     Raises:
@@ -200,7 +200,7 @@ def tell(asked: argparse.Namespace) -> None:
 
 def main() -> int:
     """Soak; a mistake is one line."""
-    return launched(lambda: parse(sys.argv[1:]), tell)
+    return launched(lambda: parse(sys.argv[1:]), work)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the commands of all studies share: options, where a study's runs go, and how it speaks."""
+"""Options that the commands of all studies share, where a study's runs go, and its lines of progress."""
 
 from __future__ import annotations
 

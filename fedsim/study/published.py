@@ -1,4 +1,4 @@
-"""Where the rows of a published study were measured, kept beside them in ``docs/results``."""
+"""Origin of a published study: where, when and by which command its rows in ``docs/results`` were measured."""
 
 from __future__ import annotations
 
