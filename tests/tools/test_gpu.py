@@ -156,6 +156,7 @@ import importlib.util, subprocess, sys
 from tools.gpu import without
 assert importlib.util.find_spec("yaml")
 without.hide(["yaml"])
+without.hide_as_told()  # again: a part may lead into a run that is told too
 assert importlib.util.find_spec("yaml") is None and importlib.util.find_spec("numpy")
 child = "from tools.gpu import without; without.hide_as_told(); import yaml"
 done = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True)
