@@ -44,7 +44,7 @@ def run(setting: Setting, report: Report, name: str) -> None:
         bench = replace(bench, repeats=1)
         _shrink()
     stage = load_stage(name)
-    facts = {**facts_of(replace_device(bench), setting.commit), "code": code_digest(name)}
+    facts = {**facts_of(_as_it_is(bench), setting.commit), "code": code_digest(name)}
     with memory_given_back(bench):
         checks = stage.check(bench)
     report.take(checks)
@@ -65,7 +65,7 @@ def run(setting: Setting, report: Report, name: str) -> None:
     print(table([StageResult(name, facts, checks, rows)]).plain(), flush=True)
 
 
-def replace_device(bench: Bench) -> Bench:
+def _as_it_is(bench: Bench) -> Bench:
     """The benchmark's machine as it is, for the facts of a row."""
     return Bench(bench.device, bench.size, bench.threads) if isinstance(bench, AsOnGpu) else bench
 

@@ -31,8 +31,8 @@ def hide(packages: Sequence[str]) -> None:
     """Let imports of these packages fail from now on, in this process and in those that it starts."""
     Without.packages = frozenset(packages)
     os.environ[VARIABLE] = ",".join(packages)
-    place = sys.meta_path.index(importlib.machinery.PathFinder)
-    sys.meta_path[place] = Without
+    if Without not in sys.meta_path:
+        sys.meta_path[sys.meta_path.index(importlib.machinery.PathFinder)] = Without
 
 
 def hide_as_told() -> None:
