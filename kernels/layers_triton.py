@@ -157,7 +157,7 @@ def _rotate_into_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _drop_words(  # type: ignore[no-untyped-def]
-    x, onto, out, word, place, column, width, kept_below, factor, ADD: tl.constexpr
+    x, added, out, word, place, column, width, kept_below, factor, ADD: tl.constexpr
 ):
     inside = column < width
     value = tl.load(x + place + column, mask=inside, other=0.0).to(tl.float32)
@@ -165,13 +165,13 @@ def _drop_words(  # type: ignore[no-untyped-def]
     value = tl.where(keeps, value, 0.0) * factor
     if ADD:
         value = value.to(out.dtype.element_ty).to(tl.float32)
-        value += tl.load(onto + place + column, mask=inside, other=0.0).to(tl.float32)
+        value += tl.load(added + place + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + place + column, value.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _drop_kernel(  # type: ignore[no-untyped-def]
-    x, onto, out, seeds, places, draw, width, kept_below, factor, ADD: tl.constexpr, BLOCK: tl.constexpr
+    x, added, out, seeds, places, draw, width, kept_below, factor, ADD: tl.constexpr, BLOCK: tl.constexpr
 ):
     token = tl.program_id(0).to(tl.int64)
     quarter = tl.cdiv(width, 4)
@@ -182,10 +182,10 @@ def _drop_kernel(  # type: ignore[no-untyped-def]
     # Word j of a counter is for column j · ⌈width / 4⌉ + counter.
     column = tl.where(counter < quarter, counter, width)
     row = token * width
-    _drop_words(x, onto, out, w0, row, column, width, kept_below, factor, ADD)
-    _drop_words(x, onto, out, w1, row, column + quarter, width, kept_below, factor, ADD)
-    _drop_words(x, onto, out, w2, row, column + 2 * quarter, width, kept_below, factor, ADD)
-    _drop_words(x, onto, out, w3, row, column + 3 * quarter, width, kept_below, factor, ADD)
+    _drop_words(x, added, out, w0, row, column, width, kept_below, factor, ADD)
+    _drop_words(x, added, out, w1, row, column + quarter, width, kept_below, factor, ADD)
+    _drop_words(x, added, out, w2, row, column + 2 * quarter, width, kept_below, factor, ADD)
+    _drop_words(x, added, out, w3, row, column + 3 * quarter, width, kept_below, factor, ADD)
 
 
 @triton.jit
@@ -397,7 +397,7 @@ def draw_in_block(
 
 
 def drop(
-    x: torch.Tensor, seeds: torch.Tensor, places: torch.Tensor, draw: int, p: float, onto: torch.Tensor | None
+    x: torch.Tensor, seeds: torch.Tensor, places: torch.Tensor, draw: int, p: float, added: torch.Tensor | None
 ) -> torch.Tensor:
     """See :func:`fedsim.fused.ops.drop`."""
     tokens, width = x.shape
@@ -405,8 +405,8 @@ def drop(
     block = min(COLUMNS, triton.next_power_of_2(triton.cdiv(width, 4)))
     grid = (tokens, triton.cdiv(triton.cdiv(width, 4), block))
     _drop_kernel[grid](
-        x, x if onto is None else onto, out, seeds, places, draw, width, round((1 - p) * WORD), 1 / (1 - p),
-        ADD=onto is not None, BLOCK=block,
+        x, x if added is None else added, out, seeds, places, draw, width, round((1 - p) * WORD), 1 / (1 - p),
+        ADD=added is not None, BLOCK=block,
     )  # fmt: skip
     return out
 

@@ -29,11 +29,11 @@ from fedsim.launching import line_of
 from fedsim.model import quantised
 from fedsim.model.memory import Need
 from fedsim.model.shape import ModelShape
-from fedsim.needs import memory_needs
+from fedsim.needs import GENERATION, memory_needs
 from fedsim.parallel.device import Placement, Seat
 from fedsim.parallel.world import World
 from fedsim.plan import plan_text, work
-from fedsim.preflight import Preflight, check_world_size, models_in_use
+from fedsim.preflight import RESERVE, Preflight, check_world_size, models_in_use
 from fedsim.preflight import preflight as run_preflight
 from fedsim.preparation import Inputs
 from fedsim.ranks import OneRank
@@ -486,6 +486,14 @@ def test_a_warning_comes_with_the_first_byte_too_much() -> None:
     found = Preflight({}, needs, [200, 100], DiskRoom(0, 0, 0, Path()))
     (line,) = found.warnings()
     assert line.startswith("b may not fit into") and line.endswith("lower k.b")
+
+
+def test_spare_memory_is_what_stages_beside_generation_leave() -> None:
+    """On the rank with least, less a reserve; never negative."""
+    room, gib = DiskRoom(0, 0, 0, Path()), 1 << 30
+    needs = [Need("local training", 30 * gib, "k"), Need(GENERATION, 70 * gib, "k"), Need("CAI (DPO)", 60 * gib, "k")]
+    assert Preflight({}, needs, [90 * gib, 80 * gib], room).spare_bytes == 20 * gib - RESERVE > 0
+    assert Preflight({}, needs, [90 * gib, 60 * gib], room).spare_bytes == 0
 
 
 def test_the_plan_of_the_papers_round_on_4_ranks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -198,7 +198,8 @@ def _joint_feed_forward(module: nn.Module) -> Forward | None:
 
 def _try_feed_forward(module: Any, forward: Forward) -> str:
     weight = module.gate_proj.weight  # PEFT's layers have it too
-    return _difference(module.forward, forward, {"x": _random(weight, NUM_TOKENS, weight.shape[1])})
+    with _random_adapters(module):
+        return _difference(module.forward, forward, {"x": _random(weight, NUM_TOKENS, weight.shape[1])})
 
 
 # --- rotary positions ----------------------------------------------------------------------------------------------
@@ -273,10 +274,10 @@ def _lora(module: nn.Module) -> Forward | None:
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         dropout = layer.lora_dropout["default"]
         is_plain = not uses_default_adapter(layer) or args or kwargs
-        known = isinstance(dropout, (nn.Identity, fused.Drawing)) or not dropout.training
+        known = isinstance(dropout, (nn.Identity, fused.MaskedDropout)) or not dropout.training
         if is_plain or not known or x.dtype != base.weight.dtype:
             return plain(x, *args, **kwargs)
-        draw = dropout.draw(x) if isinstance(dropout, fused.Drawing) else None
+        draw = dropout.draw(x) if isinstance(dropout, fused.MaskedDropout) else None
         return fused.lora(x, base.weight, base.bias, a.weight, b.weight, layer.scaling["default"], draw)
 
     return forward
@@ -294,7 +295,7 @@ def _try_lora(module: Any, forward: Forward) -> str:
 def _random_adapters(module: nn.Module) -> Iterator[None]:
     """Evaluation mode, and other values of LoRA's B than the start's zeros."""
     layers: list[Any] = [layer for layer in module.modules() if isinstance(layer, LoraLinear)]
-    weights = [layer.lora_B["default"].weight for layer in layers]
+    weights = [b.weight for layer in layers for b in layer.lora_B.values()]
     saved, modes = [weight.detach().clone() for weight in weights], [(m, m.training) for m in module.modules()]
     module.eval()
     try:
@@ -455,7 +456,8 @@ def _try_layer(module: Any, forward: Forward) -> str:
     attention.forward = lambda hidden_states, **_: (hidden_states.roll(1, -1), None)
     try:
         x = _random(module.input_layernorm.weight, NUM_TOKENS, len(module.input_layernorm.weight))[None]
-        return _difference(module.forward, forward, {"hidden_states": x})
+        with _random_adapters(module):
+            return _difference(module.forward, forward, {"hidden_states": x})
     finally:
         del attention.forward
         if own is not None:

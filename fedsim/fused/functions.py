@@ -12,19 +12,19 @@ from torch.nn import functional as F
 from fedsim.fused.ops import OPS
 
 
-class Draw(Protocol):
-    """Dropout's draws of one layer in one pass: a diagonal map, and so its own transpose."""
+class DropoutMask(Protocol):
+    """Which numbers dropout keeps in one layer of one pass; a diagonal map, so that gradients go through it too."""
 
-    def apply(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
-        """Zero what is dropped of ``x``, ``[tokens, width]``, scale the rest; plus ``onto``. No gradient."""
+    def apply(self, x: Tensor, added: Tensor | None = None) -> Tensor:
+        """Zero what is dropped of ``x``, ``[tokens, width]``, scale the rest; plus ``added``. No gradient."""
         ...
 
 
-class Drawing(nn.Module):
-    """A dropout layer whose draws can be had apart from its forward pass."""
+class MaskedDropout(nn.Module):
+    """A dropout layer whose mask can be had without its forward pass."""
 
-    def draw(self, x: Tensor) -> Draw | None:
-        """The layer's next draw, for ``[…, width]``, one vector a token; None where nothing is dropped."""
+    def draw(self, x: Tensor) -> DropoutMask | None:
+        """The layer's next mask, for ``[…, width]``, one vector a token; None where nothing is dropped."""
         raise NotImplementedError
 
 
@@ -165,7 +165,7 @@ class _Lora(torch.autograd.Function):
         a: Tensor,
         b: Tensor,
         scaling: float,
-        draw: Draw | None,
+        draw: DropoutMask | None,
     ) -> Tensor:
         tokens = x.flatten(0, -2).contiguous()
         low_a = torch.mul(a, scaling, out=torch.empty_like(a, dtype=x.dtype))  # scaled and cast at once
@@ -181,7 +181,7 @@ class _Lora(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         tokens, inner, weight, low_a, low_b = ctx.saved_tensors
-        draw: Draw | None = ctx.draw
+        draw: DropoutMask | None = ctx.draw
         d_tokens = d_out.flatten(0, -2).contiguous()
         d_inner = d_tokens @ low_b
         d_a, d_b, d_x = None, None, None
@@ -195,13 +195,13 @@ class _Lora(torch.autograd.Function):
             if draw is None:
                 d_x.addmm_(d_inner, low_a)
             else:
-                d_x = draw.apply(d_inner @ low_a, onto=d_x)
+                d_x = draw.apply(d_inner @ low_a, added=d_x)
             d_x = d_x.view(*d_out.shape[:-1], -1)
         return d_x, None, None, d_a, d_b, None, None
 
 
 def lora(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float, draw: Draw | None
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float, draw: DropoutMask | None
 ) -> Tensor:
     """A frozen linear layer with LoRA (arXiv 2106.09685), ``x Wᵀ + bias + scaling · drop(x) Aᵀ Bᵀ``.
 
@@ -227,7 +227,7 @@ def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
 
 class _Dropped(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, draw: Draw) -> Tensor:
+    def forward(ctx: Any, x: Tensor, draw: DropoutMask) -> Tensor:
         ctx.draw = draw
         return draw.apply(x.flatten(0, -2).contiguous()).view(x.shape)
 
@@ -237,7 +237,7 @@ class _Dropped(torch.autograd.Function):
         return ctx.draw.apply(d_out.flatten(0, -2).contiguous()).view(d_out.shape), None
 
 
-def dropped(x: Tensor, draw: Draw) -> Tensor:
+def dropped(x: Tensor, draw: DropoutMask) -> Tensor:
     """``draw.apply(x)`` with its gradient; keeps nothing of ``x``."""
     return _Dropped.apply(x, draw)
 

@@ -39,7 +39,7 @@ class JointLinear:
         self._is_held = False
 
     def takes(self, x: Tensor) -> bool:
-        """Whether the product may be used now: adapters are held, and there is no gradient, dropout or other adapter."""
+        """Whether the product may be used: adapters are held; no gradient, no dropout, no other adapter."""
         return (
             self._is_held
             and not torch.is_grad_enabled()

@@ -67,7 +67,10 @@ def kernels_problem(device: torch.device) -> str:
         pairs = [
             (OPS.block_sums(x, largest, heat) >> 40, sums >> 40),
             (OPS.draw_in_block(x, largest, heat, u, sums), draw_in_block(x, largest, heat, u, sums)),
-            (OPS.rotate_into(*into, *caches[0], ids), rotate_into(*into, *caches[1], ids)),
+            (
+                OPS.rotate_into(*into, caches[0][0], caches[0][1], ids),
+                rotate_into(*into, caches[1][0], caches[1][1], ids),
+            ),
             (caches[0], caches[1]),
             (OPS.drop(x, ids, ids, 1, 0.5, x), drop(x, ids, ids, 1, 0.5, x)),
             (OPS.pick(x, ids)[0], pick(x, ids)[0]),
@@ -206,8 +209,8 @@ def rotate_into(
 # --- dropout -------------------------------------------------------------------------------------------------------
 
 
-def drop(x: Tensor, seeds: Tensor, places: Tensor, draw: int, p: float, onto: Tensor | None) -> Tensor:
-    """Inverted dropout whose draws are a function of counters: ``x · kept / (1 − p)``, plus ``onto``.
+def drop(x: Tensor, seeds: Tensor, places: Tensor, draw: int, p: float, added: Tensor | None) -> Tensor:
+    """Inverted dropout whose draws are a function of counters: ``x · kept / (1 − p)``, plus ``added``.
 
     The map is its own transpose, so that gradients go through it too. Column c of a token is kept if word ``c // n`` of
     Philox4x32-10 (Salmon et al. 2011) with the token's seed as key and the counter ``(c % n, place, draw, 0)``, where
@@ -219,7 +222,7 @@ def drop(x: Tensor, seeds: Tensor, places: Tensor, draw: int, p: float, onto: Te
         places: int64 ``[tokens]``: of each token in its micro-batch.
         draw: which of the pass's layers it is.
         p: share that is dropped.
-        onto: of ``x``'s shape and dtype, contiguous; None: nothing is added.
+        added: of ``x``'s shape and dtype, contiguous; None: nothing is added.
     """
     tokens, width = x.shape
     quarter = -(-width // 4)
@@ -227,7 +230,7 @@ def drop(x: Tensor, seeds: Tensor, places: Tensor, draw: int, p: float, onto: Te
     counter = (zero + torch.arange(quarter, device=x.device), zero + places[:, None], zero + draw, zero)
     kept = torch.cat(philox(seeds[:, None], counter), dim=1)[:, :width] < round((1 - p) * WORD)
     dropped = (_wide(x) * kept * (1 / (1 - p))).to(x.dtype)
-    return dropped if onto is None else dropped + onto
+    return dropped if added is None else dropped + added
 
 
 def philox(key: Tensor, counter: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -334,7 +337,7 @@ _register(
     lambda logits, *_: logits.new_empty(len(logits), dtype=torch.int64),
 )
 _register(
-    "drop(Tensor x, Tensor seeds, Tensor places, int draw, float p, Tensor? onto) -> Tensor",
+    "drop(Tensor x, Tensor seeds, Tensor places, int draw, float p, Tensor? added) -> Tensor",
     drop,
     lambda x, *_: torch.empty_like(x),
 )

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar, cast
 
 from transformers import PreTrainedModel
 
@@ -264,7 +264,8 @@ class Engine:
                 self.graph_problem = f"CUDA graphs of decoding steps are off: {problem}{where}"
                 self.on_note(self.graph_problem)
                 return
-            for rows, positions, _ in sizes:
+            for size in sizes:
+                rows, positions, _ = cast(tuple[int, int, Any], size)
                 note = f"decoding steps of {rows} rows and {positions} positions run without a CUDA graph{where}: "
                 if note not in self._noted:
                     self._noted.add(note)

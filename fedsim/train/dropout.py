@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from fedsim.attention.spans import to_device
 from fedsim.errors import ModelError
-from fedsim.fused.functions import Draw, Drawing, dropped
+from fedsim.fused.functions import DropoutMask, MaskedDropout, dropped
 from fedsim.fused.ops import OPS, runs_fused
 from fedsim.model.logprobs import head_start
 
@@ -86,7 +86,7 @@ class KeyedDropout:
                 to_device(torch.from_numpy(counters(seeds, count)), self.device) for count in counts
             )
 
-    def draw(self, num_tokens: int, width: int, p: float) -> Draw | None:
+    def draw(self, num_tokens: int, width: int, p: float) -> DropoutMask | None:
         """What a decoder layer keeps of the pass's tokens, each number with probability 1 − p.
 
         Args:
@@ -104,7 +104,7 @@ class KeyedDropout:
             return Counted(self._counters, self._num_draws, p)
         return self._masked(width, counts, p)
 
-    def draw_of_head(self, num_tokens: int, width: int, p: float) -> Draw | None:
+    def draw_of_head(self, num_tokens: int, width: int, p: float) -> DropoutMask | None:
         """The same of the LM head and the tokens before targets, or of some of them from :func:`head_start` on.
 
         They are drawn once in a pass, so that a chunk that is computed again has the draws that it had.
@@ -150,10 +150,10 @@ class Masked:
     kept: torch.Tensor
     p: float
 
-    def apply(self, x: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
-        """See :class:`fedsim.fused.functions.Draw`."""
+    def apply(self, x: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
+        """See :class:`fedsim.fused.functions.DropoutMask`."""
         dropped = (x * self.kept).mul_(1 / (1 - self.p))
-        return dropped if onto is None else dropped.add_(onto)
+        return dropped if added is None else dropped.add_(added)
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,14 +170,14 @@ class Counted:
     number: int
     p: float
 
-    def apply(self, x: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
-        """See :class:`fedsim.fused.functions.Draw`."""
+    def apply(self, x: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
+        """See :class:`fedsim.fused.functions.DropoutMask`."""
         seeds, places = self.counters
-        out: torch.Tensor = OPS.drop(x, seeds, places, self.number, self.p, onto)
+        out: torch.Tensor = OPS.drop(x, seeds, places, self.number, self.p, added)
         return out
 
 
-class LoraDropout(Drawing):
+class LoraDropout(MaskedDropout):
     """Inverted dropout (Srivastava et al. 2014) with keyed draws; the identity in evaluation mode.
 
     Args:
@@ -194,7 +194,7 @@ class LoraDropout(Drawing):
         self.path = path
         self.sees_targets = sees_targets
 
-    def draw(self, x: torch.Tensor) -> Draw | None:
+    def draw(self, x: torch.Tensor) -> DropoutMask | None:
         """The layer's draw of the pass for ``[…, width]``, one vector a token; None in evaluation mode.
 
         Raises:

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+from fedsim.fused.ops import OPS  # noqa: E402
 from tools.rehearsal import budgets  # noqa: E402
 from tools.rehearsal.roofline import GPUS, KERNEL_S, Counted, Roofline, attention_flops  # noqa: E402
 
@@ -79,6 +80,15 @@ def test_a_step_over_slots_reads_them_up_to_the_longest_row() -> None:
     rest = roofline.counted.num_bytes - copied - cached
     assert 0 < rest < 2000, "query, output, starts, lengths, statistics"
     assert roofline.counted.flops == {"bf16": 4 * rows * 4 * longest * 8}
+
+
+def test_a_step_that_writes_to_a_cache_touches_its_own_positions() -> None:
+    q, k, v, cos, sin = on_cuda(5, 4, 8), on_cuda(5, 2, 8), on_cuda(5, 2, 8), on_cuda(5, 8), on_cuda(5, 8)
+    keys, values, places = on_cuda(5, 100, 2, 8), on_cuda(5, 100, 2, 8), on_cuda(5, dtype=torch.int64)
+    with Roofline() as roofline:
+        OPS.rotate_into(q, k, v, cos, sin, keys, values, places)
+    assert roofline.counted.kernels == 1
+    assert roofline.counted.num_bytes == 2 * (2 * 5 * (4 + 2 + 2 + 1 + 1) * 8 + 8 * 5)
 
 
 def test_elementwise_work_moves_what_it_reads_and_writes() -> None:

@@ -84,13 +84,13 @@ def test_feed(rows: int, width: int, inner: int, dtype: torch.dtype, seed: int, 
     gate, up, down = numbers(seed, inner, width), numbers(seed + 1, inner, width), numbers(seed + 2, width, inner)
     inputs = [numbers(seed + 3, 1, rows, width).to(dtype), numbers(seed + 4, 1, rows, width).to(dtype)][: 1 + adds]
 
-    def fused(x: Tensor, onto: Tensor | None = None) -> Tensor:
-        return functions.feed_forward(x, *(w.to(x.dtype) for w in (gate, up, down)), onto)
+    def fused(x: Tensor, added: Tensor | None = None) -> Tensor:
+        return functions.feed_forward(x, *(w.to(x.dtype) for w in (gate, up, down)), added)
 
-    def plain(x: Tensor, onto: Tensor | None = None) -> Tensor:
+    def plain(x: Tensor, added: Tensor | None = None) -> Tensor:
         g, u, d = (w.to(dtype).to(x.dtype) for w in (gate, up, down))
         out = F.linear(F.silu(F.linear(x, g)) * F.linear(x, u), d)
-        return out if onto is None else onto + out
+        return out if added is None else added + out
 
     compare(fused, plain, inputs)
     product = [numbers(seed + 5, rows, inner).to(dtype), numbers(seed + 6, rows, inner).to(dtype)]
@@ -111,7 +111,7 @@ def test_rotate(batch: int, length: int, heads: tuple[int, int], half: int, dtyp
     )
 
 
-def draw_of(kind: str, tokens: int, width: int, seed: int, p: float) -> functions.Draw | None:
+def draw_of(kind: str, tokens: int, width: int, seed: int, p: float) -> functions.DropoutMask | None:
     if kind == "none":
         return None
     if kind == "masked":

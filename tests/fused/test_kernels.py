@@ -142,10 +142,10 @@ def test_a_draw_from_no_distribution_is_a_token(triton: ModuleType, bad: float) 
 @pytest.mark.parametrize("p", [0.05, 0.5])
 def test_drop(triton: ModuleType, tokens: int, width: int, p: float, dtype: torch.dtype) -> None:
     """The same draws: the reference's generator gives the published words (test_functions)."""
-    x, onto = numbers(0, tokens, width, dtype=dtype), numbers(1, tokens, width, dtype=dtype)
+    x, added = numbers(0, tokens, width, dtype=dtype), numbers(1, tokens, width, dtype=dtype)
     seeds = torch.tensor([(1 << 62) + 12345, 7, -3, 1 << 33])[:tokens]
     places = torch.tensor([0, 1, 70_000, 2])[:tokens]
-    for also in (None, onto):
+    for also in (None, added):
         found, wanted = triton.drop(x, seeds, places, 3, p, also), ops.drop(x, seeds, places, 3, p, also)
         same(found, wanted)
         assert torch.equal(found == 0, wanted == 0)
@@ -200,7 +200,8 @@ CASES = [
     (module._draw_in_block_kernel,
      dict(logits=B, largest=B, temperatures=D, uniforms=D, sums=L, tokens=L, width=I, num_blocks=I, factor="fp32"),
      dict(BLOCKS=512, BLOCK=256), 4),
-    (module._drop_kernel, dict(x=B, onto=B, out=B, seeds=L, places=L, draw=I, width=I, kept_below="i64", factor="fp32"),
+    (module._drop_kernel,
+     dict(x=B, added=B, out=B, seeds=L, places=L, draw=I, width=I, kept_below="i64", factor="fp32"),
      dict(ADD=True, BLOCK=1024), 4),
     (module._pick_kernel, dict(logits=B, ids=L, picked=F, total=F, width=I), dict(BLOCK=4096), 8),
     (module._pick_grad_kernel, dict(d_picked=F, logits=B, ids=L, total=F, d_logits=B, width=I), dict(BLOCK=4096), 8),

@@ -14,7 +14,7 @@ from fedsim.attention.forward import IMPLEMENTATIONS
 from fedsim.data.batch import collate
 from fedsim.data.chat import TokenRow
 from fedsim.errors import ModelError
-from fedsim.fused.functions import Draw
+from fedsim.fused.functions import DropoutMask
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.model.load import LoadedModel, LoraSettings, attach_lora
 from fedsim.model.logprobs import _HEAD_START, target_logprobs
@@ -27,7 +27,7 @@ Rows = Callable[..., list[TokenRow]]
 CPU = torch.device("cpu")
 
 
-def mask(found: Draw | None) -> torch.Tensor:
+def mask(found: DropoutMask | None) -> torch.Tensor:
     assert isinstance(found, Masked)
     return found.kept
 
