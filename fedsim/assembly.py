@@ -110,12 +110,19 @@ class Federation:
         return attend(drawn, able, clients.num_steps, round_idx, clients.seed, self.cohorts.failures)
 
 
-def assemble(config: Config, world: World, shards: Sequence[Sequence[SquareRow]], client_state: Path) -> Federation:
+def assemble(
+    config: Config,
+    world: World,
+    shards: Sequence[Sequence[SquareRow]],
+    client_state: Path,
+    pass_tokens: int = 0,
+) -> Federation:
     """Load the model and build everything around it.
 
     Args:
         shards: rows of every client after the filter.
         client_state: where clients' control variates are kept.
+        pass_tokens: see :class:`ClientTrainer`.
 
     Raises:
         DataError, ConfigError: no client could train (:func:`fedsim.local_rows.local_rows`).
@@ -141,7 +148,9 @@ def assemble(config: Config, world: World, shards: Sequence[Sequence[SquareRow]]
     )
     objective = SftObjective()
     num_steps = participation.num_steps(local.steps)
-    clients = ClientTrainer(trainer, algorithm, objective, local, num_steps, federation.num_rounds, config.seed)
+    clients = ClientTrainer(
+        trainer, algorithm, objective, local, num_steps, federation.num_rounds, config.seed, pass_tokens
+    )
     rows = local_rows(config, participation, loaded.chat, shards)
     controls = ClientStateStore(client_state)
     cohorts = CohortRunner(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
+import torch
+
 from fedsim.config import Config, from_flat, to_flat
+from fedsim.model.load import compute_dtype
 from fedsim.model.memory import Need
 from fedsim.model.shape import ModelShape
 from fedsim.needs import memory_needs
@@ -23,9 +26,10 @@ LEVERS: Final[Mapping[str, tuple[Lever, ...]]] = {
     "generation": (("eval.batch_size", 1),),
     "judging": (("eval.batch_size", 1),),
 }
-"""What may be lowered for each stage of :func:`memory_needs`.
+"""What may be lowered for each stage of :func:`memory_needs`, where that lowers its need.
 
-Sizes of batches, which decide speed, come first; then lengths, at which rows are cut.
+Sizes of batches, which decide speed, come first; then lengths, at which rows are cut. In exact mode smaller
+micro-batches mean more gradients, which for a large adapter can take more than the activations that they save.
 """
 
 GPUS: Final = (80, 40, 24)
@@ -57,31 +61,59 @@ class Fit:
 def fitting(config: Config, shapes: Mapping[str, ModelShape], num_ranks: int, num_bytes: int) -> Fit:
     """Halve keys of :data:`LEVERS` until every stage needs at most ``num_bytes`` on one rank.
 
-    The largest stage goes first. Values that fit need not be the largest that do.
+    The largest stage goes first, and a key is halved only if that lowers the stage's need. Values that fit need not be
+    the largest that do.
 
     Args:
         shapes: sizes of the models in use, by role.
         num_bytes: memory of one rank.
     """
-    flat = to_flat(config)
     changes: dict[str, Any] = {}
     while True:
-        needs = memory_needs(from_flat(flat), shapes, num_ranks)
+        needs = memory_needs(config, shapes, num_ranks)
         largest = max(needs, key=lambda need: need.num_bytes)
         if largest.num_bytes <= num_bytes:
             return Fit(changes)
-        lever = next((lever for lever in LEVERS[largest.stage] if flat[lever[0]] > _floor(lever, flat)), None)
-        if lever is None:
+        lowered = _lowered(config, shapes, num_ranks, largest)
+        if lowered is None:
             return Fit(changes, largest)
-        key = lever[0]
-        flat[key] = changes[key] = max(_floor(lever, flat), flat[key] // 2)
+        key, config = lowered
+        changes[key] = to_flat(config)[key]
 
 
-def _floor(lever: Lever, flat: Mapping[str, Any]) -> int:
-    lowest = lever[1]
-    return int(flat[lowest]) if isinstance(lowest, str) else lowest
+def with_effective_keys(
+    config: Config, shapes: Mapping[str, ModelShape], num_ranks: int, needs: Sequence[Need]
+) -> list[Need]:
+    """The needs, each with the first key that lowers it; "" where none does."""
+    found = []
+    plain = {need.stage: need for need in memory_needs(config, shapes, num_ranks)}
+    for need in needs:
+        lowered = _lowered(config, shapes, num_ranks, plain[need.stage])
+        found.append(replace(need, key="" if lowered is None else lowered[0]))
+    return found
+
+
+def _lowered(config: Config, shapes: Mapping[str, ModelShape], num_ranks: int, need: Need) -> tuple[str, Config] | None:
+    """The first key of a stage whose half lowers the stage's need, and the configuration with it; None without one."""
+    flat = to_flat(config)
+    for key, lowest in LEVERS[need.stage]:
+        floor = int(flat[lowest]) if isinstance(lowest, str) else lowest
+        value = max(floor, flat[key] // 2)
+        if value >= flat[key]:
+            continue
+        changed = from_flat({**flat, key: value})
+        if any(
+            n.stage == need.stage and n.num_bytes < need.num_bytes for n in memory_needs(changed, shapes, num_ranks)
+        ):
+            return key, changed
+    return None
 
 
 def fits_by_gpu(config: Config, shapes: Mapping[str, ModelShape], num_ranks: int) -> dict[str, Fit]:
-    """What to change for each of :data:`GPUS`, with one rank on each GPU and nothing else there."""
-    return {f"{size} GB": fitting(config, shapes, num_ranks, int(USABLE * size * 2**30)) for size in GPUS}
+    """What to change for each of :data:`GPUS`, with one rank on each GPU and nothing else there.
+
+    Weights count in the type that ``model.dtype`` means on a GPU, wherever the check is made.
+    """
+    dtype = compute_dtype(config.model.dtype, torch.device("cuda"))
+    on_gpu = {role: replace(shape, dtype=dtype) for role, shape in shapes.items()}
+    return {f"{size} GB": fitting(config, on_gpu, num_ranks, int(USABLE * size * 2**30)) for size in GPUS}

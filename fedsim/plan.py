@@ -35,6 +35,7 @@ def plan_text(config: Config, inputs: Inputs, found: Preflight, num_ranks: int) 
         _lines("Lanes", lanes(config, num_ranks)),
         _lines("Models", models(found)),
         f"Memory of each process, at the longest rows that the configuration allows\n{memory_table(found).plain()}",
+        *([_lines("Most tokens of a training pass, by the GPU's memory", passes(found))] if found.pass_tokens else []),
         *(
             []
             if all(fit == Fit() for fit in found.by_gpu.values())
@@ -122,10 +123,15 @@ def memory_table(found: Preflight) -> Table:
     """Need of each stage beside what the process with least has."""
     least = min(found.free_bytes)
     rows = [
-        [need.stage, byte_size(need.num_bytes), f"{100 * need.num_bytes / least:.3g} %", need.key]
+        [need.stage, byte_size(need.num_bytes), f"{100 * need.num_bytes / least:.3g} %", need.key or "nothing"]
         for need in found.needs
     ]
     return Table(["stage", "at most", f"of {byte_size(least)} free", "lower it with"], rows)
+
+
+def passes(found: Preflight) -> dict[str, str]:
+    """Tokens that may share a forward and backward pass, by stage."""
+    return {stage: f"{tokens:,}" for stage, tokens in found.pass_tokens.items()}
 
 
 def gpus(found: Preflight) -> dict[str, str]:

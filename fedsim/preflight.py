@@ -23,12 +23,12 @@ from fedsim.evaluate.phrases import users_rules
 from fedsim.extend import build
 from fedsim.federation.attacks import build_attacks
 from fedsim.federation.registry import build_algorithm
-from fedsim.fitting import Fit, fits_by_gpu, fitting
+from fedsim.fitting import Fit, fits_by_gpu, fitting, with_effective_keys
 from fedsim.model.load import LoraSettings, check_model_dir, check_tokenizer, load_chat, read_config
-from fedsim.model.memory import Need, free_memory
+from fedsim.model.memory import Need, free_memory, usable_memory
 from fedsim.model.shape import ModelShape, model_shape
 from fedsim.model.trial import try_model
-from fedsim.needs import GENERATION, memory_needs, round_work
+from fedsim.needs import GENERATION, memory_needs, round_work, tokens_of_passes
 from fedsim.parallel.device import NCCL
 from fedsim.parallel.planner import useful_ranks
 from fedsim.parallel.world import World
@@ -59,6 +59,7 @@ class Preflight:
         fit: what makes every stage fit into the memory of the rank with least.
         by_gpu: the same for common sizes of GPUs.
         shared_memory: a warning about /dev/shm; "" where there is none.
+        pass_tokens: most tokens of a training pass, by stage, where memory decides (:func:`tokens_of_passes`).
     """
 
     shapes: Mapping[str, ModelShape]
@@ -69,6 +70,7 @@ class Preflight:
     fit: Fit = field(default_factory=Fit)
     by_gpu: Mapping[str, Fit] = field(default_factory=dict)
     shared_memory: str = ""
+    pass_tokens: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def spare_bytes(self) -> int:
@@ -88,7 +90,8 @@ class Preflight:
             for role in self.untried
         ]
         too_large = [
-            f"{need.stage} may not fit into {byte_size(least)} (at most {byte_size(need.num_bytes)}); lower {need.key}"
+            f"{need.stage} may not fit into {byte_size(least)} (at most {byte_size(need.num_bytes)})"
+            + (f"; lower {need.key}" if need.key else "")
             for need in self.needs
             if need.num_bytes > least
         ]
@@ -175,15 +178,19 @@ def preflight(config: Config, world: World) -> Preflight:
                 f"{byte_size(free[least])} free; {free_it}start fewer processes on this machine, set "
                 "model.dtype=bfloat16, or use a smaller model"
             )
+    usable = min(one.usable_bytes for one in by_rank)
+    pass_tokens = tokens_of_passes(config, shapes, world.size, free_bytes=free[least], usable_bytes=usable)
+    needs = memory_needs(config, shapes, world.size, pass_tokens)
     return Preflight(
         shapes,
-        memory_needs(config, shapes, world.size),
+        with_effective_keys(config, shapes, world.size, needs),
         free,
         room,
         tuple(found.untried),
         fitting(config, shapes, world.size, free[least]),
         fits_by_gpu(config, shapes, world.size),
         shared_memory_warning() if world.placement.backend == NCCL else "",
+        pass_tokens,
     )
 
 
@@ -201,18 +208,21 @@ def shared_memory_warning(folder: str = "/dev/shm") -> str:
 
 @dataclass
 class _Checked:
-    """One rank's checks: sizes of the models, space on the disk, memory that the rank can have, and mistakes."""
+    """One rank's checks: sizes of the models, space on the disk, memory that it and its passes can have, mistakes."""
 
     shapes: dict[str, ModelShape] = field(default_factory=dict)
     untried: list[str] = field(default_factory=list)
     room: DiskRoom | None = None
     free_bytes: int = 0
+    usable_bytes: int = 0
     mistakes: Gathered = field(default_factory=Gathered)
 
 
 def _check(config: Config, world: World) -> _Checked:
     """Make every check, whatever the others find; only what needs a model's sizes waits for them."""
-    found = _Checked(free_bytes=free_memory(world.device, world.sharing))
+    found = _Checked(
+        free_bytes=free_memory(world.device, world.sharing), usable_bytes=usable_memory(world.device, world.sharing)
+    )
     attempt = found.mistakes.attempt
     record = config.record
     attempt(lambda: check_world_size(config, world.size))

@@ -32,6 +32,7 @@ from fedsim.local_rows import check_local_rows
 from fedsim.measurement import Shared
 from fedsim.model.load import check_model_dir, chosen_attention, load_base, load_chat, model_digest
 from fedsim.model.shape import ModelShape
+from fedsim.needs import DPO, TUNING
 from fedsim.parallel.world import World
 from fedsim.parallel.zero_config import zero_file
 from fedsim.preflight import models_in_use
@@ -89,6 +90,9 @@ class Preparation:
         world: the processes that run it.
         record: where it is written down.
         store: artefacts.
+
+    Attributes:
+        pass_tokens: most tokens of a training pass by stage, where memory decides (:mod:`fedsim.needs`).
     """
 
     def __init__(self, config: Config, world: World, record: RunRecord, store: ArtefactStore) -> None:
@@ -97,6 +101,7 @@ class Preparation:
         self.ranks = world.ranks
         self.record = record
         self.store = store
+        self.pass_tokens: Mapping[str, int] = {}
         self.facts: dict[str, Any] = {
             "device": world.device.type,
             "threads": config.parallel.threads,
@@ -209,6 +214,7 @@ class Preparation:
                 num_ranks=self.world.size,
                 devices=self.world.placement.facts(),
                 attackers={f"attacks.{attack.place}": attack.clients for attack in self._attacks()},
+                pass_tokens=self.pass_tokens,
             )
             self.record.write_config()
 
@@ -242,6 +248,7 @@ class Preparation:
                 self.store,
                 self.facts,
                 lambda name, done, total: phase.step(done, total, part=name),
+                self.pass_tokens.get(TUNING, 0),
             )
             compared = stage.compare(data)
             filtered, wanted = stage.run(data), self.config.eval.guard_judge
@@ -338,7 +345,8 @@ class Preparation:
         if not rows:
             raise none_usable(conversations, cai)
         num_rounds = self.config.federation.num_rounds
-        aligner = Aligner(federation.trainer, rows, federation.chat, cai, self.config.seed, num_rounds)
+        pass_tokens = self.pass_tokens.get(DPO, 0)
+        aligner = Aligner(federation.trainer, rows, federation.chat, cai, self.config.seed, num_rounds, pass_tokens)
         usage = CaiUsage.of(conversations, aligner)
         for line in usage.words():
             self.record.say(line)

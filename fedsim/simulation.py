@@ -26,6 +26,7 @@ from fedsim.federation.sampling import cosine_by_round
 from fedsim.measurement import UNTOUCHED, Measurement, Shared
 from fedsim.meter import Meter
 from fedsim.model.cost import ModelCost
+from fedsim.needs import LOCAL
 from fedsim.out_of_memory import explaining_memory
 from fedsim.parallel.stopping import signal_name
 from fedsim.parallel.world import World
@@ -128,6 +129,9 @@ class Simulation:
                 record.say(f"dropout of the {role}'s base is off, LoRA's alone counts: {shape.dropout_off}")
         for warning in found.warnings():
             record.say(f"warning: {warning}")
+        prepare.pass_tokens = found.pass_tokens
+        for stage, tokens in found.pass_tokens.items():
+            record.say(f"passes of {stage}: up to {tokens:,} tokens, by the GPU's memory")
         prepare.write_manifest(inputs, found.shapes)
         prepare.try_models(found.untried)
         guarded = prepare.filter(inputs.data)
@@ -183,7 +187,8 @@ class Simulation:
 
     def _assemble(self, filtered: Filtered) -> Federation:
         with self.record.phase("load model", "load"):
-            federation = assemble(self.config, self.world, filtered.shards, self.record.client_state)
+            pass_tokens = self.preparation.pass_tokens.get(LOCAL, 0)
+            federation = assemble(self.config, self.world, filtered.shards, self.record.client_state, pass_tokens)
             federation.engine.on_note = self.record.note
             if federation.rows.tally.num_dropped or federation.rows.tally.num_cut:
                 self.record.say(federation.rows.words(self.config))

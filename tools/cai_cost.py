@@ -35,6 +35,7 @@ from fedsim.data.square import SquareRow
 from fedsim.errors import ConfigError
 from fedsim.generate.engine import Sampling
 from fedsim.launching import Parser, launched
+from fedsim.needs import DPO
 from fedsim.parallel.world import World, process_world
 from fedsim.preflight import preflight
 from fedsim.preparation import Preparation
@@ -99,7 +100,7 @@ def timed_steps(
 def measure(asked: Asked, world: World) -> Cost:
     """Load, write some conversations, and time the iterations; the same figures on every rank: the slowest one's."""
     config = asked.config
-    preflight(config, world)
+    pass_tokens = preflight(config, world).pass_tokens.get(DPO, 0)
     record = RunRecord(config, world.ranks, synchronize=world.device.type == "cuda")
     store = ArtefactStore(Path(os.path.expanduser(config.record.artefacts)), world.ranks, record.say)
     prepare = Preparation(config, world, record, store)
@@ -109,10 +110,10 @@ def measure(asked: Asked, world: World) -> Cost:
     rows = data.cai_rows if asked.full_epoch else data.cai_rows[: 2 * config.eval.batch_size * world.size]
     _write(config, federation, rows[: world.size])  # what is set up once
     written, written_s = _slowest(world, lambda: _write(config, federation, rows))
-    if not usable(written):
+    if not (pairs := usable(written)):
         raise none_usable(written, config.cai)
     rounds = config.federation.num_rounds
-    aligner = Aligner(federation.trainer, usable(written), federation.chat, config.cai, config.seed, rounds)
+    aligner = Aligner(federation.trainer, pairs, federation.chat, config.cai, config.seed, rounds, pass_tokens)
     size, round_iterations = config.cai.batch_size, aligner.iterations  # timing changes the aligner's
     count = epoch_iterations(len(aligner.pairs), size) if asked.full_epoch else asked.iterations
     steps = timed_steps(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Final
 
 import psutil
 import torch
@@ -110,6 +111,22 @@ def scoring_need(
     copies = 2 * (num_tokens + -(-num_tokens // tail_tokens) * head_tokens) * shape.kv_size
     layer = num_tokens * (4 * shape.hidden_size + 3 * shape.intermediate_size)
     return Need(stage, beside + shape.weight_bytes + (kept + copies + layer) * shape.dtype.itemsize, key)
+
+
+PASS_SHARE: Final = 0.8
+"""Share of a GPU that training passes may be planned to fill; the rest is for fragmentation and CUDA itself."""
+
+
+def usable_memory(device: torch.device, sharing: int) -> int:
+    """Bytes that the passes of one of ``sharing`` processes on a GPU may be planned to take; 0 on the CPU.
+
+    A share of the whole GPU, so that it does not change from run to run, unless others hold so much that less is free.
+    The machine's RAM is not divided up so: on the CPU larger passes are not faster.
+    """
+    if device.type != "cuda":
+        return 0
+    free, total = torch.cuda.mem_get_info(device)
+    return min(int(free), int(PASS_SHARE * total)) // sharing
 
 
 def free_memory(device: torch.device, sharing: int) -> int:

@@ -34,6 +34,7 @@ def write_manifest(
     num_ranks: int,
     devices: Mapping[str, Any] | None = None,
     attackers: Mapping[str, Sequence[int]] | None = None,
+    pass_tokens: Mapping[str, int] | None = None,
 ) -> Path:
     """Write ``directory/manifest.json`` (called on rank 0) and return its path.
 
@@ -45,6 +46,7 @@ def write_manifest(
         num_ranks: processes of the run.
         devices: where each process computes, and what carries their sums.
         attackers: clients of each attack, by its key.
+        pass_tokens: most tokens of a training pass by stage, where memory decides.
 
     A run that is resumed keeps the manifest it began with and adds an entry to its ``resumed`` list, in which ``moved``
     has the new path of each file or model that lies elsewhere.
@@ -57,7 +59,7 @@ def write_manifest(
     path = directory / "manifest.json"
     now = {"utc": datetime.now(UTC).isoformat(timespec="seconds"), "command": command_line(), "num_ranks": num_ranks}
     where = {"versions": versions(), "git": made_by()["git"], "hardware": hardware(), "attention": dict(attention)}
-    where["devices"] = dict(devices or {})
+    where |= {"devices": dict(devices or {}), "pass_tokens": dict(pass_tokens or {})}
     if path.exists():
         manifest = read_manifest(path)
         check_unchanged(path, manifest, inputs, model_hashes)

@@ -47,6 +47,8 @@ class Aligner:
         cai: the CAI configuration.
         seed: the run's seed.
         num_rounds: rounds of the run.
+        pass_tokens: most tokens of a pass outside exact mode, those of DPO's reference not counted; 0:
+            ``micro_batch_size`` times the longest item.
 
     Attributes:
         pairs: the pairs that can be trained on.
@@ -57,13 +59,21 @@ class Aligner:
     """
 
     def __init__(
-        self, trainer: Trainer, rows: Sequence[CaiRow], chat: ChatFormat, cai: CaiConfig, seed: int, num_rounds: int
+        self,
+        trainer: Trainer,
+        rows: Sequence[CaiRow],
+        chat: ChatFormat,
+        cai: CaiConfig,
+        seed: int,
+        num_rounds: int,
+        pass_tokens: int = 0,
     ) -> None:
         assert rows, "CAI needs conversations"
         self.trainer = trainer
         self.cai = cai
         self.seed = seed
         self.num_rounds = num_rounds
+        self.pass_tokens = pass_tokens
         pairs = [preference(chat, row, cai.max_length) for row in rows]
         self.reasons = [why_no_pair(chat, row, pair) for row, pair in zip(rows, pairs, strict=True)]
         self.pairs = [p for p, reason in zip(pairs, self.reasons, strict=True) if reason is None]
@@ -120,6 +130,7 @@ class Aligner:
                 ("cai_sft", round_idx),
                 what=f"CAI (SFT), round {round_number(round_idx)}",
                 longest=self.cai.max_length,
+                pass_tokens=self.pass_tokens,
             ),
             SftObjective(),
             lane,
@@ -132,6 +143,7 @@ class Aligner:
                 ("cai_dpo", round_idx),
                 what=f"CAI (DPO), round {round_number(round_idx)}",
                 longest=4 * self.cai.max_length,  # two rows, for the policy and for the reference
+                pass_tokens=2 * self.pass_tokens,
             ),
             DpoObjective(flat, flat.copy(), self.cai.beta),
             lane,

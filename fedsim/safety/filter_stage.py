@@ -43,6 +43,7 @@ class FilterStage:
         store: artefacts.
         facts: what numbers depend on beside the configuration: device kind, threads, torch version.
         on_progress: called with a phase name, (done, total).
+        pass_tokens: see :class:`GuardModel`.
 
     Attributes:
         model: the guard model; nothing is loaded before it is needed.
@@ -57,13 +58,14 @@ class FilterStage:
         store: ArtefactStore,
         facts: dict[str, Any],
         on_progress: Callable[[str, int, int], None],
+        pass_tokens: int = 0,
     ) -> None:
         self.config = config
         self.ranks = ranks
         self.store = store
         self.facts = facts
         self.on_progress = on_progress
-        self.model = GuardModel(config, ranks, lane, device, store, facts, on_progress)
+        self.model = GuardModel(config, ranks, lane, device, store, facts, on_progress, pass_tokens)
 
     def run(self, data: PreparedData) -> Filtered:
         """The rows that every client trains on and what the filter did; without a guard all rows are kept."""

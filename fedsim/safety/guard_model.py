@@ -57,6 +57,8 @@ class GuardModel:
         store: artefacts.
         facts: what numbers depend on beside the configuration: device kind, threads, torch version.
         on_progress: called with a phase name, (done, total).
+        pass_tokens: most tokens of a pass of fine-tuning outside exact mode; 0: ``micro_batch_size`` times
+            ``max_length``.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class GuardModel:
         store: ArtefactStore,
         facts: dict[str, Any],
         on_progress: Callable[[str, int, int], None],
+        pass_tokens: int = 0,
     ) -> None:
         self.config = config
         self.ranks = ranks
@@ -76,6 +79,7 @@ class GuardModel:
         self.store = store
         self.facts = facts
         self.on_progress = on_progress
+        self.pass_tokens = pass_tokens
         self._loaded: tuple[LoadedModel, FlatAdapter] | None = None
         self._sha256 = ""  # of the model directory; read where it is first needed
 
@@ -152,6 +156,7 @@ class GuardModel:
                 ("guard_tuning",),
                 what="guard fine-tuning",
                 longest=settings.max_length,
+                pass_tokens=self.pass_tokens,
             )
             self._trainer(model, adapter, steps).run(
                 plan,

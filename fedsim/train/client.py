@@ -34,6 +34,7 @@ class ClientTrainer:
         num_steps: optimizer steps of a client that is no straggler in a round.
         num_rounds: length of the run, for the learning rate.
         seed: the run's seed.
+        pass_tokens: most tokens of a pass outside exact mode; 0: ``micro_batch_size`` times ``max_length``.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class ClientTrainer:
         num_steps: int,
         num_rounds: int,
         seed: int,
+        pass_tokens: int = 0,
     ) -> None:
         self.trainer = trainer
         self.algorithm = algorithm
@@ -53,6 +55,7 @@ class ClientTrainer:
         self.num_steps = num_steps
         self.num_rounds = num_rounds
         self.seed = seed
+        self.pass_tokens = pass_tokens
 
     def batches(
         self, client: int, rows: Sequence[TokenRow], round_idx: int, num_steps: int | None = None
@@ -112,6 +115,7 @@ class ClientTrainer:
             what=f"client {task.client}, round {round_number(task.round_idx)}",
             correction=self.algorithm.correction(task.state, task.control),
             longest=self.local.max_length,
+            pass_tokens=self.pass_tokens,
             own=own,
         )
 

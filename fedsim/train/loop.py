@@ -55,8 +55,9 @@ class TrainingPlan(Generic[Item]):
         correction: the federated algorithm's part in a step.
         what: names the training in an error, such as "client 3, round 1".
         longest: tokens of the longest item that may come, as the objective counts them. Outside exact mode,
-            micro-batches share a pass while they are no more than ``micro_batch_size`` times that: what a pass's memory
-            is reckoned for. 0: each has a pass of its own.
+            micro-batches share a pass while they are no more than ``micro_batch_size`` times that. 0: each has a pass
+            of its own.
+        pass_tokens: most tokens of a pass instead of that, where memory decides; 0: ``longest`` does.
         own: runs what this member computes apart from the lane's sums.
     """
 
@@ -66,6 +67,7 @@ class TrainingPlan(Generic[Item]):
     correction: Correction = field(default_factory=Correction)
     what: str = "training"
     longest: int = 0
+    pass_tokens: int = 0
     own: OwnWork = field(default_factory=OwnWork)
 
 
@@ -244,8 +246,8 @@ class Trainer:
     def _passes(
         self, micro: Sequence[Sequence[Item]], plan: TrainingPlan[Item], objective: Objective[Item], lane: Lane
     ) -> list[Pass[Item]]:
-        """This member's micro-batches, one a pass in exact mode, else as many together as ``plan.longest`` allows."""
-        most = 0 if lane.summer.exact else self.settings.micro_batch_size * plan.longest
+        """This member's micro-batches, one a pass in exact mode, else as many together as the plan allows."""
+        most = 0 if lane.summer.exact else plan.pass_tokens or self.settings.micro_batch_size * plan.longest
         passes: list[dict[int, Sequence[Item]]] = []
         room = 0
         for number in range(lane.index, len(micro), lane.size):

@@ -26,6 +26,7 @@ def test_what_a_manifest_holds(tmp_path: Path) -> None:
         {"base": "eager"},
         num_ranks=4,
         devices={"backend": "gloo"},
+        pass_tokens={"local training": 8192},
     )
     manifest = json.loads(path.read_text())
     assert path == tmp_path / "manifest.json"
@@ -35,7 +36,7 @@ def test_what_a_manifest_holds(tmp_path: Path) -> None:
     assert manifest["models"] == {"base": "ab" * 32} and manifest["attention"] == {"base": "eager"}
     assert manifest["started"]["num_ranks"] == 4 and manifest["started"]["utc"].endswith("+00:00")
     assert manifest["threads"]["torch"] >= 1 and manifest["git"] == made_by()["git"]
-    assert manifest["devices"] == {"backend": "gloo"}
+    assert manifest["devices"] == {"backend": "gloo"} and manifest["pass_tokens"] == {"local training": 8192}
     assert "resumed" not in manifest
 
 

@@ -307,10 +307,11 @@ def test_micro_batches_share_a_pass_outside_exact_mode(
     assert exact is False or torch.equal(made[1].values, alone[1].values)
 
 
+@pytest.mark.parametrize("derived", [False, True])
 def test_a_pass_is_never_larger_than_what_its_memory_is_reckoned_for(
-    make_adapted: Make, make_rows: Rows, one_lane: type
+    make_adapted: Make, make_rows: Rows, one_lane: type, derived: bool
 ) -> None:
-    """Every row fits, no pass has more than micro_batch_size · longest tokens, and two neighbours would have."""
+    """No pass has more than micro_batch_size · longest tokens, or pass_tokens, and two neighbours would have."""
     rows = make_rows(32)
     longest = 2 * max(len(row) for row in rows)
     made = make_adapted(std=0.1)
@@ -321,11 +322,12 @@ def test_a_pass_is_never_larger_than_what_its_memory_is_reckoned_for(
             sizes.append([len(item) for item in items])
             return super().sums(model, items)
 
-    plan = TrainingPlan([rows], lambda step: 1e-9, ("x",), longest=longest)
+    most = 5 * longest if derived else 4 * longest
+    plan = TrainingPlan([rows], lambda step: 1e-9, ("x",), longest=longest, pass_tokens=most if derived else 0)
     Trainer(made[0].base, made[1], StepSettings(4, 0.0, 0.0, 0)).run(plan, Spy(), one_lane(False))
     assert sorted(n for part in sizes for n in part) == sorted(map(len, rows))
-    assert 1 < len(sizes) < 8 and all(sum(part) <= 4 * longest for part in sizes)
-    assert all(sum(one) + sum(two[:4]) > 4 * longest for one, two in pairwise(sizes))
+    assert 1 < len(sizes) < 8 and all(sum(part) <= most for part in sizes)
+    assert all(sum(one) + sum(two[:4]) > most for one, two in pairwise(sizes))
 
 
 @given(st.lists(st.integers(1, 400), max_size=40), st.integers(1, 9))
