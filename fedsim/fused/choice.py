@@ -89,7 +89,8 @@ def fuse(model: nn.Module, ranks: Ranks | None = None, *, with_trials: bool = Tr
     found = fuse_layers(model, with_trials=with_trials)
     if len(set(ranks.gather(found.words()))) > 1:
         for module in found.modules:
-            vars(module).pop("forward", None)  # a module may be fused twice
+            for name in ("forward", ATTRIBUTE):
+                vars(module).pop(name, None)
         return Fused(refused=Counter({"model (its layers passed their trials on some ranks alone)": 1}))
     return found
 
@@ -107,6 +108,7 @@ def fuse_layers(model: nn.Module, *, with_trials: bool = True) -> Fused:
             except Exception as error:  # whatever a compiler or a kernel that does not fit raises
                 problem = reason(error)
             if problem:
+                vars(module).pop(ATTRIBUTE, None)
                 found.refused[f"{kind.name} ({type(module).__name__}: {problem})"] += 1
             else:
                 module.forward = forward

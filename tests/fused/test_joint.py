@@ -164,6 +164,7 @@ def test_a_joint_product_that_differs_is_not_used(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(JointLinear, "__call__", lambda self, x: 1.01 * call(self, x))
     found = fuse_layers(model)
     assert not any("joint" in kind for kind in found.taken) and found.taken["decoder layers"] == 2
+    assert not joints(model), "nothing is copied for it"
     assert "2 joint attention products (LlamaAttention: computes something else)" in found.words()
     monkeypatch.undo()
     plain, _ = made()

@@ -333,12 +333,13 @@ def _decoder(model: Model, num_rows: int) -> Decoder:
 
 
 def prefill(model: Model) -> Steps:
-    """A pass that reads as many 300-token prompts as it may hold."""
+    """A pass that reads as many 300-token prompts as it may hold, into slots that are there already."""
     decoder = _decoder(model, 64)
     prompts = [random_ids(CONTEXT, model.vocabulary, "prompt", i) for i in range(64)]
     decoder._rows = [_Row(i, Request(ids, i, 32, 1.0)) for i, ids in enumerate(prompts)]
     with hold_adapters(model.inner), torch.inference_mode():
         decoder._reserve(CONTEXT)
+        decoder._read_in()  # makes the slots
         before = decoder._num_active
         num_rows = 8192 // CONTEXT
         yield Work(
