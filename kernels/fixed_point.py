@@ -16,8 +16,8 @@ import torch
 
 from fedsim import reused
 
-# fp64 numbers converted at a time by one CPU thread: 2 MiB. An operation on a block costs 5 to 10 µs beside its work, to
-# wake the threads and wait for them; half as many numbers took 15 % longer, four times as many 40 % (L3 of 32 MiB).
+# fp64 numbers converted at a time by one CPU thread: 2 MiB. An operation on a block costs 5 to 10 µs beside its work to
+# wake the threads and wait for them: half as many numbers took 12 % longer, four times as many 10 %, eight times 55 %.
 BLOCK = 1 << 18
 CUDA_BLOCK = 1 << 23  # on a GPU: 64 MiB of scratch, few launches
 MAX_TERMS = 8  # terms converted together

@@ -148,7 +148,7 @@ class FedAvg(Algorithm):
 
 
 def moved(vector: torch.Tensor, total: torch.Tensor, weight: float) -> torch.Tensor:
-    """``vector + total / weight``, formed in fp64 and rounded once to fp32, in memory that no other tensor refers to."""
+    """``vector + total / weight``, formed in fp64 and rounded once to fp32, in new memory."""
     result = reused.empty(len(vector), torch.float32, vector.device)
     size = min(piece_size(vector.device), len(vector))
     scratch = reused.empty(2 * size, torch.float64, vector.device).view(2, size)

@@ -9,7 +9,7 @@ import torch
 from fedsim import reused
 
 # Numbers that one CPU thread works on at a time: a fp64 piece takes 512 KiB, and all of a formula's stay in the cache.
-# Half as many took a fifth longer: an operation costs 5 to 10 µs beside its work, to wake the threads and wait for them.
+# Half as many took 14 % longer: an operation costs 5 to 10 µs beside its work to wake the threads and wait for them.
 PIECE = 1 << 16
 CUDA_PIECE = 1 << 22
 
