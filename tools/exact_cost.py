@@ -7,6 +7,10 @@ the pretrained model's evaluation) is made before by one run of each setting tha
 round of any run. Shown are medians over rounds and repeats, with the quartiles, and the ratio of exact to fast: median
 of the repeats' own ratios, with the smallest and the largest.
 
+``--large`` puts a Llama of 5.8 M parameters with random weights in the place of the demo's model of 0.4 M, where a step's
+arithmetic outweighs its Python, with the paper's LoRA (r 32 on q and v). Such a model does not end its replies, so that
+its runs have local training and aggregation alone.
+
 The rows go to ``tools/bench/results/<device>/operations/exact_cost.json``; ``--readme`` runs nothing and writes the
 README's block from them.
 """
@@ -24,17 +28,22 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
+import torch
+from transformers import AutoTokenizer
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [str(ROOT), *(p for p in sys.path if Path(p).resolve() != Path(__file__).resolve().parent)]
 
 from fedsim.errors import ConfigError, RunError  # noqa: E402
 from fedsim.launching import Parser, launched  # noqa: E402
+from fedsim.model.tiny_model import TINY_DIR  # noqa: E402
 from fedsim.record.metrics import read_rows  # noqa: E402
 from fedsim.record.tables import Table, duration, number  # noqa: E402
 from tools import running  # noqa: E402
+from tools.bench.models import CPU, ModelSize, build  # noqa: E402
 from tools.bench.rows import Row, StageResult  # noqa: E402
 
-NAME = "exact_cost"
+NAME, LARGE_NAME = "exact_cost", "exact_cost_large"
 BRIEF = ["name=cost", "federation.num_rounds=4", "guard.kind=none", "eval.every=2", "eval.limit=50", "wandb.mode=off"]
 PHASES = ("train", "aggregate", "cai", "evaluate", "round")
 TITLES = {
@@ -44,6 +53,15 @@ TITLES = {
     "evaluate": "evaluation",
     "round": "whole round without evaluation",
 }
+# Of a model with random weights: neither CAI nor benchmarks.
+LARGE = [
+    "cai.iterations=0",
+    "eval.every=0",
+    *(f"eval.{benchmark}=" for benchmark in ("advbench", "hhh", "mt_bench", "xstest", "helpful")),
+    "model.lora_r=32",
+    "model.lora_alpha=64",
+    "model.lora_targets=[q_proj,v_proj]",
+]
 Seconds = dict[str, list[float]]  # of each phase, by round
 
 
@@ -104,10 +122,28 @@ def run(setting: Setting, words: Sequence[str], folder: Path, limit_s: float) ->
         return phases(read_rows(metrics))
 
 
-def measure(settings: Sequence[Setting], words: Sequence[str], repeats: int, limit_s: float) -> list[Row]:
+def write_large_model(folder: Path) -> None:
+    """The benchmark's Llama of 5.8 M parameters, random weights from a fixed seed, with the demo model's tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(TINY_DIR)
+    config = CPU.config | {"max_position_embeddings": tokenizer.model_max_length}
+    model = build(ModelSize(CPU.name, config), torch.float32, torch.device("cpu"))
+    for ids in (model.config, model.generation_config):
+        assert ids is not None
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(ids, name, getattr(tokenizer, name))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def measure(
+    settings: Sequence[Setting], words: Sequence[str], repeats: int, limit_s: float, *, large: bool = False
+) -> list[Row]:
     """All runs, as rows."""
     found: dict[Setting, list[Seconds]] = {setting: [] for setting in settings}
     with tempfile.TemporaryDirectory() as folder:
+        if large:
+            write_large_model(Path(folder) / "model")
+            words = [*words, f"model.path={folder}/model"]
         warm = [*words, "federation.num_rounds=1"]
         for number_of_run, setting in enumerate([*settings, *take_turns(settings, repeats)]):
             began, counts = time.perf_counter(), number_of_run >= len(settings)
@@ -181,6 +217,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("words", nargs="*", metavar="CONFIG.yaml | key=value", help="another configuration, overrides")
     parser.add_argument("--nproc", default="1,4", help="numbers of processes (1,4)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each setting (3)")
+    parser.add_argument(
+        "--large", action="store_true", help="a model of 5.8 M parameters; training and aggregation alone"
+    )
     parser.add_argument("--limit-s", type=float, default=300.0, help="longest time of one run (300)")
     parser.add_argument("--out", type=Path, help="file for the rows")
     parser.add_argument("--readme", action="store_true", help="run nothing, write the README's block from the rows")
@@ -189,7 +228,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         raise ConfigError(f"--repeats {asked.repeats}: must be >= 1; the spread needs several")
     asked.counts = running.process_counts(asked.nproc)
     asked.given = asked.words
-    asked.words = running.run_words(asked.words, BRIEF)
+    asked.words = running.run_words(asked.words, [*BRIEF, *LARGE] if asked.large else BRIEF)
     return asked
 
 
@@ -198,11 +237,11 @@ def tell(asked: argparse.Namespace) -> None:
     if asked.readme:
         running.write_readme(NAME, block())
         return
-    facts = running.facts() | {"words": list(asked.given)}
+    facts = running.facts() | {"words": [*(["--large"] if asked.large else []), *asked.given]}
     settings = [Setting(count, exact) for count in asked.counts for exact in (True, False)]
-    rows = measure(settings, asked.words, asked.repeats, asked.limit_s)
+    rows = measure(settings, asked.words, asked.repeats, asked.limit_s, large=asked.large)
     print(table(rows).plain())
-    running.write_rows(StageResult(NAME, facts, [], rows), asked.out)
+    running.write_rows(StageResult(LARGE_NAME if asked.large else NAME, facts, [], rows), asked.out)
 
 
 def main() -> int:
