@@ -16,8 +16,9 @@ import torch
 
 from fedsim import reused
 
-# fp64 numbers converted at a time by one CPU thread: 2 MiB. An operation on a block costs 5 to 10 µs beside its work to
-# wake the threads and wait for them: half as many numbers took 12 % longer, four times as many 10 %, eight times 55 %.
+# fp64 numbers converted at a time by one CPU thread: 2 MiB. Waking the threads for an operation and
+# waiting for them costs 5 to 10 µs: half as many numbers took 12 % longer, and eight times as many,
+# which leave the L3 cache of 32 MiB, 55 %.
 BLOCK = 1 << 18
 CUDA_BLOCK = 1 << 23  # on a GPU: 64 MiB of scratch, few launches
 MAX_TERMS = 8  # terms converted together

@@ -7,9 +7,9 @@ the pretrained model's evaluation) is made before by one run of each setting tha
 round of any run. Shown are medians over rounds and repeats, with the quartiles, and the ratio of exact to fast: median
 of the repeats' own ratios, with the smallest and the largest.
 
-``--large`` puts a Llama of 5.8 M parameters with random weights in the place of the demo's model of 0.4 M, where a step's
-arithmetic outweighs its Python, with the paper's LoRA (r 32 on q and v). Such a model does not end its replies, so that
-its runs have local training and aggregation alone.
+``--large`` replaces the demo's model of 0.4 M parameters by a Llama of 5.8 M with random weights and
+the paper's LoRA (r 32 on q and v). Arithmetic then outweighs the overhead of Python in a step. A model
+with random weights does not end its replies, so these runs only train and aggregate.
 
 The rows go to ``tools/bench/results/<device>/operations/exact_cost.json``; ``--readme`` runs nothing and writes the
 README's block from them.

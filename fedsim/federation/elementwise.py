@@ -8,8 +8,8 @@ import torch
 
 from fedsim import reused
 
-# Numbers that one CPU thread works on at a time: a fp64 piece takes 512 KiB, and all of a formula's stay in the cache.
-# Half as many took 14 % longer: an operation costs 5 to 10 µs beside its work to wake the threads and wait for them.
+# Numbers that one CPU thread works on at a time: 512 KiB in fp64, so that all operands of a formula
+# stay in the cache. Half as many took 14 % longer, because an operation costs 5 to 10 µs to start.
 PIECE = 1 << 16
 CUDA_PIECE = 1 << 22
 
@@ -39,7 +39,7 @@ def elementwise(
         vectors: floating point ``[n]``.
 
     Returns:
-        fp32 ``[n]`` each, in memory that no other tensor refers to.
+        fp32 ``[n]`` each, in memory of their own.
     """
     size, device = vectors[0].numel(), vectors[0].device
     results = tuple(reused.empty(size, torch.float32, device) for _ in range(num_results))
