@@ -7,7 +7,11 @@ the pretrained model's evaluation) is made before by one run of each setting tha
 round of any run. Shown are medians over rounds and repeats, with the quartiles, and the ratio of exact to fast: median
 of the repeats' own ratios, with the smallest and the largest.
 
-The rows go to ``tools/bench/results/<device>/operations/exact_cost.json``; ``--page`` runs nothing and writes
+``--large`` replaces the demo's model of 0.4 M parameters by a Llama of 5.8 M with random weights and
+the paper's LoRA (r 32 on q and v). Arithmetic then outweighs the overhead of Python in a step. A model
+with random weights does not end its replies, so these runs only train and aggregate.
+
+The rows go to ``tools/bench/results/<device>/operations/``; ``--page`` runs nothing and writes
 ``docs/results/exact-cost.md`` from them.
 """
 
@@ -24,17 +28,22 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
+import torch
+from transformers import AutoTokenizer
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [str(ROOT), *(p for p in sys.path if Path(p).resolve() != Path(__file__).resolve().parent)]
 
 from fedsim.errors import ConfigError, RunError  # noqa: E402
 from fedsim.launching import Parser, launched  # noqa: E402
+from fedsim.model.tiny_model import TINY_DIR  # noqa: E402
 from fedsim.record.metrics import read_rows  # noqa: E402
 from fedsim.record.tables import Table, duration, number  # noqa: E402
 from tools import running  # noqa: E402
+from tools.bench.models import CPU, ModelSize, build  # noqa: E402
 from tools.bench.rows import Row, StageResult  # noqa: E402
 
-NAME = "exact_cost"
+NAME, LARGE_NAME = "exact_cost", "exact_cost_large"
 PAGE = running.PAGES / "exact-cost.md"
 BRIEF = ["name=cost", "federation.num_rounds=4", "guard.kind=none", "eval.every=2", "eval.limit=50", "wandb.mode=off"]
 PHASES = ("train", "aggregate", "cai", "evaluate", "round")
@@ -45,6 +54,15 @@ TITLES = {
     "evaluate": "evaluation",
     "round": "whole round without evaluation",
 }
+# Of a model with random weights: neither CAI nor benchmarks.
+LARGE = [
+    "cai.iterations=0",
+    "eval.every=0",
+    *(f"eval.{benchmark}=" for benchmark in ("advbench", "hhh", "mt_bench", "xstest", "helpful")),
+    "model.lora_r=32",
+    "model.lora_alpha=64",
+    "model.lora_targets=[q_proj,v_proj]",
+]
 Seconds = dict[str, list[float]]  # of each phase, by round
 
 
@@ -105,10 +123,28 @@ def run(setting: Setting, words: Sequence[str], folder: Path, limit_s: float) ->
         return phases(read_rows(metrics))
 
 
-def measure(settings: Sequence[Setting], words: Sequence[str], repeats: int, limit_s: float) -> list[Row]:
+def write_large_model(folder: Path) -> None:
+    """The benchmark's Llama of 5.8 M parameters, random weights from a fixed seed, with the demo model's tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(TINY_DIR)
+    config = CPU.config | {"max_position_embeddings": tokenizer.model_max_length}
+    model = build(ModelSize(CPU.name, config), torch.float32, torch.device("cpu"))
+    for ids in (model.config, model.generation_config):
+        assert ids is not None
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(ids, name, getattr(tokenizer, name))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def measure(
+    settings: Sequence[Setting], words: Sequence[str], repeats: int, limit_s: float, *, large: bool = False
+) -> list[Row]:
     """All runs, as rows."""
     found: dict[Setting, list[Seconds]] = {setting: [] for setting in settings}
     with tempfile.TemporaryDirectory() as folder:
+        if large:
+            write_large_model(Path(folder) / "model")
+            words = [*words, f"model.path={folder}/model"]
         warm = [*words, "federation.num_rounds=1"]
         for number_of_run, setting in enumerate([*settings, *take_turns(settings, repeats)]):
             began, counts = time.perf_counter(), number_of_run >= len(settings)
@@ -165,19 +201,29 @@ def table(rows: Sequence[Row]) -> Table:
 
 
 def page() -> str:
-    """The result page, from the rows' file."""
-    found = running.newest_rows(NAME)
-    repeats = found.rows[0].shapes["repeats"]
-    made = " ".join(["python tools/exact_cost.py", *found.facts["words"]])
+    """The result page, from the rows' files."""
     parts = [
         "# Cost of exact mode",
         "The same run with `parallel.exact` on and off. Written by `python tools/exact_cost.py --page`.",
+        *section("The demo", NAME, BRIEF[1:]),
+    ]
+    if list(running.RESULTS.glob(f"*/{running.FOLDER}/{LARGE_NAME}.json")):
+        parts += section("A Llama of 5.8 M parameters, training and aggregation", LARGE_NAME, [*BRIEF[1:], *LARGE])
+    return "\n\n".join(parts) + "\n"
+
+
+def section(title: str, name: str, settings: Sequence[str]) -> list[str]:
+    """Heading, table and origin of the newest rows of one size."""
+    found = running.newest_rows(name)
+    repeats = found.rows[0].shapes["repeats"]
+    made = " ".join(["python tools/exact_cost.py", *found.facts["words"]])
+    return [
+        f"## {title}",
         table(found.rows).markdown(),
         f"Seconds of a round, median [quartiles] over {repeats} run(s) each that took turns; ratio: median [smallest, "
-        f"largest] of the turns. The demo with {', '.join(BRIEF[1:])}, unless overridden. "
+        f"largest] of the turns. The demo with {', '.join(settings)}, unless overridden. "
         f"{running.measured_on(found)} Made by `{made}`.",
     ]
-    return "\n\n".join(parts) + "\n"
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -186,6 +232,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("words", nargs="*", metavar="CONFIG.yaml | key=value", help="another configuration, overrides")
     parser.add_argument("--nproc", default="1,4", help="numbers of processes (1,4)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each setting (3)")
+    parser.add_argument(
+        "--large", action="store_true", help="a model of 5.8 M parameters; training and aggregation alone"
+    )
     parser.add_argument("--limit-s", type=float, default=300.0, help="longest time of one run (300)")
     parser.add_argument("--out", type=Path, help="file for the rows")
     parser.add_argument("--page", action="store_true", help=f"run nothing, write {PAGE.name} from the committed rows")
@@ -194,7 +243,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         raise ConfigError(f"--repeats {asked.repeats}: must be >= 1; the spread needs several")
     asked.counts = running.process_counts(asked.nproc)
     asked.given = asked.words
-    asked.words = running.run_words(asked.words, BRIEF)
+    asked.words = running.run_words(asked.words, [*BRIEF, *LARGE] if asked.large else BRIEF)
     return asked
 
 
@@ -203,11 +252,11 @@ def work(asked: argparse.Namespace) -> None:
     if asked.page:
         running.write_page(PAGE, page())
         return
-    facts = running.facts() | {"words": list(asked.given)}
+    facts = running.facts() | {"words": [*(["--large"] if asked.large else []), *asked.given]}
     settings = [Setting(count, exact) for count in asked.counts for exact in (True, False)]
-    rows = measure(settings, asked.words, asked.repeats, asked.limit_s)
+    rows = measure(settings, asked.words, asked.repeats, asked.limit_s, large=asked.large)
     print(table(rows).plain())
-    running.write_rows(StageResult(NAME, facts, [], rows), asked.out)
+    running.write_rows(StageResult(LARGE_NAME if asked.large else NAME, facts, [], rows), asked.out)
 
 
 def main() -> int:

@@ -15,9 +15,10 @@ from typing import Any, Literal
 
 import torch
 
+from fedsim import reused
 from fedsim.config import FederationConfig
 from fedsim.errors import CheckpointError
-from fedsim.federation.elementwise import elementwise
+from fedsim.federation.elementwise import piece_size, pieces
 from fedsim.federation.participation import Participation, SampledCohort
 
 ADAPTER = "adapter"
@@ -174,6 +175,12 @@ class FedAvg(Algorithm):
 
 
 def moved(vector: torch.Tensor, total: torch.Tensor, weight: float) -> torch.Tensor:
-    """``vector + total / weight``, formed in fp64 and rounded once to fp32."""
-    (result,) = elementwise(lambda x, delta: (x + delta / weight,), vector, total)
+    """``vector + total / weight``, formed in fp64 and rounded once to fp32, in new memory."""
+    result = reused.empty(len(vector), torch.float32, vector.device)
+    size = min(piece_size(vector.device), len(vector))
+    scratch = reused.empty(2 * size, torch.float64, vector.device).view(2, size)
+    for out, start, part in pieces(result, vector, total):
+        mean, x = scratch[:, : len(out)]
+        torch.div(part if part.dtype == torch.float64 else mean.copy_(part), weight, out=mean)
+        out.copy_(mean.add_(x.copy_(start)))
     return result

@@ -9,6 +9,7 @@ from functools import cached_property
 
 import torch
 
+from fedsim import reused
 from fedsim.config import LocalConfig
 from fedsim.data.chat import TokenRow
 from fedsim.federation.algorithms import Algorithm, Correction, ServerState
@@ -126,12 +127,12 @@ class ClientTrainer:
         if self.algorithm.has_control:
             previous = torch.zeros_like(task.state.vectors[CONTROL]) if task.control is None else task.control
             control = correction.next_control(start, end, self._lr(task.round_idx))
-            control_delta = control - previous
+            control_delta = torch.sub(control, previous, out=reused.empty(len(control), control.dtype, control.device))
         return ClientOutcome(
             client=task.client,
             num_rows=len(task.rows),
             weight=self.algorithm.client_weight(sum(row.weight for row in task.rows)),
-            delta=end - start,
+            delta=torch.sub(end, start, out=reused.empty(len(end), end.dtype, end.device)),
             control=control,
             control_delta=control_delta,
             loss=stats.mean_loss,

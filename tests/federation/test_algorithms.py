@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from fedsim.errors import CheckpointError
-from fedsim.federation.algorithms import Correction, FedAvg, RoundSums, ServerState
+from fedsim.federation import elementwise
+from fedsim.federation.algorithms import Correction, FedAvg, RoundSums, ServerState, moved
 
 Vectors = Callable[..., list[torch.Tensor]]
 
@@ -49,6 +50,24 @@ def test_small_moves_are_rounded_once() -> None:
     tenth = torch.tensor([2.0**-23], dtype=torch.float64) * 0.1
     state = FedAvg().server_step(ServerState(x), RoundSums(tenth * 10, 1.0, None, 1))
     assert float(state.adapter) == 1 + 2.0**-23
+
+
+@pytest.mark.parametrize("piece", [1, 5, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_move_in_pieces_has_the_bits_of_the_whole_formula(
+    monkeypatch: pytest.MonkeyPatch, piece: int, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(elementwise, "PIECE", piece)
+    g = torch.Generator().manual_seed(0)
+    x, total = torch.randn(29, generator=g), torch.randn(29, generator=g).to(dtype)
+    x[:4] = torch.tensor([1e-45, -1e-40, torch.inf, torch.nan])
+    total[2:7] = torch.tensor([-torch.inf, 1.0, torch.inf, torch.nan, 3e-45]).to(dtype)
+    before = total.clone()
+    found = moved(x, total, 1312.0)
+    want = (x.double() + total.double() / 1312.0).float()
+    assert found.dtype == torch.float32 and torch.equal(found.view(torch.int32), want.view(torch.int32))
+    assert torch.equal(total.nan_to_num(7.0), before.nan_to_num(7.0))
+    assert moved(x[:0], total[:0], 1.0).shape == (0,)
 
 
 def test_plain_training_is_not_corrected(vectors: Vectors) -> None:

@@ -10,6 +10,8 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedsim.kernels import fixed_point
+from fedsim.parallel import sums
 from fedsim.parallel.sums import Summer
 from fedsim.ranks import Term
 
@@ -174,3 +176,60 @@ def test_members_meet_on_the_cpu_before_a_sum_over_nccl(monkeypatch: pytest.Monk
     seen.clear()
     Summer(None, exact=exact, heartbeat=True).sum(terms, [2], 1)
     assert not seen, "alone there is nobody to meet"
+
+
+HARD = [0.0, -0.0, 1e-45, -3e-45, 1.1754944e-38, 0.5, -0.5, 1.5, 2.5, -3.5, 2.0**30, -(2.0**-40), 1 / 3]
+
+
+@pytest.mark.parametrize("block", [1, 5, 64])
+@pytest.mark.parametrize("size", [1, 5, 13, 29])
+@pytest.mark.parametrize("bad", [None, torch.nan, torch.inf, -torch.inf])
+def test_exact_sums_in_blocks_have_the_bits_of_whole_vectors(
+    monkeypatch: pytest.MonkeyPatch, block: int, size: int, bad: float | None
+) -> None:
+    """Alone, the integers of a block become fp64 at once; the formula says it of whole vectors."""
+    monkeypatch.setattr(fixed_point, "BLOCK", block)
+    monkeypatch.setattr(fixed_point, "MAX_TERMS", 3)
+    g = torch.Generator().manual_seed(size)
+    hard = torch.tensor(HARD).repeat(3)
+    weights = (200.0, 1.0, 0.1, -3.0, 310.0)
+    vectors = [hard.roll(i)[:size] * 10.0 ** (torch.rand(size, generator=g) * 12 - 9) for i in range(5)]
+    if bad is not None:
+        vectors[2][-1] = bad
+    terms = [Term(vector, weight) for vector, weight in zip(vectors, weights, strict=True)]
+    peaks = torch.stack([(v.abs().max().double() * abs(w)) for v, w in zip(vectors, weights, strict=True)])
+    bound = peaks.max() if bad is None else torch.tensor(torch.inf, dtype=torch.float64)
+    exponent = fixed_point.shared_exponent(bound, 5)
+    scale = fixed_point.power_of_two(exponent)
+    integers = sum((v.double() * (w * scale)).round().long() for v, w in zip(vectors, weights, strict=True))
+    (found,) = Summer(None, exact=True).sum([terms], [size], 5)
+    assert isinstance(integers, torch.Tensor) and found.dtype == torch.float64
+    if bad is None:
+        assert torch.equal(found, integers.double() * fixed_point.power_of_two(-exponent))
+    else:
+        assert found.isnan().all()
+
+
+@pytest.mark.parametrize("piece", [1, 5, 64])
+@pytest.mark.parametrize("size", [1, 5, 13, 29])
+def test_fast_sums_in_pieces_are_those_of_whole_vectors(monkeypatch: pytest.MonkeyPatch, piece: int, size: int) -> None:
+    """Integers, whose sums are exact; what is not finite stays where it is."""
+    monkeypatch.setattr(sums, "PIECE", piece)
+    vectors = [torch.arange(size).float() * (i + 1) - 7 for i in range(4)]
+    vectors[1][-1] = torch.inf
+    vectors[2][0] = torch.nan
+    terms = [Term(vector, float(i)) for i, vector in enumerate(vectors)]
+    (found,) = Summer(None, exact=False).sum([terms], [size], 4)
+    want = vectors[0] * 0.0 + vectors[1] + vectors[2] * 2 + vectors[3] * 3
+    assert torch.equal(found.nan_to_num(1e9), want.nan_to_num(1e9))
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_sum_outlives_the_next_one(exact: bool) -> None:
+    """Long sums are in memory that is used again: not while a result is in use."""
+    size = 1 << 18
+    ones = Term(torch.ones(size), 2.0)
+    summer = Summer(None, exact=exact)
+    (first,) = summer.sum([[ones, ones]], [size], 2)
+    (second,) = summer.sum([[ones, ones, ones]], [size], 3)
+    assert bool((first == 4).all()) and bool((second == 6).all())

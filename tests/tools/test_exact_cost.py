@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from fedsim.errors import RunError
 from tools import exact_cost, running
@@ -97,6 +98,28 @@ def test_from_the_command_to_the_page(
     text = (tmp_path / "exact-cost.md").read_text()
     assert "| 2 | local training | 3 [3, 3] | 2 [2, 2] | 1.50 [1.50, 1.50] |" in text
     assert "over 2 run(s) each" in text and json.loads(file.read_text())["facts"]["words"] == []
+
+
+def test_a_large_model_is_put_in_the_demos_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake, file = tmp_path / "fake.py", tmp_path / "large.json"
+    fake.write_text(FAKE)
+    sizes: set[int] = set()
+
+    def command(count: int, words: list[str]) -> list[str]:
+        (folder,) = (Path(word.removeprefix("model.path=")) for word in words if word.startswith("model.path="))
+        sizes.add(sum(t.numel() for t in load_file(folder / "model.safetensors").values()))
+        assert (folder / "tokenizer.json").is_file() and "cai.iterations=0" in words and "model.lora_r=32" in words
+        return [sys.executable, str(fake), *words]
+
+    monkeypatch.setattr(running, "command", command)
+    arguments = ["--large", "--repeats", "1", "--nproc", "1", "--out", str(file)]
+    monkeypatch.setattr(sys, "argv", ["exact_cost.py", *arguments])
+    assert exact_cost.main() == 0, capsys.readouterr().err
+    found = StageResult.read(file)
+    assert found.stage == "exact_cost_large" and found.facts["words"] == ["--large"]
+    assert len(sizes) == 1 and 5.7e6 < sizes.pop() < 5.9e6
 
 
 def test_a_run_that_fails_or_hangs_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

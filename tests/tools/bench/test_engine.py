@@ -69,8 +69,10 @@ def test_the_strict_share_counts_passes_optimizer_and_sampling_alone() -> None:
 @pytest.mark.parametrize(("device", "share", "seconds"), [("cpu", 0.05, 15.0), ("cuda", 0.03, 60.0)])
 def test_rows_have_their_targets(device: str, share: float, seconds: float) -> None:
     ranks = [{"places": [["model", "a", 1 - share], ["engine", "b", share]], "marks": {"first_step_s": seconds}}]
-    found = {"ranks": ranks, "num_rounds": 4, "dtype": "float32", "threads": 2, "device": device}
+    before = {"imports_s": 2.0, "filter_s": 9.0}
+    found = {"ranks": ranks, "num_rounds": 4, "dtype": "float32", "threads": 2, "device": device, "before": before}
     assert [row.reached for row in engine.rows_of(found, 1, "warm")] == [True, True]
+    assert engine.rows_of(found, 1, "warm")[1].figures == {"first_step_s": seconds, **before}
     ranks[0]["places"][1][2] *= 1.2  # type: ignore[index]
     ranks[0]["marks"]["first_step_s"] += 1  # type: ignore[index]
     rows = engine.rows_of(found, 1, "warm")
