@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Final
 
@@ -121,10 +122,14 @@ class Slots:
             longest: positions that any slot holds, those of a row that has left included.
         """
         self.lengths = [self.lengths[slot] for slot in order]
-        if len(to):
+        held = slice(0, longest + 1)  # a row that has ended may have written one position behind its end
+        if self.device.type == "cpu" and not {*to.tolist()} & {*source.tolist()}:  # what is read is not written
+            for slot, row in zip(to.tolist(), source.tolist(), strict=True):
+                for part in self._parts:
+                    part[:, slot, held] = part[:, row, held]
+        elif len(to):
             for part in self._parts:
-                held = part[:, :, : longest + 1]  # a row that has ended may have written one position behind its end
-                held[:, to] = held[:, source]
+                part[:, to, held] = part[:, source, held]
 
     def _take(self, key: torch.Tensor, value: torch.Tensor) -> list[tuple[int, int]]:
         """Room for another attention's keys and values."""
@@ -144,7 +149,10 @@ class Slots:
     def _part(self, num: int, heads: int, size: int, dtype: torch.dtype) -> torch.Tensor:
         """Zeros ``[num, rows, capacity, heads, size]``."""
         if self.device.type == "cpu":
-            return torch.zeros(num, self.num_rows, heads, self.capacity, size, dtype=dtype).transpose(2, 3)
+            shape = (num, self.num_rows, heads, self.capacity, size)
+            # Zeros from the system, which gives memory to the positions that are written alone.
+            zeros = torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8))
+            return zeros.view(dtype).view(shape).transpose(2, 3)
         return torch.zeros(num, self.num_rows, self.capacity, heads, size, dtype=dtype, device=self.device)
 
 
