@@ -154,8 +154,9 @@ class Sdpa:
         grouped = query.view(rows, keys.shape[1], heads // keys.shape[1], size)
         hidden = cached.hiding(scores.window, query.dtype)
         if query.device.type == "cpu":  # the fused kernel is made for many queries
-            products = ((grouped * scores.scale) @ keys.transpose(2, 3)).add_(hidden)
-            return (products.softmax(dim=-1) @ values).view(rows, heads, -1)
+            products = torch.bmm((grouped * scores.scale).flatten(0, 1), keys.flatten(0, 1).transpose(1, 2))
+            products.view(rows, -1, *products.shape[1:]).add_(hidden)
+            return torch.bmm(products.softmax(dim=-1), values.flatten(0, 1)).view(rows, heads, -1)
         out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=hidden, scale=scores.scale)
         return out.reshape(rows, heads, -1)
 

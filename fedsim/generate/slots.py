@@ -46,12 +46,15 @@ class Slots:
     Attributes:
         lengths: positions of each slot that hold something.
         capacity: positions of each slot.
+        moves_by_rows: whether a moved row is copied by itself, without a copy in between, as on a CPU; else all
+            together, which is fewer kernels.
     """
 
     def __init__(self, num_rows: int, device: torch.device, num_layers: int = 1) -> None:
         self.lengths = [0] * num_rows
         self.capacity = 0
         self.device = device
+        self.moves_by_rows = device.type == "cpu"
         self._num_layers = num_layers
         self._used = 0  # no slot holds anything from here on, not even what is no longer its row's
         self._parts: list[torch.Tensor] = []  # [keys and values of some layers, rows, …]
@@ -123,7 +126,7 @@ class Slots:
         """
         self.lengths = [self.lengths[slot] for slot in order]
         held = slice(0, longest + 1)  # a row that has ended may have written one position behind its end
-        if self.device.type == "cpu" and not {*to.tolist()} & {*source.tolist()}:  # what is read is not written
+        if self.moves_by_rows and not {*to.tolist()} & {*source.tolist()}:  # what is read is not written
             for slot, row in zip(to.tolist(), source.tolist(), strict=True):
                 for part in self._parts:
                     part[:, slot, held] = part[:, row, held]

@@ -20,8 +20,14 @@ def replaced(model: nn.Module) -> set[str]:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")])
-@pytest.mark.parametrize(("scaling", "dtype"), [(1.5, torch.float32), (2.0, torch.float32), (2.0, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("targets", "scaling", "dtype"),
+    [
+        (("q_proj", "v_proj"), 1.5, torch.float32),
+        (("q_proj", "k_proj", "v_proj", "up_proj", "down_proj"), 2.0, torch.float32),
+        (("q_proj", "v_proj"), 2.0, torch.bfloat16),
+    ],
+)
 def test_a_family_keeps_its_bits(name: str, targets: tuple[str, ...], scaling: float, dtype: torch.dtype) -> None:
     """Log-probabilities and gradients with dropout, and logits without gradients."""
     rows = random_rows(5)
