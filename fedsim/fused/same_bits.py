@@ -54,7 +54,7 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """``x + delta``, or ``x`` without ``delta``, and that normed as by :func:`norm`; the weight is frozen.
 
-    What goes on from ``x + delta`` has to go on from the first result, so that gradients are added in the modules' order.
+    The residual has to be the first result, so that gradients are added in the order of the modules.
     """
     if not torch.is_grad_enabled():
         return _normed(x, delta, weight, eps)[:2]

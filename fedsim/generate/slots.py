@@ -190,6 +190,7 @@ class Extending:
         self.slots = slots
         lengths = [slots.lengths[row] + new for row, new in zip(rows, num_new, strict=True)]
         self.spans = Spans(num_new, lengths, device=slots.device)
+        self._held = list(zip(rows, lengths, strict=True))
         places = np.concatenate([np.arange(length) for length in lengths])
         self._rows, self._key_rows, self._key_places = put(
             [np.repeat(rows, num_new), np.repeat(rows, lengths), places], slots.device
@@ -210,8 +211,14 @@ class Extending:
         keys[self._rows, places] = key
         values[self._rows, places] = value
         if not self.spans.is_plain:
-            key, value = keys[self._key_rows, self._key_places], values[self._key_rows, self._key_places]
+            key, value = (self._all(part) for part in (keys, values))
         return backend.spans(query, key, value, self.spans, scores)
+
+    def _all(self, part: torch.Tensor) -> torch.Tensor:
+        """What the slots hold, packed: by one kernel, on a CPU a row at a time, whose positions are one piece."""
+        if self.slots.device.type == "cpu":
+            return torch.cat([part[row, :length] for row, length in self._held])
+        return part[self._key_rows, self._key_places]
 
 
 class Stepping:
