@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Final
 
 import torch
-from torch.nn import functional as F
 
 BLOCK: Final = 256
 """Weights are summed by blocks of so many tokens: the block is found first, then the token inside it."""
@@ -47,9 +46,8 @@ def sample(
     rows, size = logits.shape
     num_blocks = -(-size // BLOCK)
     scale = temperatures[:, None]
-    scaled = logits / scale  # fp64
-    if size < num_blocks * BLOCK:
-        scaled = F.pad(scaled, (0, num_blocks * BLOCK - size), value=-torch.inf)
+    scaled = logits.new_full((rows, num_blocks * BLOCK), -torch.inf, dtype=torch.float64)
+    torch.div(logits, scale, out=scaled[:, :size])
     scaled.sub_(largest.double() / scale).exp_().mul_(2.0 ** (62 - (size - 1).bit_length()))
     weights = scaled.to(torch.int64).view(rows, num_blocks, BLOCK)
     ends = weights.sum(dim=-1).cumsum(dim=-1)  # [rows, blocks]: sums of all weights up to a block's end
