@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Final
 
@@ -152,10 +151,9 @@ class Slots:
     def _part(self, num: int, heads: int, size: int, dtype: torch.dtype) -> torch.Tensor:
         """Zeros ``[num, rows, capacity, heads, size]``."""
         if self.device.type == "cpu":
-            shape = (num, self.num_rows, heads, self.capacity, size)
-            # Zeros from the system, which gives memory to the positions that are written alone.
-            zeros = torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8))
-            return zeros.view(dtype).view(shape).transpose(2, 3)
+            # Zeros from the operating system, which gives memory only to positions that are written.
+            zeros = np.zeros((num, self.num_rows, heads, self.capacity, size * dtype.itemsize), dtype=np.uint8)
+            return torch.from_numpy(zeros).view(dtype).transpose(2, 3)
         return torch.zeros(num, self.num_rows, self.capacity, heads, size, dtype=dtype, device=self.device)
 
 
