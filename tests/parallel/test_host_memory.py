@@ -16,20 +16,19 @@ from fedsim.parallel import host_memory
 from fedsim.parallel.host_memory import SETTINGS, keep_freed_memory
 
 PROGRAM = """
-import resource, torch
+import resource, numpy
 from fedsim.parallel.host_memory import keep_freed_memory
-torch.set_num_threads(1)
-def faults(rounds):
+def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(rounds):
-        tensors = [torch.ones(1 << 20) for _ in range(8)]  # 32 MiB in pieces of 4
-        del tensors
+    for _ in range(2):
+        arrays = [numpy.ones(1 << 20, dtype=numpy.uint8) for _ in range(8)]
+        del arrays
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-faults(3)
-plain = faults(5)
+faults()
+plain = faults()
 assert keep_freed_memory()
-faults(3)
-print(plain, faults(5))
+faults()
+print(plain, faults())
 """
 
 
