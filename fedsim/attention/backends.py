@@ -117,8 +117,31 @@ class Sdpa:
     ) -> torch.Tensor:
         """See :class:`Backend`."""
         assert scores.softcap is None, "softcap is refused when the model is loaded"
-        if query.device.type == "cpu" and spans.is_causal(scores.window):
-            return self._row_by_row(query, key, value, spans, scores)
+        by_rows = query.device.type == "cpu"
+        return (self._row_by_row if by_rows else self._padded)(query, key, value, spans, scores)
+
+    @staticmethod
+    def _row_by_row(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: Spans, scores: Scores
+    ) -> torch.Tensor:
+        """Views of each row; no padding is computed."""
+        grouped = query.shape[1] != key.shape[1]
+        outs = []
+        parts = (query.split(spans.query_lengths), key.split(spans.key_lengths), value.split(spans.key_lengths))
+        for number, row in enumerate(zip(*parts, strict=True)):
+            q, k, v = (part.transpose(0, 1)[None] for part in row)
+            causal, mask = spans.row_mask(number, scores.window, query.dtype)
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=causal, scale=scores.scale, enable_gqa=grouped
+            )
+            outs.append(out.squeeze(0).transpose(0, 1))  # an index in its place fills zeros in the backward pass
+        return torch.cat(outs)
+
+    @staticmethod
+    def _padded(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: Spans, scores: Scores
+    ) -> torch.Tensor:
+        """A call for each group of similar rows."""
 
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
             grouped = q.shape[1] != k.shape[1]
@@ -130,19 +153,6 @@ class Sdpa:
 
         return _by_groups(query, key, value, spans, scores.window, attend)
 
-    @staticmethod
-    def _row_by_row(
-        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: Spans, scores: Scores
-    ) -> torch.Tensor:
-        """Views of each row, causal; no padding is computed."""
-        outs = []
-        for row in zip(*(part.split(spans.query_lengths) for part in (query, key, value)), strict=True):
-            q, k, v = (part.transpose(0, 1)[None] for part in row)
-            grouped = query.shape[1] != key.shape[1]
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scores.scale, enable_gqa=grouped)
-            outs.append(out[0].transpose(0, 1))
-        return torch.cat(outs)
-
     def slots(self, query: torch.Tensor, cached: Cached, scores: Scores) -> torch.Tensor:
         """See :class:`Backend`. Query heads that share a key head are queries of one batch entry: no key is copied."""
         assert scores.softcap is None, "softcap is refused when the model is loaded"
@@ -151,8 +161,9 @@ class Sdpa:
         grouped = query.view(rows, keys.shape[1], heads // keys.shape[1], size)
         hidden = cached.hiding(scores.window, query.dtype)
         if query.device.type == "cpu":  # the fused kernel is made for many queries
-            products = ((grouped * scores.scale) @ keys.transpose(2, 3)).add_(hidden)
-            return (products.softmax(dim=-1) @ values).view(rows, heads, -1)
+            products = torch.bmm((grouped * scores.scale).flatten(0, 1), keys.flatten(0, 1).transpose(1, 2))
+            products.view(rows, -1, *products.shape[1:]).add_(hidden)
+            return torch.bmm(products.softmax(dim=-1), values.flatten(0, 1)).view(rows, heads, -1)
         out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=hidden, scale=scores.scale)
         return out.reshape(rows, heads, -1)
 

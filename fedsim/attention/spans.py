@@ -32,6 +32,7 @@ class Spans:
         self.device = device
         self.max_query = max(self.query_lengths)
         self.max_key = max(self.key_lengths)
+        self._hidings: dict[tuple[int | None, torch.dtype], torch.Tensor] = {}
 
     @property
     def num_rows(self) -> int:
@@ -53,9 +54,42 @@ class Spans:
         """Whether all rows are alike, so that a padded batch is a view of the packed one."""
         return len(set(self.query_lengths)) == len(set(self.key_lengths)) == 1
 
-    def is_causal(self, window: int | None) -> bool:
-        """Whether plain causal attention in each row is all it takes."""
-        return self.is_plain and (window is None or window >= self.max_key)
+    def row_mask(self, row: int, window: int | None, dtype: torch.dtype) -> tuple[bool, torch.Tensor | None]:
+        """How one row is attended to by itself.
+
+        Args:
+            window: a query sees itself and so many − 1 positions before it; None: all before it.
+            dtype: of queries and keys.
+
+        Returns:
+            Whether plain causal attention is all it takes, and else what is added to the scores, 0 or −∞
+            ``[queries, positions]``; None where the row's only query sees all of its positions.
+        """
+        queries, keys = self.query_lengths[row], self.key_lengths[row]
+        if window is None or window >= keys:
+            if queries == keys:
+                return True, None
+            if queries == 1:
+                return False, None
+        ahead = self._most_ahead
+        return False, self._hiding(window, dtype)[:queries, ahead - (keys - queries) : ahead + queries]
+
+    @cached_property
+    def _most_ahead(self) -> int:
+        """Positions before a row's first query, of the row that has most."""
+        return max(k - q for q, k in zip(self.query_lengths, self.key_lengths, strict=True))
+
+    def _hiding(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+        """``[max_query, _most_ahead + max_query]``: 0 or −∞; every row's is a part of it.
+
+        Column ``_most_ahead + i`` is the position of the row's i-th query.
+        """
+        if (window, dtype) not in self._hidings:
+            behind = torch.arange(self.max_query)[:, None] - torch.arange(-self._most_ahead, self.max_query)
+            hidden = behind < 0 if window is None else (behind < 0) | (behind >= window)
+            zeros = torch.zeros(hidden.shape, dtype=dtype, device=self.device)
+            self._hidings[window, dtype] = zeros.masked_fill_(hidden.to(self.device), -torch.inf)
+        return self._hidings[window, dtype]
 
     @cached_property
     def query_starts(self) -> torch.Tensor:

@@ -45,12 +45,15 @@ class Slots:
     Attributes:
         lengths: positions of each slot that hold something.
         capacity: positions of each slot.
+        moves_by_rows: whether a moved row is copied by itself, without a copy in between, as on a CPU; else all
+            together, which is fewer kernels.
     """
 
     def __init__(self, num_rows: int, device: torch.device, num_layers: int = 1) -> None:
         self.lengths = [0] * num_rows
         self.capacity = 0
         self.device = device
+        self.moves_by_rows = device.type == "cpu"
         self._num_layers = num_layers
         self._used = 0  # no slot holds anything from here on, not even what is no longer its row's
         self._parts: list[torch.Tensor] = []  # [keys and values of some layers, rows, …]
@@ -126,10 +129,14 @@ class Slots:
             longest: positions that any slot holds, those of a row that has left included.
         """
         self.lengths = [self.lengths[slot] for slot in order]
-        if len(to):
+        held = slice(0, longest + 1)  # a row that has ended may have written one position behind its end
+        if self.moves_by_rows and not {*to.tolist()} & {*source.tolist()}:  # what is read is not written
+            for slot, row in zip(to.tolist(), source.tolist(), strict=True):
+                for part in self._parts:
+                    part[:, slot, held] = part[:, row, held]
+        elif len(to):
             for part in self._parts:
-                held = part[:, :, : longest + 1]  # a row that has ended may have written one position behind its end
-                held[:, to] = held[:, source]
+                part[:, to, held] = part[:, source, held]
 
     def _take(self, key: torch.Tensor, value: torch.Tensor) -> list[tuple[int, int]]:
         """Room for another attention's keys and values."""
@@ -149,7 +156,9 @@ class Slots:
     def _part(self, num: int, heads: int, size: int, dtype: torch.dtype) -> torch.Tensor:
         """Zeros ``[num, rows, capacity, heads, size]``."""
         if self.device.type == "cpu":
-            return torch.zeros(num, self.num_rows, heads, self.capacity, size, dtype=dtype).transpose(2, 3)
+            # Zeros from the operating system, which gives memory only to positions that are written.
+            zeros = np.zeros((num, self.num_rows, heads, self.capacity, size * dtype.itemsize), dtype=np.uint8)
+            return torch.from_numpy(zeros).view(dtype).transpose(2, 3)
         return torch.zeros(num, self.num_rows, self.capacity, heads, size, dtype=dtype, device=self.device)
 
 
@@ -184,6 +193,7 @@ class Extending:
         self.slots = slots
         lengths = [slots.lengths[row] + new for row, new in zip(rows, num_new, strict=True)]
         self.spans = Spans(num_new, lengths, device=slots.device)
+        self._held = list(zip(rows, lengths, strict=True))
         places = np.concatenate([np.arange(length) for length in lengths])
         self._rows, self._key_rows, self._key_places = put(
             [np.repeat(rows, num_new), np.repeat(rows, lengths), places], slots.device
@@ -204,8 +214,14 @@ class Extending:
         keys[self._rows, places] = key
         values[self._rows, places] = value
         if not self.spans.is_plain:
-            key, value = keys[self._key_rows, self._key_places], values[self._key_rows, self._key_places]
+            key, value = (self._all(part) for part in (keys, values))
         return backend.spans(query, key, value, self.spans, scores)
+
+    def _all(self, part: torch.Tensor) -> torch.Tensor:
+        """What the slots hold, packed: by one kernel, on a CPU a row at a time, whose positions are one piece."""
+        if self.slots.device.type == "cpu":
+            return torch.cat([part[row, :length] for row, length in self._held])
+        return part[self._key_rows, self._key_places]
 
 
 class Stepping:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from fedsim.errors import ConfigError, FedsimError, RunError
 from fedsim.parallel.device import NCCL, Placement, Seat, choose_device, exchange_seats, seat_of, set_allocator
 from fedsim.parallel.failing import LAST_S, alone, in_time, portable, say_signal, stop_here, together
+from fedsim.parallel.host_memory import keep_freed_memory
 from fedsim.parallel.planner import deal_units
 from fedsim.parallel.stopping import StopRequest
 from fedsim.parallel.sums import Summer, Traffic
@@ -219,6 +220,8 @@ def process_world(
     torch.set_num_threads(threads)
     if device != "cpu":
         set_allocator()
+    if device == "cpu" or not torch.cuda.is_available():
+        keep_freed_memory()
     if exact:
         torch.use_deterministic_algorithms(True, warn_only=False)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # all is written

@@ -111,10 +111,24 @@ def test_plain_causal_attention_needs_no_mask() -> None:
     plain = Spans([3, 2, 3], device=CPU)
     (group,) = plain.groups
     assert plain.is_plain and group.mask(None) is None and group.mask(3) is None and group.mask(2) is not None
-    assert plain.is_causal(None) and plain.is_causal(3) and not plain.is_causal(2)
     assert plain.key_starts is plain.query_starts
     behind = Spans([3], [4], device=CPU)
-    assert behind.groups[0].mask(None) is not None and not behind.is_causal(None)
+    assert behind.groups[0].mask(None) is not None
+
+
+@settings(deadline=None, max_examples=50)
+@given(ROWS, st.none() | st.integers(1, 12))
+def test_a_rows_own_mask_is_the_definition(rows: Rows, window: int | None) -> None:
+    spans = made(rows)
+    for row, (queries, keys) in enumerate(zip(spans.query_lengths, spans.key_lengths, strict=True)):
+        ahead = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)
+        seen = (ahead >= 0) & (ahead < (window or keys))
+        causal, mask = spans.row_mask(row, window, torch.float32)
+        if causal:
+            assert mask is None and queries == keys and torch.equal(seen, torch.ones_like(seen).tril())
+        else:
+            hidden = torch.zeros(queries, keys) if mask is None else mask
+            assert torch.equal(hidden, torch.zeros(queries, keys).masked_fill(~seen, -torch.inf))
 
 
 @pytest.mark.parametrize(("queries", "keys"), [([], None), ([2, 0], None), ([2], [1]), ([2, 3], [4])])

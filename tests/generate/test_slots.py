@@ -37,12 +37,15 @@ def filled(num_slots: int, lengths: list[int], num_layers: int) -> Slots:
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.data(), st.integers(2, 6), st.sampled_from([1, 3, 6]))
-def test_moves_take_all_that_a_slot_holds_along(data: st.DataObject, num_slots: int, num_layers: int) -> None:
+@given(st.data(), st.integers(2, 6), st.sampled_from([1, 3, 6]), st.booleans())
+def test_moves_take_all_that_a_slot_holds_along(
+    data: st.DataObject, num_slots: int, num_layers: int, by_rows: bool
+) -> None:
     """Against one exchange after the other, in every layer, of keys and of values."""
     lengths = data.draw(st.lists(st.integers(0, 9), min_size=num_slots, max_size=num_slots))
     order = data.draw(st.permutations(range(num_slots)))
     slots = filled(num_slots, lengths, num_layers)
+    slots.moves_by_rows = by_rows
     before = [[tensor.clone() for tensor in slots._kept[Place(layer)]] for layer in range(num_layers)]
     moved = [slot for slot in range(num_slots) if order[slot] != slot and lengths[order[slot]]]
     source = torch.tensor([order[slot] for slot in moved], dtype=torch.int64)
@@ -164,6 +167,7 @@ def test_rows_that_end_together_move_together(
     # In a batch of 12 rows, one row ends, then three, then all others but the last, which goes on alone.
     limits = [9, 3, 9, 5, 5, 9, 5, 9, 9, 9, 9, 20]
     decoder = Decoder(model, 12, max_new_tokens=20, eos_ids=frozenset())
+    decoder.slots.moves_by_rows = False  # as on CUDA
     decoder.run([Request([5 + row] * 4, row, limit, 0.0) for row, limit in enumerate(limits)])
     moves = [(num_ended, counts) for num_ended, counts in seen if num_ended][:3]
     assert [num_ended for num_ended, _ in moves] == [1, 3, 7]

@@ -21,6 +21,7 @@ from fedsim.safety.guard import units_of
 from tools.bench.generation import Limits
 from tools.bench.lengths import draw, random_ids
 from tools.bench.measure import percentiles, seconds_of, take_turns
+from tools.bench.plain_loop import PeerModel
 from tools.bench.rows import Correctness, Row, Target
 from tools.bench.stage import Bench
 
@@ -133,12 +134,15 @@ def fastest(calls: dict[int, tuple[Callable[[], object], int]], bench: Bench) ->
 
 
 class Guard:
-    """A random guard with LoRA, and prompts that begin alike, shortest first."""
+    """A random guard with LoRA, the peer's with equal weights, and prompts that begin alike, shortest first."""
 
     def __init__(self, bench: Bench, count: int) -> None:
         self.bench = bench
-        self.model, _ = bench.adapted(LORA)
+        self.model, adapter = bench.adapted(LORA)
         self.model.eval()
+        self.peer = PeerModel(bench, adapter.slots, LORA)
+        self.peer.load(adapter.values)
+        self.peer.model.eval()
         vocab = bench.size.vocab_size
         self.pair = [SAFE % vocab, UNSAFE % vocab]
         head = random_ids(SHARED, vocab, "head")
@@ -166,7 +170,7 @@ class Guard:
             forced: the first is one of the two words.
             verdicts: as long as :func:`verdict_lengths`, else one token, which says as much.
         """
-        base = peer(self.model)
+        base = peer(self.peer.model)
         lengths = verdict_lengths(len(self.prompts)) if verdicts else [1] * len(self.prompts)
         out: list[list[int]] = []
         for start in range(0, len(self.prompts), rows):
@@ -225,19 +229,14 @@ def generate(
     for row, prompt in enumerate(batch):
         ids[row, longest - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
         mask[row, longest - len(prompt) :] = 1
-    ours = base.config._attn_implementation
-    base.set_attn_implementation("sdpa")
-    try:
-        made = base.generate(
-            ids.to(device),
-            attention_mask=mask.to(device),
-            do_sample=False,
-            max_new_tokens=max(lengths),
-            eos_token_id=None,
-            stopping_criteria=StoppingCriteriaList([Limits(longest, lengths, device)]),
-            pad_token_id=0,
-            prefix_allowed_tokens_fn=None if allowed is None else lambda _row, _ids: allowed,
-        )
-    finally:
-        base.set_attn_implementation(ours)
+    made = base.generate(
+        ids.to(device),
+        attention_mask=mask.to(device),
+        do_sample=False,
+        max_new_tokens=max(lengths),
+        eos_token_id=None,
+        stopping_criteria=StoppingCriteriaList([Limits(longest, lengths, device)]),
+        pad_token_id=0,
+        prefix_allowed_tokens_fn=None if allowed is None else lambda _row, _ids: allowed,
+    )
     return [row[longest : longest + length] for row, length in zip(made.tolist(), lengths, strict=True)]

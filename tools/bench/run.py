@@ -27,6 +27,7 @@ sys.path[:] = [str(ROOT), *(p for p in sys.path if Path(p).resolve() != Path(__f
 import torch  # noqa: E402
 
 from fedsim.attention.backends import leave_out_cudnn  # noqa: E402
+from fedsim.parallel.host_memory import keep_freed_memory  # noqa: E402
 from fedsim.record.manifest import hardware, package_versions  # noqa: E402
 from fedsim.terminal import steady_terminal  # noqa: E402
 from fedsim.version import git_state  # noqa: E402
@@ -164,6 +165,8 @@ def main(arguments: Sequence[str]) -> int:
     device = torch.device("cuda", 0) if cuda else torch.device("cpu")
     leave_out_cudnn()  # holds for the peers too
     torch.set_num_threads(found.threads)
+    if not cuda:
+        keep_freed_memory()  # likewise
     warnings.simplefilter("ignore", FutureWarning)  # what peers' libraries say of each other's names
     bench = Bench(device, models.GPU if cuda else models.CPU, found.threads, found.repeats)
     name = torch.cuda.get_device_name(device) if cuda else f"{hardware()['cpu']} {found.threads} threads"

@@ -1,0 +1,31 @@
+"""How the C library treats memory that a process on a CPU has freed."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from typing import Final
+
+_MMAP_THRESHOLD, _TRIM_THRESHOLD, _TOP_PAD = -3, -1, -2  # glibc's malloc.h
+MIB: Final = 1 << 20
+SETTINGS: Final = {_MMAP_THRESHOLD: 32 * MIB, _TRIM_THRESHOLD: 512 * MIB, _TOP_PAD: 64 * MIB}
+"""Bytes: tensors from 32 MiB on (glibc's most) are mapped by themselves; up to 512 MiB stay with the process."""
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc keep the memory of freed activations, which the next step or pass takes again.
+
+    By default it gives the end of its heap back as soon as that is larger than twice the largest tensor freed so far;
+    the kernel then zeroes every page again at its first use.
+    ``MALLOC_…`` variables of the environment are the user's choice and are left as they are.
+
+    Returns:
+        Whether it is set; False under another C library.
+    """
+    if any(name.startswith("MALLOC_") for name in os.environ):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # no such function, or no such library
+        return False
+    return all([mallopt(option, value) == 1 for option, value in SETTINGS.items()])
