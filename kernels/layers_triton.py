@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fedsim.fused.sampling import BLOCK, weight_bits
+from fedsim.kernels.sampling import BLOCK, weight_bits
 
 TILE = 4096  # numbers of a program where rows are short, or columns of a chunk where they are long
 COLUMNS = 1024  # of a program of an elementwise kernel
@@ -366,7 +366,7 @@ def rotate_into(
 
 
 def block_sums(logits: torch.Tensor, largest: torch.Tensor, temperatures: torch.Tensor) -> torch.Tensor:
-    """See :func:`fedsim.fused.sampling.block_sums`."""
+    """See :func:`fedsim.kernels.sampling.block_sums`."""
     rows, width = logits.shape
     num_blocks = triton.cdiv(width, BLOCK)
     sums = torch.empty(rows, num_blocks, dtype=torch.int64, device=logits.device)
@@ -385,7 +385,7 @@ def draw_in_block(
     uniforms: torch.Tensor,
     sums: torch.Tensor,
 ) -> torch.Tensor:
-    """See :func:`fedsim.fused.sampling.draw_in_block`."""
+    """See :func:`fedsim.kernels.sampling.draw_in_block`."""
     rows, width = logits.shape
     num_blocks = sums.shape[1]
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)

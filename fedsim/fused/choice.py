@@ -86,12 +86,11 @@ def fuse(model: nn.Module, ranks: Ranks | None = None, *, with_trials: bool = Tr
     ranks = ranks or OneRank()
     device = next(model.parameters()).device
     agree_on_kernels(device, ranks)
-    if device.type == "cpu":
-        from fedsim.fused.cpu import fuse_same_bits  # which recognises layers by this module's means
-
-        fuse_same_bits(model)
-        return Fused()
     if not runs_fused(device):
+        if device.type == "cpu":
+            from fedsim.fused.cpu import fuse_same_bits  # which recognises layers by this module's means
+
+            fuse_same_bits(model)
         return Fused(refused=Counter({f"model ({why_plain(device)})": 1} if device.type == "cuda" else {}))
     found = fuse_layers(model, with_trials=with_trials)
     if len(set(ranks.gather(found.words()))) > 1:

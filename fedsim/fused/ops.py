@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedsim.fused.sampling import BLOCK, block_sums, draw_in_block
+from fedsim.kernels.sampling import BLOCK, block_sums, draw_in_block
 from fedsim.model.faults import reason
 from fedsim.ranks import Ranks
 

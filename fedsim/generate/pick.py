@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from fedsim.fused import sampling
 from fedsim.fused.ops import OPS, runs_fused
+from fedsim.kernels import sampling
 
 
 def pick(
@@ -36,7 +36,7 @@ def pick(
 def sample(
     logits: torch.Tensor, largest: torch.Tensor, uniforms: torch.Tensor, temperatures: torch.Tensor
 ) -> torch.Tensor:
-    """See :func:`fedsim.fused.sampling.sample`, which two kernels compute where the device has them."""
+    """See :func:`fedsim.kernels.sampling.sample`, which two kernels compute where the device has them."""
     if not runs_fused(logits.device):
         return sampling.sample(logits, largest, uniforms, temperatures)
     logits = logits.contiguous()

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from fedsim import kernels
-from fedsim.fused import ops, sampling
+from fedsim.fused import ops
+from fedsim.kernels import sampling
 
 EPS = 1e-5
 # In 16 bits fp16 stands for bf16, which the interpreter cuts off where the hardware rounds to nearest.

@@ -15,11 +15,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrain
 
 from fedsim.attention.forward import IMPLEMENTATIONS, Place
 from fedsim.errors import RunError
-from fedsim.fused.sampling import BLOCK
 from fedsim.generate import decode
 from fedsim.generate.decode import Decoder, Request
 from fedsim.generate.pick import pick
 from fedsim.generate.slots import Slots
+from fedsim.kernels.sampling import BLOCK
 
 EOS, PAD = 259, 260
 

@@ -9,6 +9,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from fedsim.attention.forward import IMPLEMENTATIONS
 from fedsim.fused import ops
 from fedsim.fused.choice import Fused, fuse, fuse_layers
 from fedsim.model.load import attach_lora
@@ -115,6 +116,7 @@ def _layers(setting: Setting, report: Report) -> None:
         size = replace(models.GPU, config={**models.GPU.config, "num_hidden_layers": 2})
     for dtype in LIMITS:
         model = attach_lora(models.build(size, dtype, setting.device), PAPER_LORA)
+        model.set_attn_implementation(IMPLEMENTATIONS["sdpa"])  # joint products leave rotations to it
         found = fused(model, setting)
         words = f"layers of a Llama in {str(dtype).removeprefix('torch.')}"
         report.add(f"{words} that stay plain", sum(found.refused.values()), 0.0, found.words())
