@@ -10,7 +10,7 @@ from typing import Final
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 
-_TRAINING: Final = ("attention", "model", "train", "federation", "parallel/sums.py", "data/batch.py")
+_TRAINING: Final = ("attention", "model", "train", "federation", "parallel/sums.py", "data/batch.py", "reused.py")
 _STAGES: Final[dict[str, tuple[str, ...]]] = {
     "attention": ("attention",),
     "local_step": _TRAINING,
@@ -18,7 +18,7 @@ _STAGES: Final[dict[str, tuple[str, ...]]] = {
     "guard": ("attention", "model", "safety/guard.py", "generate/prefix.py"),
     "generation": ("attention", "model", "generate"),
     "cai_iteration": (*_TRAINING, "safety/alignment.py"),
-    "aggregation": ("federation", "parallel/sums.py", "kernels"),
+    "aggregation": ("federation", "parallel/sums.py", "kernels", "reused.py"),
 }
 """Files and folders of ``fedsim/`` by stage, all of it for any other; the stage's file in ``tools/bench/`` is added."""
 
