@@ -39,7 +39,7 @@ def _is_fp32(weight: Tensor) -> bool:
 
 
 def _norm(module: nn.Module) -> choice.Forward | None:
-    if not _is_llamas(module, "LlamaRMSNorm") or module.weight.requires_grad or not _is_fp32(module.weight):  # type: ignore[union-attr,arg-type]
+    if not _is_llamas(module, "LlamaRMSNorm") or module.weight.requires_grad or not _is_fp32(module.weight):  # type: ignore[arg-type]
         return None
     plain, weight, eps = module.forward, module.weight, choice._epsilon(module)
     if eps is None:
