@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
+import fedsim
 from fedsim.artefacts import file_digest
 from fedsim.config import load_config
+from fedsim.errors import FedsimError
 from fedsim.federation.sampling import sample_cohort
 from tests.distributed.entry import run_entry
 from tests.distributed.test_exact import assert_same, outcome, places, simulate
@@ -227,6 +230,27 @@ def test_an_error_on_one_process_alone_ends_both(pool: Any, folder: Path, square
     assert all(code != 0 for code, _ in ended)
     told = [line for _, shown in ended for line in shown.splitlines() if "error: " in line]
     assert len(told) == 1 and f"{folder / 'odd.py'}, line 5, in outcome: KeyError" in told[0]
+
+
+def twice(folder: str, square: str) -> list[str]:
+    """``fedsim.simulate`` two times in this process, and a mistake in between; digests and messages."""
+    words = {"data.square": square, "record": {"dir": folder, "artefacts": f"{folder}/artefacts"}}
+    words |= {name: yaml.safe_load(value or "''") for name, _, value in (word.partition("=") for word in BRIEF)}
+    found = []
+    for name in ("one", "two"):
+        result = fedsim.simulate(SMALL, name=name, **{**words, "federation.num_rounds": 1, "guard.kind": "none"})
+        found.append(file_digest(result.adapter / "adapter_model.safetensors"))
+        try:
+            fedsim.simulate(SMALL, name="odd", **{**words, "federation.algorithm": "nowhere.py:Rule"})
+        except FedsimError as error:
+            found.append(type(error).__name__)
+    return found
+
+
+def test_a_script_under_a_launcher_may_simulate_twice(pool: Any, folder: Path, square_file: Path) -> None:
+    few, (one, other) = (pool.run(size, twice, str(folder / f"twice{size}"), str(square_file)) for size in (1, 2))
+    assert one == other == few[0]
+    assert one[0] == one[2] and one[1] == one[3] == "ConfigError"
 
 
 def test_the_median_is_the_median() -> None:
