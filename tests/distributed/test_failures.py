@@ -15,6 +15,7 @@ from fedsim.artefacts import file_digest
 from fedsim.checkpoint import Checkpoint
 from fedsim.config import load_config
 from fedsim.errors import RunError
+from fedsim.parallel.planner import FREE
 from fedsim.parallel.world import process_world
 from fedsim.record import finish
 from fedsim.record.journal import in_words
@@ -51,7 +52,8 @@ def simulate(overrides: list[str], stop: int | None) -> dict[str, Any]:
     plan_round = cohort.plan_round
 
     def planned(*arguments: Any, **named: Any) -> Any:
-        plan = plan_round(*arguments, **named)
+        tokens, seconds, *rest = arguments  # ranks of one speed: how fast this machine ran must not decide a width
+        plan = plan_round(tokens, [1.0] * len(seconds), *rest, **{**named, "shared": FREE})
         widths.extend((job.client, job.width) for job in plan.jobs)
         return plan
 
