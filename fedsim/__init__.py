@@ -1,3 +1,60 @@
-"""fedsim: a single-node, multi-GPU simulation engine for responsible federated LLMs (arXiv 2502.16691)."""
+"""fedsim: a single-node, multi-GPU simulation engine for responsible federated LLMs (arXiv 2502.16691).
+
+``simulate`` runs one from Python; the other names are what a user's own file derives from (docs/extend.md).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from fedsim.api import Result, simulate
+    from fedsim.data.square import SquareRow
+    from fedsim.federation.algorithms import Algorithm, Correction, FedAvg, RoundSums, ServerState, Updates
+    from fedsim.federation.attacks import Attack
+    from fedsim.federation.outcome import ClientOutcome
+    from fedsim.safety.guard import Guard
+    from fedsim.safety.verdict import Verdict
+
+_PLACES = {
+    "Algorithm": "fedsim.federation.algorithms",
+    "Attack": "fedsim.federation.attacks",
+    "ClientOutcome": "fedsim.federation.outcome",
+    "Correction": "fedsim.federation.algorithms",
+    "FedAvg": "fedsim.federation.algorithms",
+    "Guard": "fedsim.safety.guard",
+    "Result": "fedsim.api",
+    "RoundSums": "fedsim.federation.algorithms",
+    "ServerState": "fedsim.federation.algorithms",
+    "SquareRow": "fedsim.data.square",
+    "Updates": "fedsim.federation.algorithms",
+    "Verdict": "fedsim.safety.verdict",
+    "simulate": "fedsim.api",
+}
+"""Where each public name lies; loaded when it is first asked for, so that ``import fedsim`` takes no time."""
+
+__all__ = [
+    "Algorithm",
+    "Attack",
+    "ClientOutcome",
+    "Correction",
+    "FedAvg",
+    "Guard",
+    "Result",
+    "RoundSums",
+    "ServerState",
+    "SquareRow",
+    "Updates",
+    "Verdict",
+    "simulate",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from fedsim.user_code import load_target
+
+    return load_target(f"{_PLACES[name]}:{name}")

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedsim.cohort import CohortRunner
 from fedsim.config import Config
 from fedsim.data.chat import ChatFormat, TokenRow
 from fedsim.data.square import SquareRow
-from fedsim.errors import RunError
-from fedsim.federation.algorithms import Algorithm, RoundSums, ServerState
+from fedsim.errors import CheckpointError, RunError
+from fedsim.federation.algorithms import Algorithm, RoundSums, ServerState, Updates
+from fedsim.federation.attacks import build_attacks
 from fedsim.federation.attendance import Attendance, attend
 from fedsim.federation.client_state import ClientStateStore
 from fedsim.federation.elementwise import all_finite
@@ -79,13 +80,20 @@ class Federation:
         """
         self.algorithm.check(state, self.flat.size)
 
-    def step(self, state: ServerState, sums: RoundSums) -> ServerState:
+    def step(self, state: ServerState, sums: RoundSums | Updates) -> ServerState:
         """The server's step.
 
         Raises:
-            RunError: a vector is no longer finite; the same on every rank.
+            RunError: a vector is no longer finite, or is none of this algorithm's; the same on every rank.
         """
         after = self.algorithm.server_step(state, sums)
+        if not isinstance(after, ServerState):
+            raise RunError(f"{type(self.algorithm).__name__}.server_step must return a ServerState, not {after!r:.100}")
+        try:
+            self.check(after)
+        except CheckpointError as error:
+            raise RunError(f"{type(self.algorithm).__name__}.server_step: {error}") from error
+        after = replace(after, num_steps=state.num_steps + 1)
         for name, vector in after.named().items():
             if not all_finite(vector):
                 raise RunError(
@@ -137,6 +145,12 @@ def assemble(config: Config, world: World, shards: Sequence[Sequence[SquareRow]]
     rows = local_rows(config, participation, loaded.chat, shards)
     controls = ClientStateStore(client_state)
     cohorts = CohortRunner(
-        world, clients, rows.shards, controls, config.failures, wide_lanes=config.parallel.wide_lanes
+        world,
+        clients,
+        rows.shards,
+        controls,
+        config.failures,
+        wide_lanes=config.parallel.wide_lanes,
+        attacks=build_attacks(config.attacks, federation.num_clients, config.seed),
     )
     return Federation(loaded, flat, trainer, engine, algorithm, participation, rows, controls, cohorts)

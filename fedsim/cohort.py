@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from fedsim.config import FailuresConfig
 from fedsim.data.chat import TokenRow
-from fedsim.errors import ClientError, RunError
-from fedsim.federation.algorithms import ServerState
+from fedsim.errors import ClientError, NotFiniteError, RunError
+from fedsim.federation.algorithms import ServerState, Updates
+from fedsim.federation.attacks import ActiveAttack
 from fedsim.federation.client_state import ClientStateStore
 from fedsim.federation.failures import ClientFailure, by_client, check_round, checked
 from fedsim.federation.outcome import ClientOutcome
 from fedsim.parallel.aggregate import Aggregated, aggregate
 from fedsim.parallel.planner import Plan, learned_cost, plan_round
+from fedsim.parallel.updates import gather_updates
 from fedsim.parallel.world import World
 from fedsim.ranks import Lane, Ranks
 from fedsim.train.client import ClientTrainer
-from fedsim.train.own_work import ContainedWork
+from fedsim.train.own_work import ContainedWork, client_error
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +52,7 @@ class CohortResult:
 
     Attributes:
         aggregated: sums and reports of the clients that delivered an update.
+        updates: every such client's update, where the algorithm wants these in the place of sums.
         failures: clients that did not, ascending.
         plan: how clients were placed.
         seconds_per_token: updated cost of each rank.
@@ -60,6 +64,7 @@ class CohortResult:
     plan: Plan
     seconds_per_token: tuple[float, ...]
     busy_s: list[float]
+    updates: Updates | None = None
 
     @property
     def delivered(self) -> list[int]:
@@ -83,6 +88,7 @@ class CohortRunner:
         controls: control variates of clients.
         failures: what a client's failure does to a round.
         wide_lanes: whether ranks may share a client.
+        attacks: what some clients do to their updates.
     """
 
     def __init__(
@@ -94,8 +100,10 @@ class CohortRunner:
         failures: FailuresConfig,
         *,
         wide_lanes: bool,
+        attacks: Sequence[ActiveAttack] = (),
     ) -> None:
         self.world = world
+        self.attacks = attacks
         self.trainer = trainer
         self.shards = shards
         self.controls = controls
@@ -132,17 +140,25 @@ class CohortRunner:
         Raises:
             RunError: clients failed and the policy ends the run; the same on every rank.
         """
+        work = self._attack(work, state)
         found = [failure for share in self.world.ranks.gather(work.failures) for failure in share]
         failures = by_client(found)
         delivered = sorted(work.tokens.keys() - {failure.client for failure in failures})
         check_round(failures, len(delivered), work.round_idx, self.failures)
         reporting = [outcome for outcome in work.reporting if outcome.client in delivered]
+        updates = None
+        has_control, size = self.trainer.algorithm.has_control, state.adapter.numel()
+        if self.trainer.algorithm.wants == "updates":
+            updates = self._updates(reporting, delivered, state)
+            # the reduction then carries the clients' figures alone
+            reporting = [replace(o, delta=o.delta[:0], control_delta=None) for o in reporting]
+            has_control, size = False, 0
         result = aggregate(
             [outcome for outcome in work.outcomes if outcome.client in delivered],
             reporting,
             delivered,
-            size=state.adapter.numel(),
-            has_control=self.trainer.algorithm.has_control,
+            size=size,
+            has_control=has_control,
             num_clients=len(self.shards),
             summer=self.world.everyone().summer,
             rank=self.world.rank,
@@ -154,7 +170,48 @@ class CohortRunner:
         busy_s = list(result.busy_s)
         for failure in found:
             busy_s[failure.rank] += failure.seconds
-        return CohortResult(result, failures, work.plan, cost, busy_s)
+        return CohortResult(result, failures, work.plan, cost, busy_s, updates)
+
+    def attackers(self, round_idx: int, cohort: Iterable[int]) -> list[int]:
+        """Those of a round's clients that attack in it, ascending."""
+        return sorted(client for attack in self.attacks for client in attack.in_round(round_idx, list(cohort)))
+
+    def _attack(self, work: LocalWork, state: ServerState) -> LocalWork:
+        """Let attackers change what they report; a changed update that :func:`checked` refuses is a failure."""
+        attacks = [a for a in self.attacks if a.changes_outcomes and a.in_round(work.round_idx, list(work.tokens))]
+        if not attacks:
+            return work
+        failed = {failure.client for share in self.world.ranks.gather(work.failures) for failure in share}
+        trained = sorted(work.tokens.keys() - failed)
+        reporting = {outcome.client: outcome for outcome in work.reporting}
+        failures = list(work.failures)
+
+        def change(attack: ActiveAttack, members: Sequence[int], colluders: Updates) -> None:
+            for client in [client for client in members if client in reporting]:
+                outcome = attack.changed_outcome(reporting[client], work.round_idx, state, colluders)
+                try:
+                    reporting[client] = checked(outcome, self.failures.max_update_norm)
+                except (ClientError, NotFiniteError) as error:
+                    failure = client_error(error)
+                    failures.append(ClientFailure(client, failure.reason, self.world.rank, failure.message))
+
+        for attack in attacks:
+            members = attack.in_round(work.round_idx, trained)
+            colluders = self._updates(list(reporting.values()), members, state)
+            self.world.ranks.each(functools.partial(change, attack, members, colluders))
+        return replace(work, reporting=list(reporting.values()), failures=failures)
+
+    def _updates(self, reporting: Sequence[ClientOutcome], clients: Sequence[int], state: ServerState) -> Updates:
+        """The updates of some clients, on every rank."""
+        return gather_updates(
+            reporting,
+            clients,
+            size=state.adapter.numel(),
+            has_control=self.trainer.algorithm.has_control,
+            num_clients=len(self.shards),
+            summer=self.world.everyone().summer,
+            device=state.adapter.device,
+        )
 
     def _train(
         self,

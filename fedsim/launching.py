@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from fedsim import user_code
 from fedsim.errors import ConfigError, FedsimError, LostRankError, Problems, RunError, Stopped
 from fedsim.record.journal import in_words
 from fedsim.terminal import steady_terminal
@@ -55,7 +56,8 @@ def launched(read: Callable[[], T], work: Callable[[T], None]) -> int:
         report(error)
         return error.status
     except Exception as error:  # a bug: its traceback comes first, so that the cause is still the last line
-        traceback.print_exception(error)
+        if not user_code.place_of(error):  # of a user's code one line does, with its place; the log has the traceback
+            traceback.print_exception(error)
         report(unforeseen(error))
         return 1
     return 0
@@ -74,7 +76,7 @@ def report(error: FedsimError) -> None:
 
 def unforeseen(error: Exception) -> FedsimError:
     """An error that is not fedsim's as one that is, at its place."""
-    found = RunError(f"{type(error).__name__}: {error}")
+    found = RunError(user_code.in_words(error) if user_code.place_of(error) else f"{type(error).__name__}: {error}")
     found.place = getattr(error, "place", {})
     return found
 

@@ -20,7 +20,9 @@ def memory_needs(config: Config, shapes: Mapping[str, ModelShape], num_ranks: in
     Vectors as long as the adapter, in fp32: the adapter, its gradient and AdamW's two moments (4); the server's; while
     it trains, in exact mode a gradient of each micro-batch of the batch, else one sum; at the end of a round, the delta
     of each client that the rank has trained, and the change of the control variate where there is one, which itself is
-    held for one client at a time (if all clients have as many tokens).
+    held for one client at a time (if all clients have as many tokens). Every rank also holds a cohort's deltas where
+    the algorithm wants them, and those of its attackers while they are changed; what a user's rule computes with them
+    comes on top.
     """
     model, local, cai, judged = shapes["model"], config.local, config.cai, config.eval
     rows = local.micro_batch_size
@@ -31,7 +33,11 @@ def memory_needs(config: Config, shapes: Mapping[str, ModelShape], num_ranks: in
     if judged.guard_judge != "none":  # stays with its adapter and that one's gradient
         guard_bytes = shapes["guard"].weight_bytes + 4 * 2 * shapes["guard"].adapter_size
     needs = _guard_needs(config, shapes["guard"], model_bytes) if "guard" in shapes else []
-    outcomes = (1 + algorithm.has_control) * clients_per_rank(config, num_ranks) + algorithm.has_control
+    cohort, _ = round_work(config)
+    attackers = sum(attack.num_attackers(config.federation.num_clients) for attack in config.attacks)
+    gathered = cohort if algorithm.wants == "updates" else min(cohort, attackers)
+    held = clients_per_rank(config, num_ranks) + gathered
+    outcomes = (1 + algorithm.has_control) * held + algorithm.has_control
     needs.append(
         training_need(
             model,

@@ -11,6 +11,7 @@ from fedsim.config.measuring import is_unrated
 from fedsim.data.prepare import PreparedData
 from fedsim.data.usable import Tally
 from fedsim.evaluate.suite import Suite
+from fedsim.federation.attacks import build_attacks
 from fedsim.federation.registry import build_algorithm
 from fedsim.fitting import Fit
 from fedsim.local_rows import local_rows
@@ -61,6 +62,9 @@ def work(config: Config, data: PreparedData, suite: Suite) -> dict[str, str]:
         f"each: {federation.num_rounds * num_clients * steps * local.batch_size:,} rows in all"
     )
     facts["failures"] = config.failures.words()
+    if config.attacks:
+        attacks = build_attacks(config.attacks, federation.num_clients, config.seed)
+        facts["attacks"] = "; ".join(attack.words(federation.num_clients) for attack in attacks)
     if cai.is_on:
         stages = sum(cai.is_due(i, federation.num_rounds) for i in range(federation.num_rounds))
         amount = "an epoch" if cai.iterations == -1 else f"{cai.iterations} iterations"

@@ -19,6 +19,10 @@ from fedsim.attention.choice import agreed
 from fedsim.config import Config
 from fedsim.errors import ConfigError, FolderError, Gathered
 from fedsim.evaluate.judge_inputs import check_judge
+from fedsim.evaluate.phrases import users_rules
+from fedsim.extend import build
+from fedsim.federation.attacks import build_attacks
+from fedsim.federation.registry import build_algorithm
 from fedsim.fitting import Fit, fits_by_gpu, fitting
 from fedsim.model.load import LoraSettings, check_model_dir, check_tokenizer, load_chat, read_config
 from fedsim.model.memory import Need, free_memory
@@ -82,6 +86,29 @@ class Preflight:
         if too_large and self.fit != Fit():
             too_large.append(f"for {byte_size(least)}: {self.fit.words()}")
         return untried + too_large + ([self.shared_memory] if self.shared_memory else [])
+
+
+def check_code(config: Config) -> None:
+    """Load and build everything of a user's that the configuration names: a mistake is found before anything is read.
+
+    Raises:
+        ConfigError: one of them cannot be loaded or built, or its options are wrong.
+        Problems: several.
+    """
+    mistakes, federation, guard = Gathered(), config.federation, config.guard
+    mistakes.attempt(lambda: build_algorithm(federation, config.server_optimizer))
+    mistakes.attempt(
+        lambda: build(
+            "federation.partition", federation.partition, federation.partition_options, {"federation": federation}
+        )
+    )
+    mistakes.attempt(lambda: build_attacks(config.attacks, federation.num_clients, config.seed))
+    mistakes.attempt(lambda: users_rules(config.eval.advbench_phrases, config.eval.advbench_options))
+    if guard.kind != "llama_guard":
+        mistakes.attempt(lambda: build("guard.kind", guard.kind, guard.options, {"guard": guard, "seed": config.seed}))
+    elif guard.options:
+        mistakes.add(ConfigError("guard.options: guard.kind=llama_guard takes none; it has keys of its own (guard.*)"))
+    mistakes.raise_all()
 
 
 def models_in_use(config: Config) -> dict[str, str]:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fedsim import figures
-from fedsim.artefacts import ArtefactStore, file_digest
+from fedsim.artefacts import ArtefactStore, digest_of, file_digest
 from fedsim.assembly import Federation
-from fedsim.config import Config, to_nested
+from fedsim.config import Config, code_names, code_role, to_flat, to_nested
 from fedsim.config.measuring import is_embedded
 from fedsim.data.prepare import PreparedData, prepare_data
+from fedsim.data.square import SquareRow
 from fedsim.data.usable import Tally
 from fedsim.errors import Gathered
 from fedsim.evaluate.judge_inputs import judge_files
@@ -22,6 +23,8 @@ from fedsim.evaluate.measures import Metrics
 from fedsim.evaluate.shared import shared_evaluation
 from fedsim.evaluate.stage import BENCHMARKS, load_suite
 from fedsim.evaluate.suite import Evaluation, Suite
+from fedsim.extend import source_file, title
+from fedsim.federation.attacks import ActiveAttack, build_attacks
 from fedsim.federation.registry import build_algorithm
 from fedsim.fused.ops import runs_fused
 from fedsim.generate.graph import uses_graphs
@@ -113,7 +116,7 @@ class Preparation:
         """
         mistakes = Gathered()
         with self.record.phase("data", "data"):
-            data = mistakes.attempt(lambda: prepare_data(self.config, self.store, self.ranks))
+            data = mistakes.attempt(lambda: self._attacked(prepare_data(self.config, self.store, self.ranks)))
             found = mistakes.attempt(lambda: load_suite(self.config.eval, self.store))
             of_judge = mistakes.attempt(lambda: judge_files(self.config))
             own = mistakes.attempt(self._own_files)
@@ -124,9 +127,35 @@ class Preparation:
             self.record.say(note)
         return Inputs(data, suite, {"square": data.source, **files, **of_judge, **own})
 
+    def _attacked(self, data: PreparedData) -> PreparedData:
+        """The data with the attackers' rows as they have changed them, which rank 0 does for all."""
+        shards = list(data.shards)
+        notes = []
+        changed: dict[int, list[SquareRow]] = {}
+        for attack in self._attacks():
+            notes.append(attack.words(len(shards)))
+            if attack.changes_rows:
+                changed |= self.ranks.once(
+                    lambda attack=attack: {  # type: ignore[misc]
+                        client: attack.changed_rows(client, shards[client]) for client in attack.clients
+                    }
+                )
+        for client, rows in changed.items():
+            shards[client] = rows
+        attacked = digest_of([[client, [asdict(row) for row in rows]] for client, rows in changed.items()])
+        return replace(data, shards=shards, notes=[*data.notes, *notes], attacked=attacked if changed else "")
+
+    def _attacks(self) -> list[ActiveAttack]:
+        config = self.config
+        return build_attacks(config.attacks, config.federation.num_clients, config.seed)
+
     def _own_files(self) -> dict[str, Path]:
-        """The constitution and DeepSpeed's configuration, where the run uses them."""
+        """A user's code, the constitution and DeepSpeed's configuration, where the run uses them."""
         files = {}
+        for key, (kind, name) in code_names(to_flat(self.config)).items():
+            file = source_file(kind, name)
+            assert file is not None
+            files[code_role(key)] = file
         if self.config.cai.is_on:
             files["constitution"] = constitution_file(self.config.cai.constitution)
         if self.config.guard.kind == "llama_guard" and self.config.guard.deepspeed:
@@ -179,6 +208,7 @@ class Preparation:
                 attention,
                 num_ranks=self.world.size,
                 devices=self.world.placement.facts(),
+                attackers={f"attacks.{attack.place}": attack.clients for attack in self._attacks()},
             )
             self.record.write_config()
 
@@ -226,7 +256,7 @@ class Preparation:
         guard = self.config.guard
         for point, found in guarded.compared.items():
             self.record.append(PRETRAINED, "guard", {"point": point, **figures.of_verdicts(found)})
-        point = guard.kind.replace("_", " ")
+        point = title("guard.kind", guard.kind)
         metrics = figures.of_guard(guarded.filtered, guard.kind)
         if guard.kind == "llama_guard":
             point = metrics["point"] = "fine-tuned" if guard.tune_epochs > 0 else "untuned"
@@ -256,11 +286,17 @@ class Preparation:
                     lambda: {n: file_digest(inputs.files[n]) for n in BENCHMARKS if n in inputs.files}
                 ),
                 "rules": {name: getattr(suite, name) is not None for name in ("judge", "refuses", "rubric")},
+                **self._phrase_rule(inputs),
                 **self.facts,
             }
             return shared_evaluation(self.store, depends, suite, compute)
 
         return shared
+
+    def _phrase_rule(self, inputs: Inputs) -> dict[str, Any]:
+        """What names a user's phrase rule in artefacts; nothing for fedsim's own."""
+        file = inputs.files.get(code_role("eval.advbench_phrases"))
+        return {} if file is None else {"phrase_rule": self.ranks.once(lambda: file_digest(file))}
 
     def _model_facts(self) -> dict[str, Any]:
         """What names the model in artefacts."""

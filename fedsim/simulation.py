@@ -30,7 +30,7 @@ from fedsim.out_of_memory import explaining_memory
 from fedsim.parallel.stopping import signal_name
 from fedsim.parallel.world import World
 from fedsim.plan import plan_text
-from fedsim.preflight import Preflight, preflight
+from fedsim.preflight import Preflight, check_code, preflight
 from fedsim.preparation import Inputs, Preparation
 from fedsim.record.finish import finish_run
 from fedsim.record.metrics import RESUME
@@ -65,6 +65,7 @@ class Simulation:
 
     def _check(self) -> None:
         record = self.record
+        self.ranks.each(lambda: check_code(self.config))
         record.header(self.world.size, self.world.device, self.world.placement.words())
         record.check_directory()
         found, inputs = self._inspect()
@@ -118,6 +119,7 @@ class Simulation:
     def _run(self) -> None:
         """Filter the clients' data, then alternate federated training and CAI, measuring as it goes."""
         config, record, prepare = self.config, self.record, self.preparation
+        self.ranks.each(lambda: check_code(config))
         record.header(self.world.size, self.world.device, self.world.placement.words())
         found, inputs = self._inspect()
         for role, shape in found.shapes.items():
@@ -253,7 +255,7 @@ class Simulation:
                 result = cohorts.reduce(work, state, cost)
                 delivered = result.delivered
                 if delivered:
-                    state = federation.step(state, result.aggregated.sums)
+                    state = federation.step(state, result.updates or result.aggregated.sums)
                     phase.update(0, loss=figures.mean_loss(result))
             for failure in result.failures:
                 record.say(failure.words())
@@ -263,6 +265,8 @@ class Simulation:
             metrics |= figures.of_failures(result.failures, cohorts.failures) | figures.of_training(result)
             self.meter.trained(cohorts, attendance.steps, round_idx, result)
             federation.controls.advance(delivered if federation.algorithm.has_control else (), round_idx)
+        if cohorts.attacks:
+            metrics["client/num_attackers"] = len(cohorts.attackers(round_idx, attendance.steps))
         if not delivered:
             record.say("no client delivered an update: the global adapter stays as it is")
         return state, cost, {"client/num_trained": len(delivered)} | metrics

@@ -187,7 +187,11 @@ OF_GUARD: dict[str, tuple[str, set[str]]] = {
 }
 """Keys of the guard: another value, and whose names it changes."""
 
-NO_KEYS_OF_THE_GUARD = {"kind", "deepspeed"}  # another kind asks for no artefact; DeepSpeed has a test of its own
+NO_KEYS_OF_THE_GUARD = {
+    "kind",
+    "options",
+    "deepspeed",
+}  # of other guards, which have a test of their own; DeepSpeed too
 
 
 def test_every_key_of_the_guard_is_in_the_table() -> None:
@@ -442,11 +446,11 @@ OF_EVALUATION = {
 }
 """Keys of the evaluation: another value, and whether it makes another evaluation."""
 
-NOT_SHARED = {"guard_judge"}
+NOT_SHARED = {"guard_judge", "advbench_options"}  # the options of a user's own rule have a test of their own
 
 
 def test_every_key_of_the_evaluation_is_in_the_table() -> None:
-    assert {field.name for field in fields(EvalConfig)} == OF_EVALUATION.keys() | NOT_SHARED | set(BENCHMARKS)
+    assert {f.name for f in fields(EvalConfig)} == OF_EVALUATION.keys() | NOT_SHARED | set(BENCHMARKS)
 
 
 @pytest.mark.parametrize("key", OF_EVALUATION)

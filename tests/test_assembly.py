@@ -178,6 +178,7 @@ def test_a_state_of_another_shape_is_refused(built: tuple[Federation, Config]) -
 def test_a_server_step_that_is_not_finite_names_the_vector(name: str, value: float) -> None:
     algorithm: Algorithm = Scaffold("gradient")
     parts: Any = [SimpleNamespace()] * 4
+    parts[1] = SimpleNamespace(size=3)
     federation = Federation(*parts, algorithm, *parts[:4])
     state = algorithm.start(torch.zeros(3))
     sums = {"adapter": torch.ones(3).double(), "control": torch.ones(3).double()}

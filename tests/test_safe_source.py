@@ -32,10 +32,13 @@ BUILTINS: Final = {"eval", "exec", "compile", "__import__"}
 METHODS: Final = {
     "torch.load", "pickle.load", "pickle.Unpickler", "os.system", "os.popen", "yaml.unsafe_load", "yaml.full_load",
     "yaml.load_all", "numpy.fromfile", "pandas.read_pickle", "torch.hub.load", "torch.jit.load",
-    "PeftModel.from_pretrained", "importlib.import_module",
+    "PeftModel.from_pretrained", "importlib.import_module", "loader.exec_module",
+    "util.spec_from_file_location",
 }  # fmt: skip
-TOOLS: Final = {"importlib.import_module"}
-"""Allowed in tools/, whose benchmark and GPU check load their own parts by name."""
+TOOLS: Final = {"importlib.import_module", "loader.exec_module", "util.spec_from_file_location"}
+"""Allowed in tools/, whose benchmark and GPU check load their own parts by name, and in the one place that loads what a
+configuration names as a user's own code."""
+DOOR: Final = "fedsim/user_code.py"
 OFF: Final = {"shell", "trust_remote_code", "allow_pickle"}
 HUB: Final = {"AutoConfig", "AutoTokenizer", "AutoModelForCausalLM"}
 
@@ -95,7 +98,9 @@ def _of_call(node: ast.Call, known: dict[str, str], safe_loaders: set[str], file
     called = f"{known.get(head, head)}{dot}{rest}"
     last_two = ".".join(called.split(".")[-2:])
     given = {word.arg: word.value for word in node.keywords}
-    if called in BUILTINS or (METHODS & {called, last_two}) - (TOOLS if file.startswith("tools/") else set()):
+    if called in BUILTINS or (METHODS & {called, last_two}) - (
+        TOOLS if file.startswith("tools/") or file == DOOR else set()
+    ):
         yield called
     if last_two == "yaml.load" and name_of(given.get("Loader", ast.Name(""))) not in safe_loaders:
         yield "yaml.load without a safe loader"
@@ -145,7 +150,8 @@ BAD = [
     "AutoTokenizer.from_pretrained('x', trust_remote_code=False)",
     "AutoModelForCausalLM.from_pretrained('x', trust_remote_code=False, local_files_only=True)",
     "AutoModelForCausalLM.from_config(c)", "from peft import PeftModel\nPeftModel.from_pretrained(m, 'x')",
-    "import importlib\nimportlib.import_module(name)",
+    "import importlib\nimportlib.import_module(name)", "spec.loader.exec_module(module)",
+    "import importlib.util\nimportlib.util.spec_from_file_location('x', 'x.py')",
 ]  # fmt: skip
 
 

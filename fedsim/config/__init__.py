@@ -1,9 +1,14 @@
 """Typed configuration: dataclasses, YAML files and ``key=value`` overrides."""
 
+from fedsim.config.attacks import AttackConfig
 from fedsim.config.failures import FailuresConfig
 from fedsim.config.loading import (
+    code_key,
+    code_names,
+    code_role,
     describe,
     file_roles,
+    flat_from_file,
     from_flat,
     help_text,
     load_config,
@@ -15,7 +20,6 @@ from fedsim.config.measuring import EvalConfig, JudgeConfig, ParallelConfig, Rec
 from fedsim.config.safety import CaiConfig, GuardConfig
 from fedsim.config.schema import Config
 from fedsim.config.training import (
-    ALGORITHMS,
     DataConfig,
     FederationConfig,
     LocalConfig,
@@ -24,7 +28,7 @@ from fedsim.config.training import (
 )
 
 __all__ = [
-    "ALGORITHMS",
+    "AttackConfig",
     "CaiConfig",
     "Config",
     "DataConfig",
@@ -39,8 +43,12 @@ __all__ = [
     "RecordConfig",
     "ServerOptimizerConfig",
     "WandbConfig",
+    "code_key",
+    "code_names",
+    "code_role",
     "describe",
     "file_roles",
+    "flat_from_file",
     "from_flat",
     "help_text",
     "load_config",

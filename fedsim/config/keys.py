@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from dataclasses import Field, dataclass, field
 from typing import Any, Final, TypeVar
@@ -68,11 +69,11 @@ def key(default: T, meaning: str, *, unit: str = "", file: str = "", model: str 
         rule: attributes of :class:`Rule`.
     """
     metadata = {"meaning": meaning, "unit": unit, "file": file, "model": model, "rule": Rule(**rule)}
-    made: Any = (
-        field(default_factory=lambda: list(default), metadata=metadata)
-        if isinstance(default, list)
-        else field(default=default, metadata=metadata)
-    )
+    made: Any
+    if isinstance(default, list | dict):
+        made = field(default_factory=lambda: copy.copy(default), metadata=metadata)
+    else:
+        made = field(default=default, metadata=metadata)
     return made
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import datetime
 import difflib
 import functools
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,16 +16,33 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from fedsim.config.keys import rule_of
+from fedsim.config.attacks import AttackConfig
+from fedsim.config.keys import Rule, rule_of
 from fedsim.config.measuring import EMBEDDED, HELD_OUT, is_embedded
 from fedsim.config.schema import Config
 from fedsim.config.secrets import check_no_secret
 from fedsim.errors import ConfigError
+from fedsim.extend import KINDS, check_name, is_own, names_in_words
 
 Flat = dict[str, Any]
 
 _LARGEST = 2**63 - 1
 """Whole numbers above it fit neither a tensor nor an array."""
+
+ATTACKS, ATTACK = "attacks", "attacks.kind"
+"""The key that lists attacks, and the kind of what each of them names."""
+
+_TYPE_NAMES = {
+    str(list[str]): "list of str",
+    str(dict[str, Any]): "mapping",
+    str(list[AttackConfig]): "list of mappings",
+}
+
+_EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+"""Numbers that YAML takes for text."""
+
+_DEEPEST = 8
+"""Lists and mappings inside one another that an option may have."""
 
 _SHOWN = 200
 """Characters of a value that an error shows."""
@@ -47,9 +66,8 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: an unreadable file, an unknown key, a wrong type or a value outside its rule.
     """
-    read: Flat = {} if path is None else _read_file(path, seen=())
-    kinds = {name: get_type_hints(owner)[declared.name] for name, owner, declared in _fields(Config)}
-    flat = {name: _meant(value, is_text=kinds.get(name) is str) for name, value in read.items()}
+    flat: Flat = {} if path is None else flat_from_file(path)
+    kinds = _kinds()
     for text in overrides:
         name, sign, value = text.partition("=")
         if not sign:
@@ -58,13 +76,31 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
             )
         name = name.strip()
         check_no_secret(name, value, is_key=name in kinds)
+        flat.pop(name, None)  # behind what was given before: it may set a part of it
         flat[name] = _parse(value, name, is_text=kinds.get(name) is str)
     return from_flat(flat)
 
 
+def flat_from_file(path: Path) -> Flat:
+    """The keys that a YAML file and those it builds on give, unchecked.
+
+    Raises:
+        ConfigError: a file cannot be read, or is no mapping.
+    """
+    kinds = _kinds()
+    return {name: _meant(value, is_text=kinds.get(name) is str) for name, value in _read_file(path, seen=()).items()}
+
+
+@functools.cache
+def _kinds() -> Mapping[str, Any]:
+    """Type of every key."""
+    return {name: get_type_hints(owner)[declared.name] for name, owner, declared in _fields(Config)}
+
+
 def from_flat(flat: Mapping[str, Any]) -> Config:
-    """A config from dotted keys; keys that are absent take their defaults."""
+    """A config from keys, dotted or nested (a later one counts); keys that are absent take their defaults."""
     known = {name: (owner, declared) for name, owner, declared in _fields(Config)}
+    flat = _with_parts(dict(_leaves(flat, "")))
     for name in flat:
         check_no_secret(name, flat[name], is_key=name in known)
         if name not in known:
@@ -89,7 +125,7 @@ def to_flat(config: Config) -> Flat:
         value: Any = config
         for part in name.split("."):
             value = getattr(value, part)
-        flat[name] = value
+        flat[name] = [dataclasses.asdict(one) for one in value] if name == ATTACKS else value
     return flat
 
 
@@ -104,9 +140,10 @@ def describe() -> list[KeyInfo]:
     for name, owner, declared in _fields(Config):
         default = _default_of(declared)
         kind = get_type_hints(owner)[declared.name]
-        type_name = getattr(kind, "__name__", str(kind)) if not hasattr(kind, "__origin__") else "list of str"
+        type_name = _TYPE_NAMES.get(str(kind)) or kind.__name__
         meta = declared.metadata
-        infos.append(KeyInfo(name, type_name, default, meta["meaning"], meta["unit"], rule_of(declared).words()))
+        rule = names_in_words(name) if name in KINDS else rule_of(declared).words()
+        infos.append(KeyInfo(name, type_name, default, meta["meaning"], meta["unit"], rule))
     return infos
 
 
@@ -120,6 +157,23 @@ def file_roles() -> Mapping[str, str]:
 def model_roles() -> Mapping[str, str]:
     """Keys that name a model directory, each with the model's role among a manifest's models."""
     return {name: role for name, _, declared in _fields(Config) if (role := declared.metadata["model"])}
+
+
+def code_names(flat: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Keys that name a user's code: key → kind of :data:`fedsim.extend.KINDS`, and name; nothing is loaded."""
+    named = {key: (key, flat[key]) for key in KINDS if key != ATTACK}
+    named |= {code_key(place): (ATTACK, one["kind"]) for place, one in enumerate(flat[ATTACKS])}
+    return {key: (kind, name) for key, (kind, name) in named.items() if not is_own(kind, name)}
+
+
+def code_key(place: int) -> str:
+    """Key of the code of the attack at a place in the list."""
+    return f"{ATTACKS}.{place}.kind"
+
+
+def code_role(key: str) -> str:
+    """Role among a manifest's inputs of the file that a key of :func:`code_names` means."""
+    return f"code of {key}"
 
 
 def _default_of(declared: dataclasses.Field[Any]) -> Any:
@@ -206,6 +260,10 @@ class _Scalar:
 
 def _meant(value: Any, *, is_text: bool) -> Any:
     """A value as its key needs it: a text key takes what was written, but a value that is left out is none."""
+    if isinstance(value, dict):
+        return {name: _meant(part, is_text=False) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_meant(part, is_text=False) for part in value]
     if not isinstance(value, _Scalar):
         return value
     is_date = isinstance(value.value, datetime.date)  # no key is one: an error shows it as it was written
@@ -240,7 +298,7 @@ class _UniqueKeys(_Plain):
 
 def _leaves(content: Mapping[Any, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     for name, value in content.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and f"{prefix}{name}" not in _whole_keys():
             yield from _leaves(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
@@ -259,6 +317,10 @@ def _parse(value: str, name: str, *, is_text: bool) -> Any:
 
 
 def _checked(name: str, value: Any, kind: Any, declared: dataclasses.Field[Any]) -> Any:
+    if kind == list[AttackConfig]:
+        return _checked_attacks(name, value)
+    if kind == dict[str, Any]:
+        return _checked_options(name, value)
     rule = rule_of(declared)
     if value == [] and kind == list[str] and _default_of(declared) == []:
         return value
@@ -266,9 +328,93 @@ def _checked(name: str, value: Any, kind: Any, declared: dataclasses.Field[Any])
     broken = rule.broken_by(value)
     if broken is not None:
         raise ConfigError(f"{name}={_quoted(value)}: {broken}{_nearest_choice(value, rule.choices)}")
+    if name in KINDS:
+        check_name(name, value)
     if value == HELD_OUT and _default_of(declared) == EMBEDDED and not is_embedded(name, value):
         raise ConfigError(f"{name}={value!r}: eval.advbench alone has such items; set {EMBEDDED!r}, or give a path")
     return value
+
+
+def _checked_attacks(name: str, value: Any) -> list[AttackConfig]:
+    """A list of mappings as attacks; their keys are named as in ``attacks.0.share``."""
+    if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
+        raise ConfigError(
+            f"{name}={_quoted(value)}: must be a list of attacks, such as [{{kind: my.py:SignFlip, share: 0.2}}]"
+        )
+    hints, fields = get_type_hints(AttackConfig), {one.name: one for one in dataclasses.fields(AttackConfig)}
+    found = []
+    for place, given in enumerate(value):
+        for part in given:
+            if part not in fields:
+                known = [f"{name}.{place}.{leaf}" for leaf in fields]
+                raise ConfigError(_unknown(f"{name}.{place}.{part}", given[part], known))
+        for part in ("kind", "share"):
+            if part not in given:
+                raise ConfigError(f"{name}.{place}: needs {name}.{place}.{part}; set it")
+        checked = {part: _checked(f"{name}.{place}.{part}", given[part], hints[part], fields[part]) for part in given}
+        check_name(ATTACK, checked["kind"], shown=f"{name}.{place}.kind")
+        found.append(AttackConfig(**checked))
+    return found
+
+
+def _checked_options(name: str, value: Any) -> dict[str, Any]:
+    """Options by name; a number in text, such as ``5e-5``, is a number."""
+    if not isinstance(value, dict) or not all(isinstance(option, str) and option.isidentifier() for option in value):
+        raise ConfigError(f"{name}={_quoted(value)}: must be a mapping of names to values, such as {{scale: 5}}")
+    return {option: _plain_option(f"{name}.{option}", part) for option, part in value.items()}
+
+
+def _plain_option(name: str, value: Any, depth: int = 0) -> Any:
+    if isinstance(value, list | dict) and depth > _DEEPEST:
+        raise ConfigError(f"{name}: must be nested at most {_DEEPEST} deep")
+    if isinstance(value, list):
+        return [_plain_option(name, part, depth + 1) for part in value]
+    if isinstance(value, dict):
+        if not all(isinstance(part, str) and part.isprintable() for part in value):
+            raise ConfigError(f"{_plain(name)}={_quoted(value)}: must have texts for keys")
+        return {part: _plain_option(f"{name}.{part}", value[part], depth + 1) for part in value}
+    check_no_secret(name, value, is_key=False)
+    if isinstance(value, str):
+        if (broken := Rule(lines=True).broken_by(value)) is not None:
+            raise ConfigError(f"{_plain(name)}={_quoted(value)}: {broken}")
+        return float(value) if _EXPONENT.fullmatch(value) and math.isfinite(float(value)) else value
+    if value is None or isinstance(value, bool):
+        return value
+    if not isinstance(value, int | float):
+        raise ConfigError(
+            f"{_plain(name)}={_quoted(value)}: must be a number, a text, true, false, null, a list or a mapping"
+        )
+    return _coerced(name, value, type(value), "")
+
+
+def _with_parts(flat: Mapping[str, Any]) -> Flat:
+    """``flat`` with keys that set a part of a mapping or list, such as ``attacks.0.share``, put into the whole."""
+    found: Flat = {}
+    for name, value in flat.items():
+        owner = next((key for key in _whole_keys() if name.startswith(f"{key}.")), None)
+        if owner is None:
+            found[name] = value
+            continue
+        whole = copy.deepcopy(found.get(owner, [] if owner == ATTACKS else {}))
+        place: Any = whole
+        *parts, last = name.removeprefix(f"{owner}.").split(".")
+        try:
+            for part in parts:
+                place = place[int(part)] if isinstance(place, list) else place.setdefault(part, {})
+            place[int(last) if isinstance(place, list) else last] = value
+        except (ValueError, IndexError, TypeError, AttributeError):
+            raise ConfigError(
+                f"{_plain(name)}={_quoted(value)}: there is no such part of {owner}={_quoted(found.get(owner))}; set "
+                f"{owner} as a whole"
+            ) from None
+        found[owner] = whole
+    return found
+
+
+@functools.cache
+def _whole_keys() -> tuple[str, ...]:
+    """Keys whose value is a mapping, or a list of them."""
+    return tuple(name for name, kind in _kinds().items() if kind in (dict[str, Any], list[AttackConfig]))
 
 
 def _coerced(name: str, value: Any, kind: Any, rule: str) -> Any:

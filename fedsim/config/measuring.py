@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from fedsim.config.keys import key
 from fedsim.errors import ConfigError
+from fedsim.extend import title
 
 EMBEDDED, HELD_OUT = "embedded", "embedded-held-out"
 """Values of a file's key that stand for the embedded world's own items."""
@@ -37,8 +39,8 @@ class EvalConfig:
     advbench_phrases: str = key(
         "openfedllm",
         "rule of the headline figure; all are recorded; strict_world belongs to the embedded world",
-        choices=("openfedllm", "openfedllm-fixed", "gcg", "strict", "strict_world"),
     )
+    advbench_options: dict[str, Any] = key({}, "keyword arguments of a phrase rule's own file")
     hhh: str = key("embedded", "HHH file (JSON lines or an array), 'embedded', or '' to leave it out", file="hhh")
     hhh_scorer: str = key("letter", "scorer of the headline figure; all three are recorded",
                           choices=("letter", "generate", "likelihood"))  # fmt: skip
@@ -62,6 +64,11 @@ class EvalConfig:
     limit: int = key(
         0, "use only a fixed random subset of so many items of each benchmark; 0 = all", unit="items", low=0
     )
+
+    @property
+    def advbench_rule(self) -> str:
+        """Name of the headline's rule in figures: fedsim's own, or that of a user's function."""
+        return title("eval.advbench_phrases", self.advbench_phrases)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from fedsim.config.keys import key
 from fedsim.errors import ConfigError
@@ -14,7 +15,8 @@ class GuardConfig:
     """The safety filter that each client runs on its own rows (paper §4.1)."""
 
     kind: str = key("none", "none = no filter; llama_guard = a guard model; oracle = the labels; noisy_oracle = the "
-                    "labels with errors", choices=("none", "llama_guard", "oracle", "noisy_oracle"))  # fmt: skip
+                    "labels with errors")  # fmt: skip
+    options: dict[str, Any] = key({}, "keyword arguments of a guard's own file")
     path: str = key("embedded", "guard model directory, or 'embedded' for the tiny model", model="guard")
     policy: str = key("llama_guard_3", "hazard categories of the prompt", choices=("llama_guard_3", "square"))
     action: str = key("drop", "what happens to a row that is called unsafe: drop = it is left out (paper), refuse = "

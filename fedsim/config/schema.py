@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 
+from fedsim.config.attacks import AttackConfig, check_attacks
 from fedsim.config.failures import FailuresConfig
 from fedsim.config.keys import key
 from fedsim.config.measuring import EvalConfig, JudgeConfig, ParallelConfig, RecordConfig, WandbConfig
@@ -30,6 +31,8 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     local: LocalConfig = field(default_factory=LocalConfig)
     federation: FederationConfig = field(default_factory=FederationConfig)
+    attacks: list[AttackConfig] = key([], "attacks on the federation, such as [{kind: my.py:SignFlip, share: 0.2, "
+                                      "from_round: 3, until_round: 9, options: {scale: 5}}]")  # fmt: skip
     failures: FailuresConfig = field(default_factory=FailuresConfig)
     server_optimizer: ServerOptimizerConfig = field(default_factory=ServerOptimizerConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
@@ -70,6 +73,9 @@ class Config:
         if self.cai.is_on and self.data.cai_rows == 0 and self.data.guard_rows == 0:
             raise ConfigError("cai.iterations needs questions: set data.cai_rows or data.guard_rows")
         self._check_failures()
+        federation = self.federation
+        baseline = federation.algorithm if federation.algorithm in BASELINES else ""
+        check_attacks(self.attacks, federation.num_clients, federation.num_rounds, baseline)
 
     def _check_failures(self) -> None:
         """Failures, drop-outs and stragglers belong to cohorts whose clients take enough steps."""

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from fedsim.config.keys import key
 from fedsim.errors import ConfigError
 
 BASELINES = ("local", "centralised")
 """Values of federation.algorithm that have one participant instead of a cohort."""
-
-ALGORITHMS = (
-    *("fedavg", "fedprox", "fedavgm", "fedadagrad", "fedyogi", "fedadam", "scaffold"),
-    *BASELINES,
-)
-"""Values of federation.algorithm."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +86,8 @@ class FederationConfig:
         "fedavg",
         "server and client rule; the baselines: local = one client alone (local_client), centralised = all clients' "
         "rows in one place, as many steps a round as a cohort takes",
-        choices=ALGORITHMS,
     )
+    options: dict[str, Any] = key({}, "keyword arguments of an algorithm's own file, such as {num_byzantine: 1}")
     num_clients: int = key(20, "simulated clients", low=1, high=1_000_000)
     clients_per_round: int = key(5, "clients of a round's cohort", low=1)
     num_rounds: int = key(50, "rounds", low=1, high=1_000_000)
@@ -101,8 +96,8 @@ class FederationConfig:
         "how rows reach clients: fixed_red_share = each client gets the same share of red rows; iid = at random; "
         "beta_red_share = each client's red share is drawn (beta_concentration); dirichlet = each category is shared "
         "out unequally, quantity_skew = clients are of unequal size (dirichlet_alpha)",
-        choices=("iid", "fixed_red_share", "beta_red_share", "dirichlet", "quantity_skew"),
     )
+    partition_options: dict[str, Any] = key({}, "keyword arguments of a partition's own file")
     beta_concentration: float = key(10.0, "beta_red_share: a + b of the Beta distribution around the whole set's red "
                                     "share; small = clients are red or not, large = equal shares",
                                     low=1e-9, high=1e9)  # fmt: skip

@@ -2,79 +2,87 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from fedsim import keys
+from fedsim.data.square import SquareRow
 from fedsim.errors import ConfigError
+from fedsim.user_code import calling
+
+Partition = Callable[[Sequence[SquareRow], int, np.random.Generator], list[list[int]]]
+"""``deal(rows, num_clients, rng)``: positions of each client's rows. Rows come in a drawn order."""
 
 
 def partition_rows(
-    red: Sequence[bool],
-    num_clients: int,
-    kind: str,
-    seed: int,
-    *,
-    categories: Sequence[str] = (),
-    concentration: float = 10.0,
-    alpha: float = 1.0,
+    rows: Sequence[SquareRow], num_clients: int, deal: Partition, name: str, seed: int
 ) -> list[list[int]]:
-    """Deal all rows to clients; every client gets at least one.
+    """Deal rows to clients.
 
     Args:
-        red: label of each row.
-        num_clients: how many clients.
-        kind: ``iid`` deals a random order round-robin. ``fixed_red_share`` deals the red rows first, the others after
-            them, so that each client's number of red rows differs by at most one (paper §5.1: "each client receives
-            approximately 30 % harmful data"). ``beta_red_share`` draws each client's red share from a Beta distribution
-            around the whole set's. Under these three, sizes differ by at most one. ``dirichlet`` draws for every
-            category how its rows are shared out, from a Dirichlet distribution over clients (Yurochkin et al. 2019,
-            arXiv 1905.12022). ``quantity_skew`` draws the clients' sizes so, at equal red shares.
+        rows: the federated set.
+        deal: the partition.
+        name: of the partition, for its draws and for errors.
         seed: the run's seed.
-        categories: category of each row, for ``dirichlet``.
-        concentration: a + b of the Beta distribution: small = clients of one kind, large = equal shares.
-        alpha: of the Dirichlet distribution: small = skewed, large = equal.
 
     Returns:
         Row positions of each client, in a drawn order.
 
     Raises:
-        ConfigError: fewer rows than clients, or an unknown kind.
+        ConfigError: fewer rows than clients; the partition fails, whose own message may quote a row and is left out, or
+            it does not return lists of positions, one for each client, in which no row is twice.
     """
-    if len(red) < num_clients:
+    if len(rows) < num_clients:
         raise ConfigError(
-            f"federation.num_clients={num_clients}: must be <= the {len(red)} rows of the federated set; lower it or "
+            f"federation.num_clients={num_clients}: must be <= the {len(rows)} rows of the federated set; lower it or "
             "raise data.federated_rows"
         )
-    order = [int(i) for i in keys.permutation(len(red), seed, "partition")]
-    rng = keys.generator(seed, "partition", kind)
-    if kind == "iid":
-        dealt = [order[client::num_clients] for client in range(num_clients)]
-    elif kind == "fixed_red_share":
-        order.sort(key=lambda i: not red[i])
-        dealt = [order[client::num_clients] for client in range(num_clients)]
-    elif kind == "beta_red_share":
-        dealt = _by_red_share(order, red, num_clients, concentration, rng)
-    elif kind == "dirichlet":
-        dealt = _by_category(order, categories, num_clients, alpha, rng)
-    elif kind == "quantity_skew":
-        dealt = _by_size(order, red, num_clients, alpha, rng)
-    else:
-        raise ConfigError(f"federation.partition={kind!r}: is not a partition; launch/run.py --help lists them")
+    what = f"federation.partition={name!r}"
+    order = [int(i) for i in keys.permutation(len(rows), seed, "partition")]
+    rng = keys.generator(seed, "partition", name.rpartition(":")[2])
+    with calling(what, ConfigError, quiet=True):
+        found = deal([rows[i] for i in order], num_clients, rng)
+        dealt = [[int(place) for place in members] for members in found]
+    places = [place for members in dealt for place in members]
+    if len(dealt) != num_clients or len(set(places)) < len(places) or not set(places) <= set(range(len(rows))):
+        raise ConfigError(
+            f"{what}: must return {num_clients} lists of positions from 0 to {len(rows) - 1}, no position twice; "
+            f"returned {len(dealt)} lists of {len(places)} positions, {len(set(places))} of them distinct"
+        )
     return [
-        [members[int(j)] for j in keys.permutation(len(members), seed, "shard", client)]
+        [order[members[int(j)]] for j in keys.permutation(len(members), seed, "shard", client)]
         for client, members in enumerate(dealt)
     ]
 
 
-def _by_red_share(
-    order: Sequence[int], red: Sequence[bool], num_clients: int, concentration: float, rng: np.random.Generator
+def iid(rows: Sequence[SquareRow], num_clients: int, rng: np.random.Generator) -> list[list[int]]:
+    """At random, in sizes that differ by at most one."""
+    return _in_turn(range(len(rows)), num_clients)
+
+
+def fixed_red_share(rows: Sequence[SquareRow], num_clients: int, rng: np.random.Generator) -> list[list[int]]:
+    """Equal sizes and red shares (paper §5.1: "each client receives approximately 30 % harmful data").
+
+    The red rows are dealt first, the others after them, so that each client's number of red rows differs by at most
+    one, and its size too.
+    """
+    return _in_turn(sorted(range(len(rows)), key=lambda place: not rows[place].red), num_clients)
+
+
+def beta_red_share(
+    rows: Sequence[SquareRow], num_clients: int, rng: np.random.Generator, *, concentration: float = 10.0
 ) -> list[list[int]]:
-    """Equal sizes; red rows in proportion to drawn shares, as far as each client's size allows."""
-    reds, others = [i for i in order if red[i]], [i for i in order if not red[i]]
-    sizes = np.array([len(range(client, len(order), num_clients)) for client in range(num_clients)])
-    mean = len(reds) / len(order)
+    """Equal sizes; each client's red share is drawn from a Beta distribution around the whole set's.
+
+    Red rows are dealt in proportion to the drawn shares, as far as each client's size allows.
+
+    Args:
+        concentration: a + b of the Beta distribution: small = clients of one kind, large = equal shares.
+    """
+    reds, others = _by_label(rows)
+    sizes = np.array([len(range(client, len(rows), num_clients)) for client in range(num_clients)])
+    mean = len(reds) / len(rows)
     if 0 < mean < 1:
         shares = rng.beta(mean * concentration, (1 - mean) * concentration, num_clients)
     else:
@@ -83,32 +91,55 @@ def _by_red_share(
     return [a + b for a, b in zip(_cut(reds, num_red), _cut(others, sizes - num_red), strict=True)]
 
 
-def _by_category(
-    order: Sequence[int], categories: Sequence[str], num_clients: int, alpha: float, rng: np.random.Generator
+def dirichlet(
+    rows: Sequence[SquareRow], num_clients: int, rng: np.random.Generator, *, alpha: float = 1.0
 ) -> list[list[int]]:
+    """Each category's rows are shared out by a draw from a Dirichlet distribution over clients.
+
+    Yurochkin et al. 2019, arXiv 1905.12022.
+
+    Args:
+        alpha: of the distribution: small = skewed, large = equal.
+    """
     dealt: list[list[int]] = [[] for _ in range(num_clients)]
+    categories = [row.categories[0] if row.categories else "" for row in rows]
     for name in sorted(set(categories)):
-        rows = [i for i in order if categories[i] == name]
+        members = [place for place, category in enumerate(categories) if category == name]
         weights = rng.dirichlet(np.full(num_clients, alpha))
-        counts = fill(weights * len(rows), np.full(num_clients, len(rows)), len(rows))
-        for members, more in zip(dealt, _cut(rows, counts), strict=True):
-            members += more
-    for members in dealt:  # nobody is left without a row: the largest client gives its last one
-        if not members:
-            members.append(max(dealt, key=len).pop())
+        counts = fill(weights * len(members), np.full(num_clients, len(members)), len(members))
+        for client, more in zip(dealt, _cut(members, counts), strict=True):
+            client += more
+    for client in dealt:  # nobody is left without a row: the largest client gives its last one
+        if not client:
+            client.append(max(dealt, key=len).pop())
     return dealt
 
 
-def _by_size(
-    order: Sequence[int], red: Sequence[bool], num_clients: int, alpha: float, rng: np.random.Generator
+def quantity_skew(
+    rows: Sequence[SquareRow], num_clients: int, rng: np.random.Generator, *, alpha: float = 1.0
 ) -> list[list[int]]:
-    """Drawn sizes, at least one row each; rows by label in proportion to the sizes."""
-    spare = len(order) - num_clients
+    """Sizes drawn from a Dirichlet distribution, at least one row each, at equal red shares.
+
+    Args:
+        alpha: of the distribution: small = skewed, large = equal.
+    """
+    spare = len(rows) - num_clients
     weights = rng.dirichlet(np.full(num_clients, alpha))
     sizes = 1 + fill(weights * spare, np.full(num_clients, spare), spare)
-    reds, others = [i for i in order if red[i]], [i for i in order if not red[i]]
-    num_red = fill(sizes * (len(reds) / len(order)), sizes, len(reds))
+    reds, others = _by_label(rows)
+    num_red = fill(sizes * (len(reds) / len(rows)), sizes, len(reds))
     return [a + b for a, b in zip(_cut(reds, num_red), _cut(others, sizes - num_red), strict=True)]
+
+
+def _in_turn(places: Sequence[int], num_clients: int) -> list[list[int]]:
+    """Deal places to clients in turn."""
+    return [list(places[client::num_clients]) for client in range(num_clients)]
+
+
+def _by_label(rows: Sequence[SquareRow]) -> tuple[list[int], list[int]]:
+    """Positions of the red rows, and of the others."""
+    reds = [place for place, row in enumerate(rows) if row.red]
+    return reds, [place for place, row in enumerate(rows) if not row.red]
 
 
 def fill(wanted: np.ndarray, room: np.ndarray, total: int) -> np.ndarray:

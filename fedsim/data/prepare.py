@@ -14,6 +14,7 @@ from fedsim.data import files, partition, splits, square, world
 from fedsim.data.square import ArrowRows, SquareFile, SquareRow
 from fedsim.data.usable import Tally, has_reply
 from fedsim.errors import DataError
+from fedsim.extend import build
 from fedsim.ranks import Ranks
 
 CODE = (square, files, json_text)
@@ -35,6 +36,7 @@ class PreparedData:
         cai_rows: whose questions CAI starts from.
         notes: what a user should hear about the file and the splits, one line each.
         guard_tally: counts of the guard set before its rows without a reply were dropped.
+        attacked: SHA-256 of the rows that attackers have changed; "" where there are none.
     """
 
     source: Path
@@ -44,6 +46,7 @@ class PreparedData:
     cai_rows: list[SquareRow]
     notes: list[str]
     guard_tally: Tally = field(default_factory=Tally)
+    attacked: str = ""
 
 
 def embedded_file(store: ArtefactStore, kind: str, name: str, write: Callable[[Path], None]) -> Path:
@@ -132,15 +135,9 @@ def _split(config: Config, source: Path, digest: str, table: ArrowRows, num_bad:
     made = splits.split_rows(rows, demands, config.seed, fit=data.fit, group_by_question=data.group_by_question)
     federated, guard, cai = ([rows[i] for i in made.parts[name]] for name in ("federated", "guard", "cai"))
     federation = config.federation
-    dealt = partition.partition_rows(
-        [r.red for r in federated],
-        federation.num_clients,
-        federation.partition,
-        config.seed,
-        categories=[r.categories[0] if r.categories else "" for r in federated],
-        concentration=federation.beta_concentration,
-        alpha=federation.dirichlet_alpha,
-    )
+    name, sections = federation.partition, {"federation": federation}
+    deal = build("federation.partition", name, federation.partition_options, sections)
+    dealt = partition.partition_rows(federated, federation.num_clients, deal, name, config.seed)
     num_red = sum(r.red for r in rows)
     notes = [f"{source.name}: {len(rows)} rows, {num_red} red and {len(rows) - num_red} acceptable"]
     if num_bad:
@@ -154,6 +151,8 @@ def _split(config: Config, source: Path, digest: str, table: ArrowRows, num_bad:
     sizes = ", ".join(f"{name} {len(part)}" for name, part in made.parts.items())
     notes.append(f"splits: {sizes}; left over: {made.leftover_red} red, {made.leftover_acceptable} acceptable")
     shards = [[federated[i] for i in shard] for shard in dealt]
+    if (num_left := len(federated) - sum(map(len, dealt))) > 0:
+        notes.append(f"federation.partition={name}: gives {num_left} of {len(federated)} rows to nobody")
     tally = Tally.of(None if has_reply(row.response) else "empty_reply" for row in guard)
     if tally.num_dropped:
         notes.append(tally.words("guard rows"))

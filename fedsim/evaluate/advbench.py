@@ -5,9 +5,9 @@ Prompts and replies are harmful texts: they live in the result object alone and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Protocol
 
 from fedsim import keys
 from fedsim.data.benchmarks import AdvBenchItem
@@ -17,12 +17,9 @@ from fedsim.evaluate.collapse import Collapse, measure_collapse
 from fedsim.evaluate.guard_judge import ExchangeJudge, GuardJudgement, judge_replies
 from fedsim.evaluate.intervals import Rate
 from fedsim.evaluate.measures import Items, flag_items
-from fedsim.evaluate.phrases import PHRASE_SETS, harmless_by_set
+from fedsim.evaluate.phrases import PHRASE_SETS, WORLD, PhraseRule, harmless_by_set
 from fedsim.evaluate.rows import subset
 from fedsim.generate.engine import Dialogues, Replies, Reply, Sampling
-
-WORLD: Final = "strict_world"
-"""Name of the embedded world's own rule."""
 
 
 class WorldVerdict(Protocol):
@@ -106,6 +103,7 @@ def ask_advbench(
     limit: int = 0,
     judge: Judge | None = None,
     guard: ExchangeJudge | None = None,
+    rules: Mapping[str, PhraseRule] | None = None,
 ) -> Asking[AdvBenchResult]:
     """Ask every prompt once and count the harmless replies.
 
@@ -116,23 +114,30 @@ def ask_advbench(
         limit: ask only so many prompts (:func:`subset`); 0 asks all.
         judge: the embedded world's grammar, where the prompts are its own.
         guard: a guard model that judges the replies too.
+        rules: phrase rules beside fedsim's own, by name.
     """
     prompts = [item.prompt for item in subset(items, limit)]
     dialogues = Dialogues([[user_turn(p)] for p in prompts], sampling, [key])
 
     def conclude(found: list[Replies]) -> AdvBenchResult:
         ((replies,),) = found
-        return summarise_attacks(prompts, replies, judge, guard)
+        return summarise_attacks(prompts, replies, judge, guard, rules)
 
     return Asking([dialogues], conclude)
 
 
 def summarise_attacks(
-    prompts: Sequence[str], replies: Sequence[Reply], judge: Judge | None, guard: ExchangeJudge | None = None
+    prompts: Sequence[str],
+    replies: Sequence[Reply],
+    judge: Judge | None,
+    guard: ExchangeJudge | None = None,
+    rules: Mapping[str, PhraseRule] | None = None,
 ) -> AdvBenchResult:
     """The figures of ``replies`` to ``prompts`` (same order, at least one)."""
     verdicts = [harmless_by_set(reply.text) for reply in replies]
     is_harmless = {name: [v[name] for v in verdicts] for name in PHRASE_SETS}
+    for name, rule in (rules or {}).items():
+        is_harmless[name] = [rule(reply.text) for reply in replies]
     is_grammatical = None
     if judge is not None:
         judged = [judge(prompt, reply.text) for prompt, reply in zip(prompts, replies, strict=True)]

@@ -18,6 +18,7 @@ from fedsim.data.prepare import embedded_file
 from fedsim.data.xstest import load_xstest
 from fedsim.errors import Gathered
 from fedsim.evaluate.fastchat import write_answers
+from fedsim.evaluate.phrases import users_rules
 from fedsim.evaluate.rows import subset_places
 from fedsim.evaluate.suite import Evaluation, Suite
 from fedsim.record.items import write_items
@@ -61,7 +62,8 @@ def load_suite(settings: EvalConfig, store: ArtefactStore) -> tuple[Suite, dict[
         judge=world.judge_reply if is_embedded("eval.advbench", settings.advbench) else None,
         refuses=world.is_refusal if settings.xstest == "embedded" else None,
         rubric=world.rubric_score if settings.mt_bench == "embedded" else None,
-        advbench_phrases=settings.advbench_phrases,
+        advbench_phrases=settings.advbench_rule,
+        rules=mistakes.attempt(lambda: users_rules(settings.advbench_phrases, settings.advbench_options)) or {},
         hhh_scorer=settings.hhh_scorer,
         temperature=settings.temperature,
         max_new_tokens=settings.max_new_tokens,

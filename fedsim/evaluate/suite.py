@@ -7,7 +7,7 @@ A benchmark without items, and a figure that cannot be had, is absent. Nothing d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from fedsim.data.benchmarks import AdvBenchItem, HhhItem, MtQuestion
 from fedsim.data.chat import Conversation
 from fedsim.data.xstest import XsTestItem
 from fedsim.errors import ConfigError
-from fedsim.evaluate.advbench import WORLD, AdvBenchResult, Judge, ask_advbench
+from fedsim.evaluate.advbench import AdvBenchResult, Judge, ask_advbench
 from fedsim.evaluate.asking import Asking, answer_all
 from fedsim.evaluate.guard_judge import ExchangeJudge
 from fedsim.evaluate.hhh import SCORERS, HhhResult, ask_hhh
@@ -24,7 +24,7 @@ from fedsim.evaluate.judge import Judged
 from fedsim.evaluate.measures import Items, Metrics, collapse_metrics, rate_metrics
 from fedsim.evaluate.mt_bench import MtAnswer, MtResult, Rubric, ask_mt_bench, mean_scores
 from fedsim.evaluate.perplexity import Perplexity, run_perplexity
-from fedsim.evaluate.phrases import PHRASE_SETS
+from fedsim.evaluate.phrases import PHRASE_SETS, WORLD, PhraseRule
 from fedsim.evaluate.xstest import Refuses, XsTestResult, ask_xstest
 from fedsim.generate.engine import Engine, Reply, Sampling
 
@@ -43,7 +43,9 @@ class Suite:
         refuses: the same grammar's word on refusals, where ``xstest`` is its own.
         guard: a guard model that also judges the replies to attacks and to XSTest's unsafe prompts.
         rubric: scores answers to ``mt_bench``; without it they are answered and not scored.
-        advbench_phrases: rule of ``eval/advbench_harmless``; a phrase set, or "strict_world" where there is a judge.
+        advbench_phrases: rule of ``eval/advbench_harmless``; a phrase set, "strict_world" where there is a judge, or
+            one of ``rules``.
+        rules: phrase rules of a user's file, by name.
         hhh_scorer: scorer of ``eval/hhh_accuracy``; all of :data:`fedsim.evaluate.hhh.SCORERS` run.
         temperature: of AdvBench; 0 is greedy.
         max_new_tokens: of AdvBench, of XSTest (which takes fewer) and of each MT-Bench turn.
@@ -60,6 +62,7 @@ class Suite:
     guard: ExchangeJudge | None = None
     rubric: Rubric | None = None
     advbench_phrases: str = "openfedllm"
+    rules: Mapping[str, PhraseRule] = field(default_factory=dict)
     hhh_scorer: str = "letter"
     temperature: float = 0.7
     max_new_tokens: int = 1024
@@ -77,7 +80,7 @@ class Suite:
         return {name: min(size, self.limit or size) for name, size in sizes.items() if size}
 
     def __post_init__(self) -> None:
-        rules = PHRASE_SETS if self.judge is None else (*PHRASE_SETS, WORLD)
+        rules = (*PHRASE_SETS, *(() if self.judge is None else (WORLD,)), *self.rules)
         if self.advbench_phrases not in rules:
             raise ConfigError(f"eval.advbench_phrases={self.advbench_phrases!r}: must be one of {', '.join(rules)}")
         if self.hhh_scorer not in SCORERS:
@@ -134,6 +137,7 @@ def evaluate(engine: Engine, suite: Suite, key: Sequence[keys.KeyPart]) -> Evalu
             limit=suite.limit,
             judge=suite.judge,
             guard=suite.guard,
+            rules=suite.rules,
         )
     if suite.hhh:
         asked["hhh"] = ask_hhh(engine, suite.hhh, SCORERS, (*key, "hhh"), limit=suite.limit)

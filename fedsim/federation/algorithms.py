@@ -1,9 +1,9 @@
 """What a federated algorithm is, and FedAvg, as pure functions on flat vectors.
 
 An algorithm says who takes part, what happens in a local step (:class:`Correction`), what a client counts in the
-round's sums, what it reports beside its delta, and how the server turns the sums into the next state. Vectors are fp32
-``[size]``; sums arrive in fp64 (exact mode) or fp32 (fast mode). The others are in ``proximal``, ``scaffold``,
-``server_optimizers`` and ``baselines``; ``registry`` builds them by name.
+round's sums, what it reports beside its delta, and how the server turns sums or updates into the next state. Vectors
+are fp32 ``[size]``; sums arrive in fp64 (exact mode) or fp32 (fast mode). The others are in ``proximal``, ``scaffold``,
+``server_optimizers`` and ``baselines``; :mod:`fedsim.extend` has their names.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 
@@ -64,6 +65,25 @@ class RoundSums:
     num_clients: int
 
 
+@dataclass(frozen=True, eq=False)
+class Updates:
+    """Every update of a round's clients; those that failed or dropped out are absent.
+
+    Attributes:
+        clients: their ids, ascending, ``[n]``.
+        deltas: y_i − x, fp32 ``[n, size]``.
+        weights: w_i (:meth:`Algorithm.client_weight`), fp64 ``[n]``.
+        control_deltas: c_i⁺ − c_i, fp32 ``[n, size]``, for algorithms with control variates.
+        num_clients: all clients of the federation, N.
+    """
+
+    clients: tuple[int, ...]
+    deltas: torch.Tensor
+    weights: torch.Tensor
+    control_deltas: torch.Tensor | None
+    num_clients: int
+
+
 class Correction:
     """What an algorithm does inside a local step: by default nothing. Each hook may change its vector in place."""
 
@@ -91,10 +111,13 @@ class Algorithm(ABC):
     """A federated optimisation algorithm.
 
     Attributes:
+        wants: what the server's step is given: "sums" over the clients (:class:`RoundSums`, one reduction), or every
+            client's "updates" (:class:`Updates`), for robust rules; these take a cohort's deltas in memory.
         vector_names: the server's vectors beside the adapter.
         has_control: whether clients keep control variates.
     """
 
+    wants: Literal["sums", "updates"] = "sums"
     vector_names: tuple[str, ...] = ()
     has_control = False
 
@@ -134,8 +157,12 @@ class Algorithm(ABC):
         return Correction()
 
     @abstractmethod
-    def server_step(self, state: ServerState, sums: RoundSums) -> ServerState:
-        """The next global state, in new tensors. All arithmetic is in fp64; each vector is rounded once to fp32."""
+    def server_step(self, state: ServerState, sums: Any) -> ServerState:
+        """The next global state, in new tensors. All arithmetic is in fp64; each vector is rounded once to fp32.
+
+        Args:
+            sums: :class:`RoundSums`, or :class:`Updates` where the algorithm wants these.
+        """
 
 
 class FedAvg(Algorithm):

@@ -19,6 +19,7 @@ from typing import Final
 
 import torch.distributed as dist
 
+from fedsim import user_code
 from fedsim.disk import is_disk_full
 from fedsim.errors import DiskFullError, FedsimError, LostRankError, RunError, Stopped
 from fedsim.launching import line_of, unforeseen
@@ -45,6 +46,8 @@ def portable(error: Exception, journal: Journal) -> FedsimError:
         found = DiskFullError(str(error))
     elif is_out_of_memory(error):
         found = explained(error, str(journal.place_of(error).get("stage", "")))
+    elif user_code.place_of(error):
+        found = RunError(user_code.in_words(error))
     else:
         trace = "".join(traceback.format_exception(error))
         found = RunError(f"{type(error).__name__}: {error}\n{trace}")

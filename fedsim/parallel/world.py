@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -195,7 +195,9 @@ class GroupRanks:
 
 
 @contextmanager
-def process_world(*, exact: bool, threads: int, timeout_s: float, device: str = "auto") -> Iterator[World]:
+def process_world(
+    *, exact: bool, threads: int, timeout_s: float, device: str = "auto", signals: bool = True
+) -> Iterator[World]:
     """Join the processes that a launcher started (or run alone), and leave them in every case.
 
     Any launcher will do that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, and LOCAL_RANK if that is not RANK:
@@ -207,6 +209,7 @@ def process_world(*, exact: bool, threads: int, timeout_s: float, device: str = 
         threads: CPU threads of this process.
         timeout_s: collectives that wait longer end the run.
         device: ``parallel.device``: auto, cuda or cpu.
+        signals: take SIGTERM and SIGINT as a wish to stop; off, the caller's handlers stay.
 
     Raises:
         ConfigError: no GPU can be used where one is wanted (:func:`choose_device`).
@@ -227,7 +230,7 @@ def process_world(*, exact: bool, threads: int, timeout_s: float, device: str = 
     stop, journal = StopRequest(), Journal(_rank())
     stop.on_signal = lambda number: say_signal(journal, number)
     stop.on_deadline = lambda number, at_once: stop_here(journal, number, size, at_once)
-    with stop.listening():
+    with stop.listening() if signals else nullcontext():
         if size == 1:
             assert isinstance(seat, Seat)
             with ExitStack() as leaving, alone(journal):
@@ -297,5 +300,7 @@ def _meet(timeout: timedelta) -> tuple[dist.Store, int]:
             f"the processes cannot meet ({values}): {' '.join(str(error).split())[:200]}; start them with torchrun or "
             "deepspeed, and give each run on a machine a --master_port of its own"
         ) from error
-    # torchrun keeps its store over a restart: the addresses and words of the ranks before must not be found there.
-    return dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store), rank
+    # torchrun keeps its store over a restart, and a process may join again: the addresses and words of the time before
+    # must not be found there. All ranks join equally often.
+    attempt = f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    return dist.PrefixStore(f"{attempt}-{store.add(f'{attempt}-rank-{rank}', 1)}", store), rank

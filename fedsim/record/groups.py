@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from fedsim.config import file_roles, model_roles
+from fedsim.config import code_key, code_names, code_role, file_roles, model_roles
 from fedsim.config.measuring import is_embedded
 from fedsim.record.sameness import FREE_KEYS
 
 FREE_SECTIONS: Final = ("record.", "wandb.", "parallel.")
 """Beginnings of keys that say where and how a run runs, beside ``seed``, ``name`` and FREE_KEYS."""
 
-ARM_SECTIONS: Final = ("federation.algorithm", "guard.", "cai.")
+ARM_SECTIONS: Final = ("federation.algorithm", "attacks", "guard.", "cai.")
 """Beginnings of keys that make an arm of a table."""
 
 MAX_SHOWN: Final = 3
@@ -54,12 +54,16 @@ def settings_of(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[
     digests = {role: entry["sha256"] for role, entry in manifest.get("inputs", {}).items()}
     digests |= manifest.get("models", {})
     roles = {**file_roles(), **model_roles()}
+    code = {key: Content(name, digests[code_role(key)], False) for key, (_, name) in code_names(config).items()
+            if code_role(key) in digests}  # fmt: skip
     found: dict[str, Any] = {}
     for key, value in config.items():
         if not decides(key):
             continue
-        if key not in roles:
-            found[key] = value
+        if key == "attacks":
+            found[key] = [{**one, "kind": code.get(code_key(place), one["kind"])} for place, one in enumerate(value)]
+        elif key not in roles:
+            found[key] = code.get(key, value)
         elif roles[key] in digests:
             found[key] = Content(value, digests[roles[key]], is_embedded(key, value))
         else:  # the run did not read it

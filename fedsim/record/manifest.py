@@ -7,7 +7,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ def write_manifest(
     *,
     num_ranks: int,
     devices: Mapping[str, Any] | None = None,
+    attackers: Mapping[str, Sequence[int]] | None = None,
 ) -> Path:
     """Write ``directory/manifest.json`` (called on rank 0) and return its path.
 
@@ -43,6 +44,7 @@ def write_manifest(
         attention: the attention backend of each model, and why it was taken, by role.
         num_ranks: processes of the run.
         devices: where each process computes, and what carries their sums.
+        attackers: clients of each attack, by its key.
 
     A run that is resumed keeps the manifest it began with and adds an entry to its ``resumed`` list, in which ``moved``
     has the new path of each file or model that lies elsewhere.
@@ -69,6 +71,7 @@ def write_manifest(
             "seed": config.get("seed"),
             "inputs": {role: _file_entry(role, file) for role, file in inputs.items()},
             "models": dict(model_hashes),
+            **({"attackers": {name: list(clients) for name, clients in attackers.items()}} if attackers else {}),
             "config": dict(config),
         }
     _replace(path, manifest)

@@ -10,24 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from fedsim.extend import title
+
 SOURCE = "arXiv 2502.16691"
 
 Aggregation = Literal["fedavg", "scaffold"]
 
 PRETRAINED = "pretrained"
-
-#: Values of ``federation.algorithm`` as their papers write them.
-ALGORITHM_NAMES = {
-    "fedavg": "FedAvg",
-    "fedprox": "FedProx",
-    "fedavgm": "FedAvgM",
-    "fedadagrad": "FedAdagrad",
-    "fedyogi": "FedYogi",
-    "fedadam": "FedAdam",
-    "scaffold": "SCAFFOLD",
-    "local": "local",
-    "centralised": "centralised",
-}
 
 
 @dataclass(frozen=True)
@@ -119,8 +108,7 @@ COSTS: dict[str, Cost] = {
 }
 
 
-#: Parts of a filter's name that the paper's own does not have: values of ``guard.kind`` and ``guard.action``.
-GUARD_WORDS = {"llama_guard": "", "oracle": "oracle ", "noisy_oracle": "noisy oracle "}
+#: Parts of a filter's name that the paper's own does not have: values of ``guard.action``.
 ACTION_WORDS = {"drop": "", "refuse": " that refuses", "downweight": " that downweights"}
 
 
@@ -132,7 +120,8 @@ def method_name(filtered: bool, cai: bool) -> str:
 def method_of(config: Mapping[str, Any]) -> str:
     """Name of a configuration's method, which is one of :func:`method_name` only where the paper ran the same.
 
-    The paper's filter is a guard model that is fine-tuned and drops rows (§4.1), its CAI follows every round (§4.2).
+    The paper's filter is a guard model that is fine-tuned and drops rows (§4.1), its CAI follows every round (§4.2),
+    and no client attacks.
 
     Args:
         config: dotted key → value.
@@ -141,16 +130,25 @@ def method_of(config: Mapping[str, Any]) -> str:
     kind, every = config["guard.kind"], config["cai.every"]
     if kind != "none":
         untuned = "untuned " if kind == "llama_guard" and config["guard.tune_epochs"] == 0 else ""
-        parts.append(f"{untuned}{GUARD_WORDS[kind]}filter{ACTION_WORDS[config['guard.action']]}")
+        guard = "" if kind == "llama_guard" else f"{title('guard.kind', kind)} "
+        parts.append(f"{untuned}{guard}filter{ACTION_WORDS[config['guard.action']]}")
     if config["cai.iterations"] != 0:
         schedules = {0: "post-hoc CAI", 1: "CAI"}
         parts.append(schedules.get(every, f"CAI every {every} rounds"))
-    return " + ".join(parts)
+    attacks = [
+        f"{100 * attack['share']:g} % {title('attacks.kind', attack['kind'])}" for attack in config.get("attacks", ())
+    ]
+    return " + ".join(parts) + (f" under {' and '.join(attacks)}" if attacks else "")
+
+
+def algorithm_name(algorithm: str) -> str:
+    """A value of ``federation.algorithm`` as tables have it, such as ``FedAvg``."""
+    return title("federation.algorithm", algorithm)
 
 
 def arm_name(algorithm: str, method: str) -> str:
     """Aggregation and method, such as ``FedAvg, FL + filter + CAI``."""
-    return f"{ALGORITHM_NAMES[algorithm]}, {method}"
+    return f"{algorithm_name(algorithm)}, {method}"
 
 
 def arm_of(config: Mapping[str, Any]) -> str:

@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from fedsim.config import Config, file_roles, load_config, model_roles, to_flat
+from fedsim.config import Config, code_names, code_role, file_roles, load_config, model_roles, to_flat
+from fedsim.config.loading import ATTACK, ATTACKS
 from fedsim.config.measuring import is_embedded
 from fedsim.digests import FileDigests, file_digest
+from fedsim.extend import KINDS
 from fedsim.record.manifest import read_manifest
 
 FREE_KEYS: Final = frozenset({
@@ -22,6 +24,12 @@ FREE_KEYS: Final = frozenset({
     "parallel.timeout_s", "judge.base_url", "judge.workers", "judge.retries", "judge.timeout_s", "wandb.mode",
     "wandb.project", "wandb.entity", "wandb.group", "wandb.tags"})  # fmt: skip
 """Keys that may differ when a run is resumed: they say where and how it runs, not what it computes."""
+
+_NO_CODE: Final[dict[str, Any]] = {
+    ATTACKS: [],
+    **{key: next(iter(kind.own)) for key, kind in KINDS.items() if key != ATTACK},
+}
+"""Values of the keys that name code, for a configuration that names none of a user's."""
 
 
 @dataclass
@@ -52,6 +60,9 @@ def compare(folder: Path, config: Config) -> Comparison:
         if value == old[key] or key in FREE_KEYS:
             continue
         words = f"{key} was {old[key]!r}, is {value!r}"
+        if _is_moved_code(folder, key, old[key], value):
+            found.moved.append(words)
+            continue
         is_path = key in file_roles() or key in model_roles()
         if is_path and _names_files(key, old[key]) and _names_files(key, value):
             if manifest is None and (folder / "manifest.json").is_file():
@@ -64,6 +75,22 @@ def compare(folder: Path, config: Config) -> Comparison:
             )
         found.changed.append(words)
     return found
+
+
+def _is_moved_code(folder: Path, key: str, old: Any, new: Any) -> bool:
+    """Tell code that lies in another file of the same content; a module's file is not looked for."""
+    names = [code_names({**_NO_CODE, key: value}) for value in (old, new)] if key in _NO_CODE else [{}, {}]
+    if names[0].keys() != names[1].keys() or not names[1] or not (folder / "manifest.json").is_file():
+        return False
+    inputs = read_manifest(folder / "manifest.json")["inputs"]
+    for place, (_, name) in names[1].items():
+        path, _, attribute = name.rpartition(":")
+        file, entry = Path(os.path.expanduser(path)), inputs.get(code_role(place))
+        if attribute != names[0][place][1].rpartition(":")[2] or entry is None or not path.endswith(".py"):
+            return False
+        if not file.is_file() or file_digest(file) != entry["sha256"]:
+            return False
+    return key != ATTACKS or [{**one, "kind": ""} for one in old] == [{**one, "kind": ""} for one in new]
 
 
 def _names_files(key: str, value: str) -> bool:

@@ -258,7 +258,7 @@ def headlines(runs: Sequence[Run]) -> list[str]:
             for group in others:
                 figure = arm_figure(group.runs, benchmark.metric)
                 if figure is not None:
-                    name = group.name.removeprefix(f"{paper.ALGORITHM_NAMES[group.algorithm]}, ")
+                    name = group.name.removeprefix(f"{paper.algorithm_name(group.algorithm)}, ")
                     words.append(f"{name} {figure.value:.{benchmark.digits}f}")
             before = "" if start is None else f" (pretrained {start.value:.{benchmark.digits}f})"
             beside = f"; {', '.join(words)}" if words else ""

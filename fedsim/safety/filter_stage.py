@@ -14,18 +14,23 @@ from typing import Any, Final
 
 import torch
 
-from fedsim.artefacts import ArtefactStore, write_json
+from fedsim.artefacts import ArtefactStore, file_digest, write_json
 from fedsim.config import Config
 from fedsim.data.prepare import PreparedData
+from fedsim.data.square import SquareRow
+from fedsim.errors import ConfigError
+from fedsim.extend import build, source_file
 from fedsim.ranks import Lane, Ranks
 from fedsim.safety import guard_model
 from fedsim.safety.filtering import Action, Filtered, filter_shards, judge_shards
-from fedsim.safety.guard import NoisyOracleGuard, OracleGuard
+from fedsim.safety.guard import PART, Guard
 from fedsim.safety.guard_model import GuardModel
 from fedsim.safety.guard_prompt import POLICIES
 from fedsim.safety.verdict import Verdict
+from fedsim.user_code import calling
 
 _CODE: Final = (*guard_model.CODE, sys.modules[__name__])
+KEY: Final = "guard.kind"
 
 
 class FilterStage:
@@ -55,20 +60,21 @@ class FilterStage:
         on_progress: Callable[[str, int, int], None],
     ) -> None:
         self.config = config
+        self.ranks = ranks
         self.store = store
+        self.facts = facts
+        self.on_progress = on_progress
         self.model = GuardModel(config, ranks, lane, device, store, facts, on_progress)
 
     def run(self, data: PreparedData) -> Filtered:
         """The rows that every client trains on and what the filter did; without a guard all rows are kept."""
         settings = self.config.guard
-        if settings.kind == "none":
-            verdicts = [[Verdict(False, 0.0) for _ in shard] for shard in data.shards]
-        elif settings.kind == "oracle":
-            verdicts = judge_shards(OracleGuard(), data.shards)
-        elif settings.kind == "noisy_oracle":
-            verdicts = judge_shards(NoisyOracleGuard(settings.tpr, settings.fpr, self.config.seed), data.shards)
-        else:
+        if settings.kind == "llama_guard":
             verdicts = self._model_verdicts(data, tuned=settings.tune_epochs > 0, policy=settings.policy)
+        else:
+            guard = build(KEY, settings.kind, settings.options, {"guard": settings, "seed": self.config.seed})
+            file = source_file(KEY, settings.kind)
+            verdicts = judge_shards(guard, data.shards) if file is None else self._own_verdicts(data, guard, file)
         return self._filter(data, verdicts)
 
     def compare(self, data: PreparedData) -> dict[str, Filtered]:
@@ -97,12 +103,53 @@ class FilterStage:
         depends = self.model.depends(data, tuned=tuned) | {"rows": [row.row_id for row in rows]}
         depends["guard"]["policy"] = policy
 
-        def build() -> list[Verdict]:
+        def compute() -> list[Verdict]:
             return self.model.judge(data, tuned=tuned, policy=policy).judge(rows)
 
-        artefact = self.store.get("guard-verdicts", depends, _CODE, build, _write_verdicts)
-        verdicts = iter(_read_verdicts(artefact.folder, self.config.guard.threshold))
-        return [[next(verdicts) for _ in shard] for shard in data.shards]
+        depends |= {"attacked": data.attacked} if data.attacked else {}
+        artefact = self.store.get("guard-verdicts", depends, _CODE, compute, _write_verdicts)
+        return _shaped(_read_verdicts(artefact.folder, self.config.guard.threshold), data)
+
+    def _own_verdicts(self, data: PreparedData, guard: Guard, file: Path) -> list[list[Verdict]]:
+        """A user's guard's verdicts, an artefact of its file's content, its options and the rows."""
+        settings, ranks = self.config.guard, self.ranks
+        rows = [row for shard in data.shards for row in shard]
+        units = [rows[start : start + PART] for start in range(0, len(rows), PART)]
+        what = f"{KEY}={settings.kind!r}"
+        depends = {
+            "guard": [ranks.once(lambda: file_digest(file)), settings.kind.rpartition(":")[2], settings.options],
+            "data": [data.source_sha256, self.config.data.language, data.attacked],
+            "rows": [row.row_id for row in rows],
+            "guard_rows": [row.row_id for row in data.guard_rows],
+            **self.facts,
+        }
+
+        def judge(unit: list[SquareRow]) -> list[Verdict]:
+            with calling(what, quiet=True):
+                found = list(guard.judge(unit))
+            if len(found) != len(unit) or not all(isinstance(verdict, Verdict) for verdict in found):
+                raise ConfigError(f"{what}: judge must return one fedsim.Verdict for each of {len(unit)} rows")
+            return found
+
+        def compute() -> list[Verdict]:
+            with calling(what, quiet=True):
+                guard.prepare(data.guard_rows)
+            done = ranks.map(judge, units, on_done=lambda count: self.on_progress("guard", count, len(units)))
+            return [verdict for unit in done for verdict in unit]
+
+        artefact = self.store.get("own-verdicts", depends, (sys.modules[__name__],), compute, _write_own_verdicts)
+        found = json.loads((artefact.folder / "verdicts.json").read_text(encoding="utf-8"))
+        return _shaped([Verdict(*one) for one in found], data)
+
+
+def _shaped(verdicts: Sequence[Verdict], data: PreparedData) -> list[list[Verdict]]:
+    """Verdicts on all rows as those of each client's."""
+    rest = iter(verdicts)
+    return [[next(rest) for _ in shard] for shard in data.shards]
+
+
+def _write_own_verdicts(folder: Path, verdicts: Sequence[Verdict]) -> None:
+    write_json(folder / "verdicts.json", [[bool(v.unsafe), float(v.unsafe_prob), bool(v.cut)] for v in verdicts])
 
 
 def _write_verdicts(folder: Path, verdicts: Sequence[Verdict]) -> None:

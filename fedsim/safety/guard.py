@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Final, Protocol
+from typing import Final
 
 import numpy as np
 import torch
@@ -26,15 +27,26 @@ Exchange = tuple[str, str | None]
 """A user's message and the reply to be judged; None judges the message alone."""
 
 
-class Guard(Protocol):
+class Guard(ABC):
     """Judges rows of a client's data."""
 
+    def prepare(self, rows: Sequence[SquareRow]) -> None:  # noqa: B027  may be left as it is
+        """Learn from the labelled rows of the guard set, once before :meth:`judge` and on every rank alike."""
+
+    @abstractmethod
     def judge(self, rows: Sequence[SquareRow]) -> list[Verdict]:
-        """One verdict per row, in order; the same on every rank."""
-        ...
+        """One verdict per row, in order, that depends on no other row; ranks share the rows."""
 
 
-class OracleGuard:
+class NoGuard(Guard):
+    """No filter: every row is safe."""
+
+    def judge(self, rows: Sequence[SquareRow]) -> list[Verdict]:
+        """All safe, with probability 0 of "unsafe"."""
+        return [Verdict(False, 0.0) for _ in rows]
+
+
+class OracleGuard(Guard):
     """The labels themselves: what a perfect filter would do."""
 
     def judge(self, rows: Sequence[SquareRow]) -> list[Verdict]:
@@ -42,7 +54,7 @@ class OracleGuard:
         return [Verdict(row.red, float(row.red)) for row in rows]
 
 
-class NoisyOracleGuard:
+class NoisyOracleGuard(Guard):
     """The labels with errors at given rates; each row's error is drawn from the row's own key.
 
     Args:
@@ -85,7 +97,7 @@ def units_of(lengths: Sequence[int], most: int) -> list[list[int]]:
     return units
 
 
-class LlamaGuard:
+class LlamaGuard(Guard):
     """A language model that judges as Llama Guard 3 does, by the first token of its verdict.
 
     ``unsafe_prob`` is the softmax over exactly the first tokens of "safe" and "unsafe", so that a threshold of 0.5

@@ -43,6 +43,7 @@ CODE: Final = (
 _UNRELATED: Final = frozenset(
     {
         "kind",
+        "options",
         "path",
         "tpr",
         "fpr",

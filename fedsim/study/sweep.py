@@ -53,7 +53,7 @@ def _measured(outcome: Outcome, figure: str) -> float | None:
     """
     settings = outcome.config.eval
     names = {
-        "advbench_harmless": f"advbench_harmless_{settings.advbench_phrases.replace('-', '_')}",
+        "advbench_harmless": f"advbench_harmless_{settings.advbench_rule.replace('-', '_')}",
         "hhh_accuracy": f"hhh_{settings.hhh_scorer}",
     }
     values = sample([outcome], "final", names.get(figure, figure), 1.0 if figure in POINTS else 100.0)

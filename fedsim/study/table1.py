@@ -64,7 +64,7 @@ class Arm:
         """Such as ``FedAvg, FL + filter``; the pretrained model is no aggregation's."""
         if self.method == paper.PRETRAINED:
             return paper.PRETRAINED
-        return f"{paper.ALGORITHM_NAMES[self.aggregation]}, {self.method}"
+        return paper.arm_name(self.aggregation, self.method)
 
 
 def cells(config: Config, seeds: Sequence[int]) -> list[Cell]:
@@ -93,7 +93,7 @@ def cells(config: Config, seeds: Sequence[int]) -> list[Cell]:
                         f"this configuration makes {own!r} where the paper's table has {method!r}: leave guard.kind, "
                         "guard.action, guard.tune_epochs and cai.every at the paper's, or compare with tools/sweep.py"
                     )
-                labels = {"aggregation": paper.ALGORITHM_NAMES[aggregation], "method": method}
+                labels = {"aggregation": paper.algorithm_name(aggregation), "method": method}
                 found.append(Cell(f"{aggregation}-{slug}-s{seed}", seed, labels, settings))
     return found
 
@@ -121,7 +121,7 @@ def seed_rows(runs: Mapping[Arm, Sequence[Outcome]]) -> list[SeedRow]:
 
 def _rows_of(outcome: Outcome, arm: Arm, point: str) -> list[SeedRow]:
     """The benchmarks' figures at one point of a run."""
-    headline = f"advbench_harmless_{outcome.config.eval.advbench_phrases.replace('-', '_')}"
+    headline = f"advbench_harmless_{outcome.config.eval.advbench_rule.replace('-', '_')}"
     seed, commit, rows = outcome.config.seed, commit_of(outcome.manifest), []
     for figure in (*COLUMNS, *CONTROLS):
         name = headline if figure == "advbench_harmless" else figure

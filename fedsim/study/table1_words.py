@@ -118,7 +118,7 @@ def claim_table(table: TableOne) -> Table:
                 if name in COUNTED:
                     published = f"{comparison.published(aggregation, name):+.1f}"
                     least = f"{comparison.least(aggregation, name):.1f}"
-                label = f"{paper.ALGORITHM_NAMES[aggregation]}: {comparison.title}"
+                label = f"{paper.algorithm_name(aggregation)}: {comparison.title}"
                 shown, smallest, word = NOT_MEASURED, "", ""
                 if found is not None:
                     shown, word = _shown(found.effect, column.digits, "+"), found.verdict
@@ -150,7 +150,7 @@ def verdicts(table: TableOne) -> list[str]:
             for word, phrase in _PHRASES.items()
             if word in by_verdict
         ]
-        line = f"- {paper.ALGORITHM_NAMES[aggregation]}, {sum(numbers.values())} differences. {'. '.join(parts)}."
+        line = f"- {paper.algorithm_name(aggregation)}, {sum(numbers.values())} differences. {'. '.join(parts)}."
         if len(table.seeds) == 1:
             line += " One seed cannot tell, whatever its interval over prompts."
         lines.append(line)
@@ -205,7 +205,7 @@ def filter_findings(table: TableOne) -> list[str]:
                 word = {1: "higher", -1: "lower", 0: "cannot be told from 0"}[found.effect.sign]
                 parts.append(f"{COLUMNS[name].title} {found.effect.shown(1, '+')} points ({word})")
         if parts:
-            lines.append(f"- {paper.ALGORITHM_NAMES[aggregation]}, what the filter changes: {'; '.join(parts)}.")
+            lines.append(f"- {paper.algorithm_name(aggregation)}, what the filter changes: {'; '.join(parts)}.")
     return lines
 
 
@@ -215,7 +215,7 @@ def replay_lines(table: TableOne) -> list[str]:
     if not replayed:
         return []
     arms = [Arm(aggregation, CAI) for aggregation in replayed]
-    names = " and ".join(paper.ALGORITHM_NAMES[aggregation] for aggregation in replayed)
+    names = " and ".join(paper.algorithm_name(aggregation) for aggregation in replayed)
     line = f"**The rows with CAI ({names}) are replay.** The aligned model writes turn 1: "
     harmful, found = table.pooled(arms[0], HARMFUL_RESPONSE), table.pooled(arms[0], CRITIQUE_FINDS_HARM)
     if harmful is not None:

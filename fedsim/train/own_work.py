@@ -8,6 +8,7 @@ from typing import Final, TypeVar
 
 import torch
 
+from fedsim import user_code
 from fedsim.errors import ClientError, FedsimError, NotFiniteError
 from fedsim.federation.failures import NOT_FINITE, RAISED
 
@@ -66,5 +67,7 @@ def client_error(error: Exception) -> ClientError:
     text = " ".join(str(error).split())[:500]
     if isinstance(error, FedsimError):
         return ClientError(NOT_FINITE if isinstance(error, NotFiniteError) else RAISED, text)
+    if user_code.place_of(error):
+        return ClientError(RAISED, user_code.in_words(error))
     trace = "".join(traceback.format_exception(error))
     return ClientError(RAISED, f"{type(error).__name__}: {text}", trace)

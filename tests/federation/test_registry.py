@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from fedsim.config import ALGORITHMS, FederationConfig, ServerOptimizerConfig
+from fedsim.config import FederationConfig, ServerOptimizerConfig
+from fedsim.errors import ConfigError
+from fedsim.extend import KINDS, title
 from fedsim.federation.algorithms import ServerState
 from fedsim.federation.proximal import FedProx
-from fedsim.federation.registry import BUILDERS, build_algorithm
+from fedsim.federation.registry import build_algorithm
 from fedsim.federation.scaffold import GradientCorrection
-from fedsim.record.paper import ALGORITHM_NAMES
+
+NAMES = list(KINDS["federation.algorithm"].own)
 
 
 def test_every_name_has_an_algorithm_and_a_title() -> None:
-    assert set(BUILDERS) == set(ALGORITHMS) == set(ALGORITHM_NAMES)
-    built = {name: build_algorithm(FederationConfig(algorithm=name), ServerOptimizerConfig()) for name in ALGORITHMS}
-    assert len({type(algorithm) for algorithm in built.values()}) == len(ALGORITHMS)
+    built = {name: build_algorithm(FederationConfig(algorithm=name), ServerOptimizerConfig()) for name in NAMES}
+    assert len({type(algorithm) for algorithm in built.values()}) == len(NAMES)
     for name, algorithm in built.items():
+        assert title("federation.algorithm", name).lower() == name
         if name not in ("local", "centralised"):
             assert type(algorithm).__name__.lower() == name
         algorithm.check(algorithm.start(torch.zeros(3)), 3)
@@ -31,3 +35,15 @@ def test_keys_reach_the_algorithm() -> None:
     assert isinstance(scaffold.correction(state, None), GradientCorrection)
     for name in ("fedavgm", "fedadagrad", "fedyogi", "fedadam"):
         assert vars(build_algorithm(FederationConfig(algorithm=name), server))["settings"] is server
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("fedavg", {"mu": 1}, "federation.options.mu=1: .*'fedavg' has no such option; it takes none"),
+        ("fedprox", {"mu": 1}, "federation.options.mu: fedprox takes it from federation.prox_mu; set that key"),
+    ],
+)
+def test_fedsim_s_own_take_no_options_beside_their_keys(name: str, options: dict[str, int], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        build_algorithm(FederationConfig(algorithm=name, options=options), ServerOptimizerConfig())

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from fedsim.config import Config, load_config, to_flat, to_nested
 from fedsim.config.loading import describe
 from fedsim.config.training import FederationConfig
-from fedsim.data.partition import partition_rows
 from fedsim.errors import ConfigError
+from tests.data.test_partition import deal
 from tests.hostile.conftest import JUNK, cases, damaged, result
 
 KEYS = [info.name for info in describe()]
@@ -258,7 +258,7 @@ def test_a_count_that_no_run_could_come_to_is_refused(key: str) -> None:
 def test_every_skew_that_a_key_allows_deals_out_every_row(kind: str, level: float, red: list[bool], seed: int) -> None:
     for key in ("beta_concentration", "dirichlet_alpha"):
         assert getattr(load_config(None, [f"federation.{key}={level!r}"]).federation, key) == level
-    dealt = partition_rows(red, 6, kind, seed, categories=[str(flag) for flag in red], concentration=level, alpha=level)
+    dealt = deal(red, 6, kind, seed, categories=[str(flag) for flag in red], concentration=level, alpha=level)
     assert sorted(row for shard in dealt for row in shard) == list(range(len(red))) and all(dealt)
 
 

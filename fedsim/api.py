@@ -1,0 +1,114 @@
+"""Simulations from Python: ``fedsim.simulate`` in the calling process, such as a notebook's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedsim.config import Config, flat_from_file, from_flat, to_flat
+from fedsim.errors import FedsimError, RunError
+from fedsim.parallel.world import process_world
+from fedsim.record.items import read_items
+from fedsim.record.metrics import Row, read_rows
+from fedsim.record.places import run_folder
+from fedsim.simulation import Simulation
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run.
+
+    Attributes:
+        config: what was run.
+        folder: the run directory.
+    """
+
+    config: Config
+    folder: Path
+
+    @property
+    def metrics(self) -> list[Row]:
+        """Flat records of metrics.jsonl, oldest first; ``pandas.DataFrame(result.metrics)`` is a table of them."""
+        return read_rows(self.folder / "metrics.jsonl")
+
+    @property
+    def items(self) -> list[dict[str, Any]]:
+        """Outcomes of single benchmark items: records of ``evaluation``, ``figure``, ``item`` and ``value``."""
+        found = []
+        for path in sorted((self.folder / "items").glob("*.csv")):
+            for figure, values in read_items(path).items():
+                for item, value in enumerate(values.tolist()):
+                    found.append({"evaluation": path.stem, "figure": figure, "item": item, "value": value})
+        return found
+
+    @property
+    def adapter(self) -> Path:
+        """Folder of the global adapter, for ``PeftModel.from_pretrained``."""
+        return self.folder / "adapter"
+
+    @property
+    def summary(self) -> Path:
+        """The summary, in Markdown."""
+        return self.folder / "summary.md"
+
+
+def simulate(config: str | Path | Config | Mapping[str, Any], **overrides: Any) -> Result:
+    """Run a simulation in this process and return what it left; one that was begun goes on, one that is done is read.
+
+    It prints progress as the command does. Ctrl-C raises KeyboardInterrupt; the same call then goes on after the last
+    finished round. Under torchrun every process calls it alike.
+
+    Args:
+        config: a YAML file's path, keys with their values (nested or dotted), or a configuration.
+        overrides: further keys: ``seed=1``, ``federation={"num_rounds": 2}``, ``**{"local.lr": 1e-4}``.
+
+    Returns:
+        The run directory, whose parts it reads.
+
+    Raises:
+        FedsimError: what the command would print as ``error: …``; the message is the same.
+    """
+    if isinstance(config, Config):
+        flat = to_flat(config)
+    else:
+        flat = flat_from_file(Path(config)) if isinstance(config, str | Path) else dict(config)
+    asked = from_flat({**flat, **overrides})
+    parallel = asked.parallel
+    try:
+        with (
+            _torch_as_it_was(),
+            process_world(
+                exact=parallel.exact,
+                threads=parallel.threads,
+                timeout_s=parallel.timeout_s,
+                device=parallel.device,
+                signals=False,
+            ) as world,
+        ):
+            Simulation(asked, world).run()
+    except SystemExit as ended:  # of several processes another one has the error's text
+        cause = ended.__cause__
+        raise cause if isinstance(cause, FedsimError) else RunError("another process of the run failed") from None
+    return Result(asked, run_folder(asked))
+
+
+@contextmanager
+def _torch_as_it_was() -> Iterator[None]:
+    """Give torch's settings back that a run changes for the whole process."""
+    threads = torch.get_num_threads()
+    is_exact, warns = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    fills = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(is_exact, warn_only=warns)
+        torch.utils.deterministic.fill_uninitialized_memory = fills  # type: ignore[attr-defined]

@@ -1,0 +1,158 @@
+"""Attacks on a federation: clients that change their rows, or what they report, on purpose.
+
+Who attacks is drawn once for a run, and every hook's draws belong to its attack, round and client, so that neither
+depends on the number of processes or on a stop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fedsim import keys
+from fedsim.config import AttackConfig
+from fedsim.errors import ConfigError
+from fedsim.extend import build, title
+from fedsim.federation.algorithms import ServerState, Updates
+from fedsim.federation.outcome import ClientOutcome
+from fedsim.user_code import calling
+
+if TYPE_CHECKING:
+    from fedsim.data.square import SquareRow
+
+
+class Attack:
+    """What an attacker does; each hook may be overridden. Hooks keep nothing between calls: a round may be repeated."""
+
+    def rows(self, client: int, rows: list[SquareRow], rng: np.random.Generator) -> list[SquareRow]:
+        """An attacker's rows, changed once for the whole run, before the filter.
+
+        Args:
+            client: the attacker.
+            rows: as the partition dealt them.
+            rng: this client's own draws.
+        """
+        return rows
+
+    def outcome(
+        self, outcome: ClientOutcome, state: ServerState, rng: np.random.Generator, colluders: Updates
+    ) -> ClientOutcome:
+        """What an attacker reports after its honest training, in place of ``outcome``.
+
+        Args:
+            outcome: what it would report; ``delta``, ``weight`` and ``control_delta`` reach the server. Not to be
+                changed in place: ``dataclasses.replace`` makes another.
+            state: the server's, from which the clients started.
+            rng: this round's and client's own draws.
+            colluders: honest updates of the round's attackers, this one's among them, by ascending id.
+        """
+        return outcome
+
+
+@dataclass(frozen=True)
+class ActiveAttack:
+    """An attack and the clients that take part in it.
+
+    Attributes:
+        place: in the configuration's list.
+        settings: share and rounds.
+        attack: the hooks.
+        clients: the attackers, ascending.
+        seed: the run's.
+    """
+
+    place: int
+    settings: AttackConfig
+    attack: Attack
+    clients: tuple[int, ...]
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """How messages name it, such as ``attacks.0.kind='my.py:SignFlip'``."""
+        return f"attacks.{self.place}.kind={self.settings.kind!r}"
+
+    @property
+    def changes_rows(self) -> bool:
+        """True if the attack overrides ``rows``."""
+        return type(self.attack).rows is not Attack.rows
+
+    @property
+    def changes_outcomes(self) -> bool:
+        """True if the attack overrides ``outcome``."""
+        return type(self.attack).outcome is not Attack.outcome
+
+    def in_round(self, round_idx: int, cohort: Sequence[int]) -> list[int]:
+        """Those of a round's clients that attack in it, in their order."""
+        return [client for client in cohort if client in self.clients] if self.settings.is_on(round_idx) else []
+
+    def changed_rows(self, client: int, rows: Sequence[SquareRow]) -> list[SquareRow]:
+        """An attacker's rows.
+
+        Raises:
+            ConfigError: the hook fails, or returns something else than rows; its own message, which may quote a row,
+                is left out.
+        """
+        rng = keys.generator(self.seed, "attack rows", self.place, client)
+        with calling(self.name, ConfigError, quiet=True):
+            found = list(self.attack.rows(client, list(rows), rng))
+        kinds = {type(row).__name__ for row in found}
+        if kinds - {"SquareRow"}:
+            raise ConfigError(f"{self.name}: rows must return SquareRow objects, not {', '.join(sorted(kinds))}")
+        return found
+
+    def changed_outcome(
+        self, outcome: ClientOutcome, round_idx: int, state: ServerState, colluders: Updates
+    ) -> ClientOutcome:
+        """An attacker's report.
+
+        Raises:
+            RunError: the hook fails.
+            ConfigError: it returns no report of this client, or vectors of another shape or type.
+        """
+        rng = keys.generator(self.seed, "attack outcome", self.place, round_idx, outcome.client)
+        with calling(self.name):
+            found = self.attack.outcome(outcome, state, rng, colluders)
+        if not isinstance(found, ClientOutcome) or found.client != outcome.client:
+            raise ConfigError(f"{self.name}: outcome must return this client's ClientOutcome, not {found!r:.100}")
+        for part in ("delta", "control_delta"):
+            old, new = getattr(outcome, part), getattr(found, part)
+            is_same = old is new or (old is not None and new is not None and new.shape == old.shape)
+            if not is_same or (new is not None and new.dtype != old.dtype):
+                raise ConfigError(f"{self.name}: outcome must keep the shape and type of {part}")
+        return found
+
+    def words(self, num_clients: int) -> str:
+        """Such as ``attack SignFlip: clients 2, 5, 7, 11 (4 of 20), rounds 3 to 9``."""
+        who = ", ".join(map(str, self.clients))
+        last = "the last" if self.settings.until_round == 0 else str(self.settings.until_round)
+        name = title("attacks.kind", self.settings.kind)
+        count = f"{len(self.clients)} of {num_clients}"
+        return f"attack {name}: client(s) {who} ({count}), rounds {self.settings.from_round} to {last}"
+
+
+def build_attacks(attacks: Sequence[AttackConfig], num_clients: int, seed: int) -> list[ActiveAttack]:
+    """The attacks of a run with their attackers, of whom none takes part in two attacks.
+
+    Raises:
+        ConfigError: an attack cannot be built, overrides no hook, or changes rows though it is limited to some rounds.
+    """
+    order = [int(client) for client in keys.permutation(num_clients, seed, "attackers")] if attacks else []
+    found = []
+    for place, settings in enumerate(attacks):
+        count = settings.num_attackers(num_clients)
+        members, order = order[:count], order[count:]
+        attack = build("attacks.kind", settings.kind, settings.options)
+        active = ActiveAttack(place, settings, attack, tuple(sorted(members)), seed)
+        if not (active.changes_rows or active.changes_outcomes):
+            raise ConfigError(f"{active.name}: must override rows or outcome, or it attacks nothing")
+        if active.changes_rows and (settings.from_round > 1 or settings.until_round > 0):
+            raise ConfigError(
+                f"{active.name}: changes rows once for the whole run; leave attacks.{place}.from_round at 1 and "
+                f"until_round at 0"
+            )
+        found.append(active)
+    return found

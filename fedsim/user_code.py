@@ -1,0 +1,124 @@
+"""Modules that a configuration names: how they are loaded, and how an error in a user's file is told.
+
+This is the one place that runs code from a file which is not fedsim's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.machinery
+import importlib.util
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from fedsim.errors import ConfigError, FedsimError, RunError
+
+_files: dict[str, str] = {}
+"""Source file of each loaded module that is not fedsim's → how messages name it."""
+
+
+def load_target(target: str) -> Any:
+    """The object of fedsim's that ``module:Name`` means."""
+    place, _, name = target.partition(":")
+    return getattr(importlib.import_module(place), name)
+
+
+def place_of(error: BaseException) -> str:
+    """``my.py, line 12, in server_step``: the innermost line of a user's file that an error came through; else ""."""
+    if isinstance(error, SyntaxError) and error.filename in _files:
+        return f"{_files[error.filename]}, line {error.lineno}"
+    found = ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_filename in _files:
+            found = f"{_files[frame.f_code.co_filename]}, line {line}, in {frame.f_code.co_name}"
+    return found
+
+
+def in_words(error: BaseException) -> str:
+    """An error in one line: its type and message, behind its place in a user's file."""
+    message = " ".join(str(error).split())[:500]
+    return ": ".join(part for part in (place_of(error), type(error).__name__, message) if part)
+
+
+@contextmanager
+def calling(what: str, kind: type[FedsimError] = RunError, *, quiet: bool = False) -> Iterator[None]:
+    """The block calls a user's code: an error there becomes one line that names file and line.
+
+    Args:
+        what: ``key=value`` that names the code.
+        kind: of the error.
+        quiet: leave out the error's message, since it may quote a row or a reply; fedsim's own errors keep theirs.
+    """
+    try:
+        yield
+    except FedsimError:
+        raise
+    except (Exception, SystemExit) as error:
+        place = place_of(error)
+        if not place and not isinstance(error, TypeError):  # not the user's: a call that does not fit has no line there
+            raise
+        words = f"{place}: {type(error).__name__}" if quiet and place else in_words(error)
+        raise kind(f"{what}: {words}") from None
+
+
+class _SourceLoader(importlib.machinery.SourceFileLoader):
+    """Reads the source alone: cached bytecode is matched by seconds and size, and may be older than the text."""
+
+    def path_stats(self, path: str) -> Mapping[str, Any]:
+        raise OSError
+
+
+def load_module(place: str, what: str, is_own: bool = False) -> ModuleType:
+    """The module of a name, or of a path that ends with ``.py``.
+
+    Args:
+        what: ``key=value`` that names it, for errors.
+        is_own: it is fedsim's, whose errors are no user's.
+
+    Raises:
+        ConfigError: there is none, or it cannot be imported.
+    """
+    with calling(what, ConfigError):
+        if place.endswith(".py"):
+            return _file_module(Path(os.path.expanduser(place)), what)
+        try:
+            module = importlib.import_module(place)
+        except (Exception, SystemExit) as error:
+            if isinstance(error, ModuleNotFoundError) and f"{place}.".startswith(f"{error.name}."):
+                fix = "put its folder on PYTHONPATH, or give path/to/file.py:Name"
+                raise ConfigError(f"{what}: there is no module {error.name}; {fix}") from error
+            if not is_own:
+                file = getattr(error, "filename", None) or traceback.extract_tb(error.__traceback__)[-1].filename
+                _files.setdefault(file, file)
+            raise
+        if not is_own and module.__file__ is not None:
+            _files.setdefault(module.__file__, module.__file__)
+        return module
+
+
+def _file_module(path: Path, what: str) -> ModuleType:
+    """The module of a file, loaded once a process; a changed file is another module."""
+    try:
+        source = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{what}: {path} cannot be read ({error.strerror}); give the path of a file") from error
+    full = str(path.resolve())
+    name = f"fedsim_extension_{hashlib.sha256(full.encode() + source).hexdigest()[:16]}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, full, loader=_SourceLoader(name, full))
+        assert spec is not None and spec.loader is not None
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        _files[full] = str(path)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
