@@ -7,11 +7,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from fedsim.evaluate.sources import SOURCES
 from fedsim.launching import Parser, launched
 from fedsim.record.blocks import replace_block
-from fedsim.record.sources import sources_markdown
+from fedsim.record.tables import Table
 
 README = Path(__file__).parents[1] / "README.md"
+
+
+def sources_markdown() -> str:
+    """The README's table, and the hashes as ``sha256sum`` writes them."""
+    head = ["key", "what", "where", "licence", "the tested file"]
+    rows = [[f"`{s.key}`", s.name, s.place, s.licence, s.rows or "not tested"] for s in SOURCES]
+    hashes = "\n".join(f"{s.sha256}  {s.file}" for s in SOURCES if s.sha256)
+    return f"{Table(head, rows, num_text=len(head)).markdown()}\n\n```text\n{hashes}\n```"
 
 
 def updated(readme: str) -> str:

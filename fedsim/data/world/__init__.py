@@ -20,8 +20,6 @@ from fedsim.data.world.writers import (
     write_helpful,
     write_hhh,
     write_mt_bench,
-    write_xstest,
-    xstest_rows,
 )
 
 __all__ = [
@@ -48,6 +46,4 @@ __all__ = [
     "write_hhh",
     "write_mt_bench",
     "write_square",
-    "write_xstest",
-    "xstest_rows",
 ]
