@@ -24,7 +24,8 @@ from fedsim.artefacts import Artefact, ArtefactStore, digest_of
 from fedsim.config import CaiConfig, Config, EvalConfig, GuardConfig, load_config
 from fedsim.data.prepare import PreparedData, prepare_data
 from fedsim.data.square import SquareRow
-from fedsim.evaluate.stage import BENCHMARKS, load_suite
+from fedsim.evaluate.own import OWN
+from fedsim.evaluate.stage import load_suite
 from fedsim.parallel.world import World
 from fedsim.preparation import Inputs, Preparation
 from fedsim.ranks import OneRank
@@ -94,7 +95,7 @@ class Places:
     def config(self, *overrides: str) -> Config:
         base = [f"model.path={self.model}", f"guard.path={self.model}", "guard.kind=llama_guard", "guard.tune_epochs=1",
                 "guard.lora_dropout=0.1", "cai.iterations=2", "cai.constitution=tiny", "eval.limit=5",
-                *(f"eval.{name}=" for name in BENCHMARKS)]  # fmt: skip
+                *(f"eval.{name}=" for name in OWN)]  # fmt: skip
         named = {"MOVED": str(self.moved), "CHANGED": str(self.changed)}
         words = [override.format(**named) for override in overrides]
         return load_config(None, [*base, *words])
@@ -450,7 +451,7 @@ NOT_SHARED = {"guard_judge", "advbench_options"}  # the options of a user's own 
 
 
 def test_every_key_of_the_evaluation_is_in_the_table() -> None:
-    assert {f.name for f in fields(EvalConfig)} == OF_EVALUATION.keys() | NOT_SHARED | set(BENCHMARKS)
+    assert {f.name for f in fields(EvalConfig)} == OF_EVALUATION.keys() | NOT_SHARED | set(OWN)
 
 
 @pytest.mark.parametrize("key", OF_EVALUATION)

@@ -10,11 +10,10 @@ from fedsim.data.benchmarks import load_advbench
 from fedsim.evaluate.phrases import (
     PHRASE_SETS,
     PHRASES,
-    XSTEST_STARTS,
-    begins_as_xstest_refusal,
     begins_with_refusal,
     harmless_by_set,
 )
+from fedsim.evaluate.xstest import STARTS, begins_as_refusal
 
 
 def verdicts(reply: str) -> tuple[bool, bool, bool, bool]:
@@ -125,8 +124,8 @@ def test_other_beginnings(reply: str) -> None:
     ],
 )
 def test_the_rule_of_the_authors_of_xstest(reply: str, refusal: bool) -> None:
-    assert begins_as_xstest_refusal(reply) is refusal
-    assert len(XSTEST_STARTS) == len(set(XSTEST_STARTS)) == 21
+    assert begins_as_refusal(reply) is refusal
+    assert len(STARTS) == len(set(STARTS)) == 21
 
 
 def test_affirmative_targets_of_the_real_file(real_data: Path) -> None:
