@@ -285,19 +285,24 @@ class Preparation:
                 "model": self._model_facts(),
                 "max_context": federation.engine.max_context,
                 "eval": settings,
-                "files": self.ranks.once(lambda: {n: file_digest(inputs.files[n]) for n in OWN if n in inputs.files}),
+                "files": self.ranks.once(
+                    lambda: {
+                        part.benchmark.name: file_digest(inputs.files[part.benchmark.name]) for part in suite.parts
+                    }
+                ),
                 "benchmarks": {part.benchmark.name: part.benchmark.depends() for part in suite.parts},
-                **self._phrase_rule(inputs),
+                **self._users_code(inputs),
                 **self.facts,
             }
             return shared_evaluation(self.store, depends, suite, compute)
 
         return shared
 
-    def _phrase_rule(self, inputs: Inputs) -> dict[str, Any]:
-        """What names a user's phrase rule in artefacts; nothing for fedsim's own."""
-        file = inputs.files.get(code_role("eval.advbench_phrases"))
-        return {} if file is None else {"phrase_rule": self.ranks.once(lambda: file_digest(file))}
+    def _users_code(self, inputs: Inputs) -> dict[str, Any]:
+        """What names a user's phrase rule and benchmarks in artefacts; nothing for fedsim's own."""
+        beginning = code_role("eval.")
+        files = {role: file for role, file in inputs.files.items() if role.startswith(beginning)}
+        return self.ranks.once(lambda: {role: file_digest(file) for role, file in files.items()})
 
     def _model_facts(self) -> dict[str, Any]:
         """What names the model in artefacts."""

@@ -447,7 +447,7 @@ OF_EVALUATION = {
 }
 """Keys of the evaluation: another value, and whether it makes another evaluation."""
 
-NOT_SHARED = {"guard_judge", "advbench_options"}  # the options of a user's own rule have a test of their own
+NOT_SHARED = {"guard_judge", "advbench_options", "benchmarks"}  # a user's own code has tests of its own
 
 
 def test_every_key_of_the_evaluation_is_in_the_table() -> None:

@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from fedsim.artefacts import ArtefactStore, write_json
+from fedsim.benchmarks import Figure, name_given_twice
 from fedsim.config import EvalConfig
 from fedsim.config.measuring import is_embedded
 from fedsim.data.prepare import embedded_file
-from fedsim.errors import Gathered
-from fedsim.evaluate.benchmark import OwnBenchmark
+from fedsim.errors import ConfigError, DataError, Gathered
+from fedsim.evaluate.benchmark import Benchmark, OwnBenchmark
 from fedsim.evaluate.fastchat import write_answers
-from fedsim.evaluate.own import OWN
+from fedsim.evaluate.own import DESCRIBED, OWN
 from fedsim.evaluate.suite import Evaluation, Part, Suite
+from fedsim.extend import build
 from fedsim.record.items import write_items
+from fedsim.user_code import calling
 
 
 def load_suite(settings: EvalConfig, store: ArtefactStore, *, judged: bool = False) -> tuple[Suite, dict[str, Path]]:
@@ -29,7 +32,7 @@ def load_suite(settings: EvalConfig, store: ArtefactStore, *, judged: bool = Fal
         judged: a language model rates MT-Bench's answers.
 
     Raises:
-        ConfigError: a user's phrase rule cannot be loaded.
+        ConfigError: a user's phrase rule or benchmark cannot be loaded.
         DataError: a missing or malformed file.
         Problems: several.
     """
@@ -44,6 +47,12 @@ def load_suite(settings: EvalConfig, store: ArtefactStore, *, judged: bool = Fal
         part = mistakes.attempt(lambda: _part(kind, settings, files[name], judged))  # noqa: B023
         if part is not None:
             parts.append(part)
+    own_of_user = mistakes.attempt(lambda: users_benchmarks(settings)) or []
+    for benchmark, one in zip(own_of_user, settings.benchmarks, strict=bool(own_of_user)):
+        files[benchmark.name] = Path(os.path.expanduser(one.path))
+        users = mistakes.attempt(lambda: _users_part(benchmark, files[benchmark.name]))  # noqa: B023
+        if users is not None:
+            parts.append(users)
     mistakes.raise_all()
     return Suite(parts, limit=settings.limit), files
 
@@ -51,6 +60,52 @@ def load_suite(settings: EvalConfig, store: ArtefactStore, *, judged: bool = Fal
 def _part(kind: type[OwnBenchmark], settings: EvalConfig, file: Path, judged: bool) -> Part:
     benchmark = kind.from_config(settings, judged=judged)
     return Part(benchmark, benchmark.load(file))
+
+
+def users_benchmarks(settings: EvalConfig) -> list[Benchmark]:
+    """The benchmarks of ``eval.benchmarks``, built and checked; no file of theirs is read.
+
+    Raises:
+        ConfigError: one of them cannot be loaded or built, or has no name, title or figure that fedsim can take.
+    """
+    found: list[Benchmark] = []
+    for place, one in enumerate(settings.benchmarks):
+        benchmark = build("eval.benchmarks.kind", one.kind, one.options)
+        check_declared(benchmark, f"eval.benchmarks.{place}.kind={one.kind!r}")
+        found.append(benchmark)
+    twice = name_given_twice([*DESCRIBED, *(benchmark.describe() for benchmark in found)])
+    if twice is not None:
+        raise ConfigError(f"eval.benchmarks: the {twice} is there twice; give one of the two another name")
+    return found
+
+
+def check_declared(benchmark: Benchmark, what: str) -> None:
+    """Check name, title and figures of a user's benchmark.
+
+    Raises:
+        ConfigError: one of them is missing, or a figure's name does not begin with the benchmark's.
+    """
+    name, title, figures = (getattr(benchmark, part, None) for part in ("name", "title", "figures"))
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ConfigError(f'{what}: needs a name of letters, digits and "_", such as name = "do_not_answer"')
+    if not isinstance(title, str) or not title:
+        raise ConfigError(f'{what}: needs a title for people, such as title = "DoNotAnswer"')
+    if not isinstance(figures, list | tuple) or not figures or not all(isinstance(f, Figure) for f in figures):
+        raise ConfigError(f'{what}: needs figures, such as figures = (Figure("{name}_refused", "{title}: refused"),)')
+    for figure in figures:
+        if figure.name != name and not figure.name.startswith(f"{name}_"):
+            raise ConfigError(f"{what}: its figure {figure.name!r} must be named {name}, or {name}_ and more")
+
+
+def _users_part(benchmark: Benchmark, file: Path) -> Part:
+    what = f"benchmark {benchmark.name}"
+    if not file.is_file():
+        raise DataError(f"{what}: {file} is no file; give the path of one as its path in eval.benchmarks")
+    with calling(what, DataError, quiet=True):
+        items = benchmark.load(file)
+    if not isinstance(items, list | tuple) or not items:
+        raise DataError(f"{what}: load() must return a list of items, at least one")
+    return Part(benchmark, items)
 
 
 def _file(kind: type[OwnBenchmark], value: str, store: ArtefactStore) -> Path:
