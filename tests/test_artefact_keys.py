@@ -21,11 +21,12 @@ import pytest
 import torch
 
 from fedsim.artefacts import Artefact, ArtefactStore, digest_of
-from fedsim.config import CaiConfig, Config, EvalConfig, GuardConfig, load_config
+from fedsim.config import CaiConfig, Config, EvalConfig, GuardConfig, code_names, code_role, load_config, to_flat
 from fedsim.data.prepare import PreparedData, prepare_data
 from fedsim.data.square import SquareRow
 from fedsim.evaluate.own import OWN
 from fedsim.evaluate.stage import load_suite
+from fedsim.extend import source_file
 from fedsim.parallel.world import World
 from fedsim.preparation import Inputs, Preparation
 from fedsim.ranks import OneRank
@@ -243,6 +244,33 @@ def test_rows_of_a_guard(places: Places, guard_before: Names, which: str, wanted
     assert changed(guard_before, guard_names(places, data=OTHER_DATA[which])) == wanted
 
 
+def test_rows_that_attackers_have_changed_are_other_rows(places: Places, guard_before: Names) -> None:
+    assert changed(guard_before, guard_names(places, data=replace(DATA, attacked="abc"))) == VERDICTS
+
+
+OWN_GUARD = (
+    "from fedsim import Guard\n\nclass Mine(Guard):\n    def __init__(self, x=1): ...\n    def judge(self, rows): ..."
+)
+
+
+def test_a_user_s_guard_s_verdicts_are_those_of_its_content_options_and_rows(places: Places, tmp_path: Path) -> None:
+    def names(*overrides: str, folder: str = "a", text: str = OWN_GUARD, data: PreparedData = DATA) -> Names:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        file = tmp_path / folder / "mine.py"
+        file.write_text(text)
+        store = NamingStore(places.store)
+        config = places.config(f"guard.kind={file}:Mine", *overrides)
+        stage = FilterStage(config, OneRank(), None, CPU, store, {"device": "cpu"}, lambda *given: None)  # type: ignore[arg-type]
+        return asked(store, lambda: stage.run(data))
+
+    before = names()
+    assert before.keys() == {"own-verdicts"} and names(folder="b") == before == names("guard.threshold=0.9", "seed=1")
+    others = [names(text=f"{OWN_GUARD}\n"), names("guard.options={x: 2}"), names("data.language=ko"),
+              names(data=replace(DATA, attacked="abc")), *(names(data=OTHER_DATA[which]) for which in
+              ("another file", "other client rows", "other guard rows"))]  # fmt: skip
+    assert all(other != before for other in others)
+
+
 def test_the_machine_decides_a_verdict(places: Places, guard_before: Names) -> None:
     assert changed(guard_before, guard_names(places, device="another")) == BOTH
 
@@ -423,7 +451,8 @@ def evaluation_names(
     config = places.config(f"eval.advbench={attacks}", *overrides)
     suite, files = load_suite(config.eval, store)
     own = attacks if rows is None else rows
-    inputs: Any = Inputs(None, suite, {"square": own, "constitution": own, **files})  # type: ignore[arg-type]
+    code = {code_role(key): source_file(*named) for key, named in code_names(to_flat(config)).items()}
+    inputs: Any = Inputs(None, suite, {"square": own, "constitution": own, **files, **code})  # type: ignore[arg-type, dict-item]
     federation: Any = SimpleNamespace(engine=SimpleNamespace(max_context=max_context))
     sharing = prepared(config, store, facts).shared_evaluation(inputs, federation)
     assert sharing is not None
@@ -472,6 +501,16 @@ def test_files_of_other_stages_decide_no_evaluation(
     places: Places, evaluation_before: Names, square_file: Path
 ) -> None:
     assert evaluation_names(places, rows=square_file) == evaluation_before
+
+
+def test_the_content_of_a_user_s_phrase_rule_decides_the_evaluation(places: Places, tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    word = f"eval.advbench_phrases={file}:rule"
+    found = []
+    for text in ("def rule(reply, x=1): return True", "def rule(reply, x=1): return False"):
+        file.write_text(text)
+        found += [evaluation_names(places, word), evaluation_names(places, word, "eval.advbench_options={x: 2}")]
+    assert all(found.count(one) == 1 for one in found)
 
 
 def test_the_context_decides_the_evaluation(places: Places, evaluation_before: Names) -> None:

@@ -6,17 +6,20 @@ import hashlib
 import json
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 
 from fedsim.cohort import CohortResult, CohortRunner, LocalWork, agreed_checksums
-from fedsim.config import FailuresConfig
+from fedsim.config import AttackConfig, FailuresConfig
 from fedsim.errors import ClientError, RunError
-from fedsim.federation.algorithms import ServerState
+from fedsim.federation.algorithms import ServerState, Updates
+from fedsim.federation.attacks import ActiveAttack, Attack
 from fedsim.federation.client_state import ClientStateStore
 from fedsim.federation.failures import ClientFailure
 from fedsim.federation.outcome import ClientOutcome
@@ -102,14 +105,17 @@ class Cohort:
 
     def __init__(
         self, folder: Path, *, ranks: Any = None, has_control: bool = True, wide: bool = True,
-        failures: FailuresConfig = SKIP,
+        failures: FailuresConfig = SKIP, attacks: Sequence[Any] = (), wants: str = "sums",
     ) -> None:  # fmt: skip
         self.world = ManyWorld(ranks or OneRank(), CPU, exact=True)
         self.world.journal.open(folder)
         self.folder = folder
         self.controls = ClientStateStore(folder / "controls")
         self.trainer: Any = Trainer(has_control)
-        self.runner = CohortRunner(self.world, self.trainer, SHARDS, self.controls, failures, wide_lanes=wide)
+        self.trainer.algorithm.wants = wants
+        self.runner = CohortRunner(
+            self.world, self.trainer, SHARDS, self.controls, failures, wide_lanes=wide, attacks=attacks
+        )
 
     def train(
         self, cost: Sequence[float] = (1e-3,), on_step: Any = None, steps: Mapping[int, int] = STEPS
@@ -124,7 +130,7 @@ class Cohort:
 
 @pytest.fixture()
 def cohort(tmp_path: Path) -> Callable[..., Cohort]:
-    """``cohort(ranks=, has_control=, wide=, failures=)``: see :class:`Cohort`."""
+    """``cohort(ranks=, has_control=, wide=, failures=, attacks=, wants=)``: see :class:`Cohort`."""
     return lambda **named: Cohort(tmp_path, **named)
 
 
@@ -331,3 +337,71 @@ def test_ranks_that_hold_different_vectors_end_the_run(name: str) -> None:
     ranks.others = [{**mine, name: "another"}]
     with pytest.raises(RunError, match=rf"ranks hold different vectors {name} \(checksums {mine[name]}, another\)"):
         agreed_checksums(STATE, ranks)
+
+
+# ---- every client's update, and attackers ------------------------------------------------------------------------
+
+
+class Double(Attack):
+    """Reports the sum of the attackers' updates twice, and remembers who they were."""
+
+    seen: ClassVar[list[tuple[int, ...]]] = []
+
+    def outcome(
+        self, outcome: ClientOutcome, state: ServerState, rng: np.random.Generator, colluders: Updates
+    ) -> ClientOutcome:
+        self.seen.append(colluders.clients)
+        assert outcome.control_delta is not None and colluders.control_deltas is not None
+        return replace(outcome, delta=2 * colluders.deltas.sum(dim=0), weight=9.0)
+
+
+def double(*clients: int, **rounds: int) -> list[ActiveAttack]:
+    Double.seen.clear()
+    return [ActiveAttack(0, AttackConfig(kind="my.py:Double", share=0.5, **rounds), Double(), clients, seed=0)]
+
+
+def test_a_rule_that_wants_updates_gets_them_by_ascending_client(cohort: Make) -> None:
+    made = cohort(wants="updates")
+    made.trainer.spoilt = {4: "raises"}
+    found = made.runner.reduce(made.train(), STATE, (1e-3,))
+    updates = found.updates
+    assert updates is not None and updates.clients == (1, 7) and updates.num_clients == len(SHARDS)
+    assert updates.deltas.tolist() == [[1.0] * SIZE, [7.0] * SIZE]
+    assert updates.weights.tolist() == [3.0, 9.0] and updates.weights.dtype == torch.float64
+    assert updates.control_deltas is not None and updates.control_deltas[:, 0].tolist() == [11.0, 17.0]
+    assert found.aggregated.sums.weighted_delta.numel() == 0, "nothing is summed that nobody asked for"
+    assert [report.loss for report in found.aggregated.clients] == [0.5, 3.5]
+
+
+def test_attackers_see_one_another_and_no_one_else(cohort: Make) -> None:
+    made = cohort(attacks=double(1, 2, 7))
+    found = made.runner.reduce(made.train(), STATE, (1e-3,))
+    assert Double.seen == [(1, 7), (1, 7)]
+    assert found.aggregated.sums.weighted_delta.tolist() == [9 * 2 * 8.0 * 2 + 6 * 4.0] * SIZE
+    assert found.aggregated.sums.weight == 9 + 9 + 6
+    assert made.runner.attackers(ROUND, STEPS) == [1, 7]
+
+
+def test_an_attacker_that_failed_reports_nothing_and_is_no_colluder(cohort: Make) -> None:
+    made = cohort(attacks=double(1, 4))
+    made.trainer.spoilt = {4: "raises"}
+    found = made.runner.reduce(made.train(), STATE, (1e-3,))
+    assert Double.seen == [(1,)] and found.delivered == [1, 7]
+
+
+def test_the_bound_on_updates_holds_for_an_attack(cohort: Make) -> None:
+    """Client 4's honest update of norm 8 passes; what it makes of it does not."""
+    made = cohort(attacks=double(4), failures=replace(SKIP, max_update_norm=15.0))
+    found = made.runner.reduce(made.train(), STATE, (1e-3,))
+    assert [(failure.client, failure.reason) for failure in found.failures] == [(4, "norm")]
+    assert found.delivered == [1, 7]
+
+
+def test_outside_its_rounds_an_attack_does_nothing(cohort: Make) -> None:
+    plain = cohort().runner
+    for rounds in ({"from_round": ROUND + 2}, {"until_round": ROUND}):
+        made = cohort()
+        made.runner.attacks = double(1, 4, 7, **rounds)
+        found = made.runner.reduce(made.train(), STATE, (1e-3,))
+        assert Double.seen == [] and made.runner.attackers(ROUND, STEPS) == plain.attackers(ROUND, STEPS) == []
+        assert found.aggregated.sums.weighted_delta.tolist() == [3 * 1.0 + 6 * 4.0 + 9 * 7.0] * SIZE

@@ -384,6 +384,20 @@ def test_vectors_of_local_training(overrides: tuple[str, ...], num_ranks: int, v
     assert needs(*overrides, num_ranks=num_ranks)["local training"] == WEIGHTS + vectors * VECTOR
 
 
+def test_a_cohort_s_gathered_deltas_are_counted(tmp_path: Path) -> None:
+    """For a rule that wants them on every rank, for attackers as many as there can be; control variates double them."""
+    file = tmp_path / "mine.py"
+    file.write_text("from fedsim import FedAvg\nclass Robust(FedAvg):\n    wants = 'updates'\n")
+    rule, attack = f"federation.algorithm={file}:Robust", f"attacks=[{{kind: {file}:A, share: 0.1}}]"
+    for num_ranks in (1, 5):
+        alone = needs(num_ranks=num_ranks)["local training"]
+        assert needs(rule, num_ranks=num_ranks)["local training"] == alone + 5 * VECTOR
+        assert needs(attack, num_ranks=num_ranks)["local training"] == alone + 2 * VECTOR
+        assert needs(attack, "attacks.0.share=0.9", num_ranks=num_ranks)["local training"] == alone + 5 * VECTOR
+    scaffold = needs("federation.algorithm=scaffold")["local training"]
+    assert needs("federation.algorithm=scaffold", attack)["local training"] == scaffold + 2 * 2 * VECTOR
+
+
 def test_models_beside_a_stage_are_counted() -> None:
     """Sizes are such that a stage needs weights and vectors alone."""
     judge = ("judge.kind=local", "judge.path=embedded")
