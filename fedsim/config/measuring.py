@@ -138,7 +138,7 @@ class RecordConfig:
     resume: str = key("auto", "auto = go on from the run directory's last checkpoint if there is one; never = start "
                       "anew, which an existing run directory forbids", choices=("auto", "never"))  # fmt: skip
     keep_checkpoints: int = key(2, "checkpoints kept", low=1)
-    texts: bool = key(False, "write the replies to AdvBench's and XSTest's prompts into the run directory")
+    texts: bool = key(False, "write the replies to attacks, and those of your own benchmarks, into the run directory")
 
 
 @dataclass(frozen=True)
