@@ -13,7 +13,7 @@ from fedsim.config import load_config
 from fedsim.data import world
 from fedsim.data.benchmarks import load_advbench
 from fedsim.data.world import writers
-from fedsim.evaluate.xstest import load_xstest
+from fedsim.evaluate.over_refusal import load_xstest
 from fedsim.parallel.world import World
 from fedsim.ranks import OneRank
 from fedsim.record import finish

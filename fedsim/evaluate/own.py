@@ -10,10 +10,10 @@ from fedsim.evaluate.advbench import AdvBench
 from fedsim.evaluate.benchmark import OwnBenchmark
 from fedsim.evaluate.hhh import Hhh
 from fedsim.evaluate.mt_bench import MtBench
+from fedsim.evaluate.over_refusal import OverRefusal
 from fedsim.evaluate.perplexity import HelpfulPerplexity
-from fedsim.evaluate.xstest import XsTest
 
-_CLASSES: Final[tuple[type[OwnBenchmark], ...]] = (AdvBench, Hhh, MtBench, XsTest, HelpfulPerplexity)
+_CLASSES: Final[tuple[type[OwnBenchmark], ...]] = (AdvBench, Hhh, MtBench, OverRefusal, HelpfulPerplexity)
 
 OWN: Final = {benchmark.name: benchmark for benchmark in _CLASSES}
 """Class by name, which is the last part of its configuration key."""

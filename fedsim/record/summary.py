@@ -297,7 +297,7 @@ def figure_lines(rows: Sequence[Row], benchmarks: Benchmarks) -> list[str]:
 
 
 def controls(rows: Sequence[Row], benchmarks: Benchmarks) -> list[str]:
-    """``XSTest, innocent prompts refused: pretrained 2.0 % [0.9, 4.6], ... of 250.`` and the like, and their notes."""
+    """``…, innocent prompts refused: pretrained 2.0 % [0.9, 4.6], ... of 250.`` and the like, and their notes."""
     lines, notes = [], []
     points = eval_points(rows)
     for figure in benchmarks.lines("always"):

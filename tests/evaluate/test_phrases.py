@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from fedsim.data.benchmarks import load_advbench
+from fedsim.evaluate.over_refusal import STARTS, begins_as_refusal
 from fedsim.evaluate.phrases import (
     PHRASE_SETS,
     PHRASES,
     begins_with_refusal,
     harmless_by_set,
 )
-from fedsim.evaluate.xstest import STARTS, begins_as_refusal
 
 
 def verdicts(reply: str) -> tuple[bool, bool, bool, bool]:

@@ -19,10 +19,10 @@ from fedsim.evaluate.advbench import AdvBench
 from fedsim.evaluate.hhh import Hhh
 from fedsim.evaluate.intervals import Mean, Rate
 from fedsim.evaluate.mt_bench import MtBench
+from fedsim.evaluate.over_refusal import OverRefusal, XsTestItem
 from fedsim.evaluate.own import DESCRIBED
 from fedsim.evaluate.perplexity import HelpfulPerplexity
 from fedsim.evaluate.suite import Part, Suite, evaluate
-from fedsim.evaluate.xstest import XsTest, XsTestItem
 from fedsim.generate.engine import Engine
 from fedsim.ranks import OneRank
 from fedsim.safety.guard import Exchange
@@ -72,7 +72,7 @@ HELPFUL: list[Conversation] = [[user_turn(f"Where is kite {i}?"), assistant_turn
 ADVBENCH = Part(AdvBench(max_new_tokens=12, judge=judge), ATTACKS)
 HHH = Part(Hhh(), [hhh_item(i) for i in range(5)])
 MT_BENCH = Part(MtBench(12, rubric), [mt_question(i) for i in range(4)])
-XSTEST = Part(XsTest(12), PROMPTS)
+XSTEST = Part(OverRefusal(12), PROMPTS)
 SUITE = Suite([ADVBENCH, HHH, MT_BENCH])
 CONTROLS = Suite(
     [Part(AdvBench(max_new_tokens=12), ATTACKS), XSTEST, Part(HelpfulPerplexity(), HELPFUL)], CarefulGuard()
@@ -150,7 +150,7 @@ def test_controls_stand_beside_the_attacks(chat: ChatFormat, stub_engine: type) 
     assert metrics["eval/num_replies"] == 6 + 7 and metrics["eval/truncated"] == 0
     assert metrics["eval/perplexity_count"] == 4 and metrics["eval/perplexity_target_tokens"] == 5 + 10 + 15 + 20
     assert metrics["eval/perplexity"] == pytest.approx(math.exp(86 / 50))  # a nat a character, 10 for the marker
-    refusing = Suite([Part(XsTest(12, refuses=lambda text: True), PROMPTS)])
+    refusing = Suite([Part(OverRefusal(12, refuses=lambda text: True), PROMPTS)])
     world = evaluate(stub_engine(chat, reply, logprob), refusing, ("eval", 7))
     assert world.metrics["eval/xstest_safe_refused"] == 100.0
     few = evaluate(stub_engine(chat, reply, logprob), replace(CONTROLS, limit=2), ("eval", 7)).metrics

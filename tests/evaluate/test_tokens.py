@@ -13,10 +13,10 @@ from fedsim.data.world import writers
 from fedsim.evaluate.advbench import AdvBench
 from fedsim.evaluate.hhh import Hhh
 from fedsim.evaluate.mt_bench import MtBench
+from fedsim.evaluate.over_refusal import OverRefusal
 from fedsim.evaluate.rows import reply_row
 from fedsim.evaluate.suite import Part, Suite
 from fedsim.evaluate.tokens import requests, tokenise
-from fedsim.evaluate.xstest import XsTest
 from fedsim.model.load import EMBEDDED, load_chat
 from fedsim.ranks import OneRank
 
@@ -41,7 +41,7 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Suite:
     world.write_hhh(folder / "h.jsonl")
     world.write_mt_bench(folder)
     writers.write_xstest(folder / "x.csv")
-    files = ((AdvBench(), "a.csv"), (Hhh(), "h.jsonl"), (MtBench(), "question.jsonl"), (XsTest(), "x.csv"))
+    files = ((AdvBench(), "a.csv"), (Hhh(), "h.jsonl"), (MtBench(), "question.jsonl"), (OverRefusal(), "x.csv"))
     return Suite([Part(benchmark, benchmark.load(folder / name)) for benchmark, name in files], limit=20)
 
 

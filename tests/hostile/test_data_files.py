@@ -18,7 +18,7 @@ from fedsim.data.world.client_rows import square_rows
 from fedsim.errors import DataError
 from fedsim.evaluate.fastchat import JudgmentFile, judgment_row, read_answers
 from fedsim.evaluate.judge_prompts import FIELDS, load_judge_prompts, make_matches
-from fedsim.evaluate.xstest import load_xstest
+from fedsim.evaluate.over_refusal import load_xstest
 from fedsim.safety.cai_data import load_conversations
 from fedsim.safety.constitution import load_constitution
 from tests.hostile.conftest import as_json, cases, damaged, misshapen, result

@@ -94,7 +94,7 @@ def begins_as_refusal(reply: str) -> bool:
 
 
 @dataclass(frozen=True)
-class XsTest(OwnBenchmark):
+class OverRefusal(OwnBenchmark):
     """Prompts that only sound harmful, and harmful ones in contrast to them: how many are refused.
 
     Attributes:

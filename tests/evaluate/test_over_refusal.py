@@ -13,7 +13,7 @@ from fedsim.attention.forward import IMPLEMENTATIONS
 from fedsim.data.chat import ChatFormat, Conversation, user_turn
 from fedsim.evaluate.benchmark import Result
 from fedsim.evaluate.intervals import Rate
-from fedsim.evaluate.xstest import XsTest, XsTestItem
+from fedsim.evaluate.over_refusal import OverRefusal, XsTestItem
 from fedsim.generate.engine import Engine, Reply, Sampling
 from fedsim.model.tiny_model import TINY_DIR
 from fedsim.ranks import OneRank
@@ -45,13 +45,15 @@ class NightGuard:
         return [Verdict("night" in (reply or ""), 0.5, cut=len(reply or "") > 60) for _, reply in exchanges]
 
 
-def figures(chat: ChatFormat, stub_engine: type, benchmark: XsTest, guard: NightGuard | None = None) -> dict[str, Any]:
+def figures(
+    chat: ChatFormat, stub_engine: type, benchmark: OverRefusal, guard: NightGuard | None = None
+) -> dict[str, Any]:
     """The figures of :data:`REPLIES`."""
     return dict(benchmark.measure(stub_engine(chat), ITEMS, [[REPLIES]], guard).figures)
 
 
 def test_refusals_by_half_rule_and_type(chat: ChatFormat, stub_engine: type) -> None:
-    result = XsTest().measure(stub_engine(chat), ITEMS, [[REPLIES]])
+    result = OverRefusal().measure(stub_engine(chat), ITEMS, [[REPLIES]])
     found = result.figures
     rules = ("xstest", "openfedllm", "openfedllm_fixed", "gcg", "strict")
     assert [found[f"xstest_safe_refused_{rule}"] for rule in rules] == [Rate(1, 5), *[Rate(2, 5)] * 4]
@@ -74,7 +76,7 @@ def test_refusals_by_half_rule_and_type(chat: ChatFormat, stub_engine: type) -> 
 
 
 def test_where_there_is_a_grammar_its_word_counts(chat: ChatFormat, stub_engine: type) -> None:
-    benchmark = XsTest(refuses=lambda reply: "unethical" in reply or "decline" in reply)
+    benchmark = OverRefusal(refuses=lambda reply: "unethical" in reply or "decline" in reply)
     found = figures(chat, stub_engine, benchmark)
     assert found["xstest_safe_refused"] == found["xstest_safe_refused_world"] == Rate(1, 5)
     assert found["xstest_type_safe_targets__refused"] == Rate(1, 3)
@@ -84,14 +86,14 @@ def test_where_there_is_a_grammar_its_word_counts(chat: ChatFormat, stub_engine:
 
 def test_the_guard_reads_the_unsafe_half(chat: ChatFormat, stub_engine: type) -> None:
     guard = NightGuard()
-    found = figures(chat, stub_engine, XsTest(), guard)
+    found = figures(chat, stub_engine, OverRefusal(), guard)
     assert (found["xstest_unsafe_guard_safe"], found["xstest_unsafe_guard_cut"]) == (Rate(1, 3), 1)
     assert "xstest_safe_guard_safe" not in found
     assert guard.seen == [(ITEMS[i].prompt, REPLIES[i].text) for i in (5, 6, 7)]
 
 
 def test_names_counts_and_intervals(chat: ChatFormat, stub_engine: type) -> None:
-    benchmark = XsTest()
+    benchmark = OverRefusal()
     metrics = benchmark.metrics(benchmark.measure(stub_engine(chat), ITEMS, [[REPLIES]], NightGuard()))
     low, high = Rate(1, 5).percent_interval
     assert metrics["eval/xstest_safe_refused"] == 20.0
@@ -111,8 +113,8 @@ def test_prompts_are_asked_greedily_for_at_most_256_tokens(
         return TALK[int(conversation[0]["content"][7])][2]
 
     engine = stub_engine(chat, reply=reply)
-    result = measure(engine, XsTest(1024), ITEMS, ("eval", "xstest"))
-    measure(engine, XsTest(20), ITEMS)
+    result = measure(engine, OverRefusal(1024), ITEMS, ("eval", "xstest"))
+    measure(engine, OverRefusal(20), ITEMS)
     (asked, sampling, key), (_, shorter, _) = engine.calls
     assert asked == [[user_turn(item.prompt)] for item in ITEMS] and key == ("eval", "xstest")
     assert sampling == Sampling(0.0, 256) and shorter == Sampling(0.0, 20)
@@ -121,7 +123,7 @@ def test_prompts_are_asked_greedily_for_at_most_256_tokens(
 
 def test_the_real_prompts_through_the_shipped_model(real_data: Path, measure: Callable[..., Result]) -> None:
     """Every one is asked and counted; what the tiny model says of a world that it does not know means nothing."""
-    benchmark = XsTest(6)
+    benchmark = OverRefusal(6)
     items = benchmark.load(real_data / "xstest" / "xstest_prompts.csv")
     model = AutoModelForCausalLM.from_pretrained(TINY_DIR, attn_implementation=IMPLEMENTATIONS["sdpa"]).eval()
     chat = ChatFormat(AutoTokenizer.from_pretrained(TINY_DIR))
@@ -134,10 +136,10 @@ def test_the_real_prompts_through_the_shipped_model(real_data: Path, measure: Ca
 
 
 def test_a_half_without_prompts_is_absent(chat: ChatFormat, stub_engine: type) -> None:
-    found = XsTest().measure(stub_engine(chat), ITEMS[:5], [[REPLIES[:5]]]).figures
+    found = OverRefusal().measure(stub_engine(chat), ITEMS[:5], [[REPLIES[:5]]]).figures
     assert "xstest_safe_refused" in found and not any("unsafe" in name for name in found)
 
 
 def test_texts_do_not_show_in_representations(chat: ChatFormat, stub_engine: type) -> None:
-    shown = repr(XsTest().measure(stub_engine(chat), ITEMS, [[REPLIES]])) + repr(ITEMS)
+    shown = repr(OverRefusal().measure(stub_engine(chat), ITEMS, [[REPLIES]])) + repr(ITEMS)
     assert "noon" not in shown and "Prompt" not in shown

@@ -9,7 +9,7 @@ import pytest
 
 from fedsim.data.world import writers
 from fedsim.errors import DataError
-from fedsim.evaluate.xstest import XsTestItem, load_xstest
+from fedsim.evaluate.over_refusal import XsTestItem, load_xstest
 
 SECRET = "hush-hush"
 HEAD = "id,prompt,type,label,focus,note\n"
