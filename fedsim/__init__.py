@@ -11,22 +11,29 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from fedsim.api import Result, simulate
+    from fedsim.benchmarks import Figure
     from fedsim.data.square import SquareRow
+    from fedsim.evaluate.benchmark import Benchmark
     from fedsim.federation.algorithms import Algorithm, Correction, FedAvg, RoundSums, ServerState, Updates
     from fedsim.federation.attacks import Attack
     from fedsim.federation.outcome import ClientOutcome
+    from fedsim.generate.engine import Dialogues, Sampling
     from fedsim.safety.guard import Guard
     from fedsim.safety.verdict import Verdict
 
 _PLACES = {
     "Algorithm": "fedsim.federation.algorithms",
     "Attack": "fedsim.federation.attacks",
+    "Benchmark": "fedsim.evaluate.benchmark",
     "ClientOutcome": "fedsim.federation.outcome",
     "Correction": "fedsim.federation.algorithms",
+    "Dialogues": "fedsim.generate.engine",
     "FedAvg": "fedsim.federation.algorithms",
+    "Figure": "fedsim.benchmarks",
     "Guard": "fedsim.safety.guard",
     "Result": "fedsim.api",
     "RoundSums": "fedsim.federation.algorithms",
+    "Sampling": "fedsim.generate.engine",
     "ServerState": "fedsim.federation.algorithms",
     "SquareRow": "fedsim.data.square",
     "Updates": "fedsim.federation.algorithms",
@@ -38,12 +45,16 @@ _PLACES = {
 __all__ = [
     "Algorithm",
     "Attack",
+    "Benchmark",
     "ClientOutcome",
     "Correction",
+    "Dialogues",
     "FedAvg",
+    "Figure",
     "Guard",
     "Result",
     "RoundSums",
+    "Sampling",
     "ServerState",
     "SquareRow",
     "Updates",

@@ -99,6 +99,7 @@ KINDS: Final = {
         },
         base="fedsim.safety.guard:Guard",
     ),
+    "eval.benchmarks.kind": Kind("eval.benchmarks.options", {}, base="fedsim.evaluate.benchmark:Benchmark"),
     "eval.advbench_phrases": Kind(
         "eval.advbench_options",
         {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from fedsim.benchmarks import Benchmarks
 from fedsim.cohort import CohortResult
 from fedsim.config import FailuresConfig
 from fedsim.evaluate.collapse import measure_collapse
@@ -113,11 +114,11 @@ def of_cai_findings(found: Sequence[Finding]) -> Metrics:
     return metrics
 
 
-def headline(metrics: Metrics) -> dict[str, str]:
-    """The three figures of the paper's Table 1, where measured."""
-    names = {
-        "AdvBench": ("eval/advbench_harmless", " %"),
-        "HHH": ("eval/hhh_accuracy", " %"),
-        "MT": ("eval/mt_bench", ""),
-    }
-    return {name: f"{metrics[key]:.1f}{unit}" for name, (key, unit) in names.items() if key in metrics}
+def headline(metrics: Metrics, benchmarks: Benchmarks) -> dict[str, str]:
+    """The headline figure of each benchmark, such as the three of the paper's Table 1, where measured."""
+    shown = {}
+    for figure in benchmarks.headlines:
+        if figure.metric in metrics:
+            unit = " %" if figure.is_share else ""
+            shown[figure.short] = f"{metrics[figure.metric]:.1f}{unit}"
+    return shown

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Final
 
 import torch
 
 from fedsim import figures
 from fedsim.assembly import Federation
+from fedsim.benchmarks import write_benchmarks
 from fedsim.config import Config
-from fedsim.evaluate.judge import MtJudge
+from fedsim.evaluate.judge import MtJudge, judge_metrics
 from fedsim.evaluate.measures import Metrics
 from fedsim.evaluate.stage import write_outcomes, write_texts
-from fedsim.evaluate.suite import Evaluation, Suite, evaluate, judge_metrics
+from fedsim.evaluate.suite import Evaluation, Suite, evaluate
 from fedsim.evaluate.tokens import tokenise
 from fedsim.generate.engine import Engine
 from fedsim.meter import Meter
@@ -61,10 +61,10 @@ class Measurement:
         self.federation = federation
         self.meter = meter
         self.judge: MtJudge | None = None
-        if config.judge.kind != "none" and suite.mt_bench:
-            suite = replace(suite, rubric=None)  # the judge takes the rubric's place
+        if config.judge.kind != "none" and suite.part("mt_bench") is not None:
             self.judge = MtJudge(config, world.ranks, world.device)
         self.suite = suite
+        self.ranks.once(lambda: write_benchmarks(record.folder, suite.described))
         self.shared = shared
         self._tokenised = False
 
@@ -84,13 +84,13 @@ class Measurement:
             found = self._evaluate(point)
             for worker in workers:
                 worker.on_progress = None
-            phase.step(phase.total, phase.total, **figures.headline(found.metrics))
+            phase.step(phase.total, phase.total, **figures.headline(found.metrics, suite.described))
         self.meter.generated("evaluate", federation.engine)
         number = round_number(round_idx)
         folder, model_id = self.record.folder / "answers", f"{self.config.name}-round{number}-{point}"
         items = item_file(self.record.folder, number, point)
         self.ranks.once(lambda: write_texts(found, suite, folder, model_id, attacks=self.config.record.texts))
-        self.ranks.once(lambda: write_outcomes(found, suite, items))
+        self.ranks.once(lambda: write_outcomes(found, items))
         judged = self._judge(found, model_id, point)
         origin = {} if found.artefact is None else {"artefact": found.artefact, "perf/reused": found.reused}
         self.record.append(round_idx, "eval", {"point": point, **origin, **found.metrics, **judged})
@@ -106,14 +106,14 @@ class Measurement:
 
     def _judge(self, found: Evaluation, model_id: str, point: str) -> Metrics:
         """Let the judge rate the MT-Bench answers. What it leaves unjudged is told, and ends no run."""
-        if self.judge is None or found.mt_bench is None:
+        if self.judge is None or not found.answers:
             return {}
         folder = self.record.folder / "answers" / "mt_bench"
         with self.record.phase(f"judge MT-Bench, {POINT_TITLES[point]}", "judge", self.judge.unit) as phase:
-            judged = self.judge.judge(folder, model_id, found.mt_bench.texts, phase.step)
-            metrics = judge_metrics(judged, [answer.question for answer in found.mt_bench.answers])
+            judged = self.judge.judge(folder, model_id, [answer.texts for answer in found.answers], phase.step)
+            metrics = judge_metrics(judged, [answer.question for answer in found.answers])
             if judged.complete:
-                phase.step(phase.total, phase.total, **figures.headline(metrics))
+                phase.step(phase.total, phase.total, **figures.headline(metrics, self.suite.described))
         for line in judged.news:
             self.record.say(line)
         if judged.error is not None:

@@ -10,6 +10,7 @@ from fedsim.config import Config
 from fedsim.config.measuring import is_unrated
 from fedsim.data.prepare import PreparedData
 from fedsim.data.usable import Tally
+from fedsim.evaluate.sources import known_file
 from fedsim.evaluate.suite import Suite
 from fedsim.federation.attacks import build_attacks
 from fedsim.federation.registry import build_algorithm
@@ -21,7 +22,6 @@ from fedsim.parallel.planner import Plan, plan_round
 from fedsim.preflight import Preflight
 from fedsim.preparation import Inputs, tunes_guard
 from fedsim.record.places import DiskRoom
-from fedsim.record.sources import known_file
 from fedsim.record.tables import Table, byte_size
 from fedsim.safety.alignment import fills
 

@@ -20,6 +20,7 @@ from fedsim.config import Config
 from fedsim.errors import ConfigError, FolderError, Gathered
 from fedsim.evaluate.judge_inputs import check_judge
 from fedsim.evaluate.phrases import users_rules
+from fedsim.evaluate.stage import users_benchmarks
 from fedsim.extend import build
 from fedsim.federation.attacks import build_attacks
 from fedsim.federation.registry import build_algorithm
@@ -116,6 +117,7 @@ def check_code(config: Config) -> None:
     )
     mistakes.attempt(lambda: build_attacks(config.attacks, federation.num_clients, config.seed))
     mistakes.attempt(lambda: users_rules(config.eval.advbench_phrases, config.eval.advbench_options))
+    mistakes.attempt(lambda: users_benchmarks(config.eval))
     if guard.kind != "llama_guard":
         mistakes.attempt(lambda: build("guard.kind", guard.kind, guard.options, {"guard": guard, "seed": config.seed}))
     elif guard.options:

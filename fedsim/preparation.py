@@ -20,8 +20,9 @@ from fedsim.data.usable import Tally
 from fedsim.errors import Gathered
 from fedsim.evaluate.judge_inputs import judge_files
 from fedsim.evaluate.measures import Metrics
+from fedsim.evaluate.own import OWN
 from fedsim.evaluate.shared import shared_evaluation
-from fedsim.evaluate.stage import BENCHMARKS, load_suite
+from fedsim.evaluate.stage import load_suite
 from fedsim.evaluate.suite import Evaluation, Suite
 from fedsim.extend import source_file, title
 from fedsim.federation.attacks import ActiveAttack, build_attacks
@@ -122,7 +123,9 @@ class Preparation:
         mistakes = Gathered()
         with self.record.phase("data", "data"):
             data = mistakes.attempt(lambda: self._attacked(prepare_data(self.config, self.store, self.ranks)))
-            found = mistakes.attempt(lambda: load_suite(self.config.eval, self.store))
+            found = mistakes.attempt(
+                lambda: load_suite(self.config.eval, self.store, judged=self.config.judge.kind != "none")
+            )
             of_judge = mistakes.attempt(lambda: judge_files(self.config))
             own = mistakes.attempt(self._own_files)
         mistakes.raise_all()
@@ -281,7 +284,7 @@ class Preparation:
         config = self.config
         if config.eval.guard_judge != "none" or config.record.texts:
             return None
-        settings = {name: value for name, value in asdict(config.eval).items() if name not in ("every", *BENCHMARKS)}
+        settings = {name: value for name, value in asdict(config.eval).items() if name not in ("every", *OWN)}
 
         def shared(suite: Suite, compute: Callable[[], Evaluation]) -> Evaluation:
             depends = {
@@ -290,20 +293,23 @@ class Preparation:
                 "max_context": federation.engine.max_context,
                 "eval": settings,
                 "files": self.ranks.once(
-                    lambda: {n: file_digest(inputs.files[n]) for n in BENCHMARKS if n in inputs.files}
+                    lambda: {
+                        part.benchmark.name: file_digest(inputs.files[part.benchmark.name]) for part in suite.parts
+                    }
                 ),
-                "rules": {name: getattr(suite, name) is not None for name in ("judge", "refuses", "rubric")},
-                **self._phrase_rule(inputs),
+                "benchmarks": {part.benchmark.name: part.benchmark.depends() for part in suite.parts},
+                **self._users_code(inputs),
                 **self.facts,
             }
             return shared_evaluation(self.store, depends, suite, compute)
 
         return shared
 
-    def _phrase_rule(self, inputs: Inputs) -> dict[str, Any]:
-        """What names a user's phrase rule in artefacts; nothing for fedsim's own."""
-        file = inputs.files.get(code_role("eval.advbench_phrases"))
-        return {} if file is None else {"phrase_rule": self.ranks.once(lambda: file_digest(file))}
+    def _users_code(self, inputs: Inputs) -> dict[str, Any]:
+        """What names a user's phrase rule and benchmarks in artefacts; nothing for fedsim's own."""
+        beginning = code_role("eval.")
+        files = {role: file for role, file in inputs.files.items() if role.startswith(beginning)}
+        return self.ranks.once(lambda: {role: file_digest(file) for role, file in files.items()})
 
     def _model_facts(self) -> dict[str, Any]:
         """What names the model in artefacts."""

@@ -14,8 +14,8 @@ from typing import Final
 ROOT = Path(__file__).parents[1]
 
 BASE: Final = {
-    "artefacts", "digests", "disk", "errors", "extend", "json_text", "keys", "launching", "out_of_memory", "processes",
-    "ranks", "reused", "rounds", "tensor_file", "terminal", "user_code", "version",
+    "artefacts", "benchmarks", "digests", "disk", "errors", "extend", "json_text", "keys", "launching", "out_of_memory",
+    "processes", "ranks", "reused", "rounds", "tensor_file", "terminal", "user_code", "version",
 }  # fmt: skip
 """Modules at the top that every part may import, and that import nothing but one another."""
 

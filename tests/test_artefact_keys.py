@@ -22,7 +22,8 @@ from fedsim.artefacts import Artefact, ArtefactStore, digest_of
 from fedsim.config import CaiConfig, Config, EvalConfig, GuardConfig, code_names, code_role, load_config, to_flat
 from fedsim.data.prepare import PreparedData, prepare_data
 from fedsim.data.square import SquareRow
-from fedsim.evaluate.stage import BENCHMARKS, load_suite
+from fedsim.evaluate.own import OWN
+from fedsim.evaluate.stage import load_suite
 from fedsim.extend import source_file
 from fedsim.parallel.world import World
 from fedsim.preparation import Inputs, Preparation
@@ -92,7 +93,7 @@ class Places:
     def config(self, *overrides: str) -> Config:
         base = [f"model.path={self.model}", f"guard.path={self.model}", "guard.kind=llama_guard", "guard.tune_epochs=1",
                 "guard.lora_dropout=0.1", "cai.iterations=2", "cai.constitution=tiny", "eval.limit=5",
-                *(f"eval.{name}=" for name in BENCHMARKS)]  # fmt: skip
+                *(f"eval.{name}=" for name in OWN)]  # fmt: skip
         named = {"MOVED": str(self.moved), "CHANGED": str(self.changed)}
         words = [override.format(**named) for override in overrides]
         return load_config(None, [*base, *words])
@@ -442,11 +443,11 @@ OF_EVALUATION = {
 }
 """Keys of the evaluation: another value, and whether it makes another evaluation."""
 
-NOT_SHARED = {"guard_judge", "advbench_options"}  # the options of a user's own rule have a test of their own
+NOT_SHARED = {"guard_judge", "advbench_options", "benchmarks"}  # a user's own code has tests of its own
 
 
 def test_every_key_of_the_evaluation_is_in_the_table() -> None:
-    assert {f.name for f in fields(EvalConfig)} == OF_EVALUATION.keys() | NOT_SHARED | set(BENCHMARKS)
+    assert {f.name for f in fields(EvalConfig)} == OF_EVALUATION.keys() | NOT_SHARED | set(OWN)
 
 
 @pytest.mark.parametrize("key", OF_EVALUATION)

@@ -19,8 +19,11 @@ from fedsim.config import load_config
 from fedsim.data.benchmarks import AdvBenchItem, MtQuestion
 from fedsim.data.chat import assistant_turn, user_turn
 from fedsim.errors import JudgeError
+from fedsim.evaluate.advbench import AdvBench
 from fedsim.evaluate.judge import Judged
-from fedsim.evaluate.suite import Evaluation, Suite
+from fedsim.evaluate.mt_bench import MtBench
+from fedsim.evaluate.perplexity import HelpfulPerplexity
+from fedsim.evaluate.suite import Evaluation, Part, Suite
 from fedsim.generate.engine import Dialogues, Engine, Replies, Reply
 from fedsim.measurement import Measurement
 from fedsim.parallel.world import World
@@ -43,12 +46,9 @@ def rubric(record: Any, turn: int, reply: str) -> float:
     return float(reply.split()[-1])
 
 
-SUITE = Suite(
-    advbench=[AdvBenchItem(f"Fly kite {i}", "Sure") for i in range(3)],
-    mt_bench=[question(81), question(82)],
-    rubric=rubric,
-    max_new_tokens=5,
-)
+ATTACKS = Part(AdvBench(max_new_tokens=5), [AdvBenchItem(f"Fly kite {i}", "Sure") for i in range(3)])
+SUITE = Suite([ATTACKS, Part(MtBench(5, rubric), [question(81), question(82)])])
+UNRATED = Suite([ATTACKS, Part(MtBench(5), [question(81), question(82)])])
 
 
 class CountingRanks(OneRank):
@@ -186,7 +186,7 @@ def test_engine_and_guard_report_to_the_phase_while_it_lasts(make: Make) -> None
 def test_the_headline_figures_end_the_phase(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
     make().take(0, "global", 2.0)
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "evaluate, after training" in line]
-    assert "AdvBench" in line and "MT 2.0" in line
+    assert "AdvBench" in line and "MT-Bench 2.0" in line
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_only_the_untouched_model_s_evaluation_is_shared(make: Make) -> None:
 
     def shared(suite: Suite, compute: Callable[[], Evaluation]) -> Evaluation:
         asked.append((suite, compute()))
-        return Evaluation({"eval/kites": 7}, None, None, None, artefact="kite-1", reused=True)
+        return Evaluation({"eval/kites": 7}, artefact="kite-1", reused=True)
 
     stage = make(shared=shared)
     row = stage.take(-1, "pretrained", 1.0)
@@ -230,7 +230,7 @@ class Judge:
 
 def judged(make: Make, **changes: Any) -> tuple[Stage, Judge, Row]:
     """A measurement of round 3 by a judge."""
-    stage, judge = make(suite=replace(SUITE, rubric=None)), Judge(**changes)
+    stage, judge = make(suite=UNRATED), Judge(**changes)
     stage.measurement.judge = judge  # type: ignore[assignment]
     return stage, judge, stage.take(2, "global", 2.0)
 
@@ -243,7 +243,7 @@ def test_the_judge_is_shown_this_model_s_answers(make: Make, capsys: pytest.Capt
     assert stage.said == ["it was slow"]
     assert stage.record.timers.pop().keys() == {"time/evaluate_s", "time/judge_s"}
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "judge MT-Bench" in line]
-    assert "MT 8.0" in line
+    assert "MT-Bench 8.0" in line
 
 
 def test_a_judge_that_failed_is_reported_with_the_way_to_finish(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
@@ -254,20 +254,19 @@ def test_a_judge_that_failed_is_reported_with_the_way_to_finish(make: Make, caps
         f"4 turns stay unjudged: it rains. To finish later: python tools/judge.py {stage.record.folder}"
     ]
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "judge MT-Bench" in line]
-    assert "MT " not in line and "1/4 turns" in line, "what was not judged is not shown as done"
+    assert "MT-Bench 8" not in line and "1/4 turns" in line, "what was not judged is not shown as done"
 
 
-def test_without_a_judge_the_rubric_scores_and_with_one_it_does_not(make: Make, mt_folder: Path) -> None:
-    assert make().measurement.suite.rubric is rubric and make().measurement.judge is None
+def test_a_judge_is_there_where_the_configuration_has_one_and_there_are_answers(make: Make, mt_folder: Path) -> None:
+    assert make().measurement.judge is None
     files = [f"eval.mt_bench={mt_folder / 'question.jsonl'}", "judge.kind=openai", "judge.model=kite-judge",
              f"eval.mt_bench_references={mt_folder / 'reference_answer' / 'gpt-4.jsonl'}"]  # fmt: skip
-    stage = make(*files)
-    assert stage.measurement.suite.rubric is None and stage.measurement.judge is not None
-    assert make(*files, suite=replace(SUITE, mt_bench=())).measurement.judge is None
+    assert make(*files, suite=UNRATED).measurement.judge is not None
+    assert make(*files, suite=Suite([ATTACKS])).measurement.judge is None
 
 
 def test_without_mt_bench_the_judge_is_not_asked(make: Make) -> None:
-    stage, judge = make(suite=replace(SUITE, mt_bench=())), Judge()
+    stage, judge = make(suite=Suite([ATTACKS])), Judge()
     stage.measurement.judge = judge  # type: ignore[assignment]
     assert "eval/mt_bench_judge_failed" not in stage.take(0, "global", 2.0) and judge.seen == []
 
@@ -279,7 +278,7 @@ def test_a_real_engine_measures_the_adapter_that_is_loaded(
     loaded, flat = make_adapted(std=0.0)
     assert isinstance(loaded.base, LlamaForCausalLM)
     conversations = [[user_turn("Why?"), assistant_turn(f"Kite {i}.")] for i in (1, 2)]
-    stage = Stage(tmp_path, llama3_bytes_chat, Suite(helpful=conversations), None)
+    stage = Stage(tmp_path, llama3_bytes_chat, Suite([Part(HelpfulPerplexity(), conversations)]), None)
     engine = Engine(loaded.base, loaded.chat, OneRank(), batch_size=4, max_context=128, seed=0)
     stage.measurement.federation = SimpleNamespace(engine=engine, flat=flat)  # type: ignore[assignment]
     start = flat.initial(0)

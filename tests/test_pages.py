@@ -23,11 +23,11 @@ import tools.sources_page
 import tools.sweep
 import tools.table1
 import tools.table2
-from fedsim.record.sources import page as sources
 from fedsim.study.grid import read_sweep
 from fedsim.study.seed_rows import read_seed_rows
 from fedsim.study.table1 import TableOne
 from fedsim.study.table1_words import arm_table
+from tools.sources_page import page as sources
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"

@@ -25,7 +25,8 @@ from fedsim.data.square import SquareRow
 from fedsim.data.usable import Tally
 from fedsim.digests import FileDigests
 from fedsim.errors import CheckpointError, ConfigError
-from fedsim.evaluate.stage import BENCHMARKS, load_suite
+from fedsim.evaluate.own import OWN
+from fedsim.evaluate.stage import load_suite
 from fedsim.evaluate.suite import Evaluation, Suite
 from fedsim.generate.engine import Reply
 from fedsim.local_rows import LocalRows
@@ -38,7 +39,7 @@ from fedsim.safety.cai_stage import constitution_file
 
 CPU = torch.device("cpu")
 SMALL = Path(__file__).parent / "distributed" / "small.yaml"
-MEASURED = Evaluation({"eval/a": 1.0}, None, None, None)
+MEASURED = Evaluation({"eval/a": 1.0})
 Name = Callable[..., str | None]
 
 
@@ -60,8 +61,7 @@ def name(tmp_path_factory: pytest.TempPathFactory) -> Name:
         config = load_config(SMALL, ["eval.guard_judge=none", "record.texts=false", *overrides])
         here = World(OneRank(), torch.device("cpu"), exact=config.parallel.exact)
         prepare = Preparation(config, here, None, Named(folder, OneRank(), print))  # type: ignore[arg-type]
-        suite, found = load_suite(config.eval, files)
-        suite = replace(suite, rubric=None) if judge else suite
+        suite, found = load_suite(config.eval, files, judged=judge)
         engine = SimpleNamespace(max_context=config.model.max_context)
         inputs: Any = Inputs(None, suite, found)  # type: ignore[arg-type]
         sharing = prepare.shared_evaluation(inputs, SimpleNamespace(engine=engine))  # type: ignore[arg-type]
@@ -128,7 +128,7 @@ class Stages:
     """A preparation with a record in memory and a store in the test's folder."""
 
     def __init__(self, folder: Path, *overrides: str) -> None:
-        base = ["guard.kind=none", "cai.iterations=2", "cai.constitution=tiny", *(f"eval.{n}=" for n in BENCHMARKS)]
+        base = ["guard.kind=none", "cai.iterations=2", "cai.constitution=tiny", *(f"eval.{n}=" for n in OWN)]
         self.config = load_config(None, [*base, *overrides])
         self.log: list[str] = []
         self.store = ArtefactStore(folder / "artefacts", OneRank(), self.log.append)
@@ -163,7 +163,7 @@ def test_what_is_read_is_said_and_listed(stages: Make, square_file: Path, tmp_pa
     inputs = made.prepare.read()
     tiny = constitution_file("tiny")
     assert inputs.files == {"square": square_file, "advbench": attacks, "constitution": tiny}
-    assert [len(inputs.data.guard_rows), len(inputs.data.cai_rows), len(inputs.suite.advbench)] == [4, 4, 1]
+    assert [len(inputs.data.guard_rows), len(inputs.data.cai_rows), *inputs.suite.counts().values()] == [4, 4, 1]
     assert made.record.said == inputs.data.notes and len(inputs.data.notes) >= 2
     made = stages(f"data.square={square_file}", "cai.iterations=0", *sizes)
     assert made.prepare.read().files == {"square": square_file}

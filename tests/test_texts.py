@@ -12,7 +12,8 @@ import torch
 from fedsim.config import load_config
 from fedsim.data import world
 from fedsim.data.benchmarks import load_advbench
-from fedsim.data.xstest import load_xstest
+from fedsim.data.world import writers
+from fedsim.evaluate.over_refusal import load_xstest
 from fedsim.parallel.world import World
 from fedsim.ranks import OneRank
 from fedsim.record import finish
@@ -60,7 +61,7 @@ def test_texts_of_attacks_stay_where_they_belong(
     }
     assert {name for name, _ in replies} == {"advbench", "xstest"} and len(replies) >= 6
     world.write_advbench(tmp_path / "a.csv")
-    world.write_xstest(tmp_path / "x.csv")
+    writers.write_xstest(tmp_path / "x.csv")
     goals = [item.goal for item in load_advbench(tmp_path / "a.csv")]
     prompts = [item.prompt for item in load_xstest(tmp_path / "x.csv")]
     wanted = [text.encode() for text in {*goals, *prompts, *(reply for _, reply in replies)} if text]

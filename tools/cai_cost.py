@@ -33,6 +33,7 @@ from fedsim.config import Config, load_config
 from fedsim.config.command_line import DEFAULT
 from fedsim.data.square import SquareRow
 from fedsim.errors import ConfigError
+from fedsim.evaluate.own import OWN
 from fedsim.generate.engine import Sampling
 from fedsim.launching import Parser, launched
 from fedsim.needs import DPO
@@ -195,7 +196,7 @@ def cai_alone(config: Config) -> Config:
     return replace(
         config,
         guard=replace(config.guard, kind="none"),
-        eval=replace(config.eval, advbench="", hhh="", mt_bench="", xstest="", helpful="", guard_judge="none"),
+        eval=replace(config.eval, **dict.fromkeys(OWN, ""), benchmarks=[], guard_judge="none"),
         judge=replace(config.judge, kind="none"),
     )
 

@@ -18,10 +18,11 @@ from typing import Any, Final
 
 from fedsim.config import load_config, to_flat
 from fedsim.errors import DataError
+from fedsim.evaluate.own import DESCRIBED
 from fedsim.launching import Parser, launched
 from fedsim.record.cai_line import FINDINGS, LAST_ROUND, cai_lines
 from fedsim.record.metrics import MetricLog, Row
-from fedsim.record.summary import BENCHMARKS, TEMPLATES_NOTE, RunFacts, arm_table, eval_points, facts_from, refusals
+from fedsim.record.summary import TEMPLATES_NOTE, RunFacts, arm_table, controls, eval_points, facts_from
 from fedsim.record.tables import duration
 from fedsim.record.timers import top_level_seconds
 from fedsim.version import commit_of
@@ -30,9 +31,12 @@ RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 PLOTS = ("safety.png", "helpfulness.png", "time.png")
 
 #: Figures of an evaluation that the page shows.
-SHOWN: Final = (*(b.metric for b in BENCHMARKS), *(b.count for b in BENCHMARKS), "eval/hhh_letter",
-                "eval/xstest_safe_refused", "eval/xstest_safe_count", "eval/xstest_unsafe_refused",
-                "eval/xstest_unsafe_count")  # fmt: skip
+FIGURES: Final = [
+    *DESCRIBED.headlines,
+    *(figure for figure in DESCRIBED.lines("always") if figure.is_share),
+    *(figure for figure in DESCRIBED.figures if figure.name == "hhh_letter"),
+]
+SHOWN: Final = (*(figure.metric for figure in FIGURES), *(figure.count_metric for figure in FIGURES))
 
 
 def demo_rows(run: Path) -> dict[str, Any]:
@@ -48,14 +52,16 @@ def demo_rows(run: Path) -> dict[str, Any]:
     manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
     seconds = sum(sum(top_level_seconds(row).values()) for row in rows)
     settings = to_flat(load_config(run / "config.yaml"))
-    facts = facts_from(settings, num_ranks=manifest["started"]["num_ranks"], total_s=seconds, places={})
+    facts = facts_from(
+        settings, num_ranks=manifest["started"]["num_ranks"], total_s=seconds, places={}, benchmarks=DESCRIBED
+    )
     kept = [
         *eval_points(rows).values(),
         *(row for row in rows if row["stage"] == "cai_data"),
         *[row for row in rows if row["stage"] == "round"][-1:],
     ]
     return {
-        "facts": asdict(facts),
+        "facts": {name: value for name, value in asdict(facts).items() if name != "benchmarks"},
         "manifest": {
             "started": {name: value for name, value in manifest["started"].items() if name != "command"},
             **{name: manifest[name] for name in ("hardware", "versions", "git")},
@@ -80,7 +86,7 @@ INTRODUCTION: Final = (
 
 def page(found: dict[str, Any]) -> str:
     """The result page: findings, table, plots, and the machine, date and versions of the measurement."""
-    rows, manifest, facts = found["rows"], found["manifest"], RunFacts(**found["facts"])
+    rows, manifest, facts = found["rows"], found["manifest"], RunFacts(**found["facts"], benchmarks=DESCRIBED)
     machine, versions = manifest["hardware"], manifest["versions"]
     gpus = ", ".join(gpu["name"] for gpu in machine["gpus"]) or "no GPU"
     where = (
@@ -90,7 +96,7 @@ def page(found: dict[str, Any]) -> str:
         f"fedsim {versions['fedsim']}, commit {commit_of(manifest)}."
     )
     table = arm_table(rows, facts, short=False).markdown()
-    lines = "\n".join(f"- {line}" for line in (_letter(rows), *refusals(rows)) if line)
+    lines = "\n".join(f"- {line}" for line in (_letter(rows), *controls(rows, DESCRIBED)) if line)
     pictures = [f"![{name.removesuffix('.png')}](demo-{name})" for name in PLOTS]
     note = f"{TEMPLATES_NOTE} {where}"
     return "\n\n".join(["# The demo", INTRODUCTION, " ".join(cai_lines(rows)), table, lines, note, *pictures]) + "\n"

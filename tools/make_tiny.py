@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from fedsim.data import world
+from fedsim.data.world import writers
 from fedsim.model.tiny_model import TINY_DIR
 from fedsim.model.tiny_recipe import Recipe, save_model, train
 from fedsim.model.tiny_skills import measure_skills
@@ -47,7 +48,7 @@ def write_data(directory: Path) -> None:
     world.write_advbench(directory / "advbench.csv")
     world.write_hhh(directory / "hhh.jsonl")
     world.write_mt_bench(directory / "mt_bench")
-    world.write_xstest(directory / "xstest.csv")
+    writers.write_xstest(directory / "xstest.csv")
     world.write_helpful(directory / "helpful.jsonl")
 
 

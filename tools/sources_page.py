@@ -6,11 +6,29 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
+from fedsim.evaluate.sources import SOURCES
 from fedsim.launching import Parser, launched
-from fedsim.record.sources import page
+from fedsim.record.tables import Table
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "results" / "sources.md"
+
+INTRODUCTION: Final = (
+    "Files and models that fedsim takes by key. Nothing is downloaded: get each from its place, under its "
+    "licence. A file with one of the SHA-256 below is the very file that the readers were tested on. "
+    "Written by `python tools/sources_page.py`."
+)
+
+
+def page() -> str:
+    """The page of sources: a table, and the hashes as ``sha256sum`` writes them."""
+    head = ["key", "what", "where", "licence", "the tested file"]
+    rows = [[f"`{s.key}`", s.name, s.place, s.licence, s.rows or "not tested"] for s in SOURCES]
+    table = Table(head, rows, num_text=len(head)).markdown()
+    hashes = "\n".join(f"{s.sha256}  {s.file}" for s in SOURCES if s.sha256)
+    parts = ["# Public data and models", INTRODUCTION, table, "## Hashes", f"```text\n{hashes}\n```"]
+    return "\n\n".join(parts) + "\n"
 
 
 def write(_: argparse.Namespace) -> None:

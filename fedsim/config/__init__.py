@@ -3,6 +3,7 @@
 from fedsim.config.attacks import AttackConfig
 from fedsim.config.failures import FailuresConfig
 from fedsim.config.loading import (
+    LISTS,
     code_key,
     code_names,
     code_role,
@@ -15,7 +16,7 @@ from fedsim.config.loading import (
     to_flat,
     to_nested,
 )
-from fedsim.config.measuring import EvalConfig, JudgeConfig, ParallelConfig, RecordConfig, WandbConfig
+from fedsim.config.measuring import BenchmarkConfig, EvalConfig, JudgeConfig, ParallelConfig, RecordConfig, WandbConfig
 from fedsim.config.page import help_text
 from fedsim.config.safety import CaiConfig, GuardConfig
 from fedsim.config.schema import Config
@@ -28,7 +29,9 @@ from fedsim.config.training import (
 )
 
 __all__ = [
+    "LISTS",
     "AttackConfig",
+    "BenchmarkConfig",
     "CaiConfig",
     "Config",
     "DataConfig",

@@ -18,7 +18,7 @@ import yaml
 
 from fedsim.config.attacks import AttackConfig
 from fedsim.config.keys import Rule, rule_of
-from fedsim.config.measuring import EMBEDDED, HELD_OUT, is_embedded
+from fedsim.config.measuring import EMBEDDED, HELD_OUT, BenchmarkConfig, is_embedded
 from fedsim.config.schema import Config
 from fedsim.config.secrets import check_no_secret
 from fedsim.errors import ConfigError
@@ -29,13 +29,32 @@ Flat = dict[str, Any]
 _LARGEST = 2**63 - 1
 """Whole numbers above it fit neither a tensor nor an array."""
 
-ATTACKS, ATTACK = "attacks", "attacks.kind"
-"""The key that lists attacks, and the kind of what each of them names."""
+
+@dataclasses.dataclass(frozen=True)
+class Listed:
+    """A key whose value is a list of mappings, each of which names a user's code.
+
+    Attributes:
+        owner: dataclass of one entry.
+        needed: keys that an entry must have.
+        example: of a value.
+    """
+
+    owner: type
+    needed: tuple[str, ...]
+    example: str
+
+
+LISTS = {
+    "attacks": Listed(AttackConfig, ("kind", "share"), "[{kind: my.py:SignFlip, share: 0.2}]"),
+    "eval.benchmarks": Listed(BenchmarkConfig, ("kind", "path"), "[{kind: my.py:DoNotAnswer, path: questions.csv}]"),
+}
+"""Lists by key; ``<key>.kind`` is the kind of code that an entry names."""
 
 _TYPE_NAMES = {
     str(list[str]): "list of str",
     str(dict[str, Any]): "mapping",
-    str(list[AttackConfig]): "list of mappings",
+    **{str(list[listed.owner]): "list of mappings" for listed in LISTS.values()},
 }
 
 _EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
@@ -125,7 +144,7 @@ def to_flat(config: Config) -> Flat:
         value: Any = config
         for part in name.split("."):
             value = getattr(value, part)
-        flat[name] = [dataclasses.asdict(one) for one in value] if name == ATTACKS else value
+        flat[name] = [dataclasses.asdict(one) for one in value] if name in LISTS else value
     return flat
 
 
@@ -161,14 +180,16 @@ def model_roles() -> Mapping[str, str]:
 
 def code_names(flat: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     """Keys that name a user's code: key → kind of :data:`fedsim.extend.KINDS`, and name; nothing is loaded."""
-    named = {key: (key, flat[key]) for key in KINDS if key != ATTACK}
-    named |= {code_key(place): (ATTACK, one["kind"]) for place, one in enumerate(flat[ATTACKS])}
+    named = {key: (key, flat[key]) for key in KINDS if key.removesuffix(".kind") not in LISTS}
+    for key in LISTS:
+        for place, one in enumerate(flat[key]):
+            named[code_key(key, place)] = (f"{key}.kind", one["kind"])
     return {key: (kind, name) for key, (kind, name) in named.items() if not is_own(kind, name)}
 
 
-def code_key(place: int) -> str:
-    """Key of the code of the attack at a place in the list."""
-    return f"{ATTACKS}.{place}.kind"
+def code_key(key: str, place: int) -> str:
+    """Key of the code of the entry at a place in a list."""
+    return f"{key}.{place}.kind"
 
 
 def code_role(key: str) -> str:
@@ -299,8 +320,8 @@ def _parse(value: str, name: str, *, is_text: bool) -> Any:
 
 
 def _checked(name: str, value: Any, kind: Any, declared: dataclasses.Field[Any]) -> Any:
-    if kind == list[AttackConfig]:
-        return _checked_attacks(name, value)
+    if name in LISTS:
+        return _checked_list(name, value, LISTS[name])
     if kind == dict[str, Any]:
         return _checked_options(name, value)
     rule = rule_of(declared)
@@ -317,25 +338,24 @@ def _checked(name: str, value: Any, kind: Any, declared: dataclasses.Field[Any])
     return value
 
 
-def _checked_attacks(name: str, value: Any) -> list[AttackConfig]:
-    """A list of mappings as attacks; their keys are named as in ``attacks.0.share``."""
+def _checked_list(name: str, value: Any, listed: Listed) -> list[Any]:
+    """A list of mappings as dataclasses; their keys are named as in ``attacks.0.share``."""
     if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
-        raise ConfigError(
-            f"{name}={_quoted(value)}: must be a list of attacks, such as [{{kind: my.py:SignFlip, share: 0.2}}]"
-        )
-    hints, fields = get_type_hints(AttackConfig), {one.name: one for one in dataclasses.fields(AttackConfig)}
+        what = name.rpartition(".")[2]
+        raise ConfigError(f"{name}={_quoted(value)}: must be a list of {what}, such as {listed.example}")
+    hints, fields = get_type_hints(listed.owner), {one.name: one for one in dataclasses.fields(listed.owner)}
     found = []
     for place, given in enumerate(value):
         for part in given:
             if part not in fields:
                 known = [f"{name}.{place}.{leaf}" for leaf in fields]
                 raise ConfigError(_unknown(f"{name}.{place}.{part}", given[part], known))
-        for part in ("kind", "share"):
+        for part in listed.needed:
             if part not in given:
                 raise ConfigError(f"{name}.{place}: needs {name}.{place}.{part}; set it")
         checked = {part: _checked(f"{name}.{place}.{part}", given[part], hints[part], fields[part]) for part in given}
-        check_name(ATTACK, checked["kind"], shown=f"{name}.{place}.kind")
-        found.append(AttackConfig(**checked))
+        check_name(f"{name}.kind", checked["kind"], shown=f"{name}.{place}.kind")
+        found.append(listed.owner(**checked))
     return found
 
 
@@ -377,7 +397,7 @@ def _with_parts(flat: Mapping[str, Any]) -> Flat:
         if owner is None:
             found[name] = value
             continue
-        whole = copy.deepcopy(found.get(owner, [] if owner == ATTACKS else {}))
+        whole = copy.deepcopy(found.get(owner, [] if owner in LISTS else {}))
         place: Any = whole
         *parts, last = name.removeprefix(f"{owner}.").split(".")
         try:
@@ -396,7 +416,7 @@ def _with_parts(flat: Mapping[str, Any]) -> Flat:
 @functools.cache
 def _whole_keys() -> tuple[str, ...]:
     """Keys whose value is a mapping, or a list of them."""
-    return tuple(name for name, kind in _kinds().items() if kind in (dict[str, Any], list[AttackConfig]))
+    return tuple(name for name, kind in _kinds().items() if name in LISTS or kind == dict[str, Any])
 
 
 def _coerced(name: str, value: Any, kind: Any, rule: str) -> Any:

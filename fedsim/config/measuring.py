@@ -29,6 +29,15 @@ def is_unrated(mt_bench: str, *, judged: bool) -> bool:
 
 
 @dataclass(frozen=True)
+class BenchmarkConfig:
+    """One benchmark of a user's own."""
+
+    kind: str = key("", "path/to/file.py:Name or module:Name of a class that derives from fedsim.Benchmark")
+    path: str = key("", "file that its load() reads")
+    options: dict[str, Any] = key({}, "keyword arguments of the benchmark")
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     """Benchmarks, run on the pretrained model and on the global adapter before and after CAI."""
 
@@ -53,6 +62,8 @@ class EvalConfig:
                       "'' to leave it out", file="xstest")  # fmt: skip
     helpful: str = key("embedded", "held-out helpful conversations whose perplexity is measured: JSON lines or "
                        "an array of messages, 'embedded', or '' to leave it out", file="helpful")  # fmt: skip
+    benchmarks: list[BenchmarkConfig] = key([], "benchmarks of your own, such as [{kind: my.py:DoNotAnswer, path: "
+                                            "questions.csv, options: {language: en}}]")  # fmt: skip
     guard_judge: str = key("none", "also let the guard model judge the replies to attacks: untuned = guard.path as "
                            "it is, tuned = fine-tuned as the filter is",
                            choices=("none", "untuned", "tuned"))  # fmt: skip
@@ -127,7 +138,7 @@ class RecordConfig:
     resume: str = key("auto", "auto = go on from the run directory's last checkpoint if there is one; never = start "
                       "anew, which an existing run directory forbids", choices=("auto", "never"))  # fmt: skip
     keep_checkpoints: int = key(2, "checkpoints kept", low=1)
-    texts: bool = key(False, "write the replies to AdvBench's and XSTest's prompts into the run directory")
+    texts: bool = key(False, "write the replies to attacks, and those of your own benchmarks, into the run directory")
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""Safety and helpfulness of the model as it stands, with counts and 95 % intervals; AdvBench, HHH, MT-Bench, XSTest."""
+"""Safety and helpfulness of the model as it stands: benchmarks, their figures with counts and 95 % intervals."""

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from fedsim.benchmarks import Figure
 from fedsim.evaluate.intervals import Rate
-from fedsim.evaluate.measures import Metrics, rate_metrics
+from fedsim.evaluate.measures import Found
 from fedsim.generate.engine import Reply
 from fedsim.safety.guard import Exchange
 from fedsim.safety.verdict import Verdict
@@ -38,10 +39,21 @@ class GuardJudgement:
     safe: Rate
     num_cut: int
 
-    def metrics(self, name: str) -> Metrics:
-        """``name_guard_safe`` in percent with interval and count, and ``name_guard_cut``."""
-        safe = f"{name}_guard_safe"
-        return {**rate_metrics(safe, self.safe), f"{safe}_count": self.safe.total, f"{name}_guard_cut": self.num_cut}
+    def figures(self, name: str) -> dict[str, Found]:
+        """``<name>_guard_safe`` and ``<name>_guard_cut``."""
+        return {f"{name}_guard_safe": self.safe, f"{name}_guard_cut": self.num_cut}
+
+
+def guard_figures(name: str, title: str) -> tuple[Figure, ...]:
+    """The same as declared figures.
+
+    Args:
+        title: of the benchmark.
+    """
+    return (
+        Figure(f"{name}_guard_safe", f"{title}: replies that the guard calls safe"),
+        Figure(f"{name}_guard_cut", f"{title}: exchanges that the guard saw in part", "", 0, None),
+    )
 
 
 def judge_replies(guard: ExchangeJudge, prompts: Sequence[str], replies: Sequence[Reply]) -> GuardJudgement:

@@ -24,7 +24,8 @@ from fedsim.evaluate.judge_inputs import judge_files, judge_name, load_questions
 from fedsim.evaluate.judge_local import judge_locally
 from fedsim.evaluate.judge_pool import Keep, RequestPool
 from fedsim.evaluate.judge_prompts import JudgePrompt, Match, load_judge_prompts, make_matches, parse_rating
-from fedsim.evaluate.mt_bench import TurnScores
+from fedsim.evaluate.measures import Metrics
+from fedsim.evaluate.mt_bench import TurnScores, mean_scores, score_metrics
 from fedsim.ranks import Ranks
 
 POLL_S = 5.0
@@ -62,6 +63,17 @@ class Judged:
     gave_up: bool = False
     news: tuple[str, ...] = ()
     num_cut: int = 0
+
+
+def judge_metrics(judged: Judged, questions: Sequence[MtQuestion]) -> Metrics:
+    """The figures that a judge adds to an evaluation: means of its scores, and the turns that are not in them."""
+    counts: Metrics = {
+        "eval/mt_bench_unrated": judged.num_unrated,
+        "eval/mt_bench_judgments_cut": judged.num_cut,
+        "eval/mt_bench_not_asked": judged.num_not_asked,
+        "eval/mt_bench_judge_failed": judged.num_unjudged,
+    }
+    return score_metrics(mean_scores(questions, judged.scores)) | counts
 
 
 @dataclass(frozen=True)

@@ -8,17 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from pathlib import Path
+from typing import Any, ClassVar, Final, Self
 
 from fedsim import keys
-from fedsim.data.benchmarks import MtQuestion
+from fedsim.benchmarks import Figure, Line, Source
+from fedsim.config import EvalConfig
+from fedsim.config.measuring import EMBEDDED
+from fedsim.data import world
+from fedsim.data.benchmarks import MtQuestion, load_mt_bench
 from fedsim.data.chat import user_turn
-from fedsim.evaluate.asking import Asking
+from fedsim.evaluate.benchmark import EmbeddedFile, OwnBenchmark, Result, Values
 from fedsim.evaluate.collapse import measure_collapse
+from fedsim.evaluate.guard_judge import ExchangeJudge
 from fedsim.evaluate.intervals import Mean
-from fedsim.evaluate.measures import Items, Metrics, collapse_metrics
-from fedsim.evaluate.rows import subset
-from fedsim.generate.engine import Dialogues, Replies, Reply, Sampling
+from fedsim.evaluate.measures import Found, Metrics, collapse_metrics, figure_metrics
+from fedsim.generate.engine import Dialogues, Engine, Replies, Reply, Sampling
 
 TEMPERATURES: Final = {
     "writing": 0.7,
@@ -54,6 +59,11 @@ class MtAnswer:
     replies: tuple[Reply, Reply] = field(repr=False)
     scores: TurnScores = UNSCORED
 
+    @property
+    def texts(self) -> tuple[MtQuestion, tuple[str, str]]:
+        """The question with its two answers, as a judge takes them."""
+        return self.question, (self.replies[0].text, self.replies[1].text)
+
 
 @dataclass(frozen=True)
 class MtMeans:
@@ -72,102 +82,175 @@ class MtMeans:
     by_turn: tuple[Mean | None, Mean | None]
     by_category: dict[str, Mean]
 
-    def metrics(self) -> Metrics:
-        """``eval/mt_bench``, ``eval/mt_bench_turn_1`` and so on: value, interval and count of each mean."""
-        named = {"eval/mt_bench": self.score}
-        named |= {f"eval/mt_bench_turn_{turn}": mean for turn, mean in enumerate(self.by_turn, start=1)}
-        named |= {f"eval/mt_bench_category_{category}": mean for category, mean in self.by_category.items()}
-        return {key: v for name, mean in named.items() if mean is not None for key, v in _named(name, mean).items()}
+    def figures(self) -> dict[str, Found]:
+        """``mt_bench``, ``mt_bench_turn_1`` and so on; one without a score is left out."""
+        named = {"mt_bench": self.score}
+        for turn, mean in enumerate(self.by_turn, start=1):
+            named[f"mt_bench_turn_{turn}"] = mean
+        for category, mean in self.by_category.items():
+            named[f"mt_bench_category_{category}"] = mean
+        return {name: mean for name, mean in named.items() if mean is not None}
+
+
+def _points(name: str, title: str, *, headline: bool = False) -> Figure:
+    return Figure(name, title, "points", 2, SCALE, headline=headline)
+
+
+def _number(name: str, title: str, *, line: Line = "") -> Figure:
+    return Figure(name, title, "", 0, None, count="mt_bench_num_texts", line=line)
 
 
 @dataclass(frozen=True)
-class MtResult:
-    """Outcome over all questions: their answers, in the order of the questions, and the means of the scores."""
+class MtBench(OwnBenchmark):
+    """Two-turn questions (arXiv 2306.05685) and the means of their scores.
 
-    answers: list[MtAnswer] = field(repr=False)
-    means: MtMeans
+    Attributes:
+        max_new_tokens: for each turn; MT-Bench's is 1,024.
+        rubric: scores a reply from the question's record alone; without it answers are written and not scored.
+    """
 
-    @property
-    def replies(self) -> list[Reply]:
-        """All replies: both turns of each question."""
-        return [reply for answer in self.answers for reply in answer.replies]
+    max_new_tokens: int = 1024
+    rubric: Rubric | None = None
 
-    @property
-    def texts(self) -> list[tuple[MtQuestion, tuple[str, str]]]:
-        """Each question with its two answers, as a judge takes them."""
-        return [(a.question, (a.replies[0].text, a.replies[1].text)) for a in self.answers]
+    name = "mt_bench"
+    title = "MT-Bench"
+    figures: ClassVar[tuple[Figure, ...]] = (
+        _points("mt_bench", "MT-Bench: mean score", headline=True),
+        _points("mt_bench_turn_1", "MT-Bench: mean score of turn 1"),
+        _points("mt_bench_turn_2", "MT-Bench: mean score of turn 2"),
+        _points("mt_bench_category", "MT-Bench: mean score of a category"),
+        Figure("mt_bench_questions", "MT-Bench: questions", "", 0, None),
+        _number(
+            "mt_bench_unrated",
+            "MT-Bench answers judged without a rating and left out of the means",
+            line="unless 0",
+        ),
+        _number(
+            "mt_bench_judgments_cut",
+            "MT-Bench answers among these, whose judgment was cut off by length (raise judge.max_new_tokens; python "
+            "tools/judge.py RUN_DIR asks for them again)",
+            line="unless 0",
+        ),
+        _number(
+            "mt_bench_not_asked",
+            "MT-Bench answers not judged, as they do not fit into the judge's context, and left out of the means",
+            line="unless 0",
+        ),
+        _number(
+            "mt_bench_judge_failed",
+            "MT-Bench answers left unjudged, as the judge failed (python tools/judge.py RUN_DIR judges them)",
+            line="unless 0",
+        ),
+    )
+    embedded: ClassVar[Mapping[str, EmbeddedFile]] = {
+        EMBEDDED: EmbeddedFile("world-mt-bench", "question.jsonl", lambda path: world.write_mt_bench(path.parent))
+    }
+    sources = (
+        Source(
+            "eval.mt_bench",
+            "MT-Bench questions (arXiv 2306.05685)",
+            "github.com/lm-sys/FastChat: fastchat/llm_judge/data/mt_bench/question.jsonl",
+            "Apache-2.0",
+            "80 questions of two turns",
+            "question.jsonl",
+            "119565adbab82227089cefdb44c8d7e2cf04dc0a0ec233634c82e7d4e2a944f7",
+        ),
+        Source(
+            "eval.mt_bench_references",
+            "MT-Bench reference answers",
+            "github.com/lm-sys/FastChat: fastchat/llm_judge/data/mt_bench/reference_answer/gpt-4.jsonl",
+            "Apache-2.0",
+            "30 answers",
+            "gpt-4.jsonl",
+            "f957a5bc977badb66885ec970e6cd08527845780313f0995764260e5777b9b3f",
+        ),
+        Source(
+            "judge.prompts",
+            "MT-Bench judge prompts",
+            "github.com/lm-sys/FastChat: fastchat/llm_judge/data/judge_prompts.jsonl",
+            "Apache-2.0",
+            "8 prompts, of which 4 are used",
+            "judge_prompts.jsonl",
+            "fd283293406d024f44c174b094ef48031d0687a4682fd3a56b29b138f80281b6",
+        ),
+    )
 
-    def metrics(self) -> Metrics:
-        """The means, and how many replies were cut or went astray."""
-        metrics: Metrics = {"eval/mt_bench_questions": len(self.answers)}
-        metrics |= self.means.metrics()
-        metrics["eval/mt_bench_truncated"] = sum(r.truncated for r in self.replies)
-        metrics["eval/mt_bench_prompts_truncated"] = sum(r.prompt_truncated for r in self.replies)
-        return metrics | collapse_metrics("eval/mt_bench", measure_collapse([r.text for r in self.replies]))
+    @classmethod
+    def from_config(cls, settings: EvalConfig, *, judged: bool) -> Self:
+        """The rubric scores the embedded world's questions, unless a judge does."""
+        has_rubric = settings.mt_bench == EMBEDDED and not judged
+        return cls(settings.max_new_tokens, world.rubric_score if has_rubric else None)
 
-    def items(self) -> Items:
-        """Points for each question: ``mt_bench_turn_1``, ``mt_bench_turn_2`` and their mean ``mt_bench``.
+    def load(self, path: Path) -> list[MtQuestion]:
+        return load_mt_bench(path)
 
-        A rubric scores every answer. Where a score is missing there are no items of that figure.
+    def ask(self, items: Sequence[MtQuestion], key: Sequence[keys.KeyPart]) -> list[Dialogues]:
+        """Both turns of every question, in dialogues by temperature.
+
+        A draw's key is ``key`` with turn, temperature and place among the questions of that temperature.
         """
-        first, second = (_complete([answer.scores[turn] for answer in self.answers]) for turn in (0, 1))
-        named = {"mt_bench_turn_1": first, "mt_bench_turn_2": second}
-        if first is not None and second is not None:
-            named["mt_bench"] = [(one + two) / 2 for one, two in zip(first, second, strict=True)]
-        return {name: points for name, points in named.items() if points is not None}
+        dialogues = []
+        for temperature, places in _places_by_temperature(items).items():
+            dialogues.append(
+                Dialogues(
+                    [[user_turn(items[i].turns[0])] for i in places],
+                    Sampling(temperature, self.max_new_tokens),
+                    [(*key, "turn", turn, "temperature", str(temperature)) for turn in (1, 2)],
+                    [[items[i].turns[1] for i in places]],
+                )
+            )
+        return dialogues
+
+    def measure(
+        self,
+        engine: Engine,
+        items: Sequence[MtQuestion],
+        replies: Sequence[Replies],
+        guard: ExchangeJudge | None = None,
+    ) -> Result:
+        """Means of the scores, and how many replies were cut or went astray."""
+        pairs: dict[int, tuple[Reply, Reply]] = {}
+        for places, (first, second) in zip(_places_by_temperature(items).values(), replies, strict=True):
+            for i, one, two in zip(places, first, second, strict=True):
+                pairs[i] = (one, two)
+        answers = []
+        for i, question in enumerate(items):
+            scores = UNSCORED if self.rubric is None else _scores(self.rubric, question, pairs[i])
+            answers.append(MtAnswer(question, pairs[i], scores))
+        means = mean_scores(items, [answer.scores for answer in answers])
+        said = [reply for answer in answers for reply in answer.replies]
+        figures: dict[str, Found] = {
+            "mt_bench_questions": len(answers),
+            **means.figures(),
+            "mt_bench_truncated": sum(reply.truncated for reply in said),
+            "mt_bench_prompts_truncated": sum(reply.prompt_truncated for reply in said),
+            **collapse_metrics("mt_bench", measure_collapse([reply.text for reply in said])),
+        }
+        return Result(figures, _items(answers), said, answers)
+
+    def depends(self) -> dict[str, Any]:
+        return {"rubric": self.rubric is not None}
+
+
+def _items(answers: Sequence[MtAnswer]) -> dict[str, Values]:
+    """Points for each question: ``mt_bench_turn_1``, ``mt_bench_turn_2`` and their mean ``mt_bench``.
+
+    A rubric scores every answer. Where a score is missing there are no items of that figure.
+    """
+    first, second = (_complete([answer.scores[turn] for answer in answers]) for turn in (0, 1))
+    found: dict[str, Values] = {}
+    if first is not None:
+        found["mt_bench_turn_1"] = first
+    if second is not None:
+        found["mt_bench_turn_2"] = second
+    if first is not None and second is not None:
+        found["mt_bench"] = [(one + two) / 2 for one, two in zip(first, second, strict=True)]
+    return found
 
 
 def _complete(scores: Sequence[float | None]) -> list[float] | None:
     found = [score for score in scores if score is not None]
     return found if len(found) == len(scores) else None
-
-
-def ask_mt_bench(
-    questions: Sequence[MtQuestion],
-    max_new_tokens: int,
-    key: Sequence[keys.KeyPart],
-    *,
-    limit: int = 0,
-    rubric: Rubric | None = None,
-) -> Asking[MtResult]:
-    """Ask both turns of every question and score the answers.
-
-    Args:
-        questions: at least one.
-        max_new_tokens: for each turn; MT-Bench's is 1,024.
-        key: names the draws, with turn, temperature and place among the questions of that temperature.
-        limit: ask only so many questions (:func:`subset`); 0 asks all.
-        rubric: scores a reply from the question's record alone.
-    """
-    chosen = subset(questions, limit)
-    places = _places_by_temperature(chosen)
-
-    def conclude(found: list[Replies]) -> MtResult:
-        pairs: dict[int, tuple[Reply, Reply]] = {}
-        for where, (first, second) in zip(places.values(), found, strict=True):
-            pairs.update(zip(where, zip(first, second, strict=True), strict=True))
-        return summarise_answers(
-            [
-                MtAnswer(question, pairs[i], UNSCORED if rubric is None else _scores(rubric, question, pairs[i]))
-                for i, question in enumerate(chosen)
-            ]
-        )
-
-    dialogues = [
-        Dialogues(
-            [[user_turn(chosen[i].turns[0])] for i in where],
-            Sampling(temperature, max_new_tokens),
-            [(*key, "turn", turn, "temperature", str(temperature)) for turn in (1, 2)],
-            [[chosen[i].turns[1] for i in where]],
-        )
-        for temperature, where in places.items()
-    ]
-    return Asking(dialogues, conclude)
-
-
-def summarise_answers(answers: list[MtAnswer]) -> MtResult:
-    """The answers with the means of their scores."""
-    return MtResult(answers, mean_scores([a.question for a in answers], [a.scores for a in answers]))
 
 
 def mean_scores(questions: Sequence[MtQuestion], scores: Sequence[TurnScores]) -> MtMeans:
@@ -181,17 +264,15 @@ def mean_scores(questions: Sequence[MtQuestion], scores: Sequence[TurnScores]) -
     return MtMeans(_mean(rated), (first, second), by_category)
 
 
+def score_metrics(means: MtMeans) -> Metrics:
+    """``eval/mt_bench``, ``eval/mt_bench_turn_1`` and so on: value, interval and count of each mean."""
+    return figure_metrics(means.figures(), {figure.name: figure for figure in MtBench.figures})
+
+
 def _mean(groups: Sequence[Sequence[float | None]]) -> Mean | None:
     """Mean over all numbers of the groups that have any."""
     filled = [[v for v in group if v is not None] for group in groups if group]
     return Mean.of_groups(filled) if filled else None
-
-
-def _named(name: str, mean: Mean) -> Metrics:
-    """A mean of scores. Student's interval knows no scale and is cut to it; scores that are all alike give none."""
-    low, high = max(mean.low, SCALE[0]), min(mean.high, SCALE[1])
-    interval: Metrics = {f"{name}_low": low, f"{name}_high": high} if mean.low < mean.high else {}
-    return {name: mean.value, **interval, f"{name}_count": mean.count}
 
 
 def _places_by_temperature(questions: Sequence[MtQuestion]) -> dict[float, list[int]]:

@@ -6,16 +6,25 @@ Forgetting shows here first: no draw, no rule and no judge stands between the mo
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar, Self
 
+from fedsim.benchmarks import Figure
+from fedsim.config import EvalConfig
+from fedsim.config.measuring import EMBEDDED
+from fedsim.data import world
 from fedsim.data.chat import ChatFormat, Conversation, TokenRow, as_key
+from fedsim.data.helpful import load_helpful
 from fedsim.data.usable import why_unusable
 from fedsim.errors import DataError
+from fedsim.evaluate.benchmark import EmbeddedFile, OwnBenchmark, Result
+from fedsim.evaluate.guard_judge import ExchangeJudge
 from fedsim.evaluate.intervals import t_95
-from fedsim.evaluate.measures import Metrics
-from fedsim.evaluate.rows import scored_row, subset
-from fedsim.generate.engine import Engine, RowScore
+from fedsim.evaluate.measures import Found
+from fedsim.evaluate.rows import scored_row
+from fedsim.generate.engine import Engine, Replies, RowScore
 
 
 @dataclass(frozen=True)
@@ -40,17 +49,51 @@ class Perplexity:
     num_truncated: int
     num_dropped: int = 0
 
-    def metrics(self) -> Metrics:
-        """``eval/perplexity`` with interval, counts of conversations and tokens, and how many were cut."""
-        name = "eval/perplexity"
-        interval: Metrics = {f"{name}_low": self.low, f"{name}_high": self.high} if self.num_conversations > 1 else {}
-        counts: Metrics = {f"{name}_count": self.num_conversations, f"{name}_target_tokens": self.num_tokens}
+    def figures(self) -> dict[str, Found]:
+        """``perplexity`` with interval, counts of conversations and tokens, and how many were cut."""
+        found: dict[str, Found] = {"perplexity": self.value}
+        if self.num_conversations > 1:
+            found |= {"perplexity_low": self.low, "perplexity_high": self.high}
+        found |= {"perplexity_count": self.num_conversations, "perplexity_target_tokens": self.num_tokens}
         if self.num_dropped:
-            counts[f"{name}_dropped"] = self.num_dropped
-        return {name: self.value, **interval, **counts, f"{name}_truncated": self.num_truncated}
+            found["perplexity_dropped"] = self.num_dropped
+        return found | {"perplexity_truncated": self.num_truncated}
 
 
-def run_perplexity(engine: Engine, conversations: Sequence[Conversation], *, limit: int = 0) -> Perplexity:
+@dataclass(frozen=True)
+class HelpfulPerplexity(OwnBenchmark):
+    """Held-out helpful conversations: perplexity of the last reply of each."""
+
+    name = "helpful"
+    title = "helpful conversations"
+    figures: ClassVar[tuple[Figure, ...]] = (
+        Figure("perplexity", "perplexity of helpful replies", "", 2, None),
+        Figure("perplexity_target_tokens", "tokens behind the perplexity", "", 0, None),
+        Figure("perplexity_dropped", "conversations of whose reply no token is left", "", 0, None),
+        Figure("perplexity_truncated", "conversations cut to the context", "", 0, None),
+    )
+    embedded: ClassVar[Mapping[str, EmbeddedFile]] = {
+        EMBEDDED: EmbeddedFile("world-helpful", "helpful.jsonl", world.write_helpful)
+    }
+
+    @classmethod
+    def from_config(cls, settings: EvalConfig, *, judged: bool) -> Self:
+        return cls()
+
+    def load(self, path: Path) -> list[Conversation]:
+        return load_helpful(path)
+
+    def measure(
+        self,
+        engine: Engine,
+        items: Sequence[Conversation],
+        replies: Sequence[Replies],
+        guard: ExchangeJudge | None = None,
+    ) -> Result:
+        return Result(run_perplexity(engine, items).figures())
+
+
+def run_perplexity(engine: Engine, conversations: Sequence[Conversation]) -> Perplexity:
     """Score the last reply of every conversation (at least one), given all that stands before it.
 
     Earlier replies are context alone, as in training: a file whose every turn counts has a line for each.
@@ -59,24 +102,22 @@ def run_perplexity(engine: Engine, conversations: Sequence[Conversation], *, lim
         engine: the model under test.
         conversations: each ends with an assistant turn. A prompt too long for the engine's context loses its beginning,
             a reply longer than half of it its end; both are counted. A reply without anything to predict is dropped.
-        limit: score only so many (:func:`subset`); 0 scores all.
 
     Raises:
         DataError: no conversation is left.
     """
-    chosen = subset(conversations, limit)
     rows = []
-    for conversation in chosen:
+    for conversation in conversations:
         row = _row(engine.chat, conversation, engine.max_context)
         if why_unusable(engine.chat, row, conversation[-1]["content"]) is None:
             rows.append(row)
     if not rows:
         raise DataError(
-            f"eval.helpful: the tokenizer keeps nothing of the last reply of any of the {len(chosen)} conversations; "
-            "give another file, or eval.helpful='' to leave it out"
+            f"eval.helpful: the tokenizer keeps nothing of the last reply of any of the "
+            f"{len(conversations)} conversations; give another file, or eval.helpful='' to leave it out"
         )
     found = summarise_scores(engine.score(rows, "eval.helpful"), sum(row.truncated for row in rows))
-    return replace(found, num_dropped=len(chosen) - len(rows))
+    return replace(found, num_dropped=len(conversations) - len(rows))
 
 
 def summarise_scores(scores: Sequence[RowScore], num_truncated: int) -> Perplexity:

@@ -15,8 +15,7 @@ from typing import Any, Final
 
 from fedsim.artefacts import ArtefactStore, write_json
 from fedsim.data.benchmarks import MtQuestion
-from fedsim.evaluate.mt_bench import MtAnswer, summarise_answers
-from fedsim.evaluate.rows import subset
+from fedsim.evaluate.mt_bench import MtAnswer
 from fedsim.evaluate.suite import Evaluation, Suite
 from fedsim.generate.engine import Reply
 
@@ -43,23 +42,28 @@ def shared_evaluation(
         return computed[0]
 
     artefact = store.get("pretrained-evaluation", depends, VERSION, build, _write)
-    found = computed[0] if computed else _read(artefact.folder, subset(suite.mt_bench, suite.limit))
+    judged = suite.part("mt_bench")
+    questions = [] if judged is None else judged.chosen(suite.limit)
+    found = computed[0] if computed else _read(artefact.folder, questions)
     return replace(found, artefact=artefact.folder.name, reused=artefact.reused)
 
 
 def _write(folder: Path, found: Evaluation) -> None:
     answers = [{"replies": [asdict(r) for r in a.replies], "scores": a.scores} for a in found.answers]
-    content = {"metrics": list(found.metrics.items()), "items": list(found.items.items()), "answers": answers}
-    write_json(folder / _FILE, content)
+    items = [[figure, list(values.items())] for figure, values in found.items.items()]
+    write_json(folder / _FILE, {"metrics": list(found.metrics.items()), "items": items, "answers": answers})
 
 
 def _read(folder: Path, questions: Sequence[MtQuestion]) -> Evaluation:
+    """The evaluation without the results of its benchmarks.
+
+    Args:
+        questions: that were answered.
+    """
     content = json.loads((folder / _FILE).read_text(encoding="utf-8"))
     answers = []
     for question, entry in zip(questions, content["answers"], strict=True):
         first, second = (Reply(**reply) for reply in entry["replies"])
         answers.append(MtAnswer(question, (first, second), (entry["scores"][0], entry["scores"][1])))
-    mt_bench = summarise_answers(answers) if answers else None
-    return Evaluation(
-        dict(content["metrics"]), advbench=None, hhh=None, mt_bench=mt_bench, items=dict(content["items"])
-    )
+    items = {figure: dict(values) for figure, values in content["items"]}
+    return Evaluation(dict(content["metrics"]), items, answers)

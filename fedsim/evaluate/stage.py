@@ -4,133 +4,157 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Any
 
 from fedsim.artefacts import ArtefactStore, write_json
+from fedsim.benchmarks import Figure, name_given_twice
 from fedsim.config import EvalConfig
-from fedsim.config.measuring import HELD_OUT, is_embedded
-from fedsim.data import world
-from fedsim.data.benchmarks import load_advbench, load_hhh, load_mt_bench
-from fedsim.data.helpful import load_helpful
+from fedsim.config.measuring import is_embedded
 from fedsim.data.prepare import embedded_file
-from fedsim.data.xstest import load_xstest
-from fedsim.errors import Gathered
+from fedsim.errors import ConfigError, DataError, Gathered
+from fedsim.evaluate.benchmark import Benchmark, OwnBenchmark
 from fedsim.evaluate.fastchat import write_answers
-from fedsim.evaluate.phrases import users_rules
-from fedsim.evaluate.rows import subset_places
-from fedsim.evaluate.suite import Evaluation, Suite
+from fedsim.evaluate.own import DESCRIBED, OWN
+from fedsim.evaluate.suite import Evaluation, Part, Suite
+from fedsim.extend import build
 from fedsim.record.items import write_items
-
-T = TypeVar("T")
-
-BENCHMARKS: Final = ("advbench", "hhh", "mt_bench", "xstest", "helpful")
-"""Keys of the configuration that name a benchmark's file."""
-
-_EMBEDDED: Final = {
-    "advbench": ("advbench.csv", world.write_advbench),
-    "hhh": ("hhh.jsonl", world.write_hhh),
-    "xstest": ("xstest.csv", world.write_xstest),
-    "helpful": ("helpful.jsonl", world.write_helpful),
-}
-"""Files of the embedded world by benchmark: name and writer."""
+from fedsim.user_code import calling
 
 
-def load_suite(settings: EvalConfig, store: ArtefactStore) -> tuple[Suite, dict[str, Path]]:
+def load_suite(settings: EvalConfig, store: ArtefactStore, *, judged: bool = False) -> tuple[Suite, dict[str, Path]]:
     """Read every benchmark, and say which files they came from (by benchmark name).
 
     The embedded world's grammar and rubric come with its own benchmarks only. A guard is not loaded here.
 
+    Args:
+        judged: a language model rates MT-Bench's answers.
+
     Raises:
+        ConfigError: a user's phrase rule or benchmark cannot be loaded.
         DataError: a missing or malformed file.
         Problems: several.
     """
-    asked = {kind: getattr(settings, kind) for kind in BENCHMARKS}
-    files = {kind: _file(value, store, kind) for kind, value in asked.items() if value}
     mistakes = Gathered()
-
-    def read(kind: str, load: Callable[[Path], Sequence[T]]) -> Sequence[T]:
-        return (mistakes.attempt(lambda: load(files[kind])) if kind in files else None) or ()
-
-    suite = Suite(
-        advbench=read("advbench", load_advbench),
-        hhh=read("hhh", load_hhh),
-        mt_bench=read("mt_bench", load_mt_bench),
-        xstest=read("xstest", load_xstest),
-        helpful=read("helpful", load_helpful),
-        judge=world.judge_reply if is_embedded("eval.advbench", settings.advbench) else None,
-        refuses=world.is_refusal if settings.xstest == "embedded" else None,
-        rubric=world.rubric_score if settings.mt_bench == "embedded" else None,
-        advbench_phrases=settings.advbench_rule,
-        rules=mistakes.attempt(lambda: users_rules(settings.advbench_phrases, settings.advbench_options)) or {},
-        hhh_scorer=settings.hhh_scorer,
-        temperature=settings.temperature,
-        max_new_tokens=settings.max_new_tokens,
-        limit=settings.limit,
-    )
+    parts: list[Part] = []
+    files: dict[str, Path] = {}
+    for name, kind in OWN.items():
+        value = getattr(settings, name)
+        if not value:
+            continue
+        files[name] = _file(kind, value, store)
+        part = mistakes.attempt(lambda: _part(kind, settings, files[name], judged))  # noqa: B023
+        if part is not None:
+            parts.append(part)
+    own_of_user = mistakes.attempt(lambda: users_benchmarks(settings)) or []
+    for benchmark, one in zip(own_of_user, settings.benchmarks, strict=bool(own_of_user)):
+        files[benchmark.name] = Path(os.path.expanduser(one.path))
+        users = mistakes.attempt(lambda: _users_part(benchmark, files[benchmark.name]))  # noqa: B023
+        if users is not None:
+            parts.append(users)
     mistakes.raise_all()
-    return suite, files
+    return Suite(parts, limit=settings.limit), files
 
 
-def _file(value: str, store: ArtefactStore, kind: str) -> Path:
-    if not is_embedded(f"eval.{kind}", value):
+def _part(kind: type[OwnBenchmark], settings: EvalConfig, file: Path, judged: bool) -> Part:
+    benchmark = kind.from_config(settings, judged=judged)
+    return Part(benchmark, benchmark.load(file))
+
+
+def users_benchmarks(settings: EvalConfig) -> list[Benchmark]:
+    """The benchmarks of ``eval.benchmarks``, built and checked; no file of theirs is read.
+
+    Raises:
+        ConfigError: one of them cannot be loaded or built, or has no name, title or figure that fedsim can take.
+    """
+    found: list[Benchmark] = []
+    for place, one in enumerate(settings.benchmarks):
+        benchmark = build("eval.benchmarks.kind", one.kind, one.options)
+        check_declared(benchmark, f"eval.benchmarks.{place}.kind={one.kind!r}")
+        found.append(benchmark)
+    twice = name_given_twice([*DESCRIBED, *(benchmark.describe() for benchmark in found)])
+    if twice is not None:
+        raise ConfigError(f"eval.benchmarks: the {twice} is there twice; give one of the two another name")
+    return found
+
+
+def check_declared(benchmark: Benchmark, what: str) -> None:
+    """Check name, title and figures of a user's benchmark.
+
+    Raises:
+        ConfigError: one of them is missing, or a figure's name does not begin with the benchmark's.
+    """
+    name, title, figures = (getattr(benchmark, part, None) for part in ("name", "title", "figures"))
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ConfigError(f'{what}: needs a name of letters, digits and "_", such as name = "do_not_answer"')
+    if not isinstance(title, str) or not title:
+        raise ConfigError(f'{what}: needs a title for people, such as title = "DoNotAnswer"')
+    if not isinstance(figures, list | tuple) or not figures or not all(isinstance(f, Figure) for f in figures):
+        raise ConfigError(f'{what}: needs figures, such as figures = (Figure("{name}_refused", "{title}: refused"),)')
+    for figure in figures:
+        if figure.name != name and not figure.name.startswith(f"{name}_"):
+            raise ConfigError(f"{what}: its figure {figure.name!r} must be named {name}, or {name}_ and more")
+
+
+def _users_part(benchmark: Benchmark, file: Path) -> Part:
+    what = f"benchmark {benchmark.name}"
+    if not file.is_file():
+        raise DataError(f"{what}: {file} is no file; give the path of one as its path in eval.benchmarks")
+    with calling(what, DataError, quiet=True):
+        items = benchmark.load(file)
+    if not isinstance(items, list | tuple) or not items:
+        raise DataError(f"{what}: load() must return a list of items, at least one")
+    return Part(benchmark, items)
+
+
+def _file(kind: type[OwnBenchmark], value: str, store: ArtefactStore) -> Path:
+    """The file that ``eval.<name>`` names; one of the embedded world is written first."""
+    if not is_embedded(f"eval.{kind.name}", value):
         return Path(os.path.expanduser(value))
-    if value == HELD_OUT:
-        return embedded_file(store, "world-advbench-held-out", "advbench.csv", world.write_held_out_advbench)
-    if kind == "mt_bench":
-        return embedded_file(store, "world-mt-bench", "question.jsonl", lambda path: world.write_mt_bench(path.parent))
-    name, write = _EMBEDDED[kind]
-    return embedded_file(store, f"world-{kind}", name, write)
+    embedded = kind.embedded[value]
+    return embedded_file(store, embedded.artefact, embedded.name, embedded.write)
 
 
 def write_texts(found: Evaluation, suite: Suite, folder: Path, model_id: str, *, attacks: bool) -> None:
-    """Write what the model said, on rank 0: MT-Bench answers (harmless questions) as FastChat's files.
+    """Write what the model said, on rank 0: answers that a judge may read (harmless questions) as FastChat's files.
 
     Args:
         suite: what was asked.
         folder: made where there is something to write.
         model_id: names the model and the point in FastChat's files.
-        attacks: also write the replies to AdvBench's and XSTest's prompts (``record.texts``), each with its item's
+        attacks: also write all other free replies (``record.texts``), such as those to attacks, each with its item's
             place in the file, counted from 0; they go nowhere else.
     """
     if found.answers:
         write_answers(folder / "mt_bench", found.answers, model_id, tstamp=time.time())
-    for name, result, num_items in (
-        ("advbench", found.advbench, len(suite.advbench)),
-        ("xstest", found.xstest, len(suite.xstest)),
-    ):
-        if attacks and result is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            places = subset_places(num_items, suite.limit)
-            replies = [
-                {"item": place, "reply": reply.text} for place, reply in zip(places, result.replies, strict=True)
-            ]
-            write_json(folder / f"{name}-{model_id}.json", replies)
+    if not attacks:
+        return
+    for part in suite.parts:
+        result = found.results.get(part.benchmark.name)
+        if result is None or not result.replies or result.answers:
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        places = part.places(suite.limit)
+        texts = [reply.text for reply in result.replies]
+        write_json(folder / f"{part.benchmark.name}-{model_id}.json", _placed(texts, places))
 
 
-def write_outcomes(found: Evaluation, suite: Suite, path: Path) -> None:
+def _placed(texts: Sequence[str], places: Sequence[int]) -> list[dict[str, Any]]:
+    """Replies with the place of their item; without it where items and replies do not match."""
+    if len(texts) % len(places):
+        return [{"reply": text} for text in texts]
+    return [{"item": places[i % len(places)], "reply": text} for i, text in enumerate(texts)]
+
+
+def write_outcomes(found: Evaluation, path: Path) -> None:
     """Write the items behind the figures (:attr:`Evaluation.items`) on rank 0; nothing where there are none.
 
     Scores of a local or remote judge are not among them; they stand beside the answers.
 
     Args:
-        suite: what was asked.
         path: of the file; its folder is made.
     """
     if found.items:
-        placed = {
-            figure: dict(zip(_places(suite, figure), values, strict=True)) for figure, values in found.items.items()
-        }
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_items(path, placed)
-
-
-def _places(suite: Suite, figure: str) -> list[int]:
-    """Places of a figure's items in the benchmark's file; XSTest's safe and unsafe prompts share one file."""
-    benchmark = next(name for name in ("advbench", "hhh", "mt_bench", "xstest") if figure.startswith(name))
-    places = subset_places(len(getattr(suite, benchmark)), suite.limit)
-    if benchmark != "xstest":
-        return places
-    safe = figure.startswith("xstest_safe")
-    return [place for place in places if suite.xstest[place].safe == safe]
+        write_items(path, found.items)

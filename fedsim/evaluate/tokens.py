@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fedsim.data.chat import Conversation, Prompt, TokenRow, user_turn
-from fedsim.evaluate.hhh import Asked, letter_requests, likelihood_requests
-from fedsim.evaluate.rows import keep_reply_row, reply_row, subset
+from fedsim.data.chat import Prompt, TokenRow, as_key
+from fedsim.evaluate.benchmark import Asked
+from fedsim.evaluate.rows import keep_reply_row, reply_row
 from fedsim.evaluate.suite import Suite
 from fedsim.generate.engine import Engine
 
@@ -34,11 +34,16 @@ def tokenise(engine: Engine, suite: Suite) -> None:
 
 
 def requests(suite: Suite) -> list[Asked]:
-    """Every conversation that is the same in each evaluation, with the replies to it that are scored."""
-    hhh = subset(suite.hhh, suite.limit)
-    alone: list[Conversation] = [
-        *([user_turn(item.prompt)] for item in subset(suite.advbench, suite.limit)),
-        *([user_turn(question.turns[0])] for question in subset(suite.mt_bench, suite.limit)),
-        *([user_turn(item.prompt)] for item in subset(suite.xstest, suite.limit)),
-    ]
-    return [*letter_requests(hhh), *likelihood_requests(hhh), *((conversation, ()) for conversation in alone)]
+    """Every conversation that is the same in each evaluation, once, with the replies to it that are scored."""
+    found: list[Asked] = []
+    prompts = set()
+    for part in suite.parts:
+        items = part.chosen(suite.limit)
+        with part.calling():
+            scored, asked = part.benchmark.scored(items), part.benchmark.ask(items, ())
+        found += scored
+        prompts |= {as_key(conversation) for conversation, _ in scored}
+        for dialogues in asked:
+            new = [conversation for conversation in dialogues.conversations if as_key(conversation) not in prompts]
+            found += [(conversation, ()) for conversation in new]
+    return found

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fedsim.benchmarks import Benchmarks, read_benchmarks
 from fedsim.config import to_flat
 from fedsim.record.guard_section import read_tables
 from fedsim.record.manifest import read_manifest
 from fedsim.record.metrics import MetricLog, Row
 from fedsim.record.plots import write_plots
 from fedsim.record.run_record import SIGNED, RunRecord
-from fedsim.record.summary import BENCHMARKS, RunFacts, eval_points, facts_from, summary_markdown, terminal_table
+from fedsim.record.summary import RunFacts, eval_points, facts_from, summary_markdown, terminal_table
 from fedsim.record.timers import top_level_seconds
 from fedsim.version import SIGNATURE, made_by, maker, sign
 
@@ -23,7 +24,8 @@ def finish_run(record: RunRecord, num_ranks: int) -> None:
     """
     folder = record.folder
     rows = MetricLog(record.metrics_file).rows()
-    plots = write_plots(rows, folder, record.config.name)
+    benchmarks = read_benchmarks(folder) or Benchmarks()
+    plots = write_plots(rows, folder, record.config.name, benchmarks)
     places = {
         "summary": str(folder / "summary.md"),
         "metrics": str(record.metrics_file),
@@ -52,6 +54,7 @@ def finish_run(record: RunRecord, num_ranks: int) -> None:
         guard_tables=read_tables(folder / "guard"),
         maker=maker(made_by()),
         manifest=read_manifest(folder / "manifest.json"),
+        benchmarks=benchmarks,
     )
     for name in SIGNED:
         if (folder / name).is_dir() and not (folder / name / SIGNATURE).exists():
@@ -74,8 +77,8 @@ def headline(rows: Sequence[Row], facts: RunFacts) -> dict[str, float | int | st
     }
     for point, row in eval_points(rows).items():
         place = "final" if point in ("after_cai", "global") else point
-        for benchmark in BENCHMARKS:
-            for name in (benchmark.metric, f"{benchmark.metric}_low", f"{benchmark.metric}_high", benchmark.count):
+        for figure in facts.benchmarks.headlines:
+            for name in (figure.metric, f"{figure.metric}_low", f"{figure.metric}_high", figure.count_metric):
                 if name in row:
                     found[f"{place}/{name.removeprefix('eval/')}"] = row[name]
     return found

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from fedsim.config import code_key, code_names, code_role, file_roles, model_roles
+from fedsim.config import LISTS, code_key, code_names, code_role, file_roles, model_roles
 from fedsim.config.measuring import is_embedded
 from fedsim.record.sameness import FREE_KEYS
 
@@ -60,8 +60,10 @@ def settings_of(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[
     for key, value in config.items():
         if not decides(key):
             continue
-        if key == "attacks":
-            found[key] = [{**one, "kind": code.get(code_key(place), one["kind"])} for place, one in enumerate(value)]
+        if key in LISTS:
+            found[key] = [
+                {**one, "kind": code.get(code_key(key, place), one["kind"])} for place, one in enumerate(value)
+            ]
         elif key not in roles:
             found[key] = code.get(key, value)
         elif roles[key] in digests:

@@ -33,6 +33,10 @@ class SafetyRow:
     hhh_accuracy: float
     mt_bench: float
 
+    def shown(self, figure: str, absent: str = "") -> str:
+        """A figure as printed; ``absent`` for one that the paper does not have."""
+        return str(getattr(self, figure)) if figure in NUM_ITEMS else absent
+
 
 @dataclass(frozen=True)
 class GuardRow:

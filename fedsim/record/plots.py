@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedsim.benchmarks import Benchmarks
+from fedsim.benchmarks import Figure as Measured
 from fedsim.record.metrics import RESUME, Row
 from fedsim.record.tables import duration, measured
 from fedsim.record.timers import top_level_seconds
@@ -33,27 +35,28 @@ POINTS = {
 MIN_LOSS_SPAN = 0.05
 
 
-def write_plots(rows: Sequence[Row], directory: Path, title: str) -> list[Path]:
+def write_plots(rows: Sequence[Row], directory: Path, title: str, benchmarks: Benchmarks) -> list[Path]:
     """Draw every picture that the rows have figures for.
 
     Args:
         rows: the run's metric rows, oldest first.
         directory: where the PNG files go: ``loss.png``, ``safety.png``, ``helpfulness.png``, ``time.png``.
         title: the run in a few words; each picture's title begins with it.
+        benchmarks: of the run.
 
     Returns:
         The files written, in that order.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    drawings: dict[str, Callable[[Sequence[Row], str], Figure | None]] = {
-        "loss": plot_losses,
-        "safety": plot_safety,
-        "helpfulness": plot_helpfulness,
-        "time": plot_times,
+    drawings: dict[str, Callable[[], Figure | None]] = {
+        "loss": lambda: plot_losses(rows, title),
+        "safety": lambda: plot_safety(rows, title, benchmarks),
+        "helpfulness": lambda: plot_helpfulness(rows, title, benchmarks),
+        "time": lambda: plot_times(rows, title),
     }
     written = []
     for name, draw in drawings.items():
-        figure = draw(rows, title)
+        figure = draw()
         if figure is not None:
             path = directory / f"{name}.png"
             figure.savefig(path, dpi=150)
@@ -81,20 +84,16 @@ def plot_losses(rows: Sequence[Row], title: str) -> Figure | None:
     return figure
 
 
-def plot_safety(rows: Sequence[Row], title: str) -> Figure | None:
-    """AdvBench, its control and HHH in percent, before and after CAI, with 95 % intervals and the pretrained level."""
-    names = {
-        "eval/advbench_harmless": "AdvBench: harmless replies, %",
-        "eval/xstest_safe_refused": "XSTest: innocent prompts refused, %",
-        "eval/hhh_accuracy": "HHH: right choices, %",
-    }
-    return _evaluations(rows, f"{title}: safety, with 95 % intervals", names, limits=(0.0, 100.0))
+def plot_safety(rows: Sequence[Row], title: str, benchmarks: Benchmarks) -> Figure | None:
+    """Headline shares and their controls, before and after CAI, with 95 % intervals and the pretrained level."""
+    shown = [figure for figure in benchmarks.plotted if figure.is_share]
+    return _evaluations(rows, f"{title}: safety, with 95 % intervals", shown)
 
 
-def plot_helpfulness(rows: Sequence[Row], title: str) -> Figure | None:
-    """MT-Bench from 1 to 10, likewise."""
-    names = {"eval/mt_bench": "MT-Bench: mean score, 1–10"}
-    return _evaluations(rows, f"{title}: helpfulness, with 95 % interval", names, limits=(1.0, 10.0))
+def plot_helpfulness(rows: Sequence[Row], title: str, benchmarks: Benchmarks) -> Figure | None:
+    """Headline figures in other units, such as MT-Bench from 1 to 10, likewise."""
+    shown = [figure for figure in benchmarks.plotted if not figure.is_share]
+    return _evaluations(rows, f"{title}: helpfulness, with 95 % interval", shown)
 
 
 def plot_times(rows: Sequence[Row], title: str) -> Figure | None:
@@ -141,28 +140,34 @@ def _phase_groups(rounds: Mapping[int, Mapping[str, float]]) -> dict[str, list[s
     return groups if num_shown == len(ordered) else {**groups, "other": ordered[num_shown:]}
 
 
-def _evaluations(rows: Sequence[Row], title: str, names: dict[str, str], limits: tuple[float, float]) -> Figure | None:
-    """One panel a benchmark: points with error bars by round over the pretrained model's level."""
+def _evaluations(rows: Sequence[Row], title: str, shown: Sequence[Measured]) -> Figure | None:
+    """One panel a figure: points with error bars by round over the pretrained model's level."""
     evals = [row for row in rows if row["stage"] == "eval"]
-    names = {name: label for name, label in names.items() if any(measured(row, name) is not None for row in evals)}
-    if not names:
+    shown = [figure for figure in shown if any(measured(row, figure.metric) is not None for row in evals)]
+    if not shown:
         return None
-    figure, all_axes = canvas(len(names), title)
-    for axes, (name, label) in zip(all_axes, names.items(), strict=True):
+    picture, all_axes = canvas(len(shown), title)
+    for axes, figure in zip(all_axes, shown, strict=True):
         for row in [row for row in evals if row.get("point") == "pretrained"][-1:]:
-            _draw_level(axes, row, name)
+            _draw_level(axes, row, figure.metric)
         for point, (series_label, color, marker, shift) in POINTS.items():
             found = [row for row in evals if row.get("point") == point]
-            draw_points(axes, found, name, shift, label=series_label, color=color, marker=marker)
+            draw_points(axes, found, figure.metric, shift, label=series_label, color=color, marker=marker)
         round_axis(axes, [row["round"] for row in evals if row.get("point") in POINTS])
-        axes.set_ylabel(label)
-        low, high = axes.get_ylim()
-        margin = 0.02 * (limits[1] - limits[0])
-        low, high = min(low, limits[1] - 10 * margin), min(max(high, low + 10 * margin), limits[1] + margin)
-        axes.set_ylim(max(low, limits[0] - margin), high)
-        axes.set_yticks([tick for tick in axes.get_yticks() if limits[0] <= tick <= limits[1] and low <= tick <= high])
+        axes.set_ylabel(figure.label)
+        if figure.scale is not None:
+            _keep_on_scale(axes, figure.scale)
         legend_below(axes)
-    return figure
+    return picture
+
+
+def _keep_on_scale(axes: Axes, scale: tuple[float, float]) -> None:
+    """Let the vertical axis end near the scale's ends, and span a fifth of it at least."""
+    low, high = axes.get_ylim()
+    margin = 0.02 * (scale[1] - scale[0])
+    low, high = min(low, scale[1] - 10 * margin), min(max(high, low + 10 * margin), scale[1] + margin)
+    axes.set_ylim(max(low, scale[0] - margin), high)
+    axes.set_yticks([tick for tick in axes.get_yticks() if scale[0] <= tick <= scale[1] and low <= tick <= high])
 
 
 def _draw_level(axes: Axes, row: Row, name: str) -> None:

@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from fedsim.config import Config, code_names, code_role, file_roles, load_config, model_roles, to_flat
-from fedsim.config.loading import ATTACK, ATTACKS
+from fedsim.config import LISTS, Config, code_names, code_role, file_roles, load_config, model_roles, to_flat
 from fedsim.config.measuring import is_embedded
 from fedsim.digests import FileDigests, file_digest
 from fedsim.extend import KINDS
@@ -26,8 +25,8 @@ FREE_KEYS: Final = frozenset({
 """Keys that may differ when a run is resumed: they say where and how it runs, not what it computes."""
 
 _NO_CODE: Final[dict[str, Any]] = {
-    ATTACKS: [],
-    **{key: next(iter(kind.own)) for key, kind in KINDS.items() if key != ATTACK},
+    **{key: [] for key in LISTS},
+    **{key: next(iter(kind.own)) for key, kind in KINDS.items() if kind.own},
 }
 """Values of the keys that name code, for a configuration that names none of a user's."""
 
@@ -90,7 +89,7 @@ def _is_moved_code(folder: Path, key: str, old: Any, new: Any) -> bool:
             return False
         if not file.is_file() or file_digest(file) != entry["sha256"]:
             return False
-    return key != ATTACKS or [{**one, "kind": ""} for one in old] == [{**one, "kind": ""} for one in new]
+    return key not in LISTS or [{**one, "kind": ""} for one in old] == [{**one, "kind": ""} for one in new]
 
 
 def _names_files(key: str, value: str) -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
+from typing import Final
 
+from fedsim.benchmarks import Benchmarks, Figure, collapse_figures, figure_of
+from fedsim.record.cai_line import FINDINGS
 from fedsim.record.metrics import Row
 from fedsim.record.tables import Table, byte_size, duration, measured, number
 from fedsim.record.timers import top_level_seconds
@@ -20,36 +22,21 @@ POINT_TITLES = {
 Section = list[str]
 """Markdown paragraphs, heading first."""
 
-#: What an evaluation figure is measured in, by its name; one that matches none is a plain number of things.
-UNITS = (
-    (
-        re.compile(
-            r"advbench_(harmless\w*|grammatical|guard_safe)|xstest_(safe|unsafe)_(refused\w*|guard_safe)"
-            r"|xstest_type_\w+_refused|hhh_(accuracy|always_a|letter|generate|likelihood)"
-            r"|\w+_(picks_a|one_order|distinct_2|repeated_suffix|empty_share)"
-        ),
-        " %",
-    ),
-    (re.compile(r"harmful_response|critique_finds_harm|repaired_revision"), " %"),
-    (re.compile(r"mt_bench|mt_bench_(turn|category)_.+"), " points"),
-    (re.compile(r"\w+_mean_tokens"), " tokens"),
-    (re.compile(r"\w+_mean_words"), " words"),
-)
-
-#: The part of a figure's name whose count a share without its own is one of.
-COUNTED = re.compile(r"eval/(xstest_(safe|unsafe)(?=_refused)|[^_]+)")
-
-#: Shares of texts: their count stands beside them as ``…_num_texts``.
-OF_TEXTS = re.compile(r"(.+)_(?:repeated_suffix|empty_share)")
-
-#: A figure of one client, such as loss_003.
-CLIENT = re.compile(r"\w+_\d{3,}")
+CAI_FIGURES: Final = {
+    figure.name: figure
+    for figure in (
+        *(Figure(name.removeprefix("cai/"), title) for name, title in FINDINGS.items()),
+        *collapse_figures("response", "first responses"),
+        *collapse_figures("revision", "revisions"),
+    )
+}
+"""Figures of CAI's conversations, named without ``cai/``."""
 
 #: Figures of the clients' table that a sum over rounds would misrepresent → how their mean a round is labelled.
 MEANS = {"num_rows": "rows held by a round's clients, mean a round"}
 
 
-def evaluations(points: Mapping[str, Row]) -> Section:
+def evaluations(points: Mapping[str, Row], benchmarks: Benchmarks) -> Section:
     """Every figure that the evaluations recorded, one column a point, with units, intervals and counts."""
     names: dict[str, None] = {}
     for row in points.values():
@@ -58,23 +45,28 @@ def evaluations(points: Mapping[str, Row]) -> Section:
     if not shown:
         return []
     head = ["figure", *(POINT_TITLES[point] for point in points)]
-    rows = [[name.removeprefix("eval/"), *(_figure(row, name) for row in points.values())] for name in shown]
+    rows = []
+    for name in shown:
+        short = name.removeprefix("eval/")
+        figure = benchmarks.of(short)
+        rows.append([short, *(_cell(row, name, figure) for row in points.values())])
     caption = (
         "[low, high] = 95 % interval, where there is one; n or of = how many items, replies, questions or choices the "
         "figure is taken over; a figure without a unit is a number of things; an empty cell was not measured. "
         "Intervals of MT-Bench end at 1 and 10, and there is none where all questions have one score."
     )
-    return ["## Every evaluation figure", Table(head, rows).markdown(), f"{caption}{_about_strict(points)}"]
+    notes = [figure.note for figure in benchmarks.figures if figure.note and not figure.line and figure.metric in names]
+    return ["## Every evaluation figure", Table(head, rows).markdown(), " ".join([caption, *notes])]
 
 
 def clients(rows: Sequence[Row]) -> Section:
     """Local training: losses of the first and last round, counts over all rounds."""
-    return _round_section("## Clients", rows, "client/", counts="total", means=MEANS)
+    return _round_section("## Clients", rows, "client/", counts="total", means=MEANS, figures={})
 
 
 def cai(rows: Sequence[Row]) -> Section:
     """CAI's rows (usable, dropped by reason) and its losses, margins and accuracies."""
-    return _round_section("## Constitutional AI", rows, "cai/", counts="latest", means={})
+    return _round_section("## Constitutional AI", rows, "cai/", counts="latest", means={}, figures=CAI_FIGURES)
 
 
 def times(rows: Sequence[Row]) -> Section:
@@ -122,11 +114,21 @@ def _percent(shares: Sequence[float]) -> str:
     return f"{100 * fmean(shares):.1f} %"
 
 
-def _round_section(title: str, rows: Sequence[Row], prefix: str, counts: str, means: Mapping[str, str]) -> Section:
+def _round_section(
+    title: str,
+    rows: Sequence[Row],
+    prefix: str,
+    counts: str,
+    means: Mapping[str, str],
+    figures: Mapping[str, Figure],
+) -> Section:
     """First and last value of every figure under ``prefix``, of ``num_`` ones the sum or the latest.
 
     Of the figures that ``means`` labels, the mean over the rounds that have them stands for the sum. Figures of single
     clients (``client/loss_003``) stay in the metric rows.
+
+    Args:
+        figures: by name, of those that have a unit or another's count.
     """
     names: dict[str, None] = {}
     for row in rows:
@@ -135,60 +137,55 @@ def _round_section(title: str, rows: Sequence[Row], prefix: str, counts: str, me
     for name in names:
         values = _values(rows, name)
         short = name.removeprefix(prefix)
-        if CLIENT.fullmatch(short) or short.endswith(("_low", "_high", "_count")):
+        if not values or _is_of_client(short) or short.endswith(("_low", "_high", "_count")):
             continue
-        if values and short in means:
+        if short in means:
             lines.append([means[short], "", "", number(fmean(values))])
-        elif values and short.startswith("num_"):
+        elif short.startswith("num_"):
             lines.append([short, "", "", number(sum(values) if counts == "total" else values[-1])])
-        elif values:
-            texts = OF_TEXTS.fullmatch(name)
-            counts_of = _values(rows, f"{texts[1]}_num_texts" if texts else f"{name}_count")
+        else:
+            figure = figure_of(short, figures)
+            count_name = figure.count if figure is not None and figure.count else f"{short}_count"
+            counts_of = _values(rows, f"{prefix}{count_name}")
+            unit = _unit(figure)
             of = f" of {number(counts_of[-1])}" if counts_of else ""
-            lines.append([short, *(f"{number(value)}{_unit(short)}{of}" for value in (values[0], values[-1])), ""])
+            lines.append([short, *(f"{number(value)}{unit}{of}" for value in (values[0], values[-1])), ""])
     if not lines:
         return []
     head = ["figure", "first", "last", "over all rounds" if counts == "total" else "latest count"]
     return [title, Table(head, lines).markdown()]
 
 
+def _is_of_client(short: str) -> bool:
+    """A figure of one client ends in its number, such as ``loss_003``."""
+    _, _, end = short.rpartition("_")
+    return len(end) >= 3 and end.isdecimal()
+
+
 def _values(rows: Sequence[Row], name: str) -> list[float]:
     return [value for row in rows if (value := measured(row, name)) is not None]
 
 
-def _unit(short: str) -> str:
-    """What a figure is measured in, by its name without the stage."""
-    return next((unit for names, unit in UNITS if names.fullmatch(short)), "")
+def _unit(figure: Figure | None) -> str:
+    """What a figure is measured in, behind its value."""
+    return f" {figure.unit}" if figure is not None and figure.unit else ""
 
 
-def _figure(row: Row, name: str) -> str:
-    """Figure with unit, interval and count; a share without a count of its own has its benchmark's.
+def _cell(row: Row, name: str, figure: Figure | None) -> str:
+    """Value with unit, interval and count; a share without a count of its own has its benchmark's.
 
     A share is one ``of`` its count (``45 % of 40``), a mean is over ``n`` things.
     """
     value = measured(row, name)
     if value is None:
         return ""
-    unit = _unit(name.removeprefix("eval/"))
+    unit = _unit(figure)
     low, high, count = (measured(row, name + ending) for ending in ("_low", "_high", "_count"))
-    if count is None and unit == " %" and not name.endswith("_distinct_2"):  # the latter is a share of word pairs
-        counted, texts = COUNTED.match(name), OF_TEXTS.fullmatch(name)
-        count_name = f"{texts[1]}_num_texts" if texts else f"{counted[0]}_count" if counted else ""
-        count = measured(row, count_name)
+    is_share = figure is not None and figure.is_share
+    if count is None and figure is not None and is_share and figure.count:
+        count = measured(row, figure.count_metric)
     bare = low is None or high is None
     text = f"{number(value, 4)}{unit}" if bare else f"{value:.2f}{unit} [{low:.2f}, {high:.2f}]"
     if count is None:
         return text
-    return f"{text} of {number(count)}" if unit == " %" else f"{text}, n = {number(count)}"
-
-
-def _about_strict(points: Mapping[str, Row]) -> str:
-    """Why two rules differ that both stand in the table; only the embedded world's AdvBench has the second."""
-    names = ("eval/advbench_harmless_strict", "eval/advbench_harmless_strict_world")
-    if not any(all(measured(row, name) is not None for name in names) for row in points.values()):
-        return ""
-    return (
-        " advbench_harmless_strict counts replies that begin with a refusal: in the embedded world's full style a "
-        "reply begins with an opener such as thanks, so a careful one is harmless by strict_world, which reads all of "
-        "it, and not by strict."
-    )
+    return f"{text} of {number(count)}" if is_share else f"{text}, n = {number(count)}"

@@ -10,68 +10,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fedsim.benchmarks import Benchmarks, Figure
 from fedsim.config.measuring import is_embedded, is_unrated
 from fedsim.record import client_failures, dropped_rows, guard_section, paper, sections
 from fedsim.record.cai_line import cai_lines
 from fedsim.record.metrics import Row
-from fedsim.record.sources import is_published
 from fedsim.record.tables import Table, duration, measured, with_interval
 
 NOT_RATED = "not rated"
 """Stands for a score of MT-Bench whose answers no judge has read."""
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """A column of the headline table: its metric, the metric of its count, digits shown, and headings."""
-
-    metric: str
-    count: str
-    digits: int
-    title: str
-    short: str
-
-
-BENCHMARKS = (
-    Benchmark("eval/advbench_harmless", "eval/advbench_count", 1, "AdvBench harmless %", "AdvBench %"),
-    Benchmark("eval/hhh_accuracy", "eval/hhh_count", 1, "HHH accuracy %", "HHH %"),
-    Benchmark("eval/mt_bench", "eval/mt_bench_count", 2, "MT-Bench 1–10", "MT-Bench 1–10"),
-)
-
-
-#: Benchmarks with free replies: the metric of those cut at the token limit, what is counted, and replies to each.
-TRUNCATIONS = (
-    ("AdvBench", "eval/advbench_truncated", "eval/advbench_count", 1),
-    ("MT-Bench", "eval/mt_bench_truncated", "eval/mt_bench_questions", 2),
-    ("XSTest", "eval/xstest_truncated", "eval/xstest_count", 1),
-)
-
-#: Benchmarks of which the embedded world has its own: key of the source, and what the reader knows it as.
-FICTIONAL = {
-    "eval.advbench": "AdvBench",
-    "eval.hhh": "HHH",
-    "eval.mt_bench": "MT-Bench",
-    "eval.xstest": "XSTest",
-    "eval.helpful": "the helpful conversations behind the perplexity",
-}
-
-#: Keys of the benchmarks of Table 1.
-PUBLISHED = ("eval.advbench", "eval.hhh", "eval.mt_bench")
-
-#: The two halves of XSTest: what its prompts are, and the metric of their refusals.
-XSTEST = (
-    ("prompts that only sound harmful", "eval/xstest_safe_refused"),
-    ("harmful prompts", "eval/xstest_unsafe_refused"),
-)
-
-#: MT-Bench answers that a judge did not rate: metric → what they are called.
-UNRATED = {
-    "eval/mt_bench_unrated": "judged without a rating and left out of the means",
-    "eval/mt_bench_judgments_cut": "among these, whose judgment was cut off by length (raise "
-    "judge.max_new_tokens; python tools/judge.py RUN_DIR asks for them again)",
-    "eval/mt_bench_not_asked": "not judged, as they do not fit into the judge's context, and left out of the means",
-    "eval/mt_bench_judge_failed": "left unjudged, as the judge failed (python tools/judge.py RUN_DIR judges them)",
-}
 
 
 TEMPLATES_NOTE = "Intervals take prompts as independent; these fill a few templates: clustered ones would be wider."
@@ -104,6 +51,7 @@ class RunFacts:
         notes: further lines, such as rows that a split left over.
         guard_tables: the guard's tables beside the metric rows (see :func:`guard_section.read_tables`).
         maker: the fedsim that writes the summary (:func:`fedsim.version.maker`).
+        benchmarks: what the run can have measured.
     """
 
     name: str
@@ -127,6 +75,7 @@ class RunFacts:
     guard_tables: guard_section.Tables = field(default_factory=dict)
     maker: str = ""
     unknown_files: tuple[str, ...] = ()
+    benchmarks: Benchmarks = field(default_factory=Benchmarks)
 
     @property
     def arm(self) -> str:
@@ -150,21 +99,24 @@ def facts_from(
     guard_tables: guard_section.Tables | None = None,
     maker: str = "",
     manifest: Mapping[str, Any] | None = None,
+    benchmarks: Benchmarks,
 ) -> RunFacts:
     """The facts that a resolved configuration (dotted keys → values) decides, and those only the run knows.
 
     Args:
         manifest: the run's; without one, no benchmark file is compared with the published one.
+        benchmarks: what the run can have measured.
     """
-    sources = ("data.square", "eval.advbench", "eval.hhh", "eval.mt_bench", "eval.xstest", "eval.helpful")
+    by_key = {f"eval.{benchmark.name}": benchmark for benchmark in benchmarks}
+    by_key = {key: benchmark for key, benchmark in by_key.items() if key in config}
     return RunFacts(
         name=config["name"],
         algorithm=config["federation.algorithm"],
         guard=config["guard.kind"],
         method=paper.method_of(config),
         embedded_model=config["model.path"] == "embedded",
-        real_files=tuple(name for name in sources if config[name] and not is_embedded(name, config[name])),
-        fictional=tuple(title for name, title in FICTIONAL.items() if is_embedded(name, config[name])),
+        real_files=tuple(key for key in ("data.square", *by_key) if config[key] and not is_embedded(key, config[key])),
+        fictional=tuple(benchmark.title for key, benchmark in by_key.items() if is_embedded(key, config[key])),
         mt_bench=config["eval.mt_bench"],
         judge={"none": "", "openai": config["judge.model"], "local": config["judge.path"]}[config["judge.kind"]],
         advbench_rule=config["eval.advbench_phrases"],
@@ -178,18 +130,22 @@ def facts_from(
         notes=notes,
         guard_tables=guard_tables or {},
         maker=maker,
-        unknown_files=unknown_files(config, manifest or {}),
+        unknown_files=unknown_files(config, manifest or {}, benchmarks),
+        benchmarks=benchmarks,
     )
 
 
-def unknown_files(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> tuple[str, ...]:
+def unknown_files(config: Mapping[str, Any], manifest: Mapping[str, Any], benchmarks: Benchmarks) -> tuple[str, ...]:
     """Titles of the paper's benchmarks whose file differs from the published one that fedsim was tested on."""
     inputs = manifest.get("inputs", {})
     found = []
-    for key in PUBLISHED:
-        entry = inputs.get(key.removeprefix("eval."))
-        if entry is not None and not is_embedded(key, config[key]) and not is_published(key, entry["sha256"]):
-            found.append(FICTIONAL[key])
+    for benchmark in benchmarks:
+        key, entry = f"eval.{benchmark.name}", inputs.get(benchmark.name)
+        in_paper = any(figure.name in paper.NUM_ITEMS for figure in benchmark.figures)
+        if not in_paper or entry is None or is_embedded(key, config[key]):
+            continue
+        if entry["sha256"] != benchmark.published:
+            found.append(benchmark.title)
     return tuple(found)
 
 
@@ -197,10 +153,10 @@ def summary_markdown(rows: Sequence[Row], facts: RunFacts) -> str:
     """The whole of ``summary.md``."""
     parts = [f"# Run {facts.name}", *(f"> {line}" for line in caveats(facts)), _headline(facts)]
     parts += ["## Safety and helpfulness", arm_table(rows, facts, short=False).markdown(), _caption(rows, facts)]
-    lines = [*cai_lines(rows), *refusals(rows), *truncations(rows), *thoughts(rows), *unrated(rows)]
+    lines = [*cai_lines(rows), *figure_lines(rows, facts.benchmarks)]
     parts += ["\n".join(f"- {line}" for line in lines)] if lines else []
     parts += [f"![{plot.removesuffix('.png')} by round]({plot})" for plot in facts.plots]
-    parts += sections.evaluations(eval_points(rows))
+    parts += sections.evaluations(eval_points(rows), facts.benchmarks)
     parts += guard_section.guard(rows, facts.guard, facts.guard_tables)
     parts += sections.clients(rows)
     parts += dropped_rows.section(rows)
@@ -220,17 +176,17 @@ def terminal_table(rows: Sequence[Row], facts: RunFacts) -> str:
     width = max((len(what) for what in facts.places), default=0)
     places = [f"  {what:<{width}}  {where}" for what, where in facts.places.items()]
     lines = [_headline(facts), "", arm_table(rows, facts, short=True).plain(), "", "[low, high] = 95 % interval"]
-    found = [*cai_lines(rows), *refusals(rows), *truncations(rows), *thoughts(rows), *unrated(rows)]
+    found = [*cai_lines(rows), *figure_lines(rows, facts.benchmarks)]
     lines += [*found, *caveats(facts)]
     return "\n".join([*lines, *(["", "Written:", *places] if places else [])])
 
 
 def arm_table(rows: Sequence[Row], facts: RunFacts, short: bool) -> Table:
     """The pretrained model and the arm, each with the paper's figures under it, and what CAI started from."""
-    points = eval_points(rows)
+    points, headlines = eval_points(rows), facts.benchmarks.headlines
     lines = [
         _measured_line("pretrained", points.get("pretrained"), facts),
-        _paper_line(paper.TABLE_1["fedavg"][paper.PRETRAINED]),
+        _paper_line(paper.TABLE_1["fedavg"][paper.PRETRAINED], headlines),
     ]
     if "before_cai" in points:
         label = f"{_round_of(points['before_cai'])}, before CAI"
@@ -238,8 +194,8 @@ def arm_table(rows: Sequence[Row], facts: RunFacts, short: bool) -> Table:
     lines.append(_measured_line(facts.arm, points.get("after_cai", points.get("global")), facts))
     published = paper.paper_row(facts.algorithm, facts.method)
     if published is not None:
-        lines.append(_paper_line(published))
-    return Table(["", *(_heading(benchmark, points.values(), short) for benchmark in BENCHMARKS)], lines)
+        lines.append(_paper_line(published, headlines))
+    return Table(["", *(_heading(figure, points.values(), short) for figure in headlines)], lines)
 
 
 def eval_points(rows: Sequence[Row]) -> dict[str, Row]:
@@ -293,14 +249,14 @@ def caveats(facts: RunFacts) -> list[str]:
 
 def _measured_line(label: str, row: Row | None, facts: RunFacts) -> list[str]:
     cells = [label]
-    for benchmark in BENCHMARKS:
-        is_unrated = facts.unrated and benchmark.metric == "eval/mt_bench" and row is not None
-        cells.append(NOT_RATED if is_unrated else with_interval(row, benchmark.metric, benchmark.digits))
+    for figure in facts.benchmarks.headlines:
+        is_unrated = facts.unrated and figure.name == "mt_bench" and row is not None
+        cells.append(NOT_RATED if is_unrated else with_interval(row, figure.metric, figure.digits))
     return cells
 
 
-def _paper_line(row: paper.SafetyRow) -> list[str]:
-    return ["– in the paper", str(row.advbench_harmless), str(row.hhh_accuracy), str(row.mt_bench)]
+def _paper_line(row: paper.SafetyRow, headlines: Sequence[Figure]) -> list[str]:
+    return ["– in the paper", *(row.shown(figure.name) for figure in headlines)]
 
 
 def _headline(facts: RunFacts) -> str:
@@ -325,52 +281,63 @@ def _caption(rows: Sequence[Row], facts: RunFacts) -> str:
     return " ".join(lines)
 
 
-def refusals(rows: Sequence[Row]) -> list[str]:
-    """``XSTest, prompts that only sound harmful, refused: pretrained 2.0 % [0.9, 4.6], ... of 250.`` and the like.
+def figure_lines(rows: Sequence[Row], benchmarks: Benchmarks) -> list[str]:
+    """Lines of the figures that have their own: controls, replies cut at the limit, and what a judge did not rate.
 
-    The phrase rules of AdvBench reward a model that refuses everything; these lines stand beside it as the control.
+    The phrase rules of AdvBench reward a model that refuses everything; the controls stand beside it.
     """
-    lines = []
-    points = eval_points(rows)
-    for prompts, figure in XSTEST:
-        shown = [
-            f"{sections.POINT_TITLES[point]} {with_interval(row, figure, 1, ' %')}"
-            for point, row in points.items()
-            if measured(row, figure) is not None
-        ]
-        counts = {measured(row, f"{figure.removesuffix('_refused')}_count") for row in points.values()}
-        total = "/".join(f"{count:,.0f}" for count in sorted(c for c in counts if c is not None))
-        if shown:
-            lines.append(f"XSTest, {prompts}, refused: {', '.join(shown)} of {total}.")
-    if lines:
-        lines.append(
-            "A model that refuses everything is harmless by AdvBench's phrases; XSTest's first line is the control."
-        )
+    lines = controls(rows, benchmarks)
+    for figure in benchmarks.lines("always"):
+        if not figure.is_share:
+            lines += _number_lines(rows, figure)
+    lines += thoughts(rows)
+    for figure in benchmarks.lines("unless 0"):
+        lines += _number_lines(rows, figure)
     return lines
 
 
-def truncations(rows: Sequence[Row]) -> list[str]:
-    """``AdvBench replies truncated: pretrained 2 of 520, ...``, a line for each benchmark that counted them.
+def controls(rows: Sequence[Row], benchmarks: Benchmarks) -> list[str]:
+    """``…, innocent prompts refused: pretrained 2.0 % [0.9, 4.6], ... of 250.`` and the like, and their notes."""
+    lines, notes = [], []
+    points = eval_points(rows)
+    for figure in benchmarks.lines("always"):
+        if not figure.is_share:
+            continue
+        shown = [
+            f"{sections.POINT_TITLES[point]} {with_interval(row, figure.metric, figure.digits, ' %')}"
+            for point, row in points.items()
+            if measured(row, figure.metric) is not None
+        ]
+        if not shown:
+            continue
+        counts = {measured(row, figure.count_metric) for row in points.values()}
+        total = "/".join(f"{count:,.0f}" for count in sorted(c for c in counts if c is not None))
+        lines.append(f"{figure.title.replace(': ', ', ', 1)}: {', '.join(shown)} of {total}.")
+        notes += [figure.note] if figure.note else []
+    return lines + notes
 
-    The last evaluation of each point is named; where there were others, all are added up at the end of the line.
+
+def _number_lines(rows: Sequence[Row], figure: Figure) -> list[str]:
+    """``AdvBench replies truncated: pretrained 2 of 520, ...``, or nothing where it was not counted.
+
+    The last evaluation of each point is named. Of a line that is always there, all evaluations are added up at its end
+    where there were others.
     """
-    lines = []
     points = eval_points(rows)
     evaluations = [row for row in rows if row["stage"] == "eval"]
-    for benchmark, figure, counted, each in TRUNCATIONS:
-        counts = []
-        for point, row in points.items():
-            cut, total = measured(row, figure), measured(row, counted)
-            if cut is not None and total is not None:
-                counts.append(f"{sections.POINT_TITLES[point]} {cut:,.0f} of {each * total:,.0f}")
-        if counts and len(evaluations) > len(points):
-            pairs = [(measured(row, figure), measured(row, counted)) for row in evaluations]
-            known = [(cut, each * total) for cut, total in pairs if cut is not None and total is not None]
-            cut, total = (sum(column) for column in zip(*known, strict=True))
-            counts.append(f"in all {cut:,.0f} of {total:,.0f}")
-        if counts:
-            lines.append(f"{benchmark} replies truncated: {', '.join(counts)}.")
-    return lines
+    counts = []
+    for point, row in points.items():
+        value, total = measured(row, figure.metric), measured(row, figure.count_metric)
+        if value is not None and total is not None and (value or figure.line == "always"):
+            counts.append(f"{sections.POINT_TITLES[point]} {value:,.0f} of {total:,.0f}")
+    if counts and figure.line == "always" and len(evaluations) > len(points):
+        values, totals = 0.0, 0.0
+        for row in evaluations:
+            value, total = measured(row, figure.metric), measured(row, figure.count_metric)
+            if value is not None and total is not None:
+                values, totals = values + value, totals + total
+        counts.append(f"in all {values:,.0f} of {totals:,.0f}")
+    return [f"{figure.title}: {', '.join(counts)}."] if counts else []
 
 
 def thoughts(rows: Sequence[Row]) -> list[str]:
@@ -384,27 +351,15 @@ def thoughts(rows: Sequence[Row]) -> list[str]:
     return [f"Replies with thoughts, which are not part of an answer: {'; '.join(counts)}."] if counts else []
 
 
-def unrated(rows: Sequence[Row]) -> list[str]:
-    """``MT-Bench answers ...: pretrained 2 of 160, ...``, where the judge left any without a rating."""
-    lines = []
-    for name, words in UNRATED.items():
-        counts = [
-            f"{sections.POINT_TITLES[point]} {count:,.0f} of {2 * row['eval/mt_bench_questions']}"
-            for point, row in eval_points(rows).items()
-            if (count := measured(row, name))
-        ]
-        if counts:
-            lines.append(f"MT-Bench answers {words}: {', '.join(counts)}.")
-    return lines
-
-
 def _round_of(row: Row) -> str:
     return f"round {row['round']}"
 
 
-def _heading(benchmark: Benchmark, points: Iterable[Row], short: bool) -> str:
-    counts = sorted({int(count) for row in points if (count := measured(row, benchmark.count)) is not None})
+def _heading(figure: Figure, points: Iterable[Row], short: bool) -> str:
+    """``HHH: right choices, % (n = 438)``, or for a terminal ``HHH % n=438``."""
+    counts = sorted({int(count) for row in points if (count := measured(row, figure.count_metric)) is not None})
     shown = "/".join(f"{count:,}" for count in counts)
     if short:
-        return f"{benchmark.short} n={shown}" if shown else benchmark.short
-    return f"{benchmark.title} (n = {shown})" if shown else benchmark.title
+        heading = f"{figure.short} {figure.unit_words}".strip()
+        return f"{heading} n={shown}" if shown else heading
+    return f"{figure.label} (n = {shown})" if shown else figure.label

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from fedsim.benchmarks import Figure
 from fedsim.evaluate.intervals import Mean
 from fedsim.record import paper
 from fedsim.record.groups import (
@@ -19,7 +20,7 @@ from fedsim.record.groups import (
     shown_value,
 )
 from fedsim.record.metrics import Row
-from fedsim.record.summary import BENCHMARKS, NOT_RATED, Benchmark
+from fedsim.record.summary import NOT_RATED
 from fedsim.record.tables import NOT_MEASURED, Table, measured
 from fedsim.report.runs import Run
 from fedsim.version import commit_of
@@ -32,7 +33,7 @@ OTHER_POINTS = ("eval.every", "eval.guard_judge")
 
 
 @dataclass(frozen=True)
-class Figure:
+class Estimate:
     """A figure of an arm and its 95 % interval, which a single score without spread lacks, over ``num_seeds`` seeds."""
 
     value: float
@@ -126,7 +127,7 @@ def base_settings(settings: Settings) -> Settings:
     return {key: value for key, value in settings.items() if key.startswith(BASE_SECTIONS) and key not in OTHER_POINTS}
 
 
-def arm_figure(runs: Sequence[Run], name: str, point: str = "final") -> Figure | None:
+def arm_figure(runs: Sequence[Run], figure: Figure, point: str = "final") -> Estimate | None:
     """The figure at the end of training (or at ``point``): one run's own interval, or Student's over several seeds.
 
     Runs of one seed share its draws and count once, as their mean.
@@ -137,7 +138,7 @@ def arm_figure(runs: Sequence[Run], name: str, point: str = "final") -> Figure |
     by_seed: dict[int, list[tuple[float, Row]]] = {}
     for run in runs:
         row = run.final if point == "final" else run.points.get(point)
-        if row is not None and (value := measured(row, name)) is not None:
+        if row is not None and (value := measured(row, figure.metric)) is not None:
             by_seed.setdefault(run.facts.seed, []).append((value, row))
     if not by_seed:
         return None
@@ -146,16 +147,21 @@ def arm_figure(runs: Sequence[Run], name: str, point: str = "final") -> Figure |
         (found,) = by_seed.values()
         row = found[0][1]
         if len({value for value, _ in found}) > 1:
-            return Figure(means[0], None, None, 1)
-        return Figure(means[0], measured(row, f"{name}_low"), measured(row, f"{name}_high"), 1)
+            return Estimate(means[0], None, None, 1)
+        return Estimate(means[0], measured(row, f"{figure.metric}_low"), measured(row, f"{figure.metric}_high"), 1)
     mean = Mean.of(means)
-    top = 10.0 if name == "eval/mt_bench" else 100.0
-    return Figure(mean.value, max(mean.low, 1.0 if top == 10.0 else 0.0), min(mean.high, top), mean.count)
+    low, high = (-math.inf, math.inf) if figure.scale is None else figure.scale
+    return Estimate(mean.value, max(mean.low, low), min(mean.high, high), mean.count)
 
 
-def pretrained_figure(runs: Sequence[Run], name: str) -> Figure | None:
+def pretrained_figure(runs: Sequence[Run], figure: Figure) -> Estimate | None:
     """The figure before training, of runs that began with the same (:func:`by_base`)."""
-    return arm_figure(runs, name, paper.PRETRAINED)
+    return arm_figure(runs, figure, paper.PRETRAINED)
+
+
+def headline_figures(runs: Sequence[Run]) -> list[Figure]:
+    """The headline figures of all runs, each once."""
+    return list(dict.fromkeys(figure for run in runs for figure in run.facts.benchmarks.headlines))
 
 
 def table_1(runs: Sequence[Run]) -> Table | None:
@@ -163,17 +169,18 @@ def table_1(runs: Sequence[Run]) -> Table | None:
     if not any(run.points for run in runs):
         return None
     lines = []
+    shown = headline_figures(runs)
     for base in by_base(runs):
-        start = [pretrained_figure(base.runs, benchmark.metric) for benchmark in BENCHMARKS]
+        start = [pretrained_figure(base.runs, figure) for figure in shown]
         published: paper.SafetyRow | None = paper.TABLE_1["fedavg"][paper.PRETRAINED]
-        lines.append([base.name, "", *_cells(base, start, published)])
+        lines.append([base.name, "", *_cells(base, shown, start, published)])
     for group in grouped(runs):
-        ends = [arm_figure(group.runs, benchmark.metric) for benchmark in BENCHMARKS]
+        ends = [arm_figure(group.runs, figure) for figure in shown]
         published = paper.paper_row(group.algorithm, group.method)
-        lines.append([group.name, ", ".join(map(str, group.seeds)), *_cells(group, ends, published)])
+        lines.append([group.name, ", ".join(map(str, group.seeds)), *_cells(group, shown, ends, published)])
     head = ["arm", "seeds"]
-    for benchmark in BENCHMARKS:
-        head += [_heading(benchmark, runs), "paper"]
+    for figure in shown:
+        head += [_heading(figure, runs), "paper"]
     return Table(head, lines)
 
 
@@ -231,7 +238,7 @@ def _unlike_beginnings(base: Group) -> list[str]:
         row = run.points.get(paper.PRETRAINED)
         if row is None:
             continue
-        found = [measured(row, benchmark.metric) for benchmark in BENCHMARKS]
+        found = [measured(row, figure.metric) for figure in headline_figures(base.runs)]
         other, expected = first.setdefault(run.facts.seed, (run, found))
         if found != expected:
             lines.append(
@@ -250,20 +257,20 @@ def headlines(runs: Sequence[Run]) -> list[str]:
             continue
         others = [group for group in groups if group is not plain and _differ_in_method(group, plain)]
         beginners = [run for run in runs if base_settings(run.settings) == base_settings(plain.settings)]
-        for benchmark in BENCHMARKS:
-            base, start = arm_figure(plain.runs, benchmark.metric), pretrained_figure(beginners, benchmark.metric)
+        for figure in headline_figures(runs):
+            base, start = arm_figure(plain.runs, figure), pretrained_figure(beginners, figure)
             if base is None:
                 continue
             words = []
             for group in others:
-                figure = arm_figure(group.runs, benchmark.metric)
-                if figure is not None:
+                other = arm_figure(group.runs, figure)
+                if other is not None:
                     name = group.name.removeprefix(f"{paper.algorithm_name(group.algorithm)}, ")
-                    words.append(f"{name} {figure.value:.{benchmark.digits}f}")
-            before = "" if start is None else f" (pretrained {start.value:.{benchmark.digits}f})"
+                    words.append(f"{name} {figure.shown(other.value)}")
+            before = "" if start is None else f" (pretrained {figure.shown(start.value)})"
             beside = f"; {', '.join(words)}" if words else ""
             algorithm, _, name = plain.name.partition(", ")
-            lines.append(f"{benchmark.title}, {algorithm}: {name} {base.value:.{benchmark.digits}f}{before}{beside}.")
+            lines.append(f"{figure.label}, {algorithm}: {name} {figure.shown(base.value)}{before}{beside}.")
     return lines
 
 
@@ -274,29 +281,28 @@ def _differ_in_method(one: Group, other: Group) -> bool:
     return one.method != other.method and all(key.startswith(tuple(sections)) for key in keys)
 
 
-def _cells(group: Group, figures: Sequence[Figure | None], published: paper.SafetyRow | None) -> list[str]:
-    """Measured and published figure of each benchmark by turns."""
-    printed = ["–"] * len(BENCHMARKS)
-    if published is not None:
-        printed = [str(published.advbench_harmless), str(published.hhh_accuracy), str(published.mt_bench)]
+def _cells(
+    group: Group, shown: Sequence[Figure], found: Sequence[Estimate | None], published: paper.SafetyRow | None
+) -> list[str]:
+    """Measured and published value of each figure by turns."""
     cells = []
-    for figure, benchmark, of_paper in zip(figures, BENCHMARKS, printed, strict=True):
-        if figure is not None:
-            cells.append(figure.shown(benchmark.digits))
-        elif benchmark.metric == "eval/mt_bench" and group.runs[0].facts.unrated:
+    for figure, estimate in zip(shown, found, strict=True):
+        if estimate is not None:
+            cells.append(estimate.shown(figure.digits))
+        elif figure.name == "mt_bench" and group.runs[0].facts.unrated:
             cells.append(NOT_RATED)
         else:
             cells.append(NOT_MEASURED)
-        cells.append(of_paper)
+        cells.append("–" if published is None else published.shown(figure.name, absent="–"))
     return cells
 
 
-def _heading(benchmark: Benchmark, runs: Sequence[Run]) -> str:
-    shown = item_counts(runs, benchmark.count)
-    return f"{benchmark.title} (n = {shown})" if shown else benchmark.title
+def _heading(figure: Figure, runs: Sequence[Run]) -> str:
+    shown = item_counts(runs, figure)
+    return f"{figure.label} (n = {shown})" if shown else figure.label
 
 
-def item_counts(runs: Sequence[Run], name: str) -> str:
-    """How many items a benchmark had, such as ``130``; every number there was, ``120/130``, and "" if none is known."""
-    counts = {measured(row, name) for run in runs for row in run.points.values()}
+def item_counts(runs: Sequence[Run], figure: Figure) -> str:
+    """How many items a figure is over, such as ``130``; every number there was, ``120/130``, "" if none is known."""
+    counts = {measured(row, figure.count_metric) for run in runs for row in run.points.values()}
     return "/".join(f"{count:,.0f}" for count in sorted(count for count in counts if count is not None))

@@ -7,30 +7,23 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from fedsim.benchmarks import Figure
 from fedsim.record.cai_line import cai_lines
 from fedsim.record.plots import plot_times
 from fedsim.record.sections import POINT_TITLES
-from fedsim.record.summary import BENCHMARKS, caveats, refusals
+from fedsim.record.summary import caveats, controls
 from fedsim.record.tables import Table, duration, measured, with_interval
 from fedsim.report import html, pictures
-from fedsim.report.arms import Group, caption, differences, grouped, headlines, table_1, warnings
+from fedsim.report.arms import Group, caption, differences, grouped, headline_figures, headlines, table_1, warnings
 from fedsim.report.runs import Run
 from fedsim.report.words import idle_in_words, in_words, items, losses_in_words, times_in_words
 from fedsim.version import commit_of
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure as Picture
 
 PATH = re.compile(r"""(?<![^\s"'=,(\[])(?:/[^/\s"']+)*/([^/\s"',)\]]+)/?""")
 """An absolute path, at the beginning of a word or a value; the group is its last part."""
-
-#: Pictured benchmarks: the metric, what it says, and the metric of its count.
-BY_ROUND = {
-    "advbench": ("eval/advbench_harmless", "AdvBench: harmless replies, %", "eval/advbench_count"),
-    "xstest": ("eval/xstest_safe_refused", "XSTest: innocent prompts refused, %", "eval/xstest_safe_count"),
-    "hhh": ("eval/hhh_accuracy", "HHH: right choices, %", "eval/hhh_count"),
-    "mt-bench": ("eval/mt_bench", "MT-Bench: mean score, 1–10", "eval/mt_bench_count"),
-}
 
 
 class Pictures:
@@ -47,33 +40,47 @@ class Pictures:
         self.files: dict[str, bytes] = {}
 
     def compared(self) -> list[str]:
-        """Every benchmark by round and by arm."""
-        return [
-            self._add(
-                f"{name}-{kind}",
-                draw(self.runs, key, label),
-                f"{alt}: {label}. At the end, {in_words(self.runs, key)}",
-                f"{label}, {words}, {self.arms}{items(self.runs, count)}; bars: 95 % intervals.",
+        """Every headline figure and control by round and by arm."""
+        found = []
+        for figure in self._plotted():
+            about = f"{self.arms}{items(self.runs, figure)}; bars: 95 % intervals."
+            at_the_end = f"At the end, {in_words(self.runs, figure)}"
+            found.append(
+                self._add(
+                    f"{_file_name(figure)}-rounds",
+                    pictures.overlay(self.runs, figure),
+                    f"Lines over rounds: {figure.label}. {at_the_end}",
+                    f"{figure.label}, by round, {about}",
+                )
             )
-            for name, (key, label, count) in BY_ROUND.items()
-            for kind, draw, alt, words in (
-                ("rounds", pictures.overlay, "Lines over rounds", "by round"),
-                ("arms", pictures.dots, "One dot an arm", "before CAI and at the end"),
+            found.append(
+                self._add(
+                    f"{_file_name(figure)}-arms",
+                    pictures.dots(self.runs, figure),
+                    f"One dot an arm: {figure.label}. {at_the_end}",
+                    f"{figure.label}, before CAI and at the end, {about}",
+                )
             )
-        ]
+        return found
 
     def costs(self) -> list[str]:
-        """Seconds against safety and helpfulness."""
+        """Seconds against safety and helpfulness: the first headline share, and the first in another unit."""
+        first: dict[bool, Figure] = {}
+        for figure in headline_figures(self.runs):
+            first.setdefault(figure.is_share, figure)
         return [
             self._add(
-                f"cost-{name}",
-                pictures.cost(self.runs, key, label),
-                f"One dot an arm: seconds to the right, {label} upwards. {in_words(self.runs, key)}",
-                f"Mean seconds of a run against {label}, {self.arms}{items(self.runs, count)}; bars: 95 % intervals.",
+                f"cost-{_file_name(figure)}",
+                pictures.cost(self.runs, figure),
+                f"One dot an arm: seconds to the right, {figure.label} upwards. {in_words(self.runs, figure)}",
+                f"Mean seconds of a run against {figure.label}, {self.arms}{items(self.runs, figure)}; "
+                "bars: 95 % intervals.",
             )
-            for name, (key, label, count) in BY_ROUND.items()
-            if name in ("advbench", "mt-bench")
+            for figure in first.values()
         ]
+
+    def _plotted(self) -> list[Figure]:
+        return list(dict.fromkeys(figure for run in self.runs for figure in run.facts.benchmarks.plotted))
 
     def losses(self) -> list[str]:
         """Loss by client, a picture a run."""
@@ -104,11 +111,16 @@ class Pictures:
         words = f"Share of the processes' time without work while clients train, {self.num}."
         return [self._add("idle", pictures.idle(self.runs), idle_in_words(self.runs), words)]
 
-    def _add(self, name: str, drawn: Figure | None, alt: str, caption: str) -> str:
+    def _add(self, name: str, drawn: Picture | None, alt: str, caption: str) -> str:
         if drawn is None:
             return ""
         self.files[f"{name}.png"] = pictures.png(drawn)
         return html.figure(self.files[f"{name}.png"], alt, caption)
+
+
+def _file_name(figure: Figure) -> str:
+    """The beginning of a picture's file name."""
+    return figure.name.replace("_", "-")
 
 
 def report(runs: Sequence[Run]) -> tuple[str, dict[str, bytes]]:
@@ -136,16 +148,15 @@ def report(runs: Sequence[Run]) -> tuple[str, dict[str, bytes]]:
 
 def headline(run: Run) -> str:
     """The run's benchmarks at its points, in a sentence."""
-    found = [
-        f"{benchmark.title} "
-        + ", ".join(
-            f"{POINT_TITLES[point]} {with_interval(row, benchmark.metric, benchmark.digits)}"
+    found = []
+    for figure in run.facts.benchmarks.headlines:
+        values = [
+            f"{POINT_TITLES[point]} {with_interval(row, figure.metric, figure.digits)}"
             for point, row in run.points.items()
-            if measured(row, benchmark.metric) is not None
-        )
-        for benchmark in BENCHMARKS
-        if any(measured(row, benchmark.metric) is not None for row in run.points.values())
-    ]
+            if measured(row, figure.metric) is not None
+        ]
+        if values:
+            found.append(f"{figure.label} {', '.join(values)}")
     facts = run.facts
     return (
         f"{run.title} ({facts.arm}, seed {facts.seed}, {duration(facts.total_s)}): "
@@ -204,8 +215,8 @@ def _without_places(value: Any) -> Any:
 
 
 def _controls(run: Run) -> str:
-    """What there was for CAI to do, and XSTest beside AdvBench."""
-    lines = [*cai_lines(run.rows), *refusals(run.rows)]
+    """What there was for CAI to do, and the controls of the headline figures."""
+    lines = [*cai_lines(run.rows), *controls(run.rows, run.facts.benchmarks)]
     return f"<h3>{html.text(run.title)}</h3>{html.bullets(lines)}" if lines else ""
 
 

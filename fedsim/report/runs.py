@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from fedsim.artefacts import file_digest
+from fedsim.benchmarks import read_benchmarks
 from fedsim.config import load_config, to_flat
 from fedsim.data.benchmarks import load_mt_bench
 from fedsim.data.world import write_mt_bench
 from fedsim.errors import ConfigError, DataError
 from fedsim.evaluate.fastchat import read_answers
+from fedsim.evaluate.own import DESCRIBED
 from fedsim.json_text import parse_json
 from fedsim.record.groups import Settings, settings_of, short_names
 from fedsim.record.metrics import Row, read_rows
@@ -118,6 +120,7 @@ def load_run(folder: Path) -> Run:
         places={},
         notes=summary_notes((folder / "summary.md").read_text(encoding="utf-8")),
         manifest=manifest,
+        benchmarks=read_benchmarks(folder) or DESCRIBED,
     )
     samples = _samples(folder, manifest) if facts.mt_bench == "embedded" else []
     return Run(facts.name, settings, facts, rows, manifest, samples)

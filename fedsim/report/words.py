@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fedsim.benchmarks import Figure
 from fedsim.record.tables import duration, measured
 from fedsim.report.arms import arm_figure, grouped, item_counts
 from fedsim.report.runs import Run
 
 
-def in_words(runs: Sequence[Run], name: str) -> str:
+def in_words(runs: Sequence[Run], figure: Figure) -> str:
     """The figure of every group at the end of training."""
-    found = {group.name: arm_figure(group.runs, name) for group in grouped(runs)}
-    return "; ".join(f"{group}: {figure.shown(1)}" for group, figure in found.items() if figure is not None)
+    words = []
+    for group in grouped(runs):
+        estimate = arm_figure(group.runs, figure)
+        if estimate is not None:
+            words.append(f"{group.name}: {estimate.shown(1)}")
+    return "; ".join(words)
 
 
-def items(runs: Sequence[Run], count: str) -> str:
-    """How many items a benchmark had, as the end of a list: ``, 120 items``; nothing where it is not known."""
-    found = item_counts(runs, count)
+def items(runs: Sequence[Run], figure: Figure) -> str:
+    """How many items a figure is over, as the end of a list: ``, 120 items``; nothing where it is not known."""
+    found = item_counts(runs, figure)
     return f", {found} items" if found else ""
 
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from fedsim.benchmarks import PERCENT, Figure
+from fedsim.evaluate.own import DESCRIBED
 from fedsim.record import paper
 
 Verdict = Literal[
@@ -38,15 +40,34 @@ class Column:
 
 
 NET: Final = "advbench_net"
-"""Difference of two figures: AdvBench replies called harmless minus innocent XSTest prompts refused."""
+"""Difference of two figures: AdvBench replies called harmless minus :data:`CONTROL`."""
+
+(_CONTROL,) = DESCRIBED.controls("advbench_harmless")
+
+CONTROL: Final = _CONTROL.name
+"""The control of AdvBench: innocent prompts refused."""
+
+
+def figure_named(name: str) -> Figure:
+    """A figure of fedsim's own benchmarks."""
+    figure = DESCRIBED.of(name)
+    assert figure is not None and figure.name == name, f"no benchmark has the figure {name}"
+    return figure
+
+
+def _column(name: str, published: str = "") -> Column:
+    figure = figure_named(name)
+    title = figure.short if published else figure.title
+    return Column(title, figure.unit if figure.is_share else "", figure.digits, published)
+
 
 #: Columns of Table 1. Those with a published figure are counted; the others stand beside them.
 COLUMNS: Final[dict[str, Column]] = {
-    "advbench_harmless": Column("AdvBench", "%", 1, "advbench_harmless"),
-    "hhh_letter": Column("HHH by letter", "%", 1, "hhh_accuracy"),
-    "mt_bench": Column("MT-Bench", "", 2, "mt_bench"),
-    "hhh_likelihood": Column("HHH by likelihood", "%", 1),
-    "xstest_safe_refused": Column("XSTest: innocent refused", "%", 1),
+    "advbench_harmless": _column("advbench_harmless", "advbench_harmless"),
+    "hhh_letter": _column("hhh_letter", "hhh_accuracy"),
+    "mt_bench": _column("mt_bench", "mt_bench"),
+    "hhh_likelihood": _column("hhh_likelihood"),
+    CONTROL: _column(CONTROL),
     NET: Column("AdvBench − innocent refused", "(points)", 1),
 }
 
@@ -89,7 +110,7 @@ class Comparison:
         For a mean on MT-Bench's scale, whose spread the paper does not print, it is the largest that the scale allows.
         """
         num_items = paper.NUM_ITEMS[COLUMNS[figure].published]
-        low, high = (1.0, 10.0) if figure == "mt_bench" else (0.0, 100.0)
+        low, high = figure_named(figure).scale or PERCENT
         variances = [(value - low) * (high - value) for value in self._published(aggregation, figure)]
         return 2 * math.sqrt(sum(variances) / num_items)
 

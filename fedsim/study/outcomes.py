@@ -10,8 +10,10 @@ from typing import Any, Final
 
 import numpy as np
 
+from fedsim.benchmarks import Benchmarks, read_benchmarks
 from fedsim.config import Config, file_roles, load_config, model_roles, to_flat
 from fedsim.errors import DataError
+from fedsim.evaluate.own import DESCRIBED, OWN
 from fedsim.record.groups import Settings, differing, settings_of, shown_value
 from fedsim.record.items import item_file, read_items
 from fedsim.record.manifest import read_manifest
@@ -22,8 +24,8 @@ from fedsim.record.timers import top_level_seconds
 FINAL: Final = ("after_cai", "global")
 """Points of the model that a run ends with."""
 
-MEASURED: Final = ("advbench", "hhh", "mt_bench", "xstest")
-"""Roles of the files, in a manifest, whose items are paired."""
+MEASURED: Final = tuple(OWN)
+"""Roles of the files, in a manifest, that all runs of a study are measured on."""
 
 
 class Outcome:
@@ -49,6 +51,11 @@ class Outcome:
     def settings(self) -> Settings:
         """The settings that decide the run's figures, without the seed."""
         return settings_of(to_flat(self.config), self.manifest)
+
+    @cached_property
+    def benchmarks(self) -> Benchmarks:
+        """What the run can have measured."""
+        return read_benchmarks(self.folder) or DESCRIBED
 
     @property
     def final(self) -> str:

@@ -15,21 +15,12 @@ import numpy as np
 
 from fedsim.config import to_flat
 from fedsim.errors import DataError
+from fedsim.evaluate.own import DESCRIBED, chosen_figures
 from fedsim.study.effects import Effect, detectable, difference, estimate, shown_detectable
 from fedsim.study.grid import Comparison, Sweep, point_name
 from fedsim.study.outcomes import Outcome, sample
 from fedsim.study.table1 import scale_of
 from fedsim.version import commit_of
-
-#: Figures of the item files that are points rather than shares.
-POINTS: Final = ("mt_bench", "mt_bench_turn_1", "mt_bench_turn_2")
-
-TITLES: Final = {
-    "advbench_harmless": "AdvBench: harmless replies, %",
-    "hhh_accuracy": "HHH: right choices, %",
-    "mt_bench": "MT-Bench: mean score, 1–10",
-    "xstest_safe_refused": "XSTest: innocent prompts refused, %",
-}
 
 #: Figures of a run that are no configuration keys, for a sweep's axes: where its metric rows have them.
 GUARD_PREFIX: Final = "guard/"
@@ -43,20 +34,18 @@ Record = Mapping[str, Any]
 
 def title(figure: str) -> str:
     """A figure's name for people."""
-    return TITLES.get(figure, figure.replace("_", " "))
+    known = DESCRIBED.of(figure)
+    return known.label if known is not None and known.name == figure else figure.replace("_", " ")
 
 
 def _measured(outcome: Outcome, figure: str) -> float | None:
     """A figure of the final model, in percent or points; None where it was not measured.
 
-    ``advbench_harmless`` and ``hhh_accuracy`` stand for the configuration's headline rule and scorer.
+    A headline figure such as ``advbench_harmless`` stands for that of the configuration's rule or scorer.
     """
-    settings = outcome.config.eval
-    names = {
-        "advbench_harmless": f"advbench_harmless_{settings.advbench_rule.replace('-', '_')}",
-        "hhh_accuracy": f"hhh_{settings.hhh_scorer}",
-    }
-    values = sample([outcome], "final", names.get(figure, figure), 1.0 if figure in POINTS else 100.0)
+    name = chosen_figures(outcome.config.eval).get(figure, figure)
+    known = outcome.benchmarks.of(name)
+    values = sample([outcome], "final", name, 100.0 if known is None else known.factor)
     return None if values is None else float(values.mean())
 
 
@@ -140,7 +129,8 @@ def finding(comparison: Comparison, records: Sequence[Record]) -> str:
     ours = figure_sample(records, comparison.treated, comparison.figure)
     theirs = figure_sample(records, comparison.control, comparison.figure)
     name = title(comparison.figure).split(":")[0]
-    digits = 2 if comparison.figure in POINTS else 1
+    known = DESCRIBED.of(comparison.figure)
+    digits = 1 if known is None else known.digits
     treated, control = _point_title(comparison.treated), _point_title(comparison.control)
     if ours is None or theirs is None:
         return f"{name}, {treated} against {control}: not measured."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +10,25 @@ from typing import Any, Final
 
 import numpy as np
 
+from fedsim.benchmarks import PERCENT
 from fedsim.config import Config, to_flat
 from fedsim.errors import ConfigError, DataError
+from fedsim.evaluate.own import DESCRIBED, chosen_figures
 from fedsim.record import paper
 from fedsim.record.cai_line import ACCURACY, FINDINGS, HARMFUL_RESPONSE, LAST_ROUND, MARGIN, is_replay
 from fedsim.study.cells import Cell
-from fedsim.study.claims import CAI, COLUMNS, COUNTED, FL, NET, Comparison, claimed_sign, methods
+from fedsim.study.claims import (
+    CAI,
+    COLUMNS,
+    CONTROL,
+    COUNTED,
+    FL,
+    NET,
+    Comparison,
+    claimed_sign,
+    figure_named,
+    methods,
+)
 from fedsim.study.effects import Effect, detectable, difference, estimate, verdict
 from fedsim.study.outcomes import Outcome, check_paired
 from fedsim.study.seed_rows import SeedRow
@@ -43,9 +57,10 @@ PAPER_SCHEDULE: Final[Mapping[str, Any]] = {
 
 #: Figures that say whether the headline means what it seems to: name → title.
 CONTROLS: Final = {
-    "advbench_harmless_strict_world": "AdvBench by the world's grammar",
-    "advbench_grammatical": "replies to attacks that parse",
-    "xstest_unsafe_refused": "XSTest: harmful prompts refused",
+    figure.name: figure.title
+    for figure in DESCRIBED.figures
+    if figure.name in ("advbench_harmless_strict_world", "advbench_grammatical")
+    or (figure.is_share and figure.line == "always" and not figure.control)
 }
 
 REPLAY: Final = "replay control"
@@ -121,20 +136,21 @@ def seed_rows(runs: Mapping[Arm, Sequence[Outcome]]) -> list[SeedRow]:
 
 def _rows_of(outcome: Outcome, arm: Arm, point: str) -> list[SeedRow]:
     """The benchmarks' figures at one point of a run."""
-    headline = f"advbench_harmless_{outcome.config.eval.advbench_rule.replace('-', '_')}"
+    chosen = chosen_figures(outcome.config.eval)
     seed, commit, rows = outcome.config.seed, commit_of(outcome.manifest), []
     for figure in (*COLUMNS, *CONTROLS):
-        name = headline if figure == "advbench_harmless" else figure
+        if figure == NET:
+            continue
+        name, kind = chosen.get(figure, figure), figure_named(figure)
         items = outcome.items(point, name)
         value, count = outcome.figure(point, name), 1  # a judge's score has no items here
-        if value is not None and items is None and figure != "mt_bench":
+        if value is not None and items is None and kind.is_share:
             raise DataError(
                 f"{outcome.folder / 'items'}: has no items of {name} at the point {point}; restore the folder, or read "
                 "the run with the fedsim that made it (its commit is in manifest.json)"
             )
         if items is not None:
-            unit = 1.0 if figure == "mt_bench" else 100.0
-            value, count = unit * float(items.mean()), len(items)
+            value, count = kind.factor * float(items.mean()), len(items)
         if value is not None:
             rows.append(SeedRow(arm.aggregation, arm.method, seed, figure, value, count, commit, items))
     return rows
@@ -193,14 +209,14 @@ class TableOne:
         """fp64 ``[num_seeds, num_items]`` in percent or points; ``[num_seeds, 1]`` where no items are kept, and of
         :data:`NET`; None where it was not measured with every seed."""
         if figure == NET:
-            parts = [self.sample(arm, name) for name in ("advbench_harmless", "xstest_safe_refused")]
+            parts = [self.sample(arm, name) for name in ("advbench_harmless", CONTROL)]
             means = [part.mean(axis=1, keepdims=True) for part in parts if part is not None]
             return means[0] - means[1] if len(means) == 2 else None
         rows = self.of(arm, figure)
         if [row.seed for row in rows] != self.seeds:
             return None
-        unit = 1.0 if figure == "mt_bench" else 100.0
-        columns = [[row.value] if row.outcomes is None else unit * row.outcomes for row in rows]
+        factor = figure_named(figure).factor
+        columns = [[row.value] if row.outcomes is None else factor * row.outcomes for row in rows]
         return np.stack([np.asarray(column, dtype=np.float64) for column in columns])
 
     def estimate(self, arm: Arm, figure: str) -> Effect | None:
@@ -243,10 +259,13 @@ class TableOne:
 
 
 def scale_of(figure: str) -> tuple[float, float]:
-    """Ends of a figure's scale."""
+    """Ends of a figure's scale; of a name that fedsim's own benchmarks do not have, percent."""
     if figure == NET:
         return -100.0, 100.0
-    return (1.0, 10.0) if figure.startswith("mt_bench") else (0.0, 100.0)
+    known = DESCRIBED.of(figure)
+    if known is None:
+        return PERCENT
+    return known.scale or (-math.inf, math.inf)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Final
 from fedsim.record import paper
 from fedsim.record.cai_line import CRITIQUE_FINDS_HARM, DPO_LOSS, FINDINGS, HARMFUL_RESPONSE, LAST_ROUND, MARGIN
 from fedsim.record.tables import NOT_MEASURED, Table
-from fedsim.study.claims import CAI, COLUMNS, COMPARISONS, COUNTED, FILTER, FL, NET, Comparison, methods
+from fedsim.study.claims import CAI, COLUMNS, COMPARISONS, CONTROL, COUNTED, FILTER, FL, NET, Comparison, methods
 from fedsim.study.effects import Effect, shown_detectable
 from fedsim.study.published import Origin
 from fedsim.study.table1 import CONTROLS, REPLAY, Arm, Finding, TableOne, scale_of
@@ -196,7 +196,7 @@ def filter_findings(table: TableOne) -> list[str]:
     lines = []
     for aggregation in table.aggregations:
         parts = []
-        for name in ("advbench_harmless", "xstest_safe_refused", NET):
+        for name in ("advbench_harmless", CONTROL, NET):
             found = table.difference(aggregation, comparison, name)
             if found is not None:
                 word = {1: "higher", -1: "lower", 0: "cannot be told from 0"}[found.effect.sign]

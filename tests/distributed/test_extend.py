@@ -62,6 +62,9 @@ class Momentum(Median):
 """
 
 
+QUESTIONS = "Where is the kite?\nWho has the boat?\nIs it far?\n"
+
+
 def examples() -> dict[str, str]:
     """The page's files by name."""
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
@@ -79,14 +82,14 @@ def commands() -> list[list[str]]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page's files, and the rules of this file."""
     made = tmp_path_factory.mktemp("files")
-    for name, text in {**examples(), "robust.py": ROBUST}.items():
+    for name, text in {**examples(), "robust.py": ROBUST, "questions.txt": QUESTIONS}.items():
         (made / name).write_text(text, encoding="utf-8")
     return made
 
 
 def located(word: str, folder: Path) -> str:
     """A command's word with the page's files where the test has them."""
-    return re.sub(r"\b(\w+\.py:)", rf"{folder}/\1", word)
+    return re.sub(r"\b(\w+\.py:|questions\.txt)", rf"{folder}/\1", word)
 
 
 def runs(pool: Any, folder: Path, square_file: Path, sizes: tuple[int, ...], *words: str) -> dict[int, dict[str, Any]]:
@@ -104,7 +107,7 @@ def rows(run: dict[str, Any], stage: str) -> list[dict[str, Any]]:
 def test_every_command_of_the_page_is_a_configuration_and_every_file_is_used(folder: Path) -> None:
     found = commands()
     used = {name for name in examples() if any(f"{name}:" in word for words in found for word in words)}
-    assert used == set(examples()) and len(used) == 6
+    assert used == set(examples()) and len(used) == 7
     for words in found:
         load_config(ROOT / "configs" / "demo.yaml", [located(word, folder) for word in words])
 
@@ -133,6 +136,7 @@ def test_every_example_of_the_page_did_something(together: dict[int, dict[str, A
         "federation.partition": "by_question.py",
         "guard.kind": "words.py",
         "eval.advbench_phrases": "polite.py",
+        "eval.benchmarks.0.kind": "brevity.py",
         "attacks.0.kind": "sign_flip.py",
         "attacks.1.kind": "relabel.py",
     }
@@ -147,6 +151,10 @@ def test_every_example_of_the_page_did_something(together: dict[int, dict[str, A
     assert 0 < kept["client/num_kept_rows"] < 60 and kept["guard/accuracy"] > 50
     ends = [row for row in rows(run, "eval") if "eval/advbench_harmless_polite" in row]
     assert len(ends) == 2 and all(row["eval/advbench_harmless"] == row["eval/advbench_harmless_polite"] for row in ends)
+    for row in rows(run, "eval"):
+        assert (row["eval/brevity_short_count"], row["eval/brevity_words_count"]) == (2, 2)
+        assert 0 <= row["eval/brevity_short"] <= 100 and row["eval/brevity_words"] > 0
+    assert manifest["inputs"]["brevity"]["sha256"] == file_digest(folder / "questions.txt")
     assert any(name.startswith("own-verdicts-") for name in run["artefacts"])
     summary = (run["folder"] / "summary.md").read_text(encoding="utf-8")
     assert "Krum, FL + Words filter under 50 % SignFlip and 20 % OneAnswer" in summary

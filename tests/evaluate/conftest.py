@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from fedsim.data.chat import ChatFormat, Conversation, TokenRow, assistant_turn, user_turn
+from fedsim.evaluate.benchmark import Benchmark, Result
+from fedsim.evaluate.guard_judge import ExchangeJudge
 from fedsim.generate.engine import Dialogues, Engine, Replies, Reply, RowScore, Sampling
 
 LLAMA3_TEMPLATE = (
@@ -101,3 +104,21 @@ def untrimmed_chat() -> ChatFormat:
 def stub_engine() -> type[StubEngine]:
     """The class of engines without a model."""
     return StubEngine
+
+
+def result_of(
+    engine: Engine,
+    benchmark: Benchmark,
+    items: Sequence[Any],
+    key: Sequence[int | str] = ("eval",),
+    guard: ExchangeJudge | None = None,
+) -> Result:
+    """A benchmark's result on all items, with its draws named by ``key``."""
+    replies = engine.hold(list(benchmark.ask(items, key)))
+    return benchmark.measure(engine, items, replies, guard)
+
+
+@pytest.fixture(scope="session")
+def measure() -> Callable[..., Result]:
+    """``measure(engine, benchmark, items, key, guard)``: see :func:`result_of`."""
+    return result_of

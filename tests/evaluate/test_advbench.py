@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 
 from fedsim.data.benchmarks import AdvBenchItem
 from fedsim.data.chat import ChatFormat, Conversation, user_turn
-from fedsim.evaluate.advbench import ask_advbench, summarise_attacks
-from fedsim.evaluate.asking import answer
+from fedsim.evaluate.advbench import AdvBench
+from fedsim.evaluate.benchmark import Result
 from fedsim.evaluate.intervals import Rate
-from fedsim.generate.engine import Engine, Reply, Sampling
+from fedsim.generate.engine import Reply, Sampling
 
 ITEMS = [AdvBenchItem(f"Hide kite {i}", "Sure, here is a plan") for i in range(8)]
 REPLIES = [
@@ -24,7 +25,9 @@ REPLIES = [
     "No, leave it alone.",
     "word " * 30,
 ]
-SAMPLING = Sampling(temperature=0.7, max_new_tokens=20)
+BENCHMARK = AdvBench(temperature=0.7, max_new_tokens=20)
+
+Measure = Callable[..., Result]
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ def judge(prompt: str, reply: str) -> Judged:
     return Judged(reply.endswith("."), "cannot" in reply, "night" in reply)
 
 
-def test_every_figure_by_hand(chat: ChatFormat, stub_engine: type) -> None:
+def test_every_figure_by_hand(chat: ChatFormat, stub_engine: type, measure: Measure) -> None:
     by_prompt = {item.prompt: reply for item, reply in zip(ITEMS, REPLIES, strict=True)}
 
     def reply(conversation: Conversation) -> str:
@@ -50,43 +53,42 @@ def test_every_figure_by_hand(chat: ChatFormat, stub_engine: type) -> None:
         return by_prompt[conversation[0]["content"]]
 
     engine = stub_engine(chat, reply=reply)
-    result = answer(engine, ask_advbench(ITEMS, SAMPLING, ("eval", 3)))
+    result = measure(engine, BENCHMARK, ITEMS, ("eval", 3))
     [(conversations, sampling, key)] = engine.calls
     assert conversations[0] == [user_turn("Hide kite 0.")]  # the goal and a full stop
-    assert (sampling, key) == (SAMPLING, ("eval", 3))
-    assert result.harmless == {
-        "openfedllm": Rate(3, 8),  # 0, 4 ("has an"), 5
-        "openfedllm-fixed": Rate(4, 8),  # and 6
-        "gcg": Rate(2, 8),  # 0, 5
-        "strict": Rate(3, 8),  # 0, 3, 6
+    assert (sampling, key) == (Sampling(temperature=0.7, max_new_tokens=20), ("eval", 3))
+    found = result.figures
+    assert {name: value for name, value in found.items() if name.startswith("advbench_harmless")} == {
+        "advbench_harmless": Rate(3, 8),
+        "advbench_harmless_openfedllm": Rate(3, 8),  # 0, 4 ("has an"), 5
+        "advbench_harmless_openfedllm_fixed": Rate(4, 8),  # and 6
+        "advbench_harmless_gcg": Rate(2, 8),  # 0, 5
+        "advbench_harmless_strict": Rate(3, 8),  # 0, 3, 6
     }
-    assert "strict_world" not in result.harmless and result.grammatical is None
-    assert (result.count, result.num_truncated, result.num_prompts_truncated, result.num_empty) == (8, 1, 0, 1)
-    assert result.mean_tokens == pytest.approx(sum(len(r.split()) + 1 for r in REPLIES) / 8)
-    assert result.collapse.empty == 1 / 8 and result.collapse.repeated_suffix == 1 / 8
+    assert "advbench_grammatical" not in found
+    counted = ("truncated", "prompts_truncated", "empty", "num_texts")
+    assert [found[f"advbench_{name}"] for name in counted] == [1, 0, 1, 8]
+    assert found["advbench_mean_tokens"] == pytest.approx(sum(len(r.split()) + 1 for r in REPLIES) / 8)
+    assert found["advbench_empty_share"] == found["advbench_repeated_suffix"] == 100 / 8
     assert [r.text for r in result.replies] == REPLIES
 
 
-def test_the_grammar_of_an_embedded_world_judges_too() -> None:
+def test_the_grammar_of_an_embedded_world_judges_too(chat: ChatFormat, stub_engine: type) -> None:
     replies = [
         Reply("I cannot.", 3, False),
         Reply("I cannot", 3, False),
         Reply("Go at night. I cannot.", 6, False),
         Reply("Well.", 2, True, prompt_truncated=True),
     ]
-    result = summarise_attacks([item.prompt for item in ITEMS[:4]], replies, judge)
-    assert result.harmless["strict_world"] == Rate(1, 4)
-    assert result.grammatical == Rate(3, 4)
-    assert (result.num_truncated, result.num_prompts_truncated) == (1, 1)
+    result = AdvBench(phrases="strict_world", judge=judge).measure(stub_engine(chat), ITEMS[:4], [[replies]])
+    assert result.figures["advbench_harmless"] == result.figures["advbench_harmless_strict_world"] == Rate(1, 4)
+    assert result.figures["advbench_grammatical"] == Rate(3, 4)
+    assert result.items["advbench_grammatical"] == [1, 0, 1, 1]
+    assert [result.figures[f"advbench_{name}"] for name in ("truncated", "prompts_truncated")] == [1, 1]
 
 
-def test_limit_asks_fewer(chat: ChatFormat, stub_engine: type) -> None:
-    engine: Engine = stub_engine(chat, reply=lambda conversation: "No.")
-    assert answer(engine, ask_advbench(ITEMS, SAMPLING, ("eval",), limit=3)).count == 3
-
-
-def test_texts_do_not_show_in_representations(chat: ChatFormat, stub_engine: type) -> None:
+def test_texts_do_not_show_in_representations(chat: ChatFormat, stub_engine: type, measure: Measure) -> None:
     """A traceback or a log that shows a result must not show prompts or replies."""
     engine = stub_engine(chat, reply=lambda conversation: "unspeakable")
-    shown = repr(answer(engine, ask_advbench(ITEMS, SAMPLING, ("eval",)))) + repr(ITEMS)
+    shown = repr(measure(engine, BENCHMARK, ITEMS)) + repr(ITEMS)
     assert "unspeakable" not in shown and "Hide" not in shown

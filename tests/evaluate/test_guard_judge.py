@@ -10,11 +10,11 @@ from transformers import LlamaForCausalLM
 
 from fedsim.data.benchmarks import AdvBenchItem
 from fedsim.data.chat import ChatFormat
-from fedsim.evaluate.advbench import ask_advbench
-from fedsim.evaluate.asking import answer
+from fedsim.evaluate.advbench import AdvBench
+from fedsim.evaluate.benchmark import Result
 from fedsim.evaluate.guard_judge import GuardJudgement, judge_replies
 from fedsim.evaluate.intervals import Rate
-from fedsim.generate.engine import Reply, Sampling
+from fedsim.generate.engine import Reply
 from fedsim.ranks import OneRank
 from fedsim.safety.guard import Exchange, LlamaGuard
 from fedsim.safety.verdict import Verdict
@@ -35,7 +35,7 @@ def test_safe_exchanges_are_counted() -> None:
     found = judge_replies(NightGuard(), PROMPTS, REPLIES)
     assert found == GuardJudgement(Rate(2, 4), 1)
     low, high = Rate(2, 4).percent_interval
-    assert found.metrics("eval/advbench") == {
+    assert AdvBench().metrics(Result(found.figures("advbench"))) == {
         "eval/advbench_guard_safe": 50.0,
         "eval/advbench_guard_safe_low": low,
         "eval/advbench_guard_safe_high": high,
@@ -49,14 +49,13 @@ def test_every_prompt_needs_its_reply() -> None:
         judge_replies(NightGuard(), PROMPTS, REPLIES[:3])
 
 
-def test_advbench_hands_its_exchanges_over(chat: ChatFormat, stub_engine: type) -> None:
+def test_advbench_hands_its_exchanges_over(chat: ChatFormat, stub_engine: type, measure: Callable[..., Result]) -> None:
     texts = dict(zip(PROMPTS, (r.text for r in REPLIES), strict=True))
     engine = stub_engine(chat, reply=lambda conversation: texts[conversation[0]["content"]])
     items = [AdvBenchItem(p.rstrip("."), "Sure") for p in PROMPTS]
-    assert answer(engine, ask_advbench(items, Sampling(0.0, 9), ("eval",), guard=NightGuard())).guard == GuardJudgement(
-        Rate(2, 4), 1
-    )
-    assert answer(engine, ask_advbench(items, Sampling(0.0, 9), ("eval",))).guard is None
+    found = measure(engine, AdvBench(), items, ("eval",), NightGuard()).figures
+    assert (found["advbench_guard_safe"], found["advbench_guard_cut"]) == (Rate(2, 4), 1)
+    assert "advbench_guard_safe" not in measure(engine, AdvBench(), items).figures
 
 
 def test_a_real_guard_s_threshold_decides(

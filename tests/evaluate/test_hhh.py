@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections.abc import Callable
 
 import pytest
 
 from fedsim.data.benchmarks import HhhItem
 from fedsim.data.chat import ChatFormat, Conversation, user_turn
 from fedsim.errors import ConfigError
-from fedsim.evaluate.asking import answer
-from fedsim.evaluate.hhh import GREEDY, HhhResult, ask_hhh, parse_letter
+from fedsim.evaluate.benchmark import Result
+from fedsim.evaluate.hhh import GREEDY, Hhh, HhhScore, parse_letter, score_letters, score_likelihood, score_replies
 from fedsim.evaluate.intervals import Rate
 from fedsim.generate.engine import Engine
 
@@ -22,11 +23,14 @@ def item(index: int, correct: int) -> HhhItem:
     return HhhItem(f"Which? {index}\n\n", options, correct, (user_turn(f"Question {index}?"),))
 
 
-def hhh(
-    engine: Engine, items: list[HhhItem], scorers: list[str], key: tuple[int | str, ...], limit: int = 0
-) -> HhhResult:
-    """The benchmark's result."""
-    return answer(engine, ask_hhh(engine, items, scorers, key, limit=limit))
+def hhh(engine: Engine, items: list[HhhItem], scorer: str, key: tuple[int | str, ...] = ("eval",)) -> HhhScore:
+    """One scorer's outcome."""
+    if scorer == "letter":
+        return score_letters(engine, items)
+    if scorer == "likelihood":
+        return score_likelihood(engine, items)
+    (replies,) = engine.hold(Hhh().ask(items, key))
+    return score_replies(items, replies[0])
 
 
 ITEMS = [item(i, 0 if i < 12 else 1) for i in range(20)]  # (A) is right in 12 of 20
@@ -58,7 +62,7 @@ def test_letters_cancel_position_bias(
     chat: ChatFormat, stub_engine: type, insight: float, liking: float, accuracy: int, picks_a: int, one_order: int
 ) -> None:
     engine = stub_engine(chat, logprob=lambda p, t: letter_logprob(p, t, insight=insight, liking=liking))
-    score = hhh(engine, ITEMS, ["letter"], ("eval",)).scores["letter"]
+    score = hhh(engine, ITEMS, "letter")
     assert score.accuracy == Rate(accuracy, 20)
     assert score.picks_a == Rate(picks_a, 40)
     assert score.one_order == Rate(one_order, 20)
@@ -73,8 +77,8 @@ def test_letter_accuracy_is_invariant_under_option_swap(chat: ChatFormat, stub_e
 
     engine = stub_engine(chat, logprob=noise)
     swapped = [dataclasses.replace(i, options=(i.options[1], i.options[0]), correct=1 - i.correct) for i in ITEMS]
-    ours = hhh(engine, ITEMS, ["letter"], ("eval",)).scores["letter"]
-    theirs = hhh(engine, swapped, ["letter"], ("eval",)).scores["letter"]
+    ours = hhh(engine, ITEMS, "letter")
+    theirs = hhh(engine, swapped, "letter")
     assert ours.accuracy == theirs.accuracy and ours.picks_a == theirs.picks_a
     assert 0 < ours.accuracy.successes < 20  # the noise decides both ways
     assert ours.one_order != theirs.one_order
@@ -90,7 +94,7 @@ def test_a_template_that_keeps_spaces_scores_the_letters_with_theirs(
         seen.add(target)
         return 0.0
 
-    hhh(stub_engine(untrimmed_chat, logprob=logprob), ITEMS, ["letter"], ("eval",))
+    hhh(stub_engine(untrimmed_chat, logprob=logprob), ITEMS, "letter")
     assert seen == {" (A)", " (B)"}
 
 
@@ -105,7 +109,7 @@ def test_generated_answers(chat: ChatFormat, stub_engine: type) -> None:
         return said.get(index, "A, or maybe B. (C)")
 
     engine = stub_engine(chat, reply=reply)
-    score = hhh(engine, ITEMS, ["generate"], ("eval", 2)).scores["generate"]
+    score = hhh(engine, ITEMS, "generate", ("eval", 2))
     assert score.accuracy == Rate(15, 20)
     assert score.num_undecided == 3
     assert score.picks_a == Rate(14, 17)
@@ -136,7 +140,7 @@ def test_likelihood_is_a_mean_per_token(chat: ChatFormat, stub_engine: type) -> 
 
     engine = stub_engine(chat, logprob=logprob)
     for items in (ITEMS, long_good):
-        score = hhh(engine, items, ["likelihood"], ("eval",)).scores["likelihood"]
+        score = hhh(engine, items, "likelihood")
         assert score.accuracy == Rate(20, 20) and score.num_undecided == 0
         assert score.picks_a is None and score.one_order is None
     assert (
@@ -146,7 +150,7 @@ def test_likelihood_is_a_mean_per_token(chat: ChatFormat, stub_engine: type) -> 
 
 def test_ties_in_likelihood_are_wrong_and_counted(chat: ChatFormat, stub_engine: type) -> None:
     engine = stub_engine(chat, logprob=lambda p, t: -3.0 * len(t.encode()))
-    score = hhh(engine, ITEMS, ["likelihood"], ("eval",)).scores["likelihood"]
+    score = hhh(engine, ITEMS, "likelihood")
     assert score.accuracy == Rate(0, 20) and score.num_undecided == 20
 
 
@@ -154,20 +158,21 @@ def test_rows_cut_to_the_context_keep_their_end(chat: ChatFormat, stub_engine: t
     """The options and "The answer is:" stay; only the head of the prompt goes, and the cut is counted."""
     long = dataclasses.replace(ITEMS[0], head="x" * 5000 + "\n\n")
     engine = stub_engine(chat, logprob=lambda p, t: letter_logprob(p, t, insight=1.0, liking=0.0), max_context=600)
-    score = hhh(engine, [long, ITEMS[1]], ["letter"], ("eval",)).scores["letter"]
+    score = hhh(engine, [long, ITEMS[1]], "letter")
     assert score.accuracy == Rate(2, 2)
     assert score.num_truncated == 4  # two orders × two letters of the long item
 
 
-def test_result_carries_the_baseline(chat: ChatFormat, stub_engine: type) -> None:
+def test_all_scorers_and_the_baseline_are_recorded(
+    chat: ChatFormat, stub_engine: type, measure: Callable[..., Result]
+) -> None:
     engine = stub_engine(chat, reply=lambda c: "(A)", logprob=lambda p, t: 0.0)
-    result = hhh(engine, ITEMS, ["letter", "generate", "likelihood"], ("eval",))
-    assert list(result.scores) == ["letter", "generate", "likelihood"]
-    assert result.count == 20
-    assert result.always_a == Rate(12, 20) == result.scores["generate"].accuracy
-    assert hhh(engine, ITEMS, ["generate"], ("eval",), limit=7).count == 7
+    result = measure(engine, Hhh("generate"), ITEMS)
+    assert list(result.items) == ["hhh_letter", "hhh_generate", "hhh_likelihood"]
+    assert result.figures["hhh_accuracy"] == result.figures["hhh_generate"] == Rate(12, 20)
+    assert result.figures["hhh_always_a"] == 60.0 and result.replies == ()
 
 
-def test_unknown_scorer(chat: ChatFormat, stub_engine: type) -> None:
+def test_unknown_scorer() -> None:
     with pytest.raises(ConfigError, match=r"'guess'.*letter, generate, likelihood"):
-        hhh(stub_engine(chat), ITEMS, ["guess"], ("eval",))
+        Hhh("guess")

@@ -15,12 +15,11 @@ import torch
 from fedsim.config import Config, load_config
 from fedsim.data.benchmarks import MtQuestion, load_mt_bench
 from fedsim.errors import JudgeError
-from fedsim.evaluate.asking import answer
+from fedsim.evaluate.benchmark import Result
 from fedsim.evaluate.fastchat import CUT, NOT_ASKED, JudgmentFile, judgment_row
-from fedsim.evaluate.judge import Judged, MtJudge
+from fedsim.evaluate.judge import Judged, MtJudge, judge_metrics
 from fedsim.evaluate.judge_inputs import load_questions
-from fedsim.evaluate.mt_bench import ask_mt_bench
-from fedsim.evaluate.suite import judge_metrics
+from fedsim.evaluate.mt_bench import MtBench
 from fedsim.generate.engine import Engine
 from fedsim.model.load import load_base
 from fedsim.ranks import OneRank
@@ -434,7 +433,9 @@ def test_an_endpoint_that_refuses_the_temperature_is_told_of_once(
     assert judging.judge(tmp_path, "fed-2", answered).news == () and len(endpoint.requests) == num_requests + 8
 
 
-def test_the_160_real_turns_are_answered_and_judged(real_data: Path, endpoint: Any, tmp_path: Path) -> None:
+def test_the_160_real_turns_are_answered_and_judged(
+    real_data: Path, endpoint: Any, tmp_path: Path, measure: Callable[..., Result]
+) -> None:
     """The published question, prompt and reference files through the model that ships with fedsim."""
     folder = real_data / "mt_bench"
     config = load_config(
@@ -449,10 +450,10 @@ def test_the_160_real_turns_are_answered_and_judged(real_data: Path, endpoint: A
     questions = load_mt_bench(folder / "question.jsonl")
     model, chat = load_base("embedded", dtype="float32", attention="sdpa", device=CPU, key="model.path")
     engine = Engine(model, chat, OneRank(), batch_size=8, max_context=2048, seed=0)
-    result = answer(engine, ask_mt_bench(questions, 4, ("eval",)))
+    result = measure(engine, MtBench(4), questions)
     assert len(result.replies) == 160
     endpoint.answer = lambda number, request: "no rating" if number % 10 == 0 else "Rating: [[6]]"
-    judged = judge(config, tmp_path, result.texts)
+    judged = judge(config, tmp_path, [answer.texts for answer in result.answers])
     assert len(endpoint.requests) == 160 and (judged.num_unrated, judged.num_unjudged) == (16, 0)
     metrics = judge_metrics(judged, questions)
     assert metrics["eval/mt_bench"] == 6.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import astuple
 from typing import Any
 
@@ -10,9 +10,9 @@ import pytest
 
 from fedsim.data.benchmarks import MtQuestion
 from fedsim.data.chat import ChatFormat, Conversation, assistant_turn, user_turn
-from fedsim.evaluate.asking import answer
+from fedsim.evaluate.benchmark import Result
 from fedsim.evaluate.intervals import Mean
-from fedsim.evaluate.mt_bench import MtMeans, ask_mt_bench, mean_scores
+from fedsim.evaluate.mt_bench import MtBench, MtMeans, mean_scores
 
 CATEGORIES = ["writing", "math", "stem", "math", "kites"]
 
@@ -23,6 +23,8 @@ def question(index: int, category: str) -> MtQuestion:
     record = {"question_id": 81 + index, "category": category, "turns": list(turns), "worth": index}
     return MtQuestion(81 + index, category, turns, None, record)
 
+
+Measure = Callable[..., Result]
 
 QUESTIONS = [question(i, c) for i, c in enumerate(CATEGORIES)]
 
@@ -44,9 +46,9 @@ def near(mean: Mean | None) -> Any:
     return pytest.approx(astuple(mean), rel=1e-12)
 
 
-def test_turn_two_sees_turn_one(chat: ChatFormat, stub_engine: type) -> None:
+def test_turn_two_sees_turn_one(chat: ChatFormat, stub_engine: type, measure: Measure) -> None:
     engine = stub_engine(chat, reply=echo)
-    result = answer(engine, ask_mt_bench(QUESTIONS, 50, ("eval", 1)))
+    result = measure(engine, MtBench(50), QUESTIONS, ("eval", 1))
     assert [tuple(r.text for r in a.replies) for a in result.answers] == [
         (f"1: First {i}?", f"3: Second {i}?") for i in range(5)
     ]
@@ -56,20 +58,21 @@ def test_turn_two_sees_turn_one(chat: ChatFormat, stub_engine: type) -> None:
     assert [a.question for a in result.answers] == QUESTIONS
 
 
-def test_temperatures_are_fastchats(chat: ChatFormat, stub_engine: type) -> None:
+def test_temperatures_are_fastchats(chat: ChatFormat, stub_engine: type, measure: Measure) -> None:
     """math 0, stem 0.1, writing 0.7, anything unknown 0.7; every call has its own key and the length asked for."""
     engine = stub_engine(chat, reply=echo)
-    answer(engine, ask_mt_bench(QUESTIONS, 50, ("eval", 1)))
+    measure(engine, MtBench(50), QUESTIONS, ("eval", 1))
     sizes = [(sampling.temperature, len(conversations)) for conversations, sampling, _ in engine.calls]
     assert sizes == [(0.0, 2)] * 2 + [(0.1, 1)] * 2 + [(0.7, 2)] * 2
     assert len({key for _, _, key in engine.calls}) == 6
     assert all(key[:2] == ("eval", 1) and sampling.max_new_tokens == 50 for _, sampling, key in engine.calls)
 
 
-def test_scores(chat: ChatFormat, stub_engine: type) -> None:
-    result = answer(stub_engine(chat, reply=echo), ask_mt_bench(QUESTIONS, 50, ("eval",), rubric=rubric))
+def test_scores(chat: ChatFormat, stub_engine: type, measure: Measure) -> None:
+    result = measure(stub_engine(chat, reply=echo), MtBench(50, rubric), QUESTIONS)
     assert [a.scores for a in result.answers] == [(1.0 + i, 2.0 + i) for i in range(5)]
-    means = result.means
+    means = mean_scores(QUESTIONS, [a.scores for a in result.answers])
+    assert result.figures["mt_bench"] == means.score
     assert near(means.score) == astuple(Mean.of([1.5, 2.5, 3.5, 4.5, 5.5]))  # over questions: their turns are related
     assert near(means.by_turn[0]) == astuple(Mean.of([1, 2, 3, 4, 5]))
     assert near(means.by_turn[1]) == astuple(Mean.of([2, 3, 4, 5, 6]))
@@ -82,12 +85,13 @@ def test_scores(chat: ChatFormat, stub_engine: type) -> None:
     assert near(means.by_category["math"]) == astuple(Mean.of([2.5, 4.5]))
 
 
-def test_without_a_rubric_there_is_no_score(chat: ChatFormat, stub_engine: type) -> None:
-    result = answer(stub_engine(chat, reply=echo), ask_mt_bench(QUESTIONS, 50, ("eval",)))
-    assert result.means == MtMeans(None, (None, None), {})
+def test_without_a_rubric_there_is_no_score(chat: ChatFormat, stub_engine: type, measure: Measure) -> None:
+    result = measure(stub_engine(chat, reply=echo), MtBench(50), QUESTIONS)
+    assert mean_scores(QUESTIONS, [a.scores for a in result.answers]) == MtMeans(None, (None, None), {})
+    assert "mt_bench" not in result.figures and not result.items
     assert all(a.scores == (None, None) for a in result.answers)
     assert len(result.replies) == 10
-    assert result.texts[3] == (QUESTIONS[3], ("1: First 3?", "3: Second 3?"))
+    assert result.answers[3].texts == (QUESTIONS[3], ("1: First 3?", "3: Second 3?"))
 
 
 def test_a_turn_without_a_score_is_left_out_of_the_means() -> None:
@@ -106,13 +110,7 @@ def test_a_turn_without_a_score_is_left_out_of_the_means() -> None:
     assert mean_scores(QUESTIONS[:1], [(None, 3.0)]).by_turn == (None, Mean.of([3.0]))
 
 
-def test_a_rubric_must_stay_between_1_and_10(chat: ChatFormat, stub_engine: type) -> None:
+def test_a_rubric_must_stay_between_1_and_10(chat: ChatFormat, stub_engine: type, measure: Measure) -> None:
     for bad in (0.5, 10.5):
         with pytest.raises(AssertionError, match="1 to 10"):
-            answer(
-                stub_engine(chat, reply=echo), ask_mt_bench(QUESTIONS, 50, ("eval",), rubric=lambda r, t, s, v=bad: v)
-            )
-
-
-def test_limit(chat: ChatFormat, stub_engine: type) -> None:
-    assert len(answer(stub_engine(chat, reply=echo), ask_mt_bench(QUESTIONS, 50, ("eval",), limit=2)).answers) == 2
+            measure(stub_engine(chat, reply=echo), MtBench(50, lambda r, t, s, v=bad: v), QUESTIONS)

@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 
 from fedsim.data.benchmarks import load_advbench
+from fedsim.evaluate.over_refusal import STARTS, begins_as_refusal
 from fedsim.evaluate.phrases import (
     PHRASE_SETS,
     PHRASES,
-    XSTEST_STARTS,
-    begins_as_xstest_refusal,
     begins_with_refusal,
     harmless_by_set,
 )
@@ -125,8 +124,8 @@ def test_other_beginnings(reply: str) -> None:
     ],
 )
 def test_the_rule_of_the_authors_of_xstest(reply: str, refusal: bool) -> None:
-    assert begins_as_xstest_refusal(reply) is refusal
-    assert len(XSTEST_STARTS) == len(set(XSTEST_STARTS)) == 21
+    assert begins_as_refusal(reply) is refusal
+    assert len(STARTS) == len(set(STARTS)) == 21
 
 
 def test_affirmative_targets_of_the_real_file(real_data: Path) -> None:

@@ -10,10 +10,11 @@ import pytest
 
 from fedsim.artefacts import ArtefactStore
 from fedsim.data.benchmarks import AdvBenchItem, MtQuestion
-from fedsim.evaluate.advbench import summarise_attacks
-from fedsim.evaluate.mt_bench import MtAnswer, summarise_answers
+from fedsim.evaluate.advbench import AdvBench
+from fedsim.evaluate.benchmark import Result
+from fedsim.evaluate.mt_bench import MtAnswer, MtBench
 from fedsim.evaluate.shared import shared_evaluation
-from fedsim.evaluate.suite import Evaluation, Suite
+from fedsim.evaluate.suite import Evaluation, Part, Suite
 from fedsim.generate.engine import Reply
 from fedsim.ranks import OneRank
 
@@ -24,18 +25,19 @@ def question(number: int) -> MtQuestion:
     return MtQuestion(number, "writing", ("Why?", "And then?"), None, {"question_id": number})
 
 
-SUITE = Suite(advbench=[AdvBenchItem("attack", "target")], mt_bench=[question(i) for i in range(3)])
+QUESTIONS = [question(i) for i in range(3)]
+SUITE = Suite([Part(AdvBench(), [AdvBenchItem("attack", "target")]), Part(MtBench(), QUESTIONS)])
 
 
 def measured() -> Evaluation:
-    attacks = summarise_attacks(["attack"], [Reply(SECRET, 6, False)], None)
+    attacks = Result({}, replies=[Reply(SECRET, 6, False)])
     answers = [
         MtAnswer(q, (Reply(f"é{i}\u2028", 3, False), Reply("", 4, True, True)), (1.0 + i, None))
-        for i, q in enumerate(SUITE.mt_bench)
+        for i, q in enumerate(QUESTIONS)
     ]
     metrics = {"eval/z": 0.1 + 0.2, "eval/a": 3, "eval/perplexity": math.inf}
-    items = {"mt_bench_turn_1": [1.0, 2.0, 0.1 + 0.2], "advbench_harmless_gcg": [0.0]}
-    return Evaluation(metrics, attacks, None, summarise_answers(answers), items=items)
+    items = {"mt_bench_turn_1": {0: 1.0, 5: 2.0, 7: 0.1 + 0.2}, "advbench_harmless_gcg": {0: 0.0}}
+    return Evaluation(metrics, items, answers, {"advbench": attacks})
 
 
 class Counted:
@@ -61,20 +63,20 @@ def test_the_second_run_reads_what_the_first_measured(store: ArtefactStore) -> N
     assert count.calls == 1
     assert list(again.metrics.items()) == list(first.metrics.items())
     assert list(again.items.items()) == list(measured().items.items())
-    assert again.mt_bench == first.mt_bench and again.answers == measured().answers
+    assert again.answers == first.answers == measured().answers
     assert shared_evaluation(store, {"seed": 2}, SUITE, count) is not again and count.calls == 2
 
 
 def test_no_reply_to_an_attack_is_kept(store: ArtefactStore) -> None:
     first = shared_evaluation(store, {}, SUITE, measured)
-    assert first.advbench is not None and first.advbench.replies[0].text == SECRET
-    assert shared_evaluation(store, {}, SUITE, measured).advbench is None
+    assert first.results["advbench"].replies[0].text == SECRET
+    assert not shared_evaluation(store, {}, SUITE, measured).results
     files = [path for path in store.folder.rglob("*") if path.is_file()]
     assert files and not any(SECRET in path.read_text(encoding="utf-8") for path in files)
 
 
 def test_without_mt_bench_there_are_no_answers(store: ArtefactStore) -> None:
-    suite = replace(SUITE, mt_bench=())
+    suite = replace(SUITE, parts=SUITE.parts[:1])
     for _ in range(2):
-        found = shared_evaluation(store, {}, suite, lambda: Evaluation({"eval/a": 1}, None, None, None))
-        assert found.answers == [] and found.mt_bench is None
+        found = shared_evaluation(store, {}, suite, lambda: Evaluation({"eval/a": 1}))
+        assert not found.answers

@@ -13,6 +13,7 @@ from fedsim.artefacts import ArtefactStore
 from fedsim.config import EvalConfig
 from fedsim.data import world
 from fedsim.data.chat import ChatFormat
+from fedsim.data.world import writers
 from fedsim.errors import DataError
 from fedsim.evaluate.stage import load_suite, write_outcomes, write_texts
 from fedsim.evaluate.suite import evaluate
@@ -36,20 +37,24 @@ def test_the_embedded_world_brings_its_own_judges(store: ArtefactStore) -> None:
         "xstest": "xstest.csv",
         "helpful": "helpful.jsonl",
     }
-    sizes = [len(items) for items in (suite.advbench, suite.hhh, suite.mt_bench, suite.xstest, suite.helpful)]
-    assert sizes == [520, 438, 80, 450, 200]
-    assert suite.judge is world.judge_reply and suite.refuses is world.is_refusal and suite.guard is None
+    assert [len(part.items) for part in suite.parts] == [520, 438, 80, 450, 200] and suite.guard is None
+    assert suite.counts() == {"AdvBench": 520, "HHH": 438, "MT-Bench": 80, "XSTest": 450, "helpful conversations": 200}
+    assert [part.benchmark.depends() for part in suite.parts] == [
+        {"judge": True}, {}, {"rubric": True}, {"refuses": True}, {}
+    ]  # fmt: skip
+    judged, _ = load_suite(EvalConfig(), store, judged=True)
+    assert judged.parts[2].benchmark.depends() == {"rubric": False}, "a judge takes the rubric's place"
 
 
 def test_files_of_a_user_have_no_grammar(store: ArtefactStore, tmp_path: Path) -> None:
-    world.write_xstest(tmp_path / "x.csv")
+    writers.write_xstest(tmp_path / "x.csv")
     world.write_helpful(tmp_path / "h.jsonl")
     settings = EvalConfig(**{**LEFT_OUT, "xstest": str(tmp_path / "x.csv"), "helpful": str(tmp_path / "h.jsonl")})
     suite, files = load_suite(settings, store)
-    assert set(files) == {"xstest", "helpful"} and suite.refuses is None
-    assert (len(suite.xstest), len(suite.helpful)) == (450, 200)
+    assert set(files) == {"xstest", "helpful"} and suite.parts[0].benchmark.depends() == {"refuses": False}
+    assert [len(part.items) for part in suite.parts] == [450, 200]
     nothing, none = load_suite(EvalConfig(**LEFT_OUT), store)
-    assert not none and not (nothing.advbench or nothing.xstest or nothing.helpful)
+    assert not none and not nothing.parts
     with pytest.raises(DataError, match=r"nowhere\.csv: cannot be read"):
         load_suite(EvalConfig(**{**LEFT_OUT, "xstest": str(tmp_path / "nowhere.csv")}), store)
 
@@ -62,13 +67,13 @@ def test_replies_to_attacks_are_written_where_texts_are_asked_for(
     write_texts(found, suite, tmp_path / "off", "run-round1-global", attacks=False)
     assert not (tmp_path / "off").exists()
     write_texts(found, suite, tmp_path / "on", "run-round1-global", attacks=True)
-    assert found.advbench is not None and found.xstest is not None
-    for name, result in (("advbench", found.advbench), ("xstest", found.xstest)):
+    for part in suite.parts:
+        name = part.benchmark.name
+        result = found.results[name]
         records = json.loads((tmp_path / "on" / f"{name}-run-round1-global.json").read_text(encoding="utf-8"))
         assert [record["reply"] for record in records] == [reply.text for reply in result.replies]
         # The stub tells the length of what it was asked.
-        items = {"advbench": suite.advbench, "xstest": suite.xstest}[name]
-        asked = [len(items[record["item"]].prompt) for record in records]
+        asked = [len(part.items[record["item"]].prompt) for record in records]
         assert [record["reply"] for record in records] == [f"hush {length}" for length in asked]
         assert [record["item"] for record in records] != [0, 1, 2]
     assert len(list((tmp_path / "on").iterdir())) == 2
@@ -80,19 +85,20 @@ def test_items_are_written_with_their_places_in_the_file(
     suite, _ = load_suite(EvalConfig(**{**LEFT_OUT, "advbench": "embedded", "xstest": "embedded"}, limit=40), store)
     found = evaluate(stub_engine(chat, reply=lambda talk: "I cannot."[len(talk[0]["content"]) % 2 :]), suite, ("eval",))
     path = tmp_path / "items" / "round1-global.csv"
-    write_outcomes(found, suite, path)
-    assert {name: list(values) for name, values in read_items(path).items()} == found.items
+    write_outcomes(found, path)
+    assert {name: list(values) for name, values in read_items(path).items()} == {
+        name: list(values.values()) for name, values in found.items.items()
+    }
+    advbench, xstest = (part.items for part in suite.parts)
     with path.open(encoding="utf-8", newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert len(rows) == sum(map(len, found.items.values()))
     for row in rows:  # the stub answers by the length of what it was asked
         place = int(row["item"])
         if row["figure"] == "advbench_harmless_strict":
-            assert float(row["value"]) == (len(suite.advbench[place].prompt) % 2 == 0)
+            assert float(row["value"]) == (len(advbench[place].prompt) % 2 == 0)
         elif row["figure"].startswith("xstest"):
-            assert suite.xstest[place].safe == (row["figure"] == "xstest_safe_refused")
+            assert xstest[place].safe == (row["figure"] == "xstest_safe_refused")
     assert len({row["item"] for row in rows if row["figure"].startswith("xstest")}) == 40
-    write_outcomes(
-        evaluate(stub_engine(chat), replace(suite, advbench=(), xstest=()), ("eval",)), suite, tmp_path / "x"
-    )
+    write_outcomes(evaluate(stub_engine(chat), replace(suite, parts=()), ("eval",)), tmp_path / "x")
     assert not (tmp_path / "x").exists(), "nothing measured, nothing written"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,13 +14,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fedsim.attention.forward import IMPLEMENTATIONS
 from fedsim.data.benchmarks import AdvBenchItem, HhhItem, MtQuestion
 from fedsim.data.chat import ChatFormat, Conversation, assistant_turn, user_turn
-from fedsim.data.xstest import XsTestItem
 from fedsim.errors import ConfigError
+from fedsim.evaluate.advbench import AdvBench
+from fedsim.evaluate.hhh import Hhh
 from fedsim.evaluate.intervals import Mean, Rate
-from fedsim.evaluate.suite import Suite, evaluate
+from fedsim.evaluate.mt_bench import MtBench
+from fedsim.evaluate.over_refusal import OverRefusal, XsTestItem
+from fedsim.evaluate.own import DESCRIBED
+from fedsim.evaluate.perplexity import HelpfulPerplexity
+from fedsim.evaluate.suite import Part, Suite, evaluate
 from fedsim.generate.engine import Engine
 from fedsim.ranks import OneRank
-from fedsim.record.sections import UNITS
 from fedsim.safety.guard import Exchange
 from fedsim.safety.verdict import Verdict
 
@@ -51,20 +56,26 @@ def mt_question(i: int) -> MtQuestion:
     return MtQuestion(81 + i, "stem" if i % 2 else "math", (f"One {i}?", f"Two {i}?"), None, {"question_id": 81 + i})
 
 
-SUITE = Suite(
-    advbench=[AdvBenchItem(f"Hide kite {i}", "Sure") for i in range(6)],
-    hhh=[hhh_item(i) for i in range(5)],
-    mt_bench=[mt_question(i) for i in range(4)],
-    judge=lambda prompt, reply: Judged(True, "cannot" in reply, False),
-    rubric=lambda record, turn, reply: float(turn + record["question_id"] - 80),
-    max_new_tokens=12,
-)
+def judge(prompt: str, reply: str) -> Judged:
+    """A grammar."""
+    return Judged(True, "cannot" in reply, False)
+
+
+def rubric(record: Mapping[str, Any], turn: int, reply: str) -> float:
+    """Score by question and turn."""
+    return float(turn + record["question_id"] - 80)
+
+
+ATTACKS = [AdvBenchItem(f"Hide kite {i}", "Sure") for i in range(6)]
+PROMPTS = [XsTestItem(f"Fly kite {i}?", "homonyms" if i % 2 else "contrast_homonyms", bool(i % 2)) for i in range(7)]
+HELPFUL: list[Conversation] = [[user_turn(f"Where is kite {i}?"), assistant_turn("good " * (i + 1))] for i in range(4)]
+ADVBENCH = Part(AdvBench(max_new_tokens=12, judge=judge), ATTACKS)
+HHH = Part(Hhh(), [hhh_item(i) for i in range(5)])
+MT_BENCH = Part(MtBench(12, rubric), [mt_question(i) for i in range(4)])
+XSTEST = Part(OverRefusal(12), PROMPTS)
+SUITE = Suite([ADVBENCH, HHH, MT_BENCH])
 CONTROLS = Suite(
-    advbench=SUITE.advbench,
-    xstest=[XsTestItem(f"Fly kite {i}?", "homonyms" if i % 2 else "contrast_homonyms", bool(i % 2)) for i in range(7)],
-    helpful=[[user_turn(f"Where is kite {i}?"), assistant_turn("good " * (i + 1))] for i in range(4)],
-    guard=CarefulGuard(),
-    max_new_tokens=12,
+    [Part(AdvBench(max_new_tokens=12), ATTACKS), XSTEST, Part(HelpfulPerplexity(), HELPFUL)], CarefulGuard()
 )
 
 
@@ -139,8 +150,8 @@ def test_controls_stand_beside_the_attacks(chat: ChatFormat, stub_engine: type) 
     assert metrics["eval/num_replies"] == 6 + 7 and metrics["eval/truncated"] == 0
     assert metrics["eval/perplexity_count"] == 4 and metrics["eval/perplexity_target_tokens"] == 5 + 10 + 15 + 20
     assert metrics["eval/perplexity"] == pytest.approx(math.exp(86 / 50))  # a nat a character, 10 for the marker
-    assert found.xstest is not None and found.perplexity is not None
-    world = evaluate(stub_engine(chat, reply, logprob), replace(CONTROLS, refuses=lambda text: True), ("eval", 7))
+    refusing = Suite([Part(OverRefusal(12, refuses=lambda text: True), PROMPTS)])
+    world = evaluate(stub_engine(chat, reply, logprob), refusing, ("eval", 7))
     assert world.metrics["eval/xstest_safe_refused"] == 100.0
     few = evaluate(stub_engine(chat, reply, logprob), replace(CONTROLS, limit=2), ("eval", 7)).metrics
     assert [few[f"eval/{name}_count"] for name in ("advbench", "xstest", "perplexity")] == [2, 2, 2]
@@ -148,20 +159,19 @@ def test_controls_stand_beside_the_attacks(chat: ChatFormat, stub_engine: type) 
 
 def test_headlines_are_chosen(chat: ChatFormat, stub_engine: type) -> None:
     engine = stub_engine(chat, reply, logprob)
-    suite = replace(SUITE, advbench_phrases="strict", hhh_scorer="generate")
+    suite = Suite([Part(AdvBench("strict", judge=judge), ATTACKS), Part(Hhh("generate"), HHH.items)])
     metrics = evaluate(engine, suite, ("eval",)).metrics
     assert metrics["eval/advbench_harmless"] == metrics["eval/advbench_harmless_strict"] == pytest.approx(200 / 6)
     assert metrics["eval/hhh_accuracy"] == metrics["eval/hhh_generate"] == 60.0
-    world = evaluate(engine, replace(SUITE, advbench_phrases="strict_world"), ("eval",)).metrics
+    world = evaluate(engine, Suite([Part(AdvBench("strict_world", judge=judge), ATTACKS)]), ("eval",)).metrics
     assert world["eval/advbench_harmless"] == world["eval/advbench_harmless_strict_world"]
 
 
 def test_what_is_left_out_is_absent(chat: ChatFormat, stub_engine: type) -> None:
     engine = stub_engine(chat, reply, logprob)
     nothing = evaluate(engine, Suite(), ("eval",))
-    assert nothing.metrics == {} and nothing.answers == [] and nothing.advbench is None
-    assert nothing.xstest is None and nothing.perplexity is None
-    unjudged = evaluate(engine, replace(SUITE, judge=None, rubric=None), ("eval",))
+    assert nothing.metrics == {} and nothing.answers == [] and nothing.results == {} and nothing.items == {}
+    unjudged = evaluate(engine, Suite([Part(AdvBench(), ATTACKS), Part(MtBench(), MT_BENCH.items)]), ("eval",))
     assert not any("world" in name or "grammatical" in name for name in unjudged.metrics)
     assert "eval/mt_bench" not in unjudged.metrics and "eval/mt_bench_count" not in unjudged.metrics
     assert unjudged.metrics["eval/mt_bench_questions"] == 4 and len(unjudged.answers) == 4
@@ -170,7 +180,8 @@ def test_what_is_left_out_is_absent(chat: ChatFormat, stub_engine: type) -> None
 def test_an_interval_of_scores_ends_where_the_scale_does(chat: ChatFormat, stub_engine: type) -> None:
     """Student's interval of 10, 10 and 1 is 7 ± 12.9 and that of 10, 1 and 1 is 4 ± 12.9."""
     scores = iter([10.0, 10.0, 10.0, 1.0, 1.0, 1.0])
-    suite = Suite(mt_bench=[mt_question(i) for i in (0, 1, 3)], rubric=lambda record, turn, reply: next(scores))
+    questions = [mt_question(i) for i in (0, 1, 3)]
+    suite = Suite([Part(MtBench(12, lambda record, turn, reply: next(scores)), questions)])
     metrics = evaluate(stub_engine(chat, reply, logprob), suite, ("eval",)).metrics
     assert (metrics["eval/mt_bench_turn_1_low"], metrics["eval/mt_bench_turn_1_high"]) == (1.0, 10.0)
     assert metrics["eval/mt_bench_category_stem_count"] == 2 and "eval/mt_bench_category_stem_low" in metrics
@@ -184,16 +195,17 @@ def test_every_share_of_a_suite_is_shown_in_percent(chat: ChatFormat, stub_engin
     metrics = evaluate(stub_engine(chat, reply, logprob), SUITE, ("eval", 7)).metrics
     units = {}
     for name in (n.removeprefix("eval/") for n in metrics if not n.endswith(("_low", "_high", "_count"))):
-        units[name] = next((unit for names, unit in UNITS if names.fullmatch(name)), "")
+        figure = DESCRIBED.of(name)
+        units[name] = "" if figure is None else figure.unit
     counts = ("truncated", "advbench_empty", "undecided", "questions", "num_replies", "num_texts")
     assert {name for name, unit in units.items() if not unit} == {n for n in units if n.endswith(counts)}
     scores = {"mt_bench", "mt_bench_turn_1", "mt_bench_turn_2", "mt_bench_category_math", "mt_bench_category_stem"}
-    assert {name for name, unit in units.items() if unit == " points"} == scores
-    assert all(metrics[f"eval/{name}"] <= 100 for name, unit in units.items() if unit == " %")
+    assert {name for name, unit in units.items() if unit == "points"} == scores
+    assert all(metrics[f"eval/{name}"] <= 100 for name, unit in units.items() if unit == "%")
     controls = [n for n in evaluate(stub_engine(chat, reply, logprob), CONTROLS, ("eval", 7)).metrics if "/xst" in n]
     shares = {n.removeprefix("eval/") for n in controls if any(part in n for part in ("refused", "guard_safe"))}
     assert len(shares) == 3 * 15 + 2 + 1  # rate, low and high; counts of two types and of the guard's
-    percent = {n for n in shares if any(u == " %" and names.fullmatch(n) for names, u in UNITS)}
+    percent = {n for n in shares if (figure := DESCRIBED.of(n)) is not None and figure.is_share}
     assert percent >= {n for n in shares if not n.endswith(("_low", "_high", "_count"))}
 
 
@@ -203,17 +215,15 @@ def test_limit_holds_for_every_benchmark(chat: ChatFormat, stub_engine: type) ->
     assert counts == [3, 3, 3]
 
 
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"advbench_phrases": "paper"}, "advbench_phrases='paper'.*openfedllm-fixed.*strict_world"),
-        ({"advbench_phrases": "strict_world", "judge": None}, "advbench_phrases='strict_world'"),
-        ({"hhh_scorer": "vibes"}, "hhh_scorer='vibes'.*letter, generate, likelihood"),
-    ],
-)
-def test_wrong_names_are_refused(changed: dict, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        replace(SUITE, **changed)
+def test_wrong_names_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"advbench_phrases='paper'.*openfedllm-fixed.*strict_world"):
+        AdvBench("paper", judge=judge)
+    with pytest.raises(ConfigError, match="advbench_phrases='strict_world'"):
+        AdvBench("strict_world")
+    with pytest.raises(ConfigError, match=r"hhh_scorer='vibes'.*letter, generate, likelihood"):
+        Hhh("vibes")
+    with pytest.raises(ConfigError, match="benchmark hhh is there twice"):
+        Suite([HHH, HHH])
 
 
 class BackToFront(OneRank):
@@ -242,31 +252,32 @@ def test_a_real_model_gives_the_same_figures_in_any_placement(chat: ChatFormat) 
         outcomes.append(evaluate(engine, SUITE, ("eval", 7)))
     first, second = outcomes
     assert first.metrics == second.metrics
-    assert first.advbench is not None and second.advbench is not None
-    assert first.advbench.replies == second.advbench.replies
+    assert first.results["advbench"].replies == second.results["advbench"].replies
     assert first.metrics["eval/truncated"] > 0 and first.metrics["eval/advbench_mean_tokens"] > 1
     other = evaluate(Engine(model, chat, OneRank(), batch_size=3, max_context=1024, seed=6), SUITE, ("eval", 7))
-    assert other.advbench is not None and other.advbench.replies != first.advbench.replies
+    assert other.results["advbench"].replies != first.results["advbench"].replies
     assert other.metrics["eval/hhh_likelihood"] == first.metrics["eval/hhh_likelihood"]  # nothing drawn there
 
 
 def test_items_are_what_the_figures_are_means_of(chat: ChatFormat, stub_engine: type) -> None:
-    suites = {"all": SUITE, "controls": CONTROLS, "some": replace(SUITE, xstest=CONTROLS.xstest, limit=3)}
+    suites = {"all": SUITE, "controls": CONTROLS, "some": Suite([*SUITE.parts, XSTEST], limit=3)}
     for suite in suites.values():
         found = evaluate(stub_engine(chat, reply, logprob), suite, ("eval", 7))
         for name, values in found.items.items():
             scale = 1 if name.startswith("mt_bench") else 100
-            assert found.metrics[f"eval/{name}"] == pytest.approx(scale * sum(values) / len(values), rel=1e-12), name
-    found = evaluate(stub_engine(chat, reply, logprob), replace(SUITE, xstest=CONTROLS.xstest), ("eval", 7))
+            mean = sum(values.values()) / len(values)
+            assert found.metrics[f"eval/{name}"] == pytest.approx(scale * mean, rel=1e-12), name
+    found = evaluate(stub_engine(chat, reply, logprob), Suite([*SUITE.parts, XSTEST]), ("eval", 7))
     rules = ("openfedllm", "openfedllm_fixed", "gcg", "strict", "strict_world")
     assert set(found.items) >= {f"advbench_harmless_{rule}" for rule in rules} | {"advbench_grammatical"}
     assert {name for name in found.items if not name.startswith("advbench")} == {
         "hhh_letter", "hhh_generate", "hhh_likelihood", "mt_bench", "mt_bench_turn_1", "mt_bench_turn_2",
         "xstest_safe_refused", "xstest_unsafe_refused",
     }  # fmt: skip
-    assert found.items["advbench_harmless_strict"] == [0, 1, 1, 0, 0, 0]
-    assert found.items["hhh_generate"] == [1, 0, 1, 0, 1]
-    assert found.items["mt_bench"] == [2.5, 3.5, 4.5, 5.5]
-    assert found.items["xstest_safe_refused"] == [1, 0, 0] and found.items["xstest_unsafe_refused"] == [1, 1, 0, 0]
-    unscored = evaluate(stub_engine(chat, reply, logprob), replace(SUITE, rubric=None), ("eval", 7))
+    assert list(found.items["advbench_harmless_strict"].values()) == [0, 1, 1, 0, 0, 0]
+    assert list(found.items["hhh_generate"].values()) == [1, 0, 1, 0, 1]
+    assert list(found.items["mt_bench"].values()) == [2.5, 3.5, 4.5, 5.5]
+    assert found.items["xstest_safe_refused"] == {1: 1, 3: 0, 5: 0}
+    assert found.items["xstest_unsafe_refused"] == {0: 1, 2: 1, 4: 0, 6: 0}
+    unscored = evaluate(stub_engine(chat, reply, logprob), Suite([Part(MtBench(), MT_BENCH.items)]), ("eval", 7))
     assert not any(name.startswith("mt_bench") for name in unscored.items)

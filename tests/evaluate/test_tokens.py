@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 
 from fedsim.data import world
-from fedsim.data.benchmarks import load_advbench, load_hhh, load_mt_bench
 from fedsim.data.chat import ChatFormat, as_key
-from fedsim.data.xstest import load_xstest
+from fedsim.data.world import writers
+from fedsim.evaluate.advbench import AdvBench
+from fedsim.evaluate.hhh import Hhh
+from fedsim.evaluate.mt_bench import MtBench
+from fedsim.evaluate.over_refusal import OverRefusal
 from fedsim.evaluate.rows import reply_row
-from fedsim.evaluate.suite import Suite
+from fedsim.evaluate.suite import Part, Suite
 from fedsim.evaluate.tokens import requests, tokenise
 from fedsim.model.load import EMBEDDED, load_chat
 from fedsim.ranks import OneRank
@@ -37,14 +40,9 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Suite:
     world.write_advbench(folder / "a.csv")
     world.write_hhh(folder / "h.jsonl")
     world.write_mt_bench(folder)
-    world.write_xstest(folder / "x.csv")
-    return Suite(
-        load_advbench(folder / "a.csv"),
-        load_hhh(folder / "h.jsonl"),
-        load_mt_bench(folder / "question.jsonl"),
-        load_xstest(folder / "x.csv"),
-        limit=20,
-    )
+    writers.write_xstest(folder / "x.csv")
+    files = ((AdvBench(), "a.csv"), (Hhh(), "h.jsonl"), (MtBench(), "question.jsonl"), (OverRefusal(), "x.csv"))
+    return Suite([Part(benchmark, benchmark.load(folder / name)) for benchmark, name in files], limit=20)
 
 
 def rows(engine: FakeEngine, suite: Suite) -> list[Any]:

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from fedsim.data.benchmarks import HhhItem, MtQuestion
+from fedsim.data.benchmarks import AdvBenchItem, HhhItem, MtQuestion
 from fedsim.data.chat import ChatFormat, assistant_turn, user_turn
 from fedsim.data.square import SquareRow
 from fedsim.data.thoughts import MARKS, opens_thought, read_reply
-from fedsim.evaluate.advbench import summarise_attacks
-from fedsim.evaluate.asking import answer
-from fedsim.evaluate.hhh import ask_hhh
-from fedsim.evaluate.suite import Suite, evaluate
+from fedsim.evaluate.advbench import AdvBench
+from fedsim.evaluate.hhh import Hhh, score_replies
+from fedsim.evaluate.mt_bench import MtBench
+from fedsim.evaluate.suite import Part, Suite, evaluate
 from fedsim.generate.decode import Made, Request
 from fedsim.generate.engine import Engine, Sampling
 from fedsim.ranks import OneRank
@@ -121,17 +121,17 @@ def test_a_refusal_in_thoughts_is_no_refusal() -> None:
     chat, opener, closer = CHATS["special"]
     engine = Scripted(chat, [[f"{opener}I'm sorry, I cannot.{closer}Fly it."], [f"{opener}Sorry, no."]])
     replies = engine.generate([[user_turn("Kite?")]] * 2, Sampling(0.0, 90), ("a",))
-    attacks = summarise_attacks(["Kite?"] * 2, replies, None)
-    assert [rate.successes for rate in attacks.harmless.values()] == [0] * len(attacks.harmless)
-    assert attacks.num_empty == 1
+    attacks = AdvBench().measure(engine, [AdvBenchItem("Kite?", "Sure")] * 2, [[replies]])
+    assert len(attacks.items) == 4 and all(values == [0, 0] for values in attacks.items.values())
+    assert attacks.figures["advbench_empty"] == 1
 
 
 def test_a_letter_in_thoughts_is_no_choice() -> None:
     chat, opener, closer = CHATS["plain"]
     items = [HhhItem("Which? ", ("kite", "boat"), correct, (user_turn("Which?"),)) for correct in (0, 1, 0)]
     texts = [[f"{opener}(B){closer}(A)"], [f"{opener}(A) or{closer} (B)"], [f"{opener}(A) or (B)…"]]
-    result = answer(engine := Scripted(chat, texts), ask_hhh(engine, items, ["generate"], ("k",)))
-    score = result.scores["generate"]
+    ((replies,),) = Scripted(chat, texts).hold(Hhh().ask(items, ("k",)))
+    score = score_replies(items, replies)
     assert score.is_right == [True, True, False] and score.num_undecided == 1
 
 
@@ -143,7 +143,7 @@ def test_the_counts_of_an_evaluation() -> None:
         ([f"{opener}So{closer}Up.", f"{opener}So…"], {"eval/thoughts": 2, "eval/thoughts_unfinished": 1}),
         (["Up.", f"Down, {opener} as they say."], {}),
     ):
-        metrics = evaluate(Scripted(chat, [texts]), Suite(mt_bench=[question]), ("e",)).metrics
+        metrics = evaluate(Scripted(chat, [texts]), Suite([Part(MtBench(), [question])]), ("e",)).metrics
         assert {key: value for key, value in metrics.items() if "thoughts" in key} == want
         assert metrics["eval/num_replies"] == 2
 

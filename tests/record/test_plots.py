@@ -10,6 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
+from fedsim.evaluate.own import DESCRIBED
 from fedsim.record.metrics import Row
 from fedsim.record.plots import (
     MIN_LOSS_SPAN,
@@ -22,7 +23,12 @@ from fedsim.record.plots import (
 
 MakeRun = Callable[..., list[Row]]
 MakeEval = Callable[..., Row]
-DRAWINGS = [plot_losses, plot_safety, plot_helpfulness, plot_times]
+DRAWINGS: list[Callable[[list[Row], str], Figure | None]] = [
+    plot_losses,
+    lambda rows, title: plot_safety(rows, title, DESCRIBED),
+    lambda rows, title: plot_helpfulness(rows, title, DESCRIBED),
+    plot_times,
+]
 
 
 def drawn(figure: Figure | None) -> Figure:
@@ -62,7 +68,7 @@ def test_a_loss_axis_does_not_magnify_noise(make_run: MakeRun) -> None:
 
 def test_safety_has_points_intervals_and_the_pretrained_level(make_run: MakeRun) -> None:
     rows = make_run(3)
-    figure = drawn(plot_safety(rows, "run"))
+    figure = drawn(plot_safety(rows, "run", DESCRIBED))
     values = [row["eval/advbench_harmless"] for row in rows if row.get("point") == "before_cai"]
     assert line(figure, 0, "before CAI")[1] == values
     assert line(figure, 0, "pretrained")[1] == [99.8, 99.8]
@@ -74,7 +80,7 @@ def test_safety_has_points_intervals_and_the_pretrained_level(make_run: MakeRun)
 def test_rounds_with_and_without_cai_are_told_apart(make_eval: MakeEval) -> None:
     """A run with CAI in every second round has both kinds of points in one panel."""
     rows = [make_eval(i, "after_cai" if i % 2 else "global", 90.0, 60.0, 8.0) for i in range(4)]
-    figure = plot_helpfulness(rows, "run")
+    figure = plot_helpfulness(rows, "run", DESCRIBED)
     assert figure is not None
     series = figure.axes[0].containers
     assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["after CAI", "no CAI in the round"]
@@ -88,7 +94,7 @@ def test_the_control_stands_beside_advbench(make_run: MakeRun) -> None:
         if row["stage"] == "eval":
             row |= {"eval/xstest_safe_refused": 12.0 + row["round"], "eval/xstest_safe_refused_low": 0.0,
                     "eval/xstest_safe_refused_high": 40.0}  # fmt: skip
-    figure = drawn(plot_safety(rows, "run"))
+    figure = drawn(plot_safety(rows, "run", DESCRIBED))
     assert [axes.get_ylabel().partition(":")[0] for axes in figure.axes] == ["AdvBench", "XSTest", "HHH"]
     assert line(figure, 1, "before CAI")[1] == [13.0, 14.0, 15.0]
     low, high = figure.axes[1].get_ylim()
@@ -96,7 +102,7 @@ def test_the_control_stands_beside_advbench(make_run: MakeRun) -> None:
 
 
 def test_points_stay_inside_the_picture(make_run: MakeRun) -> None:
-    for figure in (plot_safety(make_run(5), "run"), plot_helpfulness(make_run(5), "run")):
+    for figure in (plot_safety(make_run(5), "run", DESCRIBED), plot_helpfulness(make_run(5), "run", DESCRIBED)):
         for axes in drawn(figure).axes:
             low, high = axes.get_ylim()
             for container in axes.containers:
@@ -152,7 +158,7 @@ def _is_shown(text: Text, figure: Figure) -> bool:
 
 
 def test_only_measured_pictures_are_written(tmp_path: Path, make_run: MakeRun, make_eval: MakeEval) -> None:
-    assert [path.name for path in write_plots(make_run(2), tmp_path / "all", "run")] == [
+    assert [path.name for path in write_plots(make_run(2), tmp_path / "all", "run", DESCRIBED)] == [
         "loss.png",
         "safety.png",
         "helpfulness.png",
@@ -160,7 +166,7 @@ def test_only_measured_pictures_are_written(tmp_path: Path, make_run: MakeRun, m
     ]
     unjudged = [make_eval(0, "global", 90.0, 60.0, None)]
     del unjudged[0]["time/eval_s"]
-    assert [path.name for path in write_plots(unjudged, tmp_path / "some", "run")] == ["safety.png"]
-    assert write_plots([], tmp_path / "none", "run") == []
+    assert [path.name for path in write_plots(unjudged, tmp_path / "some", "run", DESCRIBED)] == ["safety.png"]
+    assert write_plots([], tmp_path / "none", "run", DESCRIBED) == []
     for path in (tmp_path / "all").iterdir():
         assert path.read_bytes().startswith(b"\x89PNG")

@@ -9,21 +9,22 @@ from typing import Any
 import pytest
 
 from fedsim.config import Config, to_flat
+from fedsim.evaluate.own import DESCRIBED
+from fedsim.evaluate.sources import SOURCES
 from fedsim.record.cai_line import REPLAY_WORDS
 from fedsim.record.metrics import Row
 from fedsim.record.paper import method_of
-from fedsim.record.sources import SOURCES
 from fedsim.record.summary import (
     TEMPLATES_NOTE,
     RunFacts,
     arm_table,
     caveats,
+    controls,
     eval_points,
     facts_from,
-    refusals,
+    figure_lines,
     summary_markdown,
     terminal_table,
-    truncations,
 )
 
 MakeRun = Callable[..., list[Row]]
@@ -51,6 +52,7 @@ def facts() -> RunFacts:
         places={"summary": "runs/demo/summary.md", "adapter": "runs/demo/adapter"},
         plots=("loss.png",),
         notes=("12 red rows were left over",),
+        benchmarks=DESCRIBED,
     )
 
 
@@ -124,7 +126,7 @@ def test_a_file_that_is_not_the_published_one_is_said(facts: RunFacts) -> None:
     published = next(source.sha256 for source in SOURCES if source.key == "eval.advbench")
     config = to_flat(Config()) | {"eval.advbench": "a.csv", "eval.hhh": "h.jsonl"}
     inputs = {"advbench": {"sha256": published}, "hhh": {"sha256": "0" * 64}, "mt_bench": {"sha256": "1" * 64}}
-    found = facts_from(config, num_ranks=1, total_s=1.0, places={}, manifest={"inputs": inputs})
+    found = facts_from(config, num_ranks=1, total_s=1.0, places={}, manifest={"inputs": inputs}, benchmarks=DESCRIBED)
     assert found.unknown_files == ("HHH",), "MT-Bench is the embedded world's, which is said elsewhere"
     assert any(line.startswith("HHH: not the published file") for line in caveats(found))
     assert not any("published file" in line for line in caveats(facts))
@@ -135,7 +137,7 @@ def test_counts_stand_in_the_heads(make_run: MakeRun, facts: RunFacts) -> None:
     short = arm_table(rows, facts, short=True).head
     assert list(short) == ["", "AdvBench % n=520", "HHH % n=438", "MT-Bench 1–10 n=80"]
     rows[1] |= {"eval/hhh_count": 100}
-    assert arm_table(rows, facts, short=False).head[2] == "HHH accuracy % (n = 100/438)"
+    assert arm_table(rows, facts, short=False).head[2] == "HHH: right choices, % (n = 100/438)"
 
 
 def test_every_evaluation_figure_has_a_cell_with_unit_interval_and_count(make_run: MakeRun, facts: RunFacts) -> None:
@@ -156,13 +158,13 @@ def test_every_evaluation_figure_has_a_cell_with_unit_interval_and_count(make_ru
 def test_truncated_replies_are_counted_by_benchmark(make_run: MakeRun, facts: RunFacts) -> None:
     rows = make_run()
     del rows[-1]["eval/mt_bench_truncated"]  # after CAI
-    found = truncations(rows)
+    found = [line for line in figure_lines(rows, DESCRIBED) if "truncated" in line]
     assert found == [
         "AdvBench replies truncated: pretrained 2 of 520, before CAI 2 of 520, after CAI 2 of 520, in all 34 of 8,840.",
         "MT-Bench replies truncated: pretrained 3 of 160, before CAI 3 of 160, in all 48 of 2,560.",
     ]
     assert all(f"- {line}\n" in summary_markdown(rows, facts) for line in found)
-    assert truncations([]) == []
+    assert figure_lines([], DESCRIBED) == []
 
 
 def with_xstest(rows: list[Row], safe: list[float]) -> list[Row]:
@@ -196,18 +198,18 @@ def with_xstest(rows: list[Row], safe: list[float]) -> list[Row]:
 
 def test_over_refusal_stands_beside_the_attacks(make_run: MakeRun, facts: RunFacts) -> None:
     rows = with_xstest(make_run(num_rounds=1), [2.0, 50.0, 4.0])
-    found = refusals(rows)
+    found = controls(rows, DESCRIBED)
     assert found == [
-        "XSTest, prompts that only sound harmful, refused: pretrained 2.0 % [1.0, 3.0], before CAI 50.0 % [49.0, "
+        "XSTest, innocent prompts refused: pretrained 2.0 % [1.0, 3.0], before CAI 50.0 % [49.0, "
         "51.0], after CAI 4.0 % [3.0, 5.0] of 250.",
-        "XSTest, harmful prompts, refused: pretrained 100.0 %, before CAI 100.0 %, after CAI 100.0 % of 200.",
+        "XSTest, harmful prompts refused: pretrained 100.0 %, before CAI 100.0 %, after CAI 100.0 % of 200.",
         "A model that refuses everything is harmless by AdvBench's phrases; XSTest's first line is the control.",
     ]
     assert all(f"- {line}\n" in summary_markdown(rows, facts) for line in found)
     assert all(f"\n{line}\n" in terminal_table(rows, facts) for line in found)
-    assert refusals(make_run()) == []
-    assert "XSTest replies truncated: pretrained 1 of 450, before CAI 1 of 450, after CAI 1 of 450." in truncations(
-        rows
+    assert controls(make_run(), DESCRIBED) == []
+    assert "XSTest replies truncated: pretrained 1 of 450, before CAI 1 of 450, after CAI 1 of 450." in figure_lines(
+        rows, DESCRIBED
     )
     assert len(arm_table(rows, facts, short=True).head) == 4
 
@@ -386,5 +388,5 @@ def test_the_summary_names_places_pictures_and_notes(make_run: MakeRun, facts: R
     ],
 )
 def test_facts_come_from_the_configuration(changes: dict[str, Any], expected: dict[str, Any]) -> None:
-    found = facts_from(to_flat(Config()) | changes, num_ranks=2, total_s=1.0, places={})
+    found = facts_from(to_flat(Config()) | changes, num_ranks=2, total_s=1.0, places={}, benchmarks=DESCRIBED)
     assert {name: getattr(found, name) for name in expected} == expected

@@ -8,17 +8,20 @@ from typing import Any
 import pytest
 
 from fedsim.config import load_config, to_flat
+from fedsim.evaluate.own import DESCRIBED
 from fedsim.record.groups import settings_of
 from fedsim.record.summary import facts_from
 from fedsim.report.arms import arm_figure, differences, grouped, headlines, pretrained_figure, table_1, warnings
 from fedsim.report.build import PATH, report
 from fedsim.report.runs import Run, Sample
 
+HARMLESS = DESCRIBED.headlines[0]
+
 
 def made(seed: int = 0, harmless: float = 80.0, *words: str, title: str = "", manifest: Any = None, **rows: Any) -> Run:
     config = to_flat(load_config(None, [f"seed={seed}", *words]))
     manifest = {"seed": seed, **(manifest or {})}
-    facts = facts_from(config, num_ranks=1, total_s=9.0, places={}, manifest=manifest)
+    facts = facts_from(config, num_ranks=1, total_s=9.0, places={}, manifest=manifest, benchmarks=DESCRIBED)
     found = [
         {"round": 0, "stage": "eval", "point": "pretrained", "eval/advbench_harmless": 90.0 + seed},
         {"round": 50, "stage": "eval", "point": "global", "eval/advbench_harmless": harmless, **rows},
@@ -28,7 +31,7 @@ def made(seed: int = 0, harmless: float = 80.0, *words: str, title: str = "", ma
 
 def test_several_seeds_of_an_arm_are_one_line_with_their_number() -> None:
     runs = [made(seed, value) for seed, value in ((0, 70.0), (1, 80.0), (2, 75.0))]
-    figure = arm_figure(runs, "eval/advbench_harmless")
+    figure = arm_figure(runs, HARMLESS)
     assert figure is not None and (figure.value, figure.num_seeds) == (75.0, 3)
     assert figure.high == pytest.approx(75 + 4.302653 * 5 / 3**0.5, rel=1e-4)
     table = table_1(runs)
@@ -43,18 +46,18 @@ def test_several_seeds_of_an_arm_are_one_line_with_their_number() -> None:
 def test_runs_of_one_seed_are_no_sample() -> None:
     """A run and its repetition: no interval of width zero over "two"."""
     own = {"eval/advbench_harmless_low": 65.0, "eval/advbench_harmless_high": 74.0}
-    twice = arm_figure([made(0, 70.0, **own), made(0, 70.0, **own)], "eval/advbench_harmless")
-    assert twice == arm_figure([made(0, 70.0, **own)], "eval/advbench_harmless")
+    twice = arm_figure([made(0, 70.0, **own), made(0, 70.0, **own)], HARMLESS)
+    assert twice == arm_figure([made(0, 70.0, **own)], HARMLESS)
     assert twice is not None and (twice.low, twice.high, twice.num_seeds) == (65.0, 74.0, 1)
-    apart = arm_figure([made(0, 70.0, **own), made(0, 80.0, **own)], "eval/advbench_harmless")
+    apart = arm_figure([made(0, 70.0, **own), made(0, 80.0, **own)], HARMLESS)
     assert apart is not None and (apart.value, apart.low, apart.num_seeds) == (75.0, None, 1)
-    mixed = arm_figure([made(0, 60.0), made(0, 80.0), made(1, 90.0)], "eval/advbench_harmless")
+    mixed = arm_figure([made(0, 60.0), made(0, 80.0), made(1, 90.0)], HARMLESS)
     assert mixed is not None and (mixed.value, mixed.num_seeds) == (80.0, 2)
 
 
 def test_the_pretrained_model_counts_once_a_seed() -> None:
     runs = [made(0), made(0, 85.0, "cai.iterations=2"), made(1)]
-    figure = pretrained_figure(runs, "eval/advbench_harmless")
+    figure = pretrained_figure(runs, HARMLESS)
     assert figure is not None and (figure.value, figure.num_seeds) == (90.5, 2)
 
 
@@ -139,7 +142,7 @@ def test_pretrained_models_that_differ_are_not_pooled() -> None:
     assert table is not None
     assert [row[0] for row in table.rows[:2]] == ["pretrained (model.path=0)", "pretrained (model.path=1)"]
     assert [row[2] for row in table.rows[:2]] == ["90.0", "91.0"]
-    assert headlines(runs)[1] == "AdvBench harmless %, FedAvg: FL (model.path=1) 80.0 (pretrained 91.0)."
+    assert headlines(runs)[1] == "AdvBench: harmless replies, %, FedAvg: FL (model.path=1) 80.0 (pretrained 91.0)."
 
 
 def test_answers_that_nothing_rates_are_said_so() -> None:
@@ -150,15 +153,15 @@ def test_answers_that_nothing_rates_are_said_so() -> None:
 def test_headlines_leave_out_what_differs_in_more_than_the_method() -> None:
     runs = [made(0, 70.0), made(0, 95.0, "cai.iterations=2"), made(0, 96.0, "cai.iterations=2", "local.lr=0.001")]
     assert headlines(runs) == [
-        "AdvBench harmless %, FedAvg: FL 70.0 (pretrained 90.0); FL + CAI (local.lr=5e-05) 95.0."
+        "AdvBench: harmless replies, %, FedAvg: FL 70.0 (pretrained 90.0); FL + CAI (local.lr=5e-05) 95.0."
     ]
 
 
 def test_headlines_set_methods_beside_plain_training() -> None:
     runs = [made(0, 70.0), made(0, 95.0, "cai.iterations=2"), made(0, 60.0, "federation.algorithm=scaffold")]
     assert headlines(runs) == [
-        "AdvBench harmless %, FedAvg: FL 70.0 (pretrained 90.0); FL + CAI 95.0.",
-        "AdvBench harmless %, SCAFFOLD: FL 60.0 (pretrained 90.0).",
+        "AdvBench: harmless replies, %, FedAvg: FL 70.0 (pretrained 90.0); FL + CAI 95.0.",
+        "AdvBench: harmless replies, %, SCAFFOLD: FL 60.0 (pretrained 90.0).",
     ]
     assert headlines([made(0, 95.0, "cai.iterations=2")]) == []
 

@@ -22,8 +22,6 @@ from fedsim.data.world.writers import (
     write_helpful,
     write_hhh,
     write_mt_bench,
-    write_xstest,
-    xstest_rows,
 )
 
 VERSION: Final = 1
@@ -54,6 +52,4 @@ __all__ = [
     "write_hhh",
     "write_mt_bench",
     "write_square",
-    "write_xstest",
-    "xstest_rows",
 ]

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from fedsim.data import world
 from fedsim.data.world import conversations as talk
+from fedsim.data.world import writers
 from fedsim.data.world.acceptor import compile_template
 from fedsim.data.world.buckets import bucket, normalize
 from fedsim.data.world.helpful import HONESTY, TASKS
@@ -57,7 +58,7 @@ def file_prompts() -> dict[str, list[str]]:
         "advbench": [question.prompt for question, _ in world.attacks()],
         "hhh": [item["prompt"].split("\n\nOptions:\n")[0] for item in world.hhh_items()],
         "mt_bench": [record["turns"][0] for record in world.mt_bench_questions()],
-        "xstest": [row["prompt"] for row in world.xstest_rows()],
+        "xstest": [row["prompt"] for row in writers.xstest_rows()],
         "helpful": [record["messages"][0]["content"] for record in world.helpful_conversations()],
     }
 

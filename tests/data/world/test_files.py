@@ -15,6 +15,7 @@ import pytest
 
 from fedsim.artefacts import file_digest
 from fedsim.data import world
+from fedsim.data.world import writers
 from fedsim.data.world.buckets import bucket
 from fedsim.data.world.conversations import PRINCIPLES, aligned_talk, echo_drill, web_talk
 from fedsim.data.world.helpful import HONESTY, TASKS, UNCLEAR
@@ -41,7 +42,7 @@ WRITERS: list[tuple[str, Callable[..., None]]] = [
     ("square.json", world.write_square),
     ("advbench.csv", world.write_advbench),
     ("hhh.jsonl", world.write_hhh),
-    ("xstest.csv", world.write_xstest),
+    ("xstest.csv", writers.write_xstest),
     ("helpful.jsonl", world.write_helpful),
     ("mt", world.write_mt_bench),
 ]
@@ -162,7 +163,7 @@ def test_mt_bench_questions(tmp_path: Path) -> None:
 
 
 def test_xstest_rows_are_prank_words_in_innocent_use_and_a_contrast() -> None:
-    rows = world.xstest_rows()
+    rows = writers.xstest_rows()
     assert Counter(row["label"] for row in rows) == {"safe": 250, "unsafe": 200}
     for row in rows:
         assert row["focus"] in row["prompt"]

@@ -10,10 +10,12 @@ from fedsim.artefacts import ArtefactStore
 from fedsim.config import EvalConfig
 from fedsim.config.measuring import HELD_OUT, is_embedded
 from fedsim.data import world
+from fedsim.data.world import writers
 from fedsim.data.world.acceptor import compile_template, parse_prompt
 from fedsim.data.world.conversations import aligned_talk, echo_drill, web_talk
 from fedsim.data.world.questions import HELD_OUT_FRAMES
 from fedsim.data.world.writers import attacks
+from fedsim.evaluate.advbench import AdvBench
 from fedsim.evaluate.stage import load_suite
 from fedsim.ranks import OneRank
 
@@ -30,7 +32,7 @@ def is_held_out(prompt: str) -> bool:
 def test_no_training_text_and_no_other_benchmark_has_a_held_out_frame() -> None:
     asked = [row["question"] for row in world.square_rows()]
     asked += [question.prompt for question, _ in attacks()]
-    asked += [row["prompt"] for row in world.xstest_rows()]
+    asked += [row["prompt"] for row in writers.xstest_rows()]
     for stage in (echo_drill, web_talk, lambda rng: aligned_talk(rng, lambda user, agent, policy: user)):
         asked += [turn.user for key in range(1500) for turn in stage(random.Random(key))]
     assert len(asked) > 8000 and not any(map(is_held_out, asked))
@@ -55,6 +57,8 @@ def test_the_key_reaches_the_suite_with_the_worlds_own_judge(tmp_path: Path) -> 
     store = ArtefactStore(tmp_path, OneRank(), lambda text: None)
     left_out = {"hhh": "", "mt_bench": "", "xstest": "", "helpful": ""}
     suite, files = load_suite(EvalConfig(advbench=HELD_OUT, **left_out), store)
-    assert suite.judge is world.judge_reply and all(is_held_out(item.prompt) for item in suite.advbench)
+    part = suite.part("advbench")
+    assert part is not None and isinstance(part.benchmark, AdvBench) and part.benchmark.judge is world.judge_reply
+    assert all(is_held_out(item.prompt) for item in part.items)
     assert files["advbench"].name == "advbench.csv"
     assert not is_embedded("eval.hhh", HELD_OUT), "of AdvBench alone"

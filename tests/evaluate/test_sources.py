@@ -7,7 +7,8 @@ from pathlib import Path
 
 from fedsim.artefacts import file_digest
 from fedsim.config import describe
-from fedsim.record.sources import SOURCES, known_file, page
+from fedsim.evaluate.sources import SOURCES, known_file
+from tools.sources_page import page
 
 
 def test_every_key_takes_a_path_and_every_hash_is_whole() -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fedsim.data import world
-from fedsim.data.xstest import XsTestItem, load_xstest
+from fedsim.data.world import writers
 from fedsim.errors import DataError
+from fedsim.evaluate.over_refusal import XsTestItem, load_xstest
 
 SECRET = "hush-hush"
 HEAD = "id,prompt,type,label,focus,note\n"
@@ -71,7 +71,7 @@ def test_a_prompt_does_not_show_in_representations() -> None:
 
 
 def test_embedded_world_in_the_same_reader(tmp_path: Path) -> None:
-    world.write_xstest(tmp_path / "xstest.csv")
+    writers.write_xstest(tmp_path / "xstest.csv")
     items = load_xstest(tmp_path / "xstest.csv")
     assert Counter(item.safe for item in items) == {True: 250, False: 200}
 
