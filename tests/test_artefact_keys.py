@@ -262,7 +262,7 @@ def test_a_user_s_guard_s_verdicts_are_those_of_its_content_options_and_rows(pla
 
     before = names()
     assert before.keys() == {"own-verdicts"} and names(folder="b") == before == names("guard.threshold=0.9", "seed=1")
-    others = [names(text=f"{OWN_GUARD}\n"), names("guard.options={x: 2}"), names("data.language=ko"),
+    others = [names(text=f"{OWN_GUARD}\n"), names("guard.options.x=2"), names("data.language=ko"),
               names(data=replace(DATA, attacked="abc")), *(names(data=OTHER_DATA[which]) for which in
               ("another file", "other client rows", "other guard rows"))]  # fmt: skip
     assert all(other != before for other in others)
@@ -476,7 +476,7 @@ def test_the_content_of_a_user_s_phrase_rule_decides_the_evaluation(places: Plac
     found = []
     for text in ("def rule(reply, x=1): return True", "def rule(reply, x=1): return False"):
         file.write_text(text)
-        found += [evaluation_names(places, word), evaluation_names(places, word, "eval.advbench_options={x: 2}")]
+        found += [evaluation_names(places, word), evaluation_names(places, word, "eval.advbench_options.x=2")]
     assert all(found.count(one) == 1 for one in found)
 
 

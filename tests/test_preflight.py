@@ -388,7 +388,7 @@ def test_a_cohort_s_gathered_deltas_are_counted(tmp_path: Path) -> None:
     """For a rule that wants them on every rank, for attackers as many as there can be; control variates double them."""
     file = tmp_path / "mine.py"
     file.write_text("from fedsim import FedAvg\nclass Robust(FedAvg):\n    wants = 'updates'\n")
-    rule, attack = f"federation.algorithm={file}:Robust", f"attacks=[{{kind: {file}:A, share: 0.1}}]"
+    rule, attack = f"federation.algorithm={file}:Robust", f"attacks=[{{kind: {file}:A, share: 0.33}}]"
     for num_ranks in (1, 5):
         alone = needs(num_ranks=num_ranks)["local training"]
         assert needs(rule, num_ranks=num_ranks)["local training"] == alone + 5 * VECTOR

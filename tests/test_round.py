@@ -107,6 +107,7 @@ class Cohorts:
     """
 
     gain = 1.0
+    attacks: tuple[()] = ()
 
     def __init__(self, log: Log, config: Config, controls: ClientStateStore) -> None:
         self.log = log
