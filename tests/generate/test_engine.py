@@ -191,13 +191,29 @@ def test_logits_that_are_no_numbers_end_the_run_by_name(
 
 @pytest.fixture()
 def captured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Graphs stand in on the CPU; the list grows by one with each capture."""
+    """Graphs stand in on the CPU, and refuse slots that have moved; the list grows by one with each capture."""
     found: list[int] = []
+    decoders: list[Decoder] = []
+
+    class Listed(Decoder):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            decoders.append(self)
+
+    def addresses() -> list[int]:
+        return [part.data_ptr() for part in decoders[-1].slots._parts]
 
     def capture(step: Callable[[], object]) -> Any:
         found.append(len(found))
-        return SimpleNamespace(replay=step)
+        then = addresses()
 
+        def replay() -> None:
+            assert addresses() == then, "a graph would read memory that is another's by now"
+            step()
+
+        return SimpleNamespace(replay=replay)
+
+    monkeypatch.setattr(engine_module, "Decoder", Listed)
     monkeypatch.setattr(engine_module, "uses_graphs", lambda device: True)
     monkeypatch.setattr(engine_module, "capture_cuda", capture)
     return found
@@ -231,10 +247,11 @@ def test_longer_rows_in_kept_slots_get_graphs_of_their_own(
     engine.spare_bytes = 1 << 40
     long: list[Conversation] = [[user_turn("kite " * 60 + str(i))] for i in range(11)]
     wanted = make_engine(max_context=600).generate(long, Sampling(1.0, 20), KEY)
-    engine.generate(CHATS, Sampling(1.0, 20), KEY)
+    short = engine.generate(CHATS, Sampling(1.0, 20), KEY)
     num_captured, capacity = len(captured), engine._kept.slots.capacity if engine._kept else 0
     assert engine.generate(long, Sampling(1.0, 20), KEY) == wanted
     assert engine._kept is not None and engine._kept.slots.capacity > capacity and len(captured) > num_captured
+    assert engine.generate(CHATS, Sampling(1.0, 20), KEY) == short, "by graphs of the slots that there are now"
 
 
 def test_a_size_without_memory_is_said_once(
