@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -193,10 +193,11 @@ def parse(arguments: Sequence[str]) -> Asked:
 
 def cai_alone(config: Config) -> Config:
     """The configuration without what CAI does not need: neither guard nor benchmarks nor judge has to be there."""
+    no_benchmark: dict[str, Any] = {**dict.fromkeys(OWN, ""), "benchmarks": [], "guard_judge": "none"}
     return replace(
         config,
         guard=replace(config.guard, kind="none"),
-        eval=replace(config.eval, **dict.fromkeys(OWN, ""), benchmarks=[], guard_judge="none"),
+        eval=replace(config.eval, **no_benchmark),
         judge=replace(config.judge, kind="none"),
     )
 

@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import GenericAlias
 from typing import Any, get_type_hints
 
 import yaml
@@ -54,7 +55,7 @@ LISTS = {
 _TYPE_NAMES = {
     str(list[str]): "list of str",
     str(dict[str, Any]): "mapping",
-    **{str(list[listed.owner]): "list of mappings" for listed in LISTS.values()},
+    **{str(GenericAlias(list, (listed.owner,))): "list of mappings" for listed in LISTS.values()},
 }
 
 _EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")

@@ -84,7 +84,7 @@ class Benchmark(ABC):
 
     name: ClassVar[str]
     title: ClassVar[str]
-    figures: Sequence[Figure]
+    figures: ClassVar[Sequence[Figure]]
 
     @abstractmethod
     def load(self, path: Path) -> Sequence[Any]:
@@ -205,7 +205,7 @@ class OwnBenchmark(Benchmark):
         sources: its published files, the items' first.
     """
 
-    figures: ClassVar[Sequence[Figure]]  # type: ignore[misc]
+    figures: ClassVar[Sequence[Figure]]
     embedded: ClassVar[Mapping[str, EmbeddedFile]]
     sources: ClassVar[Sequence[Source]] = ()
 

@@ -55,10 +55,14 @@ def figure_named(name: str) -> Figure:
     return figure
 
 
-def _column(name: str, published: str = "") -> Column:
+def _column(name: str, published: str = "", title: str = "") -> Column:
+    """A figure as a column.
+
+    Args:
+        title: in place of the benchmark's name.
+    """
     figure = figure_named(name)
-    title = figure.short if published else figure.title
-    return Column(title, figure.unit if figure.is_share else "", figure.digits, published)
+    return Column(title or figure.short, figure.unit if figure.is_share else "", figure.digits, published)
 
 
 #: Columns of Table 1. Those with a published figure are counted; the others stand beside them.
@@ -67,7 +71,7 @@ COLUMNS: Final[dict[str, Column]] = {
     "hhh_letter": _column("hhh_letter", "hhh_accuracy"),
     "mt_bench": _column("mt_bench", "mt_bench"),
     "hhh_likelihood": _column("hhh_likelihood"),
-    CONTROL: _column(CONTROL),
+    CONTROL: _column(CONTROL, title=f"{_CONTROL.short}: innocent refused"),
     NET: Column("AdvBench − innocent refused", "(points)", 1),
 }
 
