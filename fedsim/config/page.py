@@ -27,6 +27,8 @@ KINDS: Final = {
     "float": "number",
     "str": "text",
     "list of str": "list of names",
+    "mapping": "mapping",
+    "list of mappings": "list of mappings",
 }
 """What a value of each type is called."""
 
