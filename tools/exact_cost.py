@@ -125,7 +125,7 @@ def run(setting: Setting, words: Sequence[str], folder: Path, limit_s: float) ->
 
 def write_large_model(folder: Path) -> None:
     """The benchmark's Llama of 5.8 M parameters, random weights from a fixed seed, with the demo model's tokenizer."""
-    tokenizer = AutoTokenizer.from_pretrained(TINY_DIR)
+    tokenizer = AutoTokenizer.from_pretrained(TINY_DIR, local_files_only=True, trust_remote_code=False)
     config = CPU.config | {"max_position_embeddings": tokenizer.model_max_length}
     model = build(ModelSize(CPU.name, config), torch.float32, torch.device("cpu"))
     for ids in (model.config, model.generation_config):

@@ -27,12 +27,12 @@ class Config:
 
     name: str = key("demo", "name of the run; its directory is record.dir/name")
     seed: int = key(0, "seed of every draw", low=0)
+    attacks: list[AttackConfig] = key([], "attacks on the federation, such as [{kind: my.py:SignFlip, share: 0.2, "
+                                      "from_round: 3, until_round: 9, options: {scale: 5}}]")  # fmt: skip
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     local: LocalConfig = field(default_factory=LocalConfig)
     federation: FederationConfig = field(default_factory=FederationConfig)
-    attacks: list[AttackConfig] = key([], "attacks on the federation, such as [{kind: my.py:SignFlip, share: 0.2, "
-                                      "from_round: 3, until_round: 9, options: {scale: 5}}]")  # fmt: skip
     failures: FailuresConfig = field(default_factory=FailuresConfig)
     server_optimizer: ServerOptimizerConfig = field(default_factory=ServerOptimizerConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
