@@ -8,6 +8,7 @@ as it is. Parameters and names of modules stay as they are too.
 
 from __future__ import annotations
 
+import inspect
 import types
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -234,6 +235,8 @@ def _rotates_as(function: Any, wanted: Any) -> bool:
 
 
 def _same_function(a: Any, b: Any) -> bool:
+    """Whether two functions are the same code, below what decorates them."""
+    a, b = (inspect.unwrap(function) if callable(function) else function for function in (a, b))
     if not isinstance(a, types.FunctionType) or not isinstance(b, types.FunctionType):
         return False
     return (

@@ -16,6 +16,7 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
+    OPTConfig,
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
@@ -54,6 +55,17 @@ FAMILIES: dict[str, tuple[PretrainedConfig, dict[str, int]]] = {
     "llama with GELU": (
         LlamaConfig(**SMALL, hidden_act="gelu"),
         {name: n for name, n in WHOLE.items() if "feed-forward" not in name},
+    ),
+    "opt": (  # its decoder layers are decorated as Llama's are, and are others
+        OPTConfig(
+            **{
+                name: value for name, value in SMALL.items() if name not in ("intermediate_size", "num_key_value_heads")
+            },
+            ffn_dim=48,
+            word_embed_proj_dim=32,
+            dropout=0.0,
+        ),
+        {"LoRA layers": 4},
     ),
     "gemma2": (Gemma2Config(**SMALL, **HEADS), {"rotations": 2, "LoRA layers": 4}),
     "gemma3": (Gemma3TextConfig(**SMALL, **HEADS), {"rotations": 2, "LoRA layers": 4}),

@@ -56,7 +56,7 @@ def test_the_estimate_bounds_what_a_backward_pass_keeps(
     attention: str, dtype: str, targets: tuple[str, ...], dropout: float, lengths: list[int],
 ) -> None:  # fmt: skip
     """From above, by at most 1.5; by 2 in eager attention, whose bound is for capped scores and padded rows."""
-    monkeypatch.setattr(Sdpa, "_row_by_row", Sdpa._padded)  # rows are padded, as on CUDA
+    monkeypatch.setattr(Sdpa, "_row_by_row", staticmethod(Sdpa._padded))  # rows are padded, as on CUDA
     base = make_llama(hidden_size=128, intermediate_size=448, num_hidden_layers=8)
     base.save_pretrained(tmp_path)
     lora = LoraSettings(4, 8.0, dropout, targets)
