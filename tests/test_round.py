@@ -51,6 +51,7 @@ from fedsim.simulation import Simulation
 
 SEED = 7
 NUM_ROUNDS = 6
+ENGINE = SimpleNamespace(spare_bytes=0)
 NUM_CLIENTS = 4
 HAS_CAI = (1, 3, 5)
 NO_ROWS, NO_UPDATE = 3, 4  # rounds: the only client that is drawn has no rows; every client fails
@@ -278,7 +279,7 @@ class Toy(Simulation):
             SimpleNamespace(),
             Flat(self.log),
             None,
-            "engine",
+            ENGINE,
             algorithm,
             Drawn(),
             LocalRows(shards, Tally(), 0),
@@ -442,7 +443,7 @@ def test_a_round_s_row_has_the_figures_of_all_its_stages(done: Toy) -> None:
 def test_the_meter_is_given_every_stage(done: Toy) -> None:
     run = done
     assert run.log.of("metered", "begin") == [
-        ("metered", "cai_generate", "engine"),
+        ("metered", "cai_generate", ENGINE),
         ("begin",), ("metered", "train", 0, {0: 9, 2: 9}, [0, 2]),
         ("begin",), ("metered", "train", 1, {0: 9, 2: 9}, [0, 2]), ("metered", "cai", 1),
         ("begin",), ("metered", "train", 2, {0: 9, 2: 9}, [0, 2]),
