@@ -205,7 +205,8 @@ class CohortRunner:
                     reporting[client] = checked(outcome, self.failures.max_update_norm)
                 except (ClientError, NotFiniteError) as error:
                     failure = client_error(error)
-                    failures.append(ClientFailure(client, failure.reason, self.world.rank, failure.message))
+                    spent = reporting[client].seconds
+                    failures.append(ClientFailure(client, failure.reason, self.world.rank, failure.message, "", spent))
 
         for attack in attacks:
             members = attack.in_round(work.round_idx, trained)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from fedsim.errors import ConfigError
-from fedsim.user_code import calling, load_module, load_target
+from fedsim.user_code import calling, load_module, load_target, register
 
 
 @dataclass(frozen=True)
@@ -166,8 +166,10 @@ def load(key: str, name: str) -> Any:
         base = load_target(kind.base)
         if not (isinstance(found, type) and issubclass(found, base)):
             raise ConfigError(f"{what}: must be a class that derives from fedsim.{base.__name__}, is {found!r:.200}")
-    elif isinstance(found, type) or not callable(found):
+    elif not inspect.isfunction(found):
         raise ConfigError(f"{what}: must be a function of ({', '.join(kind.takes)}), is {found!r:.200}")
+    if name not in kind.own:
+        register(inspect.getfile(found))  # which may be another file of its package
     return found
 
 
@@ -196,14 +198,16 @@ def build(key: str, name: str, options: Mapping[str, Any], sections: Mapping[str
 
 
 def source_file(key: str, name: str) -> Path | None:
-    """The file that the code of a name lies in; None for fedsim's own."""
+    """The file that a name means, of a module the one that defines the class or function; None for fedsim's own."""
     if is_own(key, name):
         return None
     place = name.rpartition(":")[0]
-    path = os.path.expanduser(place) if place.endswith(".py") else load_module(place, f"{key}={name!r}").__file__
-    if path is None:
-        raise ConfigError(f"{key}={name!r}: {place} has no source file; put the code into a file")
-    return Path(path)
+    if place.endswith(".py"):
+        return Path(os.path.expanduser(place))
+    try:
+        return Path(inspect.getfile(load(key, name)))
+    except TypeError as error:
+        raise ConfigError(f"{key}={name!r}: {place} has no source file; put the code into a file") from error
 
 
 def _check_options(

@@ -27,7 +27,7 @@ from fedsim.evaluate.suite import Evaluation, Suite
 from fedsim.extend import source_file, title
 from fedsim.federation.attacks import ActiveAttack, build_attacks
 from fedsim.federation.registry import build_algorithm
-from fedsim.fused.ops import runs_fused
+from fedsim.fused.ops import agree_on_kernels, runs_fused
 from fedsim.generate.graph import uses_graphs
 from fedsim.local_rows import check_local_rows
 from fedsim.measurement import Shared
@@ -103,12 +103,13 @@ class Preparation:
         self.record = record
         self.store = store
         self.pass_tokens: Mapping[str, int] = {}
+        agree_on_kernels(world.device, world.ranks)
         self.facts: dict[str, Any] = {
             "device": world.device.type,
             "threads": config.parallel.threads,
             "exact": config.parallel.exact,
             "versions": versions(),
-            "fused": runs_fused(world.device),
+            "fused": runs_fused(world.device),  # as all ranks can
             "gpu": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else None,
         }
 

@@ -5,6 +5,7 @@ This is the one place that runs code from a file which is not fedsim's.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib
 import importlib.machinery
@@ -16,18 +17,27 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Final
 
 from fedsim.errors import ConfigError, FedsimError, RunError
 
 _files: dict[str, str] = {}
 """Source file of each loaded module that is not fedsim's → how messages name it."""
 
+_FEDSIM: Final = str(Path(__file__).parent) + os.sep
+_COLLECTIVES: Final = os.path.join("torch", "distributed", "")
+
 
 def load_target(target: str) -> Any:
     """The object of fedsim's that ``module:Name`` means."""
     place, _, name = target.partition(":")
     return getattr(importlib.import_module(place), name)
+
+
+def register(file: str) -> None:
+    """Take errors of a file for a user's."""
+    if not file.startswith(_FEDSIM):
+        _files.setdefault(file, file)
 
 
 def place_of(error: BaseException) -> str:
@@ -47,6 +57,29 @@ def in_words(error: BaseException) -> str:
     return ": ".join(part for part in (place_of(error), type(error).__name__, message) if part)
 
 
+def passes_through(error: BaseException) -> bool:
+    """True for what is no fault of a user's code although it came through it: memory, disk, or a lost process."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+    users = [position for position, file in enumerate(files) if file in _files]
+    return any(_COLLECTIVES in file for file in files[users[-1] + 1 if users else 0 :])
+
+
+def _location(error: BaseException) -> str:
+    """``file.py, line 12``: where an error was raised, whoever's file it is."""
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    return f"{frame.f_code.co_filename}, line {line}"
+
+
+def _is_call_that_does_not_fit(error: BaseException) -> bool:
+    """True for a TypeError of fedsim's own call: the user's function has another signature, and no line of it ran."""
+    files = {frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)}
+    return isinstance(error, TypeError) and all(file.startswith(_FEDSIM) for file in files)
+
+
 @contextmanager
 def calling(what: str, kind: type[FedsimError] = RunError, *, quiet: bool = False) -> Iterator[None]:
     """The block calls a user's code: an error there becomes one line that names file and line.
@@ -62,9 +95,16 @@ def calling(what: str, kind: type[FedsimError] = RunError, *, quiet: bool = Fals
         raise
     except (Exception, SystemExit) as error:
         place = place_of(error)
-        if not place and not isinstance(error, TypeError):  # not the user's: a call that does not fit has no line there
+        if passes_through(error):
             raise
-        words = f"{place}: {type(error).__name__}" if quiet and place else in_words(error)
+        if _is_call_that_does_not_fit(error):
+            words = in_words(error)
+        elif quiet:
+            words = f"{place or _location(error)}: {type(error).__name__}"
+        elif place:
+            words = in_words(error)
+        else:
+            raise
         raise kind(f"{what}: {words}") from None
 
 
@@ -95,8 +135,10 @@ def load_module(place: str, what: str, is_own: bool = False) -> ModuleType:
                 fix = "put its folder on PYTHONPATH, or give path/to/file.py:Name"
                 raise ConfigError(f"{what}: there is no module {error.name}; {fix}") from error
             if not is_own:
-                file = getattr(error, "filename", None) or traceback.extract_tb(error.__traceback__)[-1].filename
-                _files.setdefault(file, file)
+                spec = importlib.util.find_spec(place)
+                file = error.filename if isinstance(error, SyntaxError) else spec.origin if spec is not None else None
+                if file is not None:
+                    _files.setdefault(file, file)
             raise
         if not is_own and module.__file__ is not None:
             _files.setdefault(module.__file__, module.__file__)

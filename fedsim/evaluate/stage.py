@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from fedsim.artefacts import ArtefactStore, write_json
 from fedsim.benchmarks import Figure, name_given_twice
-from fedsim.config import EvalConfig
+from fedsim.config import EvalConfig, file_roles
 from fedsim.config.measuring import is_embedded
 from fedsim.data.prepare import embedded_file
 from fedsim.errors import ConfigError, DataError, Gathered
@@ -79,6 +80,14 @@ def users_benchmarks(settings: EvalConfig) -> list[Benchmark]:
     return found
 
 
+TAKEN: Final = {
+    *("square", "constitution", "deepspeed"),
+    *file_roles().values(),
+    *(field.name for field in fields(EvalConfig)),
+}.difference(OWN)
+"""Names that the manifest, keys of artefacts or the configuration use for something else."""
+
+
 def check_declared(benchmark: Benchmark, what: str) -> None:
     """Check name, title and figures of a user's benchmark.
 
@@ -88,6 +97,8 @@ def check_declared(benchmark: Benchmark, what: str) -> None:
     name, title, figures = (getattr(benchmark, part, None) for part in ("name", "title", "figures"))
     if not isinstance(name, str) or not name.isidentifier():
         raise ConfigError(f'{what}: needs a name of letters, digits and "_", such as name = "do_not_answer"')
+    if name in TAKEN:
+        raise ConfigError(f"{what}: the name {name!r} means another file or key of a run; give the benchmark another")
     if not isinstance(title, str) or not title:
         raise ConfigError(f'{what}: needs a title for people, such as title = "DoNotAnswer"')
     if not isinstance(figures, list | tuple) or not figures or not all(isinstance(f, Figure) for f in figures):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -83,6 +83,11 @@ class Updates:
     weights: torch.Tensor
     control_deltas: torch.Tensor | None
     num_clients: int
+
+    def copied(self) -> Updates:
+        """The same numbers in tensors of their own."""
+        control = None if self.control_deltas is None else self.control_deltas.clone()
+        return replace(self, deltas=self.deltas.clone(), weights=self.weights.clone(), control_deltas=control)
 
 
 class Correction:

@@ -6,6 +6,7 @@ depends on the number of processes or on a stop.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -114,10 +115,13 @@ class ActiveAttack:
             ConfigError: it returns no report of this client, or vectors of another shape or type.
         """
         rng = keys.generator(self.seed, "attack outcome", self.place, round_idx, outcome.client)
+        colluders = colluders.copied()  # no hook sees what another one has written into it
         with calling(self.name):
             found = self.attack.outcome(outcome, state, rng, colluders)
         if not isinstance(found, ClientOutcome) or found.client != outcome.client:
             raise ConfigError(f"{self.name}: outcome must return this client's ClientOutcome, not {found!r:.100}")
+        if not (math.isfinite(found.weight) and found.weight >= 0):
+            raise ConfigError(f"{self.name}: outcome must keep weight finite and >= 0, is {found.weight!r}")
         for part in ("delta", "control_delta"):
             old, new = getattr(outcome, part), getattr(found, part)
             is_same = old is new or (old is not None and new is not None and new.shape == old.shape)

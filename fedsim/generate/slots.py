@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from typing import Final
 
@@ -14,6 +15,9 @@ from fedsim.attention.spans import Spans, put
 
 GROWTH: Final = 128
 """Capacities are multiples of this many positions."""
+
+ALIGNMENT: Final = 64
+"""Bytes."""
 
 
 def grown(length: int) -> int:
@@ -156,9 +160,12 @@ class Slots:
     def _part(self, num: int, heads: int, size: int, dtype: torch.dtype) -> torch.Tensor:
         """Zeros ``[num, rows, capacity, heads, size]``."""
         if self.device.type == "cpu":
-            # Zeros from the operating system, which gives memory only to positions that are written.
-            zeros = np.zeros((num, self.num_rows, heads, self.capacity, size * dtype.itemsize), dtype=np.uint8)
-            return torch.from_numpy(zeros).view(dtype).transpose(2, 3)
+            # Large zeros come from the operating system, which gives memory only to positions that are written.
+            shape = (num, self.num_rows, heads, self.capacity, size * dtype.itemsize)
+            zeros = np.zeros(math.prod(shape) + ALIGNMENT, dtype=np.uint8)
+            start = -zeros.ctypes.data % ALIGNMENT  # as torch's own tensors: sums must not depend on the address
+            aligned = zeros[start : start + math.prod(shape)].reshape(shape)
+            return torch.from_numpy(aligned).view(dtype).transpose(2, 3)
         return torch.zeros(num, self.num_rows, self.capacity, heads, size, dtype=dtype, device=self.device)
 
 

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +138,8 @@ class WandbStream:
         assert process.stdin is not None
         os.set_blocking(process.stdin.fileno(), False)  # a child that hangs may fill the pipe: no reason to wait
         settings = {**asdict(self.config.wandb), "name": self.config.name, "limit_s": self._limit_s}
-        self._write(process, {"settings": settings, "config": to_nested(self.config)})
+        sent = to_nested(replace(self.config, attacks=[replace(attack, options={}) for attack in self.config.attacks]))
+        self._write(process, {"settings": settings, "config": sent})  # options of attacks may hold texts
         return process
 
     @staticmethod

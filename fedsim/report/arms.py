@@ -161,7 +161,7 @@ def pretrained_figure(runs: Sequence[Run], figure: Figure) -> Estimate | None:
 
 def headline_figures(runs: Sequence[Run]) -> list[Figure]:
     """The headline figures of all runs, each once."""
-    return list(dict.fromkeys(figure for run in runs for figure in run.facts.benchmarks.headlines))
+    return list({figure.name: figure for run in runs for figure in run.facts.benchmarks.headlines}.values())
 
 
 def table_1(runs: Sequence[Run]) -> Table | None:

@@ -80,7 +80,7 @@ class Pictures:
         ]
 
     def _plotted(self) -> list[Figure]:
-        return list(dict.fromkeys(figure for run in self.runs for figure in run.facts.benchmarks.plotted))
+        return list({figure.name: figure for run in self.runs for figure in run.facts.benchmarks.plotted}.values())
 
     def losses(self) -> list[str]:
         """Loss by client, a picture a run."""

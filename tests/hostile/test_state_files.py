@@ -15,7 +15,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from fedsim import keys
 from fedsim.artefacts import ArtefactStore
 from fedsim.checkpoint import Checkpoint, CheckpointStore
 from fedsim.errors import CheckpointError, DataError
@@ -143,7 +142,7 @@ class Store:
             self.built += 1
             return number
 
-        return self.store.get("kites", {"number": number}, [keys], build, write).folder
+        return self.store.get("kites", {"number": number}, 1, build, write).folder
 
 
 def contents(folder: Path) -> dict[str, Any]:

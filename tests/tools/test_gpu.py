@@ -304,7 +304,7 @@ def test_taken_rows_are_what_costs_are_measured_by(tmp_path: Path, capsys: pytes
     assert files == ["rows/nvidia-h200/local_step.json", "results/nvidia-h200/bench.json"]
     measured = costs.read(costs.chosen(None, costs.committed(rows)))
     assert measured.projects and measured.pieces["local_step"].seconds == 0.1
-    assert "tools/costs.py --readme" in capsys.readouterr().out
+    assert "tools/costs.py --page" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("changed", "why"), [({"dry_run": True}, "dry run"), ({"commit": None}, "--commit")])

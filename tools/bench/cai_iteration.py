@@ -60,6 +60,7 @@ class TokenAligner(Aligner):
         self.trainer = trainer
         self.cai = cai
         self.seed = 0
+        self.pass_tokens = 0
         self.pairs = list(pairs)
 
 

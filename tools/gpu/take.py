@@ -13,7 +13,7 @@ from tools.bench.run import slug
 from tools.gpu.calls import CALLS
 
 RESULTS: Final = Path(__file__).with_name("results")
-NEXT: Final = "python tools/readme_bench.py && python tools/costs.py --readme"
+NEXT: Final = "python tools/bench/page.py && python tools/costs.py --page"
 
 
 def take(folder: Path, rows: Path = ROWS, results: Path = RESULTS) -> int:
