@@ -122,7 +122,7 @@ def test_it_can_be_looked_at_and_printed(page: Path) -> None:
 def test_the_page_stands_alone_and_says_what_the_runs_say(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert not re.search(r'(?:src|href)="(?!data:)', text) and "<script" not in text
-    assert "AdvBench harmless %, FedAvg: FL 88.0 (pretrained 97.0)" in text
+    assert "AdvBench: harmless replies, %, FedAvg: FL 88.0 (pretrained 97.0)" in text
     assert "a note &lt;b&gt;of its own&lt;/b&gt;" in text and "/secret/place" not in text and "run.py" in text
     assert "20 (66.7 %)" in text and "10 (33.3 %)" in text and "30 (42.9 %)" in text
     for heading in ("Loss by client", "Guard", "Time by phase", "Idle share", "Cost against safety", "Manifests"):
