@@ -8,8 +8,6 @@ as it is. Parameters and names of modules stay as they are too.
 
 from __future__ import annotations
 
-import inspect
-import types
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +23,7 @@ from transformers.models.mistral import modeling_mistral
 from transformers.models.qwen2 import modeling_qwen2
 
 from fedsim.fused import functions as fused
+from fedsim.fused.cpu import fuse_same_bits
 from fedsim.fused.joint import (
     ATTRIBUTE,
     JointLinear,
@@ -33,6 +32,15 @@ from fedsim.fused.joint import (
     hold_adapters,
     is_frozen_linear,
     uses_default_adapter,
+)
+from fedsim.fused.layers import (
+    Forward,
+    attention_with,
+    decoder_layer_with,
+    epsilon_of,
+    is_llamas,
+    rotating,
+    same_function,
 )
 from fedsim.fused.ops import OPS, agree_on_kernels, runs_fused, why_plain
 from fedsim.model.faults import reason
@@ -46,8 +54,6 @@ WIDEST: Final = 1 << 14
 
 LIMITS: Final = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-5, torch.float64: 1e-12}
 """‖fused − plain‖ / ‖plain‖ that rounding may make: both round at the same places, sums in another order."""
-
-Forward = Callable[..., Any]
 
 
 @dataclass
@@ -89,8 +95,6 @@ def fuse(model: nn.Module, ranks: Ranks | None = None, *, with_trials: bool = Tr
     agree_on_kernels(device, ranks)
     if not runs_fused(device):
         if device.type == "cpu":
-            from fedsim.fused.cpu import fuse_same_bits  # which recognises layers by this module's means
-
             fuse_same_bits(model)
         return Fused(refused=Counter({f"model ({why_plain(device)})": 1} if device.type == "cuda" else {}))
     found = fuse_layers(model, with_trials=with_trials)
@@ -129,7 +133,7 @@ def fuse_layers(model: nn.Module, *, with_trials: bool = True) -> Fused:
 
 def _norm(module: nn.Module) -> Forward | None:
     parameters = dict(module.named_parameters())
-    weight, eps = parameters.get("weight"), _epsilon(module)
+    weight, eps = parameters.get("weight"), epsilon_of(module)
     if "RMSNorm" not in type(module).__name__ or len(parameters) != 1 or weight is None or eps is None:
         return None
     if weight.dim() != 1 or weight.requires_grad or len(weight) > WIDEST:
@@ -142,12 +146,6 @@ def _norm(module: nn.Module) -> Forward | None:
         return fused.norm(hidden_states, weight, eps)
 
     return forward
-
-
-def _epsilon(module: nn.Module) -> float | None:
-    values = [getattr(module, name, None) for name in ("variance_epsilon", "eps")]
-    known = [value for value in values if isinstance(value, float)]
-    return known[0] if len(known) == 1 else None
 
 
 def _try_norm(module: Any, forward: Forward) -> str:
@@ -214,50 +212,11 @@ def _try_feed_forward(module: Any, forward: Forward) -> str:
 # --- rotary positions ----------------------------------------------------------------------------------------------
 
 
+_rotate = rotating(fused.rotate)
+
+
 def _attention(module: nn.Module) -> Forward | None:
-    """The module's own forward pass, but for the function that rotates queries and keys."""
-    plain = getattr(type(module), "forward", None)
-    name = "apply_rotary_pos_emb"
-    if not isinstance(plain, types.FunctionType) or name not in plain.__code__.co_names or plain.__closure__:
-        return None
-    if not _rotates_as(plain.__globals__.get(name), modeling_llama.apply_rotary_pos_emb):
-        return None
-    with_fused = {**plain.__globals__, name: _rotate}
-    copy = types.FunctionType(plain.__code__, with_fused, plain.__name__, plain.__defaults__)
-    copy.__kwdefaults__ = plain.__kwdefaults__
-    return types.MethodType(copy, module)
-
-
-def _rotates_as(function: Any, wanted: Any) -> bool:
-    """Whether a function rotates as another does: both are the same code, and so is what both call."""
-    halves = [getattr(f, "__globals__", {}).get("rotate_half") for f in (function, wanted)]
-    return _same_function(function, wanted) and _same_function(*halves)
-
-
-def _same_function(a: Any, b: Any) -> bool:
-    """Whether two functions are the same code, below what decorates them."""
-    a, b = (inspect.unwrap(function) if callable(function) else function for function in (a, b))
-    if not isinstance(a, types.FunctionType) or not isinstance(b, types.FunctionType):
-        return False
-    return (
-        a.__defaults__ == b.__defaults__
-        and all(
-            getattr(a.__code__, part) == getattr(b.__code__, part) for part in ("co_code", "co_names", "co_varnames")
-        )
-        and _numbers(a) == _numbers(b)
-    )
-
-
-def _numbers(function: types.FunctionType) -> list[Any]:
-    """A function's constants without its docstring."""
-    return [constant for constant in function.__code__.co_consts if not isinstance(constant, str)]
-
-
-def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
-    fits = q.shape[-1] == k.shape[-1] == cos.shape[-1] == sin.shape[-1] and cos.dim() == 3 and q.stride(-1) == 1
-    if unsqueeze_dim != 1 or not fits or not q.dtype == k.dtype == cos.dtype == sin.dtype:
-        return modeling_llama.apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
-    return fused.rotate(q, k, cos, sin)
+    return attention_with(module, _rotate)
 
 
 def _try_rotation(module: Any, _: Forward) -> str:
@@ -364,7 +323,7 @@ def _joint_attention(module: nn.Module) -> Forward | None:
     """Queries, keys and values as one product where there are no gradients; else the forward pass that is there."""
     attention: Any = module
     own = getattr(type(module), "forward", None)
-    window = next((window for kind, window in _WINDOWS if _same_function(own, kind.forward)), None)
+    window = next((window for kind, window in _WINDOWS if same_function(own, kind.forward)), None)
     if window is None or "forward" not in vars(module):
         return None
     layers = [attention.q_proj, attention.k_proj, attention.v_proj]
@@ -438,26 +397,14 @@ def _joint_difference(module: nn.Module, plain: Forward, other: Forward, inputs:
 
 def _layer(module: nn.Module) -> Forward | None:
     """Llama's decoder layer, whose norms are fused already."""
-    if not _same_function(getattr(type(module), "forward", None), modeling_llama.LlamaDecoderLayer.forward):
+    if not is_llamas(module, "LlamaDecoderLayer"):
         return None
     layer: Any = module
-    first, second = layer.input_layernorm, layer.post_attention_layernorm
-    if not all("forward" in vars(part) and _norm(part) is not None for part in (first, second)):
+    norms = layer.input_layernorm, layer.post_attention_layernorm
+    if not all("forward" in vars(norm) and _norm(norm) is not None for norm in norms):
         return None
     takes_residual = _is_gated(layer.mlp) and "forward" in vars(layer.mlp)
-    first_eps, second_eps = _epsilon(first), _epsilon(second)
-    assert first_eps is not None and second_eps is not None, "a fused norm has one"
-    plain = module.forward
-
-    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or not hidden_states.dtype == first.weight.dtype == second.weight.dtype:
-            return plain(hidden_states, *args, **kwargs)
-        before, normed = fused.add_norm(hidden_states, None, first.weight, first_eps)
-        attended, _ = layer.self_attn(hidden_states=normed, **kwargs)
-        between, normed = fused.add_norm(before, attended, second.weight, second_eps)
-        return layer.mlp(normed, between) if takes_residual else between + layer.mlp(normed)
-
-    return forward
+    return decoder_layer_with(module, fused.add_norm, feed_takes_residual=takes_residual)
 
 
 def _try_layer(module: Any, forward: Forward) -> str:

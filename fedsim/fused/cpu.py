@@ -1,16 +1,15 @@
-"""Which layers of a model in fp32 on a CPU compute by :mod:`fedsim.fused.same_bits`: those whose code is Llama's."""
+"""Layers of Llama's code in fp32 on a CPU that compute by :mod:`fedsim.fused.same_bits`."""
 
 from __future__ import annotations
 
-import types
 from typing import Any
 
 import torch
-from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
-from transformers.models.llama import modeling_llama
 
-from fedsim.fused import choice, same_bits
+from fedsim.fused import same_bits
+from fedsim.fused.joint import can_be_fused_lora, uses_default_adapter
+from fedsim.fused.layers import Forward, attention_with, decoder_layer_with, epsilon_of, is_llamas, rotating
 
 
 def fuse_same_bits(model: nn.Module) -> list[nn.Module]:
@@ -29,33 +28,30 @@ def fuse_same_bits(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def _is_llamas(module: nn.Module, kind: str) -> bool:
-    """Whether a module's forward pass is the code of one of transformers' Llama."""
-    return choice._same_function(getattr(type(module), "forward", None), getattr(modeling_llama, kind).forward)
-
-
 def _is_fp32(weight: Tensor) -> bool:
     return weight.dtype == torch.float32 and weight.device.type == "cpu"
 
 
-def _norm(module: nn.Module) -> choice.Forward | None:
-    if not _is_llamas(module, "LlamaRMSNorm") or module.weight.requires_grad or not _is_fp32(module.weight):  # type: ignore[arg-type]
+def _norm(module: nn.Module) -> Forward | None:
+    norm: Any = module
+    if not is_llamas(module, "LlamaRMSNorm") or norm.weight.requires_grad or not _is_fp32(norm.weight):
         return None
-    plain, weight, eps = module.forward, module.weight, choice._epsilon(module)
+    plain, weight, eps = norm.forward, norm.weight, epsilon_of(norm)
     if eps is None:
         return None
 
     def forward(hidden_states: Tensor) -> Tensor:
         if hidden_states.dtype != torch.float32:
-            return plain(hidden_states)
-        return same_bits.norm(hidden_states, weight, eps)  # type: ignore[arg-type]
+            out: Tensor = plain(hidden_states)
+            return out
+        return same_bits.norm(hidden_states, weight, eps)
 
     return forward
 
 
-def _feed(module: nn.Module) -> choice.Forward | None:
+def _feed(module: nn.Module) -> Forward | None:
     feed: Any = module
-    if not _is_llamas(module, "LlamaMLP") or "SiLU" not in type(feed.act_fn).__name__:
+    if not is_llamas(module, "LlamaMLP") or "SiLU" not in type(feed.act_fn).__name__:
         return None
 
     def forward(x: Tensor) -> Tensor:
@@ -65,39 +61,24 @@ def _feed(module: nn.Module) -> choice.Forward | None:
     return forward
 
 
-def _attention(module: nn.Module) -> choice.Forward | None:
-    """The module's own forward pass, but for the function that rotates queries and keys."""
-    plain = getattr(type(module), "forward", None)
-    name = "apply_rotary_pos_emb"
-    if not isinstance(plain, types.FunctionType) or name not in plain.__code__.co_names or plain.__closure__:
-        return None
-    if not choice._rotates_as(plain.__globals__.get(name), modeling_llama.apply_rotary_pos_emb):
-        return None
-    copy = types.FunctionType(plain.__code__, {**plain.__globals__, name: _rotate}, name, plain.__defaults__)
-    copy.__kwdefaults__ = plain.__kwdefaults__
-    return types.MethodType(copy, module)
+_rotate = rotating(same_bits.rotate)
 
 
-def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
-    fits = q.shape[-1] == k.shape[-1] == cos.shape[-1] == sin.shape[-1] and cos.dim() == 3 and unsqueeze_dim == 1
-    if not fits or not q.dtype == k.dtype == cos.dtype == sin.dtype or q.shape[-1] % 2:
-        return modeling_llama.apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
-    return same_bits.rotate(q, k, cos, sin)
+def _attention(module: nn.Module) -> Forward | None:
+    return attention_with(module, _rotate)
 
 
-def _lora(module: nn.Module) -> choice.Forward | None:
+def _lora(module: nn.Module) -> Forward | None:
     layer: Any = module
-    if type(module) is not LoraLinear or list(layer.lora_A) != ["default"] or layer.lora_variant:
+    if not can_be_fused_lora(layer):
         return None
     base, a, b = layer.base_layer, layer.lora_A["default"], layer.lora_B["default"]
-    if type(base) is not nn.Linear or a.bias is not None or b.bias is not None:
-        return None
     if not all(_is_fp32(part.weight) for part in (base, a, b)):
         return None
     plain = layer.forward
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        is_plain = layer.disable_adapters or layer.merged or layer.active_adapters != ["default"] or args or kwargs
+        is_plain = not uses_default_adapter(layer) or args or kwargs
         if is_plain or x.dtype != torch.float32:
             return plain(x, *args, **kwargs)
         out = base(x)
@@ -106,25 +87,11 @@ def _lora(module: nn.Module) -> choice.Forward | None:
     return forward
 
 
-def _layer(module: nn.Module) -> choice.Forward | None:
+def _layer(module: nn.Module) -> Forward | None:
     """Llama's decoder layer, whose norms are replaced already."""
-    if not _is_llamas(module, "LlamaDecoderLayer"):
+    if not is_llamas(module, "LlamaDecoderLayer"):
         return None
     layer: Any = module
-    first, second, feed = layer.input_layernorm, layer.post_attention_layernorm, layer.mlp
-    if _norm(first) is None or _norm(second) is None:
+    if _norm(layer.input_layernorm) is None or _norm(layer.post_attention_layernorm) is None:
         return None
-    first_eps, second_eps = choice._epsilon(first), choice._epsilon(second)
-    assert first_eps is not None and second_eps is not None, "a replaced norm has one"
-    plain = module.forward
-
-    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or hidden_states.dtype != torch.float32:
-            return plain(hidden_states, *args, **kwargs)
-        before, normed = same_bits.add_norm(hidden_states, None, first.weight, first_eps)
-        attended, _ = layer.self_attn(hidden_states=normed, **kwargs)
-        between, normed = same_bits.add_norm(before, attended, second.weight, second_eps)
-        out: Tensor = between + feed(normed)
-        return out
-
-    return forward
+    return decoder_layer_with(module, same_bits.add_norm, feed_takes_residual=False)
