@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fedsim.config import Config, flat_from_file, from_flat, to_flat
+from fedsim.config import Config, flat_from_file, from_flat, to_flat, with_overrides
 from fedsim.errors import FedsimError, RunError
 from fedsim.parallel.world import process_world
 from fedsim.record.items import read_items
@@ -73,11 +73,7 @@ def simulate(config: str | Path | Config | Mapping[str, Any], **overrides: Any) 
     Raises:
         FedsimError: what the command would print as ``error: …``; the message is the same.
     """
-    if isinstance(config, Config):
-        flat = to_flat(config)
-    else:
-        flat = flat_from_file(Path(config)) if isinstance(config, str | Path) else dict(config)
-    asked = from_flat({**flat, **overrides})
+    asked = configuration(config, overrides)
     parallel = asked.parallel
     try:
         with (
@@ -95,6 +91,15 @@ def simulate(config: str | Path | Config | Mapping[str, Any], **overrides: Any) 
         cause = ended.__cause__
         raise cause if isinstance(cause, FedsimError) else RunError("another process of the run failed") from None
     return Result(asked, run_folder(asked))
+
+
+def configuration(config: str | Path | Config | Mapping[str, Any], overrides: Mapping[str, Any]) -> Config:
+    """The configuration that arguments of :func:`simulate` mean."""
+    if isinstance(config, Config):
+        flat = to_flat(config)
+    else:
+        flat = flat_from_file(Path(config)) if isinstance(config, str | Path) else dict(config)
+    return from_flat(with_overrides(flat, overrides))
 
 
 @contextmanager

@@ -128,13 +128,13 @@ class Preparation:
                 lambda: load_suite(self.config.eval, self.store, judged=self.config.judge.kind != "none")
             )
             of_judge = mistakes.attempt(lambda: judge_files(self.config))
-            own = mistakes.attempt(self._own_files)
+            users = mistakes.attempt(self._users_files)
         mistakes.raise_all()
-        assert data is not None and found is not None and of_judge is not None and own is not None
+        assert data is not None and found is not None and of_judge is not None and users is not None
         suite, files = found
         for note in data.notes:
             self.record.say(note)
-        return Inputs(data, suite, {"square": data.source, **files, **of_judge, **own})
+        return Inputs(data, suite, {"square": data.source, **files, **of_judge, **users})
 
     def _attacked(self, data: PreparedData) -> PreparedData:
         """The data with the attackers' rows as they have changed them, which rank 0 does for all."""
@@ -158,7 +158,7 @@ class Preparation:
         config = self.config
         return build_attacks(config.attacks, config.federation.num_clients, config.seed)
 
-    def _own_files(self) -> dict[str, Path]:
+    def _users_files(self) -> dict[str, Path]:
         """A user's code, the constitution and DeepSpeed's configuration, where the run uses them."""
         files = {}
         for key, (kind, name) in code_names(to_flat(self.config)).items():

@@ -109,10 +109,17 @@ def calling(what: str, kind: type[FedsimError] = RunError, *, quiet: bool = Fals
 
 
 class _SourceLoader(importlib.machinery.SourceFileLoader):
-    """Reads the source alone: cached bytecode is matched by seconds and size, and may be older than the text."""
+    """Runs the source that was read, never cached bytecode, which is matched by seconds and size alone."""
+
+    def __init__(self, name: str, path: str, source: bytes) -> None:
+        super().__init__(name, path)
+        self.source = source
 
     def path_stats(self, path: str) -> Mapping[str, Any]:
         raise OSError
+
+    def get_data(self, path: str) -> bytes:
+        return self.source
 
 
 def load_module(place: str, what: str, is_own: bool = False) -> ModuleType:
@@ -154,7 +161,7 @@ def _file_module(path: Path, what: str) -> ModuleType:
     full = str(path.resolve())
     name = f"fedsim_extension_{hashlib.sha256(full.encode() + source).hexdigest()[:16]}"
     if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, full, loader=_SourceLoader(name, full))
+        spec = importlib.util.spec_from_file_location(name, full, loader=_SourceLoader(name, full, source))
         assert spec is not None and spec.loader is not None
         module = sys.modules[name] = importlib.util.module_from_spec(spec)
         _files[full] = str(path)

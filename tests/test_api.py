@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import fedsim
+from fedsim.api import configuration
 from fedsim.config import load_config
 from fedsim.errors import ConfigError, RunError
 
@@ -54,6 +55,13 @@ def test_a_notebook_runs_a_round_and_plots_from_it(tmp_path: Path, square_file: 
     assert (other.adapter / "adapter_model.safetensors").read_bytes() == (
         result.adapter / "adapter_model.safetensors"
     ).read_bytes()
+
+
+def test_overrides_come_after_what_is_given() -> None:
+    given = {"attacks": [{"kind": "my.py:Flip", "share": 0.2}], "attacks.0.share": 0.4, "federation.num_rounds": 7}
+    assert configuration(given, {}).attacks[0].share == 0.4
+    changed = configuration(given, {"attacks": [{"kind": "my.py:Flip", "share": 0.3}], "federation": {"num_rounds": 2}})
+    assert changed.attacks[0].share == 0.3 and changed.federation.num_rounds == 2
 
 
 def test_a_mistake_is_an_exception(tmp_path: Path) -> None:

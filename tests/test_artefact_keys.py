@@ -261,7 +261,9 @@ def test_a_user_s_guard_s_verdicts_are_those_of_its_content_options_and_rows(pla
         return asked(store, lambda: stage.run(data))
 
     before = names()
-    assert before.keys() == {"own-verdicts"} and names(folder="b") == before == names("guard.threshold=0.9", "seed=1")
+    assert before.keys() == {"users-guard-verdicts"} and names(folder="b") == before == names(
+        "guard.threshold=0.9", "seed=1"
+    )
     others = [names(text=f"{OWN_GUARD}\n"), names("guard.options.x=2"), names("data.language=ko"),
               names(data=replace(DATA, attacked="abc")), *(names(data=OTHER_DATA[which]) for which in
               ("another file", "other client rows", "other guard rows"))]  # fmt: skip

@@ -15,6 +15,7 @@ from fedsim.config.loading import (
     model_roles,
     to_flat,
     to_nested,
+    with_overrides,
 )
 from fedsim.config.measuring import BenchmarkConfig, EvalConfig, JudgeConfig, ParallelConfig, RecordConfig, WandbConfig
 from fedsim.config.page import help_text
@@ -58,4 +59,5 @@ __all__ = [
     "model_roles",
     "to_flat",
     "to_nested",
+    "with_overrides",
 ]

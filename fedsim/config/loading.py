@@ -96,9 +96,18 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
             )
         name = name.strip()
         check_no_secret(name, value, is_key=name in kinds)
-        flat.pop(name, None)  # behind what was given before: it may set a part of it
-        flat[name] = _parse(value, name, is_text=kinds.get(name) is str)
+        flat = with_overrides(flat, {name: _parse(value, name, is_text=kinds.get(name) is str)})
     return from_flat(flat)
+
+
+def with_overrides(flat: Mapping[str, Any], overrides: Mapping[str, Any]) -> Flat:
+    """Keys and those that override them, which come last: they may set a part of what was given, or replace all."""
+    kept = {
+        name: value
+        for name, value in flat.items()
+        if name not in overrides and not any(key in overrides and name.startswith(f"{key}.") for key in _whole_keys())
+    }
+    return {**kept, **overrides}
 
 
 def flat_from_file(path: Path) -> Flat:

@@ -48,12 +48,12 @@ def load_suite(settings: EvalConfig, store: ArtefactStore, *, judged: bool = Fal
         part = mistakes.attempt(lambda: _part(kind, settings, files[name], judged))  # noqa: B023
         if part is not None:
             parts.append(part)
-    own_of_user = mistakes.attempt(lambda: users_benchmarks(settings)) or []
-    for benchmark, one in zip(own_of_user, settings.benchmarks, strict=bool(own_of_user)):
+    benchmarks = mistakes.attempt(lambda: users_benchmarks(settings)) or []
+    for benchmark, one in zip(benchmarks, settings.benchmarks, strict=bool(benchmarks)):
         files[benchmark.name] = Path(os.path.expanduser(one.path))
-        users = mistakes.attempt(lambda: _users_part(benchmark, files[benchmark.name]))  # noqa: B023
-        if users is not None:
-            parts.append(users)
+        part = mistakes.attempt(lambda: _users_part(benchmark, files[benchmark.name]))  # noqa: B023
+        if part is not None:
+            parts.append(part)
     mistakes.raise_all()
     return Suite(parts, limit=settings.limit), files
 

@@ -98,7 +98,8 @@ def fuse(model: nn.Module, ranks: Ranks | None = None, *, with_trials: bool = Tr
             fuse_same_bits(model)
         return Fused(refused=Counter({f"model ({why_plain(device)})": 1} if device.type == "cuda" else {}))
     found = fuse_layers(model, with_trials=with_trials)
-    if len(set(ranks.gather(found.words()))) > 1:
+    fused_names = [name for name, module in model.named_modules() if any(module is one for one in found.modules)]
+    if len(set(ranks.gather((*fused_names, *sorted(found.taken.items()))))) > 1:
         for module in found.modules:
             for name in ("forward", ATTRIBUTE):
                 vars(module).pop(name, None)

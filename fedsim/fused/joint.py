@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -107,6 +107,12 @@ def hold_adapters(model: nn.Module) -> Iterator[None]:
     finally:
         for joint in joints:
             joint.release()
+
+
+def adapters_in_use(model: nn.Module) -> Hashable:
+    """Which adapters the model's LoRA layers add at present, for comparison with another time."""
+    layers: list[Any] = [module for module in model.modules() if _has_lora(module)]
+    return frozenset((layer.disable_adapters, layer.merged, tuple(layer.active_adapters)) for layer in layers)
 
 
 def can_be_joint(layers: Sequence[Any]) -> bool:

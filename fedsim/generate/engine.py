@@ -7,7 +7,7 @@ row draws from its own key, so the number of ranks changes no token.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from fedsim import keys
 from fedsim.data.chat import ChatFormat, Conversation, TokenRow, assistant_turn, user_turn
 from fedsim.data.thoughts import MARKS, Thought, opens_thought, read_reply
-from fedsim.fused.joint import hold_adapters
+from fedsim.fused.joint import adapters_in_use, hold_adapters
 from fedsim.generate.decode import Decoder, Made, Request
 from fedsim.generate.graph import Graphs, can_be_captured, capture_cuda, free_cuda, uses_graphs
 from fedsim.generate.score import check_sound, score_unit
@@ -158,6 +158,7 @@ class Engine:
         self.graph_problem: str | None = None
         self.spare_bytes = 0
         self._kept: Decoder | None = None
+        self._kept_adapters: Hashable = None  # in use when its graphs were captured
         self._noted: set[str] = set()
         self.work = Work()
 
@@ -242,7 +243,7 @@ class Engine:
         if decoder.graphs is not None and self.graph_problem is None:
             self._settle_graphs(decoder.graphs)
         if decoder.graphs is not None and self.graph_problem is None and decoder.slots.num_bytes <= self.spare_bytes:
-            self._kept = decoder
+            self._kept, self._kept_adapters = decoder, adapters_in_use(self.model)
         found = self._in_order(units, [values for values, _ in done])
         turns = [(made.num_kept, made.num_prompt, len(made.ids)) for row in found for made, _ in row]
         self.work += decode_work(turns, passes=sum(passes for _, passes in done))
@@ -323,12 +324,14 @@ class Engine:
         return max(ends, default=0)
 
     def _decoder(self, num_rows: int, max_new_tokens: int) -> Decoder:
-        """For the units of one call: the last call's if it was kept and is as large, as graphs read its tensors."""
+        """For the units of one call: the last call's if it is kept and large enough, and the same adapters are used."""
         device = next(self.model.parameters()).device
         num_slots = min(self.batch_size, num_rows)
         kept, self._kept = self._kept, None
-        if kept is not None and kept.slots.num_rows == num_slots and kept.state.max_new_tokens >= max_new_tokens:
-            return kept
+        if kept is not None:
+            is_as_large = kept.slots.num_rows == num_slots and kept.state.max_new_tokens >= max_new_tokens
+            if is_as_large and self._kept_adapters == adapters_in_use(self.model):
+                return kept
         del kept  # before other slots are made
         return Decoder(
             self.model,

@@ -17,8 +17,6 @@ VERSION_FILE: Final = Path("/proc/driver/nvidia/version")
 
 INDEX: Final = "https://download.pytorch.org/whl"
 
-CPU_INDEX: Final = f"{INDEX}/cpu"
-
 SMALLEST_DRIVER: Final = {11: 450, 12: 525, 13: 580}
 """Smallest driver branch that runs a CUDA release family, by its major version."""
 

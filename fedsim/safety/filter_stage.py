@@ -75,7 +75,7 @@ class FilterStage:
         else:
             guard = build(KEY, settings.kind, settings.options, {"guard": settings, "seed": self.config.seed})
             file = source_file(KEY, settings.kind)
-            verdicts = judge_shards(guard, data.shards) if file is None else self._own_verdicts(data, guard, file)
+            verdicts = judge_shards(guard, data.shards) if file is None else self._users_verdicts(data, guard, file)
         return self._filter(data, verdicts)
 
     def compare(self, data: PreparedData) -> dict[str, Filtered]:
@@ -111,7 +111,7 @@ class FilterStage:
         artefact = self.store.get("guard-verdicts", depends, VERSION, compute, _write_verdicts)
         return _shaped(_read_verdicts(artefact.folder, self.config.guard.threshold), data)
 
-    def _own_verdicts(self, data: PreparedData, guard: Guard, file: Path) -> list[list[Verdict]]:
+    def _users_verdicts(self, data: PreparedData, guard: Guard, file: Path) -> list[list[Verdict]]:
         """A user's guard's verdicts, an artefact of its file's content, its options and the rows."""
         settings, ranks = self.config.guard, self.ranks
         rows = [row for shard in data.shards for row in shard]
@@ -138,7 +138,7 @@ class FilterStage:
             done = ranks.map(judge, units, on_done=lambda count: self.on_progress("guard", count, len(units)))
             return [verdict for unit in done for verdict in unit]
 
-        artefact = self.store.get("own-verdicts", depends, VERSION, compute, _write_own_verdicts)
+        artefact = self.store.get("users-guard-verdicts", depends, VERSION, compute, _write_users_verdicts)
         found = json.loads((artefact.folder / "verdicts.json").read_text(encoding="utf-8"))
         return _shaped([Verdict(*one) for one in found], data)
 
@@ -149,7 +149,7 @@ def _shaped(verdicts: Sequence[Verdict], data: PreparedData) -> list[list[Verdic
     return [[next(rest) for _ in shard] for shard in data.shards]
 
 
-def _write_own_verdicts(folder: Path, verdicts: Sequence[Verdict]) -> None:
+def _write_users_verdicts(folder: Path, verdicts: Sequence[Verdict]) -> None:
     write_json(folder / "verdicts.json", [[bool(v.unsafe), float(v.unsafe_prob), bool(v.cut)] for v in verdicts])
 
 

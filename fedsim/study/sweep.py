@@ -99,11 +99,6 @@ def read_records(path: Path) -> list[Record]:
     return records
 
 
-def seeds_of(records: Sequence[Record]) -> list[int]:
-    """All seeds, ascending."""
-    return sorted({int(record["seed"]) for record in records})
-
-
 def figure_sample(records: Sequence[Record], point: Mapping[str, Any], figure: str) -> np.ndarray | None:
     """fp64 ``[num_seeds, 1]`` of a point, ascending by seed; None where it was not measured."""
     found = {

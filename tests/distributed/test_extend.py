@@ -155,7 +155,7 @@ def test_every_example_of_the_page_did_something(together: dict[int, dict[str, A
         assert (row["eval/brevity_short_count"], row["eval/brevity_words_count"]) == (2, 2)
         assert 0 <= row["eval/brevity_short"] <= 100 and row["eval/brevity_words"] > 0
     assert manifest["inputs"]["brevity"]["sha256"] == file_digest(folder / "questions.txt")
-    assert any(name.startswith("own-verdicts-") for name in run["artefacts"])
+    assert any(name.startswith("users-guard-verdicts-") for name in run["artefacts"])
     summary = (run["folder"] / "summary.md").read_text(encoding="utf-8")
     assert "Krum, FL + Words filter under 50 % SignFlip and 20 % OneAnswer" in summary
     assert re.search(r"attack SignFlip: client\(s\) [\d, ]+ \(3 of 6\), rounds 2 to the last", summary)

@@ -16,7 +16,7 @@ from fedsim.attention.forward import IMPLEMENTATIONS
 from fedsim.attention.spans import put
 from fedsim.fused import ops
 from fedsim.fused.choice import fuse_layers
-from fedsim.fused.joint import ATTRIBUTE, JointLinear, hold_adapters
+from fedsim.fused.joint import ATTRIBUTE, JointLinear, adapters_in_use, hold_adapters
 from fedsim.generate import pick as pick_module
 from fedsim.generate.decode import Decoder, Made, Request
 from fedsim.generate.pick import pick
@@ -54,6 +54,18 @@ def made(name: str = "llama") -> tuple[Any, FlatAdapter]:
 
 def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+def test_adapters_in_use_are_told_apart() -> None:
+    model, _ = made()
+    first = adapters_in_use(model)
+    assert first == adapters_in_use(model) != frozenset()
+    with model.disable_adapter():
+        assert adapters_in_use(model) != first
+    model.merge_adapter()
+    assert adapters_in_use(model) != first
+    model.unmerge_adapter()
+    assert adapters_in_use(model) == first
 
 
 def joints(model: nn.Module) -> list[JointLinear]:

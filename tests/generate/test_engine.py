@@ -240,6 +240,20 @@ def test_graphs_are_kept_between_calls_where_slots_fit_into_spare_memory(
     assert engine._kept is None, "slots are given back where something else needs their memory"
 
 
+def test_kept_graphs_serve_the_adapters_that_they_were_captured_with(
+    make_engine: Callable[..., Engine], captured: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine()
+    engine.spare_bytes = 1 << 40
+    engine.generate(CHATS, Sampling(1.0, 20), KEY)
+    kept = engine._kept
+    engine.generate(CHATS, Sampling(1.0, 20), KEY)
+    assert kept is not None and engine._kept is kept
+    monkeypatch.setattr(engine_module, "adapters_in_use", lambda model: "none")
+    engine.generate(CHATS, Sampling(1.0, 20), KEY)
+    assert engine._kept is not None and engine._kept is not kept
+
+
 def test_longer_rows_in_kept_slots_get_graphs_of_their_own(
     make_engine: Callable[..., Engine], captured: list[int]
 ) -> None:
