@@ -147,8 +147,8 @@ def load_module(place: str, what: str, is_own: bool = False) -> ModuleType:
                 if file is not None:
                     _files.setdefault(file, file)
             raise
-        if not is_own and module.__file__ is not None:
-            _files.setdefault(module.__file__, module.__file__)
+        if not is_own and (file := getattr(module, "__file__", None)) is not None:  # built-in modules have none
+            _files.setdefault(file, file)
         return module
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from pathlib import Path
@@ -181,6 +182,64 @@ def test_texts_that_code_was_handed_are_in_no_message_but_one_that_it_means_to_s
         print(1 / 0)
 
 
+@pytest.mark.parametrize("quiet", [False, True])
+def test_what_is_no_fault_of_the_code_passes_through_it(file: Path, quiet: bool) -> None:
+    """Memory, a full disk, and a process that is lost while the code waits in one of fedsim's collectives."""
+    file.write_text(
+        "from fedsim import Guard\n\nclass Calls(Guard):\n    def judge(self, rows):\n        return rows()\n"
+    )
+    guard = build("guard.kind", f"{file}:Calls", {})
+    collective: dict[str, Any] = {}
+    source = "def all_gather():\n    raise RuntimeError('Connection closed by peer')\n"
+    exec(compile(source, "/site-packages/torch/distributed/distributed_c10d.py", "exec"), collective)
+
+    def raising(error: BaseException) -> Any:
+        def call() -> None:
+            raise error
+
+        return call
+
+    for call, kind in (
+        (raising(MemoryError()), MemoryError),
+        (raising(torch.OutOfMemoryError("CUDA out of memory")), torch.OutOfMemoryError),
+        (raising(OSError(errno.ENOSPC, "no space")), OSError),
+        (collective["all_gather"], RuntimeError),
+    ):
+        with pytest.raises(kind), calling("guard", quiet=quiet):
+            guard.judge(call)
+    with pytest.raises(RunError, match="in judge: FileNotFoundError"), calling("guard", quiet=quiet):
+        guard.judge(raising(FileNotFoundError("words.txt")))
+
+
+def test_a_message_from_a_file_that_the_code_imports_is_left_out_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The class itself lies in another file of its package, and calls a third; that one is hashed and named."""
+    package = tmp_path / "door_package"
+    package.mkdir()
+    (package / "__init__.py").write_text("from door_package.guards import Strict\n")
+    (package / "guards.py").write_text(
+        "from fedsim import Guard\nfrom door_package.helper import look\n\n"
+        "class Strict(Guard):\n    def judge(self, rows):\n        return look(rows)\n"
+    )
+    (package / "helper.py").write_text("def look(rows):\n    raise KeyError(rows)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    name = "door_package:Strict"
+    assert source_file("guard.kind", name) == package / "guards.py"
+    guard = build("guard.kind", name, {})
+    with pytest.raises(RunError, match=r"guards.py, line 6, in judge: KeyError$"), calling("guard", quiet=True):
+        guard.judge("the secret row")
+    helper = sys.modules["door_package.helper"]
+    with pytest.raises(RunError, match=r"helper.py, line 2: KeyError$"), calling("guard", quiet=True):
+        helper.look("the secret row")
+
+
+def test_a_function_must_be_python_s() -> None:
+    for name in ("os:system", "builtins:len", "operator:itemgetter"):
+        with pytest.raises(ConfigError, match=r"must be a function of \(reply\), is"):
+            load("eval.advbench_phrases", name)
+
+
 def test_nothing_is_loaded_when_a_configuration_is_read(file: Path, tmp_path: Path) -> None:
     file.write_text("raise AssertionError('loaded')")
     words = [f"federation.algorithm={file}:A", f"guard.kind={file}:B", f"federation.partition={file}:c",
@@ -278,6 +337,8 @@ def test_a_hooks_draws_belong_to_round_and_client(file: Path) -> None:
         ("return replace(outcome, delta=None)", "must keep the shape and type of delta"),
         ("return replace(outcome, control_delta=outcome.delta)", "must keep the shape and type of control_delta"),
         ("return outcome / 2", r"my.py, line 6, in outcome: TypeError"),
+        ("return replace(outcome, weight=float('nan'))", "must keep weight finite and >= 0, is nan"),
+        ("return replace(outcome, weight=-1.0)", "must keep weight finite and >= 0, is -1.0"),
     ],
 )
 def test_what_an_attack_returns_is_checked(file: Path, body: str, words: str) -> None:
@@ -289,6 +350,18 @@ def test_what_an_attack_returns_is_checked(file: Path, body: str, words: str) ->
     near = Updates((1,), torch.ones(1, 4), torch.ones(1, dtype=torch.float64), None, 20)
     with pytest.raises((ConfigError, RunError), match=words):
         active.changed_outcome(outcome(1), 0, ServerState(torch.zeros(4)), near)
+
+
+def test_no_hook_sees_what_another_one_wrote_into_the_colluders(file: Path) -> None:
+    file.write_text(
+        "from dataclasses import replace\nfrom fedsim import Attack\n\nclass Writes(Attack):\n"
+        "    def outcome(self, outcome, state, rng, colluders):\n        colluders.deltas.add_(1)\n"
+        "        return replace(outcome, delta=colluders.deltas[0])\n"
+    )
+    (active,) = attacked(file, ("Writes", 1.0))
+    near = Updates((1,), torch.ones(1, 4), torch.ones(1, dtype=torch.float64), None, 20)
+    found = [active.changed_outcome(outcome(1), 0, ServerState(torch.zeros(4)), near).delta for _ in range(2)]
+    assert torch.equal(found[0], torch.full((4,), 2.0)) and torch.equal(*found)
 
 
 def test_changed_rows_must_be_rows(file: Path) -> None:

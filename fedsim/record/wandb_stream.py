@@ -138,8 +138,7 @@ class WandbStream:
         assert process.stdin is not None
         os.set_blocking(process.stdin.fileno(), False)  # a child that hangs may fill the pipe: no reason to wait
         settings = {**asdict(self.config.wandb), "name": self.config.name, "limit_s": self._limit_s}
-        sent = to_nested(replace(self.config, attacks=[replace(attack, options={}) for attack in self.config.attacks]))
-        self._write(process, {"settings": settings, "config": sent})  # options of attacks may hold texts
+        self._write(process, {"settings": settings, "config": config_to_send(self.config)})
         return process
 
     @staticmethod
@@ -158,3 +157,8 @@ def _reason(answer: str, code: int) -> str:
         return "did not end in time"
     lines = answer.strip().splitlines()
     return lines[-1] if lines else f"its process ended with status {code}"
+
+
+def config_to_send(config: Config) -> dict[str, Any]:
+    """The configuration without options of attacks, which may hold texts of replies."""
+    return to_nested(replace(config, attacks=[replace(attack, options={}) for attack in config.attacks]))

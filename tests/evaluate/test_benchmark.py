@@ -170,6 +170,13 @@ def test_what_is_wrong_with_it_is_said(
     assert "\n" not in str(caught.value) and not any(question in str(caught.value) for question in QUESTIONS[1:])
 
 
+@pytest.mark.parametrize("name", ["square", "constitution", "limit", "every"])
+def test_a_name_that_means_something_else_is_refused(settings: Settings, tmp_path: Path, name: str) -> None:
+    source = BREVITY.replace('name, title = "brevity"', f'name, title = "{name}"').replace('"brevity_', f'"{name}_')
+    with pytest.raises(ConfigError, match=f"the name '{name}' means another file or key"):
+        users_benchmarks(settings(source))
+
+
 def test_names_occur_once(settings: Settings) -> None:
     source = BREVITY.replace('"brevity"', '"hhh"').replace("brevity_", "hhh_own_")
     with pytest.raises(ConfigError, match=r"eval\.benchmarks: the benchmark hhh is there twice"):

@@ -65,6 +65,12 @@ def made_config(*overrides: str) -> Config:
     )
 
 
+def test_options_of_attacks_are_not_sent() -> None:
+    attack = "{kind: relabel.py:OneAnswer, share: 0.5, options: {text: a reply}}"
+    (sent,) = wandb_stream.config_to_send(made_config(f"attacks=[{attack}]"))["attacks"]
+    assert sent["kind"] == "relabel.py:OneAnswer" and sent["share"] == 0.5 and "a reply" not in str(sent)
+
+
 def begin(folder: Path) -> MetricLog:
     """A run directory with its manifest, and the rows of the preparation."""
     folder.mkdir(exist_ok=True)
