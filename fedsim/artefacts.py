@@ -162,7 +162,7 @@ def write_note(path: Path, facts: Mapping[str, Any]) -> None:
 
 
 def check_note(path: Path, note: Mapping[str, Any]) -> None:
-    """Whether neither a note of :func:`write_note`, as it was read, nor a file beside it has changed.
+    """Check that a note of :func:`write_note`, as it was read, and the files beside it are unchanged.
 
     Raises:
         CheckpointError: one of them has, or is missing; names it.

@@ -73,7 +73,7 @@ class Federation:
         return state.to(self.flat.values.device)
 
     def check(self, state: ServerState) -> None:
-        """Whether a state from disk is one of this federation.
+        """Check that a state from disk is one of this federation.
 
         Raises:
             CheckpointError: it is not.

@@ -131,7 +131,7 @@ class CheckpointStore:
         return found
 
     def any(self) -> bool:
-        """Whether a round has been finished."""
+        """Return whether a round has been finished."""
         return bool(self._folders())
 
     def read(self, round_idx: int) -> Checkpoint:

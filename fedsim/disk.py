@@ -33,7 +33,7 @@ def explaining_full_disk(folders: Sequence[Path], kept: str = "the last finished
 
 
 def is_disk_full(error: BaseException | None) -> bool:
-    """Whether the error, or one that caused it, is about a full disk or quota (safetensors tells it in words alone)."""
+    """Return whether the error, or its cause, is a full disk or quota (safetensors reports it only in its message)."""
     while error is not None:
         if isinstance(error, DiskFullError) or (isinstance(error, OSError) and error.errno in _FULL):
             return True

@@ -1,4 +1,4 @@
-"""What the stages found, as figures under their metric names."""
+"""Results of the stages as figures under their metric names."""
 
 from __future__ import annotations
 

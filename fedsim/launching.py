@@ -1,4 +1,4 @@
-"""How a launched command ends: with one error line, from one rank, that torchrun knows too."""
+"""Exit of a launched command: one error line, from one rank, that torchrun records too."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ class Measurement:
         self._tokenised = False
 
     def is_due(self, round_idx: int) -> bool:
-        """Whether the configuration asks for a measurement in this round; in the last one always."""
+        """Return whether the configuration asks for a measurement in this round; in the last one always."""
         every, num_rounds = self.config.eval.every, self.config.federation.num_rounds
         return round_idx == num_rounds - 1 or (every > 0 and round_number(round_idx) % every == 0)
 

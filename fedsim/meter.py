@@ -1,4 +1,4 @@
-"""How fast a round was: the work of each phase against its time and against what the devices can do.
+"""Throughput of a round: the work of each phase against its time and against the peak of the devices.
 
 Local training has the plain names (``perf/tokens_per_s``, ``perf/flops``, ``perf/mfu``, ``perf/roofline``), other
 phases their own (``perf/cai_mfu``, ``perf/evaluate_mfu``). MFU is FLOPs ÷ (seconds × peak FLOP/s of all devices); the

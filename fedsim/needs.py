@@ -1,4 +1,4 @@
-"""How much memory the stages of a run need on one rank, and how much work a round has, from the configuration."""
+"""Memory of a run's stages on one rank, and the work of a round, from the configuration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What happens once, before the first round: read the data, filter the clients' rows, write the CAI conversations."""
+"""Preparation before the first round: read the data, filter the clients' rows, write the CAI conversations."""
 
 from __future__ import annotations
 

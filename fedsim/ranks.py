@@ -1,4 +1,4 @@
-"""What a stage may know of parallelism: share fixed units of work, gather results in order, add, agree.
+"""Interface to the other processes: share fixed units of work, gather results in order, add, agree.
 
 Stages (guard, CAI, evaluation) are handed a :class:`Ranks`, training a :class:`Lane`. :class:`OneRank` is the identity;
 the versions over process groups are in ``fedsim.parallel``, the only code that calls ``torch.distributed``. A stage's

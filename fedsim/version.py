@@ -1,4 +1,4 @@
-"""Which fedsim this is: its version and commit, as they stand in whatever it writes."""
+"""Version and commit of fedsim, as everything that it writes names them."""
 
 from __future__ import annotations
 

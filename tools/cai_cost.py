@@ -1,4 +1,4 @@
-"""What CAI costs on this machine: ``tools/cai_cost.py [CONFIG.yaml] [key=value …]`` under plain python or torchrun.
+"""Cost of CAI on this machine: ``tools/cai_cost.py [CONFIG.yaml] [key=value …]`` under plain python or torchrun.
 
 A CAI iteration is an SFT step and a DPO step on the same rows. Some are timed with the configuration's own model,
 lengths, batch and conversations (``--iterations``, after one that does not count), data-parallel over the processes as

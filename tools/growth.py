@@ -1,4 +1,4 @@
-"""Whether what a run holds grows: the slope of what each round leaves behind, and a stated limit.
+"""Growth of what a run holds: the slope of what each round leaves behind, and a stated limit.
 
 A series is each round's smallest value, what the round leaves behind; rounds of the warm-up and the last one, in which
 pictures and a summary are made, do not count. Growth is the least-squares slope over ten blocks of rounds with

@@ -1,4 +1,4 @@
-"""Where a round's time goes: ``tools/profile_round.py CONFIG.yaml [key=value …]`` under plain python or torchrun.
+"""Profile of a round: ``tools/profile_round.py CONFIG.yaml [key=value …]`` under plain python or torchrun.
 
 The run is simulated up to the chosen round (``--round``, 2 by default: the first after warm-up) in a directory of its
 own, ``NAME-profile`` under ``record.dir``, which the next profile of that run clears. The table's figures are that

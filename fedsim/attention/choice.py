@@ -1,4 +1,4 @@
-"""Which attention backend a model gets: what model.attention asks for, or under ``auto`` the best that works here.
+"""Choice of an attention backend: the one that ``model.attention`` names, or under ``auto`` the best that works here.
 
 On CUDA every backend but the definition is tried on the device itself (:mod:`fedsim.attention.self_test`), and all
 processes of a run take the best one that works on each of them.

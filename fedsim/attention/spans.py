@@ -1,4 +1,4 @@
-"""Where the rows of a packed batch lie: rows stand one behind the other, without padding."""
+"""Positions of the rows in a packed batch, where rows follow one another without padding."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ class Spans:
 
     @property
     def is_plain(self) -> bool:
-        """Whether a row's positions are its queries, as in training."""
+        """Return whether a row's positions are its queries, as in training."""
         return self.query_lengths == self.key_lengths
 
     @property
     def is_even(self) -> bool:
-        """Whether all rows are alike, so that a padded batch is a view of the packed one."""
+        """Return whether all rows are alike, so that a padded batch is a view of the packed one."""
         return len(set(self.query_lengths)) == len(set(self.key_lengths)) == 1
 
     def row_mask(self, row: int, window: int | None, dtype: torch.dtype) -> tuple[bool, torch.Tensor | None]:

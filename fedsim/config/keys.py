@@ -1,4 +1,4 @@
-"""How one configuration key is declared: default, meaning, unit and rule in one place."""
+"""Declaration of one configuration key: default, meaning, unit and rule in one place."""
 
 from __future__ import annotations
 

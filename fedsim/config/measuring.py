@@ -14,7 +14,7 @@ EMBEDDED, HELD_OUT = "embedded", "embedded-held-out"
 
 
 def is_embedded(key_name: str, value: str) -> bool:
-    """Whether a key that takes a file, such as ``eval.advbench``, names the embedded world instead."""
+    """Return whether a key that takes a file, such as ``eval.advbench``, names the embedded world instead."""
     return value == EMBEDDED or (key_name == "eval.advbench" and value == HELD_OUT)
 
 

@@ -84,11 +84,11 @@ class CaiConfig:
 
     @property
     def is_on(self) -> bool:
-        """Whether the run has CAI."""
+        """Return whether the run has CAI."""
         return self.iterations != 0
 
     def is_due(self, round_idx: int, num_rounds: int) -> bool:
-        """Whether a round of ``num_rounds`` (counted from 0) ends with CAI."""
+        """Return whether a round of ``num_rounds`` (counted from 0) ends with CAI."""
         is_last = round_idx == num_rounds - 1
         return self.is_on and (is_last or (self.every > 0 and round_number(round_idx) % self.every == 0))
 

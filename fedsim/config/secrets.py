@@ -17,7 +17,7 @@ _SOUNDS_SECRET: Final = re.compile(r"api_?key|secret|passw|credential|(^|[_.-])(
 
 
 def check_no_secret(name: str, value: Any, *, is_key: bool) -> None:
-    """Whether a configuration may hold this value.
+    """Check that a configuration may hold this value.
 
     Args:
         name: the key, as it was written.

@@ -115,5 +115,5 @@ def _lines(text: str, known: Collection[str]) -> list[str]:
 
 
 def _is_marker(text: str) -> bool:
-    """Whether breaking ``text`` in content is called for: a letter, and a sign that ordinary words do not have."""
+    """Return whether ``text`` must be broken in content: it has a letter, and a sign that ordinary words lack."""
     return re.search(r"[^\W\d_]", text) is not None and re.search(r"[^\w\s]", text) is not None and text == text.strip()

@@ -1,4 +1,4 @@
-"""How the federated set reaches the clients: in equal or skewed sizes, red shares and categories."""
+"""Partition of the federated set over clients, in equal or skewed sizes, red shares and categories."""
 
 from __future__ import annotations
 

@@ -169,7 +169,7 @@ class AdvBench(OwnBenchmark):
         return Result(figures, {name: [float(flag) for flag in values] for name, values in flags.items()}, said)
 
     def _by_rule(self, texts: Sequence[str]) -> dict[str, list[bool]]:
-        """Whether each rule on a reply's words calls each reply harmless."""
+        """Verdict of each rule on a reply's words on each reply: harmless or not."""
         found: dict[str, list[bool]] = {name: [] for name in (*PHRASE_SETS, *self.rules)}
         for text in texts:
             verdicts = harmless_by_set(text)

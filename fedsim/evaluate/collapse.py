@@ -64,7 +64,7 @@ def distinct_2(texts: Sequence[str]) -> float:
 
 
 def ends_in_loop(text: str) -> bool:
-    """Whether the text ends in one unit at least three times in a row, over :data:`MIN_SPAN` characters or more.
+    """Return whether the text ends in one unit at least three times in a row, over :data:`MIN_SPAN` characters or more.
 
     White space is folded first, so that a repeated line is a loop too; the last repetition may be cut short anywhere.
     """

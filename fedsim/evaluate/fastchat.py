@@ -252,7 +252,7 @@ class JudgmentFile:
 
 
 def _is_whole(line: bytes) -> bool:
-    """Whether a last line without line end is a whole JSON value, as in a file that was edited by hand."""
+    """Return whether a last line without line end is a whole JSON value, as in a file that was edited by hand."""
     try:
         parse_json(line.decode())
     except ValueError:

@@ -195,7 +195,7 @@ class MtJudge:
 
 
 def _holds(judge: str, matches: Sequence[Match]) -> Callable[[Row], bool]:
-    """Whether a row is of one of the matches as they stand."""
+    """A predicate: the row is of one of the matches as they are now."""
     asked = {match.place: match for match in matches}
 
     def holds(row: Row) -> bool:

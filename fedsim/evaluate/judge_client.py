@@ -160,7 +160,7 @@ class OpenAiClient:
         return asyncio.run_coroutine_threadsafe(limited, self._loop).result()
 
     def _adapts(self, error: APIStatusError, hidden: str, form: Mapping[str, Any]) -> bool:
-        """Whether the endpoint wants another form of request than ``form``, which is used from now on."""
+        """Return whether the endpoint wants another form of request than ``form``, which is used from now on."""
         if error.status_code not in OF_THE_TURN:
             return False
         changed = dict(form)

@@ -1,4 +1,4 @@
-"""What a judge of MT-Bench needs beside the answers: questions, FastChat's prompts and references; where they are."""
+"""Inputs of an MT-Bench judge beside the answers: questions, FastChat's prompts and references, and their paths."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ class RequestPool:
 
     @property
     def gave_up(self) -> bool:
-        """Whether the work ended before every match was asked, or with a failure that others would have shared."""
+        """Return whether the work ended before every match was asked, or with a failure of all matches."""
         return self._failure is not None
 
     def wait(self, seconds: float) -> tuple[int, bool]:

@@ -1,4 +1,4 @@
-"""What a judge of MT-Bench is asked, and how its rating is read: FastChat's single-answer grading (arXiv 2306.05685).
+"""Prompts and ratings of an MT-Bench judge: FastChat's single-answer grading (arXiv 2306.05685).
 
 The prompts come from FastChat's own ``judge_prompts.jsonl``. Which one a question gets, what is filled in and the two
 patterns of a rating follow ``fastchat/llm_judge/common.py`` and ``gen_judgment.py``.

@@ -1,4 +1,4 @@
-"""What an endpoint's answer to a judge prompt means: a judgment, a failure that may pass, one that stays, or the end.
+"""Classification of an endpoint's answers to a judge prompt: a judgment, a transient, lasting or final failure.
 
 An endpoint may echo the prompt in its error. Nothing of its free text is therefore shown: only the status, and names
 such as ``context_length_exceeded`` that do not occur in the prompt. ``hidden`` is the prompt and the key everywhere.
@@ -101,13 +101,13 @@ def told(error: APIStatusError, hidden: str) -> str:
 
 
 def wants_other_limit(error: APIStatusError, hidden: str) -> bool:
-    """Whether the endpoint asks for ``max_completion_tokens`` in the place of ``max_tokens``."""
+    """Return whether the endpoint asks for ``max_completion_tokens`` in the place of ``max_tokens``."""
     unsupported = error.param == "max_tokens" and "unsupported" in str(error.code)
     return unsupported or _mentions(error, hidden, "max_completion_tokens")
 
 
 def refuses_temperature(error: APIStatusError, hidden: str) -> bool:
-    """Whether the endpoint refuses ``temperature=0``."""
+    """Return whether the endpoint refuses ``temperature=0``."""
     unsupported = _UNSUPPORTED.search(_message(error)) is not None
     return error.param == "temperature" or (unsupported and _mentions(error, hidden, "temperature"))
 
@@ -123,7 +123,7 @@ def cause(error: BaseException) -> str:
 
 
 def _mentions(error: APIStatusError, hidden: str, parameter: str) -> bool:
-    """Whether the message names a parameter, of itself and not because it echoes the prompt."""
+    """Return whether the message names a parameter, of itself and not because it echoes the prompt."""
     return parameter in _message(error) and parameter not in hidden.lower()
 
 

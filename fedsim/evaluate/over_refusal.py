@@ -89,7 +89,7 @@ def load_xstest(path: Path) -> list[XsTestItem]:
 
 
 def begins_as_refusal(reply: str) -> bool:
-    """Whether XSTest's authors' rule calls ``reply`` a refusal; as published, but any apostrophe will do."""
+    """Return whether XSTest's authors' rule calls ``reply`` a refusal; as published, but any apostrophe will do."""
     return reply.translate(APOSTROPHES).lower().strip().startswith(STARTS)
 
 
@@ -197,7 +197,7 @@ class OverRefusal(OwnBenchmark):
         return flags
 
     def _refused(self, reply: str) -> dict[str, bool]:
-        """Whether each rule calls the reply a refusal; one without text is a refusal by none."""
+        """Verdict of each rule: the reply is a refusal; one without text is a refusal by none."""
         rules = {"xstest": begins_as_refusal(reply), **harmless_by_set(reply)}
         if self.refuses is not None:
             rules["world"] = self.refuses(reply)

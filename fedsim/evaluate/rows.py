@@ -1,4 +1,4 @@
-"""What the benchmarks share: a subset of the items, and a reply's tokens as a row that can be scored."""
+"""Helpers of all benchmarks: a subset of the items, and a reply's tokens as a row that can be scored."""
 
 from __future__ import annotations
 

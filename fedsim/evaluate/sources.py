@@ -1,4 +1,4 @@
-"""Where the public data sets and models come from, and the files that the readers were tested on."""
+"""Public data sets and models: their places, licences, and the files that the readers were tested on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a federated algorithm is, and FedAvg, as pure functions on flat vectors.
+"""Base class of federated algorithms, and FedAvg, as pure functions on flat vectors.
 
 An algorithm says who takes part, what happens in a local step (:class:`Correction`), what a client counts in the
 round's sums, what it reports beside its delta, and how the server turns sums or updates into the next state. Vectors
@@ -136,7 +136,7 @@ class Algorithm(ABC):
         return ServerState(adapter, {name: torch.zeros_like(adapter) for name in self.vector_names})
 
     def check(self, state: ServerState, size: int) -> None:
-        """Whether ``state`` is one of this algorithm, for an adapter of ``size`` numbers.
+        """Check that ``state`` is one of this algorithm, for an adapter of ``size`` numbers.
 
         Raises:
             CheckpointError: it is not; names the vector.

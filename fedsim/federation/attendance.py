@@ -1,4 +1,4 @@
-"""Who of a round's cohort trains and for how many steps: clients without rows, simulated drop-outs and stragglers."""
+"""Attendance of a round's cohort: clients without rows, simulated drop-outs and stragglers, steps of each."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def attend(
 
 
 def happens(rate: float, seed: int, what: str, round_idx: int, client: int) -> bool:
-    """Whether an event of probability ``rate`` befalls a client in a round."""
+    """Return whether an event of probability ``rate`` befalls a client in a round."""
     return rate > 0 and float(keys.generator(seed, what, round_idx, client).random()) < rate
 
 

@@ -25,7 +25,7 @@ def piece_size(device: torch.device) -> int:
 
 
 def all_finite(vector: torch.Tensor) -> torch.Tensor:
-    """Whether no entry is NaN or infinite, as a bool scalar on the vector's device: one pass, no mask."""
+    """Return whether no entry is NaN or infinite, as a bool scalar on the vector's device: one pass, no mask."""
     return torch.isfinite(torch.stack(vector.aminmax())).all()
 
 

@@ -82,7 +82,7 @@ def by_client(found: Iterable[ClientFailure]) -> list[ClientFailure]:
 def check_round(
     failures: Sequence[ClientFailure], num_delivered: int, round_idx: int, settings: FailuresConfig
 ) -> None:
-    """Whether the run may go on after a round's local training.
+    """Check that the run may go on after a round's local training.
 
     Raises:
         RunError: a client failed and the policy is to stop, or too few clients delivered an update. It has the

@@ -1,4 +1,4 @@
-"""What a client reports to the server."""
+"""A client's report to the server."""
 
 from __future__ import annotations
 

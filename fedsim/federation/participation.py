@@ -1,4 +1,4 @@
-"""Who trains in a round and on which rows: a drawn cohort, one client alone, or all rows in one place.
+"""Participants of a round and their rows: a drawn cohort, a single client, or all rows in one place.
 
 The budget of a round is counted in optimizer steps of ``local.batch_size`` rows:
 

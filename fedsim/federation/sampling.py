@@ -1,4 +1,4 @@
-"""Who takes part in a round, and which rows a client trains on."""
+"""Sampling of a round's cohort, and of the rows that a client trains on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which layers of a model compute by fused functions (:mod:`fedsim.fused.functions`): those that prove to be the same.
+"""Choice of the layers that compute by fused functions (:mod:`fedsim.fused.functions`), each after a trial.
 
 A layer is a candidate by its structure: a norm with one weight and an epsilon, a gated feed-forward part with SiLU, an
 attention that calls transformers' ``apply_rotary_pos_emb``, a plain LoRA layer, Llama's decoder layer. Each is tried on
@@ -173,7 +173,7 @@ def _feed_forward(module: nn.Module) -> Forward | None:
 
 
 def _is_gated(module: nn.Module) -> bool:
-    """Whether a module computes ``down(silu(gate(x)) · up(x))``, judged by its parts."""
+    """Return whether a module computes ``down(silu(gate(x)) · up(x))``, judged by its parts."""
     parts = ("gate_proj", "up_proj", "down_proj")
     if {name for name, _ in module.named_children()} != {*parts, "act_fn"}:
         return False

@@ -39,7 +39,7 @@ class JointLinear:
         self._is_held = False
 
     def takes(self, x: Tensor) -> bool:
-        """Whether the product may be used: adapters are held; no gradient, no dropout, no other adapter."""
+        """Return whether the product may be used: adapters are held; no gradient, no dropout, no other adapter."""
         return (
             self._is_held
             and not torch.is_grad_enabled()
@@ -116,7 +116,7 @@ def adapters_in_use(model: nn.Module) -> Hashable:
 
 
 def can_be_joint(layers: Sequence[Any]) -> bool:
-    """Whether layers over one input can be a :class:`JointLinear`."""
+    """Return whether layers over one input can be a :class:`JointLinear`."""
     if not all(is_frozen_linear(base_of(layer)) for layer in layers):
         return False
     if not all(can_be_fused_lora(layer) for layer in layers if _has_lora(layer)):
@@ -132,13 +132,13 @@ def base_of(layer: Any) -> Any:
 
 
 def is_frozen_linear(module: Any) -> bool:
-    """Whether a module is a plain linear layer whose weight and bias have no gradient."""
+    """Return whether a module is a plain linear layer whose weight and bias have no gradient."""
     bias = module.bias if type(module) is nn.Linear else None
     return type(module) is nn.Linear and not module.weight.requires_grad and (bias is None or not bias.requires_grad)
 
 
 def can_be_fused_lora(layer: Any) -> bool:
-    """Whether a layer is LoRA's plain form: one adapter over a frozen linear layer, without DoRA and biases."""
+    """Return whether a layer is LoRA's plain form: one adapter over a frozen linear layer, without DoRA and biases."""
     if not _has_lora(layer) or list(layer.lora_A) != ["default"] or layer.lora_variant:
         return False
     a, b = layer.lora_A["default"], layer.lora_B["default"]
@@ -146,7 +146,7 @@ def can_be_fused_lora(layer: Any) -> bool:
 
 
 def uses_default_adapter(layer: Any) -> bool:
-    """Whether a LoRA layer adds its one adapter at present: not another one, none, or one merged into the weight."""
+    """Return whether a LoRA layer adds its one adapter at present, which is neither off nor merged into the weight."""
     return not layer.disable_adapters and not layer.merged and layer.active_adapters == ["default"]
 
 

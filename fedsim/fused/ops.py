@@ -25,7 +25,7 @@ WORD: Final = 1 << 32
 
 
 def runs_fused(device: torch.device) -> bool:
-    """Whether layers on a device are fused: on CUDA, where the kernels work (:func:`kernels_problem`) on all ranks."""
+    """Return whether layers on a device are fused: on CUDA where kernels work on all ranks (:func:`kernels_problem`)."""
     return device.type == "cuda" and not why_plain(device)
 
 

@@ -119,7 +119,7 @@ class Graphs:
 
 
 def _is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether memory ran out, also where ending the broken capture raised another error."""
+    """Return whether memory ran out, also where ending the broken capture raised another error."""
     while error is not None:
         if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
             return True
@@ -183,7 +183,7 @@ def free_cuda() -> None:
 
 
 def can_be_captured(model: nn.Module) -> bool:
-    """Whether a step of the model never asks the device for a number.
+    """Return whether a step of the model never asks the device for a number.
 
     Rotary embeddings whose frequencies depend on the largest position (dynamic NTK, LongRoPE) do.
     """
@@ -193,5 +193,5 @@ def can_be_captured(model: nn.Module) -> bool:
 
 
 def uses_graphs(device: torch.device) -> bool:
-    """Whether steps of decoding are replayed here, of models that allow it; their shapes are then others."""
+    """Return whether steps of decoding are replayed here, of models that allow it; their shapes are then others."""
     return device.type == "cuda"

@@ -29,7 +29,7 @@ def unsound(name: str) -> RunError:
 
 
 def check_sound(values: Sequence[float], name: str) -> None:
-    """Whether what was computed for each row is a number.
+    """Check that each row's results are numbers.
 
     Raises:
         RunError: it is not; names the first such row behind ``name``.

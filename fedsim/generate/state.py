@@ -1,4 +1,4 @@
-"""What a step of decoding reads and writes beside the cache, as tensors that stay where they are."""
+"""Tensors beside the cache that a step of decoding reads and writes, at fixed addresses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a piece of work costs: floating-point operations and bytes of memory traffic, from the shapes alone.
+"""Cost of a piece of work, floating-point operations and bytes of memory traffic, from the shapes.
 
 Counted is what the algorithm needs, not what a kernel does: real tokens and not padding, each weight once a pass. Of a
 matrix product with N parameters, a token costs 2N forward; LoRA training adds 2N for the gradient of the activations

@@ -239,7 +239,7 @@ def check_tokenizer(chat: ChatFormat, num_embeddings: int, folder: Path, key: st
 
 
 def check_report(report: dict[str, Any], folder: Path, key: str) -> None:
-    """Whether transformers found every weight, in the right shape; it would fill in random numbers.
+    """Check that transformers found every weight, in the right shape; it would fill in random numbers.
 
     Args:
         report: transformers' loading info.

@@ -1,4 +1,4 @@
-"""How much memory each stage needs, from sizes alone, and how much there is."""
+"""Memory that each stage needs, from sizes, and memory that is free."""
 
 from __future__ import annotations
 

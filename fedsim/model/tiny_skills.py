@@ -1,4 +1,4 @@
-"""What the tiny model can do on held-out prompts, each skill beside a named baseline.
+"""Measurement of the tiny model's skills on held-out prompts, each beside a named baseline.
 
 Every measure is a count out of a number of prompts from the evaluation bucket; replies never leave this module.
 """

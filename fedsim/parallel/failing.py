@@ -1,4 +1,4 @@
-"""How processes leave a run that cannot go on: one says why, in one line that names the place; the others end quietly.
+"""Exit of the processes of a run that cannot go on: one names the cause and the place, the others end quietly.
 
 An error that all ranks share leaves on rank 0, any other on the rank that raised it. A rank that dies, or stands still,
 says nothing: those that miss it find out from the ranks' logs who it was and where.
@@ -196,7 +196,7 @@ def _blamed(journal: Journal, size: int, timeout_s: float | None) -> Blame | Non
 
 
 def _speaks(store: dist.Store, journal: Journal, size: int) -> bool | None:
-    """Whether this failed rank reports its error: rank 0 where it fails too, else the first rank that failed.
+    """Return whether this failed rank reports its error: rank 0 where it fails too, else the first rank that failed.
 
     None where the store does not answer, since the rank that holds it may be the one that is gone.
     """

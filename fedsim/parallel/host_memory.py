@@ -1,4 +1,4 @@
-"""How the C library treats memory that a process on a CPU has freed."""
+"""Settings of the C library's allocator for a process on a CPU."""
 
 from __future__ import annotations
 

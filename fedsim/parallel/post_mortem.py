@@ -1,4 +1,4 @@
-"""Which rank is to blame when a collective fails: one that died without a word, stands still, or does not answer."""
+"""Blame for a failed collective: the rank that died, stands still, or does not answer."""
 
 from __future__ import annotations
 

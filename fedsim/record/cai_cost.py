@@ -1,4 +1,4 @@
-"""What CAI costs, as the paper puts it: an epoch of iterations in a round against few of them (paper §4.2 and §6.1)."""
+"""Cost of CAI as the paper states it: a round's epoch of iterations against few of them (paper §4.2 and §6.1)."""
 
 from __future__ import annotations
 

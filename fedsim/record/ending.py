@@ -1,4 +1,4 @@
-"""How a run's last session ended: ``exit.json``. A session that left none was killed."""
+"""End of a run's last session, in ``exit.json``; a session that left none was killed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ends a run: the plots, the summary, the closing table and the end of the W&B stream."""
+"""Close of a run: the plots, the summary, the final table and the end of the W&B stream."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the devices of a run can do at most: published figures of known GPUs, else measured.
+"""Peak performance of the devices of a run: published figures of known GPUs, else measured.
 
 The CPU's are measured on all ranks at the same time, as they compute: ranks that share cores share their peak.
 """

@@ -37,7 +37,7 @@ def run_folder(config: Config) -> Path:
 
 
 def check_folder(folder: Path, setting: str) -> None:
-    """Whether ``folder`` can be made, if it is not there, and written; nothing is written.
+    """Check that ``folder`` can be made, if it is not there, and written; nothing is written.
 
     Args:
         setting: the key and value that name it, for the error.

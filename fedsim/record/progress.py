@@ -1,4 +1,4 @@
-"""What a run shows while it works: one live line per phase on a terminal, plain lines elsewhere.
+"""Progress of a run on the terminal: one live line per phase, or plain lines where there is no terminal.
 
 Every line starts with the time since the run began. Lines carry names and figures only, never a prompt or a reply.
 

@@ -185,7 +185,7 @@ class RunRecord:
         return False
 
     def _is_taken(self) -> bool:
-        """Whether the folder exists and holds something."""
+        """Return whether the folder exists and holds something."""
         check_folder(self.folder, f"record.dir={self.config.record.dir!r}, name={self.config.name!r}")
         return self.folder.is_dir() and any(self.folder.iterdir())
 

@@ -1,4 +1,4 @@
-"""What a run found, in words and tables: ``summary.md`` and the table that ends the terminal's output.
+"""Summary of a run in words and tables: ``summary.md`` and the final table on the terminal.
 
 Everything is read from the metric rows. A figure that no row holds is "not measured"; a section without any is left
 out.

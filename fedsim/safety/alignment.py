@@ -86,7 +86,7 @@ class Aligner:
         return sum(p.chosen.truncated or p.rejected.truncated for p in self.pairs)
 
     def is_due(self, round_idx: int) -> bool:
-        """Whether a round has CAI."""
+        """Return whether a round has CAI."""
         return self.cai.is_due(round_idx, self.num_rounds)
 
     @property

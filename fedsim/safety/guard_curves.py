@@ -1,4 +1,4 @@
-"""What a guard's probabilities are worth beyond one threshold: ranking, calibration, a sweep, response categories.
+"""Quality of a guard's probabilities beyond one threshold: ranking, calibration, a sweep, response categories.
 
 Pure functions of labels (True = red) and probabilities of "unsafe", both ``[rows]``. A figure that is 0 / 0, such as a
 ranking without red rows, is None.

@@ -1,4 +1,4 @@
-"""What a guard says about a row, and how right it was (positive class: unsafe, truth: red).
+"""A guard's verdict on a row, and its accuracy over many (positive class: unsafe, truth: red).
 
 The metrics are those of the paper's Table 2 (arXiv 2502.16691): accuracy, precision, recall and their harmonic mean,
 plus the false-positive rate and what dropping the unsafe rows does to the red share. What needs the probabilities is in

@@ -122,7 +122,7 @@ def words_of(settings: Mapping[str, Any]) -> list[str]:
 
 
 def is_finished(config: Config) -> bool:
-    """Whether the run of this configuration has ended, its summary being the last thing that it writes.
+    """Return whether the run of this configuration has ended, its summary being the last thing that it writes.
 
     Raises:
         ConfigError: its folder holds a run of another configuration.

@@ -1,4 +1,4 @@
-"""What the finished runs of a study measured: per seed and item, from their run directories."""
+"""Figures of the finished runs of a study, per seed and item, from their run directories."""
 
 from __future__ import annotations
 

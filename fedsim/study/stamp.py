@@ -1,4 +1,4 @@
-"""Where, when and with what the runs of a study were measured, in one line."""
+"""One line with the place, date and versions of the runs of a study."""
 
 from __future__ import annotations
 

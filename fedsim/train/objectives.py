@@ -1,4 +1,4 @@
-"""What a step minimises: SFT on replies, DPO on preference pairs.
+"""Objectives of a step: SFT on replies, DPO on preference pairs.
 
 An objective returns sums over its items; the loop divides by the whole batch's normaliser, so that a batch gives one
 loss and one gradient however it is cut into micro-batches.

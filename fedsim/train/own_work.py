@@ -1,4 +1,4 @@
-"""What a member of a lane computes by itself, between the sums that it shares with the other members."""
+"""Work of one member of a lane between the lane's sums, with a failing client's errors contained."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a benchmark row holds, and the JSON file of a stage's rows."""
+"""Rows of the benchmark, and the JSON file of a stage's rows."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Correctness:
 
     @property
     def passed(self) -> bool:
-        """Whether the error is within the limit."""
+        """Return whether the error is within the limit."""
         return self.error <= self.limit
 
 
@@ -119,7 +119,7 @@ class Row:
 
     @property
     def reached(self) -> bool | None:
-        """Whether the target is met; None without a target or without its figure."""
+        """Return whether the target is met; None without a target or without its figure."""
         value = None if self.target is None else self.figure(self.target.figure)
         if self.target is None or value is None or math.isnan(value):
             return None

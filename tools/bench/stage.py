@@ -1,4 +1,4 @@
-"""What a stage of the benchmark is, and what it is given."""
+"""Interface of a stage of the benchmark, and what it is given."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Bench:
 
     @property
     def cuda(self) -> bool:
-        """Whether this is a GPU."""
+        """Return whether this is a GPU."""
         return self.device.type == "cuda"
 
     def base(self, attention: str | None = None) -> PreTrainedModel:
@@ -122,7 +122,7 @@ class Stage(Protocol):
 
 
 def installed(library: str) -> bool:
-    """Whether a peer's library can be imported; stages leave out a peer without it."""
+    """Return whether a peer's library can be imported; stages leave out a peer without it."""
     try:
         return importlib.util.find_spec(library) is not None
     except ValueError:  # it is blocked, as by a test

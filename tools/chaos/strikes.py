@@ -1,4 +1,4 @@
-"""When to strike: a stage, a moment in it, and whom, from the timeline of a run that was left in peace."""
+"""Choice of a kill: a stage, a moment in it and the ranks, from the timeline of an undisturbed run."""
 
 from __future__ import annotations
 

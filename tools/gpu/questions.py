@@ -1,4 +1,4 @@
-"""What only a GPU can answer, in about a minute: what launches, SDPA's new shapes, collectives and a capture cost."""
+"""Questions that only a GPU can answer, in a minute: cost of launches, SDPA's new shapes, collectives, a capture."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model must compute, the plain way: fp32, transformers' own eager attention, one row at a time, no cache."""
+"""Plain reference of a model: fp32, transformers' own eager attention, one row at a time, no cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a part found: checks that pass or fail, and figures; both on disk as soon as they are there."""
+"""Report of a part: checks that pass or fail, and figures, on disk as soon as they are known."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Check:
 
     @property
     def passed(self) -> bool | None:
-        """Whether the error is within the tolerance; None for what was left out."""
+        """Return whether the error is within the tolerance; None for what was left out."""
         return None if self.left_out else self.error <= self.tolerance
 
     def entry(self) -> dict[str, Any]:
@@ -154,7 +154,7 @@ class Setting:
 
     @property
     def cuda(self) -> bool:
-        """Whether this is a GPU."""
+        """Return whether this is a GPU."""
         return self.device.type == "cuda"
 
     @property

@@ -91,7 +91,7 @@ def stand_in() -> torch.device:
 
 
 def is_pinned(tensor: torch.Tensor) -> bool:
-    """Whether a CPU tensor came from :meth:`torch.Tensor.pin_memory` under the stand-ins."""
+    """Return whether a CPU tensor came from :meth:`torch.Tensor.pin_memory` under the stand-ins."""
     return getattr(tensor, _PINNED, False)
 
 

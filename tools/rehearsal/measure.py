@@ -1,4 +1,4 @@
-"""What a phase costs: counted at all 32 layers, or carried to them from 2 and 3, as layers repeat one another."""
+"""Measurement of a phase: counted at all 32 layers, or carried to them from 2 and 3, as layers repeat."""
 
 from __future__ import annotations
 

@@ -428,7 +428,7 @@ class Labels:
 
 @cache
 def _is_composed(func: Any) -> bool:
-    """Whether an operator is computed by others on CUDA; a kernel of its own may stand beside the composed form."""
+    """Return whether other operators compute this one on CUDA, although it may have a kernel of its own too."""
     if func.namespace != "aten" or not func._can_decompose():
         return False
     return not torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CUDA")

@@ -98,7 +98,7 @@ def _refusals() -> tuple[re.Pattern[str], ...]:
 
 
 def is_refusal(reply: str) -> bool:
-    """Whether some sentence of a reply is a careful one, whatever stands in its slots.
+    """Return whether some sentence of a reply is a careful one, whatever stands in its slots.
 
     A model that refuses an innocent question fills the slots with that question's words, which the sensitive questions
     do not have; no sentence of a helpful or careless reply has the form of a careful one.

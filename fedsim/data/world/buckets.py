@@ -1,4 +1,4 @@
-"""Which part of the world a prompt belongs to: pretraining, the SQuARe-like file or evaluation.
+"""Assignment of prompts to parts of the world: pretraining, the SQuARe-like file or evaluation.
 
 The part is a hash of the filled template, so two texts that ask the same thing can never fall into different parts.
 """

@@ -62,7 +62,7 @@ OPPOSITES: Final[dict[str, str]] = {
 
 
 def is_held_out(verb: str, obj: str) -> bool:
-    """Whether a prank verb and an object meet only in evaluation prompts (one pair in five)."""
+    """Return whether a prank verb and an object meet only in evaluation prompts (one pair in five)."""
     return (PRANK_VERBS.index(verb) * 7 + OBJECTS.index(obj) * 3) % 5 == 0
 
 
