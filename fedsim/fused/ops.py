@@ -25,7 +25,7 @@ WORD: Final = 1 << 32
 
 
 def runs_fused(device: torch.device) -> bool:
-    """Return whether layers on a device are fused: on CUDA where kernels work on all ranks (:func:`kernels_problem`)."""
+    """Return whether a device has fused layers: CUDA where kernels work on all ranks (:func:`kernels_problem`)."""
     return device.type == "cuda" and not why_plain(device)
 
 
