@@ -22,6 +22,7 @@ from fedsim.evaluate.own import DESCRIBED
 from fedsim.launching import Parser, launched
 from fedsim.record.cai_line import FINDINGS, LAST_ROUND, cai_lines
 from fedsim.record.metrics import MetricLog, Row
+from fedsim.record.sections import POINT_TITLES
 from fedsim.record.summary import TEMPLATES_NOTE, RunFacts, arm_table, controls, eval_points, facts_from
 from fedsim.record.tables import duration
 from fedsim.record.timers import top_level_seconds
@@ -104,9 +105,7 @@ def page(found: dict[str, Any]) -> str:
 
 def _letter(rows: list[Row]) -> str:
     """HHH by the paper's metric at every point."""
-    shown = [
-        f"{row['point'].replace('_', ' ')} {row['eval/hhh_letter']:.1f}" for row in rows if "eval/hhh_letter" in row
-    ]
+    shown = [f"{POINT_TITLES[row['point']]} {row['eval/hhh_letter']:.1f}" for row in rows if "eval/hhh_letter" in row]
     return (
         f"HHH above is by likelihood; by letter, the paper's metric, in percent: {', '.join(shown)}." if shown else ""
     )
