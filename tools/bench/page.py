@@ -12,7 +12,6 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:] = [str(ROOT), *(p for p in sys.path if Path(p).resolve() != Path(__file__).resolve().parent)]
 
 from fedsim.launching import Parser, launched  # noqa: E402
-from tools.bench.measured_code import code_digest  # noqa: E402
 from tools.bench.rows import StageResult  # noqa: E402
 from tools.bench.table import markdown_table, strongest_peers  # noqa: E402
 
@@ -39,11 +38,11 @@ def devices(results: Path) -> list[list[StageResult]]:
     return found
 
 
-def page(results: Path = RESULTS, root: Path = ROOT) -> str:
+def page(results: Path = RESULTS) -> str:
     """The result page: for every device the strongest peers, all rows, and where they were measured."""
     parts = ["# Benchmark", INTRODUCTION]
     for stages in devices(results):
-        parts += [f"## {stages[0].facts['device']}", *provenance(stages, root)]
+        parts += [f"## {stages[0].facts['device']}", *provenance(stages)]
         peers = strongest_peers(stages)
         if peers.rows:
             parts += ["### Strongest peers", peers.markdown()]
@@ -51,8 +50,8 @@ def page(results: Path = RESULTS, root: Path = ROOT) -> str:
     return "\n\n".join(parts if len(parts) > 2 else [*parts, NONE]) + "\n"
 
 
-def provenance(results: Sequence[StageResult], root: Path = ROOT) -> list[str]:
-    """``Measured on …``, once for every different set of facts, and a mark for rows of older code."""
+def provenance(results: Sequence[StageResult]) -> list[str]:
+    """``Measured on …``, once for every different set of facts, with the commit that was measured."""
     lines: dict[str, list[str]] = {}
     for result in results:
         facts = result.facts
@@ -65,11 +64,7 @@ def provenance(results: Sequence[StageResult], root: Path = ROOT) -> list[str]:
             f"{facts['date'][:10]}, commit {(facts['commit'] or 'unknown')[:10]}"
         )
         lines.setdefault(line, []).append(result.stage)
-    found = ["\n".join(f"Measured on {line} ({', '.join(stages)})." for line, stages in lines.items())]
-    older = [result.stage for result in results if result.facts.get("code") != code_digest(result.stage, root)]
-    if older:
-        found.append(f"**Older than the code they speak of**, which has changed since: {', '.join(older)}.")
-    return found
+    return ["\n".join(f"Measured on {line} ({', '.join(stages)})." for line, stages in lines.items())]
 
 
 def write(_: argparse.Namespace) -> None:

@@ -32,7 +32,6 @@ from fedsim.record.manifest import hardware, package_versions  # noqa: E402
 from fedsim.terminal import steady_terminal  # noqa: E402
 from fedsim.version import git_state  # noqa: E402
 from tools.bench import models  # noqa: E402
-from tools.bench.measured_code import code_digest  # noqa: E402
 from tools.bench.rows import Row, StageResult  # noqa: E402
 from tools.bench.stage import Bench, LeftOut, Stage, memory_given_back  # noqa: E402
 from tools.bench.table import table  # noqa: E402
@@ -99,7 +98,7 @@ def run_stage(stage: Stage, bench: Bench, facts: Mapping[str, Any]) -> StageResu
         with memory_given_back(bench):
             rows = list(stage.time(replace(bench, budget_s=left, wrong=wrong)))
     bench.say(f"{stage.name}: {time.perf_counter() - began:.0f} s")
-    return StageResult(stage.name, {**facts, "code": code_digest(stage.name)}, checks, rows)
+    return StageResult(stage.name, facts, checks, rows)
 
 
 def run(

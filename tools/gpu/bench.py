@@ -10,7 +10,6 @@ from typing import Final
 import torch
 
 from tools.bench import aggregation, generation, guard, models
-from tools.bench.measured_code import code_digest
 from tools.bench.rows import Row, StageResult
 from tools.bench.run import facts_of, load_stage, slug
 from tools.bench.stage import Bench, memory_given_back
@@ -44,7 +43,7 @@ def run(setting: Setting, report: Report, name: str) -> None:
         bench = replace(bench, repeats=1)
         _shrink()
     stage = load_stage(name)
-    facts = {**facts_of(_as_it_is(bench), setting.commit), "code": code_digest(name)}
+    facts = facts_of(_as_it_is(bench), setting.commit)
     with memory_given_back(bench):
         checks = stage.check(bench)
     report.take(checks)

@@ -5,9 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import pytest
-
-from tools.bench.measured_code import code_digest
 from tools.bench.page import NONE, page
 from tools.bench.rows import Percentiles, Row, StageResult, Target
 
@@ -28,32 +25,23 @@ def row(peer: str | None, peer_s: float, target: Target | None = None, name: str
     return Row("a", name, "float32", {}, one, 3, peer=peer, peer_seconds=peers, floor_s=0.5, target=target)
 
 
-@pytest.fixture()
-def checkout(tmp_path: Path) -> Path:
-    """A checkout whose package is one module."""
-    module = tmp_path / "checkout" / "fedsim" / "one.py"
-    module.parent.mkdir(parents=True)
-    module.write_text('"""Text."""\n\ndef f(x):\n    """Doc."""\n    return x + 1  # comment\n')
-    return tmp_path / "checkout"
-
-
 def written(folder: Path, rows: list[Row], **facts: object) -> Path:
     StageResult("a", FACTS | facts, [], rows).write(folder / "results" / "cpu" / "a.json")
     return folder / "results"
 
 
-def test_the_page_has_every_row_with_and_without_a_target(tmp_path: Path, checkout: Path) -> None:
+def test_the_page_has_every_row_with_and_without_a_target(tmp_path: Path) -> None:
     rows = [row("p", 2.0, Target("ratio", 1.5)), row("q", 1.2), row(None, 0.0, name="aside")]
-    results = written(tmp_path, rows, code=code_digest("a", checkout))
-    lines = page(results, checkout).splitlines()
+    results = written(tmp_path, rows)
+    lines = page(results).splitlines()
     assert "| a | fast | p | 1 s | 2 s | 2.00 x | 3 | – | ratio ≥ 1.5: reached | 50 % |" in lines
     assert "| a | fast | q | 1 s | 1.2 s | 1.20 x | 3 | – | – | 50 % |" in lines
     assert any("| a | aside |" in line for line in lines)
 
 
-def test_the_page_names_the_strongest_peer_of_each_piece_of_work(tmp_path: Path, checkout: Path) -> None:
+def test_the_page_names_the_strongest_peer_of_each_piece_of_work(tmp_path: Path) -> None:
     rows = [row("weak", 2.0, Target("ratio", 1.5)), row("strong", 0.9), row("middle", 1.2), row("only", 3.0, name="b")]
-    text = page(written(tmp_path, rows, code=code_digest("a", checkout)), checkout)
+    text = page(written(tmp_path, rows))
     _, device, peers, every = re.split(r"^###? .*$", text, flags=re.MULTILINE)
     assert device.strip() == (
         "Measured on A Processor, 2 thread(s), micro, torch 2.13.0, transformers 5.23.0, peft 0.21.2, no TRL, "
@@ -64,21 +52,6 @@ def test_the_page_names_the_strongest_peer_of_each_piece_of_work(tmp_path: Path,
         "| a | b | only | 1 s | 3 s | 3.00 x |",
     ]
     assert len(every.strip().splitlines()) == 2 + len(rows)
-
-
-def test_rows_of_older_code_are_marked(tmp_path: Path, checkout: Path) -> None:
-    results = written(tmp_path, [row("p", 2.0)], code=code_digest("a", checkout))
-    mark = "**Older than the code they speak of**, which has changed since: a."
-    assert mark not in page(results, checkout)
-    module = checkout / "fedsim" / "one.py"
-    module.write_text('"""Other text."""\n\ndef f(x):\n    return x + 1\n')
-    assert mark not in page(results, checkout), "docstrings and comments do not count"
-    module.write_text("def f(x):\n    return x + 2\n")
-    assert mark in page(results, checkout)
-
-
-def test_rows_without_a_digest_are_marked(tmp_path: Path, checkout: Path) -> None:
-    assert "Older than the code" in page(written(tmp_path, [row("p", 2.0)]), checkout)
 
 
 def test_without_rows_the_page_says_so(tmp_path: Path) -> None:
