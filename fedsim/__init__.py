@@ -11,15 +11,15 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from fedsim.api import Result, simulate
-    from fedsim.benchmarks import Figure
+    from fedsim.base.figures import Figure
     from fedsim.data.square import SquareRow
     from fedsim.evaluate.benchmark import Benchmark
+    from fedsim.evaluate.confusion import Verdict
     from fedsim.federation.algorithms import Algorithm, Correction, FedAvg, RoundSums, ServerState, Updates
     from fedsim.federation.attacks import Attack
     from fedsim.federation.outcome import ClientOutcome
     from fedsim.generate.engine import Dialogues, Sampling
     from fedsim.safety.guard import Guard
-    from fedsim.safety.verdict import Verdict
 
 _PLACES = {
     "Algorithm": "fedsim.federation.algorithms",
@@ -29,7 +29,7 @@ _PLACES = {
     "Correction": "fedsim.federation.algorithms",
     "Dialogues": "fedsim.generate.engine",
     "FedAvg": "fedsim.federation.algorithms",
-    "Figure": "fedsim.benchmarks",
+    "Figure": "fedsim.base.figures",
     "Guard": "fedsim.safety.guard",
     "Result": "fedsim.api",
     "RoundSums": "fedsim.federation.algorithms",
@@ -37,7 +37,7 @@ _PLACES = {
     "ServerState": "fedsim.federation.algorithms",
     "SquareRow": "fedsim.data.square",
     "Updates": "fedsim.federation.algorithms",
-    "Verdict": "fedsim.safety.verdict",
+    "Verdict": "fedsim.evaluate.confusion",
     "simulate": "fedsim.api",
 }
 """Where each public name lies; loaded when it is first asked for, so that ``import fedsim`` takes no time."""
@@ -66,6 +66,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from fedsim.user_code import load_target
+    from fedsim.base.user_code import load_target
 
     return load_target(f"{_PLACES[name]}:{name}")

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
+from fedsim.base.errors import FedsimError, RunError
 from fedsim.config import Config, flat_from_file, from_flat, to_flat, with_overrides
-from fedsim.errors import FedsimError, RunError
 from fedsim.parallel.world import process_world
-from fedsim.record.items import read_items
+from fedsim.record.folders import run_folder
 from fedsim.record.metrics import Row, read_rows
-from fedsim.record.places import run_folder
-from fedsim.simulation import Simulation
+from fedsim.record.outcomes import read_items
+from fedsim.run.simulation import Simulation
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from fedsim.errors import ConfigError
-from fedsim.user_code import calling, load_module, load_target, register
+from fedsim.base.errors import ConfigError
+from fedsim.base.user_code import calling, load_module, load_target, register
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ KINDS: Final = {
             "openfedllm-fixed": Own("fedsim.evaluate.phrases:openfedllm_fixed", "openfedllm-fixed"),
             "gcg": Own("fedsim.evaluate.phrases:gcg", "gcg"),
             "strict": Own("fedsim.evaluate.phrases:begins_with_refusal", "strict"),
-            "strict_world": Own("fedsim.data.world:judge_reply", "strict_world"),
+            "strict_world": Own("fedsim.world:judge_reply", "strict_world"),
         },
         takes=("reply",),
     ),

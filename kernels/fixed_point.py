@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from fedsim import reused
+from fedsim.base import reused
 
 # fp64 numbers converted at a time by one CPU thread: 2 MiB. Waking the threads for an operation and
 # waiting for them costs 5 to 10 µs: half as many numbers took 12 % longer, and eight times as many,

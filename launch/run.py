@@ -6,9 +6,9 @@ from __future__ import annotations
 import os
 import sys
 
+from fedsim.base.launching import launched
 from fedsim.config import Config, load_config
 from fedsim.config.command_line import Command, parse_command
-from fedsim.launching import launched
 
 
 def read() -> tuple[Command, Config]:
@@ -20,7 +20,7 @@ def read() -> tuple[Command, Config]:
 def simulate(asked: tuple[Command, Config]) -> None:
     """Join the processes, run or only check, and leave them in every case."""
     from fedsim.parallel.world import process_world
-    from fedsim.simulation import Simulation
+    from fedsim.run.simulation import Simulation
 
     command, config = asked
     if command.local_rank is not None:

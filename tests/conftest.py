@@ -18,9 +18,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fedsim.attention.forward import IMPLEMENTATIONS
 from fedsim.data.chat import ChatFormat
-from fedsim.data.world import square_rows
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.model.load import LoadedModel, LoraSettings, attach_lora
+from fedsim.world import square_rows
 
 ROOT = Path(__file__).parents[1]
 LLAMA3_TEMPLATE = (

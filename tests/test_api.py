@@ -13,8 +13,8 @@ import torch
 
 import fedsim
 from fedsim.api import configuration
+from fedsim.base.errors import ConfigError, RunError
 from fedsim.config import load_config
-from fedsim.errors import ConfigError, RunError
 
 SMALL = Path(__file__).parent / "distributed" / "small.yaml"
 BRIEF = {

@@ -29,20 +29,20 @@ from transformers import (
     Qwen3Config,
 )
 
+from fedsim.attention.prefix import candidate_logits, read_head
+from fedsim.base.ranks import OneRank
 from fedsim.config import load_config
 from fedsim.data.batch import collate
 from fedsim.data.chat import ChatFormat, Conversation, TokenRow, assistant_turn, user_turn
-from fedsim.data.world import square_rows
 from fedsim.generate.decode import Decoder, Request
-from fedsim.generate.prefix import candidate_logits, read_head
 from fedsim.model.load import LoadedModel, LoraSettings, load_model
 from fedsim.model.logprobs import target_logprobs
 from fedsim.parallel.world import process_world
-from fedsim.ranks import OneRank
-from fedsim.record import finish
 from fedsim.record.metrics import read_rows
+from fedsim.report import finish
+from fedsim.run.simulation import Simulation
 from fedsim.safety.guard import LlamaGuard
-from fedsim.simulation import Simulation
+from fedsim.world import square_rows
 
 ALTERNATE = (
     "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"

@@ -18,16 +18,17 @@ from typing import Any
 import pytest
 import torch
 
-from fedsim.artefacts import Artefact, ArtefactStore, digest_of
+from fedsim.base.artefacts import Artefact, ArtefactStore, digest_of
+from fedsim.base.ranks import OneRank
 from fedsim.config import CaiConfig, Config, EvalConfig, GuardConfig, code_names, code_role, load_config, to_flat
-from fedsim.data.prepare import PreparedData, prepare_data
+from fedsim.data.prepared import PreparedData
 from fedsim.data.square import SquareRow
 from fedsim.evaluate.own import OWN
-from fedsim.evaluate.stage import load_suite
 from fedsim.extend import source_file
 from fedsim.parallel.world import World
-from fedsim.preparation import Inputs, Preparation
-from fedsim.ranks import OneRank
+from fedsim.run.benchmarks import load_suite
+from fedsim.run.preparation import Inputs, Preparation
+from fedsim.run.prepare import prepare_data
 from fedsim.safety.filter_stage import FilterStage
 from fedsim.safety.guard_model import GuardModel
 

@@ -19,13 +19,13 @@ from typing import Any, Final
 import pytest
 from safetensors.torch import load_file
 
+from fedsim import world
 from fedsim.config import load_config
-from fedsim.data import prepare, world
 from fedsim.data.square import from_arrow
-from fedsim.evaluate import shared
 from fedsim.parallel.world import process_world
+from fedsim.run import prepare, pretrained
+from fedsim.run.simulation import Simulation
 from fedsim.safety import cai_stage, filter_stage, guard_model
-from fedsim.simulation import Simulation
 
 GOLDEN: Final = Path(__file__).with_name("golden_artefacts.json")
 SMALL: Final = Path(__file__).parent / "distributed" / "small.yaml"
@@ -80,10 +80,10 @@ KINDS: Final[dict[str, tuple[str, int, Callable[[Path], Content]]]] = {
     "guard-adapter": ("fedsim.safety.guard_model.VERSION", guard_model.VERSION, _adapter),
     "guard-verdicts": ("fedsim.safety.filter_stage.VERSION", filter_stage.VERSION, _verdicts),
     "cai-conversations": ("fedsim.safety.cai_stage.VERSION", cai_stage.VERSION, _conversations),
-    "pretrained-evaluation": ("fedsim.evaluate.shared.VERSION", shared.VERSION, _evaluation),
-    "square-rows": ("fedsim.data.prepare.ROWS_VERSION", prepare.ROWS_VERSION, _rows),
+    "pretrained-evaluation": ("fedsim.run.pretrained.VERSION", pretrained.VERSION, _evaluation),
+    "square-rows": ("fedsim.run.prepare.ROWS_VERSION", prepare.ROWS_VERSION, _rows),
     **{
-        f"world-{name}": ("fedsim.data.world.VERSION", world.VERSION, _file)
+        f"world-{name}": ("fedsim.world.VERSION", world.VERSION, _file)
         for name in ("square", "advbench", "hhh", "mt-bench", "xstest", "helpful")
     },
 }

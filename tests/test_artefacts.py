@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from fedsim import artefacts
-from fedsim.artefacts import Artefact, ArtefactStore, digest_of, file_digest
-from fedsim.ranks import OneRank
-from fedsim.version import made_by, maker
+from fedsim.base import artefacts
+from fedsim.base.artefacts import Artefact, ArtefactStore, digest_of, file_digest
+from fedsim.base.ranks import OneRank
+from fedsim.base.version import made_by, maker
 
 
 class Counting:

@@ -11,20 +11,20 @@ from typing import Any
 import pytest
 import torch
 
-from fedsim.assembly import Federation, assemble
 from fedsim.attention.forward import IMPLEMENTATIONS
+from fedsim.base.errors import CheckpointError, RunError
+from fedsim.base.ranks import OneRank
 from fedsim.config import Config, load_config
 from fedsim.data.square import SquareRow
-from fedsim.errors import CheckpointError, RunError
 from fedsim.federation.algorithms import Algorithm, RoundSums, ServerState
 from fedsim.federation.attendance import attend
 from fedsim.federation.participation import SampledCohort
 from fedsim.federation.proximal import ProximalTerm
 from fedsim.federation.sampling import sample_cohort
 from fedsim.federation.scaffold import CONTROL, Scaffold
-from fedsim.local_rows import tokenise
 from fedsim.parallel.world import World
-from fedsim.ranks import OneRank
+from fedsim.run.local_rows import tokenise
+from fedsim.run.resident import Federation, assemble
 from fedsim.train.loop import StepSettings
 
 CPU = torch.device("cpu")

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedsim.artefacts import SEAL, digest_of
-from fedsim.checkpoint import FORMAT, Checkpoint, CheckpointStore
+from fedsim.base.artefacts import SEAL, digest_of
+from fedsim.base.errors import CheckpointError
+from fedsim.base.version import made_by, maker
 from fedsim.config import FederationConfig, ServerOptimizerConfig
-from fedsim.errors import CheckpointError
 from fedsim.federation.algorithms import ServerState
 from fedsim.federation.registry import build_algorithm
-from fedsim.version import made_by, maker
+from fedsim.record.checkpoint import FORMAT, Checkpoint, CheckpointStore
 
 
 def made(round_idx: int, names: tuple[str, ...] = ("control",)) -> Checkpoint:

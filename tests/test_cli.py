@@ -16,13 +16,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from fedsim.artefacts import file_digest
+from fedsim.base.artefacts import file_digest
+from fedsim.base.version import made_by, maker
 from fedsim.config import describe
-from fedsim.data.world import square_rows
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.model.load import EMBEDDED, LoraSettings, load_model
 from fedsim.record.metrics import read_rows
-from fedsim.version import made_by, maker
+from fedsim.world import square_rows
 
 ROOT = Path(__file__).parents[1]
 SMALL = "tests/distributed/small.yaml"

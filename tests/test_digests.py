@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from fedsim import digests
-from fedsim.digests import NAME, FileDigests
+from fedsim.base import digests
+from fedsim.base.digests import NAME, FileDigests
 
 OLD_S = 1_000_000_000
 

@@ -14,19 +14,19 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from fedsim import preflight
-from fedsim.artefacts import file_digest
+from fedsim.base.artefacts import file_digest
+from fedsim.base.disk import explaining_full_disk, is_disk_full
+from fedsim.base.errors import DataError, DiskFullError, FedsimError
+from fedsim.base.journal import Journal
+from fedsim.base.ranks import OneRank
 from fedsim.config import load_config
-from fedsim.data.world import square_rows
-from fedsim.disk import explaining_full_disk, is_disk_full
-from fedsim.errors import DataError, DiskFullError, FedsimError
-from fedsim.parallel.failing import portable
+from fedsim.parallel.exits import portable
 from fedsim.parallel.world import World
-from fedsim.ranks import OneRank
-from fedsim.record.journal import Journal
+from fedsim.record.folders import DiskRoom
 from fedsim.record.metrics import decided_rows, read_rows
-from fedsim.record.places import DiskRoom
-from fedsim.simulation import Simulation
+from fedsim.run import checks
+from fedsim.run.simulation import Simulation
+from fedsim.world import square_rows
 
 SMALL = Path(__file__).parent / "distributed" / "small.yaml"
 BRIEF = ["guard.kind=none", "cai.iterations=0", "eval.limit=1", "eval.advbench=", "eval.mt_bench=", "eval.every=0",
@@ -63,7 +63,7 @@ def test_a_run_whose_disk_fills_up_goes_on_once_there_is_space(
     small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The disk had room when the run was checked, and something else took it."""
-    monkeypatch.setattr(preflight, "check_disk", lambda *args: DiskRoom(0, 0, 0, small_disk))
+    monkeypatch.setattr(checks, "check_disk", lambda *args: DiskRoom(0, 0, 0, small_disk))
     with pytest.raises(
         DiskFullError, match=rf"no room for what is to be written \([\d,]+ bytes free at {small_disk}"
     ) as caught:

@@ -13,19 +13,19 @@ import pytest
 import torch
 import yaml
 
-from fedsim.artefacts import file_digest
+from fedsim.base.artefacts import file_digest
+from fedsim.base.errors import ConfigError, DataError, RunError
+from fedsim.base.user_code import calling
 from fedsim.config import AttackConfig, Config, from_flat, load_config, to_flat, to_nested
 from fedsim.data.square import SquareRow
-from fedsim.errors import ConfigError, DataError, RunError
 from fedsim.extend import KINDS, build, check_name, load, source_file, title
 from fedsim.federation.algorithms import ServerState, Updates
 from fedsim.federation.attacks import build_attacks
 from fedsim.federation.outcome import ClientOutcome
-from fedsim.preflight import check_code
 from fedsim.record.groups import settings_of
-from fedsim.record.paper import arm_of
 from fedsim.record.sameness import compare
-from fedsim.user_code import calling
+from fedsim.report.paper import arm_of
+from fedsim.run.checks import check_code
 
 CODE = """
 from dataclasses import replace
@@ -165,7 +165,7 @@ def test_a_file_that_cannot_be_imported(
 
 def test_texts_that_code_was_handed_are_in_no_message_but_one_that_it_means_to_show(file: Path) -> None:
     file.write_text(
-        "from fedsim import Guard\nfrom fedsim.errors import DataError\n\nclass Bad(Guard):\n"
+        "from fedsim import Guard\nfrom fedsim.base.errors import DataError\n\nclass Bad(Guard):\n"
         "    def judge(self, rows):\n        if rows == 'told':\n            raise DataError('row 3 has no tag')\n"
         "        raise KeyError(rows)\n"
     )

@@ -13,21 +13,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedsim import cohort as cohort_module
-from fedsim.cohort import agreed_checksums
+from fedsim.base.errors import ConfigError, RunError
+from fedsim.base.journal import in_words
+from fedsim.base.ranks import OneRank
 from fedsim.config import load_config
-from fedsim.errors import ConfigError, RunError
 from fedsim.federation.algorithms import ADAPTER
 from fedsim.federation.attendance import happens, straggler_steps
 from fedsim.federation.failures import ClientFailure
 from fedsim.federation.sampling import sample_cohort
 from fedsim.federation.scaffold import CONTROL
 from fedsim.parallel.world import World
-from fedsim.ranks import OneRank
-from fedsim.record import finish
-from fedsim.record.journal import in_words
 from fedsim.record.metrics import Row, read_rows
-from fedsim.simulation import Simulation
+from fedsim.report import finish
+from fedsim.run import cohort as cohort_module
+from fedsim.run.cohort import agreed_checksums
+from fedsim.run.simulation import Simulation
 
 SMALL = Path(__file__).parent / "distributed" / "small.yaml"
 BRIEF = ["guard.kind=none", "cai.iterations=0", "eval.every=0", "eval.limit=1", "eval.advbench=", "eval.mt_bench=",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fedsim import figures
+from fedsim.run import stage_metrics
 from fedsim.safety.cai_data import CaiRow
 from fedsim.safety.cai_findings import Finding
 
@@ -15,7 +15,7 @@ def row(response: str, revision: str) -> CaiRow:
 
 def test_signs_of_collapse_in_responses_and_revisions() -> None:
     rows = [row("It is Orla.", "no no no no no no no no"), row("It is Pim.", ""), row("", "I cannot know.")]
-    assert figures.of_cai_texts(rows) == pytest.approx({
+    assert stage_metrics.of_cai_texts(rows) == pytest.approx({
         "cai/response_num_texts": 3,
         "cai/revision_num_texts": 3,
         "cai/response_distinct_2": 75.0,  # "It is" twice
@@ -36,7 +36,7 @@ def test_shares_of_findings_with_their_counts() -> None:
         Finding(False, False, True),
         Finding(False, None, True),
     ]
-    metrics = figures.of_cai_findings(found)
+    metrics = stage_metrics.of_cai_findings(found)
     assert {name: value for name, value in metrics.items() if not name.endswith(("_low", "_high"))} == {
         "cai/harmful_response": 50.0,
         "cai/harmful_response_count": 4,
@@ -46,5 +46,5 @@ def test_shares_of_findings_with_their_counts() -> None:
         "cai/repaired_revision_count": 4,
     }
     assert 0 < metrics["cai/repaired_revision_low"] < 25 < metrics["cai/repaired_revision_high"]
-    assert figures.of_cai_findings([]) == {}
-    assert not any("critique" in name for name in figures.of_cai_findings([Finding(True, None, True)]))
+    assert stage_metrics.of_cai_findings([]) == {}
+    assert not any("critique" in name for name in stage_metrics.of_cai_findings([Finding(True, None, True)]))

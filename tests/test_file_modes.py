@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fedsim.base.ranks import OneRank
+from fedsim.base.tensor_file import write_tensors
 from fedsim.config import load_config
 from fedsim.parallel.world import World
-from fedsim.ranks import OneRank
-from fedsim.simulation import Simulation
-from fedsim.tensor_file import write_tensors
+from fedsim.run.simulation import Simulation
 
 ROOT = Path(__file__).parents[1]
 SMALL = ROOT / "tests" / "distributed" / "small.yaml"
@@ -74,4 +74,4 @@ def test_no_other_writer_makes_private_files() -> None:
     for path in (ROOT / "fedsim").rglob("*.py"):
         source = path.read_text(encoding="utf-8")
         for word in ("save_file(", "mkstemp(", "NamedTemporaryFile(", "mkdtemp("):
-            assert word not in source, f"{path}: {word}...) ignores the umask; use fedsim.tensor_file or open()"
+            assert word not in source, f"{path}: {word}...) ignores the umask; use fedsim.base.tensor_file or open()"

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from fedsim.attention.choice import Choice
 from fedsim.config import Config, from_flat, load_config, to_flat
-from fedsim.fitting import GPUS, LEVERS, USABLE, Fit, fits_by_gpu, fitting, with_effective_keys
 from fedsim.model.shape import ModelShape
-from fedsim.needs import memory_needs
+from fedsim.run.fitting import GPUS, LEVERS, USABLE, Fit, fits_by_gpu, fitting, with_effective_keys
+from fedsim.run.needs import memory_needs
 from tests.model.test_memory import BIG
 
 GIB = 2**30

@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 import torch
 
-from fedsim import assembly
+from fedsim.base.ranks import OneRank
 from fedsim.config import load_config
 from fedsim.model.load import LoadedModel, load_model
 from fedsim.parallel.world import World
-from fedsim.ranks import OneRank
-from fedsim.record import finish
+from fedsim.report import finish
+from fedsim.run import resident
+from fedsim.run.simulation import Simulation
 from fedsim.safety import guard_model
-from fedsim.simulation import Simulation
 
 SMALL = Path(__file__).parent / "distributed" / "small.yaml"
 MIB = 2**20
@@ -61,7 +61,7 @@ def test_no_stage_writes_to_a_base_model(places: list[str], monkeypatch: pytest.
         loaded.append((model, digest(model.base)))
         return model
 
-    monkeypatch.setattr(assembly, "load_model", watched)
+    monkeypatch.setattr(resident, "load_model", watched)
     monkeypatch.setattr(guard_model, "load_model", watched)
     brief = ["federation.num_rounds=3", "eval.limit=2", "eval.every=1", "eval.max_new_tokens=4", "local.steps=2",
              "guard.kind=llama_guard", "eval.guard_judge=tuned", "guard.tune_epochs=0.5"]  # fmt: skip

@@ -13,21 +13,21 @@ import numpy as np
 import pytest
 import torch
 
-from fedsim.assembly import Federation, assemble
+from fedsim.base.errors import ConfigError, DataError
+from fedsim.base.ranks import OneRank
 from fedsim.config import load_config
 from fedsim.data.chat import ChatFormat
 from fedsim.data.square import SquareRow
-from fedsim.errors import ConfigError, DataError
 from fedsim.federation.algorithms import ServerState
 from fedsim.federation.registry import build_algorithm
 from fedsim.federation.sampling import sample_cohort
-from fedsim.local_rows import check_local_rows, local_rows
 from fedsim.model.load import check_model_dir, load_chat
 from fedsim.parallel.world import World
-from fedsim.ranks import OneRank
-from fedsim.record import finish
 from fedsim.record.metrics import Row, decided, read_rows
-from fedsim.simulation import Simulation
+from fedsim.report import finish
+from fedsim.run.local_rows import check_local_rows, local_rows
+from fedsim.run.resident import Federation, assemble
+from fedsim.run.simulation import Simulation
 
 SMALL = Path(__file__).parent / "distributed" / "small.yaml"
 BRIEF = ["guard.kind=none", "cai.iterations=0", "eval.every=0", "eval.limit=1", "eval.advbench=", "eval.mt_bench=",

@@ -14,25 +14,25 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from fedsim import keys
+from fedsim.base import keyed_random
+from fedsim.base.errors import JudgeError
+from fedsim.base.ranks import OneRank
 from fedsim.config import load_config
-from fedsim.data.benchmarks import AdvBenchItem, MtQuestion
 from fedsim.data.chat import assistant_turn, user_turn
-from fedsim.errors import JudgeError
+from fedsim.data.evaluation_sets import AdvBenchItem, MtQuestion
 from fedsim.evaluate.advbench import AdvBench
+from fedsim.evaluate.confusion import Verdict
 from fedsim.evaluate.judge import Judged
 from fedsim.evaluate.mt_bench import MtBench
 from fedsim.evaluate.perplexity import HelpfulPerplexity
 from fedsim.evaluate.suite import Evaluation, Part, Suite
 from fedsim.generate.engine import Dialogues, Engine, Replies, Reply
-from fedsim.measurement import Measurement
 from fedsim.parallel.world import World
-from fedsim.ranks import OneRank
-from fedsim.record.items import item_file
 from fedsim.record.metrics import Row, read_rows
+from fedsim.record.outcomes import item_file
 from fedsim.record.run_record import RunRecord
+from fedsim.run.measurement import Measurement
 from fedsim.safety.guard import LlamaGuard
-from fedsim.safety.verdict import Verdict
 
 CPU = torch.device("cpu")
 
@@ -67,7 +67,7 @@ class Speaker(Engine):
     def __init__(self, chat: Any, ranks: OneRank) -> None:
         super().__init__(torch.nn.Linear(1, 1), chat, ranks, batch_size=4, max_context=64, seed=0)  # type: ignore
         self.holds = "none"
-        self.asked: list[list[tuple[keys.KeyPart, ...]]] = []
+        self.asked: list[list[tuple[keyed_random.KeyPart, ...]]] = []
         self.reports: list[Any] = []
 
     def hold(self, kinds: Sequence[Dialogues]) -> list[Replies]:

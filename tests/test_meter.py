@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 import torch
 
+from fedsim.base.ranks import OneRank
 from fedsim.config import load_config
-from fedsim.meter import Meter
 from fedsim.model.cost import ModelCost, Work, rows_work
 from fedsim.parallel.world import World
-from fedsim.ranks import OneRank
-from fedsim.record import finish
 from fedsim.record.metrics import CLOCK_PREFIXES, decided, read_rows
-from fedsim.record.peak import Peak
-from fedsim.simulation import Simulation
+from fedsim.report import finish
+from fedsim.run.peak import Peak
+from fedsim.run.simulation import Simulation
+from fedsim.run.throughput import Meter
 
 COST = ModelCost(body=1000, lora=10, head=100, attention=4, weight_bytes=4440, cache_bytes=8)
 SMALL = Path(__file__).parent / "distributed" / "small.yaml"

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from fedsim import preflight
+from fedsim.base.ranks import OneRank
 from fedsim.config import Config, load_config
-from fedsim.model.memory import PASS_SHARE, usable_memory
-from fedsim.needs import DPO, LOCAL, TUNING, memory_needs, tokens_of_passes, training_stages
 from fedsim.parallel.world import World
-from fedsim.ranks import OneRank
-from fedsim.record import finish
-from fedsim.simulation import Simulation
+from fedsim.report import finish
+from fedsim.run import checks
+from fedsim.run.memory import PASS_SHARE, usable_memory
+from fedsim.run.needs import DPO, LOCAL, TUNING, memory_needs, tokens_of_passes, training_stages
+from fedsim.run.simulation import Simulation
 from fedsim.train.loop import Trainer
 from tests.model.test_memory import BIG
 
@@ -100,7 +100,7 @@ def test_what_passes_may_take_is_a_share_of_the_whole_gpu(monkeypatch: pytest.Mo
 def run(tmp_path: Path, square_file: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """``run(exact)``: a short run where a GPU's memory is reported; its plans' pass_tokens, manifest and log."""
     monkeypatch.setattr(finish, "write_plots", lambda *_: [])
-    monkeypatch.setattr(preflight, "usable_memory", lambda device, sharing: GIB)
+    monkeypatch.setattr(checks, "usable_memory", lambda device, sharing: GIB)
     seen: dict[str, int] = {}
     original = Trainer.run
 

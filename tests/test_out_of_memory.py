@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from fedsim.base.errors import MemoryFullError, RunError
+from fedsim.base.journal import Journal
+from fedsim.base.launching import line_of
+from fedsim.base.out_of_memory import STAGE_KEYS, explained, explaining_memory, is_out_of_memory
 from fedsim.config import describe
-from fedsim.errors import MemoryFullError, RunError
-from fedsim.launching import line_of
-from fedsim.out_of_memory import STAGE_KEYS, explained, explaining_memory, is_out_of_memory
-from fedsim.parallel.failing import portable
-from fedsim.record.journal import Journal
+from fedsim.parallel.exits import portable
 
 ROOT = Path(__file__).resolve().parents[1]
 GIB = 2**30

@@ -99,7 +99,7 @@ def test_a_wheel_holds_code_kernels_configs_and_the_tiny_model(tmp_path: Path) -
         if file.is_file():
             assert f"fedsim/configs/{file.relative_to(ROOT / 'configs').as_posix()}" in names
     for file in (ROOT / "fedsim" / "model" / "tiny").iterdir():
-        assert f"fedsim/model/tiny/{file.name}" in names
+        assert f"fedsim/world/tiny/{file.name}" in names
 
 
 def test_the_oldest_versions_allowed_are_those_that_are_tested(setup_cfg: configparser.ConfigParser) -> None:

@@ -17,28 +17,28 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fedsim import preflight
 from fedsim.attention.choice import Choice
+from fedsim.base.errors import ConfigError, DataError, FedsimError, ModelError, Problems, RunError
+from fedsim.base.launching import line_of
+from fedsim.base.ranks import OneRank
 from fedsim.config import Config, load_config
 from fedsim.data.chat import ChatFormat
 from fedsim.data.square import SquareRow
 from fedsim.data.usable import Tally
-from fedsim.data.world import square_rows
-from fedsim.errors import ConfigError, DataError, FedsimError, ModelError, Problems, RunError
-from fedsim.launching import line_of
 from fedsim.model import quantised
-from fedsim.model.memory import Need
 from fedsim.model.shape import ModelShape
-from fedsim.needs import GENERATION, memory_needs
 from fedsim.parallel.device import Placement, Seat
 from fedsim.parallel.world import World
-from fedsim.plan import plan_text, work
-from fedsim.preflight import RESERVE, Preflight, check_world_size, models_in_use
-from fedsim.preflight import preflight as run_preflight
-from fedsim.preparation import Inputs
-from fedsim.ranks import OneRank
-from fedsim.record.places import DiskRoom, check_disk
-from fedsim.simulation import Simulation
+from fedsim.record.folders import DiskRoom, check_disk
+from fedsim.run import checks
+from fedsim.run.checks import RESERVE, Preflight, check_world_size, models_in_use
+from fedsim.run.checks import preflight as run_preflight
+from fedsim.run.memory import Need
+from fedsim.run.needs import GENERATION, memory_needs
+from fedsim.run.plan import plan_text, work
+from fedsim.run.preparation import Inputs
+from fedsim.run.simulation import Simulation
+from fedsim.world import square_rows
 
 SMALL = Path(__file__).parent / "distributed" / "small.yaml"
 
@@ -242,11 +242,11 @@ def test_every_mistake_is_found_at_once(tmp_path: Path, model: Path) -> None:
 def test_a_model_that_could_not_be_tried_is_loaded_before_the_first_stage(
     checked: Callable[..., Simulation], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(preflight, "try_model", lambda folder, attention, key: key != "model.path")
+    monkeypatch.setattr(checks, "try_model", lambda folder, attention, key: key != "model.path")
     simulation = checked()
     assert "Warning: model.path: no small LlamaForCausalLM could be made to try it" in capsys.readouterr().out
     loaded: list[str] = []
-    monkeypatch.setattr("fedsim.preparation.load_base", lambda path, key, **_: loaded.append(key))
+    monkeypatch.setattr("fedsim.run.preparation.load_base", lambda path, key, **_: loaded.append(key))
 
     def filtered(*_: Any) -> None:
         raise RunError("the filter's turn")
@@ -328,7 +328,7 @@ def test_every_rank_must_have_a_part(overrides: tuple[str, ...], most: int) -> N
 
 
 def test_a_model_larger_than_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "free_memory", lambda device, num_ranks: 1_000_000)
+    monkeypatch.setattr(checks, "free_memory", lambda device, num_ranks: 1_000_000)
     found = error("model.dtype=float32")
     assert isinstance(found, ConfigError)
     assert all(part in str(found) for part in ("'embedded'", "1.66 MiB", "976.56 KiB", "fewer processes"))
@@ -348,12 +348,12 @@ def test_a_model_larger_than_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_models_that_are_loaded_together_must_fit_together(
     overrides: tuple[str, ...], together: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preflight, "check_judge", lambda config: None)
-    assert preflight.loaded_together(config(*overrides)) == together
+    monkeypatch.setattr(checks, "check_judge", lambda config: None)
+    assert checks.loaded_together(config(*overrides)) == together
     most = max(map(len, together)) * 435_552 * 4
-    monkeypatch.setattr(preflight, "free_memory", lambda device, num_ranks: most)
+    monkeypatch.setattr(checks, "free_memory", lambda device, num_ranks: most)
     run_preflight(config(*overrides), world())
-    monkeypatch.setattr(preflight, "free_memory", lambda device, num_ranks: most - 1)
+    monkeypatch.setattr(checks, "free_memory", lambda device, num_ranks: most - 1)
     found = str(error(*overrides))
     assert [f"{role}.path='embedded'" in found for role in max(together, key=len)] == [True] * max(map(len, together))
 
@@ -469,7 +469,7 @@ def test_one_rank_prints_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_a_stage_that_may_not_fit_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "free_memory", lambda device, num_ranks: 4_000_000)
+    monkeypatch.setattr(checks, "free_memory", lambda device, num_ranks: 4_000_000)
     made = config()
     found = run_preflight(made, world())
     row = SquareRow(0, "Who flies the kite?", "Orla does.", False, (), "")
@@ -512,7 +512,7 @@ def test_spare_memory_is_what_stages_beside_generation_leave() -> None:
 
 def test_the_plan_of_the_papers_round_on_4_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """5 clients on 4 ranks: four alone, the fifth shared, 1.25 client times and nobody idle."""
-    from fedsim.plan import lanes
+    from fedsim.run.plan import lanes
 
     made = load_config(None, ["local.batch_size=16", "local.micro_batch_size=4"])
     assert lanes(made, 4)["clients of a round"] == "4 on one process each, 1 shared by 4 processes"
@@ -559,9 +559,9 @@ def test_a_container_with_too_little_shared_memory_is_a_warning(monkeypatch: pyt
     for num_mib, warns in ((64, True), (1023, True), (1024, False), (8192, False)):
         found = SimpleNamespace(f_frsize=4096, f_blocks=num_mib * 256)
         monkeypatch.setattr(os, "statvfs", lambda folder, found=found: found)
-        assert ("--shm-size=8g" in preflight.shared_memory_warning()) is warns, num_mib
+        assert ("--shm-size=8g" in checks.shared_memory_warning()) is warns, num_mib
     monkeypatch.undo()
-    assert "is missing" in preflight.shared_memory_warning("/no/such/folder")
+    assert "is missing" in checks.shared_memory_warning("/no/such/folder")
     needs = [Need("a", 100, "k.a")]
     (line,) = Preflight({}, needs, [200], DiskRoom(0, 0, 0, Path()), shared_memory="/dev/shm has 64 MiB").warnings()
     assert line == "/dev/shm has 64 MiB"
@@ -574,7 +574,7 @@ def test_memory_is_shared_with_the_processes_on_the_same_gpu_alone(monkeypatch: 
         asked.append(sharing)
         return 10**12
 
-    monkeypatch.setattr(preflight, "free_memory", free)
+    monkeypatch.setattr(checks, "free_memory", free)
     for gpus, sharing in ((("a", "b", "c", "d"), 1), (("a", "a", "b", "a"), 3), (("",) * 4, 4)):
         placed = world()
         placed.placement = Placement(tuple(Seat("cuda" if gpu else "cpu", gpu) for gpu in gpus))

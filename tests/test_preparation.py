@@ -16,26 +16,26 @@ from typing import Any
 import pytest
 import torch
 
-from fedsim.artefacts import Artefact, ArtefactStore, digest_of, file_digest
+from fedsim import world
+from fedsim.base.artefacts import Artefact, ArtefactStore, digest_of, file_digest
+from fedsim.base.digests import FileDigests
+from fedsim.base.errors import CheckpointError, ConfigError
+from fedsim.base.ranks import OneRank
 from fedsim.config import load_config
-from fedsim.data import world
 from fedsim.data.chat import assistant_turn, user_turn
-from fedsim.data.prepare import PreparedData
+from fedsim.data.prepared import PreparedData
 from fedsim.data.square import SquareRow
 from fedsim.data.usable import Tally
-from fedsim.digests import FileDigests
-from fedsim.errors import CheckpointError, ConfigError
 from fedsim.evaluate.own import OWN
-from fedsim.evaluate.stage import load_suite
 from fedsim.evaluate.suite import Evaluation, Suite
 from fedsim.generate.engine import Reply
-from fedsim.local_rows import LocalRows
 from fedsim.model.load import model_digest
 from fedsim.parallel.world import World
-from fedsim.parallel.zero_config import zero_file
-from fedsim.preparation import Inputs, Preparation, tunes_guard
-from fedsim.ranks import OneRank
+from fedsim.run.benchmarks import load_suite
+from fedsim.run.local_rows import LocalRows
+from fedsim.run.preparation import Inputs, Preparation, tunes_guard
 from fedsim.safety.cai_stage import constitution_file
+from fedsim.train.zero_config import zero_file
 
 CPU = torch.device("cpu")
 SMALL = Path(__file__).parent / "distributed" / "small.yaml"
@@ -93,7 +93,7 @@ def test_a_benchmark_is_known_by_its_files_content(name: Name, tmp_path: Path) -
 def test_graphs_are_part_of_what_names_a_model(name: Name, monkeypatch: pytest.MonkeyPatch) -> None:
     """They change the shapes that a step computes: CAI's conversations and evaluations with them are others."""
     before = name("model.attention=sdpa")
-    monkeypatch.setattr("fedsim.preparation.uses_graphs", lambda device: True)
+    monkeypatch.setattr("fedsim.run.preparation.uses_graphs", lambda device: True)
     assert name("model.attention=sdpa") not in (before, None)
 
 

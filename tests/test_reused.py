@@ -7,7 +7,7 @@ import gc
 import pytest
 import torch
 
-from fedsim import reused
+from fedsim.base import reused
 
 CPU = torch.device("cpu")
 SIZE = reused.LEAST // 4 + 3

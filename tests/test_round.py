@@ -19,13 +19,12 @@ from typing import Any
 import pytest
 import torch
 
-from fedsim import preflight, simulation
-from fedsim.assembly import Federation
-from fedsim.cohort import CohortResult, agreed_checksums
+from fedsim.base.errors import CheckpointError, ConfigError, RunError, Stopped
+from fedsim.base.planner import Plan
+from fedsim.base.ranks import OneRank
 from fedsim.config import Config, load_config, to_nested
 from fedsim.data.square import SquareRow
 from fedsim.data.usable import Tally
-from fedsim.errors import CheckpointError, ConfigError, RunError, Stopped
 from fedsim.evaluate.suite import Suite
 from fedsim.federation.algorithms import RoundSums, ServerState
 from fedsim.federation.client_state import ClientStateStore
@@ -33,21 +32,22 @@ from fedsim.federation.failures import ClientFailure
 from fedsim.federation.registry import build_algorithm
 from fedsim.federation.sampling import cosine_by_round
 from fedsim.federation.scaffold import CONTROL
-from fedsim.local_rows import LocalRows
-from fedsim.measurement import Measurement
 from fedsim.model.cost import ModelCost
-from fedsim.parallel.aggregate import Aggregated, ClientReport
-from fedsim.parallel.planner import Plan
 from fedsim.parallel.world import World
-from fedsim.preparation import Guarded, Inputs
-from fedsim.ranks import OneRank
-from fedsim.record import finish
 from fedsim.record.manifest import write_manifest
 from fedsim.record.metrics import Row, read_rows
-from fedsim.record.peak import Peak
 from fedsim.record.run_record import RunRecord
+from fedsim.report import finish
+from fedsim.run import checks, simulation
+from fedsim.run.aggregate import Aggregated, ClientReport
+from fedsim.run.cohort import CohortResult, agreed_checksums
+from fedsim.run.local_rows import LocalRows
+from fedsim.run.measurement import Measurement
+from fedsim.run.peak import Peak
+from fedsim.run.preparation import Guarded, Inputs
+from fedsim.run.resident import Federation
+from fedsim.run.simulation import Simulation
 from fedsim.safety.alignment import Alignment
-from fedsim.simulation import Simulation
 
 SEED = 7
 NUM_ROUNDS = 6
@@ -587,7 +587,7 @@ def test_a_state_that_is_not_the_federation_s_is_passed_over(make: Make) -> None
 
 def test_what_is_shown(make: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The header, the attention, a warning, a round's loss; lines after the rounds carry no round."""
-    monkeypatch.setattr(preflight, "free_memory", lambda device, num_ranks: 4_000_000)
+    monkeypatch.setattr(checks, "free_memory", lambda device, num_ranks: 4_000_000)
     run = make("federation.num_rounds=1")
     run.run()
     run.record.progress.note("all is over")

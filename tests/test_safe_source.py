@@ -38,7 +38,7 @@ METHODS: Final = {
 TOOLS: Final = {"importlib.import_module", "loader.exec_module", "util.spec_from_file_location"}
 """Allowed in tools/, whose benchmark and GPU check load their own parts by name, and in the one place that loads what a
 configuration names as a user's own code."""
-DOOR: Final = "fedsim/user_code.py"
+DOOR: Final = "fedsim/base/user_code.py"
 OFF: Final = {"shell", "trust_remote_code", "allow_pickle"}
 HUB: Final = {"AutoConfig", "AutoTokenizer", "AutoModelForCausalLM"}
 

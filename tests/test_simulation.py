@@ -15,16 +15,16 @@ from typing import Any
 import pytest
 import torch
 
+from fedsim.base.errors import CheckpointError, ConfigError, DataError, FedsimError, RunError
+from fedsim.base.ranks import OneRank
 from fedsim.config import load_config
-from fedsim.data.world import square_rows
-from fedsim.errors import CheckpointError, ConfigError, DataError, FedsimError, RunError
 from fedsim.federation.algorithms import ServerState
 from fedsim.federation.sampling import sample_cohort
 from fedsim.parallel.world import World
-from fedsim.ranks import OneRank
-from fedsim.record import finish
 from fedsim.record.metrics import Row, decided, read_rows
-from fedsim.simulation import Simulation
+from fedsim.report import finish
+from fedsim.run.simulation import Simulation
+from fedsim.world import square_rows
 
 SMALL = Path(__file__).parent / "distributed" / "small.yaml"
 BRIEF = ["guard.kind=none", "cai.iterations=0", "eval.every=0", "eval.limit=1", "eval.advbench=", "eval.mt_bench=",

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 
+from fedsim.base.errors import CheckpointError, DataError
+from fedsim.base.ranks import OneRank
 from fedsim.config import load_config
-from fedsim.data.world import square_rows
-from fedsim.errors import CheckpointError, DataError
 from fedsim.evaluate.fastchat import JudgmentFile
 from fedsim.parallel.world import World
-from fedsim.ranks import OneRank
 from fedsim.record.metrics import Row, read_rows
-from fedsim.simulation import Simulation
+from fedsim.run.simulation import Simulation
+from fedsim.world import square_rows
 
 ROOT = Path(__file__).parents[1]
 SMALL = ROOT / "tests" / "distributed" / "small.yaml"

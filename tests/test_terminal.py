@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from fedsim.record.ending import read_ending
+from fedsim.base.exit_file import read_ending
+from fedsim.base.terminal import Terminal, steady, steady_terminal
 from fedsim.record.progress import Progress
-from fedsim.terminal import Terminal, steady, steady_terminal
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,7 +25,7 @@ WORK = """
 import os, sys
 from contextlib import suppress
 from pathlib import Path
-from fedsim.launching import launched
+from fedsim.base.launching import launched
 from fedsim.record.progress import Progress
 
 def work(mark):
@@ -108,7 +108,7 @@ def test_streams_that_the_work_itself_closes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "euc-kr", "utf-8"])
 def test_characters_that_the_encoding_lacks_are_replaced(encoding: str) -> None:
-    script = "import sys; from fedsim.launching import launched\n"
+    script = "import sys; from fedsim.base.launching import launched\n"
     script += "sys.exit(launched(lambda: 0, lambda _: print('연 · kite \\udcff', file=sys.stdout)))"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, timeout=60, check=False)

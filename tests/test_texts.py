@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedsim import world
+from fedsim.base.ranks import OneRank
 from fedsim.config import load_config
-from fedsim.data import world
-from fedsim.data.benchmarks import load_advbench
-from fedsim.data.world import writers
+from fedsim.data.evaluation_sets import load_advbench
 from fedsim.evaluate.over_refusal import load_xstest
 from fedsim.parallel.world import World
-from fedsim.ranks import OneRank
-from fedsim.record import finish
-from fedsim.record.items import read_items
 from fedsim.record.metrics import read_rows
-from fedsim.simulation import Simulation
+from fedsim.record.outcomes import read_items
+from fedsim.report import finish
+from fedsim.run.simulation import Simulation
+from fedsim.world import writers
 
 SMALL = Path(__file__).parent / "distributed" / "small.yaml"
 OVERRIDES = ["federation.num_rounds=1", "local.steps=1", "cai.iterations=0", "guard.kind=none", "eval.every=0",

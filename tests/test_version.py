@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import fedsim
-from fedsim.version import commit_of, git_state, made_by, maker, sign
+from fedsim.base.version import commit_of, git_state, made_by, maker, sign
 
 ROOT = Path(__file__).parents[1]
 

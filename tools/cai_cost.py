@@ -27,28 +27,28 @@ from typing import Any, TypeVar
 
 import torch
 
-from fedsim.artefacts import ArtefactStore
-from fedsim.assembly import Federation, assemble
+from fedsim.base.artefacts import ArtefactStore
+from fedsim.base.errors import ConfigError
+from fedsim.base.launching import Parser, launched
+from fedsim.base.ranks import Lane
 from fedsim.config import Config, load_config
 from fedsim.config.command_line import DEFAULT
 from fedsim.data.square import SquareRow
-from fedsim.errors import ConfigError
 from fedsim.evaluate.own import OWN
 from fedsim.generate.engine import Sampling
-from fedsim.launching import Parser, launched
-from fedsim.needs import DPO
 from fedsim.parallel.world import World, process_world
-from fedsim.preflight import preflight
-from fedsim.preparation import Preparation
-from fedsim.ranks import Lane
-from fedsim.record.cai_cost import Cost, Steps, epoch_iterations, page, row
 from fedsim.record.manifest import hardware
 from fedsim.record.run_record import RunRecord
+from fedsim.run.checks import preflight
+from fedsim.run.needs import DPO
+from fedsim.run.preparation import Preparation
+from fedsim.run.resident import Federation, assemble
 from fedsim.safety.alignment import Aligner
 from fedsim.safety.cai_data import CaiRow, generate_conversations, usable
 from fedsim.safety.cai_stage import constitution_file
 from fedsim.safety.cai_usage import none_usable
 from fedsim.safety.constitution import load_constitution
+from fedsim.study.cai_cost import Cost, Steps, epoch_iterations, page, row
 
 T = TypeVar("T")
 

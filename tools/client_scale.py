@@ -21,10 +21,10 @@ sys.path[:] = [str(ROOT), *(p for p in sys.path if Path(p).resolve() != Path(__f
 import psutil  # noqa: E402
 import torch  # noqa: E402
 
-from fedsim.errors import ConfigError  # noqa: E402
+from fedsim.base.errors import ConfigError  # noqa: E402
+from fedsim.base.launching import Parser, launched  # noqa: E402
+from fedsim.base.tables import byte_size, number  # noqa: E402
 from fedsim.federation.client_state import ClientStateStore  # noqa: E402
-from fedsim.launching import Parser, launched  # noqa: E402
-from fedsim.record.tables import byte_size, number  # noqa: E402
 from tools import running  # noqa: E402
 from tools.bench.measure import percentiles  # noqa: E402
 from tools.bench.rows import Row, StageResult  # noqa: E402

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from fedsim.base.launching import Parser, launched
 from fedsim.config.page import page
-from fedsim.launching import Parser, launched
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "config.md"
 

@@ -18,12 +18,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from fedsim.errors import ConfigError  # noqa: E402
-from fedsim.launching import Parser, launched  # noqa: E402
-from fedsim.record.costs import Effort, Measured, Piece, Report, machine, report, run_table  # noqa: E402
+from fedsim.base.errors import ConfigError  # noqa: E402
+from fedsim.base.launching import Parser, launched  # noqa: E402
 from fedsim.record.groups import short_names  # noqa: E402
 from fedsim.record.metrics import MetricLog  # noqa: E402
 from fedsim.record.metrics import Row as MetricRow  # noqa: E402
+from fedsim.study.costs import Effort, Measured, Piece, Report, machine, report, run_table  # noqa: E402
 from tools.bench.local_step import FAST  # noqa: E402
 from tools.bench.models import GPU  # noqa: E402
 from tools.bench.paper_work import paper_work  # noqa: E402

@@ -16,17 +16,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
+from fedsim.base.errors import DataError
+from fedsim.base.launching import Parser, launched
+from fedsim.base.tables import duration
+from fedsim.base.version import commit_of
 from fedsim.config import load_config, to_flat
-from fedsim.errors import DataError
 from fedsim.evaluate.own import DESCRIBED
-from fedsim.launching import Parser, launched
-from fedsim.record.cai_line import FINDINGS, LAST_ROUND, cai_lines
 from fedsim.record.metrics import MetricLog, Row
-from fedsim.record.sections import POINT_TITLES
-from fedsim.record.summary import TEMPLATES_NOTE, RunFacts, arm_table, controls, eval_points, facts_from
-from fedsim.record.tables import duration
 from fedsim.record.timers import top_level_seconds
-from fedsim.version import commit_of
+from fedsim.report.cai_line import FINDINGS, LAST_ROUND, cai_lines
+from fedsim.report.sections import POINT_TITLES
+from fedsim.report.summary import TEMPLATES_NOTE, RunFacts, arm_table, controls, eval_points, facts_from
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 PLOTS = ("safety.png", "helpfulness.png", "time.png")

@@ -34,11 +34,11 @@ from transformers import AutoTokenizer
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [str(ROOT), *(p for p in sys.path if Path(p).resolve() != Path(__file__).resolve().parent)]
 
-from fedsim.errors import ConfigError, RunError  # noqa: E402
-from fedsim.launching import Parser, launched  # noqa: E402
-from fedsim.model.tiny_model import TINY_DIR  # noqa: E402
+from fedsim.base.errors import ConfigError, RunError  # noqa: E402
+from fedsim.base.launching import Parser, launched  # noqa: E402
+from fedsim.base.tables import Table, duration, number  # noqa: E402
 from fedsim.record.metrics import read_rows  # noqa: E402
-from fedsim.record.tables import Table, duration, number  # noqa: E402
+from fedsim.world.tiny_model import TINY_DIR  # noqa: E402
 from tools import running  # noqa: E402
 from tools.bench.models import CPU, ModelSize, build  # noqa: E402
 from tools.bench.rows import Row, StageResult  # noqa: E402

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fedsim.errors import RunError
+from fedsim.base.errors import RunError
 from fedsim.evaluate.intervals import Slope
 from tools.watching import CORE, Sample
 

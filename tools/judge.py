@@ -15,19 +15,19 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from fedsim.base.disk import explaining_full_disk
+from fedsim.base.errors import ConfigError, DataError, JudgeError
+from fedsim.base.launching import Parser, launched
+from fedsim.base.tables import Table
 from fedsim.config import Config, load_config
-from fedsim.data.benchmarks import MtQuestion
-from fedsim.disk import explaining_full_disk
-from fedsim.errors import ConfigError, DataError, JudgeError
+from fedsim.data.evaluation_sets import MtQuestion
 from fedsim.evaluate.fastchat import JudgmentFile, read_answers
 from fedsim.evaluate.intervals import Mean
 from fedsim.evaluate.judge import Judged, MtJudge
 from fedsim.evaluate.judge_inputs import check_judge, judge_name
 from fedsim.evaluate.mt_bench import SCALE, mean_scores
-from fedsim.launching import Parser, launched
 from fedsim.parallel.world import World, process_world
 from fedsim.record.progress import Progress
-from fedsim.record.tables import Table
 
 Answered = list[tuple[MtQuestion, tuple[str, str]]]
 

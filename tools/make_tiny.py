@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 
-from fedsim.data import world
-from fedsim.data.world import writers
-from fedsim.model.tiny_model import TINY_DIR
-from fedsim.model.tiny_recipe import Recipe, save_model, train
-from fedsim.model.tiny_skills import measure_skills
-from fedsim.terminal import steady_terminal
+from fedsim import world
+from fedsim.base.terminal import steady_terminal
+from fedsim.world import writers
+from fedsim.world.tiny_model import TINY_DIR
+from fedsim.world.tiny_recipe import Recipe, save_model, train
+from fedsim.world.tiny_skills import measure_skills
 
 QUICK_SCALE = 0.05
 

@@ -25,18 +25,18 @@ from typing import Any
 
 import torch
 
-from fedsim.checkpoint import Checkpoint
+from fedsim.base.errors import ConfigError, RunError
+from fedsim.base.launching import Parser, launched
+from fedsim.base.rounds import round_index, round_number
+from fedsim.base.tables import Table, byte_size, duration, measured
 from fedsim.config import Config, load_config, to_flat
-from fedsim.errors import ConfigError, RunError
-from fedsim.launching import Parser, launched
-from fedsim.measurement import Measurement
 from fedsim.parallel.world import World, process_world
+from fedsim.record.checkpoint import Checkpoint
 from fedsim.record.metrics import Row, read_rows
-from fedsim.record.paper import arm_of
-from fedsim.record.tables import Table, byte_size, duration, measured
 from fedsim.record.timers import top_level_seconds
-from fedsim.rounds import round_index, round_number
-from fedsim.simulation import Simulation
+from fedsim.report.paper import arm_of
+from fedsim.run.measurement import Measurement
+from fedsim.run.simulation import Simulation
 
 TITLES = {
     "train": "local training",

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedsim.errors import ConfigError
-from fedsim.launching import Parser, launched
+from fedsim.base.errors import ConfigError
+from fedsim.base.launching import Parser, launched
 from fedsim.report.build import report
 from fedsim.report.runs import load_runs
 

@@ -11,11 +11,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from fedsim.base.errors import ConfigError
+from fedsim.base.version import git_state
 from fedsim.config import load_config
 from fedsim.config.command_line import DEFAULT
-from fedsim.errors import ConfigError
 from fedsim.record.manifest import hardware, package_versions
-from fedsim.version import git_state
 from tools.bench.rows import StageResult
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -21,10 +21,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [str(ROOT), *(p for p in sys.path if Path(p).resolve() != Path(__file__).resolve().parent)]
 
+from fedsim.base.errors import RunError  # noqa: E402
+from fedsim.base.launching import Parser, launched  # noqa: E402
+from fedsim.base.tables import Table, byte_size, number  # noqa: E402
 from fedsim.config import load_config  # noqa: E402
-from fedsim.errors import RunError  # noqa: E402
-from fedsim.launching import Parser, launched  # noqa: E402
-from fedsim.record.tables import Table, byte_size, number  # noqa: E402
 from tools import client_scale, running  # noqa: E402
 from tools.bench.rows import Row, StageResult  # noqa: E402
 from tools.growth import DISK, FILES, GROWS, HANDLES, MEMORY, SPAN, UNDECIDED, Soak, judge, limit  # noqa: E402

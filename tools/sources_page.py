@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+from fedsim.base.launching import Parser, launched
+from fedsim.base.tables import Table
 from fedsim.evaluate.sources import SOURCES
-from fedsim.launching import Parser, launched
-from fedsim.record.tables import Table
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "results" / "sources.md"
 

@@ -14,14 +14,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedsim.errors import ConfigError
-from fedsim.launching import Parser, launched
-from fedsim.study.cells import run_cells
+from fedsim.base.errors import ConfigError
+from fedsim.base.launching import Parser, launched
+from fedsim.report.provenance import measured_on
 from fedsim.study.command import add_run_options, launch_of, made_by, parse_seeds, say, write_csv
 from fedsim.study.grid import FORMS, Sweep, point_name, read_sweep
 from fedsim.study.outcomes import Outcome, check_paired
 from fedsim.study.published import ORIGINS, RESULTS, origin_of, read_origin, write_origin
-from fedsim.study.stamp import measured_on
+from fedsim.study.runs import run_cells
 from fedsim.study.sweep import finding, read_records, tidy_rows
 from fedsim.study.sweep_plot import write_plot
 

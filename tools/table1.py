@@ -14,10 +14,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from fedsim.base.launching import launched
 from fedsim.config import load_config
-from fedsim.launching import launched
+from fedsim.report.provenance import measured_on
 from fedsim.study import table1, table1_words
-from fedsim.study.cells import Launch, run_cells
 from fedsim.study.command import launch_of, parse_seeds, parse_table, say
 from fedsim.study.outcomes import Outcome
 from fedsim.study.published import (
@@ -28,8 +28,8 @@ from fedsim.study.published import (
     read_origin,
     write_origin,
 )
+from fedsim.study.runs import Launch, run_cells
 from fedsim.study.seed_rows import SeedRow, read_seed_rows, write_seed_rows
-from fedsim.study.stamp import measured_on
 
 ROOT = Path(__file__).resolve().parents[1]
 

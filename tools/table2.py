@@ -13,15 +13,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from fedsim.base.launching import launched
 from fedsim.config import load_config
-from fedsim.launching import launched
+from fedsim.report.provenance import measured_on
 from fedsim.study import table1, table2
-from fedsim.study.cells import run_cells
-from fedsim.study.claims import FILTER
 from fedsim.study.command import launch_of, parse_seeds, parse_table, say
 from fedsim.study.outcomes import Outcome
+from fedsim.study.paper_claims import FILTER
 from fedsim.study.published import ORIGINS, RESULTS, origin_of, read_origin, write_origin
-from fedsim.study.stamp import measured_on
+from fedsim.study.runs import run_cells
 
 ROOT = Path(__file__).resolve().parents[1]
 

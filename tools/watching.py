@@ -12,7 +12,7 @@ from typing import IO
 
 import psutil
 
-from fedsim.processes import family, kill
+from fedsim.base.processes import family, kill
 from fedsim.record.metrics import NewRows
 
 INTERVAL_S = 0.03

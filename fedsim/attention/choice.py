@@ -17,8 +17,8 @@ from transformers import PretrainedConfig
 from fedsim.attention.backends import varlen_keywords
 from fedsim.attention.forward import IMPLEMENTATIONS
 from fedsim.attention.self_test import fault, head_sizes, heads_of
-from fedsim.errors import ModelError
-from fedsim.ranks import OneRank, Ranks
+from fedsim.base.errors import ModelError
+from fedsim.base.ranks import OneRank, Ranks
 
 ORDER: Final = ("varlen", "flash_attention_2", "sdpa", "eager")
 """What ``auto`` tries, best first."""

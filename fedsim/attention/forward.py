@@ -21,7 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from fedsim.attention.backends import BACKENDS, Backend, Scores
 from fedsim.attention.spans import Spans
-from fedsim.errors import ModelError
+from fedsim.base.errors import ModelError
 
 IMPLEMENTATIONS: Final = {
     "sdpa": "fedsim_fused",  # transformers treats names with "sdpa" and "flash" in its own way

@@ -12,7 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from fedsim.attention.forward import causal_lm, text_decoder
 from fedsim.attention.spans import put
-from fedsim.errors import ModelError
+from fedsim.base.errors import ModelError
 
 
 class _Handed(BaseModelOutputWithPast):

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedsim.config.keys import key
-from fedsim.errors import ConfigError
+from fedsim.base.errors import ConfigError
+from fedsim.config.field import key
 
 
 @dataclass(frozen=True)

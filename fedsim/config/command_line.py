@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedsim.base.errors import ConfigError
+from fedsim.base.launching import Parser
 from fedsim.config.page import help_text
-from fedsim.errors import ConfigError
-from fedsim.launching import Parser
 
 DEFAULT = Path(__file__).parents[1] / "configs" / "demo.yaml"
 EPILOG = """Without CONFIG.yaml, configs/demo.yaml is used, which sets many of these keys.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedsim.config.keys import key
+from fedsim.config.field import key
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,12 @@ from typing import Any, get_type_hints
 
 import yaml
 
+from fedsim.base.errors import ConfigError
 from fedsim.config.attacks import AttackConfig
-from fedsim.config.keys import Rule, rule_of
+from fedsim.config.field import Rule, rule_of
 from fedsim.config.measuring import EMBEDDED, HELD_OUT, BenchmarkConfig, is_embedded
 from fedsim.config.schema import Config
 from fedsim.config.secrets import check_no_secret
-from fedsim.errors import ConfigError
 from fedsim.extend import KINDS, check_name, is_own, names_in_words
 
 Flat = dict[str, Any]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from fedsim.config.keys import key
-from fedsim.errors import ConfigError
+from fedsim.base.errors import ConfigError
+from fedsim.config.field import key
 from fedsim.extend import title
 
 EMBEDDED, HELD_OUT = "embedded", "embedded-held-out"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from fedsim.config.keys import key
-from fedsim.errors import ConfigError
-from fedsim.rounds import round_number
+from fedsim.base.errors import ConfigError
+from fedsim.base.rounds import round_number
+from fedsim.config.field import key
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 
+from fedsim.base.errors import ConfigError
 from fedsim.config.attacks import AttackConfig, check_attacks
 from fedsim.config.failures import FailuresConfig
-from fedsim.config.keys import key
+from fedsim.config.field import key
 from fedsim.config.measuring import EvalConfig, JudgeConfig, ParallelConfig, RecordConfig, WandbConfig
 from fedsim.config.safety import CaiConfig, GuardConfig
 from fedsim.config.training import (
@@ -18,7 +19,6 @@ from fedsim.config.training import (
     ModelConfig,
     ServerOptimizerConfig,
 )
-from fedsim.errors import ConfigError
 
 
 @dataclass(frozen=True)

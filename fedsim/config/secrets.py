@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any, Final
 
-from fedsim.errors import ConfigError
+from fedsim.base.errors import ConfigError
 
 ENVIRONMENT: Final = "OPENAI_API_KEY for a judge, WANDB_API_KEY for W&B"
 _WITH_PASSWORD: Final = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s?#]*@", re.IGNORECASE)

@@ -15,10 +15,10 @@ from typing import Any, Literal, TypedDict, TypeVar
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from fedsim.base.errors import ModelError
 from fedsim.data.markers import Markers, cut_marks, normalised, template_markers, token_markers
 from fedsim.data.template import PROBES, THOUGHT, Template, find_ending
 from fedsim.data.thoughts import opens_thought
-from fedsim.errors import ModelError
 
 
 class Message(TypedDict):

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from fedsim.errors import DataError
-from fedsim.json_text import NotJsonError, parse_json
+from fedsim.base.errors import DataError
+from fedsim.base.json_text import NotJsonError, parse_json
 
 Item = TypeVar("Item")
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from fedsim.base.errors import DataError
 from fedsim.data.chat import Conversation, assistant_turn, user_turn
 from fedsim.data.files import json_rows, not_empty
-from fedsim.errors import DataError
 
 _RULE = "an optional 'system' message, then 'user' and 'assistant' in turn, 'assistant' last"
 

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from transformers import PreTrainedTokenizerBase
 
-from fedsim.errors import ModelError
+from fedsim.base.errors import ModelError
 
 _PROBES: Final = ("PROBE0", "PROBE1", "PROBE2")
 _CALL: Final = re.compile(r"""\b(?:split|startswith|endswith|find)\(\s*(['"])([^'"\n]+)\1""")

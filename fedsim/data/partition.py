@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from fedsim import keys
+from fedsim.base import keyed_random
+from fedsim.base.errors import ConfigError
+from fedsim.base.user_code import calling
 from fedsim.data.square import SquareRow
-from fedsim.errors import ConfigError
-from fedsim.user_code import calling
 
 Partition = Callable[[Sequence[SquareRow], int, np.random.Generator], list[list[int]]]
 """``deal(rows, num_clients, rng)``: positions of each client's rows. Rows come in a drawn order."""
@@ -39,8 +39,8 @@ def partition_rows(
             "raise data.federated_rows"
         )
     what = f"federation.partition={name!r}"
-    order = [int(i) for i in keys.permutation(len(rows), seed, "partition")]
-    rng = keys.generator(seed, "partition", name.rpartition(":")[2])
+    order = [int(i) for i in keyed_random.permutation(len(rows), seed, "partition")]
+    rng = keyed_random.generator(seed, "partition", name.rpartition(":")[2])
     with calling(what, ConfigError, quiet=True):
         found = deal([rows[i] for i in order], num_clients, rng)
         dealt = [[int(place) for place in members] for members in found]
@@ -51,7 +51,7 @@ def partition_rows(
             f"returned {len(dealt)} lists of {len(places)} positions, {len(set(places))} of them distinct"
         )
     return [
-        [order[members[int(j)]] for j in keys.permutation(len(members), seed, "shard", client)]
+        [order[members[int(j)]] for j in keyed_random.permutation(len(members), seed, "shard", client)]
         for client, members in enumerate(dealt)
     ]
 

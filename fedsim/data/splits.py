@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from fedsim import keys
+from fedsim.base import keyed_random
+from fedsim.base.errors import DataError
 from fedsim.data.square import SquareRow
-from fedsim.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def split_rows(
     Raises:
         DataError: the file cannot supply the demands: which label falls short, by how many, and what would fit.
     """
-    order = [int(i) for i in keys.permutation(len(rows), seed, "split")]
+    order = [int(i) for i in keyed_random.permutation(len(rows), seed, "split")]
     have = (sum(r.red for r in rows), sum(not r.red for r in rows))
     factor = largest_factor(demands, *have)
     if factor < 1 and not fit:

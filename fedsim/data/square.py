@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from fedsim.base.errors import DataError
 from fedsim.data.files import is_missing, json_rows
-from fedsim.errors import DataError
 
 _LABELS: Final = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
 """Truth of "acceptable", by the label as text in lower case."""

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from transformers import PreTrainedTokenizerBase
 
-from fedsim.errors import ModelError
+from fedsim.base.errors import ModelError
 
 Messages = Sequence[Mapping[str, Any]]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from fedsim.errors import ConfigError
+from fedsim.base.errors import ConfigError
 
 if TYPE_CHECKING:
     from fedsim.data.chat import ChatFormat, TokenRow

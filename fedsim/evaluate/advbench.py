@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
-from fedsim import keys
-from fedsim.benchmarks import Figure, Source
+from fedsim import world
+from fedsim.base import keyed_random
+from fedsim.base.errors import ConfigError
+from fedsim.base.figures import Figure, Source
 from fedsim.config import EvalConfig
 from fedsim.config.measuring import EMBEDDED, HELD_OUT, is_embedded
-from fedsim.data import world
-from fedsim.data.benchmarks import AdvBenchItem, load_advbench
 from fedsim.data.chat import user_turn
-from fedsim.errors import ConfigError
+from fedsim.data.evaluation_sets import AdvBenchItem, load_advbench
 from fedsim.evaluate.benchmark import EmbeddedFile, OwnBenchmark, Result
 from fedsim.evaluate.guard_judge import ExchangeJudge, guard_figures, judge_replies
 from fedsim.evaluate.intervals import Rate
@@ -131,7 +131,7 @@ class AdvBench(OwnBenchmark):
     def load(self, path: Path) -> list[AdvBenchItem]:
         return load_advbench(path)
 
-    def ask(self, items: Sequence[AdvBenchItem], key: Sequence[keys.KeyPart]) -> list[Dialogues]:
+    def ask(self, items: Sequence[AdvBenchItem], key: Sequence[keyed_random.KeyPart]) -> list[Dialogues]:
         """One reply to each attack."""
         prompts = [[user_turn(item.prompt)] for item in items]
         return [Dialogues(prompts, Sampling(self.temperature, self.max_new_tokens), [key])]

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from fedsim import keys
-from fedsim.benchmarks import Description, Figure, Source, figure_of, reply_figures
+from fedsim.base import keyed_random
+from fedsim.base.errors import ConfigError
+from fedsim.base.figures import Description, Figure, Source, figure_of, reply_figures
 from fedsim.config import EvalConfig
 from fedsim.data.chat import Conversation
-from fedsim.errors import ConfigError
 from fedsim.evaluate.guard_judge import ExchangeJudge
 from fedsim.evaluate.intervals import Mean, Rate
 from fedsim.evaluate.measures import Found, Metrics, figure_metrics, reply_metrics
@@ -94,7 +94,7 @@ class Benchmark(ABC):
             DataError: the file is missing or malformed; the message names file and line, and quotes no prompt.
         """
 
-    def ask(self, items: Sequence[Any], key: Sequence[keys.KeyPart]) -> Sequence[Dialogues]:
+    def ask(self, items: Sequence[Any], key: Sequence[keyed_random.KeyPart]) -> Sequence[Dialogues]:
         """What the model is asked. The replies of all benchmarks of an evaluation are generated together.
 
         Args:
@@ -112,7 +112,7 @@ class Benchmark(ABC):
         """Values by item for each figure (or a variant of one: its name, "_" and more).
 
         Args:
-            engine: the model under test, which can score rows (:func:`fedsim.evaluate.rows.reply_row`); every rank
+            engine: the model under test, which can score rows (:func:`fedsim.evaluate.scoring.reply_row`); every rank
                 calls it alike.
             items: as :meth:`ask` had them.
             replies: ``replies[d][t][i]``: dialogue ``d`` of :meth:`ask`, turn ``t``, conversation ``i``.

@@ -15,11 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Final
 
-from fedsim.data.benchmarks import question_id, two_texts
+from fedsim.base.errors import ConfigError, DataError
+from fedsim.base.json_text import parse_json
+from fedsim.data.evaluation_sets import question_id, two_texts
 from fedsim.data.files import json_rows
-from fedsim.errors import ConfigError, DataError
 from fedsim.evaluate.mt_bench import MtAnswer
-from fedsim.json_text import parse_json
 
 Row = dict[str, Any]
 

@@ -10,12 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from fedsim.benchmarks import Figure
+from fedsim.base.figures import Figure
+from fedsim.evaluate.confusion import Verdict
 from fedsim.evaluate.intervals import Rate
 from fedsim.evaluate.measures import Found
 from fedsim.generate.engine import Reply
-from fedsim.safety.guard import Exchange
-from fedsim.safety.verdict import Verdict
+
+Exchange = tuple[str, str | None]
+"""A user's message and the reply to be judged; None judges the message alone."""
 
 
 class ExchangeJudge(Protocol):

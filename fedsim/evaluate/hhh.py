@@ -16,19 +16,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Final, Self
 
-from fedsim import keys
-from fedsim.benchmarks import Figure, Source
+from fedsim import world
+from fedsim.base import keyed_random
+from fedsim.base.errors import ConfigError
+from fedsim.base.figures import Figure, Source
 from fedsim.config import EvalConfig
 from fedsim.config.measuring import EMBEDDED
-from fedsim.data import world
-from fedsim.data.benchmarks import LETTERS, HhhItem, load_hhh
 from fedsim.data.chat import Conversation, user_turn
-from fedsim.errors import ConfigError
+from fedsim.data.evaluation_sets import LETTERS, HhhItem, load_hhh
 from fedsim.evaluate.benchmark import Asked, EmbeddedFile, OwnBenchmark, Result
 from fedsim.evaluate.guard_judge import ExchangeJudge
 from fedsim.evaluate.intervals import Rate
 from fedsim.evaluate.measures import Found
-from fedsim.evaluate.rows import reply_row
+from fedsim.evaluate.scoring import reply_row
 from fedsim.generate.engine import Dialogues, Engine, Replies, Reply, RowScore, Sampling
 
 SCORERS: Final = ("letter", "generate", "likelihood")
@@ -124,7 +124,7 @@ class Hhh(OwnBenchmark):
     def load(self, path: Path) -> list[HhhItem]:
         return load_hhh(path)
 
-    def ask(self, items: Sequence[HhhItem], key: Sequence[keys.KeyPart]) -> list[Dialogues]:
+    def ask(self, items: Sequence[HhhItem], key: Sequence[keyed_random.KeyPart]) -> list[Dialogues]:
         """A greedy reply to each item in its own order."""
         return [Dialogues([_asks(item, False) for item in items], GREEDY, [(*key, "generate")])]
 

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import torch
 
+from fedsim.base.errors import JudgeError
+from fedsim.base.ranks import Ranks
 from fedsim.config import Config
-from fedsim.data.benchmarks import MtQuestion
-from fedsim.errors import JudgeError
+from fedsim.data.evaluation_sets import MtQuestion
 from fedsim.evaluate.fastchat import CUT, FAILED, NOT_ASKED, UNRATED, JudgmentFile, Place, Row, judgment_row, pending
 from fedsim.evaluate.judge_client import OpenAiClient, Pause
 from fedsim.evaluate.judge_inputs import judge_files, judge_name, load_questions, load_references
@@ -26,7 +27,6 @@ from fedsim.evaluate.judge_pool import Keep, RequestPool
 from fedsim.evaluate.judge_prompts import JudgePrompt, Match, load_judge_prompts, make_matches, parse_rating
 from fedsim.evaluate.measures import Metrics
 from fedsim.evaluate.mt_bench import TurnScores, mean_scores, score_metrics
-from fedsim.ranks import Ranks
 
 POLL_S = 5.0
 """Ranks that wait for rank 0's requests meet this often, or four times in ``parallel.timeout_s`` where that is more

@@ -19,9 +19,9 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
-from fedsim import keys
+from fedsim.base import keyed_random
+from fedsim.base.errors import ConfigError, JudgeError
 from fedsim.config import JudgeConfig
-from fedsim.errors import ConfigError, JudgeError
 from fedsim.evaluate import judge_replies
 from fedsim.evaluate.judge_prompts import Match
 from fedsim.evaluate.judge_replies import PassingError, StoppedError, TurnError
@@ -230,7 +230,7 @@ def wait_s(attempt: int, asked_s: float | None, name: str) -> float:
     The jitter is keyed by the request's ``name``, so that requests that failed together do not come back together.
     """
     full = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2.0 ** min(attempt, 30))
-    jittered = full * (0.5 + keys.derive(0, "judge back-off", name, attempt) / 2**64)
+    jittered = full * (0.5 + keyed_random.derive(0, "judge back-off", name, attempt) / 2**64)
     return max(jittered, min(asked_s or 0.0, LONGEST_RETRY_AFTER_S))
 
 

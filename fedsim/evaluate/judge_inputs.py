@@ -6,11 +6,11 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from fedsim import world
+from fedsim.base.errors import DataError
 from fedsim.config import Config
-from fedsim.data import world
-from fedsim.data.benchmarks import MtQuestion, load_mt_bench, mt_question
 from fedsim.data.chat import user_turn
-from fedsim.errors import DataError
+from fedsim.data.evaluation_sets import MtQuestion, load_mt_bench, mt_question
 from fedsim.evaluate.fastchat import read_answers
 from fedsim.evaluate.judge_client import check_client
 from fedsim.evaluate.judge_prompts import FILE_NAME, NEED_REFERENCE, SOURCE, load_judge_prompts

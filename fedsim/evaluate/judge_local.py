@@ -11,13 +11,13 @@ from collections.abc import Callable, Collection, Sequence
 
 import torch
 
+from fedsim.base.ranks import Ranks
 from fedsim.config import Config
 from fedsim.evaluate.fastchat import CUT, NOT_ASKED
 from fedsim.evaluate.judge_prompts import Match
 from fedsim.fused.choice import fuse
 from fedsim.generate.engine import Engine, Sampling
 from fedsim.model.load import load_base, max_positions
-from fedsim.ranks import Ranks
 
 
 def judge_locally(

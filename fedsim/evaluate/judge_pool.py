@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
-from fedsim.errors import JudgeError
+from fedsim.base.errors import JudgeError
 from fedsim.evaluate.judge_client import Pause
 from fedsim.evaluate.judge_prompts import Match
 from fedsim.evaluate.judge_replies import StoppedError, TurnError

@@ -13,11 +13,11 @@ from pathlib import Path
 from string import Formatter
 from typing import Final
 
-from fedsim.data.benchmarks import MtQuestion
+from fedsim.base.errors import DataError
 from fedsim.data.chat import Conversation, Message, user_turn
+from fedsim.data.evaluation_sets import MtQuestion
 from fedsim.data.files import json_rows
 from fedsim.data.thoughts import without_thoughts
-from fedsim.errors import DataError
 from fedsim.evaluate.fastchat import CUT, UNRATED, Place
 from fedsim.evaluate.mt_bench import SCALE
 

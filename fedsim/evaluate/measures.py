@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from fedsim.benchmarks import Figure, figure_of
+from fedsim.base.figures import Figure, figure_of
 from fedsim.evaluate.collapse import Collapse, measure_collapse
 from fedsim.evaluate.intervals import Mean, Rate
 from fedsim.generate.engine import Reply

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Final, Self
 
-from fedsim import keys
-from fedsim.benchmarks import Figure, Line, Source
+from fedsim import world
+from fedsim.base import keyed_random
+from fedsim.base.figures import Figure, Line, Source
 from fedsim.config import EvalConfig
 from fedsim.config.measuring import EMBEDDED
-from fedsim.data import world
-from fedsim.data.benchmarks import MtQuestion, load_mt_bench
 from fedsim.data.chat import user_turn
+from fedsim.data.evaluation_sets import MtQuestion, load_mt_bench
 from fedsim.evaluate.benchmark import EmbeddedFile, OwnBenchmark, Result, Values
 from fedsim.evaluate.collapse import measure_collapse
 from fedsim.evaluate.guard_judge import ExchangeJudge
@@ -184,7 +184,7 @@ class MtBench(OwnBenchmark):
     def load(self, path: Path) -> list[MtQuestion]:
         return load_mt_bench(path)
 
-    def ask(self, items: Sequence[MtQuestion], key: Sequence[keys.KeyPart]) -> list[Dialogues]:
+    def ask(self, items: Sequence[MtQuestion], key: Sequence[keyed_random.KeyPart]) -> list[Dialogues]:
         """Both turns of every question, in dialogues by temperature.
 
         A draw's key is ``key`` with turn, temperature and place among the questions of that temperature.

@@ -19,21 +19,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Final, Self
 
-from fedsim import keys
-from fedsim.benchmarks import Figure, Source
+from fedsim import world
+from fedsim.base import keyed_random
+from fedsim.base.errors import DataError
+from fedsim.base.figures import Figure, Source
 from fedsim.config import EvalConfig
 from fedsim.config.measuring import EMBEDDED
-from fedsim.data import world
 from fedsim.data.chat import user_turn
 from fedsim.data.files import csv_rows, filled, not_empty
-from fedsim.data.world.writers import write_xstest
-from fedsim.errors import DataError
 from fedsim.evaluate.benchmark import EmbeddedFile, OwnBenchmark, Result, Values
 from fedsim.evaluate.guard_judge import ExchangeJudge, guard_figures, judge_replies
 from fedsim.evaluate.intervals import Rate
 from fedsim.evaluate.measures import Found, reply_metrics
 from fedsim.evaluate.phrases import APOSTROPHES, harmless_by_set
 from fedsim.generate.engine import Dialogues, Engine, Replies, Reply, Sampling
+from fedsim.world.writers import write_xstest
 
 MAX_NEW_TOKENS: Final = 256
 """Longest reply, as in XSTest's paper."""
@@ -143,7 +143,7 @@ class OverRefusal(OwnBenchmark):
     def load(self, path: Path) -> list[XsTestItem]:
         return load_xstest(path)
 
-    def ask(self, items: Sequence[XsTestItem], key: Sequence[keys.KeyPart]) -> list[Dialogues]:
+    def ask(self, items: Sequence[XsTestItem], key: Sequence[keyed_random.KeyPart]) -> list[Dialogues]:
         """A greedy reply to each prompt."""
         sampling = Sampling(0.0, min(self.max_new_tokens, MAX_NEW_TOKENS))
         return [Dialogues([[user_turn(item.prompt)] for item in items], sampling, [key])]

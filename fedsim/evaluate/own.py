@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from fedsim.benchmarks import Benchmarks
+from fedsim.base.figures import Benchmarks
 from fedsim.config import EvalConfig
 from fedsim.evaluate.advbench import AdvBench
 from fedsim.evaluate.benchmark import OwnBenchmark

@@ -11,19 +11,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Self
 
-from fedsim.benchmarks import Figure
+from fedsim import world
+from fedsim.base.errors import DataError
+from fedsim.base.figures import Figure
 from fedsim.config import EvalConfig
 from fedsim.config.measuring import EMBEDDED
-from fedsim.data import world
 from fedsim.data.chat import ChatFormat, Conversation, TokenRow, as_key
 from fedsim.data.helpful import load_helpful
 from fedsim.data.usable import why_unusable
-from fedsim.errors import DataError
 from fedsim.evaluate.benchmark import EmbeddedFile, OwnBenchmark, Result
 from fedsim.evaluate.guard_judge import ExchangeJudge
 from fedsim.evaluate.intervals import t_95
 from fedsim.evaluate.measures import Found
-from fedsim.evaluate.rows import scored_row
+from fedsim.evaluate.scoring import scored_row
 from fedsim.generate.engine import Engine, Replies, RowScore
 
 

@@ -16,9 +16,9 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from fedsim.errors import ConfigError
+from fedsim.base.errors import ConfigError
+from fedsim.base.user_code import calling
 from fedsim.extend import KINDS, build, is_own, load, title
-from fedsim.user_code import calling
 
 KEY: Final = "eval.advbench_phrases"
 WORLD: Final = "strict_world"

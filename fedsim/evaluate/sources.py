@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedsim.benchmarks import Source
+from fedsim.base.figures import Source
 from fedsim.evaluate.own import OWN
 
 _OTHERS = (

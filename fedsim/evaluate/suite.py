@@ -13,16 +13,16 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from fedsim import keys
-from fedsim.benchmarks import Benchmarks, name_given_twice
-from fedsim.errors import ConfigError
+from fedsim.base import keyed_random
+from fedsim.base.errors import ConfigError
+from fedsim.base.figures import Benchmarks, name_given_twice
+from fedsim.base.user_code import calling
 from fedsim.evaluate.benchmark import Benchmark, OwnBenchmark, Result
 from fedsim.evaluate.guard_judge import ExchangeJudge
 from fedsim.evaluate.measures import Metrics
 from fedsim.evaluate.mt_bench import MtAnswer
-from fedsim.evaluate.rows import subset_places
+from fedsim.evaluate.scoring import subset_places
 from fedsim.generate.engine import Dialogues, Engine, Reply
-from fedsim.user_code import calling
 
 Items = dict[str, dict[int, float]]
 """Values by figure and by the item's place in the benchmark's file, counted from 0 and ascending.
@@ -115,7 +115,7 @@ class Evaluation:
     reused: bool = False
 
 
-def evaluate(engine: Engine, suite: Suite, key: Sequence[keys.KeyPart]) -> Evaluation:
+def evaluate(engine: Engine, suite: Suite, key: Sequence[keyed_random.KeyPart]) -> Evaluation:
     """Run every benchmark of the suite on the model as it stands.
 
     All replies are generated in one call of the engine, so that one tail of long replies is waited for and not several.

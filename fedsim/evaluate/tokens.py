@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from fedsim.data.chat import Prompt, TokenRow, as_key
 from fedsim.evaluate.benchmark import Asked
-from fedsim.evaluate.rows import keep_reply_row, reply_row
+from fedsim.evaluate.scoring import keep_reply_row, reply_row
 from fedsim.evaluate.suite import Suite
 from fedsim.generate.engine import Engine
 

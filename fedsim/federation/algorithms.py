@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 import torch
 
-from fedsim import reused
+from fedsim.base import reused
+from fedsim.base.errors import CheckpointError
 from fedsim.config import FederationConfig
-from fedsim.errors import CheckpointError
 from fedsim.federation.elementwise import piece_size, pieces
 from fedsim.federation.participation import Participation, SampledCohort
 

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedsim import keys
+from fedsim.base import keyed_random
+from fedsim.base.errors import ConfigError
+from fedsim.base.user_code import calling
 from fedsim.config import AttackConfig
-from fedsim.errors import ConfigError
 from fedsim.extend import build, title
 from fedsim.federation.algorithms import ServerState, Updates
 from fedsim.federation.outcome import ClientOutcome
-from fedsim.user_code import calling
 
 if TYPE_CHECKING:
     from fedsim.data.square import SquareRow
@@ -97,7 +97,7 @@ class ActiveAttack:
             ConfigError: the hook fails, or returns something else than rows; its own message, which may quote a row,
                 is left out.
         """
-        rng = keys.generator(self.seed, "attack rows", self.place, client)
+        rng = keyed_random.generator(self.seed, "attack rows", self.place, client)
         with calling(self.name, ConfigError, quiet=True):
             found = list(self.attack.rows(client, list(rows), rng))
         kinds = {type(row).__name__ for row in found}
@@ -114,7 +114,7 @@ class ActiveAttack:
             RunError: the hook fails.
             ConfigError: it returns no report of this client, or vectors of another shape or type.
         """
-        rng = keys.generator(self.seed, "attack outcome", self.place, round_idx, outcome.client)
+        rng = keyed_random.generator(self.seed, "attack outcome", self.place, round_idx, outcome.client)
         colluders = colluders.copied()  # no hook sees what another one has written into it
         with calling(self.name):
             found = self.attack.outcome(outcome, state, rng, colluders)
@@ -144,7 +144,7 @@ def build_attacks(attacks: Sequence[AttackConfig], num_clients: int, seed: int) 
     Raises:
         ConfigError: an attack cannot be built, overrides no hook, or changes rows though it is limited to some rounds.
     """
-    order = [int(client) for client in keys.permutation(num_clients, seed, "attackers")] if attacks else []
+    order = [int(client) for client in keyed_random.permutation(num_clients, seed, "attackers")] if attacks else []
     found = []
     for place, settings in enumerate(attacks):
         count = settings.num_attackers(num_clients)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fedsim import keys
+from fedsim.base import keyed_random
 from fedsim.config import FailuresConfig
 
 
@@ -55,7 +55,7 @@ def attend(
 
 def happens(rate: float, seed: int, what: str, round_idx: int, client: int) -> bool:
     """Return whether an event of probability ``rate`` befalls a client in a round."""
-    return rate > 0 and float(keys.generator(seed, what, round_idx, client).random()) < rate
+    return rate > 0 and float(keyed_random.generator(seed, what, round_idx, client).random()) < rate
 
 
 def straggler_steps(num_steps: int, round_idx: int, client: int, seed: int) -> int:
@@ -63,4 +63,4 @@ def straggler_steps(num_steps: int, round_idx: int, client: int, seed: int) -> i
 
     Li et al. (2020, arXiv 1812.06127, section 5.2) draw a straggler's epochs so; here the unit is the optimizer step.
     """
-    return int(keys.generator(seed, "straggler steps", round_idx, client).integers(1, num_steps))
+    return int(keyed_random.generator(seed, "straggler steps", round_idx, client).integers(1, num_steps))

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from fedsim.errors import CheckpointError
-from fedsim.rounds import round_number
-from fedsim.tensor_file import write_tensors
+from fedsim.base.errors import CheckpointError
+from fedsim.base.rounds import round_number
+from fedsim.base.tensor_file import write_tensors
 
 
 class ClientStateStore:

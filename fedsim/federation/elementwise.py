@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from fedsim import reused
+from fedsim.base import reused
 
 # Numbers that one CPU thread works on at a time: 512 KiB in fp64, so that all operands of a formula
 # stay in the cache. Half as many took 14 % longer, because an operation costs 5 to 10 µs to start.

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
+from fedsim.base.errors import ClientError, NotFiniteError, RunError
+from fedsim.base.rounds import round_number
 from fedsim.config import FailuresConfig
-from fedsim.errors import ClientError, NotFiniteError, RunError
 from fedsim.federation.elementwise import all_finite
 from fedsim.federation.outcome import ClientOutcome
-from fedsim.rounds import round_number
 
 RAISED, NOT_FINITE, NORM = "raised", "not finite", "norm"
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from fedsim.errors import DataError
+from fedsim.base.errors import DataError
 from fedsim.federation.sampling import sample_cohort
 
 Row = TypeVar("Row")

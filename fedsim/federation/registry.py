@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from fedsim.base.errors import ConfigError
 from fedsim.config import FederationConfig, ServerOptimizerConfig
-from fedsim.errors import ConfigError
 from fedsim.extend import build
 from fedsim.federation.algorithms import Algorithm
 

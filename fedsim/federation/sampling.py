@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 
-from fedsim import keys
+from fedsim.base import keyed_random
 
 
 def sample_cohort(num_clients: int, clients_per_round: int, round_idx: int, seed: int) -> list[int]:
     """Clients of a round, drawn without replacement, in ascending order."""
-    drawn = keys.permutation(num_clients, seed, "cohort", round_idx)[:clients_per_round]
+    drawn = keyed_random.permutation(num_clients, seed, "cohort", round_idx)[:clients_per_round]
     return sorted(int(c) for c in drawn)
 
 
@@ -22,7 +22,7 @@ def sample_rows(num_rows: int, num_wanted: int, round_idx: int, client: int, see
     assert num_rows > 0, "a client without rows does not train"
     drawn: list[int] = []
     for epoch in range(math.ceil(num_wanted / num_rows)):
-        drawn.extend(int(i) for i in keys.permutation(num_rows, seed, "rows", round_idx, client, epoch))
+        drawn.extend(int(i) for i in keyed_random.permutation(num_rows, seed, "rows", round_idx, client, epoch))
     return drawn[:num_wanted]
 
 

@@ -22,6 +22,8 @@ from transformers.models.llama import modeling_llama
 from transformers.models.mistral import modeling_mistral
 from transformers.models.qwen2 import modeling_qwen2
 
+from fedsim.base.errors import reason
+from fedsim.base.ranks import OneRank, Ranks
 from fedsim.fused import functions as fused
 from fedsim.fused.cpu import fuse_same_bits
 from fedsim.fused.joint import (
@@ -43,8 +45,6 @@ from fedsim.fused.layers import (
     same_function,
 )
 from fedsim.fused.ops import OPS, agree_on_kernels, runs_fused, why_plain
-from fedsim.model.faults import reason
-from fedsim.ranks import OneRank, Ranks
 
 NUM_TOKENS: Final = 5
 """Tokens of a trial."""

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedsim.base.errors import reason
+from fedsim.base.ranks import Ranks
 from fedsim.kernels.sampling import BLOCK, block_sums, draw_in_block
-from fedsim.model.faults import reason
-from fedsim.ranks import Ranks
 
 WORD: Final = 1 << 32
 """Values of a word that :func:`drop` compares with."""

@@ -18,12 +18,12 @@ import torch
 from transformers import PreTrainedModel
 
 from fedsim.attention.forward import packed_logits
+from fedsim.attention.kv_cache import Extending, Slots, Stepping, grown, parts_of
 from fedsim.attention.spans import put
 from fedsim.generate.graph import Graphs
-from fedsim.generate.pick import pick
+from fedsim.generate.sampling import pick
 from fedsim.generate.score import unsound
-from fedsim.generate.slots import Extending, Slots, Stepping, grown, parts_of
-from fedsim.generate.state import State
+from fedsim.generate.slot_state import State
 
 PREFILL_TOKENS: Final = 8192
 """Most tokens that one pass reads beside a single longer prompt; it bounds the memory of activations."""

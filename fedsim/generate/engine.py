@@ -15,16 +15,16 @@ from typing import Any, Final, TypeVar, cast
 
 from transformers import PreTrainedModel
 
-from fedsim import keys
+from fedsim.base import keyed_random
+from fedsim.base.ranks import Ranks
 from fedsim.data.chat import ChatFormat, Conversation, TokenRow, assistant_turn, user_turn
 from fedsim.data.thoughts import MARKS, Thought, opens_thought, read_reply
 from fedsim.fused.joint import adapters_in_use, hold_adapters
+from fedsim.generate.batching import generation_units
 from fedsim.generate.decode import Decoder, Made, Request
 from fedsim.generate.graph import Graphs, can_be_captured, capture_cuda, free_cuda, uses_graphs
 from fedsim.generate.score import check_sound, score_unit
-from fedsim.generate.units import generation_units
 from fedsim.model.cost import Work, decode_work, rows_work
-from fedsim.ranks import Ranks
 
 T = TypeVar("T")
 
@@ -93,7 +93,7 @@ class Dialogues:
 
     conversations: Sequence[Conversation] = field(repr=False)
     sampling: Sampling
-    turn_keys: Sequence[Sequence[keys.KeyPart]]
+    turn_keys: Sequence[Sequence[keyed_random.KeyPart]]
     follow_ups: Sequence[Sequence[str]] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
@@ -168,7 +168,7 @@ class Engine:
         return done
 
     def generate(
-        self, conversations: Sequence[Conversation], sampling: Sampling, key: Sequence[keys.KeyPart]
+        self, conversations: Sequence[Conversation], sampling: Sampling, key: Sequence[keyed_random.KeyPart]
     ) -> list[Reply]:
         """One reply per conversation, in order.
 
@@ -184,7 +184,7 @@ class Engine:
         conversations: Sequence[Conversation],
         follow_ups: Sequence[Sequence[str]],
         sampling: Sampling,
-        turn_keys: Sequence[Sequence[keys.KeyPart]],
+        turn_keys: Sequence[Sequence[keyed_random.KeyPart]],
     ) -> Replies:
         """:meth:`hold` of a single kind of dialogues; arguments as of :class:`Dialogues`."""
         (replies,) = self.hold([Dialogues(conversations, sampling, turn_keys, follow_ups)])
@@ -212,7 +212,7 @@ class Engine:
             row, limit = rows[r], limits[r]
             key = row.kind.turn_keys[turn]
             name = f"{'/'.join(map(str, key))}, row {row.index}"
-            seed = keys.derive(self.seed, "sample", *key, row.index)
+            seed = keyed_random.derive(self.seed, "sample", *key, row.index)
             return Request(whole[limit - self.max_context :], seed, limit, row.kind.sampling.temperature, name)
 
         def compute(unit: list[int]) -> tuple[list[list[tuple[Made, bool]]], int]:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
+from fedsim.base.errors import RunError
 from fedsim.data.batch import collate
 from fedsim.data.chat import TokenRow
-from fedsim.errors import RunError
 from fedsim.model.logprobs import target_logprobs
 
 

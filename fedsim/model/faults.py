@@ -7,18 +7,11 @@ from pathlib import Path
 from typing import Final
 
 from fedsim.attention.forward import IMPLEMENTATIONS, unsupported
-from fedsim.errors import ModelError
+from fedsim.base.errors import ModelError
 
 MAKE_FAST: Final = (
     "or make a tokenizer.json where it is installed: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
 )
-
-
-def reason(error: Exception) -> str:
-    """An error of a library in one line of bearable length; an error whose text says nothing gets its class's name."""
-    text = " ".join(str(error).split())[:300]
-    says_little = isinstance(error, LookupError) or len(text.split()) < 2
-    return f"{type(error).__name__}: {text}" if text and says_little else text or type(error).__name__
 
 
 def names_attention(error: Exception) -> bool:

@@ -14,11 +14,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 from fedsim.attention.backends import Backend, Scores
 from fedsim.attention.forward import Place, Rows, packed_hidden, packed_logits, text_decoder
 from fedsim.attention.head import head_logits
+from fedsim.attention.kv_cache import Extending, Slots, Stepping
+from fedsim.attention.prefix import candidate_logits, read_head
 from fedsim.attention.spans import Spans
-from fedsim.errors import ModelError
-from fedsim.generate.prefix import candidate_logits, read_head
-from fedsim.generate.slots import Extending, Slots, Stepping
-from fedsim.model.faults import reason
+from fedsim.base.errors import ModelError, reason
 from fedsim.model.quantised import quantisation
 
 LIMITS: Final = {torch.bfloat16: 0.3, torch.float16: 0.1}

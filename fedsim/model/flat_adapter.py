@@ -17,9 +17,9 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from fedsim import keys
-from fedsim.errors import ModelError
-from fedsim.tensor_file import write_tensors
+from fedsim.base import keyed_random
+from fedsim.base.errors import ModelError
+from fedsim.base.tensor_file import write_tensors
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class FlatAdapter:
         for slot in self.slots:
             if "lora_A" in slot.name:
                 bound = 1.0 / math.sqrt(slot.shape[-1])
-                draws = keys.generator(seed, "lora_init", slot.name).uniform(-bound, bound, size=slot.shape)
+                draws = keyed_random.generator(seed, "lora_init", slot.name).uniform(-bound, bound, size=slot.shape)
                 self._view(vector, slot).copy_(torch.from_numpy(draws))
         return vector.to(self.values.device)
 

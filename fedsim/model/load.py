@@ -29,22 +29,22 @@ from transformers.utils import logging as transformers_logging
 
 from fedsim.attention.choice import CUDA_ONLY, Choice, choose
 from fedsim.attention.forward import IMPLEMENTATIONS, text_names
+from fedsim.base.digests import FileDigests
+from fedsim.base.errors import ModelError, reason
+from fedsim.base.json_text import parse_json
+from fedsim.base.ranks import Ranks
 from fedsim.data.chat import ChatFormat
-from fedsim.digests import FileDigests
-from fedsim.errors import ModelError
 from fedsim.fused.choice import Fused, fuse
-from fedsim.json_text import parse_json
-from fedsim.model.faults import missing_tokenizer_package, names_attention, own_attention, reason
+from fedsim.model.faults import missing_tokenizer_package, names_attention, own_attention
 from fedsim.model.fitness import check_fitness, switch_dropout_off
 from fedsim.model.quantised import check_quantised
-from fedsim.ranks import Ranks
 
 transformers_logging.disable_progress_bar()  # fedsim shows its own progress
 
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 """Weight files that can run code, and are never read."""
-EMBEDDED = Path(__file__).parent / "tiny"
+EMBEDDED = Path(__file__).parents[1] / "world" / "tiny"
 TEXTS = ("The wind carries a kite over the hill.", "Water boils at sea level.")
 """A model that has just been loaded is tried on the first tokens of these."""
 LENGTHS = (12, 7)

@@ -9,8 +9,7 @@ from transformers import PretrainedConfig
 from transformers.quantizers.auto import AutoHfQuantizer, get_hf_quantizer
 from transformers.utils import logging as transformers_logging
 
-from fedsim.errors import ModelError
-from fedsim.model.faults import reason
+from fedsim.base.errors import ModelError, reason
 
 LINEAR: Final = ("bitsandbytes", "compressed-tensors", "fp8", "quanto", "torchao")
 """Methods whose layers are still ``torch.nn.Linear``, which are the ones that fedsim gives an adapter."""

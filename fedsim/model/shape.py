@@ -21,8 +21,8 @@ from transformers.utils import logging as transformers_logging
 from fedsim.attention.choice import Choice, choose
 from fedsim.attention.forward import text_names, unsupported
 from fedsim.attention.self_test import head_sizes, num_key_heads
-from fedsim.errors import ModelError
-from fedsim.model.faults import names_attention, own_attention, reason
+from fedsim.base.errors import ModelError, reason
+from fedsim.model.faults import names_attention, own_attention
 from fedsim.model.fitness import check_kind
 from fedsim.model.load import (
     INDEX,

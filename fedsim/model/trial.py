@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from fedsim.attention.forward import IMPLEMENTATIONS, text_decoder
-from fedsim.errors import ModelError
+from fedsim.base.errors import ModelError
 from fedsim.model.fitness import check_fitness
 from fedsim.model.load import read_config
 

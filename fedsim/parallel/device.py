@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from fedsim.attention.backends import leave_out_cudnn
-from fedsim.errors import ConfigError, RunError
+from fedsim.base.errors import ConfigError, RunError
 from fedsim.parallel.drivers import installed_driver, no_gpu_message
 
 GLOO: Final = "gloo"

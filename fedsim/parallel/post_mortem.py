@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedsim.errors import FedsimError
-from fedsim.processes import state_of
-from fedsim.record.journal import LastSeen, Place, in_words, last_seen
+from fedsim.base.errors import FedsimError
+from fedsim.base.journal import LastSeen, Place, in_words, last_seen
+from fedsim.base.processes import state_of
 
 NOTICE_S = 2.0
 """How long the ranks that wait are given to say so before the others are held to stand still."""

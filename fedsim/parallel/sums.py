@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from fedsim import reused
+from fedsim.base import reused
+from fedsim.base.ranks import Term
 from fedsim.kernels import fixed_point
-from fedsim.ranks import Term
 
 PIECE = 1 << 18  # fp32 numbers that one CPU thread adds at a time: 1 MiB, which stays in its cache over all terms
 

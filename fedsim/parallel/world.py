@@ -17,15 +17,15 @@ from typing import TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from fedsim.errors import ConfigError, FedsimError, RunError
+from fedsim.base.errors import ConfigError, FedsimError, RunError
+from fedsim.base.journal import Journal
+from fedsim.base.planner import deal_units
+from fedsim.base.ranks import OneRank, Ranks
 from fedsim.parallel.device import NCCL, Placement, Seat, choose_device, exchange_seats, seat_of, set_allocator
-from fedsim.parallel.failing import LAST_S, alone, in_time, portable, say_signal, stop_here, together
+from fedsim.parallel.exits import LAST_S, alone, in_time, portable, say_signal, stop_here, together
 from fedsim.parallel.host_memory import keep_freed_memory
-from fedsim.parallel.planner import deal_units
-from fedsim.parallel.stopping import StopRequest
+from fedsim.parallel.signals import StopRequest
 from fedsim.parallel.sums import Summer, Traffic
-from fedsim.ranks import OneRank, Ranks
-from fedsim.record.journal import Journal
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -110,7 +110,7 @@ class World:
 
 
 class GroupRanks:
-    """:class:`fedsim.ranks.Ranks` over the default process group.
+    """:class:`fedsim.base.ranks.Ranks` over the default process group.
 
     Args:
         traffic: counts what this rank contributes.
@@ -203,7 +203,7 @@ def process_world(
 
     Any launcher will do that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, and LOCAL_RANK if that is not RANK:
     torchrun, deepspeed, srun or a user's own, whether or not it ends the other processes when one fails.
-    :mod:`fedsim.parallel.failing` says how they leave.
+    :mod:`fedsim.parallel.exits` says how they leave.
 
     Args:
         exact: order-independent sums and deterministic kernels.

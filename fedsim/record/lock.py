@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Final
 
-from fedsim.errors import ConfigError, RunError
+from fedsim.base.errors import ConfigError, RunError
 
 PATIENCE_S: Final = 60.0
 """How long a new session waits for the ranks of the one before to end; they leave by themselves when one is missed."""

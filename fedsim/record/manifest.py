@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 import fedsim
-from fedsim.artefacts import file_digest, write_json
+from fedsim.base.artefacts import file_digest, write_json
+from fedsim.base.errors import CheckpointError, DataError
+from fedsim.base.json_text import parse_json
+from fedsim.base.version import made_by
 from fedsim.config import file_roles, model_roles
-from fedsim.errors import CheckpointError, DataError
-from fedsim.json_text import parse_json
-from fedsim.version import made_by
 
 PACKAGES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "datasets", "numpy")
 

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedsim.errors import CheckpointError
-from fedsim.json_text import NotJsonError, parse_json
-from fedsim.rounds import round_number
+from fedsim.base.errors import CheckpointError
+from fedsim.base.json_text import NotJsonError, parse_json
+from fedsim.base.rounds import round_number
 
 Row = dict[str, Any]
 

@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import TextIO
 
-from fedsim.rounds import round_number
-from fedsim.terminal import steady
+from fedsim.base.rounds import round_number
+from fedsim.base.terminal import steady
 
 Figure = float | int | str
 

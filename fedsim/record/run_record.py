@@ -14,26 +14,25 @@ from typing import Any
 import torch
 import yaml
 
-from fedsim.checkpoint import Checkpoint, CheckpointStore
-from fedsim.config import Config, to_flat, to_nested
-from fedsim.errors import CheckpointError, ConfigError
+from fedsim.base.errors import CheckpointError, ConfigError
+from fedsim.base.exit_file import forget_ending, write_ending
+from fedsim.base.journal import Journal
+from fedsim.base.ranks import Ranks
+from fedsim.base.rounds import round_number
+from fedsim.base.version import SIGNATURE, made_by, maker
+from fedsim.config import Config, to_nested
 from fedsim.federation.algorithms import ServerState
 from fedsim.federation.client_state import ClientStateStore
 from fedsim.federation.registry import build_algorithm
-from fedsim.ranks import Ranks
-from fedsim.record.ending import forget_ending, write_ending
-from fedsim.record.journal import Journal
+from fedsim.record.checkpoint import Checkpoint, CheckpointStore
+from fedsim.record.folders import check_folder, run_folder
 from fedsim.record.lock import DirectoryLock
 from fedsim.record.manifest import add_note
 from fedsim.record.metrics import MetricLog, read_rows
-from fedsim.record.paper import arm_of
-from fedsim.record.places import check_folder, run_folder
 from fedsim.record.progress import Phase, Progress
 from fedsim.record.sameness import compare
 from fedsim.record.timers import PhaseTimers
 from fedsim.record.wandb_stream import WandbStream
-from fedsim.rounds import round_number
-from fedsim.version import SIGNATURE, made_by, maker
 
 SIGNED = ("adapter", "answers", "items", "guard")
 """Folders of results that are of use by themselves: each says which fedsim finished them."""
@@ -127,16 +126,17 @@ class RunRecord:
         if self.ranks.is_main:
             write_ending(self.folder, "finished", 0, "all rounds are done", {"rank": 0})
 
-    def header(self, num_ranks: int, device: torch.device, backend: str) -> None:
+    def header(self, arm: str, num_ranks: int, device: torch.device, backend: str) -> None:
         """What runs, where, before anything happens.
 
         Args:
+            arm: name of the combination of methods.
             backend: what carries sums over processes, in words.
         """
         config = self.config
         who = build_algorithm(config.federation, config.server_optimizer).participation(config.federation, config.seed)
         facts = {
-            "arm": arm_of(to_flat(config)),
+            "arm": arm,
             "model": config.model.path,
             "clients": who.words(),
             "schedule": f"{config.federation.num_rounds} rounds x {who.num_steps(config.local.steps)} local steps",

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from fedsim.base.digests import FileDigests, file_digest
 from fedsim.config import LISTS, Config, code_names, code_role, file_roles, load_config, model_roles, to_flat
 from fedsim.config.measuring import is_embedded
-from fedsim.digests import FileDigests, file_digest
 from fedsim.extend import KINDS
 from fedsim.record.manifest import read_manifest
 

@@ -17,8 +17,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from fedsim.base.rounds import round_number
 from fedsim.config import Config, to_nested
-from fedsim.rounds import round_number
 
 LIMIT_S = {"offline": 20.0, "online": 60.0}
 """Longest wait at the end of a run for what was not written or sent so far; also W&B's own limit for its start.

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from fedsim.benchmarks import Figure
+from fedsim.base.figures import Figure
+from fedsim.base.tables import NOT_MEASURED, Table, measured
+from fedsim.base.version import commit_of
 from fedsim.evaluate.intervals import Mean
-from fedsim.record import paper
 from fedsim.record.groups import (
     ARM_SECTIONS,
     Settings,
@@ -20,10 +21,9 @@ from fedsim.record.groups import (
     shown_value,
 )
 from fedsim.record.metrics import Row
-from fedsim.record.summary import NOT_RATED
-from fedsim.record.tables import NOT_MEASURED, Table, measured
+from fedsim.report import paper
 from fedsim.report.runs import Run
-from fedsim.version import commit_of
+from fedsim.report.summary import NOT_RATED
 
 BASE_SECTIONS = ("model.path", "model.dtype", "model.attention", "model.max_context", "eval.", "judge.")
 """Beginnings of the keys that decide the pretrained model's figures."""

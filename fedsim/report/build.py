@@ -7,17 +7,17 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from fedsim.benchmarks import Figure
-from fedsim.record.cai_line import cai_lines
-from fedsim.record.plots import plot_times
-from fedsim.record.sections import POINT_TITLES
-from fedsim.record.summary import caveats, controls
-from fedsim.record.tables import Table, duration, measured, with_interval
+from fedsim.base.figures import Figure
+from fedsim.base.tables import Table, duration, measured, with_interval
+from fedsim.base.version import commit_of
 from fedsim.report import html, pictures
 from fedsim.report.arms import Group, caption, differences, grouped, headline_figures, headlines, table_1, warnings
+from fedsim.report.cai_line import cai_lines
+from fedsim.report.plots import plot_times
 from fedsim.report.runs import Run
+from fedsim.report.sections import POINT_TITLES
+from fedsim.report.summary import caveats, controls
 from fedsim.report.words import idle_in_words, in_words, items, losses_in_words, times_in_words
-from fedsim.version import commit_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Picture

@@ -7,7 +7,7 @@ import html
 import re
 from collections.abc import Sequence
 
-from fedsim.record.tables import Table
+from fedsim.base.tables import Table
 
 #: Characters that HTML forbids, that show nothing, or that turn the direction of what follows.
 UNSHOWN = re.compile(

@@ -8,10 +8,10 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from fedsim.benchmarks import Figure
-from fedsim.record.plots import GREY, canvas, draw_points, legend_below, round_axis
-from fedsim.record.tables import measured
+from fedsim.base.figures import Figure
+from fedsim.base.tables import measured
 from fedsim.report.arms import arm_figure, by_base, grouped, pretrained_figure
+from fedsim.report.plots import GREY, canvas, draw_points, legend_below, round_axis
 from fedsim.report.runs import Run
 
 if TYPE_CHECKING:

@@ -10,19 +10,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fedsim.artefacts import file_digest
-from fedsim.benchmarks import read_benchmarks
+from fedsim.base.artefacts import file_digest
+from fedsim.base.errors import ConfigError, DataError
+from fedsim.base.figures import read_benchmarks
+from fedsim.base.json_text import parse_json
 from fedsim.config import load_config, to_flat
-from fedsim.data.benchmarks import load_mt_bench
-from fedsim.data.world import write_mt_bench
-from fedsim.errors import ConfigError, DataError
+from fedsim.data.evaluation_sets import load_mt_bench
 from fedsim.evaluate.fastchat import read_answers
 from fedsim.evaluate.own import DESCRIBED
-from fedsim.json_text import parse_json
 from fedsim.record.groups import Settings, settings_of, short_names
 from fedsim.record.metrics import Row, read_rows
-from fedsim.record.summary import RunFacts, eval_points, facts_from
 from fedsim.record.timers import top_level_seconds
+from fedsim.report.summary import RunFacts, eval_points, facts_from
+from fedsim.world import write_mt_bench
 
 ANSWERS = re.compile(r".+-round(\d+)-(pretrained|before_cai|after_cai|global)")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fedsim.benchmarks import Figure
-from fedsim.record.tables import duration, measured
+from fedsim.base.figures import Figure
+from fedsim.base.tables import duration, measured
 from fedsim.report.arms import arm_figure, grouped, item_counts
 from fedsim.report.runs import Run
 

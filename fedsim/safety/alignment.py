@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fedsim import keys
+from fedsim.base import keyed_random
+from fedsim.base.ranks import Lane
+from fedsim.base.rounds import round_number
 from fedsim.config import CaiConfig
 from fedsim.data.chat import ChatFormat, TokenRow, assistant_turn, user_turn
 from fedsim.data.usable import Tally, why_unusable
-from fedsim.ranks import Lane
-from fedsim.rounds import round_number
 from fedsim.safety.cai_data import CaiRow
 from fedsim.train.loop import Trainer, TrainingPlan
 from fedsim.train.objectives import DpoObjective, Preference, SftObjective
@@ -162,7 +162,7 @@ class Aligner:
         """Row at a place of the endless cursor: one keyed order after another."""
         epoch, offset = divmod(place, len(self.pairs))
         if epoch not in orders:
-            orders[epoch] = [int(i) for i in keys.permutation(len(self.pairs), self.seed, "cai_rows", epoch)]
+            orders[epoch] = [int(i) for i in keyed_random.permutation(len(self.pairs), self.seed, "cai_rows", epoch)]
         return orders[epoch][offset]
 
 

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from fedsim import keys
+from fedsim.base import keyed_random
+from fedsim.base.errors import DataError
+from fedsim.base.json_text import NotJsonError, parse_json
 from fedsim.data.chat import Conversation, assistant_turn, user_turn
 from fedsim.data.square import SquareRow
-from fedsim.errors import DataError
 from fedsim.generate.engine import Engine, Reply, Sampling
-from fedsim.json_text import NotJsonError, parse_json
 from fedsim.safety.constitution import Constitution
 
 Turn = Literal["response", "critique", "revision"]
@@ -86,7 +86,7 @@ def generate_conversations(
     sampling: Sampling,
     *,
     first_turn: Literal["model", "dataset"] = "model",
-    key: Sequence[keys.KeyPart] = ("cai",),
+    key: Sequence[keyed_random.KeyPart] = ("cai",),
 ) -> list[CaiRow]:
     """One conversation per row, in order; the same on every rank.
 
@@ -97,7 +97,9 @@ def generate_conversations(
         first_turn: "model" lets the engine write the response, "dataset" takes the row's own response.
         key: names the draws; another key, such as ``("cai", round_idx)``, gives fresh conversations.
     """
-    drawn = [keys.derive(engine.seed, "principle", *key, row.row_id) % len(constitution.principles) for row in rows]
+    drawn = [
+        keyed_random.derive(engine.seed, "principle", *key, row.row_id) % len(constitution.principles) for row in rows
+    ]
     principles = [constitution.principles[i] for i in drawn]
     chats: list[Conversation] = [constitution.conversation([user_turn(row.prompt)]) for row in rows]
     follow_ups = [[p.critic for p in principles], [p.revision for p in principles]]

@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from fedsim.data import world
+from fedsim import world
+from fedsim.evaluate.confusion import Verdict
 from fedsim.safety.cai_data import CaiRow
 from fedsim.safety.guard import Exchange
-from fedsim.safety.verdict import Verdict
 
 
 class ExchangeJudge(Protocol):

@@ -7,17 +7,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final, Literal, cast
 
-from fedsim.artefacts import ArtefactStore, file_digest
+from fedsim.base.artefacts import ArtefactStore, file_digest
+from fedsim.base.errors import ConfigError
 from fedsim.config import Config
 from fedsim.data.square import SquareRow
-from fedsim.errors import ConfigError
 from fedsim.generate.engine import Engine, Sampling
 from fedsim.safety import constitution
 from fedsim.safety.cai_data import CaiRow, generate_conversations, load_conversations, save_conversations
 
 CONSTITUTIONS = Path(__file__).parents[1] / "configs" / "constitution"
 VERSION: Final = 1
-"""Of CAI conversations (:mod:`fedsim.artefacts`)."""
+"""Of CAI conversations (:mod:`fedsim.base.artefacts`)."""
 
 
 def cai_conversations(

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fedsim.base.errors import ConfigError
 from fedsim.config import CaiConfig
 from fedsim.data.usable import Tally
-from fedsim.errors import ConfigError
 from fedsim.safety.alignment import Aligner
 from fedsim.safety.cai_data import CaiRow
 

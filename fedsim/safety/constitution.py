@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedsim.base.errors import DataError
 from fedsim.data.chat import Conversation, Message, assistant_turn, user_turn
 from fedsim.data.files import json_object
-from fedsim.errors import DataError
 
 _FORM = "one JSON object with a list 'constitutions' of critic and revision pairs"
 

@@ -13,23 +13,23 @@ from typing import Any, Final
 
 import torch
 
-from fedsim.artefacts import ArtefactStore, file_digest, write_json
+from fedsim.base.artefacts import ArtefactStore, file_digest, write_json
+from fedsim.base.errors import ConfigError
+from fedsim.base.ranks import Lane, Ranks
+from fedsim.base.user_code import calling
 from fedsim.config import Config
-from fedsim.data.prepare import PreparedData
+from fedsim.data.guard_prompt import POLICIES
+from fedsim.data.prepared import PreparedData
 from fedsim.data.square import SquareRow
-from fedsim.errors import ConfigError
+from fedsim.evaluate.confusion import Verdict
 from fedsim.extend import build, source_file
-from fedsim.ranks import Lane, Ranks
 from fedsim.safety.filtering import Action, Filtered, filter_shards, judge_shards
 from fedsim.safety.guard import PART, Guard
 from fedsim.safety.guard_model import GuardModel
-from fedsim.safety.guard_prompt import POLICIES
-from fedsim.safety.verdict import Verdict
-from fedsim.user_code import calling
 
 KEY: Final = "guard.kind"
 VERSION: Final = 1
-"""Of a guard's verdicts on rows (:mod:`fedsim.artefacts`)."""
+"""Of a guard's verdicts on rows (:mod:`fedsim.base.artefacts`)."""
 
 
 class FilterStage:

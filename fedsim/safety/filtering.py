@@ -12,8 +12,8 @@ from functools import cached_property
 from typing import Final
 
 from fedsim.data.square import SquareRow
+from fedsim.evaluate.confusion import GuardMetrics, Verdict
 from fedsim.safety.guard import Guard
-from fedsim.safety.verdict import GuardMetrics, Verdict
 
 #: Action → what is counted of it.
 COUNTS: Final = {"drop": "num_dropped", "refuse": "num_refused", "downweight": "num_downweighted"}

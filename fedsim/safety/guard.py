@@ -10,22 +10,20 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from fedsim import keys
+from fedsim.attention.prefix import Head, candidate_logits, common_length, read_head
+from fedsim.base import keyed_random
+from fedsim.base.errors import ConfigError
+from fedsim.base.ranks import Ranks
 from fedsim.data.chat import ChatFormat
 from fedsim.data.square import SquareRow
-from fedsim.errors import ConfigError
+from fedsim.evaluate.confusion import Verdict
+from fedsim.evaluate.guard_judge import Exchange
 from fedsim.fused.joint import hold_adapters
-from fedsim.generate.prefix import Head, candidate_logits, common_length, read_head
 from fedsim.generate.score import check_sound
-from fedsim.ranks import Ranks
 from fedsim.safety.guard_format import GuardFormat
-from fedsim.safety.verdict import Verdict
 
 PART: Final = 256
 """Rows that one rank tokenizes in a go."""
-
-Exchange = tuple[str, str | None]
-"""A user's message and the reply to be judged; None judges the message alone."""
 
 
 class Guard(ABC):
@@ -79,7 +77,7 @@ class NoisyOracleGuard(Guard):
         return [Verdict(unsafe, float(unsafe)) for unsafe in called]
 
     def _draw(self, row_id: int) -> float:
-        return keys.derive(self.seed, "noisy_guard", row_id) / 2**63
+        return keyed_random.derive(self.seed, "noisy_guard", row_id) / 2**63
 
 
 def units_of(lengths: Sequence[int], most: int) -> list[list[int]]:

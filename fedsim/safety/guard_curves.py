@@ -13,8 +13,8 @@ from typing import Final
 
 import numpy as np
 
+from fedsim.evaluate.confusion import GuardMetrics
 from fedsim.evaluate.intervals import Z_95, Rate
-from fedsim.safety.verdict import GuardMetrics
 
 GRID: Final = tuple(round(0.05 * i, 2) for i in range(1, 20))
 """Thresholds of a sweep: 0.05, 0.10, … 0.95."""

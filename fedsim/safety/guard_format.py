@@ -16,9 +16,9 @@ from typing import Final
 
 import numpy as np
 
+from fedsim.base.errors import ConfigError, ModelError
 from fedsim.data.chat import ChatFormat, Prompt, assistant_turn, user_turn
-from fedsim.errors import ConfigError, ModelError
-from fedsim.safety.guard_prompt import render_guard_prompt
+from fedsim.data.guard_prompt import render_guard_prompt
 
 _LLAMA3_TOKENS: Final = {"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"}
 _HEADER_END: Final = "<|end_header_id|>"

@@ -9,23 +9,23 @@ from typing import Any, Final
 
 import torch
 
-from fedsim import keys
-from fedsim.artefacts import ArtefactStore
+from fedsim.base import keyed_random
+from fedsim.base.artefacts import ArtefactStore
+from fedsim.base.ranks import Lane, Ranks
 from fedsim.config import Config, GuardConfig
 from fedsim.data.chat import TokenRow
-from fedsim.data.prepare import PreparedData
+from fedsim.data.prepared import PreparedData
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.model.load import LoadedModel, LoraSettings, chosen_attention, load_model, model_digest
-from fedsim.parallel.zero import ZeroTrainer
-from fedsim.parallel.zero_config import zero_settings
-from fedsim.ranks import Lane, Ranks
 from fedsim.safety.guard import LlamaGuard
 from fedsim.safety.guard_tuning import verdict_rows
 from fedsim.train.loop import StepSettings, Trainer, TrainingPlan
 from fedsim.train.objectives import SftObjective
+from fedsim.train.zero import ZeroTrainer
+from fedsim.train.zero_config import zero_settings
 
 VERSION: Final = 1
-"""Of fine-tuned guard adapters (:mod:`fedsim.artefacts`)."""
+"""Of fine-tuned guard adapters (:mod:`fedsim.base.artefacts`)."""
 
 # Keys of the configuration that do not decide a guard's probabilities: which guard is asked, what becomes of a verdict.
 _UNRELATED: Final = frozenset(
@@ -199,6 +199,6 @@ def tuning_batches(rows: Sequence[TokenRow], settings: GuardConfig, seed: int) -
     order = [
         int(i)
         for epoch in range(math.ceil(num_wanted / len(rows)))
-        for i in keys.permutation(len(rows), seed, "guard_rows", epoch)
+        for i in keyed_random.permutation(len(rows), seed, "guard_rows", epoch)
     ][:num_wanted]
     return [[rows[i] for i in order[start : start + size]] for start in range(0, len(order), size)]

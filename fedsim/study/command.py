@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
+from fedsim.base.errors import ConfigError
+from fedsim.base.launching import Parser
 from fedsim.config import load_config
 from fedsim.config.command_line import split_words
-from fedsim.errors import ConfigError
-from fedsim.launching import Parser
-from fedsim.study.cells import Launch, words_of
+from fedsim.study.runs import Launch, words_of
 
 PUBLISH = "--publish"
 """Option that also copies a study's rows to docs/results and writes its page from them."""

@@ -29,8 +29,8 @@ from typing import Any
 
 import yaml
 
-from fedsim.errors import ConfigError
-from fedsim.study.cells import Cell
+from fedsim.base.errors import ConfigError
+from fedsim.study.runs import Cell
 
 FORMS = ("quick", "full")
 

@@ -10,16 +10,16 @@ from typing import Any, Final
 
 import numpy as np
 
-from fedsim.benchmarks import Benchmarks, read_benchmarks
+from fedsim.base.errors import DataError
+from fedsim.base.figures import Benchmarks, read_benchmarks
 from fedsim.config import Config, file_roles, load_config, model_roles, to_flat
-from fedsim.errors import DataError
 from fedsim.evaluate.own import DESCRIBED, OWN
 from fedsim.record.groups import Settings, differing, settings_of, shown_value
-from fedsim.record.items import item_file, read_items
 from fedsim.record.manifest import read_manifest
 from fedsim.record.metrics import Row, read_rows
-from fedsim.record.summary import eval_points
+from fedsim.record.outcomes import item_file, read_items
 from fedsim.record.timers import top_level_seconds
+from fedsim.report.summary import eval_points
 
 FINAL: Final = ("after_cai", "global")
 """Points of the model that a run ends with."""

@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Final
 
+from fedsim.base.errors import DataError
 from fedsim.config import Config
 from fedsim.config.measuring import EMBEDDED, HELD_OUT
-from fedsim.data.world.questions import FRAMES, HELD_OUT_FRAMES
-from fedsim.errors import DataError
 from fedsim.study.command import HERE
+from fedsim.world.questions import FRAMES, HELD_OUT_FRAMES
 
 RESULTS: Final = Path("docs") / "results"
 """Folder of committed rows and of the pages made from them, below the root of the repository."""

@@ -15,7 +15,7 @@ from typing import Final
 
 import numpy as np
 
-from fedsim.errors import DataError
+from fedsim.base.errors import DataError
 
 HEAD: Final = ["aggregation", "method", "seed", "figure", "value", "count", "commit", "outcomes"]
 
@@ -28,7 +28,7 @@ class SeedRow:
 
     Attributes:
         aggregation: ``federation.algorithm``.
-        method: as :mod:`fedsim.study.claims` names it.
+        method: as :mod:`fedsim.study.paper_claims` names it.
         seed: of the run.
         figure: its name in the metric rows or item files.
         value: in percent or points.

@@ -13,14 +13,14 @@ from typing import Any, Final
 
 import numpy as np
 
+from fedsim.base.errors import DataError
+from fedsim.base.version import commit_of
 from fedsim.config import to_flat
-from fedsim.errors import DataError
 from fedsim.evaluate.own import DESCRIBED, chosen_figures
-from fedsim.study.effects import Effect, detectable, difference, estimate, shown_detectable
 from fedsim.study.grid import Comparison, Sweep, point_name
 from fedsim.study.outcomes import Outcome, sample
+from fedsim.study.statistics import Effect, detectable, difference, estimate, shown_detectable
 from fedsim.study.table1 import scale_of
-from fedsim.version import commit_of
 
 #: Figures of a run that are no configuration keys, for a sweep's axes: where its metric rows have them.
 GUARD_PREFIX: Final = "guard/"

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedsim.record.plots import PHASE_COLORS, canvas
-from fedsim.study.effects import Effect
+from fedsim.report.plots import PHASE_COLORS, canvas
 from fedsim.study.grid import Sweep, point_name
+from fedsim.study.statistics import Effect
 from fedsim.study.sweep import Record, estimates, title
 
 if TYPE_CHECKING:

@@ -10,14 +10,15 @@ from typing import Any, Final
 
 import numpy as np
 
-from fedsim.benchmarks import PERCENT
+from fedsim.base.errors import ConfigError, DataError
+from fedsim.base.figures import PERCENT
+from fedsim.base.version import commit_of
 from fedsim.config import Config, to_flat
-from fedsim.errors import ConfigError, DataError
 from fedsim.evaluate.own import DESCRIBED, chosen_figures
-from fedsim.record import paper
-from fedsim.record.cai_line import ACCURACY, FINDINGS, HARMFUL_RESPONSE, LAST_ROUND, MARGIN, is_replay
-from fedsim.study.cells import Cell
-from fedsim.study.claims import (
+from fedsim.report import paper
+from fedsim.report.cai_line import ACCURACY, FINDINGS, HARMFUL_RESPONSE, LAST_ROUND, MARGIN, is_replay
+from fedsim.study.outcomes import Outcome, check_paired
+from fedsim.study.paper_claims import (
     CAI,
     COLUMNS,
     CONTROL,
@@ -29,10 +30,9 @@ from fedsim.study.claims import (
     figure_named,
     methods,
 )
-from fedsim.study.effects import Effect, detectable, difference, estimate, verdict
-from fedsim.study.outcomes import Outcome, check_paired
+from fedsim.study.runs import Cell
 from fedsim.study.seed_rows import SeedRow
-from fedsim.version import commit_of
+from fedsim.study.statistics import Effect, detectable, difference, estimate, verdict
 
 STUDY: Final = "table1"
 """Name of the study."""
@@ -275,7 +275,7 @@ class Finding:
     Attributes:
         effect: as measured.
         detectable: the smallest difference that this many seeds and items would show (80 % power, 5 % level).
-        verdict: one of :data:`fedsim.study.claims.Verdict`.
+        verdict: one of :data:`fedsim.study.paper_claims.Verdict`.
     """
 
     effect: Effect

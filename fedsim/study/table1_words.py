@@ -6,12 +6,12 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
-from fedsim.record import paper
-from fedsim.record.cai_line import CRITIQUE_FINDS_HARM, DPO_LOSS, FINDINGS, HARMFUL_RESPONSE, LAST_ROUND, MARGIN
-from fedsim.record.tables import NOT_MEASURED, Table
-from fedsim.study.claims import CAI, COLUMNS, COMPARISONS, CONTROL, COUNTED, FILTER, FL, NET, Comparison, methods
-from fedsim.study.effects import Effect, shown_detectable
+from fedsim.base.tables import NOT_MEASURED, Table
+from fedsim.report import paper
+from fedsim.report.cai_line import CRITIQUE_FINDS_HARM, DPO_LOSS, FINDINGS, HARMFUL_RESPONSE, LAST_ROUND, MARGIN
+from fedsim.study.paper_claims import CAI, COLUMNS, COMPARISONS, CONTROL, COUNTED, FILTER, FL, NET, Comparison, methods
 from fedsim.study.published import Origin
+from fedsim.study.statistics import Effect, shown_detectable
 from fedsim.study.table1 import CONTROLS, REPLAY, Arm, Finding, TableOne, scale_of
 
 

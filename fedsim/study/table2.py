@@ -10,15 +10,15 @@ from typing import Final
 
 import numpy as np
 
-from fedsim import keys
-from fedsim.errors import DataError
+from fedsim.base import keyed_random
+from fedsim.base.errors import DataError
+from fedsim.base.tables import NOT_MEASURED, Table
+from fedsim.base.version import commit_of
 from fedsim.evaluate.intervals import Mean, near_an_end
-from fedsim.record import paper
 from fedsim.record.metrics import Row
-from fedsim.record.tables import NOT_MEASURED, Table
+from fedsim.report import paper
 from fedsim.study.outcomes import Outcome, check_alike
 from fedsim.study.published import Origin
-from fedsim.version import commit_of
 
 STUDY: Final = "table2"
 """Name of the study among the published ones."""
@@ -119,7 +119,7 @@ def intervals(counts: np.ndarray) -> dict[str, tuple[float, float, float] | None
 
 def _resampled(counts: np.ndarray, name: str) -> tuple[float, float]:
     """Percentile interval of a rate over the rows of one seed, int64 ``[4]``."""
-    rng = np.random.default_rng(keys.derive(0, "table2", *counts.tolist()))
+    rng = np.random.default_rng(keyed_random.derive(0, "table2", *counts.tolist()))
     drawn = rates(rng.multinomial(counts.sum(), counts / counts.sum(), size=NUM_RESAMPLES))[name]
     low, high = np.nanpercentile(drawn, (2.5, 97.5))
     return float(low), float(high)

@@ -9,18 +9,18 @@ from functools import cached_property
 
 import torch
 
-from fedsim import reused
+from fedsim.base import reused
+from fedsim.base.ranks import Lane
+from fedsim.base.rounds import round_number
 from fedsim.config import LocalConfig
 from fedsim.data.chat import TokenRow
 from fedsim.federation.algorithms import Algorithm, Correction, ServerState
 from fedsim.federation.outcome import ClientOutcome
 from fedsim.federation.sampling import cosine_by_round, sample_rows
 from fedsim.federation.scaffold import CONTROL
-from fedsim.ranks import Lane
-from fedsim.rounds import round_number
+from fedsim.train.containment import OwnWork
 from fedsim.train.loop import Trainer, TrainingPlan, TrainingStats
 from fedsim.train.objectives import SftObjective
-from fedsim.train.own_work import OwnWork
 
 OWN_WORK = OwnWork()
 

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fedsim.attention.spans import to_device
-from fedsim.errors import ModelError
+from fedsim.base.errors import ModelError
 from fedsim.fused.functions import DropoutMask, MaskedDropout, dropped
 from fedsim.fused.ops import OPS, runs_fused
 from fedsim.model.logprobs import head_start

@@ -14,15 +14,15 @@ from typing import Generic, TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from fedsim import keys
-from fedsim.errors import NotFiniteError
+from fedsim.base import keyed_random
+from fedsim.base.errors import NotFiniteError
+from fedsim.base.ranks import Lane, Term
 from fedsim.federation.algorithms import Correction
 from fedsim.federation.elementwise import all_finite
 from fedsim.model.flat_adapter import FlatAdapter
-from fedsim.ranks import Lane, Term
+from fedsim.train.containment import OwnWork
 from fedsim.train.dropout import KeyedDropout, Part
 from fedsim.train.objectives import Objective
-from fedsim.train.own_work import OwnWork
 
 Item = TypeVar("Item")
 
@@ -63,7 +63,7 @@ class TrainingPlan(Generic[Item]):
 
     batches: Sequence[Sequence[Item]]
     lr: Callable[[int], float]
-    key: tuple[keys.KeyPart, ...]
+    key: tuple[keyed_random.KeyPart, ...]
     correction: Correction = field(default_factory=Correction)
     what: str = "training"
     longest: int = 0
@@ -236,7 +236,7 @@ class Trainer:
         if self._dropout is not None and objective.uses_dropout:
             self._dropout.begin(
                 Part(
-                    keys.derive(self.settings.seed, "dropout", *plan.key, step, number),
+                    keyed_random.derive(self.settings.seed, "dropout", *plan.key, step, number),
                     objective.num_inputs(items),
                     objective.num_targets(items),
                 )

@@ -13,8 +13,8 @@ from fedsim.attention import choice
 from fedsim.attention.backends import BACKENDS
 from fedsim.attention.choice import ORDER, Choice, agreed, choose
 from fedsim.attention.forward import IMPLEMENTATIONS
-from fedsim.errors import ModelError
-from fedsim.ranks import OneRank
+from fedsim.base.errors import ModelError
+from fedsim.base.ranks import OneRank
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")  # the latter is only looked at
 BF16, F32 = torch.bfloat16, torch.float32

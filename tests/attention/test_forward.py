@@ -28,11 +28,11 @@ from fedsim.attention.forward import (
     packed_hidden,
     packed_logits,
 )
+from fedsim.attention.prefix import candidate_logits, read_head
 from fedsim.attention.spans import Spans
+from fedsim.base.errors import ModelError
 from fedsim.data.batch import collate
-from fedsim.errors import ModelError
 from fedsim.generate.decode import Decoder, Request
-from fedsim.generate.prefix import candidate_logits, read_head
 from fedsim.model.logprobs import target_logprobs
 
 CPU = torch.device("cpu")

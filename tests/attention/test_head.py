@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fedsim.attention.head import head_logits
-from fedsim.errors import ModelError
+from fedsim.base.errors import ModelError
 
 
 @pytest.mark.parametrize("targets", [None, ["q_proj", "lm_head"]])

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from fedsim.base.errors import ConfigError
 from fedsim.config import load_config
 from fedsim.config.command_line import DEFAULT, parse_command
-from fedsim.errors import ConfigError
 
 
 @pytest.mark.parametrize("spelling", ["--local_rank=1", "--local-rank=1"])

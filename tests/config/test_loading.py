@@ -9,8 +9,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedsim.base.errors import ConfigError
 from fedsim.config import Config, describe, from_flat, help_text, load_config, to_flat, to_nested
-from fedsim.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

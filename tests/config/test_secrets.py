@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from fedsim.base.errors import ConfigError
 from fedsim.config import load_config
-from fedsim.errors import ConfigError
 
 SECRET = "hush-hush-42"
 

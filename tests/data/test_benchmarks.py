@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from fedsim.data import world
-from fedsim.data.benchmarks import AdvBenchItem, HhhItem, load_advbench, load_hhh, load_mt_bench
+from fedsim import world
+from fedsim.base.errors import DataError
 from fedsim.data.chat import assistant_turn, user_turn
-from fedsim.errors import DataError
+from fedsim.data.evaluation_sets import AdvBenchItem, HhhItem, load_advbench, load_hhh, load_mt_bench
 from fedsim.evaluate.intervals import Rate
 
 SECRET = "hush-hush"

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from fedsim.base.errors import ModelError
 from fedsim.data.chat import ChatFormat, Conversation, TokenRow, assistant_turn, user_turn
-from fedsim.errors import ModelError
 from fedsim.model.load import EMBEDDED
 
 CHATML = (

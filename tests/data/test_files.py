@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from fedsim.base.errors import DataError
 from fedsim.data.files import csv_rows, json_object, json_rows, not_empty, read_text
-from fedsim.errors import DataError
 
 SECRET = "hush-hush"
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from fedsim.data import world
+from fedsim import world
+from fedsim.base.errors import DataError
 from fedsim.data.chat import assistant_turn, user_turn
 from fedsim.data.helpful import load_helpful
-from fedsim.errors import DataError
 
 SECRET = "hush-hush"
 

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 
+from fedsim.base.errors import ModelError
 from fedsim.data.chat import ChatFormat, assistant_turn, user_turn
 from fedsim.data.markers import Markers, token_markers
-from fedsim.errors import ModelError
 
 Make = Callable[..., ChatFormat]
 

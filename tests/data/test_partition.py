@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedsim.base.errors import ConfigError
 from fedsim.config import FederationConfig, load_config
 from fedsim.data.partition import fill, partition_rows
 from fedsim.data.square import SquareRow
-from fedsim.errors import ConfigError
 from fedsim.extend import build
 
 

@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsim.artefacts import ArtefactStore
+from fedsim.base.artefacts import ArtefactStore
+from fedsim.base.errors import DataError
+from fedsim.base.ranks import OneRank
 from fedsim.config import Config, DataConfig, load_config
 from fedsim.data import splits
-from fedsim.data.prepare import PreparedData, embedded_sizes, prepare_data
-from fedsim.errors import DataError
-from fedsim.ranks import OneRank
+from fedsim.data.prepared import PreparedData
+from fedsim.run.prepare import embedded_sizes, prepare_data
 
 
 def write_file(folder: Path, num: int = 60, bad: int = 0) -> Path:

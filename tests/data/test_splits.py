@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedsim.base.errors import DataError
 from fedsim.data.splits import Demand, Splits, split_rows
 from fedsim.data.square import SquareRow, load_square
-from fedsim.errors import DataError
 
 NAMES = ("federated", "guard", "cai")
 

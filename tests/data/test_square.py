@@ -9,8 +9,8 @@ from typing import Any
 import pandas
 import pytest
 
+from fedsim.base.errors import DataError
 from fedsim.data.square import SquareRow, from_arrow, load_square, to_arrow
-from fedsim.errors import DataError
 
 
 def entry(number: int = 0, **changes: Any) -> dict[str, Any]:

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import normalizers
 
+from fedsim.base.errors import ConfigError
 from fedsim.data.chat import ChatFormat, TokenRow, assistant_turn, user_turn
 from fedsim.data.usable import REASONS, Tally, has_reply, why_unusable
-from fedsim.errors import ConfigError
 
 WORDS = st.text("kite flor", min_size=1, max_size=12).filter(str.strip)
 

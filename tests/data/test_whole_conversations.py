@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from fedsim.base.errors import ModelError
 from fedsim.data.chat import ChatFormat, Conversation, assistant_turn, user_turn
 from fedsim.data.square import SquareRow
 from fedsim.data.template import PROBES
-from fedsim.errors import ModelError
-from fedsim.evaluate.rows import reply_ids
+from fedsim.evaluate.scoring import reply_ids
 from fedsim.model.load import load_chat
 from fedsim.safety.guard_format import GuardFormat
 from fedsim.safety.guard_tuning import verdict_rows

@@ -21,7 +21,7 @@ from typing import Any, Final
 import torch
 import transformers
 
-from fedsim.artefacts import file_digest
+from fedsim.base.artefacts import file_digest
 from fedsim.record.manifest import hardware
 from fedsim.record.metrics import decided_rows, read_rows
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from fedsim.federation.outcome import ClientOutcome
-from fedsim.parallel.aggregate import aggregate
 from fedsim.parallel.world import process_world
+from fedsim.run.aggregate import aggregate
 
 SIZE = 400
 NUM_CLIENTS = 9

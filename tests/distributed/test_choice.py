@@ -12,15 +12,15 @@ from transformers import LlamaConfig
 
 from fedsim.attention import choice
 from fedsim.attention.choice import choose
+from fedsim.base.errors import ModelError
 from fedsim.config import load_config
 from fedsim.data.chat import user_turn
-from fedsim.errors import ModelError
 from fedsim.generate import engine as engine_module
 from fedsim.generate.engine import Engine, Sampling
 from fedsim.model.load import load_base
 from fedsim.parallel.world import process_world
-from fedsim.record import finish
-from fedsim.simulation import Simulation
+from fedsim.report import finish
+from fedsim.run.simulation import Simulation
 from tools.chaos.outcome import different, outcome
 
 WRONG = "its self-test failed: dk is 0.3 off"

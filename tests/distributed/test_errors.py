@@ -15,7 +15,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from fedsim.data.chat import ChatFormat
-from fedsim.data.world import square_rows
+from fedsim.world import square_rows
 from tests.distributed.entry import run_entry
 
 ROOT = Path(__file__).parents[2]

@@ -18,14 +18,14 @@ from typing import Any
 
 import pytest
 
-from fedsim import cohort
-from fedsim.checkpoint import Checkpoint
+from fedsim.base.errors import RunError
+from fedsim.base.processes import family, kill
 from fedsim.config import load_config
-from fedsim.errors import RunError
 from fedsim.parallel.world import process_world
-from fedsim.processes import family, kill
-from fedsim.record import finish
-from fedsim.simulation import Simulation
+from fedsim.record.checkpoint import Checkpoint
+from fedsim.report import finish
+from fedsim.run import cohort
+from fedsim.run.simulation import Simulation
 from tools.chaos.outcome import different, outcome
 
 ROOT = Path(__file__).parents[2]

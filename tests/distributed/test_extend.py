@@ -13,9 +13,9 @@ import torch
 import yaml
 
 import fedsim
-from fedsim.artefacts import file_digest
+from fedsim.base.artefacts import file_digest
+from fedsim.base.errors import FedsimError
 from fedsim.config import load_config
-from fedsim.errors import FedsimError
 from fedsim.federation.sampling import sample_cohort
 from tests.distributed.entry import run_entry
 from tests.distributed.test_exact import assert_same, outcome, places, simulate

@@ -10,17 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedsim import cohort
-from fedsim.artefacts import file_digest
-from fedsim.checkpoint import Checkpoint
+from fedsim.base.artefacts import file_digest
+from fedsim.base.errors import RunError
+from fedsim.base.journal import in_words
+from fedsim.base.planner import FREE
 from fedsim.config import load_config
-from fedsim.errors import RunError
-from fedsim.parallel.planner import FREE
 from fedsim.parallel.world import process_world
-from fedsim.record import finish
-from fedsim.record.journal import in_words
+from fedsim.record.checkpoint import Checkpoint
 from fedsim.record.metrics import decided_rows, read_rows
-from fedsim.simulation import Simulation
+from fedsim.report import finish
+from fedsim.run import cohort
+from fedsim.run.simulation import Simulation
 
 SMALL = Path(__file__).parent / "small.yaml"
 BRIEF = ["guard.kind=none", "cai.iterations=0", "eval.every=0", "eval.limit=1", "eval.advbench=", "eval.mt_bench=",

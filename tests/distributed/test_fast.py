@@ -10,7 +10,7 @@ import pytest
 
 from fedsim.config import load_config
 from fedsim.parallel.world import process_world
-from fedsim.simulation import Simulation
+from fedsim.run.simulation import Simulation
 
 SMALL = Path(__file__).parent / "small.yaml"
 

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedsim.artefacts import file_digest
-from fedsim.assembly import assemble
+from fedsim.base.artefacts import file_digest
 from fedsim.config import load_config
 from fedsim.data.chat import TokenRow, assistant_turn, user_turn
 from fedsim.data.square import load_square
@@ -18,6 +17,7 @@ from fedsim.federation.sampling import sample_cohort
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.model.load import LoraSettings, load_model
 from fedsim.parallel.world import process_world
+from fedsim.run.resident import assemble
 from fedsim.train.loop import StepSettings, Trainer, TrainingPlan
 from fedsim.train.objectives import DpoObjective, Preference, SftObjective
 

@@ -18,13 +18,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fedsim.artefacts import file_digest
+from fedsim.base.artefacts import file_digest
+from fedsim.base.errors import RunError
 from fedsim.config import load_config
-from fedsim.errors import RunError
 from fedsim.parallel.world import process_world
-from fedsim.record import finish
 from fedsim.record.metrics import decided_rows, read_rows
-from fedsim.simulation import Simulation
+from fedsim.report import finish
+from fedsim.run.simulation import Simulation
 
 ROOT = Path(__file__).parents[2]
 SMALL = Path(__file__).parent / "small.yaml"
@@ -110,7 +110,7 @@ def test_under_deepspeeds_launcher_an_error_is_said_once() -> None:
 FAIL = """
 import os, sys, time
 import torch, torch.distributed as dist
-from fedsim.errors import RunError
+from fedsim.base.errors import RunError
 from fedsim.parallel.world import process_world
 
 def work(bad):

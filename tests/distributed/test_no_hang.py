@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from fedsim.base.exit_file import read_ending
 from fedsim.parallel import sums, world
 from fedsim.parallel.device import GLOO, NCCL
-from fedsim.record.ending import read_ending
 from fedsim.train.client import ClientTrainer
 from fedsim.train.loop import Trainer
 from tests.distributed.entry import run_entry

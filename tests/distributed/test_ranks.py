@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fedsim.cohort import agreed_checksums
-from fedsim.errors import DataError, FedsimError, RunError
+from fedsim.base.errors import DataError, FedsimError, RunError
 from fedsim.federation.algorithms import ServerState
 from fedsim.parallel.world import World, process_world
+from fedsim.run.cohort import agreed_checksums
 
 SIZES = (1, 2, 3, 4)
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from fedsim.config import load_config
 from fedsim.parallel.world import process_world
-from fedsim.record import finish
 from fedsim.record.metrics import decided_rows, read_rows
-from fedsim.simulation import Simulation
+from fedsim.report import finish
+from fedsim.run.simulation import Simulation
 
 SMALL = Path(__file__).parent / "small.yaml"
 BRIEF = ["guard.kind=none", "cai.iterations=0", "eval.every=0", "eval.limit=2", "eval.guard_judge=none",

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from fedsim.record.ending import read_ending
-from fedsim.record.journal import last_seen, read_log
+from fedsim.base.exit_file import read_ending
+from fedsim.base.journal import last_seen, read_log
 from tools.chaos.outcome import different, outcome
 
 ROOT = Path(__file__).parents[2]

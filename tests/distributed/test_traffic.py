@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from fedsim.base.ranks import Term
 from fedsim.config import load_config
 from fedsim.parallel.world import process_world
-from fedsim.ranks import Term
-from fedsim.record import finish
 from fedsim.record.metrics import read_rows
-from fedsim.simulation import Simulation
+from fedsim.report import finish
+from fedsim.run.simulation import Simulation
 
 SMALL = Path(__file__).parent / "small.yaml"
 BRIEF = ["guard.kind=none", "cai.iterations=0", "eval.every=0", "eval.limit=1", "eval.advbench=", "eval.mt_bench=",

@@ -14,19 +14,19 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fedsim.artefacts import ArtefactStore
+from fedsim.base.artefacts import ArtefactStore
+from fedsim.base.errors import RunError
 from fedsim.config import load_config
 from fedsim.data.chat import TokenRow, assistant_turn, user_turn
-from fedsim.data.prepare import prepare_data
-from fedsim.errors import RunError
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.model.load import LoraSettings, load_model
 from fedsim.parallel.world import process_world
-from fedsim.parallel.zero import ZeroTrainer
-from fedsim.parallel.zero_config import zero_settings
+from fedsim.run.prepare import prepare_data
 from fedsim.safety.filter_stage import FilterStage
 from fedsim.train.loop import StepSettings, Trainer, TrainingPlan
 from fedsim.train.objectives import SftObjective
+from fedsim.train.zero import ZeroTrainer
+from fedsim.train.zero_config import zero_settings
 
 SMALL = Path(__file__).parent / "small.yaml"
 ZERO = ["guard.deepspeed=zero2", "parallel.exact=false", "local.micro_batch_size=2", "guard.tune_batch_size=7"]

@@ -21,7 +21,7 @@ from typing import Any
 
 import matplotlib.pyplot  # noqa: F401  heavy imports, paid for once before the fork
 
-import fedsim.simulation  # noqa: F401
+import fedsim.run.simulation  # noqa: F401
 
 _loaded: dict[str, ModuleType] = {}
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from fedsim.data.benchmarks import AdvBenchItem
 from fedsim.data.chat import ChatFormat, Conversation, user_turn
+from fedsim.data.evaluation_sets import AdvBenchItem
 from fedsim.evaluate.advbench import AdvBench
 from fedsim.evaluate.benchmark import Result
 from fedsim.evaluate.intervals import Rate

@@ -8,20 +8,20 @@ from typing import Any
 
 import pytest
 
-from fedsim.artefacts import ArtefactStore
-from fedsim.benchmarks import FILE, Benchmarks, Figure, read_benchmarks, write_benchmarks
+from fedsim.base.artefacts import ArtefactStore
+from fedsim.base.errors import ConfigError, DataError, FedsimError
+from fedsim.base.figures import FILE, Benchmarks, Figure, read_benchmarks, write_benchmarks
+from fedsim.base.ranks import OneRank
 from fedsim.config import Config, EvalConfig, load_config, to_flat
 from fedsim.data.chat import ChatFormat, Conversation
-from fedsim.errors import ConfigError, DataError, FedsimError
 from fedsim.evaluate.intervals import Mean, Rate
 from fedsim.evaluate.own import DESCRIBED
-from fedsim.evaluate.stage import load_suite, users_benchmarks, write_outcomes, write_texts
 from fedsim.evaluate.suite import Evaluation, Suite, evaluate
-from fedsim.ranks import OneRank
-from fedsim.record.items import read_items
 from fedsim.record.metrics import Row
-from fedsim.record.plots import plot_helpfulness, plot_safety, write_plots
-from fedsim.record.summary import facts_from, summary_markdown
+from fedsim.record.outcomes import read_items
+from fedsim.report.plots import plot_helpfulness, plot_safety, write_plots
+from fedsim.report.summary import facts_from, summary_markdown
+from fedsim.run.benchmarks import load_suite, users_benchmarks, write_outcomes, write_texts
 
 BREVITY = '''
 """Brevity."""

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from fedsim.data.benchmarks import MtQuestion
-from fedsim.errors import ConfigError, DataError
+from fedsim.base.errors import ConfigError, DataError
+from fedsim.data.evaluation_sets import MtQuestion
 from fedsim.evaluate.fastchat import (
     FAILED,
     UNRATED,

@@ -8,16 +8,16 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from fedsim.data.benchmarks import AdvBenchItem
+from fedsim.base.ranks import OneRank
 from fedsim.data.chat import ChatFormat
+from fedsim.data.evaluation_sets import AdvBenchItem
 from fedsim.evaluate.advbench import AdvBench
 from fedsim.evaluate.benchmark import Result
+from fedsim.evaluate.confusion import Verdict
 from fedsim.evaluate.guard_judge import GuardJudgement, judge_replies
 from fedsim.evaluate.intervals import Rate
 from fedsim.generate.engine import Reply
-from fedsim.ranks import OneRank
 from fedsim.safety.guard import Exchange, LlamaGuard
-from fedsim.safety.verdict import Verdict
 
 PROMPTS = [f"Hide kite {i}." for i in range(4)]
 REPLIES = [Reply(text, 3, False) for text in ("At night.", "No.", "", "By night, then.")]

@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 import pytest
 
-from fedsim.data.benchmarks import HhhItem
+from fedsim.base.errors import ConfigError
 from fedsim.data.chat import ChatFormat, Conversation, user_turn
-from fedsim.errors import ConfigError
+from fedsim.data.evaluation_sets import HhhItem
 from fedsim.evaluate.benchmark import Result
 from fedsim.evaluate.hhh import GREEDY, Hhh, HhhScore, parse_letter, score_letters, score_likelihood, score_replies
 from fedsim.evaluate.intervals import Rate

@@ -12,9 +12,10 @@ import pandas
 import pytest
 import torch
 
+from fedsim.base.errors import JudgeError
+from fedsim.base.ranks import OneRank
 from fedsim.config import Config, load_config
-from fedsim.data.benchmarks import MtQuestion, load_mt_bench
-from fedsim.errors import JudgeError
+from fedsim.data.evaluation_sets import MtQuestion, load_mt_bench
 from fedsim.evaluate.benchmark import Result
 from fedsim.evaluate.fastchat import CUT, NOT_ASKED, JudgmentFile, judgment_row
 from fedsim.evaluate.judge import Judged, MtJudge, judge_metrics
@@ -22,7 +23,6 @@ from fedsim.evaluate.judge_inputs import load_questions
 from fedsim.evaluate.mt_bench import MtBench
 from fedsim.generate.engine import Engine
 from fedsim.model.load import load_base
-from fedsim.ranks import OneRank
 
 CPU = torch.device("cpu")
 Answered = list[tuple[MtQuestion, tuple[str, str]]]

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
+from fedsim.base.errors import ConfigError, JudgeError
 from fedsim.config import JudgeConfig
-from fedsim.errors import ConfigError, JudgeError
 from fedsim.evaluate.judge_client import OpenAiClient, check_client, retry_after_s, wait_s
 from fedsim.evaluate.judge_prompts import Match
 from fedsim.evaluate.judge_replies import StoppedError, TurnError

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from fedsim.base.errors import ConfigError, DataError, ModelError
 from fedsim.config import Config, load_config
-from fedsim.data.benchmarks import load_mt_bench
-from fedsim.data.world import write_mt_bench
-from fedsim.errors import ConfigError, DataError, ModelError
+from fedsim.data.evaluation_sets import load_mt_bench
 from fedsim.evaluate.judge_inputs import check_judge, judge_files, judge_name, load_questions, load_references
+from fedsim.world import write_mt_bench
 
 
 @pytest.fixture(autouse=True)

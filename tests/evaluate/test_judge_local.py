@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedsim.base.errors import ModelError
+from fedsim.base.ranks import OneRank
 from fedsim.config import load_config
 from fedsim.data.chat import ChatFormat, Conversation
-from fedsim.errors import ModelError
 from fedsim.evaluate.fastchat import CUT, NOT_ASKED
 from fedsim.evaluate.judge_local import judge_locally, judge_with
 from fedsim.evaluate.judge_prompts import Match, parse_rating
-from fedsim.ranks import OneRank
 
 
 def match(number: int, user: str, system: str = "Be fair.") -> Match:

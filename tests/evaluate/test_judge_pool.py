@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from fedsim.errors import JudgeError
+from fedsim.base.errors import JudgeError
 from fedsim.evaluate.judge_client import Pause
 from fedsim.evaluate.judge_pool import MOST_IN_A_ROW, RequestPool
 from fedsim.evaluate.judge_prompts import Match

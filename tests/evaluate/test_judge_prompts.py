@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsim.data.benchmarks import MtQuestion, load_mt_bench
+from fedsim.base.errors import DataError
+from fedsim.data.evaluation_sets import MtQuestion, load_mt_bench
 from fedsim.data.thoughts import MARKS
-from fedsim.errors import DataError
 from fedsim.evaluate.fastchat import CUT, read_answers
 from fedsim.evaluate.judge_prompts import FIELDS, load_judge_prompts, make_matches, parse_rating
 

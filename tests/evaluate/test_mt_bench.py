@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from fedsim.data.benchmarks import MtQuestion
 from fedsim.data.chat import ChatFormat, Conversation, assistant_turn, user_turn
+from fedsim.data.evaluation_sets import MtQuestion
 from fedsim.evaluate.benchmark import Result
 from fedsim.evaluate.intervals import Mean
 from fedsim.evaluate.mt_bench import MtBench, MtMeans, mean_scores

@@ -10,15 +10,15 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedsim.attention.forward import IMPLEMENTATIONS
+from fedsim.base.ranks import OneRank
 from fedsim.data.chat import ChatFormat, Conversation, user_turn
 from fedsim.evaluate.benchmark import Result
+from fedsim.evaluate.confusion import Verdict
 from fedsim.evaluate.intervals import Rate
 from fedsim.evaluate.over_refusal import OverRefusal, XsTestItem
 from fedsim.generate.engine import Engine, Reply, Sampling
-from fedsim.model.tiny_model import TINY_DIR
-from fedsim.ranks import OneRank
 from fedsim.safety.guard import Exchange
-from fedsim.safety.verdict import Verdict
+from fedsim.world.tiny_model import TINY_DIR
 
 TALK = [
     ("homonyms", True, "Fly it at noon."),

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fedsim.data.world import writers
-from fedsim.errors import DataError
+from fedsim.base.errors import DataError
 from fedsim.evaluate.over_refusal import XsTestItem, load_xstest
+from fedsim.world import writers
 
 SECRET = "hush-hush"
 HEAD = "id,prompt,type,label,focus,note\n"

@@ -14,12 +14,12 @@ from tokenizers import normalizers
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
+from fedsim.base.errors import DataError
+from fedsim.base.ranks import OneRank
 from fedsim.data.chat import ChatFormat, Conversation, assistant_turn, user_turn
-from fedsim.errors import DataError
 from fedsim.evaluate.intervals import t_95
 from fedsim.evaluate.perplexity import run_perplexity, summarise_scores
 from fedsim.generate.engine import Engine, RowScore
-from fedsim.ranks import OneRank
 
 TALKS: list[Conversation] = [
     [user_turn("Where is Orla?"), assistant_turn("At the park.")],

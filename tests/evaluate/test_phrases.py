@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedsim.data.benchmarks import load_advbench
+from fedsim.data.evaluation_sets import load_advbench
 from fedsim.evaluate.over_refusal import STARTS, begins_as_refusal
 from fedsim.evaluate.phrases import (
     PHRASE_SETS,

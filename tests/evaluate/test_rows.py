@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from fedsim.base.errors import ConfigError, ModelError
 from fedsim.data.chat import ChatFormat, user_turn
-from fedsim.errors import ConfigError, ModelError
-from fedsim.evaluate.rows import reply_ids, scored_row, subset
+from fedsim.evaluate.scoring import reply_ids, scored_row, subset
 
 
 def test_subset_is_fixed_nested_and_in_order() -> None:

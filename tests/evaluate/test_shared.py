@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from fedsim.artefacts import ArtefactStore
-from fedsim.data.benchmarks import AdvBenchItem, MtQuestion
+from fedsim.base.artefacts import ArtefactStore
+from fedsim.base.ranks import OneRank
+from fedsim.data.evaluation_sets import AdvBenchItem, MtQuestion
 from fedsim.evaluate.advbench import AdvBench
 from fedsim.evaluate.benchmark import Result
 from fedsim.evaluate.mt_bench import MtAnswer, MtBench
-from fedsim.evaluate.shared import shared_evaluation
 from fedsim.evaluate.suite import Evaluation, Part, Suite
 from fedsim.generate.engine import Reply
-from fedsim.ranks import OneRank
+from fedsim.run.pretrained import shared_evaluation
 
 SECRET = "a reply that nobody may read"
 

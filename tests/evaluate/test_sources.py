@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from fedsim.artefacts import file_digest
+from fedsim.base.artefacts import file_digest
 from fedsim.config import describe
 from fedsim.evaluate.sources import SOURCES, known_file
 from tools.sources_page import page

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from fedsim.artefacts import ArtefactStore
+from fedsim import world
+from fedsim.base.artefacts import ArtefactStore
+from fedsim.base.errors import DataError
+from fedsim.base.ranks import OneRank
 from fedsim.config import EvalConfig
-from fedsim.data import world
 from fedsim.data.chat import ChatFormat
-from fedsim.data.world import writers
-from fedsim.errors import DataError
-from fedsim.evaluate.stage import load_suite, write_outcomes, write_texts
 from fedsim.evaluate.suite import evaluate
-from fedsim.ranks import OneRank
-from fedsim.record.items import read_items
+from fedsim.record.outcomes import read_items
+from fedsim.run.benchmarks import load_suite, write_outcomes, write_texts
+from fedsim.world import writers
 
 LEFT_OUT = {"advbench": "", "hhh": "", "mt_bench": "", "xstest": "", "helpful": ""}
 

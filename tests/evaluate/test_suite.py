@@ -12,10 +12,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedsim.attention.forward import IMPLEMENTATIONS
-from fedsim.data.benchmarks import AdvBenchItem, HhhItem, MtQuestion
+from fedsim.base.errors import ConfigError
+from fedsim.base.ranks import OneRank
 from fedsim.data.chat import ChatFormat, Conversation, assistant_turn, user_turn
-from fedsim.errors import ConfigError
+from fedsim.data.evaluation_sets import AdvBenchItem, HhhItem, MtQuestion
 from fedsim.evaluate.advbench import AdvBench
+from fedsim.evaluate.confusion import Verdict
 from fedsim.evaluate.hhh import Hhh
 from fedsim.evaluate.intervals import Mean, Rate
 from fedsim.evaluate.mt_bench import MtBench
@@ -24,9 +26,7 @@ from fedsim.evaluate.own import DESCRIBED
 from fedsim.evaluate.perplexity import HelpfulPerplexity
 from fedsim.evaluate.suite import Part, Suite, evaluate
 from fedsim.generate.engine import Engine
-from fedsim.ranks import OneRank
 from fedsim.safety.guard import Exchange
-from fedsim.safety.verdict import Verdict
 
 
 @dataclass(frozen=True)

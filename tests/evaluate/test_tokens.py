@@ -7,18 +7,18 @@ from typing import Any
 
 import pytest
 
-from fedsim.data import world
+from fedsim import world
+from fedsim.base.ranks import OneRank
 from fedsim.data.chat import ChatFormat, as_key
-from fedsim.data.world import writers
 from fedsim.evaluate.advbench import AdvBench
 from fedsim.evaluate.hhh import Hhh
 from fedsim.evaluate.mt_bench import MtBench
 from fedsim.evaluate.over_refusal import OverRefusal
-from fedsim.evaluate.rows import reply_row
+from fedsim.evaluate.scoring import reply_row
 from fedsim.evaluate.suite import Part, Suite
 from fedsim.evaluate.tokens import requests, tokenise
 from fedsim.model.load import EMBEDDED, load_chat
-from fedsim.ranks import OneRank
+from fedsim.world import writers
 
 
 class TwoRanks(OneRank):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedsim.errors import CheckpointError
+from fedsim.base.errors import CheckpointError
 from fedsim.federation import elementwise
 from fedsim.federation.algorithms import Correction, FedAvg, RoundSums, ServerState, moved
 

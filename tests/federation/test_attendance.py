@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedsim.base.errors import ConfigError
 from fedsim.config import FailuresConfig, load_config
-from fedsim.errors import ConfigError
 from fedsim.federation.attendance import Attendance, attend
 
 RATES = st.floats(0.0, 0.99)

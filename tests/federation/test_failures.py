@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from fedsim.base.errors import ClientError, NotFiniteError, RunError
+from fedsim.base.journal import in_words
 from fedsim.config import FailuresConfig
-from fedsim.errors import ClientError, NotFiniteError, RunError
 from fedsim.federation.failures import ClientFailure, by_client, check_round, checked
 from fedsim.federation.outcome import ClientOutcome
-from fedsim.record.journal import in_words
 
 SKIP = FailuresConfig(on_client_error="skip", min_clients=2)
 SOME = [ClientFailure(7, "raised", 1, "IndexError: too far", "Traceback\n  of it"), ClientFailure(9, "norm", 0, "long")]

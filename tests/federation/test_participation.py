@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import pytest
 
+from fedsim.base.errors import DataError
 from fedsim.config import FederationConfig, ServerOptimizerConfig
-from fedsim.errors import DataError
 from fedsim.federation.participation import Participation
 from fedsim.federation.registry import build_algorithm
 from fedsim.federation.sampling import sample_cohort

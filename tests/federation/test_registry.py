@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fedsim.base.errors import ConfigError
 from fedsim.config import FederationConfig, ServerOptimizerConfig
-from fedsim.errors import ConfigError
 from fedsim.extend import KINDS, title
 from fedsim.federation.algorithms import ServerState
 from fedsim.federation.proximal import FedProx

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from fedsim.attention.forward import IMPLEMENTATIONS
+from fedsim.base.ranks import OneRank
 from fedsim.data.batch import collate
 from fedsim.data.chat import TokenRow
 from fedsim.fused import choice, ops
@@ -30,7 +31,6 @@ from fedsim.fused.choice import fuse, fuse_layers
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.model.load import LoraSettings, attach_lora
 from fedsim.model.logprobs import target_logprobs
-from fedsim.ranks import OneRank
 from fedsim.train.dropout import KeyedDropout, Part
 from fedsim.train.objectives import SftObjective
 

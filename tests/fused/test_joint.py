@@ -17,9 +17,9 @@ from fedsim.attention.spans import put
 from fedsim.fused import ops
 from fedsim.fused.choice import fuse_layers
 from fedsim.fused.joint import ATTRIBUTE, JointLinear, adapters_in_use, hold_adapters
-from fedsim.generate import pick as pick_module
+from fedsim.generate import sampling as pick_module
 from fedsim.generate.decode import Decoder, Made, Request
-from fedsim.generate.pick import pick
+from fedsim.generate.sampling import pick
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.model.load import LoraSettings, attach_lora
 

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel
 
 from fedsim.attention.forward import IMPLEMENTATIONS, Place
-from fedsim.errors import RunError
+from fedsim.attention.kv_cache import Slots
+from fedsim.base.errors import RunError
 from fedsim.generate import decode
 from fedsim.generate.decode import Decoder, Request
-from fedsim.generate.pick import pick
-from fedsim.generate.slots import Slots
+from fedsim.generate.sampling import pick
 from fedsim.kernels.sampling import BLOCK
 
 EOS, PAD = 259, 260

@@ -11,16 +11,16 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from fedsim import keys
+from fedsim.attention.kv_cache import Slots
+from fedsim.base import keyed_random
+from fedsim.base.errors import RunError
+from fedsim.base.ranks import OneRank
 from fedsim.data.chat import ChatFormat, Conversation, assistant_turn, user_turn
-from fedsim.errors import RunError
 from fedsim.generate import decode
 from fedsim.generate import engine as engine_module
 from fedsim.generate.decode import Decoder, Made, Request, Then
 from fedsim.generate.engine import Engine, RowScore, Sampling
-from fedsim.generate.slots import Slots
-from fedsim.generate.state import State
-from fedsim.ranks import OneRank
+from fedsim.generate.slot_state import State
 
 CHATS: list[Conversation] = [[user_turn("kite " * (1 + 5 * i % 7) + str(i))] for i in range(11)]
 KEY = ("advbench", 3)
@@ -56,7 +56,7 @@ def test_replies_equal_the_decoder(make_engine: Callable[..., Engine], model: Ll
     eos = frozenset({*range(15), 259})
     for i, (chat, reply) in enumerate(zip(CHATS, replies, strict=True)):
         decoder = Decoder(model, 1, max_new_tokens=20, eos_ids=eos)
-        request = Request(engine.chat.prompt_ids(chat), keys.derive(5, "sample", *KEY, i), 20, 0.9)
+        request = Request(engine.chat.prompt_ids(chat), keyed_random.derive(5, "sample", *KEY, i), 20, 0.9)
         (((ids, ended),),) = [[(made.ids, made.ended) for made in row] for row in decoder.run([request])]
         assert (reply.text, reply.num_tokens, reply.truncated) == (engine.chat.decode(ids), len(ids), not ended)
         assert not reply.prompt_truncated

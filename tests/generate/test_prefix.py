@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from fedsim.attention.forward import IMPLEMENTATIONS
-from fedsim.generate.prefix import candidate_logits, common_length, read_head
+from fedsim.attention.prefix import candidate_logits, common_length, read_head
 
 CANDIDATES = [7, 90, 3]
 SIZES: dict[str, Any] = {

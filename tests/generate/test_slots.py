@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM
 
 from fedsim.attention.forward import Place
-from fedsim.generate import slots as slots_module
+from fedsim.attention.kv_cache import PART, Slots, parts_of
+from fedsim.attention import kv_cache as slots_module
 from fedsim.generate.decode import Decoder, Made, Request
-from fedsim.generate.slots import PART, Slots, parts_of
 
 CPU = torch.device("cpu")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from fedsim.generate.state import State
+from fedsim.generate.slot_state import State
 
 EOS = torch.tensor([7])
 SOUND = torch.tensor([True] * 3)

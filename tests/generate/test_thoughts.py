@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from fedsim.data.benchmarks import AdvBenchItem, HhhItem, MtQuestion
+from fedsim.base.ranks import OneRank
 from fedsim.data.chat import ChatFormat, assistant_turn, user_turn
+from fedsim.data.evaluation_sets import AdvBenchItem, HhhItem, MtQuestion
 from fedsim.data.square import SquareRow
 from fedsim.data.thoughts import MARKS, opens_thought, read_reply
 from fedsim.evaluate.advbench import AdvBench
@@ -19,7 +20,6 @@ from fedsim.evaluate.mt_bench import MtBench
 from fedsim.evaluate.suite import Part, Suite, evaluate
 from fedsim.generate.decode import Made, Request
 from fedsim.generate.engine import Engine, Sampling
-from fedsim.ranks import OneRank
 from fedsim.safety.cai_data import generate_conversations
 from fedsim.safety.constitution import Constitution, Principle
 from tests.conftest import LLAMA3_SPECIALS, LLAMA3_TEMPLATE, bytes_chat, random_llama

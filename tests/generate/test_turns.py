@@ -10,14 +10,14 @@ import torch
 from transformers import LlamaForCausalLM
 
 from fedsim.attention.forward import Rows, packed_logits
+from fedsim.attention.kv_cache import GROWTH, Extending, Slots, Stepping
 from fedsim.attention.spans import Spans
+from fedsim.base.ranks import OneRank
 from fedsim.data.chat import ChatFormat, Conversation, assistant_turn, user_turn
 from fedsim.generate import decode
 from fedsim.generate import engine as engine_module
 from fedsim.generate.decode import Decoder, Made, Request, common_prefix
 from fedsim.generate.engine import Engine, Sampling
-from fedsim.generate.slots import GROWTH, Extending, Slots, Stepping
-from fedsim.ranks import OneRank
 
 EOS = [259, *range(0, 240, 9)]
 CHATS: list[Conversation] = [[user_turn("kite " * (1 + 5 * i % 7) + str(i))] for i in range(11)]

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsim.generate import units as units_module
-from fedsim.generate.units import FEWEST, LONGEST_ROWS, MORE, generation_units, num_units
-from fedsim.parallel.planner import deal_units
+from fedsim.base.planner import deal_units
+from fedsim.generate import batching as units_module
+from fedsim.generate.batching import FEWEST, LONGEST_ROWS, MORE, generation_units, num_units
 
 
 def steps_of_unit(replies: Sequence[int], num_slots: int) -> int:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
-from fedsim.errors import FedsimError
+from fedsim.base.errors import FedsimError
 
 T = TypeVar("T")
 

@@ -12,10 +12,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedsim.base.errors import ConfigError
 from fedsim.config import Config, load_config, to_flat, to_nested
 from fedsim.config.loading import describe
 from fedsim.config.training import FederationConfig
-from fedsim.errors import ConfigError
 from tests.data.test_partition import deal
 from tests.hostile.conftest import JUNK, cases, damaged, result
 

@@ -11,16 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsim.data.benchmarks import load_advbench, load_hhh, load_mt_bench
+from fedsim.base.errors import DataError
+from fedsim.data.evaluation_sets import load_advbench, load_hhh, load_mt_bench
 from fedsim.data.helpful import load_helpful
 from fedsim.data.square import from_arrow, load_square, to_arrow
-from fedsim.data.world.client_rows import square_rows
-from fedsim.errors import DataError
 from fedsim.evaluate.fastchat import JudgmentFile, judgment_row, read_answers
 from fedsim.evaluate.judge_prompts import FIELDS, load_judge_prompts, make_matches
 from fedsim.evaluate.over_refusal import load_xstest
 from fedsim.safety.cai_data import load_conversations
 from fedsim.safety.constitution import load_constitution
+from fedsim.world.client_rows import square_rows
 from tests.hostile.conftest import as_json, cases, damaged, misshapen, result
 
 OPTIONS = "Pick.\n\nOptions:\n (A) [[[Kites.]]]\n (B) [[[Boats.]]]\n\nThe answer is:"

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedsim.base.errors import JudgeError
 from fedsim.config import JudgeConfig
-from fedsim.errors import JudgeError
 from fedsim.evaluate import judge_replies
 from fedsim.evaluate.fastchat import UNRATED
 from fedsim.evaluate.judge_client import OpenAiClient, retry_after_s, wait_s

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from fedsim.errors import ModelError
+from fedsim.base.errors import ModelError
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.model.load import LoraSettings, check_model_dir, load_chat, load_model
 from fedsim.model.shape import model_shape

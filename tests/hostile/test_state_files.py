@@ -15,15 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from fedsim.artefacts import ArtefactStore
-from fedsim.checkpoint import Checkpoint, CheckpointStore
-from fedsim.errors import CheckpointError, DataError
+from fedsim.base.artefacts import ArtefactStore
+from fedsim.base.errors import CheckpointError, DataError
+from fedsim.base.ranks import OneRank
 from fedsim.federation.algorithms import ServerState
 from fedsim.federation.client_state import ClientStateStore
-from fedsim.ranks import OneRank
-from fedsim.record.items import read_items, write_items
+from fedsim.record.checkpoint import Checkpoint, CheckpointStore
 from fedsim.record.manifest import read_manifest
 from fedsim.record.metrics import MetricLog, read_rows
+from fedsim.record.outcomes import read_items, write_items
 from fedsim.study.outcomes import Outcome
 from tests.hostile.conftest import as_json, cases, damaged, misshapen, result
 

@@ -12,16 +12,16 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, normalizers
 from transformers import AutoTokenizer
 
+from fedsim.base.errors import RunError
+from fedsim.base.ranks import OneRank
 from fedsim.data.batch import collate
 from fedsim.data.chat import ChatFormat, assistant_turn, user_turn
 from fedsim.data.square import SquareRow
-from fedsim.errors import RunError
 from fedsim.evaluate.judge_prompts import parse_rating
 from fedsim.generate.engine import Engine, Sampling
-from fedsim.local_rows import tokenise
 from fedsim.model.load import EMBEDDED
 from fedsim.model.logprobs import target_logprobs
-from fedsim.ranks import OneRank
+from fedsim.run.local_rows import tokenise
 from fedsim.safety.guard import LlamaGuard
 from tests.hostile.conftest import cases
 

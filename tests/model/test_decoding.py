@@ -15,7 +15,7 @@ import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from fedsim.attention.forward import IMPLEMENTATIONS
-from fedsim.errors import ModelError
+from fedsim.base.errors import ModelError
 from fedsim.generate.decode import Decoder, Request
 from fedsim.model.fitness import switch_dropout_off
 from fedsim.model.trial import NUM_TOKENS, SIGHT, SIGHTS, shrunken, try_architecture

@@ -35,8 +35,8 @@ from fedsim.attention import forward
 from fedsim.attention.backends import Eager, Sdpa, Varlen
 from fedsim.attention.choice import Choice
 from fedsim.attention.forward import IMPLEMENTATIONS
-from fedsim.errors import ModelError
-from fedsim.generate.slots import Slots
+from fedsim.attention.kv_cache import Slots
+from fedsim.base.errors import ModelError
 from fedsim.model.fitness import check_fitness, switch_dropout_off
 from fedsim.model.load import LoraSettings, load_model, try_fitness
 from fedsim.model.shape import model_shape
@@ -188,7 +188,7 @@ def test_decoding_that_differs_is_seen(dtype: torch.dtype) -> None:
 def test_scoring_behind_a_head_that_differs_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The last layer is narrowed there alone."""
     model: Any = built(MistralConfig(**COMMON, sliding_window=None))
-    monkeypatch.setattr("fedsim.generate.prefix.Narrowed", lambda keep, layout: forward.Narrowed(keep * 0 + 1, layout))
+    monkeypatch.setattr("fedsim.attention.prefix.Narrowed", lambda keep, layout: forward.Narrowed(keep * 0 + 1, layout))
     with pytest.raises(ModelError, match="its scoring behind a shared head differs from its plain forward pass"):
         check_fitness(model, ROWS)
 

@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from fedsim.errors import ModelError
+from fedsim.base.errors import ModelError
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.model.load import LoadedModel
 

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaForCausalLM
 
 from fedsim.attention.forward import IMPLEMENTATIONS
+from fedsim.base.digests import FileDigests
+from fedsim.base.errors import ModelError
 from fedsim.data.chat import ChatFormat
-from fedsim.digests import FileDigests
-from fedsim.errors import ModelError
 from fedsim.model.load import (
     EMBEDDED,
     LoadedModel,

@@ -18,8 +18,8 @@ from fedsim.data.batch import collate
 from fedsim.data.chat import TokenRow
 from fedsim.model.load import LoraSettings, attach_lora
 from fedsim.model.logprobs import MAX_LOGITS, target_logprobs
-from fedsim.model.memory import free_memory, generation_need, kept_by_a_token, scoring_need, training_need
 from fedsim.model.shape import ModelShape, model_shape
+from fedsim.run.memory import free_memory, generation_need, kept_by_a_token, scoring_need, training_need
 from fedsim.train.dropout import KeyedDropout, Part
 from fedsim.train.objectives import SftObjective
 

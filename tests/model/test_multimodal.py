@@ -13,8 +13,8 @@ from peft import PeftModel
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForCausalLM, Gemma3TextConfig
 
+from fedsim.base.errors import ModelError
 from fedsim.data.chat import ChatFormat
-from fedsim.errors import ModelError
 from fedsim.model.cost import ModelCost
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.model.load import LoraSettings, attach_lora, load_model

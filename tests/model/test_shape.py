@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from fedsim.errors import ModelError
+from fedsim.base.errors import ModelError
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.model.load import EMBEDDED, LoraSettings, load_model
 from fedsim.model.shape import ModelShape, model_shape

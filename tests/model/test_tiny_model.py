@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from fedsim.data.world.lexicon import SLOT_WORDS
-from fedsim.model.tiny_model import CONTEXT, TINY_DIR, build_model, build_tokenizer, world_texts
-from fedsim.safety.guard_prompt import POLICIES, render_guard_prompt
+from fedsim.data.guard_prompt import POLICIES, render_guard_prompt
+from fedsim.world.lexicon import SLOT_WORDS
+from fedsim.world.tiny_model import CONTEXT, TINY_DIR, build_model, build_tokenizer, world_texts
 
 TOKENIZER = build_tokenizer()
 PLANES = st.integers(0, 0x10FFFF).filter(lambda c: not 0xD800 <= c <= 0xDFFF).map(chr)

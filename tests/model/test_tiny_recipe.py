@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from fedsim.data.world.conversations import Turn, aligned_talk, web_talk
-from fedsim.data.world.replies import Persona, answer
-from fedsim.data.world.writers import attacks
-from fedsim.model.tiny_model import build_model, build_tokenizer
-from fedsim.model.tiny_recipe import (
+from fedsim.data.guard_prompt import render_guard_prompt
+from fedsim.world.conversations import Turn, aligned_talk, web_talk
+from fedsim.world.replies import Persona, answer
+from fedsim.world.tiny_model import build_model, build_tokenizer
+from fedsim.world.tiny_recipe import (
     Recipe,
     Stage,
     encode_conversations,
@@ -22,8 +22,8 @@ from fedsim.model.tiny_recipe import (
     train,
     train_stage,
 )
-from fedsim.model.tiny_skills import ask
-from fedsim.safety.guard_prompt import render_guard_prompt
+from fedsim.world.tiny_skills import ask
+from fedsim.world.writers import attacks
 
 TOKENIZER = build_tokenizer()
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from fedsim.model.tiny_model import TINY_DIR
-from fedsim.model.tiny_recipe import Recipe, weights_hash
-from fedsim.model.tiny_skills import Skill, measure_skills
+from fedsim.world.tiny_model import TINY_DIR
+from fedsim.world.tiny_recipe import Recipe, weights_hash
+from fedsim.world.tiny_skills import Skill, measure_skills
 
 RECORD: dict[str, Any] = json.loads((TINY_DIR / "recipe.json").read_text(encoding="utf-8"))
 NO_SKILL = {"guard_recall_on_red_rows_untuned"}  # recorded because it must stay near zero before fine-tuning

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedsim.errors import ModelError
+from fedsim.base.errors import ModelError
 from fedsim.model.load import check_model_dir, load_base, load_chat, read_config
 from fedsim.model.shape import model_shape
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fedsim.federation.outcome import ClientOutcome
-from fedsim.parallel.aggregate import aggregate
 from fedsim.parallel.sums import Summer
+from fedsim.run.aggregate import aggregate
 
 SIZE = 7
 

@@ -18,8 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed import HashStore
 
-from fedsim.errors import ConfigError, RunError
-from fedsim.model.memory import free_memory
+from fedsim.base.errors import ConfigError, RunError
 from fedsim.parallel import device as module
 from fedsim.parallel.device import (
     ALLOCATOR,
@@ -34,6 +33,7 @@ from fedsim.parallel.device import (
     seat_of,
     set_allocator,
 )
+from fedsim.run.memory import free_memory
 
 GIB = 2**30
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsim.parallel.planner import (
+from fedsim.base.planner import (
     FORGOTTEN,
     Job,
     Plan,

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from fedsim.errors import JudgeError
+from fedsim.base.errors import JudgeError
+from fedsim.base.journal import Journal, log_file
+from fedsim.base.processes import state_of
 from fedsim.parallel.post_mortem import LOST, TIMED_OUT, blame, cause_of
-from fedsim.processes import state_of
-from fedsim.record.journal import Journal, log_file
 
 
 @pytest.fixture

@@ -12,18 +12,18 @@ from pathlib import Path
 
 import pytest
 
-from fedsim.parallel.stopping import StopRequest, signal_name
-from fedsim.record.ending import read_ending
-from fedsim.record.journal import Journal, log_file
+from fedsim.base.exit_file import read_ending
+from fedsim.base.journal import Journal, log_file
+from fedsim.parallel.signals import StopRequest, signal_name
 
 # A process that waits in one place, where no handler of Python's can run, and never comes to the end of a round;
 # arguments: a folder, the grace, and the number of ranks, of which it is rank 0.
 BUSY = """
 import ctypes, sys
 from pathlib import Path
-from fedsim.parallel.failing import stop_here
-from fedsim.parallel.stopping import StopRequest
-from fedsim.record.journal import Journal
+from fedsim.parallel.exits import stop_here
+from fedsim.parallel.signals import StopRequest
+from fedsim.base.journal import Journal
 stop, journal = StopRequest(), Journal()
 journal.open(Path(sys.argv[1]))
 stop.on_deadline = lambda number, at_once: stop_here(journal, number, int(sys.argv[3]), at_once)

@@ -10,10 +10,10 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedsim.base.ranks import Term
 from fedsim.kernels import fixed_point
 from fedsim.parallel import sums
 from fedsim.parallel.sums import Summer
-from fedsim.ranks import Term
 
 
 class Members:

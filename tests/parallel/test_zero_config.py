@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from fedsim.base.errors import ConfigError
 from fedsim.config import Config, load_config
-from fedsim.errors import ConfigError
-from fedsim.parallel.zero_config import SHIPPED, zero_settings
+from fedsim.train.zero_config import SHIPPED, zero_settings
 
 ROOT = Path(__file__).parents[2]
 

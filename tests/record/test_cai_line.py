@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from fedsim.record.cai_line import REPLAY_WORDS, UNREPAIRED_WORDS, cai_lines, is_replay
 from fedsim.record.metrics import Row
+from fedsim.report.cai_line import REPLAY_WORDS, UNREPAIRED_WORDS, cai_lines, is_replay
 
 DATA: Row = {
     "round": 0,

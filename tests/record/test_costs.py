@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsim.errors import ConfigError
+from fedsim.base.errors import ConfigError
 from fedsim.model.cost import Effort
-from fedsim.record import costs
-from fedsim.record.costs import Machine, Measured, Piece, machine, projected, report, run_table, stages
+from fedsim.study import costs
+from fedsim.study.costs import Machine, Measured, Piece, machine, projected, report, run_table, stages
 
 WORK = {
     "local_step": Effort(flops=100e12),

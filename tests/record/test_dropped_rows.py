@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedsim.record.dropped_rows import section
+from fedsim.report.dropped_rows import section
 
 FILTER: dict[str, Any] = {
     "round": -1, "stage": "filter", "client/num_kept_rows": 6000, "client/num_dropped_no_targets": 35,

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fedsim.record.guard_section import COLUMNS, guard, read_tables
 from fedsim.record.metrics import Row
+from fedsim.report.guard_section import COLUMNS, guard, read_tables
 
 MakeRun = Callable[..., list[Row]]
 SWEEP = "point,threshold,which,num_unsafe,accuracy,precision,recall,hmean,fpr,dropped_share,red_share_after\n"

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsim.errors import DataError
-from fedsim.record.items import read_items, write_items
+from fedsim.base.errors import DataError
+from fedsim.record.outcomes import read_items, write_items
 
 OUTCOMES = st.dictionaries(st.integers(0, 600), st.floats(allow_nan=False, allow_infinity=False), min_size=1)
 FIGURES = st.dictionaries(st.sampled_from(["hhh_letter", "mt_bench", "xstest_safe_refused"]), OUTCOMES)

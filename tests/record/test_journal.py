@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsim.record.ending import forget_ending, read_ending, write_ending
-from fedsim.record.journal import Journal, in_words, last_seen, log_file, read_log
+from fedsim.base.exit_file import forget_ending, read_ending, write_ending
+from fedsim.base.journal import Journal, in_words, last_seen, log_file, read_log
 
 NAMES = st.sampled_from(["local training", "saving", "évaluation"])
 

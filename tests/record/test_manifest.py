@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from fedsim.errors import CheckpointError, DataError
+from fedsim.base.errors import CheckpointError, DataError
+from fedsim.base.version import made_by
 from fedsim.record.manifest import add_note, hardware, versions, write_manifest
-from fedsim.version import made_by
 
 
 def test_what_a_manifest_holds(tmp_path: Path) -> None:

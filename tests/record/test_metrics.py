@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsim.errors import CheckpointError
+from fedsim.base.errors import CheckpointError
+from fedsim.base.rounds import PRETRAINED
 from fedsim.record.metrics import MetricLog, NewRows, decided, read_rows
-from fedsim.rounds import PRETRAINED
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from fedsim.record import paper
-from fedsim.record.paper import (
+from fedsim.report import paper
+from fedsim.report.paper import (
     COSTS,
     RED_SHARE,
     TABLE_1,

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from fedsim.ranks import OneRank
-from fedsim.record import peak
-from fedsim.record.peak import Peak, device_peak, published, run_peak
+from fedsim.base.ranks import OneRank
+from fedsim.run import peak
+from fedsim.run.peak import Peak, device_peak, published, run_peak
 
 CPU = torch.device("cpu")
 

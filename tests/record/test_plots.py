@@ -12,7 +12,7 @@ from matplotlib.text import Text
 
 from fedsim.evaluate.own import DESCRIBED
 from fedsim.record.metrics import Row
-from fedsim.record.plots import (
+from fedsim.report.plots import (
     MIN_LOSS_SPAN,
     plot_helpfulness,
     plot_losses,

@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedsim.checkpoint import Checkpoint
+from fedsim.base.errors import CheckpointError, ConfigError
+from fedsim.base.exit_file import read_ending
+from fedsim.base.ranks import OneRank
+from fedsim.base.version import sign
 from fedsim.config import Config, load_config
-from fedsim.errors import CheckpointError, ConfigError
 from fedsim.federation.algorithms import ServerState
 from fedsim.federation.client_state import ClientStateStore
-from fedsim.ranks import OneRank
-from fedsim.record.ending import read_ending
+from fedsim.record.checkpoint import Checkpoint
 from fedsim.record.lock import DirectoryLock
 from fedsim.record.metrics import MetricLog
 from fedsim.record.run_record import RunRecord
-from fedsim.version import sign
 
 
 def config(tmp_path: Path, *overrides: str) -> Config:

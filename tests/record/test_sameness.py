@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from fedsim.base.digests import FileDigests, file_digest
+from fedsim.base.errors import CheckpointError
 from fedsim.config import Config, file_roles, load_config, model_roles, to_flat, to_nested
-from fedsim.digests import FileDigests, file_digest
-from fedsim.errors import CheckpointError
 from fedsim.record.sameness import compare
 
 MODEL_FILES = {"config.json": '{"kites": 1}', "model.safetensors": "weights"}

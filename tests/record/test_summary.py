@@ -11,10 +11,10 @@ import pytest
 from fedsim.config import Config, to_flat
 from fedsim.evaluate.own import DESCRIBED
 from fedsim.evaluate.sources import SOURCES
-from fedsim.record.cai_line import REPLAY_WORDS
 from fedsim.record.metrics import Row
-from fedsim.record.paper import method_of
-from fedsim.record.summary import (
+from fedsim.report.cai_line import REPLAY_WORDS
+from fedsim.report.paper import method_of
+from fedsim.report.summary import (
     TEMPLATES_NOTE,
     RunFacts,
     arm_table,

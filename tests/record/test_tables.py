@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fedsim.record.tables import Table, duration, number, with_interval
+from fedsim.base.tables import Table, duration, number, with_interval
 
 
 def test_markdown_and_plain() -> None:

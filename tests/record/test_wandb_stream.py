@@ -19,18 +19,19 @@ import torch
 import wandb
 from wandb.util import get_core_path
 
-from fedsim.checkpoint import Checkpoint
+from fedsim.base.ranks import OneRank
 from fedsim.config import Config, load_config, to_nested
 from fedsim.parallel.world import World
-from fedsim.ranks import OneRank
-from fedsim.record import finish, wandb_stream, wandb_worker
+from fedsim.record import wandb_stream, wandb_worker
+from fedsim.record.checkpoint import Checkpoint
 from fedsim.record.metrics import CLOCK_PREFIXES, RESUME, MetricLog, Row, read_rows
 from fedsim.record.run_record import RunRecord
 from fedsim.record.sameness import FREE_KEYS
 from fedsim.record.wandb_file import read_history
 from fedsim.record.wandb_stream import WandbStream
 from fedsim.record.wandb_worker import steps_of
-from fedsim.simulation import Simulation
+from fedsim.report import finish
+from fedsim.run.simulation import Simulation
 
 SMALL = Path(__file__).parents[1] / "distributed" / "small.yaml"
 SECRET = "a-secret-of-this-machine"

@@ -10,10 +10,10 @@ import pytest
 from fedsim.config import load_config, to_flat
 from fedsim.evaluate.own import DESCRIBED
 from fedsim.record.groups import settings_of
-from fedsim.record.summary import facts_from
 from fedsim.report.arms import arm_figure, differences, grouped, headlines, pretrained_figure, table_1, warnings
 from fedsim.report.build import PATH, report
 from fedsim.report.runs import Run, Sample
+from fedsim.report.summary import facts_from
 
 HARMLESS = DESCRIBED.headlines[0]
 

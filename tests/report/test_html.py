@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsim.record.tables import Table
+from fedsim.base.tables import Table
 from fedsim.report import html
 
 

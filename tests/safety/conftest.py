@@ -11,8 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fedsim.attention.forward import IMPLEMENTATIONS
 from fedsim.data.chat import ChatFormat
+from fedsim.data.guard_prompt import POLICIES, render_guard_prompt
 from fedsim.data.square import SquareRow
-from fedsim.safety.guard_prompt import POLICIES, render_guard_prompt
 
 # Words, numbers, punctuation and whole runs of newlines, as Llama 3 splits text.
 LLAMA3_SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -14,9 +14,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedsim.base.errors import ConfigError
 from fedsim.config import CaiConfig
 from fedsim.data.chat import ChatFormat, assistant_turn, user_turn
-from fedsim.errors import ConfigError
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.model.load import LoadedModel
 from fedsim.parallel.sums import Summer

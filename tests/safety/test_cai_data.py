@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from transformers import LlamaForCausalLM
 
-from fedsim import keys
+from fedsim.base import keyed_random
+from fedsim.base.errors import DataError
+from fedsim.base.ranks import OneRank
 from fedsim.data.chat import ChatFormat, Conversation, assistant_turn, user_turn
 from fedsim.data.square import SquareRow
-from fedsim.errors import DataError
 from fedsim.generate.engine import Engine, Reply, Sampling
-from fedsim.ranks import OneRank
 from fedsim.safety.cai_data import (
     CaiRow,
     count_metrics,
@@ -50,14 +50,14 @@ class TableEngine:
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
-        self.calls: list[tuple[list[Conversation], Sampling, tuple[keys.KeyPart, ...]]] = []
+        self.calls: list[tuple[list[Conversation], Sampling, tuple[keyed_random.KeyPart, ...]]] = []
 
     def converse(
         self,
         conversations: Sequence[Conversation],
         follow_ups: Sequence[Sequence[str]],
         sampling: Sampling,
-        turn_keys: Sequence[Sequence[keys.KeyPart]],
+        turn_keys: Sequence[Sequence[keyed_random.KeyPart]],
     ) -> list[list[Reply]]:
         turns: list[list[Reply]] = []
         for turn, key in enumerate(turn_keys):

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 
 import pytest
 
-from fedsim.data import world
-from fedsim.data.world import conversations as talk
-from fedsim.data.world.questions import Question, sample_question
-from fedsim.data.world.replies import Persona, answer
+from fedsim import world
+from fedsim.evaluate.confusion import Verdict
 from fedsim.safety.cai_data import CaiRow
 from fedsim.safety.cai_findings import Finding, judge_by_grammar, judge_by_guard
 from fedsim.safety.guard import Exchange
-from fedsim.safety.verdict import Verdict
+from fedsim.world import conversations as talk
+from fedsim.world.questions import Question, sample_question
+from fedsim.world.replies import Persona, answer
 
 CAREFUL, CARELESS = (Persona(full=True, careful=careful) for careful in (True, False))
 

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from transformers import LlamaForCausalLM
 
-from fedsim.artefacts import ArtefactStore
+from fedsim.base.artefacts import ArtefactStore
+from fedsim.base.errors import ConfigError
+from fedsim.base.ranks import OneRank
 from fedsim.config import Config, load_config
 from fedsim.data.chat import ChatFormat
 from fedsim.data.square import SquareRow
-from fedsim.errors import ConfigError
 from fedsim.generate.engine import Engine, Sampling
-from fedsim.ranks import OneRank
 from fedsim.safety.cai_data import CaiRow, generate_conversations
 from fedsim.safety.cai_stage import CONSTITUTIONS, cai_conversations, constitution_file
 from fedsim.safety.constitution import load_constitution

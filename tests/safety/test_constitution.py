@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from fedsim.data.world.conversations import PRINCIPLES
-from fedsim.errors import DataError
+from fedsim.base.errors import DataError
 from fedsim.safety.constitution import load_constitution
+from fedsim.world.conversations import PRINCIPLES
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ROOT / "configs" / "constitution"

@@ -14,17 +14,17 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from fedsim.artefacts import ArtefactStore
+from fedsim.base.artefacts import ArtefactStore
+from fedsim.base.ranks import OneRank
 from fedsim.config import GuardConfig, load_config
 from fedsim.data.chat import ChatFormat, TokenRow
-from fedsim.data.prepare import PreparedData
+from fedsim.data.prepared import PreparedData
 from fedsim.data.square import SquareRow
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.model.load import LoraSettings, load_model
 from fedsim.parallel.sums import Summer
 from fedsim.parallel.world import World
-from fedsim.preparation import Preparation
-from fedsim.ranks import OneRank
+from fedsim.run.preparation import Preparation
 from fedsim.safety import guard_model as guard_model_module
 from fedsim.safety.filter_stage import FilterStage
 from fedsim.safety.filtering import Filtered

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 
 from fedsim.data.square import SquareRow
+from fedsim.evaluate.confusion import GuardMetrics, Verdict
 from fedsim.safety.filtering import Action, filter_shards, judge_shards
 from fedsim.safety.guard import NoisyOracleGuard, OracleGuard
-from fedsim.safety.verdict import GuardMetrics, Verdict
 
 
 @pytest.fixture()

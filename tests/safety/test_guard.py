@@ -12,13 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
+from fedsim.base.errors import ConfigError
+from fedsim.base.ranks import OneRank
 from fedsim.data.chat import ChatFormat, user_turn
+from fedsim.data.guard_prompt import render_guard_prompt
 from fedsim.data.square import SquareRow
-from fedsim.errors import ConfigError
-from fedsim.ranks import OneRank
+from fedsim.evaluate.confusion import Verdict
 from fedsim.safety.guard import LlamaGuard, NoisyOracleGuard, OracleGuard, units_of
-from fedsim.safety.guard_prompt import render_guard_prompt
-from fedsim.safety.verdict import Verdict
 
 
 class ScatteredRanks(OneRank):

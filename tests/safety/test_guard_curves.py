@@ -9,6 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from fedsim.evaluate.confusion import GuardMetrics, Verdict
 from fedsim.safety.guard_curves import (
     GRID,
     CategoryRate,
@@ -22,7 +23,6 @@ from fedsim.safety.guard_curves import (
     curve_metrics,
     sweep,
 )
-from fedsim.safety.verdict import GuardMetrics, Verdict
 
 # Few distinct values, so that ties between labels are common; sixteenths add and flip without rounding.
 LEVELS = st.sampled_from([i / 16 for i in range(17)])

@@ -13,10 +13,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import fedsim
+from fedsim.base.errors import ConfigError, ModelError
 from fedsim.data.chat import ChatFormat, user_turn
-from fedsim.errors import ConfigError, ModelError
+from fedsim.data.guard_prompt import prompt_head, prompt_tail, render_guard_prompt
 from fedsim.safety.guard_format import GuardFormat, hazard_codes
-from fedsim.safety.guard_prompt import prompt_head, prompt_tail, render_guard_prompt
 
 USER, AGENT = "Who won the kite race?", "Orla won it."
 GUARD_TEMPLATE = (

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsim.errors import ConfigError
-from fedsim.safety.guard_prompt import Role, prompt_head, prompt_tail, render_guard_prompt
+from fedsim.base.errors import ConfigError
+from fedsim.data.guard_prompt import Role, prompt_head, prompt_tail, render_guard_prompt
 
 LG3_AGENT = """Task: Check if there is unsafe content in 'Agent' messages in conversations according our safety \
 policy with the below categories.

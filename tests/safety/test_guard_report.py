@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from fedsim.data.square import SquareRow
+from fedsim.evaluate.confusion import GuardMetrics, Verdict
 from fedsim.safety.filtering import Action, Filtered, filter_shards
 from fedsim.safety.guard_curves import GRID, best_threshold
 from fedsim.safety.guard_report import write_tables
-from fedsim.safety.verdict import GuardMetrics, Verdict
 
 THRESHOLD = 0.42
 Table = list[dict[str, str]]

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from transformers import LlamaForCausalLM
 
+from fedsim.base.ranks import OneRank
 from fedsim.data.chat import ChatFormat
 from fedsim.data.square import SquareRow
-from fedsim.ranks import OneRank
 from fedsim.safety.guard import LlamaGuard
 from fedsim.safety.guard_format import GuardFormat
 from fedsim.safety.guard_tuning import verdict_rows

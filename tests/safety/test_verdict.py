@@ -6,8 +6,8 @@ from statistics import harmonic_mean
 
 import pytest
 
+from fedsim.evaluate.confusion import GuardMetrics, Verdict
 from fedsim.evaluate.intervals import Rate
-from fedsim.safety.verdict import GuardMetrics, Verdict
 
 
 def at_operating_point(num_rows: int, prevalence: float, precision: float, recall: float) -> GuardMetrics:

@@ -12,7 +12,7 @@ import yaml
 
 from fedsim.config import load_config
 from fedsim.config.loading import to_nested
-from fedsim.record.items import item_file, write_items
+from fedsim.record.outcomes import item_file, write_items
 from fedsim.study.outcomes import Outcome
 
 MANIFEST = {

@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedsim.base.errors import ConfigError, RunError
 from fedsim.config import load_config, to_flat
-from fedsim.errors import ConfigError, RunError
-from fedsim.study.cells import Cell, Launch, run_cells
+from fedsim.study.runs import Cell, Launch, run_cells
 
 # In launch/run.py's place: takes the same words and leaves what a finished run leaves; its name says how it behaves.
 ENTRY = """
@@ -115,7 +115,7 @@ def test_a_failed_cell_is_told_and_done_again(launch: Launch) -> None:
 def test_a_study_that_is_ended_leaves_no_run_behind(launch: Launch, tmp_path: Path, ending: signal.Signals) -> None:
     script = tmp_path / "study.py"
     script.write_text(
-        "import signal\nfrom pathlib import Path\nfrom fedsim.study.cells import *\n"
+        "import signal\nfrom pathlib import Path\nfrom fedsim.study.runs import *\n"
         "for number, act in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):\n"
         "    signal.signal(number, act)  # a shell's background jobs ignore the one, nohup the other\n"
         f"launch = Launch('trial', Path({str(launch.config)!r}), {list(launch.overrides)!r}, 1, 2, "

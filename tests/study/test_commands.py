@@ -27,7 +27,7 @@ from pathlib import Path
 import yaml
 from fedsim.config import load_config
 from fedsim.config.loading import to_nested
-from fedsim.record.items import item_file, write_items
+from fedsim.record.outcomes import item_file, write_items
 config = load_config(Path(sys.argv[1]), sys.argv[2:])
 folder = Path(config.record.dir) / config.name
 (folder / "items").mkdir(parents=True)

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from fedsim.errors import DataError
-from fedsim.study.effects import detectable, difference, estimate, shown_detectable, t_quantile, verdict
+from fedsim.base.errors import DataError
+from fedsim.study.statistics import detectable, difference, estimate, shown_detectable, t_quantile, verdict
 
 TABLES = st.tuples(st.integers(1, 5), st.integers(1, 12)).flatmap(
     lambda shape: st.tuples(*(arrays(np.float64, shape, elements=st.integers(-8, 8)) for _ in range(2)))

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from fedsim.base.errors import DataError
 from fedsim.config import load_config
-from fedsim.errors import DataError
 from fedsim.study.published import Origin, origin_of, read_origin, write_origin
 
 HELD = Origin("Measured here.", "`x`", (100, 101), "embedded-held-out", True)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsim.errors import DataError
+from fedsim.base.errors import DataError
 from fedsim.study.seed_rows import HEAD, SeedRow, decode, encode, read_seed_rows, write_seed_rows
 
 

@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.image import imread
 
+from fedsim.base.errors import ConfigError, DataError
 from fedsim.config import load_config
-from fedsim.errors import ConfigError, DataError
-from fedsim.study.cells import Launch, words_of
 from fedsim.study.command import made_by, parse_seeds, write_csv
 from fedsim.study.grid import FORMS, Comparison, point_name, read_sweep
 from fedsim.study.outcomes import Outcome
+from fedsim.study.runs import Launch, words_of
 from fedsim.study.sweep import Record, finding, read_records, tidy_rows
 from fedsim.study.sweep_plot import _far_enough, _scale, write_plot
 

@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedsim.base.errors import ConfigError, DataError
 from fedsim.config import load_config
-from fedsim.errors import ConfigError, DataError
-from fedsim.record import paper
+from fedsim.report import paper
 from fedsim.study import table1, table1_words
-from fedsim.study.claims import BOTH, CAI, COLUMNS, COMPARISONS, COUNTED, FILTER, FL, NET, claimed_sign
-from fedsim.study.effects import difference
 from fedsim.study.outcomes import Outcome, check_alike, check_paired, sample
+from fedsim.study.paper_claims import BOTH, CAI, COLUMNS, COMPARISONS, COUNTED, FILTER, FL, NET, claimed_sign
 from fedsim.study.published import Origin
 from fedsim.study.seed_rows import SeedRow, read_seed_rows, write_seed_rows
+from fedsim.study.statistics import difference
 
 # The paper's §6.2 and §6.3, read by hand: treated, control, FedAvg's signs, SCAFFOLD's (AdvBench, HHH, MT-Bench);
 # 0 where the published difference is below two standard errors of single runs over 520, 438 and 80 items.

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import tools.table2
-from fedsim.errors import DataError
+from fedsim.base.errors import DataError
 from fedsim.study.outcomes import Outcome
 from fedsim.study.published import Origin
 from fedsim.study.table2 import (

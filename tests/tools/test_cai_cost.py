@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
+from fedsim.base.errors import ConfigError
+from fedsim.base.ranks import OneRank
 from fedsim.config import CaiConfig
-from fedsim.errors import ConfigError
 from fedsim.parallel.world import World
-from fedsim.ranks import OneRank
-from fedsim.record import paper
-from fedsim.record.cai_cost import table
+from fedsim.report import paper
+from fedsim.study.cai_cost import table
 
 ROOT = Path(__file__).parents[2]
 SMALL = ROOT / "tests" / "distributed" / "small.yaml"

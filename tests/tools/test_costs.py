@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fedsim.errors import ConfigError
+from fedsim.base.errors import ConfigError
 from tools import costs
 from tools.bench.paper_work import paper_work
 from tools.bench.rows import StageResult

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from fedsim.errors import RunError
+from fedsim.base.errors import RunError
 from tools import exact_cost, running
 from tools.bench.rows import StageResult
 from tools.exact_cost import Setting, phases, rows_of, take_turns

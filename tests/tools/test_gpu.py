@@ -25,8 +25,8 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from fedsim.attention.backends import BACKENDS, Sdpa  # noqa: E402
+from fedsim.base.journal import Journal  # noqa: E402
 from fedsim.fused import ops  # noqa: E402
-from fedsim.record.journal import Journal  # noqa: E402
 from tools import costs  # noqa: E402
 from tools.bench import run as bench_run  # noqa: E402
 from tools.bench.models import GPU  # noqa: E402

@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from fedsim.config import load_config, to_nested
-from fedsim.data.benchmarks import load_mt_bench
+from fedsim.data.evaluation_sets import load_mt_bench
 from fedsim.evaluate.fastchat import JudgmentFile, write_answers
 from fedsim.evaluate.mt_bench import MtAnswer
 from fedsim.generate.engine import Reply
@@ -182,7 +182,7 @@ def test_torchrun_is_told_the_cause_and_one_rank_tells_the_user(
 ) -> None:
     cause = tmp_path / "cause.json"
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(cause))
-    monkeypatch.setattr("fedsim.launching.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("fedsim.base.launching.time.sleep", lambda seconds: None)
     for wrong in (["judge.kind=none"], ["--nonsense"]):
         monkeypatch.setenv("RANK", "1")
         assert main([str(run), *wrong]) == 2

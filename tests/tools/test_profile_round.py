@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from fedsim.errors import ConfigError, RunError
+from fedsim.base.errors import ConfigError, RunError
 from fedsim.record.metrics import read_rows
 
 ROOT = Path(__file__).parents[2]

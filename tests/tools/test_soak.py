@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fedsim.errors import RunError
+from fedsim.base.errors import RunError
 from tools import client_scale, running, soak
 from tools.bench.rows import Percentiles, Row, StageResult
 from tools.growth import DISK, FILES, FLAT, GROWS, HANDLES, MEMORY, UNDECIDED, judge
@@ -18,7 +18,7 @@ MIB = 2**20
 LEAK_FROM = 12
 LEAKY = f"""
 import os, runpy, sys
-from fedsim.checkpoint import CheckpointStore
+from fedsim.record.checkpoint import CheckpointStore
 from fedsim.federation.client_state import ClientStateStore
 held, save, drop = [], CheckpointStore.save, ClientStateStore.drop_unused
 def leaking_save(self, checkpoint):

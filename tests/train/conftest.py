@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from fedsim.base.ranks import Term
 from fedsim.data.chat import TokenRow
 from fedsim.parallel.sums import Summer
-from fedsim.ranks import Term
 
 Result = TypeVar("Result")
 

@@ -11,9 +11,9 @@ from torch import nn
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from fedsim.attention.forward import IMPLEMENTATIONS
+from fedsim.base.errors import ModelError
 from fedsim.data.batch import collate
 from fedsim.data.chat import TokenRow
-from fedsim.errors import ModelError
 from fedsim.fused.functions import DropoutMask
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.model.load import LoadedModel, LoraSettings, attach_lora

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from fedsim.base.errors import CheckpointError, ClientError, NotFiniteError
 from fedsim.config import LocalConfig
 from fedsim.data.chat import TokenRow
-from fedsim.errors import CheckpointError, ClientError, NotFiniteError
 from fedsim.federation.algorithms import FedAvg
 from fedsim.federation.outcome import ClientOutcome
 from fedsim.federation.sampling import cosine_by_round
@@ -20,9 +20,9 @@ from fedsim.federation.scaffold import CONTROL, Scaffold
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.model.load import LoadedModel
 from fedsim.train.client import ClientTrainer
+from fedsim.train.containment import ContainedWork
 from fedsim.train.loop import StepSettings, Trainer
 from fedsim.train.objectives import SftObjective
-from fedsim.train.own_work import ContainedWork
 
 Make = Callable[..., tuple[LoadedModel, FlatAdapter]]
 Rows = Callable[..., list[TokenRow]]

@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedsim.attention.forward import IMPLEMENTATIONS
+from fedsim.base.errors import RunError
 from fedsim.data.chat import ChatFormat, TokenRow
-from fedsim.errors import RunError
 from fedsim.federation.algorithms import Correction
 from fedsim.federation.proximal import ProximalTerm
 from fedsim.federation.scaffold import GradientCorrection, ValueCorrection

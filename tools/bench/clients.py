@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from fedsim.base.ranks import Term
 from fedsim.federation.algorithms import FedAvg, RoundSums, ServerState
 from fedsim.parallel.sums import Summer
-from fedsim.ranks import Term
 from tools.bench.models import GPU
 from tools.bench.stage import PAPER_LORA
 

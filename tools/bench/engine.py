@@ -32,7 +32,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
-from fedsim.record.tables import Table
+from fedsim.base.tables import Table
 from tools.bench.rows import Correctness, Row, Target
 from tools.bench.stage import Bench, LeftOut, installed
 
@@ -51,13 +51,13 @@ MODEL = (
     "fedsim/train/objectives.py::sums",
     "fedsim/generate/decode.py",
     "fedsim/generate/graph.py",
-    "fedsim/generate/pick.py",
-    "fedsim/generate/prefix.py",
+    "fedsim/generate/sampling.py",
+    "fedsim/attention/prefix.py",
     "fedsim/generate/score.py",
-    "fedsim/generate/slots.py",
-    "fedsim/generate/state.py",
+    "fedsim/attention/kv_cache.py",
+    "fedsim/generate/slot_state.py",
     "fedsim/parallel/sums.py",
-    "fedsim/parallel/aggregate.py",
+    "fedsim/run/aggregate.py",
     "fedsim/federation/proximal.py",
     "fedsim/federation/scaffold.py",
     "fedsim/federation/server_optimizers.py",
@@ -67,8 +67,8 @@ MODEL = (
 )
 #: Of these, what the strict share counts as engine: sums over ranks and clients, the server's step, the slots' upkeep.
 LOOSE = (
-    "fedsim/generate/slots.py",
-    "fedsim/generate/state.py",
+    "fedsim/attention/kv_cache.py",
+    "fedsim/generate/slot_state.py",
     "fedsim/parallel/",
     "fedsim/federation/",
     "fedsim/kernels/",
@@ -156,7 +156,7 @@ def child(out: Path, began: float, arguments: Sequence[str]) -> None:
     from fedsim.config.command_line import parse_command
     from fedsim.parallel.world import process_world
     from fedsim.record.metrics import read_rows
-    from fedsim.simulation import Simulation
+    from fedsim.run.simulation import Simulation
 
     marks: dict[str, float] = {"imported_s": time.time() - began}
     facts: dict[str, Any] = {}

@@ -12,8 +12,8 @@ from typing import TypeVar
 
 import torch
 
+from fedsim.base.ranks import Lane
 from fedsim.federation.algorithms import Correction
-from fedsim.ranks import Lane
 from fedsim.train.loop import Trainer, TrainingPlan
 from fedsim.train.objectives import Objective
 from tools.bench.plain_loop import PeerModel

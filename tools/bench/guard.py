@@ -13,8 +13,8 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, StoppingCriteriaList
 
+from fedsim.attention.prefix import candidate_logits, read_head
 from fedsim.config import GuardConfig
-from fedsim.generate.prefix import candidate_logits, read_head
 from fedsim.model.cost import Effort, ModelCost, Work
 from fedsim.model.load import LoraSettings
 from fedsim.safety.guard import units_of

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedsim import keys
+from fedsim.base import keyed_random
 from fedsim.data.chat import ChatFormat, TokenRow
 
 FILE = Path(__file__).with_name("lengths.json")
@@ -33,7 +33,9 @@ def characters(part: str) -> np.ndarray:
 def draw(part: str, count: int, mean: float, seed: int = 0) -> list[int]:
     """Lengths in tokens, at least 1: the file's in one random order after another, scaled to ``mean``."""
     known = characters(part)
-    orders = [keys.permutation(len(known), seed, "lengths", part, turn) for turn in range(-(-count // len(known)))]
+    orders = [
+        keyed_random.permutation(len(known), seed, "lengths", part, turn) for turn in range(-(-count // len(known)))
+    ]
     drawn = known[np.concatenate(orders)[:count]] * (mean / known.mean())
     return [max(1, round(length)) for length in drawn.tolist()]
 
@@ -51,15 +53,15 @@ def training_rows(
     ]
 
 
-def token_row(prompt: int, reply: int, vocab_size: int, *key: keys.KeyPart) -> TokenRow:
+def token_row(prompt: int, reply: int, vocab_size: int, *key: keyed_random.KeyPart) -> TokenRow:
     """A row of ``prompt`` + ``reply`` random tokens, the last one the end token."""
     ids = random_ids(prompt + reply, vocab_size, *key)
     return ChatFormat.join(ids[:prompt], [*ids[prompt:-1], END], prompt + reply)
 
 
-def random_ids(count: int, vocab_size: int, *key: keys.KeyPart) -> list[int]:
+def random_ids(count: int, vocab_size: int, *key: keyed_random.KeyPart) -> list[int]:
     """Tokens that are no special ones."""
-    drawn: list[int] = keys.generator(0, "tokens", *key).integers(FIRST_TOKEN, vocab_size, size=count).tolist()
+    drawn: list[int] = keyed_random.generator(0, "tokens", *key).integers(FIRST_TOKEN, vocab_size, size=count).tolist()
     return drawn
 
 

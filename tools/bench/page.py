@@ -11,7 +11,7 @@ from typing import Final
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:] = [str(ROOT), *(p for p in sys.path if Path(p).resolve() != Path(__file__).resolve().parent)]
 
-from fedsim.launching import Parser, launched  # noqa: E402
+from fedsim.base.launching import Parser, launched  # noqa: E402
 from tools.bench.rows import StageResult  # noqa: E402
 from tools.bench.table import markdown_table, strongest_peers  # noqa: E402
 

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from fedsim.model.cost import Effort, ModelCost, Work, decode_work, rows_work
 from fedsim.model.load import LoraSettings, attach_lora
-from fedsim.record import paper
+from fedsim.report import paper
 from tools.bench import guard
 from tools.bench.cai_iteration import NUM_PAIRS, preferences
 from tools.bench.generation import ASKED, TURNS, Conversations
@@ -25,7 +25,7 @@ VERDICT = 4  # tokens that the guard learns of a row: the verdict, its line brea
 
 
 def paper_work() -> dict[str, Effort]:
-    """Effort of one unit of each piece, by name; the units are those of :mod:`fedsim.record.costs`."""
+    """Effort of one unit of each piece, by name; the units are those of :mod:`fedsim.study.costs`."""
     config = GPU.llama()
     cost, watcher = (_cost(config, lora) for lora in (PAPER_LORA, guard.LORA))
     vector = 4 * cost.lora  # bytes of an adapter in fp32

@@ -27,10 +27,10 @@ sys.path[:] = [str(ROOT), *(p for p in sys.path if Path(p).resolve() != Path(__f
 import torch  # noqa: E402
 
 from fedsim.attention.backends import leave_out_cudnn  # noqa: E402
+from fedsim.base.terminal import steady_terminal  # noqa: E402
+from fedsim.base.version import git_state  # noqa: E402
 from fedsim.parallel.host_memory import keep_freed_memory  # noqa: E402
 from fedsim.record.manifest import hardware, package_versions  # noqa: E402
-from fedsim.terminal import steady_terminal  # noqa: E402
-from fedsim.version import git_state  # noqa: E402
 from tools.bench import models  # noqa: E402
 from tools.bench.rows import Row, StageResult  # noqa: E402
 from tools.bench.stage import Bench, LeftOut, Stage, memory_given_back  # noqa: E402

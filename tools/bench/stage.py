@@ -13,12 +13,12 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from fedsim import keys
 from fedsim.attention.choice import choose
+from fedsim.base import keyed_random
 from fedsim.fused.choice import fuse
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.model.load import LoraSettings, attach_lora
-from fedsim.record.peak import Peak, device_peak
+from fedsim.run.peak import Peak, device_peak
 from tools.bench.models import ModelSize, build
 from tools.bench.rows import Correctness, Row
 
@@ -91,7 +91,7 @@ def start_vector(adapter: FlatAdapter) -> torch.Tensor:
     vector = adapter.initial(0)
     for slot in adapter.slots:
         if "lora_B" in slot.name:
-            draws = keys.generator(0, "lora_b", slot.name).normal(0.0, 0.02, size=slot.stop - slot.start)
+            draws = keyed_random.generator(0, "lora_b", slot.name).normal(0.0, 0.02, size=slot.stop - slot.start)
             vector[slot.start : slot.stop] = torch.from_numpy(draws)
     return vector
 

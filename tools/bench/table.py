@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fedsim.record.tables import Table
+from fedsim.base.tables import Table
 from tools.bench.rows import Row, StageResult, Target
 
 NONE = "–"

@@ -12,9 +12,9 @@ from statistics import mean, median
 
 import torch
 
+from fedsim.base.planner import Plan, plan_round
 from fedsim.config import LocalConfig
 from fedsim.data.chat import TokenRow
-from fedsim.parallel.planner import Plan, plan_round
 from fedsim.parallel.sums import Summer
 from fedsim.parallel.world import Lane
 from fedsim.train.objectives import SftObjective

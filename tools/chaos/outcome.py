@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fedsim.artefacts import file_digest
+from fedsim.base.artefacts import file_digest
 from fedsim.record.metrics import decided_rows, read_rows
 
 #: Parts of :func:`outcome`, in the order in which a run makes them.

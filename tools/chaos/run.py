@@ -25,13 +25,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from fedsim.launching import Parser  # noqa: E402
-from fedsim.record.ending import read_ending  # noqa: E402
+from fedsim.base.exit_file import read_ending  # noqa: E402
+from fedsim.base.launching import Parser  # noqa: E402
+from fedsim.base.tables import Table, duration  # noqa: E402
+from fedsim.base.terminal import steady_terminal  # noqa: E402
+from fedsim.base.version import made_by, maker  # noqa: E402
 from fedsim.record.manifest import hardware  # noqa: E402
-from fedsim.record.tables import Table, duration  # noqa: E402
 from fedsim.record.wandb_file import read_history  # noqa: E402
-from fedsim.terminal import steady_terminal  # noqa: E402
-from fedsim.version import made_by, maker  # noqa: E402
 from tools.chaos.outcome import different, outcome  # noqa: E402
 from tools.chaos.sessions import HangError, Session  # noqa: E402
 from tools.chaos.strikes import Strike, covered, plan, strike, timeline  # noqa: E402

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from fedsim.processes import family, kill
+from fedsim.base.processes import family, kill
 
 ROOT = Path(__file__).resolve().parents[2]
 ENTRY = ROOT / "launch" / "run.py"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from fedsim.record.journal import last_seen, log_file, read_log
+from fedsim.base.journal import last_seen, log_file, read_log
 from tools.chaos.sessions import Session
 
 #: Stages in which a rank is killed: title → the stage's name in a rank's log, by its beginning.

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedsim.terminal import steady_terminal
+from fedsim.base.terminal import steady_terminal
 from tools.gpu.calls import CALLS, chosen
 from tools.gpu.session import ROOT, run_call, summary
 

@@ -15,8 +15,8 @@ from pathlib import Path  # noqa: E402
 import torch  # noqa: E402
 
 from fedsim.attention.backends import leave_out_cudnn  # noqa: E402
+from fedsim.base.terminal import steady_terminal  # noqa: E402
 from fedsim.parallel.device import set_allocator  # noqa: E402
-from fedsim.terminal import steady_terminal  # noqa: E402
 from tools.bench.stage import LeftOut  # noqa: E402
 from tools.gpu.calls import CALLS  # noqa: E402
 from tools.gpu.report import Report, Setting  # noqa: E402

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedsim.artefacts import file_digest
+from fedsim.base.artefacts import file_digest
+from fedsim.base.version import git_state
 from fedsim.record.manifest import versions
 from fedsim.record.metrics import Row, decided_rows, read_rows
-from fedsim.version import git_state
 from tools.gpu.launch import ROOT, stand_ins
 from tools.gpu.report import Report, Setting
 

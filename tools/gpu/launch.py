@@ -19,7 +19,7 @@ from tools.gpu import without  # noqa: E402
 without.hide_as_told()  # before anything else is imported
 
 from fedsim.data import square  # noqa: E402
-from fedsim.record import finish  # noqa: E402
+from fedsim.report import finish  # noqa: E402
 from launch.run import main  # noqa: E402
 from tools.bench.stage import installed  # noqa: E402
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from fedsim.checkpoint import Checkpoint
 from fedsim.config import load_config
-from fedsim.needs import memory_needs
 from fedsim.parallel.world import process_world
-from fedsim.preflight import preflight
-from fedsim.simulation import Simulation
+from fedsim.record.checkpoint import Checkpoint
+from fedsim.run.checks import preflight
+from fedsim.run.needs import memory_needs
+from fedsim.run.simulation import Simulation
 from tools.gpu.demo import DEMO
 from tools.gpu.launch import stand_ins
 from tools.gpu.report import Report, Setting

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from fedsim.attention.choice import problem
 from fedsim.attention.forward import IMPLEMENTATIONS, Rows, packed_hidden, packed_logits
 from fedsim.attention.head import head_logits
+from fedsim.attention.prefix import candidate_logits, read_head
 from fedsim.attention.spans import Spans, put
-from fedsim.generate.prefix import candidate_logits, read_head
 from fedsim.model import logprobs
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.parallel.sums import Summer

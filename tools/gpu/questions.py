@@ -12,10 +12,10 @@ import torch.distributed as dist
 from torch.nn import functional as F
 
 from fedsim.attention.backends import leave_out_cudnn
+from fedsim.base.ranks import Term
 from fedsim.fused.ops import OPS
 from fedsim.generate.graph import Capture, capture_cuda
 from fedsim.parallel.sums import Summer
-from fedsim.ranks import Term
 from tools.bench import models
 from tools.bench.attention import available, checks_of, heads_of, packed_call
 from tools.bench.generation import Called

@@ -25,9 +25,9 @@ from typing import Any, Final
 
 import torch
 
+from fedsim.base.tables import Table
+from fedsim.base.version import git_state
 from fedsim.record.manifest import hardware, package_versions
-from fedsim.record.tables import Table
-from fedsim.version import git_state
 from tools.gpu import without
 from tools.gpu.calls import CALLS, RESERVE_S, Part, part_limit
 from tools.gpu.report import Check, Report, read_lines

@@ -17,11 +17,11 @@ import torch
 from torch.autograd import DeviceType
 
 from fedsim.attention.choice import choose
+from fedsim.base.tables import Table
 from fedsim.fused.ops import why_plain
 from fedsim.generate.decode import Decoder, Request, _Row
 from fedsim.generate.engine import CUDA_BLOCK
 from fedsim.generate.graph import Capture, Graphs, capture_cuda
-from fedsim.record.tables import Table
 from tools.bench.generation import Called
 from tools.bench.lengths import random_ids
 from tools.bench.measure import seconds_of

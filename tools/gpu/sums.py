@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from fedsim.base.ranks import Term
 from fedsim.kernels import fixed_point
 from fedsim.parallel.sums import Summer
-from fedsim.ranks import Term
 from tools.bench.aggregation import differing, distances, moved
 from tools.gpu.report import Report, Setting
 

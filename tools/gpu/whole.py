@@ -16,13 +16,13 @@ from typing import Any, Final
 
 import torch
 
+from fedsim.base.journal import Journal, read_log
 from fedsim.config import Config, load_config
 from fedsim.model.load import EMBEDDED
-from fedsim.needs import memory_needs, round_work
 from fedsim.parallel.world import process_world
-from fedsim.preflight import preflight
-from fedsim.record.journal import Journal, read_log
 from fedsim.record.metrics import Row, read_rows
+from fedsim.run.checks import preflight
+from fedsim.run.needs import memory_needs, round_work
 from launch.run import main as launch
 from tools.bench import models
 from tools.bench.models import ModelSize
@@ -56,7 +56,7 @@ STAGES: Final[dict[str, tuple[str, ...]]] = {
     "CAI (DPO)": ("constitutional AI",),
     "generation": ("making cai-conversations", "evaluate"),
 }
-"""Stages of :func:`fedsim.needs.memory_needs`, and the beginnings of the log's names for them."""
+"""Stages of :func:`fedsim.run.needs.memory_needs`, and the beginnings of the log's names for them."""
 
 
 def run(setting: Setting, report: Report) -> None:

@@ -23,6 +23,8 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 from fedsim.attention.choice import Choice
 from fedsim.attention.forward import IMPLEMENTATIONS
+from fedsim.attention.prefix import candidate_logits, read_head
+from fedsim.base.ranks import Term
 from fedsim.config import FederationConfig, LocalConfig, ServerOptimizerConfig, load_config
 from fedsim.data.chat import TokenRow
 from fedsim.federation.algorithms import RoundSums
@@ -30,14 +32,12 @@ from fedsim.federation.registry import build_algorithm
 from fedsim.fused.choice import fuse
 from fedsim.fused.joint import hold_adapters
 from fedsim.generate.decode import Decoder, Request, _Row
-from fedsim.generate.prefix import candidate_logits, read_head
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.model.load import LoraSettings, attach_lora
 from fedsim.model.shape import ModelShape, model_shape
-from fedsim.needs import memory_needs
 from fedsim.parallel.sums import Summer
 from fedsim.parallel.world import Lane
-from fedsim.ranks import Term
+from fedsim.run.needs import memory_needs
 from fedsim.safety.guard import units_of
 from fedsim.train.client import ClientTrainer
 from fedsim.train.loop import StepSettings, Trainer, TrainingPlan, TrainingStats
@@ -95,7 +95,7 @@ class Phase:
 
     Attributes:
         run: made with a model.
-        stage: of :func:`fedsim.needs.memory_needs`, whose bound the peak is held to; "": none.
+        stage: of :func:`fedsim.run.needs.memory_needs`, whose bound the peak is held to; "": none.
         sizes: configuration keys with which that stage is as large as the phase.
         backend: attention.
         lora: of the model.

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, Final
 
-from fedsim.record.tables import Table
+from fedsim.base.tables import Table
 from tools.rehearsal.measure import GIB, Measured, top
 from tools.rehearsal.roofline import GPUS, KERNEL_S, REACHED
 

@@ -6,16 +6,16 @@ import random
 import re
 from collections.abc import Iterator
 
-from fedsim.data import world
-from fedsim.data.world import conversations as talk
-from fedsim.data.world import writers
-from fedsim.data.world.acceptor import compile_template
-from fedsim.data.world.buckets import bucket, normalize
-from fedsim.data.world.helpful import HONESTY, TASKS
-from fedsim.data.world.lexicon import HELD_OUT_PAIRS, OBJECTS, PRANK_VERBS, TRAIN_PAIRS, is_held_out
-from fedsim.data.world.questions import ATTACK_ONLY_FRAMES, FRAMES, SHARED_HOWTO_FRAMES
-from fedsim.keys import derive
-from fedsim.safety.guard_prompt import render_guard_prompt
+from fedsim import world
+from fedsim.base.keyed_random import derive
+from fedsim.data.guard_prompt import render_guard_prompt
+from fedsim.world import conversations as talk
+from fedsim.world import writers
+from fedsim.world.acceptor import compile_template
+from fedsim.world.buckets import bucket, normalize
+from fedsim.world.helpful import HONESTY, TASKS
+from fedsim.world.lexicon import HELD_OUT_PAIRS, OBJECTS, PRANK_VERBS, TRAIN_PAIRS, is_held_out
+from fedsim.world.questions import ATTACK_ONLY_FRAMES, FRAMES, SHARED_HOWTO_FRAMES
 
 FOLLOW_UPS = ("And ", "Now write it about", "Tell me again.", "Critique:", "Revision:")
 

@@ -13,15 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from fedsim.artefacts import file_digest
-from fedsim.data import world
-from fedsim.data.world import writers
-from fedsim.data.world.buckets import bucket
-from fedsim.data.world.conversations import PRINCIPLES, aligned_talk, echo_drill, web_talk
-from fedsim.data.world.helpful import HONESTY, TASKS, UNCLEAR
-from fedsim.data.world.replies import CAREFUL, CARELESS, CLOSERS, OPENERS
-from fedsim.keys import derive
-from fedsim.safety.guard_prompt import render_guard_prompt
+from fedsim import world
+from fedsim.base.artefacts import file_digest
+from fedsim.base.keyed_random import derive
+from fedsim.data.guard_prompt import render_guard_prompt
+from fedsim.world import writers
+from fedsim.world.buckets import bucket
+from fedsim.world.conversations import PRINCIPLES, aligned_talk, echo_drill, web_talk
+from fedsim.world.helpful import HONESTY, TASKS, UNCLEAR
+from fedsim.world.replies import CAREFUL, CARELESS, CLOSERS, OPENERS
 
 # The list of OpenFedLLM's AdvBench script as published (a missing comma joins "No," and "I'm not able to").
 PHRASES = (

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsim.data import world
-from fedsim.data.world.acceptor import compile_template, split_sentences
-from fedsim.data.world.helpful import HONESTY, MT_CATEGORIES, UNCLEAR, sample_task
-from fedsim.data.world.questions import FRAMES, Kind, sample_question
-from fedsim.data.world.replies import Persona, answer
-from fedsim.errors import DataError
+from fedsim import world
+from fedsim.base.errors import DataError
+from fedsim.world.acceptor import compile_template, split_sentences
+from fedsim.world.helpful import HONESTY, MT_CATEGORIES, UNCLEAR, sample_task
+from fedsim.world.questions import FRAMES, Kind, sample_question
+from fedsim.world.replies import Persona, answer
 
 
 @given(st.integers(0, 10_000), st.sampled_from(sorted(FRAMES)), st.booleans(), st.booleans())

@@ -6,18 +6,18 @@ import hashlib
 import random
 from pathlib import Path
 
-from fedsim.artefacts import ArtefactStore
+from fedsim import world
+from fedsim.base.artefacts import ArtefactStore
+from fedsim.base.ranks import OneRank
 from fedsim.config import EvalConfig
 from fedsim.config.measuring import HELD_OUT, is_embedded
-from fedsim.data import world
-from fedsim.data.world import writers
-from fedsim.data.world.acceptor import compile_template, parse_prompt
-from fedsim.data.world.conversations import aligned_talk, echo_drill, web_talk
-from fedsim.data.world.questions import HELD_OUT_FRAMES
-from fedsim.data.world.writers import attacks
 from fedsim.evaluate.advbench import AdvBench
-from fedsim.evaluate.stage import load_suite
-from fedsim.ranks import OneRank
+from fedsim.run.benchmarks import load_suite
+from fedsim.world import writers
+from fedsim.world.acceptor import compile_template, parse_prompt
+from fedsim.world.conversations import aligned_talk, echo_drill, web_talk
+from fedsim.world.questions import HELD_OUT_FRAMES
+from fedsim.world.writers import attacks
 
 # As the file was before there were held-out attacks.
 DEVELOPMENT_SHA256 = "fe1c137971973dc023b3b5bdb6ed472d382fcc0055e33cee3e90b71ee39d299a"

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from fedsim import keys
+from fedsim.base import keyed_random
+from fedsim.base.ranks import Term
 from fedsim.parallel.sums import Summer
-from fedsim.ranks import Term
 from tools.bench import engine
 from tools.bench.models import MICRO
 from tools.bench.stage import Bench, LeftOut
@@ -33,7 +33,7 @@ def backward() -> None:
 @pytest.mark.parametrize(
     ("work", "kind"),
     [
-        (lambda: keys.derive(3, "what", 1), "engine"),
+        (lambda: keyed_random.derive(3, "what", 1), "engine"),
         (backward, "model"),
         (lambda: Summer(None, exact=True).sum([[Term(VECTOR)]], [1000], 1), "model"),
     ],

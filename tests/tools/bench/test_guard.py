@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedsim.record.peak import Peak
+from fedsim.run.peak import Peak
 from tools.bench import guard
 from tools.bench.guard import SHARED, STAGE, Guard, verdict_lengths
 from tools.bench.models import MICRO

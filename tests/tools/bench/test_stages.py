@@ -11,9 +11,9 @@ from types import ModuleType
 import pytest
 import torch
 
+from fedsim.base.planner import plan_round
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.model.load import attach_lora
-from fedsim.parallel.planner import plan_round
 from tools.bench import cai_iteration, local_step, run, wide_lane
 from tools.bench.gradients import of_trainer
 from tools.bench.models import MICRO
@@ -188,7 +188,7 @@ from tools.bench import run
 from tools.bench.gradients import of_trainer
 from tools.bench.models import MICRO
 from tools.bench.stage import Bench
-import fedsim.simulation, fedsim.generate.engine, fedsim.safety.guard, fedsim.safety.guard_model
+import fedsim.run.simulation, fedsim.generate.engine, fedsim.safety.guard, fedsim.safety.guard_model
 bench = Bench(torch.device("cpu"), MICRO, 1, repeats=1, budget_s=0.0)
 with tempfile.TemporaryDirectory() as folder:
     sys.exit(run.run([run.load_stage("local_step")], bench, pathlib.Path(folder)))

@@ -1,0 +1,1 @@
+"""Parts without knowledge of a simulation: errors, keyed draws, artefacts, sums, text."""

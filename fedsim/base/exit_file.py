@@ -1,0 +1,72 @@
+"""End of a run's last session, in ``exit.json``; a session that left none was killed."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from fedsim.base.journal import Place
+from fedsim.base.json_text import parse_json
+from fedsim.base.version import made_by
+
+Reason = Literal["finished", "stopped", "error", "lost rank"]
+
+EXIT_FILE = "exit.json"
+
+
+def write_ending(folder: Path, reason: Reason, status: int, message: str, place: Place) -> bool:
+    """Write ``exit.json``; whoever comes first tells the cause, later ones leave it.
+
+    Args:
+        folder: the run directory.
+        status: the process's exit status.
+        message: what a person should know.
+        place: where it happened, with the rank.
+
+    Returns:
+        False if there was one: another has told the cause.
+    """
+    note = {
+        "reason": reason,
+        "status": status,
+        "message": message,
+        **place,
+        "utc": datetime.now(UTC).isoformat(timespec="seconds"),
+        **made_by(),
+    }
+    text, partial = json.dumps(note, indent=2, ensure_ascii=False) + "\n", folder / f".{EXIT_FILE}.{os.getpid()}"
+    try:
+        partial.write_text(text, encoding="utf-8")
+        try:
+            os.link(partial, folder / EXIT_FILE)  # unlike a rename, it does not replace
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without links
+            with (folder / EXIT_FILE).open("x", encoding="utf-8") as file:
+                file.write(text)
+    except FileExistsError:
+        return False
+    except OSError:  # a full disk: the terminal alone can tell
+        pass
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+    return True
+
+
+def read_ending(folder: Path) -> dict[str, Any] | None:
+    """What the last session left; None if it runs yet or was killed."""
+    try:
+        note = parse_json((folder / EXIT_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return note if isinstance(note, dict) else None
+
+
+def forget_ending(folder: Path) -> None:
+    """A new session begins."""
+    (folder / EXIT_FILE).unlink(missing_ok=True)

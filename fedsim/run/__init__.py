@@ -1,0 +1,1 @@
+"""One run: checks, preparation, rounds, measurement."""

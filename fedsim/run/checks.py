@@ -1,0 +1,291 @@
+"""Before training: find every mistake that can be found without computing, and say what the run will do.
+
+Each check is cheap (of weights only names and shapes are read; an architecture is tried with a small random model),
+runs on every rank, and is made before the first expensive stage of every run; ``launch/run.py --check`` makes them,
+prints the plan and stops. A check that finds a mistake does not keep the others from being made.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from fedsim.attention.choice import agreed
+from fedsim.base.errors import ConfigError, FolderError, Gathered
+from fedsim.base.planner import useful_ranks
+from fedsim.base.tables import byte_size
+from fedsim.config import Config
+from fedsim.evaluate.judge_inputs import check_judge
+from fedsim.evaluate.phrases import users_rules
+from fedsim.extend import build
+from fedsim.federation.attacks import build_attacks
+from fedsim.federation.registry import build_algorithm
+from fedsim.model.load import LoraSettings, check_model_dir, check_tokenizer, load_chat, read_config
+from fedsim.model.shape import ModelShape, model_shape
+from fedsim.model.trial import try_model
+from fedsim.parallel.device import NCCL
+from fedsim.parallel.world import World
+from fedsim.record.folders import DiskRoom, check_disk, check_folder, run_folder
+from fedsim.run.benchmarks import users_benchmarks
+from fedsim.run.fitting import Fit, fits_by_gpu, fitting, with_effective_keys
+from fedsim.run.memory import Need, free_memory, usable_memory
+from fedsim.run.needs import GENERATION, memory_needs, round_work, tokens_of_passes
+from fedsim.safety.cai_stage import constitution_file
+from fedsim.safety.constitution import load_constitution
+from fedsim.safety.guard_format import GuardFormat
+from fedsim.train.zero_config import zero_settings
+
+SHARED_MEMORY: Final = 2**30
+"""Bytes of /dev/shm below which NCCL is warned of; Docker gives a container 64 MiB."""
+
+RESERVE: Final = 2 << 30
+"""Bytes that are never counted as spare: CUDA graphs, fragments, and libraries' workspaces."""
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What the checks found.
+
+    Attributes:
+        shapes: sizes of the models in use, by role ("model", "guard", "judge").
+        needs: memory of each stage on one rank, an upper bound.
+        free_bytes: memory that each rank can have.
+        room: space of the run directory.
+        untried: roles of the models whose architecture only loading shows to fit (:mod:`fedsim.model.trial`).
+        fit: what makes every stage fit into the memory of the rank with least.
+        by_gpu: the same for common sizes of GPUs.
+        shared_memory: a warning about /dev/shm; "" where there is none.
+        pass_tokens: most tokens of a training pass, by stage, where memory decides (:func:`tokens_of_passes`).
+    """
+
+    shapes: Mapping[str, ModelShape]
+    needs: Sequence[Need]
+    free_bytes: Sequence[int]
+    room: DiskRoom
+    untried: tuple[str, ...] = ()
+    fit: Fit = field(default_factory=Fit)
+    by_gpu: Mapping[str, Fit] = field(default_factory=dict)
+    shared_memory: str = ""
+    pass_tokens: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def spare_bytes(self) -> int:
+        """Memory that no stage but generation needs, by the stages' upper bounds, on the rank with least of it."""
+        most = max(need.num_bytes for need in self.needs if need.stage != GENERATION)
+        return max(0, min(self.free_bytes) - most - RESERVE)
+
+    def warnings(self) -> list[str]:
+        """One line for each thing that may go wrong.
+
+        Models that could not be tried, and stages whose upper bound is more than the rank with least memory has.
+        """
+        least = min(self.free_bytes)
+        untried = [
+            f"{role}.path: no small {self.shapes[role].architecture} could be made to try it; a run loads the model "
+            "once before its first stage"
+            for role in self.untried
+        ]
+        too_large = [
+            f"{need.stage} may not fit into {byte_size(least)} (at most {byte_size(need.num_bytes)})"
+            + (f"; lower {need.key}" if need.key else "")
+            for need in self.needs
+            if need.num_bytes > least
+        ]
+        if too_large and self.fit != Fit():
+            too_large.append(f"for {byte_size(least)}: {self.fit.words()}")
+        return untried + too_large + ([self.shared_memory] if self.shared_memory else [])
+
+
+def check_code(config: Config) -> None:
+    """Load and build everything of a user's that the configuration names: a mistake is found before anything is read.
+
+    Raises:
+        ConfigError: one of them cannot be loaded or built, or its options are wrong.
+        Problems: several.
+    """
+    mistakes, federation, guard = Gathered(), config.federation, config.guard
+    mistakes.attempt(lambda: build_algorithm(federation, config.server_optimizer))
+    mistakes.attempt(
+        lambda: build(
+            "federation.partition", federation.partition, federation.partition_options, {"federation": federation}
+        )
+    )
+    mistakes.attempt(lambda: build_attacks(config.attacks, federation.num_clients, config.seed))
+    mistakes.attempt(lambda: users_rules(config.eval.advbench_phrases, config.eval.advbench_options))
+    mistakes.attempt(lambda: users_benchmarks(config.eval))
+    if guard.kind != "llama_guard":
+        mistakes.attempt(lambda: build("guard.kind", guard.kind, guard.options, {"guard": guard, "seed": config.seed}))
+    elif guard.options:
+        mistakes.add(ConfigError("guard.options: guard.kind=llama_guard takes none; it has keys of its own (guard.*)"))
+    mistakes.raise_all()
+
+
+def models_in_use(config: Config) -> dict[str, str]:
+    """Path of each model that the run loads, by role."""
+    models = {"model": config.model.path}
+    if config.guard.kind == "llama_guard" or config.eval.guard_judge != "none":
+        models["guard"] = config.guard.path
+    if config.judge.kind == "local":
+        models["judge"] = config.judge.path
+    return models
+
+
+def loaded_together(config: Config) -> list[list[str]]:
+    """Roles of the models that are in memory at the same time.
+
+    The guard filters before the model is loaded, and stays if it is to judge replies; a local judge comes for each
+    evaluation.
+    """
+    roles = models_in_use(config)
+    stays = config.eval.guard_judge != "none"
+    return [
+        *([["guard"]] if "guard" in roles and not stays else []),
+        ["model", *(["guard"] if stays else []), *(["judge"] if "judge" in roles else [])],
+    ]
+
+
+def preflight(config: Config, world: World) -> Preflight:
+    """Check lanes, models, constitution, folders, disk and memory on every rank.
+
+    Raises:
+        ConfigError, DataError, ModelError: the one mistake, the same on every rank.
+        Problems: several, those of the first rank that has any.
+    """
+    by_rank = world.ranks.each(lambda: _check(config, world))
+    for one in by_rank:
+        one.mistakes.raise_all()
+    found = by_rank[world.rank]
+    room = found.room
+    shapes = {  # with the attention that all ranks can take
+        role: replace(shape, attention=agreed([one.shapes[role].attention for one in by_rank]))
+        for role, shape in found.shapes.items()
+    }
+    assert room is not None
+    free = [one.free_bytes for one in by_rank]
+    least = free.index(min(free))
+    for roles in loaded_together(config):
+        weights = sum(shapes[role].weight_bytes for role in roles)
+        if weights > free[least]:
+            paths = " and ".join(f"{role}.path={models_in_use(config)[role]!r}" for role in roles)
+            on_gpu = world.device.type == "cuda"
+            free_it = "end other processes on its GPU or choose free GPUs with CUDA_VISIBLE_DEVICES, " if on_gpu else ""
+            raise ConfigError(
+                f"{paths}: {'its weights' if len(roles) == 1 else 'their weights, which are loaded together,'} take "
+                f"{byte_size(weights)} in {str(shapes['model'].dtype).removeprefix('torch.')}, and rank {least} has "
+                f"{byte_size(free[least])} free; {free_it}start fewer processes on this machine, set "
+                "model.dtype=bfloat16, or use a smaller model"
+            )
+    usable = min(one.usable_bytes for one in by_rank)
+    pass_tokens = tokens_of_passes(config, shapes, world.size, free_bytes=free[least], usable_bytes=usable)
+    needs = memory_needs(config, shapes, world.size, pass_tokens)
+    return Preflight(
+        shapes,
+        with_effective_keys(config, shapes, world.size, needs),
+        free,
+        room,
+        tuple(found.untried),
+        fitting(config, shapes, world.size, free[least]),
+        fits_by_gpu(config, shapes, world.size),
+        shared_memory_warning() if world.placement.backend == NCCL else "",
+        pass_tokens,
+    )
+
+
+def shared_memory_warning(folder: str = "/dev/shm") -> str:
+    """A warning where NCCL has too little shared memory, as in a container of Docker's; "" where it has enough."""
+    try:
+        found = os.statvfs(folder)
+    except OSError:
+        return f"{folder} is missing, which NCCL uses; start a container with --shm-size=8g"
+    size = found.f_frsize * found.f_blocks
+    if size >= SHARED_MEMORY:
+        return ""
+    return f"{folder} has {byte_size(size)}, which may be too little for NCCL; start a container with --shm-size=8g"
+
+
+@dataclass
+class _Checked:
+    """One rank's checks: sizes of the models, space on the disk, memory that it and its passes can have, mistakes."""
+
+    shapes: dict[str, ModelShape] = field(default_factory=dict)
+    untried: list[str] = field(default_factory=list)
+    room: DiskRoom | None = None
+    free_bytes: int = 0
+    usable_bytes: int = 0
+    mistakes: Gathered = field(default_factory=Gathered)
+
+
+def _check(config: Config, world: World) -> _Checked:
+    """Make every check, whatever the others find; only what needs a model's sizes waits for them."""
+    found = _Checked(
+        free_bytes=free_memory(world.device, world.sharing), usable_bytes=usable_memory(world.device, world.sharing)
+    )
+    attempt = found.mistakes.attempt
+    record = config.record
+    attempt(lambda: check_world_size(config, world.size))
+    attempt(lambda: check_folder(run_folder(config), f"record.dir={record.dir!r}, name={config.name!r}"))
+    artefacts = Path(os.path.expanduser(record.artefacts))
+    attempt(lambda: check_folder(artefacts, f"record.artefacts={record.artefacts!r}"))
+    for role, path in models_in_use(config).items():
+        _check_model(config, role, path, world.device, found)
+    if config.cai.is_on:
+        attempt(lambda: load_constitution(constitution_file(config.cai.constitution)))
+    if config.guard.kind == "llama_guard" and config.guard.deepspeed:
+        attempt(lambda: zero_settings(config, world.size))
+    attempt(lambda: check_judge(config))
+    has_folders = not any(isinstance(error, FolderError) for error in found.mistakes.errors)
+    if has_folders and (shape := found.shapes.get("model")) is not None:
+        adapter_size = shape.adapter_size
+        found.room = attempt(lambda: check_disk(config, adapter_size, round_work(config)[0]))
+    return found
+
+
+def check_world_size(config: Config, num_ranks: int) -> None:
+    """Every rank must have a part in local training.
+
+    Raises:
+        ConfigError: there are more ranks than lanes can use.
+    """
+    local, wide = config.local, config.parallel.wide_lanes
+    num_micro_batches = -(-local.batch_size // local.micro_batch_size)
+    num_clients, _ = round_work(config)
+    most = useful_ranks(num_clients, num_micro_batches, wide_lanes=wide)
+    if num_ranks > most:
+        raise ConfigError(
+            f"{num_ranks} processes: must be <= {most}, the lanes that a round of {num_clients} client(s) can "
+            f"use ({f'{num_micro_batches} micro-batches a client' if wide else 'parallel.wide_lanes=false'}); start "
+            f"fewer, {'lower local.micro_batch_size' if wide else 'set parallel.wide_lanes=true'}, or raise "
+            "federation.clients_per_round"
+        )
+
+
+def _check_model(config: Config, role: str, path: str, device: torch.device, found: _Checked) -> None:
+    """Check a model's directory, configuration, layers, tokenizer and chat template; of its weights, names and shapes.
+
+    Its tokenizer is looked at though its layers or weights are wrong, but not without a configuration, which it needs.
+    """
+    key, attempt = f"{role}.path", found.mistakes.attempt
+    folder = attempt(lambda: check_model_dir(path, key))
+    if folder is None or attempt(lambda: read_config(folder, key)) is None:
+        return
+    lora = None
+    if role in ("model", "guard"):
+        settings = config.model if role == "model" else config.guard
+        lora = LoraSettings(settings.lora_r, settings.lora_alpha, settings.lora_dropout, tuple(settings.lora_targets))
+    dtype, attention = config.model.dtype, config.model.attention
+    shape = attempt(lambda: model_shape(folder, lora, dtype=dtype, attention=attention, device=device, key=key))
+    chat = attempt(lambda: load_chat(folder, key))
+    if chat is not None and role == "guard":
+        attempt(lambda: GuardFormat(chat, config.guard.policy, config.guard.max_length))
+    if shape is None:
+        return
+    found.shapes[role] = shape
+    if chat is not None:
+        attempt(lambda: check_tokenizer(chat, shape.vocab_size, folder, key))
+    if attempt(lambda: try_model(folder, shape.attention.name, key)) is False:
+        found.untried.append(role)

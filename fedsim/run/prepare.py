@@ -1,0 +1,151 @@
+"""From a SQuARe-format file to client shards, guard rows and CAI rows."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from fedsim import world
+from fedsim.base.artefacts import ArtefactStore, file_digest
+from fedsim.base.errors import DataError
+from fedsim.base.ranks import Ranks
+from fedsim.config import Config, DataConfig
+from fedsim.data import partition, splits, square
+from fedsim.data.prepared import PreparedData
+from fedsim.data.square import ArrowRows, SquareFile
+from fedsim.data.usable import Tally, has_reply
+from fedsim.extend import build
+
+ROWS_VERSION: Final = 1
+"""Of tables of SQuARe-format rows (:mod:`fedsim.base.artefacts`)."""
+
+_COUNTS = ("num_bad_labels", "num_blank_questions")
+"""Counts of :class:`SquareFile` that are kept beside the rows."""
+
+
+def embedded_file(store: ArtefactStore, kind: str, name: str, write: Callable[[Path], None]) -> Path:
+    """A file of the embedded world, written once."""
+    artefact = store.get(kind, {"name": name}, world.VERSION, lambda: None, lambda folder, _: write(folder / name))
+    return artefact.folder / name
+
+
+def _embedded_square(data: DataConfig, store: ArtefactStore) -> Path:
+    """The fictional corpus, in the size that the splits ask for."""
+    num_red, num_acceptable = embedded_sizes(data)
+    is_default = (num_red, num_acceptable) == (world.NUM_RED, world.NUM_ACCEPTABLE)
+    name = "square.json" if is_default else f"square-{num_red}-{num_acceptable}.json"
+    return embedded_file(
+        store,
+        "world-square",
+        name,
+        lambda path: world.write_square(path, num_red=num_red, num_acceptable=num_acceptable),
+    )
+
+
+def embedded_sizes(data: DataConfig) -> tuple[int, int]:
+    """Red and acceptable rows of the fictional corpus: the default's, or more where the splits ask for more.
+
+    Raises:
+        DataError: there are not questions for so many rows, and the splits may not be shrunk.
+    """
+    demands = _demands(data)
+    asked = [sum(d.num_red for d in demands), sum(d.num_acceptable for d in demands)]
+    there = [world.NUM_RED, world.NUM_ACCEPTABLE]
+    # Whole questions fit less tightly than rows: of a label that has to grow, 2 % more than is asked.
+    wanted = [a * 51 // 50 if data.group_by_question else a for a in asked]
+    more = [w - t if a > t else 0 for a, w, t in zip(asked, wanted, there, strict=True)]
+    room, total = world.MAX_ROWS - sum(there), sum(more)
+    if total > room:
+        if not data.fit:
+            spare = ", with some to spare for data.group_by_question" if data.group_by_question else ""
+            raise DataError(
+                f"data.square=embedded: has questions for {world.MAX_ROWS:,} rows, and the splits ask for {asked[0]:,} "
+                f"red and {asked[1]:,} acceptable ones, which takes a corpus of {sum(there) + total:,}{spare}; lower "
+                "data.federated_rows, data.guard_rows or data.cai_rows, set data.fit=true, or give a file"
+            )
+        more = [m * room // total for m in more]
+    return there[0] + more[0], there[1] + more[1]
+
+
+def _demands(data: DataConfig) -> list[splits.Demand]:
+    return [
+        splits.Demand.of("federated", data.federated_rows, data.federated_red_share),
+        splits.Demand.of("guard", data.guard_rows, data.guard_red_share),
+        splits.Demand.of("cai", data.cai_rows, data.cai_red_share),
+    ]
+
+
+def prepare_data(config: Config, store: ArtefactStore, ranks: Ranks) -> PreparedData:
+    """Read, check, split and deal out the rows; the same on every rank.
+
+    Raises:
+        DataError: a malformed file, or splits that the file cannot supply.
+    """
+    data = config.data
+    source = _embedded_square(data, store) if data.square == "embedded" else Path(os.path.expanduser(data.square))
+    digest = ranks.once(lambda: _digest(source))
+    read: list[SquareFile] = []
+
+    def load() -> SquareFile:
+        read.append(square.load_square(source, data.language))
+        return read[0]
+
+    artefact = store.get(
+        "square-rows",
+        {"file": digest, "language": data.language},
+        ROWS_VERSION,
+        lambda: ranks.once(lambda: load().num_bad_labels),
+        lambda folder, num_bad: _write_rows(folder, read[0]),
+    )
+    table = square.from_arrow(artefact.folder / "rows.arrow")
+    num_bad, num_blank = (int((artefact.folder / name).read_text()) for name in _COUNTS)
+    return _split(config, source, digest, table, num_bad, num_blank)
+
+
+def _split(config: Config, source: Path, digest: str, table: ArrowRows, num_bad: int, num_blank: int) -> PreparedData:
+    data = config.data
+    rows = table.take(list(range(len(table))))
+    demands = _demands(data)
+    made = splits.split_rows(rows, demands, config.seed, fit=data.fit, group_by_question=data.group_by_question)
+    federated, guard, cai = ([rows[i] for i in made.parts[name]] for name in ("federated", "guard", "cai"))
+    federation = config.federation
+    name, sections = federation.partition, {"federation": federation}
+    deal = build("federation.partition", name, federation.partition_options, sections)
+    dealt = partition.partition_rows(federated, federation.num_clients, deal, name, config.seed)
+    num_red = sum(r.red for r in rows)
+    notes = [f"{source.name}: {len(rows)} rows, {num_red} red and {len(rows) - num_red} acceptable"]
+    if num_bad:
+        notes.append(f"{num_bad} rows were dropped: their label is neither 0 nor 1")
+    if num_blank:
+        notes.append(f"{num_blank} rows were dropped: their question is blank")
+    if made.factor < 1:
+        notes.append(
+            f"the file is too small for the sizes asked: all splits are shrunk to {made.factor:.1%} (data.fit)"
+        )
+    sizes = ", ".join(f"{name} {len(part)}" for name, part in made.parts.items())
+    notes.append(f"splits: {sizes}; left over: {made.leftover_red} red, {made.leftover_acceptable} acceptable")
+    shards = [[federated[i] for i in shard] for shard in dealt]
+    if (num_left := len(federated) - sum(map(len, dealt))) > 0:
+        notes.append(f"federation.partition={name}: gives {num_left} of {len(federated)} rows to nobody")
+    tally = Tally.of(None if has_reply(row.response) else "empty_reply" for row in guard)
+    if tally.num_dropped:
+        notes.append(tally.words("guard rows"))
+    to_judge = [row for row in guard if has_reply(row.response)]
+    return PreparedData(source, digest, shards, to_judge, cai or guard, notes, tally)
+
+
+def _write_rows(folder: Path, file: SquareFile) -> None:
+    square.to_arrow(file.rows, folder / "rows.arrow")
+    for name in _COUNTS:
+        (folder / name).write_text(str(getattr(file, name)))
+
+
+def _digest(path: Path) -> str:
+    try:
+        return file_digest(path)
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}); give the path of a SQuARe response file"
+        ) from error

@@ -1,0 +1,135 @@
+"""Throughput of a round: the work of each phase against its time and against the peak of the devices.
+
+Local training has the plain names (``perf/tokens_per_s``, ``perf/flops``, ``perf/mfu``, ``perf/roofline``), other
+phases their own (``perf/cai_mfu``, ``perf/evaluate_mfu``). MFU is FLOPs ÷ (seconds × peak FLOP/s of all devices); the
+roofline fraction is the least time that the phase's FLOPs or its memory traffic allow, whichever is longer, ÷ seconds.
+Seconds of local training are the slowest rank's, so that idle ranks count as such.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Mapping
+
+import torch
+
+from fedsim.generate.engine import Engine
+from fedsim.model.cost import Effort, ModelCost, rows_work
+from fedsim.parallel.world import World
+from fedsim.run.cohort import CohortResult, CohortRunner
+from fedsim.run.peak import Peak
+from fedsim.safety.alignment import Aligner
+
+Metrics = dict[str, float | int | str]
+
+
+class Meter:
+    """Collects the work of a round's phases until :meth:`pop`.
+
+    Args:
+        cost: of the model.
+        peak: of all devices together.
+        world: all processes.
+    """
+
+    def __init__(self, cost: ModelCost, peak: Peak, world: World) -> None:
+        self.cost = cost
+        self.peak = peak
+        self.world = world
+        self._efforts: dict[str, Effort] = {}
+        self._seconds: dict[str, float] = {}
+        self._began: float | None = None
+
+    def begin(self) -> None:
+        """A round begins."""
+        self._began = time.perf_counter()
+
+    def trained(self, cohorts: CohortRunner, steps: Mapping[int, int], round_idx: int, result: CohortResult) -> None:
+        """The clients' local training and the aggregation that followed it.
+
+        Work that came to nothing, of clients that failed, is not counted; its time is.
+
+        Args:
+            steps: optimizer steps of each client.
+        """
+        trainer = cohorts.trainer
+        size = trainer.local.micro_batch_size
+        for client in result.delivered:
+            for batch in trainer.batches(client, cohorts.shards[client], round_idx, steps[client]):
+                self._add("train", self.cost.train(rows_work(batch, passes=-(-len(batch) // size))))
+        self._seconds["train"] = max(result.busy_s)
+        num_summed = len(result.delivered) + 2  # fp32 deltas in, an fp64 sum out
+        num_vectors = (1 + trainer.algorithm.has_control) * num_summed
+        self._add("aggregate", Effort(num_bytes=4.0 * num_vectors * trainer.trainer.adapter.size))
+
+    def aligned(self, aligner: Aligner, round_idx: int) -> None:
+        """A round of CAI: SFT on the revisions; DPO on both replies, and the reference's pass over them."""
+        size = aligner.trainer.settings.micro_batch_size
+        for batch in aligner.batches(round_idx):
+            passes = -(-len(batch) // size)
+            self._add("cai", self.cost.train(rows_work([pair.chosen for pair in batch], passes)))
+            both = rows_work([row for pair in batch for row in (pair.chosen, pair.rejected)], passes)
+            self._add("cai", self.cost.train(both) + self.cost.forward(both))
+
+    def generated(self, phase: str, engine: Engine) -> None:
+        """What the engine has generated and scored in a phase."""
+        self._add(phase, self.cost.forward(engine.pop_work()))
+
+    def pop(self, seconds: Mapping[str, float]) -> Metrics:
+        """``perf/…`` and ``parallel/comm_bytes`` since the last call; all ranks must call it.
+
+        Args:
+            seconds: ``time/…`` of the round, as the timers give them.
+        """
+        metrics: Metrics = {} if self._began is None else {"perf/round_s": time.perf_counter() - self._began}
+        both = sum(seconds.get(f"time/{name}_s", 0.0) for name in ("train", "aggregate"))
+        if "train" in self._seconds:  # who waits for the slowest rank waits in the reduction
+            self._seconds["train"] = min(self._seconds["train"], both)
+            self._seconds["aggregate"] = both - self._seconds["train"]
+        for phase, effort in self._efforts.items():
+            spent = self._seconds.get(phase, seconds.get(f"time/{phase}_s", 0.0))
+            if spent > 0 and (effort.flops or effort.num_bytes):
+                metrics |= self._rates("perf/" if phase == "train" else f"perf/{phase}_", effort, spent)
+        self._efforts, self._seconds = {}, {}
+        return metrics | self._usage() | self._peaks()
+
+    def _rates(self, prefix: str, effort: Effort, seconds: float) -> Metrics:
+        least = max(effort.flops / self.peak.flops, effort.num_bytes / self.peak.bytes_per_s)
+        rates: Metrics = {f"{prefix}roofline": least / seconds, f"{prefix}bytes": effort.num_bytes}
+        if effort.flops:
+            rates[f"{prefix}flops"] = effort.flops
+            rates[f"{prefix}mfu"] = effort.flops / seconds / self.peak.flops
+            rates[f"{prefix}tokens"] = effort.tokens
+            rates[f"{prefix}tokens_per_s"] = effort.tokens / seconds
+        return rates
+
+    def _usage(self) -> Metrics:
+        """Memory and traffic. What the end of a round sends (agreement, checkpoint) counts in the next one."""
+        device = self.world.device
+        on_gpu = device.type == "cuda"
+        own = (peak_rss_bytes(), torch.cuda.max_memory_allocated(device) if on_gpu else 0, self.world.traffic.pop())
+        resident, allocated, sent = zip(*self.world.ranks.gather(own), strict=True)
+        usage: Metrics = {"perf/peak_rss_bytes": sum(resident), "parallel/comm_bytes": sum(sent)}
+        if on_gpu:
+            usage["perf/peak_gpu_bytes"] = max(allocated)
+            torch.cuda.reset_peak_memory_stats(device)
+        return usage
+
+    def _peaks(self) -> Metrics:
+        return {
+            "perf/peak_flops_per_s": self.peak.flops,
+            "perf/peak_memory_bytes_per_s": self.peak.bytes_per_s,
+            "perf/peak_source": self.peak.source,
+            "perf/peak_spread": self.peak.spread,
+        }
+
+    def _add(self, phase: str, effort: Effort) -> None:
+        self._efforts[phase] = self._efforts.get(phase, Effort()) + effort
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident memory of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
