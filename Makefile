@@ -48,7 +48,7 @@ test-deep: $(VENV)/installed-test
 
 # What depends on torch and transformers: devices, sums, attention, models, training, decoding, and whole small runs.
 OLDEST_TESTS := tests/attention tests/generate tests/kernels tests/model tests/parallel tests/train \
-  tests/distributed/test_lanes.py tests/distributed/test_exact.py tests/test_architectures.py tests/test_round.py
+  tests/distributed/test_lanes.py tests/distributed/test_exact.py tests/test_architectures.py tests/run/test_round.py
 
 test-oldest: $(OLDEST)/installed-test
 	$(OLDEST)/bin/python -m pytest $(SHARED_OUT) -m "not deep" $(OLDEST_TESTS) $(PYTEST_ARGS)

@@ -26,7 +26,7 @@ from fedsim.report import finish
 from fedsim.run.simulation import Simulation
 from fedsim.world import square_rows
 
-SMALL = Path(__file__).parent / "distributed" / "small.yaml"
+SMALL = Path(__file__).parents[1] / "distributed" / "small.yaml"
 BRIEF = ["guard.kind=none", "cai.iterations=0", "eval.every=0", "eval.limit=1", "eval.advbench=", "eval.mt_bench=",
          "eval.xstest=", "eval.helpful=", "eval.guard_judge=none"]  # fmt: skip
 Make = Callable[..., Simulation]

@@ -15,10 +15,10 @@ from fedsim.config import Config, from_flat, load_config, to_flat
 from fedsim.model.shape import ModelShape
 from fedsim.run.fitting import GPUS, LEVERS, USABLE, Fit, fits_by_gpu, fitting, with_effective_keys
 from fedsim.run.needs import memory_needs
-from tests.model.test_memory import BIG
+from tests.run.test_memory import BIG
 
 GIB = 2**30
-PAPER = Path(__file__).parents[1] / "configs" / "paper" / "fedavg-filter-cai.yaml"
+PAPER = Path(__file__).parents[2] / "configs" / "paper" / "fedavg-filter-cai.yaml"
 SHAPES = {"model": BIG, "guard": BIG}
 
 

@@ -21,7 +21,7 @@ from fedsim.run.simulation import Simulation
 from fedsim.run.throughput import Meter
 
 COST = ModelCost(body=1000, lora=10, head=100, attention=4, weight_bytes=4440, cache_bytes=8)
-SMALL = Path(__file__).parent / "distributed" / "small.yaml"
+SMALL = Path(__file__).parents[1] / "distributed" / "small.yaml"
 
 
 def metered(flops: float = 1e6, bytes_per_s: float = 1e6) -> Meter:

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM
 
+from fedsim.attention import kv_cache as slots_module
 from fedsim.attention.forward import Place
 from fedsim.attention.kv_cache import PART, Slots, parts_of
-from fedsim.attention import kv_cache as slots_module
 from fedsim.generate.decode import Decoder, Made, Request
 
 CPU = torch.device("cpu")

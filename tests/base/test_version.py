@@ -12,7 +12,7 @@ import pytest
 import fedsim
 from fedsim.base.version import commit_of, git_state, made_by, maker, sign
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_git_state_sees_commit_and_changes(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from fedsim.run import checks
 from fedsim.run.simulation import Simulation
 from fedsim.world import square_rows
 
-SMALL = Path(__file__).parent / "distributed" / "small.yaml"
+SMALL = Path(__file__).parents[1] / "distributed" / "small.yaml"
 BRIEF = ["guard.kind=none", "cai.iterations=0", "eval.limit=1", "eval.advbench=", "eval.mt_bench=", "eval.every=0",
          "model.lora_r=64", "wandb.mode=off"]  # fmt: skip
 

@@ -16,7 +16,7 @@ from fedsim.base.out_of_memory import STAGE_KEYS, explained, explaining_memory, 
 from fedsim.config import describe
 from fedsim.parallel.exits import portable
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a total of …")
 

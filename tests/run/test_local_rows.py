@@ -29,7 +29,7 @@ from fedsim.run.local_rows import check_local_rows, local_rows
 from fedsim.run.resident import Federation, assemble
 from fedsim.run.simulation import Simulation
 
-SMALL = Path(__file__).parent / "distributed" / "small.yaml"
+SMALL = Path(__file__).parents[1] / "distributed" / "small.yaml"
 BRIEF = ["guard.kind=none", "cai.iterations=0", "eval.every=0", "eval.limit=1", "eval.advbench=", "eval.mt_bench=",
          "eval.xstest=", "eval.helpful=", "eval.hhh=", "eval.guard_judge=none", "federation.num_rounds=2",
          "local.max_length=48"]  # fmt: skip

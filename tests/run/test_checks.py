@@ -40,7 +40,7 @@ from fedsim.run.preparation import Inputs
 from fedsim.run.simulation import Simulation
 from fedsim.world import square_rows
 
-SMALL = Path(__file__).parent / "distributed" / "small.yaml"
+SMALL = Path(__file__).parents[1] / "distributed" / "small.yaml"
 
 
 def world() -> World:

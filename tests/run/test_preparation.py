@@ -38,7 +38,7 @@ from fedsim.safety.cai_stage import constitution_file
 from fedsim.train.zero_config import zero_file
 
 CPU = torch.device("cpu")
-SMALL = Path(__file__).parent / "distributed" / "small.yaml"
+SMALL = Path(__file__).parents[1] / "distributed" / "small.yaml"
 MEASURED = Evaluation({"eval/a": 1.0})
 Name = Callable[..., str | None]
 

@@ -19,12 +19,12 @@ from fedsim.run.memory import PASS_SHARE, usable_memory
 from fedsim.run.needs import DPO, LOCAL, TUNING, memory_needs, tokens_of_passes, training_stages
 from fedsim.run.simulation import Simulation
 from fedsim.train.loop import Trainer
-from tests.model.test_memory import BIG
+from tests.run.test_memory import BIG
 
 GIB = 2**30
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAPER = ROOT / "configs" / "paper" / "fedavg-filter-cai.yaml"
-SMALL = Path(__file__).parent / "distributed" / "small.yaml"
+SMALL = Path(__file__).parents[1] / "distributed" / "small.yaml"
 SHAPES = {"model": BIG, "guard": BIG}
 
 

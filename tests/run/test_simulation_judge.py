@@ -21,7 +21,7 @@ from fedsim.record.metrics import Row, read_rows
 from fedsim.run.simulation import Simulation
 from fedsim.world import square_rows
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SMALL = ROOT / "tests" / "distributed" / "small.yaml"
 BRIEF = ["guard.kind=none", "cai.iterations=0", "federation.num_rounds=1", "eval.every=0", "eval.advbench=",
          "eval.hhh=", "data.federated_rows=40", "data.guard_rows=0", "data.cai_rows=0", "eval.xstest=", "eval.helpful=",

@@ -18,7 +18,7 @@ from fedsim.base.exit_file import read_ending
 from fedsim.base.terminal import Terminal, steady, steady_terminal
 from fedsim.record.progress import Progress
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 # Shows much on both streams, in text that ASCII lacks; then leaves a mark, while C code writes to the same descriptors.
 WORK = """
