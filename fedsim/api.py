@@ -13,7 +13,6 @@ import torch
 from fedsim.base.errors import FedsimError, RunError
 from fedsim.config import Config, flat_from_file, from_flat, to_flat, with_overrides
 from fedsim.parallel.world import process_world
-from fedsim.record.folders import run_folder
 from fedsim.record.metrics import Row, read_rows
 from fedsim.record.outcomes import read_items
 from fedsim.run.simulation import Simulation
@@ -90,7 +89,7 @@ def simulate(config: str | Path | Config | Mapping[str, Any], **overrides: Any) 
     except SystemExit as ended:  # of several processes another one has the error's text
         cause = ended.__cause__
         raise cause if isinstance(cause, FedsimError) else RunError("another process of the run failed") from None
-    return Result(asked, run_folder(asked))
+    return Result(asked, asked.folder)
 
 
 def configuration(config: str | Path | Config | Mapping[str, Any], overrides: Mapping[str, Any]) -> Config:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from fedsim.base.errors import ConfigError
+from fedsim.base.paths import user_path
 from fedsim.base.user_code import calling, load_module, load_target, register
 
 
@@ -203,7 +203,7 @@ def source_file(key: str, name: str) -> Path | None:
         return None
     place = name.rpartition(":")[0]
     if place.endswith(".py"):
-        return Path(os.path.expanduser(place))
+        return user_path(place)
     try:
         return Path(inspect.getfile(load(key, name)))
     except TypeError as error:

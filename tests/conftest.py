@@ -17,9 +17,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fedsim.attention.forward import IMPLEMENTATIONS
+from fedsim.config.lora import LoraSettings
 from fedsim.data.chat import ChatFormat
 from fedsim.model.flat_adapter import FlatAdapter
-from fedsim.model.load import LoadedModel, LoraSettings, attach_lora
+from fedsim.model.load import LoadedModel, attach_lora
 from fedsim.world import square_rows
 
 ROOT = Path(__file__).parents[1]

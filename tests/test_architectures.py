@@ -32,10 +32,11 @@ from transformers import (
 from fedsim.attention.prefix import candidate_logits, read_head
 from fedsim.base.ranks import OneRank
 from fedsim.config import load_config
+from fedsim.config.lora import LoraSettings
 from fedsim.data.batch import collate
 from fedsim.data.chat import ChatFormat, Conversation, TokenRow, assistant_turn, user_turn
 from fedsim.generate.decode import Decoder, Request
-from fedsim.model.load import LoadedModel, LoraSettings, load_model
+from fedsim.model.load import LoadedModel, load_model
 from fedsim.model.logprobs import target_logprobs
 from fedsim.parallel.world import process_world
 from fedsim.record.metrics import read_rows

@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM
 from fedsim.base.artefacts import file_digest
 from fedsim.base.version import made_by, maker
 from fedsim.config import describe
+from fedsim.config.lora import LoraSettings
 from fedsim.model.flat_adapter import FlatAdapter
-from fedsim.model.load import EMBEDDED, LoraSettings, load_model
+from fedsim.model.load import EMBEDDED, load_model
 from fedsim.record.metrics import read_rows
 from fedsim.world import square_rows
 

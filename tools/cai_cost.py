@@ -42,7 +42,7 @@ from fedsim.record.run_record import RunRecord
 from fedsim.run.checks import preflight
 from fedsim.run.needs import DPO
 from fedsim.run.preparation import Preparation
-from fedsim.run.resident import Federation, assemble
+from fedsim.run.resident import Resident, assemble
 from fedsim.safety.alignment import Aligner
 from fedsim.safety.cai_data import CaiRow, generate_conversations, usable
 from fedsim.safety.cai_stage import constitution_file
@@ -103,7 +103,7 @@ def measure(asked: Asked, world: World) -> Cost:
     config = asked.config
     pass_tokens = preflight(config, world).pass_tokens.get(DPO, 0)
     record = RunRecord(config, world.ranks, synchronize=world.device.type == "cuda")
-    store = ArtefactStore(Path(os.path.expanduser(config.record.artefacts)), world.ranks, record.say)
+    store = ArtefactStore(config.record.artefact_folder, world.ranks, record.say)
     prepare = Preparation(config, world, record, store)
     data = prepare.read().data
     few = [shard[:1] for shard in data.shards]  # nobody trains
@@ -136,7 +136,7 @@ def measure(asked: Asked, world: World) -> Cost:
     )
 
 
-def _write(config: Config, federation: Federation, rows: Sequence[SquareRow]) -> list[CaiRow]:
+def _write(config: Config, federation: Resident, rows: Sequence[SquareRow]) -> list[CaiRow]:
     """Write conversations as a run does."""
     federation.flat.load(federation.flat.initial(config.seed))
     return generate_conversations(

@@ -285,7 +285,7 @@ def check_trace(trace: Path) -> None:
 def profile(config: Config, chosen: int, trace: Path | None) -> None:
     """Simulate, trace and print."""
     parallel = config.parallel
-    folder = Path(os.path.expanduser(config.record.dir)) / config.name
+    folder = config.folder
     target = trace or folder / f"trace-round{round_number(chosen)}.json.gz"
     with (
         ExitStack() as held,

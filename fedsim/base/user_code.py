@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import Any, Final
 
 from fedsim.base.errors import ConfigError, FedsimError, RunError
+from fedsim.base.paths import user_path
 
 _files: dict[str, str] = {}
 """Source file of each loaded module that is not fedsim's → how messages name it."""
@@ -134,7 +135,7 @@ def load_module(place: str, what: str, is_own: bool = False) -> ModuleType:
     """
     with calling(what, ConfigError):
         if place.endswith(".py"):
-            return _file_module(Path(os.path.expanduser(place)), what)
+            return _file_module(user_path(place), what)
         try:
             module = importlib.import_module(place)
         except (Exception, SystemExit) as error:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fedsim.base.errors import ConfigError
+from fedsim.base.paths import user_path
 from fedsim.config.field import key
 from fedsim.extend import title
 
@@ -139,6 +141,11 @@ class RecordConfig:
                       "anew, which an existing run directory forbids", choices=("auto", "never"))  # fmt: skip
     keep_checkpoints: int = key(2, "checkpoints kept", low=1)
     texts: bool = key(False, "write the replies to attacks, and those of your own benchmarks, into the run directory")
+
+    @property
+    def artefact_folder(self) -> Path:
+        """Folder of the artefacts that runs share."""
+        return user_path(self.artefacts)
 
 
 @dataclass(frozen=True)

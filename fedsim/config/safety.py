@@ -8,6 +8,7 @@ from typing import Any
 from fedsim.base.errors import ConfigError
 from fedsim.base.rounds import round_number
 from fedsim.config.field import key
+from fedsim.config.lora import LoraSettings
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,11 @@ class GuardConfig:
     lora_targets: list[str] = key(["q_proj", "v_proj"], "linear layers of the guard that get LoRA")
     tpr: float = key(0.737, "noisy_oracle: chance that a red row is called unsafe", low=0, high=1)
     fpr: float = key(0.241, "noisy_oracle: chance that an acceptable row is called unsafe", low=0, high=1)
+
+    @property
+    def lora(self) -> LoraSettings:
+        """Settings of the guard's adapter."""
+        return LoraSettings(self.lora_r, self.lora_alpha, self.lora_dropout, tuple(self.lora_targets))
 
     def __post_init__(self) -> None:
         if self.action == "refuse" and not self.refusal.strip():

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from fedsim.base.errors import ConfigError
+from fedsim.base.paths import user_path
 from fedsim.config.attacks import AttackConfig, check_attacks
 from fedsim.config.failures import FailuresConfig
 from fedsim.config.field import key
@@ -76,6 +78,11 @@ class Config:
         federation = self.federation
         baseline = federation.algorithm if federation.algorithm in BASELINES else ""
         check_attacks(self.attacks, federation.num_clients, federation.num_rounds, baseline)
+
+    @property
+    def folder(self) -> Path:
+        """The run directory."""
+        return user_path(self.record.dir) / self.name
 
     def _check_failures(self) -> None:
         """Failures, drop-outs and stragglers belong to cohorts whose clients take enough steps."""

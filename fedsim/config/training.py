@@ -7,6 +7,7 @@ from typing import Any
 
 from fedsim.base.errors import ConfigError
 from fedsim.config.field import key
+from fedsim.config.lora import LoraSettings
 
 BASELINES = ("local", "centralised")
 """Values of federation.algorithm that have one participant instead of a cohort."""
@@ -52,6 +53,11 @@ class ModelConfig:
     lora_dropout: float = key(0.05, "dropout on the LoRA input during training", low=0, below=1)
     lora_targets: list[str] = key(["q_proj", "v_proj"], "names of the linear layers that get LoRA")
 
+    @property
+    def lora(self) -> LoraSettings:
+        """Settings of the adapter."""
+        return LoraSettings(self.lora_r, self.lora_alpha, self.lora_dropout, tuple(self.lora_targets))
+
 
 @dataclass(frozen=True)
 class LocalConfig:
@@ -69,6 +75,15 @@ class LocalConfig:
     weight_decay: float = key(0.0, "AdamW weight decay, of clients and CAI", low=0)
     max_grad_norm: float = key(1.0, "gradient norm is clipped to this, of clients and CAI; 0 = no clipping", low=0)
     max_length: int = key(512, "longer training rows are cut at their end, counted", unit="tokens", low=16)
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches of an optimizer step of a client."""
+        return self.micro_batches(self.batch_size)
+
+    def micro_batches(self, num_rows: int) -> int:
+        """Return the number of micro-batches of so many rows; the last one may be smaller."""
+        return -(-num_rows // self.micro_batch_size)
 
     def __post_init__(self) -> None:
         if self.lr_min > self.lr:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from fedsim import world
 from fedsim.base.errors import DataError
+from fedsim.base.paths import user_path
 from fedsim.config import Config
 from fedsim.data.chat import user_turn
 from fedsim.data.evaluation_sets import MtQuestion, load_mt_bench, mt_question
@@ -56,7 +56,7 @@ def judge_files(config: Config) -> dict[str, Path]:
         return {}
     files = {"judge_prompts": _prompts_file(config)}
     if config.eval.mt_bench_references:
-        files["mt_bench_references"] = Path(os.path.expanduser(config.eval.mt_bench_references))
+        files["mt_bench_references"] = user_path(config.eval.mt_bench_references)
     return files
 
 
@@ -64,7 +64,7 @@ def load_questions(config: Config) -> list[MtQuestion]:
     """The questions of ``eval.mt_bench``."""
     if config.eval.mt_bench == "embedded":
         return [mt_question(record, "the embedded questions") for record in world.mt_bench_questions()]
-    return load_mt_bench(Path(os.path.expanduser(config.eval.mt_bench)))
+    return load_mt_bench(user_path(config.eval.mt_bench))
 
 
 def load_references(config: Config, questions: Sequence[MtQuestion]) -> dict[int, tuple[str, str]]:
@@ -75,7 +75,7 @@ def load_references(config: Config, questions: Sequence[MtQuestion]) -> dict[int
     """
     path = config.eval.mt_bench_references
     own = {q.question_id: q.reference for q in questions if q.reference is not None}
-    references = read_answers(Path(os.path.expanduser(path))) if path else own
+    references = read_answers(user_path(path)) if path else own
     for question in questions:
         found = references.get(question.question_id, ("", ""))
         if question.category in NEED_REFERENCE and not all(text.strip() for text in found):
@@ -89,10 +89,10 @@ def load_references(config: Config, questions: Sequence[MtQuestion]) -> dict[int
 
 def _prompts_file(config: Config) -> Path:
     if config.judge.prompts:
-        return Path(os.path.expanduser(config.judge.prompts))
+        return user_path(config.judge.prompts)
     if config.eval.mt_bench == "embedded":
         raise DataError(f"judge.prompts: is not set; take FastChat's {FILE_NAME} from {SOURCE} and give its path")
-    questions = Path(os.path.expanduser(config.eval.mt_bench))
+    questions = user_path(config.eval.mt_bench)
     folder = questions if questions.is_dir() else questions.parent
     for place in (folder, folder.parent):
         if (place / FILE_NAME).is_file():

@@ -6,7 +6,6 @@ own is switched off, whatever its configuration says: LoRA's is the one that fed
 
 from __future__ import annotations
 
-import os
 import re
 import warnings
 from dataclasses import dataclass, field
@@ -32,7 +31,9 @@ from fedsim.attention.forward import IMPLEMENTATIONS, text_names
 from fedsim.base.digests import FileDigests
 from fedsim.base.errors import ModelError, reason
 from fedsim.base.json_text import parse_json
+from fedsim.base.paths import user_path
 from fedsim.base.ranks import Ranks
+from fedsim.config.lora import LoraSettings
 from fedsim.data.chat import ChatFormat
 from fedsim.fused.choice import Fused, fuse
 from fedsim.model.faults import missing_tokenizer_package, names_attention, own_attention
@@ -49,16 +50,6 @@ TEXTS = ("The wind carries a kite over the hill.", "Water boils at sea level.")
 """A model that has just been loaded is tried on the first tokens of these."""
 LENGTHS = (12, 7)
 """Tokens of each text, which is repeated where it has fewer."""
-
-
-@dataclass(frozen=True)
-class LoraSettings:
-    """Shape and regularisation of a LoRA adapter (arXiv 2106.09685)."""
-
-    r: int
-    alpha: float
-    dropout: float
-    targets: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -89,7 +80,7 @@ def max_positions(model: PreTrainedModel) -> int:
 
 def model_dir(path: str) -> Path:
     """The directory that ``model.path`` or ``guard.path`` names; 'embedded' is the tiny model."""
-    return EMBEDDED if path == "embedded" else Path(os.path.expanduser(path))
+    return EMBEDDED if path == "embedded" else user_path(path)
 
 
 def load_model(

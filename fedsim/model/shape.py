@@ -22,17 +22,10 @@ from fedsim.attention.choice import Choice, choose
 from fedsim.attention.forward import text_names, unsupported
 from fedsim.attention.self_test import head_sizes, num_key_heads
 from fedsim.base.errors import ModelError, reason
+from fedsim.config.lora import LoraSettings
 from fedsim.model.faults import names_attention, own_attention
 from fedsim.model.fitness import check_kind
-from fedsim.model.load import (
-    INDEX,
-    LoraSettings,
-    architecture,
-    attach_lora,
-    check_report,
-    compute_dtype,
-    read_config,
-)
+from fedsim.model.load import INDEX, architecture, attach_lora, check_report, compute_dtype, read_config
 from fedsim.model.quantised import check_quantised, quantisation
 
 

@@ -31,11 +31,6 @@ class DiskRoom:
     folder: Path
 
 
-def run_folder(config: Config) -> Path:
-    """The directory of a run."""
-    return Path(os.path.expanduser(config.record.dir)) / config.name
-
-
 def check_folder(folder: Path, setting: str) -> None:
     """Check that ``folder`` can be made, if it is not there, and written; nothing is written.
 
@@ -80,7 +75,7 @@ def check_disk(config: Config, adapter_size: int, cohort: int) -> DiskRoom:
     vectors = (1 + len(algorithm.vector_names)) * min(keep + 1, rounds) + 1
     if algorithm.has_control:
         vectors += config.federation.num_clients + cohort * min(keep, rounds)
-    run, folder = run_folder(config), nearest_existing(run_folder(config))
+    run, folder = config.folder, nearest_existing(config.folder)
     room = DiskRoom(4 * adapter_size * vectors, _written(run), shutil.disk_usage(folder).free, folder)
     if room.needed - room.there > room.free:
         raise ConfigError(

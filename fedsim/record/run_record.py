@@ -25,7 +25,7 @@ from fedsim.federation.algorithms import ServerState
 from fedsim.federation.client_state import ClientStateStore
 from fedsim.federation.registry import build_algorithm
 from fedsim.record.checkpoint import Checkpoint, CheckpointStore
-from fedsim.record.folders import check_folder, run_folder
+from fedsim.record.folders import check_folder
 from fedsim.record.lock import DirectoryLock
 from fedsim.record.manifest import add_note
 from fedsim.record.metrics import MetricLog, read_rows
@@ -56,7 +56,7 @@ class RunRecord:
         self.config = config
         self.ranks = ranks
         self.journal = Journal(ranks.rank) if journal is None else journal
-        self.folder = run_folder(config)
+        self.folder = config.folder
         self.progress = Progress(sys.stderr, enabled=ranks.is_main)
         self.timers = PhaseTimers(synchronize)
         self.checkpoints = CheckpointStore(self.folder / "checkpoints", config.record.keep_checkpoints)

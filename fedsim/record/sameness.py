@@ -6,13 +6,13 @@ with every job.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from fedsim.base.digests import FileDigests, file_digest
+from fedsim.base.paths import user_path
 from fedsim.config import LISTS, Config, code_names, code_role, file_roles, load_config, model_roles, to_flat
 from fedsim.config.measuring import is_embedded
 from fedsim.extend import KINDS
@@ -52,7 +52,7 @@ def compare(folder: Path, config: Config) -> Comparison:
         CheckpointError: a path differs, and manifest.json is damaged.
     """
     old, new = to_flat(load_config(folder / "config.yaml")), to_flat(config)
-    digests = FileDigests(Path(os.path.expanduser(config.record.artefacts)))
+    digests = FileDigests(config.record.artefact_folder)
     found = Comparison()
     manifest: dict[str, Any] | None = None
     for key, value in new.items():
@@ -84,7 +84,7 @@ def _is_moved_code(folder: Path, key: str, old: Any, new: Any) -> bool:
     inputs = read_manifest(folder / "manifest.json")["inputs"]
     for place, (_, name) in names[1].items():
         path, _, attribute = name.rpartition(":")
-        file, entry = Path(os.path.expanduser(path)), inputs.get(code_role(place))
+        file, entry = user_path(path), inputs.get(code_role(place))
         if attribute != names[0][place][1].rpartition(":")[2] or entry is None or not path.endswith(".py"):
             return False
         if not file.is_file() or file_digest(file) != entry["sha256"]:
@@ -99,7 +99,7 @@ def _names_files(key: str, value: str) -> bool:
 
 def _is_same_content(key: str, value: str, manifest: Mapping[str, Any], digests: FileDigests) -> bool:
     """Compare what lies at a path now with what the run began with; one that the run does not read is the same."""
-    path = Path(os.path.expanduser(value))
+    path = user_path(value)
     files, models = file_roles(), model_roles()
     if key in models:
         known = manifest["models"].get(models[key])

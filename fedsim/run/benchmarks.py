@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import fields
@@ -12,6 +11,7 @@ from typing import Any, Final
 from fedsim.base.artefacts import ArtefactStore, write_json
 from fedsim.base.errors import ConfigError, DataError, Gathered
 from fedsim.base.figures import Figure, name_given_twice
+from fedsim.base.paths import user_path
 from fedsim.base.user_code import calling
 from fedsim.config import EvalConfig, file_roles
 from fedsim.config.measuring import is_embedded
@@ -50,7 +50,7 @@ def load_suite(settings: EvalConfig, store: ArtefactStore, *, judged: bool = Fal
             parts.append(part)
     benchmarks = mistakes.attempt(lambda: users_benchmarks(settings)) or []
     for benchmark, one in zip(benchmarks, settings.benchmarks, strict=bool(benchmarks)):
-        files[benchmark.name] = Path(os.path.expanduser(one.path))
+        files[benchmark.name] = user_path(one.path)
         part = mistakes.attempt(lambda: _users_part(benchmark, files[benchmark.name]))  # noqa: B023
         if part is not None:
             parts.append(part)
@@ -122,7 +122,7 @@ def _users_part(benchmark: Benchmark, file: Path) -> Part:
 def _file(kind: type[OwnBenchmark], value: str, store: ArtefactStore) -> Path:
     """The file that ``eval.<name>`` names; one of the embedded world is written first."""
     if not is_embedded(f"eval.{kind.name}", value):
-        return Path(os.path.expanduser(value))
+        return user_path(value)
     embedded = kind.embedded[value]
     return embedded_file(store, embedded.artefact, embedded.name, embedded.write)
 
@@ -161,7 +161,7 @@ def _placed(texts: Sequence[str], places: Sequence[int]) -> list[dict[str, Any]]
 def write_outcomes(found: Evaluation, path: Path) -> None:
     """Write the items behind the figures (:attr:`Evaluation.items`) on rank 0; nothing where there are none.
 
-    Scores of a local or remote judge are not among them; they stand beside the answers.
+    Scores of a local or remote judge are not among them; they are beside the answers.
 
     Args:
         path: of the file; its folder is made.

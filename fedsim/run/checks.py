@@ -1,4 +1,4 @@
-"""Before training: find every mistake that can be found without computing, and say what the run will do.
+"""Checks before training: every mistake that can be found without computing.
 
 Each check is cheap (of weights only names and shapes are read; an architecture is tried with a small random model),
 runs on every rank, and is made before the first expensive stage of every run; ``launch/run.py --check`` makes them,
@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Final
 
 import torch
@@ -25,12 +24,12 @@ from fedsim.evaluate.phrases import users_rules
 from fedsim.extend import build
 from fedsim.federation.attacks import build_attacks
 from fedsim.federation.registry import build_algorithm
-from fedsim.model.load import LoraSettings, check_model_dir, check_tokenizer, load_chat, read_config
+from fedsim.model.load import check_model_dir, check_tokenizer, load_chat, read_config
 from fedsim.model.shape import ModelShape, model_shape
 from fedsim.model.trial import try_model
 from fedsim.parallel.device import NCCL
 from fedsim.parallel.world import World
-from fedsim.record.folders import DiskRoom, check_disk, check_folder, run_folder
+from fedsim.record.folders import DiskRoom, check_disk, check_folder
 from fedsim.run.benchmarks import users_benchmarks
 from fedsim.run.fitting import Fit, fits_by_gpu, fitting, with_effective_keys
 from fedsim.run.memory import Need, free_memory, usable_memory
@@ -49,7 +48,7 @@ RESERVE: Final = 2 << 30
 
 @dataclass(frozen=True)
 class Preflight:
-    """What the checks found.
+    """Findings of the checks.
 
     Attributes:
         shapes: sizes of the models in use, by role ("model", "guard", "judge").
@@ -161,10 +160,10 @@ def preflight(config: Config, world: World) -> Preflight:
         one.mistakes.raise_all()
     found = by_rank[world.rank]
     room = found.room
-    shapes = {  # with the attention that all ranks can take
-        role: replace(shape, attention=agreed([one.shapes[role].attention for one in by_rank]))
-        for role, shape in found.shapes.items()
-    }
+    shapes = {}  # with the attention that all ranks can take
+    for role, shape in found.shapes.items():
+        choices = [one.shapes[role].attention for one in by_rank]
+        shapes[role] = replace(shape, attention=agreed(choices))
     assert room is not None
     free = [one.free_bytes for one in by_rank]
     least = free.index(min(free))
@@ -221,15 +220,15 @@ class _Checked:
 
 
 def _check(config: Config, world: World) -> _Checked:
-    """Make every check, whatever the others find; only what needs a model's sizes waits for them."""
+    """Make every check, also after one has failed; those that need a model's sizes come after them."""
     found = _Checked(
         free_bytes=free_memory(world.device, world.sharing), usable_bytes=usable_memory(world.device, world.sharing)
     )
     attempt = found.mistakes.attempt
     record = config.record
     attempt(lambda: check_world_size(config, world.size))
-    attempt(lambda: check_folder(run_folder(config), f"record.dir={record.dir!r}, name={config.name!r}"))
-    artefacts = Path(os.path.expanduser(record.artefacts))
+    attempt(lambda: check_folder(config.folder, f"record.dir={record.dir!r}, name={config.name!r}"))
+    artefacts = record.artefact_folder
     attempt(lambda: check_folder(artefacts, f"record.artefacts={record.artefacts!r}"))
     for role, path in models_in_use(config).items():
         _check_model(config, role, path, world.device, found)
@@ -252,7 +251,7 @@ def check_world_size(config: Config, num_ranks: int) -> None:
         ConfigError: there are more ranks than lanes can use.
     """
     local, wide = config.local, config.parallel.wide_lanes
-    num_micro_batches = -(-local.batch_size // local.micro_batch_size)
+    num_micro_batches = local.num_micro_batches
     num_clients, _ = round_work(config)
     most = useful_ranks(num_clients, num_micro_batches, wide_lanes=wide)
     if num_ranks > most:
@@ -275,8 +274,7 @@ def _check_model(config: Config, role: str, path: str, device: torch.device, fou
         return
     lora = None
     if role in ("model", "guard"):
-        settings = config.model if role == "model" else config.guard
-        lora = LoraSettings(settings.lora_r, settings.lora_alpha, settings.lora_dropout, tuple(settings.lora_targets))
+        lora = config.model.lora if role == "model" else config.guard.lora
     dtype, attention = config.model.dtype, config.model.attention
     shape = attempt(lambda: model_shape(folder, lora, dtype=dtype, attention=attention, device=device, key=key))
     chat = attempt(lambda: load_chat(folder, key))

@@ -111,8 +111,7 @@ class CohortRunner:
         self.controls = controls
         self.failures = failures
         self.wide_lanes = wide_lanes
-        local = trainer.local
-        self.num_micro_batches = -(-local.batch_size // local.micro_batch_size)
+        self.num_micro_batches = trainer.local.num_micro_batches
         self._sharing_s = 0.0  # constant cost of a wide step, the same on every rank; a resumed run learns it again
 
     def train(

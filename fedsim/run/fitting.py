@@ -41,11 +41,11 @@ USABLE: Final = 0.96
 
 @dataclass(frozen=True)
 class Fit:
-    """What makes a run fit.
+    """Changes of the configuration that make a run fit.
 
     Attributes:
         changes: keys with their new values; empty where it fits as it is.
-        unfit: a stage that is too large whatever is lowered; None where all fit.
+        unfit: a stage that is too large at the lowest values; None where all fit.
     """
 
     changes: dict[str, Any] = field(default_factory=dict)
@@ -110,7 +110,7 @@ def _lowered(config: Config, shapes: Mapping[str, ModelShape], num_ranks: int, n
 
 
 def fits_by_gpu(config: Config, shapes: Mapping[str, ModelShape], num_ranks: int) -> dict[str, Fit]:
-    """What to change for each of :data:`GPUS`, with one rank on each GPU and nothing else there.
+    """Changes for each of :data:`GPUS`, with one rank on each GPU and nothing else there.
 
     Weights count in the type that ``model.dtype`` means on a GPU, wherever the check is made.
     """

@@ -1,4 +1,4 @@
-"""The clients' rows as tokens: usable ones alone, the others counted, and the check that a client trains at all."""
+"""The clients' usable rows as tokens, counts of the others, and the check that a client trains in some round."""
 
 from __future__ import annotations
 
@@ -76,7 +76,10 @@ def local_rows(
         reasons += why
         found.append([tokens for tokens, reason in zip(rows, why, strict=True) if reason is None])
         num_emptied += bool(rows) and not found[-1]
-    tally = Tally.of(reasons, num_cut=sum(row.truncated for shard in found for row in shard))
+    num_cut = 0
+    for rows in found:
+        num_cut += sum(row.truncated for row in rows)
+    tally = Tally.of(reasons, num_cut=num_cut)
     if tally.num_usable == 0:
         raise tally.none_left(WHAT, max_length=limit(config))
     check_anyone_trains(config, participation, lambda client: bool(found[client]))
@@ -86,7 +89,7 @@ def local_rows(
 def check_local_rows(
     config: Config, participation: Participation, chat: ChatFormat, shards: Sequence[Sequence[SquareRow]]
 ) -> None:
-    """Make the checks of :func:`local_rows` on as few rows as will do: before the filter, whose rows are fewer.
+    """Make the checks of :func:`local_rows` before the filter, on as few rows as suffice.
 
     Raises:
         DataError, ConfigError: as :func:`local_rows`.

@@ -21,15 +21,15 @@ from fedsim.record.run_record import RunRecord
 from fedsim.report.sections import POINT_TITLES
 from fedsim.run import stage_metrics
 from fedsim.run.benchmarks import write_outcomes, write_texts
-from fedsim.run.resident import Federation
+from fedsim.run.resident import Resident
 from fedsim.run.throughput import Meter
 from fedsim.safety.guard import LlamaGuard
 
 UNTOUCHED: Final = "pretrained"
-"""Point of the model as it was given."""
+"""Evaluation point: the pretrained model."""
 
 Shared = Callable[[Suite, Callable[[], Evaluation]], Evaluation]
-"""Gives the untouched model's evaluation by a suite, or calls the function that computes it."""
+"""Returns the pretrained model's evaluation by a suite, from an artefact or by calling the function."""
 
 
 class Measurement:
@@ -39,9 +39,9 @@ class Measurement:
         config: what is run.
         world: the processes that run it.
         record: where figures go.
-        federation: whose model is measured.
+        resident: whose model is measured.
         suite: the benchmarks.
-        meter: told how much was generated.
+        meter: counts what was generated.
         shared: gives the untouched model's evaluation, computed here or by a run before; None computes it always.
     """
 
@@ -50,7 +50,7 @@ class Measurement:
         config: Config,
         world: World,
         record: RunRecord,
-        federation: Federation,
+        resident: Resident,
         suite: Suite,
         meter: Meter,
         shared: Shared | None = None,
@@ -58,7 +58,7 @@ class Measurement:
         self.config = config
         self.ranks = world.ranks
         self.record = record
-        self.federation = federation
+        self.resident = resident
         self.meter = meter
         self.judge: MtJudge | None = None
         if config.judge.kind != "none" and suite.part("mt_bench") is not None:
@@ -75,17 +75,17 @@ class Measurement:
 
     def take(self, round_idx: int, point: str, adapter: torch.Tensor) -> None:
         """Run the benchmarks on an adapter. Every point draws the same random numbers, so points compare."""
-        federation, suite = self.federation, self.suite
-        federation.flat.load(adapter)
+        resident, suite = self.resident, self.suite
+        resident.flat.load(adapter)
         with self.record.phase(f"evaluate, {POINT_TITLES[point]}", "evaluate") as phase:
-            workers = [w for w in (federation.engine, suite.guard) if isinstance(w, Engine | LlamaGuard)]
+            workers = [w for w in (resident.engine, suite.guard) if isinstance(w, Engine | LlamaGuard)]
             for worker in workers:
                 worker.on_progress = phase.step
             found = self._evaluate(point)
             for worker in workers:
                 worker.on_progress = None
             phase.step(phase.total, phase.total, **stage_metrics.headline(found.metrics, suite.described))
-        self.meter.generated("evaluate", federation.engine)
+        self.meter.generated("evaluate", resident.engine)
         number = round_number(round_idx)
         folder, model_id = self.record.folder / "answers", f"{self.config.name}-round{number}-{point}"
         items = item_file(self.record.folder, number, point)
@@ -98,14 +98,14 @@ class Measurement:
     def _evaluate(self, point: str) -> Evaluation:
         def compute() -> Evaluation:
             if not self._tokenised:
-                tokenise(self.federation.engine, self.suite)
+                tokenise(self.resident.engine, self.suite)
                 self._tokenised = True
-            return evaluate(self.federation.engine, self.suite, ("eval",))
+            return evaluate(self.resident.engine, self.suite, ("eval",))
 
         return compute() if self.shared is None or point != UNTOUCHED else self.shared(self.suite, compute)
 
     def _judge(self, found: Evaluation, model_id: str, point: str) -> Metrics:
-        """Let the judge rate the MT-Bench answers. What it leaves unjudged is told, and ends no run."""
+        """Let the judge rate the MT-Bench answers; unjudged turns are logged, and the run continues."""
         if self.judge is None or not found.answers:
             return {}
         folder = self.record.folder / "answers" / "mt_bench"

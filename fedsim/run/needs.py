@@ -49,7 +49,7 @@ class TrainingStage:
 def memory_needs(
     config: Config, shapes: Mapping[str, ModelShape], num_ranks: int, pass_tokens: Mapping[str, int] | None = None
 ) -> list[Need]:
-    """What each stage needs on one rank, at the longest rows that the configuration allows.
+    """Upper bounds of each stage's memory on one rank, at the longest rows that the configuration allows.
 
     Args:
         shapes: sizes of the models in use, by role.
@@ -178,7 +178,7 @@ def tokens_of_passes(
     """Most tokens of a training pass outside exact mode, by stage, derived from memory.
 
     As many as fit into ``usable_bytes``, up to a whole batch of the longest rows; else those of a micro-batch of the
-    longest rows, as far as ``free_bytes`` hold them. Exact mode has a pass for each micro-batch, whatever the memory.
+    longest rows, as far as ``free_bytes`` hold them. Exact mode has a pass for each micro-batch.
 
     Args:
         shapes: sizes of the models in use, by role.
@@ -231,16 +231,19 @@ def _guard_scoring(config: Config, guard: ModelShape, model_bytes: int) -> Need:
 
 def _num_gradients(config: Config, batch_size: int) -> int:
     """Vectors that adding up a step's gradient takes beside the gradient itself."""
-    return -(-batch_size // config.local.micro_batch_size) if config.parallel.exact else 1
+    return config.local.micro_batches(batch_size) if config.parallel.exact else 1
 
 
 def clients_per_rank(config: Config, num_ranks: int) -> int:
     """Clients that the busiest rank trains in a round if all are equal."""
     local = config.local
     equal = dict.fromkeys(range(round_work(config)[0]), 1)
-    num_micro_batches = -(-local.batch_size // local.micro_batch_size)
-    plan = plan_round(equal, [1.0] * num_ranks, num_micro_batches, wide_lanes=config.parallel.wide_lanes)
-    return max(sum(rank in job.ranks for job in plan.jobs) for rank in range(num_ranks))
+    plan = plan_round(equal, [1.0] * num_ranks, local.num_micro_batches, wide_lanes=config.parallel.wide_lanes)
+    counts = [0] * num_ranks
+    for job in plan.jobs:
+        for rank in job.ranks:
+            counts[rank] += 1
+    return max(counts)
 
 
 def round_work(config: Config) -> tuple[int, int]:

@@ -35,19 +35,18 @@ def plan_text(config: Config, inputs: Inputs, found: Preflight, num_ranks: int) 
         _lines("Lanes", lanes(config, num_ranks)),
         _lines("Models", models(found)),
         f"Memory of each process, at the longest rows that the configuration allows\n{memory_table(found).plain()}",
-        *([_lines("Most tokens of a training pass, by the GPU's memory", passes(found))] if found.pass_tokens else []),
-        *(
-            []
-            if all(fit == Fit() for fit in found.by_gpu.values())
-            else [_lines("What to set for a GPU of", gpus(found))]
-        ),
-        _lines("Disk", disk(found.room)),
     ]
-    return "\n\n".join([*parts, *(f"Warning: {warning}" for warning in found.warnings())])
+    if found.pass_tokens:
+        parts.append(_lines("Most tokens of a training pass, by the GPU's memory", passes(found)))
+    if any(fit != Fit() for fit in found.by_gpu.values()):
+        parts.append(_lines("What to set for a GPU of", gpus(found)))
+    parts.append(_lines("Disk", disk(found.room)))
+    parts += [f"Warning: {warning}" for warning in found.warnings()]
+    return "\n\n".join(parts)
 
 
 def work(config: Config, data: PreparedData, suite: Suite) -> dict[str, str]:
-    """How much each stage has to do."""
+    """Amounts of work of each stage."""
     federation, local, guard, cai = config.federation, config.local, config.guard, config.cai
     num_rows = sum(map(len, data.shards))
     facts = {}
@@ -96,8 +95,8 @@ def rows(config: Config, data: PreparedData) -> dict[str, str]:
 
 
 def lanes(config: Config, num_ranks: int) -> dict[str, str]:
-    """How a round's clients would be placed if all were equal."""
-    num_micro_batches = -(-config.local.batch_size // config.local.micro_batch_size)
+    """Placement of a round's clients if all had equally many tokens."""
+    num_micro_batches = config.local.num_micro_batches
     equal = dict.fromkeys(range(round_work(config)[0]), 1)
     plan: Plan = plan_round(equal, [1.0] * num_ranks, num_micro_batches, wide_lanes=config.parallel.wide_lanes)
     wide = [job.width for job in plan.jobs if job.width > 1]
@@ -140,7 +139,7 @@ def gpus(found: Preflight) -> dict[str, str]:
 
 
 def disk(room: DiskRoom) -> dict[str, str]:
-    """What checkpoints, control variates and adapters take, and what is free."""
+    """Disk space that checkpoints, control variates and adapters take, and that is free."""
     needed = f"at most {byte_size(room.needed)}"
     if room.there:
         needed += f", {byte_size(room.there)} of it there already"

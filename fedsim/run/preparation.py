@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from fedsim.run.measurement import Shared
 from fedsim.run.needs import DPO, TUNING
 from fedsim.run.prepare import prepare_data
 from fedsim.run.pretrained import shared_evaluation
-from fedsim.run.resident import Federation
+from fedsim.run.resident import Resident
 from fedsim.safety.alignment import Aligner, check_prompts
 from fedsim.safety.cai_data import CaiRow, count_metrics, usable
 from fedsim.safety.cai_findings import judge_by_grammar, judge_by_guard
@@ -54,7 +55,7 @@ from fedsim.train.zero_config import zero_file
 
 @dataclass(frozen=True)
 class Inputs:
-    """What was read.
+    """Rows, benchmarks and files of a run.
 
     Attributes:
         data: the clients', the guard's and CAI's rows.
@@ -69,12 +70,12 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Guarded:
-    """What the filter stage did.
+    """Outcome of the filter stage.
 
     Attributes:
         filtered: the rows to train on.
-        compared: what the guard would have done as it was given, by title, where that is measured.
-        judge: the guard that will judge replies, where there is to be one.
+        compared: outcomes of the guard before fine-tuning, by title, where that is measured.
+        judge: the guard that classifies replies, where the run asks for it.
         tuning: counts of the rows that a guard is fine-tuned on; None where none is.
     """
 
@@ -138,21 +139,20 @@ class Preparation:
         return Inputs(data, suite, {"square": data.source, **files, **of_judge, **users})
 
     def _attacked(self, data: PreparedData) -> PreparedData:
-        """The data with the attackers' rows as they have changed them, which rank 0 does for all."""
+        """Replace the attackers' rows by what their attacks make of them, on rank 0 for all."""
         shards = list(data.shards)
         notes = []
         changed: dict[int, list[SquareRow]] = {}
         for attack in self._attacks():
             notes.append(attack.words(len(shards)))
             if attack.changes_rows:
-                changed |= self.ranks.once(
-                    lambda attack=attack: {  # type: ignore[misc]
-                        client: attack.changed_rows(client, shards[client]) for client in attack.clients
-                    }
-                )
+                changed |= self.ranks.once(partial(_changed_rows, attack, shards))
+
+        content = []  # of the digest
         for client, rows in changed.items():
             shards[client] = rows
-        attacked = digest_of([[client, [asdict(row) for row in rows]] for client, rows in changed.items()])
+            content.append([client, [asdict(row) for row in rows]])
+        attacked = digest_of(content)
         return replace(data, shards=shards, notes=[*data.notes, *notes], attacked=attacked if changed else "")
 
     def _attacks(self) -> list[ActiveAttack]:
@@ -263,7 +263,7 @@ class Preparation:
                 judge.on_progress = None  # the phase that it would report to ends here
             return Guarded(filtered, compared, judge, data.guard_tally if tunes_guard(self.config) else None)
 
-    def record_filter(self, guarded: Guarded, federation: Federation) -> None:
+    def record_filter(self, guarded: Guarded, resident: Resident) -> None:
         """Record how right the guard was, what its filter left, and how many rows can be trained on."""
         guard = self.config.guard
         for point, found in guarded.compared.items():
@@ -272,7 +272,7 @@ class Preparation:
         metrics = stage_metrics.of_guard(guarded.filtered, guard.kind)
         if guard.kind == "llama_guard":
             point = metrics["point"] = "fine-tuned" if guard.tune_epochs > 0 else "untuned"
-        metrics |= federation.rows.metrics()
+        metrics |= resident.rows.metrics()
         if guarded.tuning is not None:
             metrics["guard/tuning_num_rows"] = guarded.tuning.num_rows
             metrics |= guarded.tuning.metrics("guard/tuning_", ("empty_reply",))
@@ -281,18 +281,24 @@ class Preparation:
             points = {**guarded.compared, point: guarded.filtered}
             self.ranks.once(lambda: write_tables(self.record.folder / "guard", points, guard.threshold))
 
-    def shared_evaluation(self, inputs: Inputs, federation: Federation) -> Shared | None:
-        """Lets runs share the untouched model's evaluation; None where a guard judges or attack replies are kept."""
+    def shared_evaluation(self, inputs: Inputs, resident: Resident) -> Shared | None:
+        """Return a function that shares the pretrained model's evaluation between runs.
+
+        None where a guard classifies replies, or replies to attacks are kept: neither is in the artefact.
+        """
         config = self.config
         if config.eval.guard_judge != "none" or config.record.texts:
             return None
-        settings = {name: value for name, value in asdict(config.eval).items() if name not in ("every", *OWN)}
+        settings = {}
+        for name, value in asdict(config.eval).items():
+            if name not in ("every", *OWN):
+                settings[name] = value
 
         def shared(suite: Suite, compute: Callable[[], Evaluation]) -> Evaluation:
             depends = {
                 "seed": config.seed,
                 "model": self._model_facts(),
-                "max_context": federation.engine.max_context,
+                "max_context": resident.engine.max_context,
                 "eval": settings,
                 "files": self.ranks.once(
                     lambda: {
@@ -308,13 +314,13 @@ class Preparation:
         return shared
 
     def _users_code(self, inputs: Inputs) -> dict[str, Any]:
-        """What names a user's phrase rule and benchmarks in artefacts; nothing for fedsim's own."""
+        """Digests of the files of a user's phrase rule and benchmarks, by role, for keys of artefacts."""
         beginning = code_role("eval.")
         files = {role: file for role, file in inputs.files.items() if role.startswith(beginning)}
         return self.ranks.once(lambda: {role: file_digest(file) for role, file in files.items()})
 
     def _model_facts(self) -> dict[str, Any]:
-        """What names the model in artefacts."""
+        """Facts that identify the model in keys of artefacts."""
         model = self.config.model
         digest = self.ranks.once(lambda: model_digest(model.path, self.store.digests))
         attention = chosen_attention(
@@ -328,9 +334,7 @@ class Preparation:
         graphs = uses_graphs(self.world.device)
         return {"model": digest, "dtype": model.dtype, "attention": attention.name, "graphs": graphs}
 
-    def aligner(
-        self, data: PreparedData, federation: Federation, guard: LlamaGuard | None, *, new: bool
-    ) -> Aligner | None:
+    def aligner(self, data: PreparedData, resident: Resident, guard: LlamaGuard | None, *, new: bool) -> Aligner | None:
         """The pretrained model writes the CAI conversations (once, shared by runs); None if CAI is off.
 
         Args:
@@ -343,18 +347,18 @@ class Preparation:
         cai = self.config.cai
         if not cai.is_on:
             return None
-        federation.flat.load(federation.flat.initial(self.config.seed))
+        resident.flat.load(resident.flat.initial(self.config.seed))
         facts = self.facts | self._model_facts() | {"data": data.source_sha256}
         with self.record.phase("CAI conversations", "cai_generate", "rows") as phase:
-            federation.engine.on_progress = phase.step
-            conversations = cai_conversations(self.config, federation.engine, data.cai_rows, self.store, facts)
-            federation.engine.on_progress = None
+            resident.engine.on_progress = phase.step
+            conversations = cai_conversations(self.config, resident.engine, data.cai_rows, self.store, facts)
+            resident.engine.on_progress = None
         rows = usable(conversations)
         if not rows:
             raise none_usable(conversations, cai)
         num_rounds = self.config.federation.num_rounds
         pass_tokens = self.pass_tokens.get(DPO, 0)
-        aligner = Aligner(federation.trainer, rows, federation.chat, cai, self.config.seed, num_rounds, pass_tokens)
+        aligner = Aligner(resident.trainer, rows, resident.chat, cai, self.config.seed, num_rounds, pass_tokens)
         usage = CaiUsage.of(conversations, aligner)
         for line in usage.words():
             self.record.say(line)
@@ -376,6 +380,11 @@ class Preparation:
             return {}
         with self.record.phase("guard judges the CAI conversations", "cai_judge"):
             return stage_metrics.of_cai_findings(judge_by_guard(guard)(conversations))
+
+
+def _changed_rows(attack: ActiveAttack, shards: Sequence[list[SquareRow]]) -> dict[int, list[SquareRow]]:
+    """Rows of each attacker after its attack, by client."""
+    return {client: attack.changed_rows(client, shards[client]) for client in attack.clients}
 
 
 def tunes_guard(config: Config) -> bool:

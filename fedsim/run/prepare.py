@@ -1,8 +1,7 @@
-"""From a SQuARe-format file to client shards, guard rows and CAI rows."""
+"""Splitting of a SQuARe-format file into client shards, guard rows and CAI rows."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -10,6 +9,7 @@ from typing import Final
 from fedsim import world
 from fedsim.base.artefacts import ArtefactStore, file_digest
 from fedsim.base.errors import DataError
+from fedsim.base.paths import user_path
 from fedsim.base.ranks import Ranks
 from fedsim.config import Config, DataConfig
 from fedsim.data import partition, splits, square
@@ -78,16 +78,17 @@ def _demands(data: DataConfig) -> list[splits.Demand]:
 
 
 def prepare_data(config: Config, store: ArtefactStore, ranks: Ranks) -> PreparedData:
-    """Read, check, split and deal out the rows; the same on every rank.
+    """Read and check the rows, split them by use, and partition the federated set; the same on every rank.
 
     Raises:
         DataError: a malformed file, or splits that the file cannot supply.
     """
     data = config.data
-    source = _embedded_square(data, store) if data.square == "embedded" else Path(os.path.expanduser(data.square))
+    source = _embedded_square(data, store) if data.square == "embedded" else user_path(data.square)
     digest = ranks.once(lambda: _digest(source))
     read: list[SquareFile] = []
 
+    # The rows as an Arrow table, an artefact: parsed once, mapped into memory by every rank.
     def load() -> SquareFile:
         read.append(square.load_square(source, data.language))
         return read[0]
@@ -105,15 +106,28 @@ def prepare_data(config: Config, store: ArtefactStore, ranks: Ranks) -> Prepared
 
 
 def _split(config: Config, source: Path, digest: str, table: ArrowRows, num_bad: int, num_blank: int) -> PreparedData:
-    data = config.data
+    """Split the rows by use, deal the federated set out to the clients, and note what a user should know."""
+    data, federation = config.data, config.federation
     rows = table.take(list(range(len(table))))
+
+    # Three disjoint splits: federated, guard and CAI rows.
     demands = _demands(data)
     made = splits.split_rows(rows, demands, config.seed, fit=data.fit, group_by_question=data.group_by_question)
-    federated, guard, cai = ([rows[i] for i in made.parts[name]] for name in ("federated", "guard", "cai"))
-    federation = config.federation
+    parts = {name: [rows[i] for i in places] for name, places in made.parts.items()}
+    federated, guard, cai = parts["federated"], parts["guard"], parts["cai"]
+
+    # The federated set by client, as places in it.
     name, sections = federation.partition, {"federation": federation}
     deal = build("federation.partition", name, federation.partition_options, sections)
     dealt = partition.partition_rows(federated, federation.num_clients, deal, name, config.seed)
+    shards = []
+    for places in dealt:
+        shards.append([federated[i] for i in places])
+
+    # Guard rows without a reply have nothing to classify.
+    tally = Tally.of(None if has_reply(row.response) else "empty_reply" for row in guard)
+    with_reply = [row for row in guard if has_reply(row.response)]
+
     num_red = sum(r.red for r in rows)
     notes = [f"{source.name}: {len(rows)} rows, {num_red} red and {len(rows) - num_red} acceptable"]
     if num_bad:
@@ -126,14 +140,12 @@ def _split(config: Config, source: Path, digest: str, table: ArrowRows, num_bad:
         )
     sizes = ", ".join(f"{name} {len(part)}" for name, part in made.parts.items())
     notes.append(f"splits: {sizes}; left over: {made.leftover_red} red, {made.leftover_acceptable} acceptable")
-    shards = [[federated[i] for i in shard] for shard in dealt]
-    if (num_left := len(federated) - sum(map(len, dealt))) > 0:
-        notes.append(f"federation.partition={name}: gives {num_left} of {len(federated)} rows to nobody")
-    tally = Tally.of(None if has_reply(row.response) else "empty_reply" for row in guard)
+    num_left = len(federated) - sum(map(len, dealt))
+    if num_left > 0:
+        notes.append(f"federation.partition={name}: gives {num_left} of {len(federated)} rows to no client")
     if tally.num_dropped:
         notes.append(tally.words("guard rows"))
-    to_judge = [row for row in guard if has_reply(row.response)]
-    return PreparedData(source, digest, shards, to_judge, cai or guard, notes, tally)
+    return PreparedData(source, digest, shards, with_reply, cai or guard, notes, tally)
 
 
 def _write_rows(folder: Path, file: SquareFile) -> None:

@@ -1,4 +1,4 @@
-"""Puts together the resident model of a process and everything that works on it."""
+"""The model that stays in a process for a run, and everything that works on it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fedsim.federation.participation import Participation
 from fedsim.federation.registry import build_algorithm
 from fedsim.generate.engine import Engine
 from fedsim.model.flat_adapter import FlatAdapter
-from fedsim.model.load import LoadedModel, LoraSettings, load_model
+from fedsim.model.load import LoadedModel, load_model
 from fedsim.parallel.world import World
 from fedsim.run.cohort import CohortRunner
 from fedsim.run.local_rows import LocalRows, local_rows
@@ -29,7 +29,7 @@ from fedsim.train.objectives import SftObjective
 
 
 @dataclass(frozen=True, eq=False)
-class Federation:
+class Resident:
     """The global model and its clients, as one process holds them.
 
     Attributes:
@@ -73,7 +73,7 @@ class Federation:
         return state.to(self.flat.values.device)
 
     def check(self, state: ServerState) -> None:
-        """Check that a state from disk is one of this federation.
+        """Check that a state from disk is one of this run.
 
         Raises:
             CheckpointError: it is not.
@@ -103,7 +103,7 @@ class Federation:
         return after
 
     def attendance(self, round_idx: int) -> Attendance:
-        """Who trains in a round and for how many steps, and what keeps the others that were drawn."""
+        """Clients that train in a round with their steps, and the reasons of the others that were drawn."""
         drawn = self.participation.drawn(round_idx)
         able = [client for client in drawn if self.shards[client]]
         clients = self.cohorts.trainer
@@ -116,8 +116,8 @@ def assemble(
     shards: Sequence[Sequence[SquareRow]],
     client_state: Path,
     pass_tokens: int = 0,
-) -> Federation:
-    """Load the model and build everything around it.
+) -> Resident:
+    """Load the model and build trainer, engine, algorithm and cohort runner around it.
 
     Args:
         shards: rows of every client after the filter.
@@ -128,9 +128,8 @@ def assemble(
         DataError, ConfigError: no client could train (:func:`fedsim.run.local_rows.local_rows`).
     """
     model, federation = config.model, config.federation
-    lora = LoraSettings(model.lora_r, model.lora_alpha, model.lora_dropout, tuple(model.lora_targets))
     loaded = load_model(
-        model.path, lora, dtype=model.dtype, attention=model.attention, device=world.device, ranks=world.ranks
+        model.path, model.lora, dtype=model.dtype, attention=model.attention, device=world.device, ranks=world.ranks
     )
     flat = FlatAdapter(loaded.model)
     local = config.local
@@ -162,4 +161,4 @@ def assemble(
         wide_lanes=config.parallel.wide_lanes,
         attacks=build_attacks(config.attacks, federation.num_clients, config.seed),
     )
-    return Federation(loaded, flat, trainer, engine, algorithm, participation, rows, controls, cohorts)
+    return Resident(loaded, flat, trainer, engine, algorithm, participation, rows, controls, cohorts)

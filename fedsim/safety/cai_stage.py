@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final, Literal, cast
 
 from fedsim.base.artefacts import ArtefactStore, file_digest
 from fedsim.base.errors import ConfigError
+from fedsim.base.paths import user_path
 from fedsim.config import Config
 from fedsim.data.square import SquareRow
 from fedsim.generate.engine import Engine, Sampling
@@ -65,7 +65,7 @@ def constitution_file(name: str) -> Path:
     shipped = CONSTITUTIONS / f"{name}.json"
     if shipped.is_file():
         return shipped
-    path = Path(os.path.expanduser(name))
+    path = user_path(name)
     if not path.is_file():
         names = ", ".join(sorted(p.stem for p in CONSTITUTIONS.glob("*.json")))
         raise ConfigError(f"cai.constitution={name!r}: is neither a file nor one that ships with fedsim ({names})")

@@ -16,7 +16,7 @@ from fedsim.config import Config, GuardConfig
 from fedsim.data.chat import TokenRow
 from fedsim.data.prepared import PreparedData
 from fedsim.model.flat_adapter import FlatAdapter
-from fedsim.model.load import LoadedModel, LoraSettings, chosen_attention, load_model, model_digest
+from fedsim.model.load import LoadedModel, chosen_attention, load_model, model_digest
 from fedsim.safety.guard import LlamaGuard
 from fedsim.safety.guard_tuning import verdict_rows
 from fedsim.train.loop import StepSettings, Trainer, TrainingPlan
@@ -177,11 +177,10 @@ class GuardModel:
     def _guard_model(self) -> tuple[LoadedModel, FlatAdapter]:
         if self._loaded is None:
             guard = self.config.guard
-            lora = LoraSettings(guard.lora_r, guard.lora_alpha, guard.lora_dropout, tuple(guard.lora_targets))
             model = self.config.model
             loaded = load_model(
                 guard.path,
-                lora,
+                guard.lora,
                 dtype=model.dtype,
                 attention=model.attention,
                 device=self.device,

@@ -25,7 +25,6 @@ from fedsim.base.processes import family, kill
 from fedsim.base.tables import duration
 from fedsim.config import Config, load_config, to_flat
 from fedsim.parallel.signals import GRACE_S, heard
-from fedsim.record.folders import run_folder
 from fedsim.record.groups import decides
 from fedsim.record.sameness import compare
 
@@ -72,7 +71,7 @@ class Launch:
     @property
     def folder(self) -> Path:
         """Where the study's runs, tables and logs go."""
-        return Path(os.path.expanduser(load_config(self.config, self.overrides).record.dir)) / self.study
+        return load_config(self.config, self.overrides).folder.with_name(self.study)
 
     def words(self, cell: Cell) -> list[str]:
         """The ``key=value`` words of a cell; what the user gave comes first, what makes the cell comes last."""
@@ -127,7 +126,7 @@ def is_finished(config: Config) -> bool:
     Raises:
         ConfigError: its folder holds a run of another configuration.
     """
-    folder = run_folder(config)
+    folder = config.folder
     if not (folder / "summary.md").is_file():
         return False
     if changed := compare(folder, config).changed:
@@ -158,7 +157,7 @@ def run_cells(cells: Sequence[Cell], launch: Launch, say: Callable[[str], None])
     names = [cell.name for cell in cells]
     assert len(set(names)) == len(names), "cells need names of their own"
     configs = {cell.name: launch.resolved(cell) for cell in cells}
-    folders = {name: run_folder(config) for name, config in configs.items()}
+    folders = {name: config.folder for name, config in configs.items()}
     waiting = [cell for cell in cells if not is_finished(configs[cell.name])]
     if len(waiting) < len(cells):
         say(f"{len(cells) - len(waiting)} of {len(cells)} runs are finished already")

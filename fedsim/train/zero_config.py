@@ -19,6 +19,7 @@ import torch
 
 from fedsim.base.errors import ConfigError
 from fedsim.base.json_text import parse_json
+from fedsim.base.paths import user_path
 from fedsim.config import Config
 
 SHIPPED: Final = Path(__file__).parents[1] / "configs" / "deepspeed"
@@ -144,7 +145,7 @@ def _decided(config: Config, num_ranks: int) -> dict[str, tuple[Any, str]]:
 def zero_file(name: str) -> Path:
     """The file that ``guard.deepspeed`` names: one that ships with fedsim, or a path."""
     shipped = SHIPPED / f"{name}.json"
-    return shipped if shipped.is_file() else Path(os.path.expanduser(name))
+    return shipped if shipped.is_file() else user_path(name)
 
 
 def _read(path: str) -> dict[str, Any]:

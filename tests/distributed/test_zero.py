@@ -17,9 +17,10 @@ import torch.distributed as dist
 from fedsim.base.artefacts import ArtefactStore
 from fedsim.base.errors import RunError
 from fedsim.config import load_config
+from fedsim.config.lora import LoraSettings
 from fedsim.data.chat import TokenRow, assistant_turn, user_turn
 from fedsim.model.flat_adapter import FlatAdapter
-from fedsim.model.load import LoraSettings, load_model
+from fedsim.model.load import load_model
 from fedsim.parallel.world import process_world
 from fedsim.run.prepare import prepare_data
 from fedsim.safety.filter_stage import FilterStage

@@ -24,12 +24,13 @@ from transformers import (
 
 from fedsim.attention.forward import IMPLEMENTATIONS
 from fedsim.base.ranks import OneRank
+from fedsim.config.lora import LoraSettings
 from fedsim.data.batch import collate
 from fedsim.data.chat import TokenRow
 from fedsim.fused import choice, ops
 from fedsim.fused.choice import fuse, fuse_layers
 from fedsim.model.flat_adapter import FlatAdapter
-from fedsim.model.load import LoraSettings, attach_lora
+from fedsim.model.load import attach_lora
 from fedsim.model.logprobs import target_logprobs
 from fedsim.train.dropout import KeyedDropout, Part
 from fedsim.train.objectives import SftObjective

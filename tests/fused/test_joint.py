@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Pretr
 
 from fedsim.attention.forward import IMPLEMENTATIONS
 from fedsim.attention.spans import put
+from fedsim.config.lora import LoraSettings
 from fedsim.fused import ops
 from fedsim.fused.choice import fuse_layers
 from fedsim.fused.joint import ATTRIBUTE, JointLinear, adapters_in_use, hold_adapters
@@ -21,7 +22,7 @@ from fedsim.generate import sampling as pick_module
 from fedsim.generate.decode import Decoder, Made, Request
 from fedsim.generate.sampling import pick
 from fedsim.model.flat_adapter import FlatAdapter
-from fedsim.model.load import LoraSettings, attach_lora
+from fedsim.model.load import attach_lora
 
 SMALL: dict[str, Any] = {
     "vocab_size": 261, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from fedsim.base.errors import ModelError
+from fedsim.config.lora import LoraSettings
 from fedsim.model.flat_adapter import FlatAdapter
-from fedsim.model.load import LoraSettings, check_model_dir, load_chat, load_model
+from fedsim.model.load import check_model_dir, load_chat, load_model
 from fedsim.model.shape import model_shape
 from tests.hostile.conftest import JUNK, as_json, cases, damaged, misshapen, result
 

@@ -13,11 +13,12 @@ from transformers import DynamicCache
 
 from fedsim.attention.forward import IMPLEMENTATIONS
 from fedsim.base.ranks import OneRank
+from fedsim.config.lora import LoraSettings
 from fedsim.data.batch import collate
 from fedsim.data.chat import ChatFormat, TokenRow
 from fedsim.generate.engine import Engine, Sampling
 from fedsim.model.cost import Effort, ModelCost, Work, decode_work, rows_work
-from fedsim.model.load import LoraSettings, attach_lora
+from fedsim.model.load import attach_lora
 from fedsim.model.logprobs import target_logprobs
 
 LAYERS = 6

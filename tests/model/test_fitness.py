@@ -37,8 +37,9 @@ from fedsim.attention.choice import Choice
 from fedsim.attention.forward import IMPLEMENTATIONS
 from fedsim.attention.kv_cache import Slots
 from fedsim.base.errors import ModelError
+from fedsim.config.lora import LoraSettings
 from fedsim.model.fitness import check_fitness, switch_dropout_off
-from fedsim.model.load import LoraSettings, load_model, try_fitness
+from fedsim.model.load import load_model, try_fitness
 from fedsim.model.shape import model_shape
 
 CPU = torch.device("cpu")

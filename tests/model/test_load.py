@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM, Gemma2Config, LlamaForCausalLM
 from fedsim.attention.forward import IMPLEMENTATIONS
 from fedsim.base.digests import FileDigests
 from fedsim.base.errors import ModelError
+from fedsim.config.lora import LoraSettings
 from fedsim.data.chat import ChatFormat
 from fedsim.model.load import (
     EMBEDDED,
     LoadedModel,
-    LoraSettings,
     attach_lora,
     check_model_dir,
     load_model,

@@ -24,10 +24,11 @@ from transformers import (
 )
 
 from fedsim.attention.forward import IMPLEMENTATIONS
+from fedsim.config.lora import LoraSettings
 from fedsim.data.batch import collate
 from fedsim.data.chat import TokenRow
 from fedsim.model.flat_adapter import FlatAdapter
-from fedsim.model.load import LoadedModel, LoraSettings, attach_lora
+from fedsim.model.load import LoadedModel, attach_lora
 from fedsim.model.logprobs import target_logprobs
 
 CPU = torch.device("cpu")

@@ -14,10 +14,11 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForCausalLM, Gemma3TextConfig
 
 from fedsim.base.errors import ModelError
+from fedsim.config.lora import LoraSettings
 from fedsim.data.chat import ChatFormat
 from fedsim.model.cost import ModelCost
 from fedsim.model.flat_adapter import FlatAdapter
-from fedsim.model.load import LoraSettings, attach_lora, load_model
+from fedsim.model.load import attach_lora, load_model
 from fedsim.model.shape import model_shape
 
 CPU = torch.device("cpu")

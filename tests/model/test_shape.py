@@ -24,8 +24,9 @@ from transformers import (
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from fedsim.base.errors import ModelError
+from fedsim.config.lora import LoraSettings
 from fedsim.model.flat_adapter import FlatAdapter
-from fedsim.model.load import EMBEDDED, LoraSettings, load_model
+from fedsim.model.load import EMBEDDED, load_model
 from fedsim.model.shape import ModelShape, model_shape
 
 CPU = torch.device("cpu")

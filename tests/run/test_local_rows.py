@@ -26,7 +26,7 @@ from fedsim.parallel.world import World
 from fedsim.record.metrics import Row, decided, read_rows
 from fedsim.report import finish
 from fedsim.run.local_rows import check_local_rows, local_rows
-from fedsim.run.resident import Federation, assemble
+from fedsim.run.resident import Resident, assemble
 from fedsim.run.simulation import Simulation
 
 SMALL = Path(__file__).parents[1] / "distributed" / "small.yaml"
@@ -48,17 +48,17 @@ def spoiled(shard: list[SquareRow]) -> list[SquareRow]:
 
 
 @pytest.fixture()
-def assembled(tmp_path: Path) -> Callable[..., Federation]:
+def assembled(tmp_path: Path) -> Callable[..., Resident]:
     """``assembled(shards, *overrides)``: the embedded model and clients that hold these rows."""
 
-    def made(shards: list[list[SquareRow]], *overrides: str) -> Federation:
+    def made(shards: list[list[SquareRow]], *overrides: str) -> Resident:
         config = load_config(SMALL, [*BRIEF, f"federation.num_clients={len(shards)}", *overrides])
         return assemble(config, World(OneRank(), torch.device("cpu"), exact=True), shards, tmp_path / "state")
 
     return made
 
 
-def rounds(federation: Federation, count: int = 2) -> tuple[ServerState, list[Any]]:
+def rounds(federation: Resident, count: int = 2) -> tuple[ServerState, list[Any]]:
     """The state after some rounds, and each round's reports."""
     state, reports = federation.start(0), []
     for round_idx in range(count):
@@ -71,7 +71,7 @@ def rounds(federation: Federation, count: int = 2) -> tuple[ServerState, list[An
 
 
 @pytest.mark.parametrize("algorithm", ["fedavg", "scaffold", "fedadam", "centralised"])
-def test_unusable_rows_change_no_bit(assembled: Callable[..., Federation], algorithm: str) -> None:
+def test_unusable_rows_change_no_bit(assembled: Callable[..., Resident], algorithm: str) -> None:
     """Two clients of 5 and 2 usable rows, and three unusable ones each: delta, loss, weight and mean are the same."""
     usable = [[row(i) for i in range(5)], [row(10), row(11, weight=0.5)]]
     words = [f"federation.algorithm={algorithm}", "federation.clients_per_round=2"]
@@ -86,7 +86,7 @@ def test_unusable_rows_change_no_bit(assembled: Callable[..., Federation], algor
     assert [report.weight for report in again[0]] == weights
 
 
-def test_a_mean_of_two_clients_weighs_usable_rows_alone(assembled: Callable[..., Federation]) -> None:
+def test_a_mean_of_two_clients_weighs_usable_rows_alone(assembled: Callable[..., Resident]) -> None:
     """x + Σ n_i · delta_i / Σ n_i by hand, with n the usable rows: 5 and 2 of 8 and 5."""
     federation = assembled([spoiled([row(i) for i in range(5)]), spoiled([row(10), row(11)])],
                            "federation.clients_per_round=2")  # fmt: skip
@@ -102,7 +102,7 @@ def test_a_mean_of_two_clients_weighs_usable_rows_alone(assembled: Callable[...,
     ]
 
 
-def test_a_client_without_a_usable_row_sits_out(assembled: Callable[..., Federation]) -> None:
+def test_a_client_without_a_usable_row_sits_out(assembled: Callable[..., Resident]) -> None:
     federation = assembled([[row(0)], spoiled([]), []], "federation.clients_per_round=3")
     assert federation.rows.num_emptied == 1
     attendance = federation.attendance(0)
@@ -140,7 +140,7 @@ def test_nothing_to_learn_is_an_error(
         local(shards, *words, check=check)
 
 
-def test_a_client_that_is_never_drawn_cannot_be_the_only_one(assembled: Callable[..., Federation]) -> None:
+def test_a_client_that_is_never_drawn_cannot_be_the_only_one(assembled: Callable[..., Resident]) -> None:
     """One of four clients has rows, and neither of the two rounds draws it."""
     shards = [[] for _ in range(4)]
     words = ["federation.clients_per_round=1", "seed=1"]

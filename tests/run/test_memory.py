@@ -14,9 +14,10 @@ from transformers import LlamaForCausalLM
 from fedsim.attention.backends import Sdpa
 from fedsim.attention.choice import Choice
 from fedsim.attention.forward import IMPLEMENTATIONS
+from fedsim.config.lora import LoraSettings
 from fedsim.data.batch import collate
 from fedsim.data.chat import TokenRow
-from fedsim.model.load import LoraSettings, attach_lora
+from fedsim.model.load import attach_lora
 from fedsim.model.logprobs import MAX_LOGITS, target_logprobs
 from fedsim.model.shape import ModelShape, model_shape
 from fedsim.run.memory import free_memory, generation_need, kept_by_a_token, scoring_need, training_need

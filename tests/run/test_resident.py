@@ -24,7 +24,7 @@ from fedsim.federation.sampling import sample_cohort
 from fedsim.federation.scaffold import CONTROL, Scaffold
 from fedsim.parallel.world import World
 from fedsim.run.local_rows import tokenise
-from fedsim.run.resident import Federation, assemble
+from fedsim.run.resident import Resident, assemble
 from fedsim.train.loop import StepSettings
 
 CPU = torch.device("cpu")
@@ -45,10 +45,10 @@ SHARDS = [[row(i) for i in range(client, client + 3)] for client in range(3)] + 
 
 
 @pytest.fixture(scope="module")
-def build(tmp_path_factory: pytest.TempPathFactory, llama_dir: Path) -> Callable[..., tuple[Federation, Config]]:
+def build(tmp_path_factory: pytest.TempPathFactory, llama_dir: Path) -> Callable[..., tuple[Resident, Config]]:
     """``build(*overrides)``: the federation of a configuration whose settings are all unusual, and that."""
 
-    def made(*overrides: str) -> tuple[Federation, Config]:
+    def made(*overrides: str) -> tuple[Resident, Config]:
         config = load_config(None, [f"model.path={llama_dir}", *SETTINGS, *overrides])
         folder = tmp_path_factory.mktemp("assembly")
         return assemble(config, World(OneRank(), CPU, exact=True), SHARDS, folder / "controls"), config
@@ -56,15 +56,15 @@ def build(tmp_path_factory: pytest.TempPathFactory, llama_dir: Path) -> Callable
     return made
 
 
-Build = Callable[..., tuple[Federation, Config]]
+Build = Callable[..., tuple[Resident, Config]]
 
 
 @pytest.fixture(scope="module")
-def built(build: Build) -> tuple[Federation, Config]:
+def built(build: Build) -> tuple[Resident, Config]:
     return build()
 
 
-def test_all_parts_work_on_one_model_and_one_adapter(built: tuple[Federation, Config]) -> None:
+def test_all_parts_work_on_one_model_and_one_adapter(built: tuple[Resident, Config]) -> None:
     federation, _ = built
     base, flat = federation.loaded.base, federation.flat
     assert federation.trainer.model is base and federation.engine.model is base
@@ -74,7 +74,7 @@ def test_all_parts_work_on_one_model_and_one_adapter(built: tuple[Federation, Co
     assert federation.cohorts.shards is federation.shards and federation.cohorts.controls is federation.controls
 
 
-def test_the_model_is_loaded_as_configured(built: tuple[Federation, Config]) -> None:
+def test_the_model_is_loaded_as_configured(built: tuple[Resident, Config]) -> None:
     federation, _ = built
     lora = federation.loaded.model.peft_config["default"]
     assert (lora.r, lora.lora_alpha, lora.lora_dropout) == (3, 7, 0.25)
@@ -83,7 +83,7 @@ def test_the_model_is_loaded_as_configured(built: tuple[Federation, Config]) -> 
     assert federation.loaded.base.config._attn_implementation == IMPLEMENTATIONS["eager"]
 
 
-def test_steps_and_replies_are_as_configured(built: tuple[Federation, Config]) -> None:
+def test_steps_and_replies_are_as_configured(built: tuple[Resident, Config]) -> None:
     federation, config = built
     assert federation.trainer.settings == StepSettings(4, 0.3, 0.02, 11)
     engine, clients, cohorts = federation.engine, federation.cohorts.trainer, federation.cohorts
@@ -98,7 +98,7 @@ def test_the_context_is_no_longer_than_the_model_s(build: Build) -> None:
     assert build("model.max_context=4000")[0].engine.max_context == 512
 
 
-def test_rows_are_questions_and_answers_with_their_weights(built: tuple[Federation, Config]) -> None:
+def test_rows_are_questions_and_answers_with_their_weights(built: tuple[Resident, Config]) -> None:
     federation, _ = built
     chat = federation.chat
     assert [len(shard) for shard in federation.shards] == [3, 3, 3, 0], "a row that weighs nothing is left out"
@@ -136,7 +136,7 @@ def test_rows_in_one_place_get_a_cohort_s_budget(build: Build) -> None:
     assert federation.cohorts.trainer.num_steps == 5 * 2
 
 
-def test_a_run_starts_from_an_adapter_that_its_seed_draws(built: tuple[Federation, Config]) -> None:
+def test_a_run_starts_from_an_adapter_that_its_seed_draws(built: tuple[Resident, Config]) -> None:
     federation, _ = built
     starts = [federation.start(seed) for seed in (11, 12)]
     assert torch.equal(starts[0].adapter, federation.flat.initial(11)) and starts[0].num_steps == 0
@@ -145,12 +145,12 @@ def test_a_run_starts_from_an_adapter_that_its_seed_draws(built: tuple[Federatio
 
 def test_a_state_is_moved_to_the_adapter_s_device() -> None:
     flat: Any = SimpleNamespace(values=torch.zeros(3, device="meta"))
-    federation = Federation(None, flat, *[None] * 7)  # type: ignore[arg-type]
+    federation = Resident(None, flat, *[None] * 7)  # type: ignore[arg-type]
     moved = federation.to_device(ServerState(torch.zeros(3), {CONTROL: torch.zeros(3)}, 2))
     assert {vector.device.type for vector in moved.named().values()} == {"meta"} and moved.num_steps == 2
 
 
-def test_who_trains_is_drawn_for_the_round_among_those_with_rows(built: tuple[Federation, Config]) -> None:
+def test_who_trains_is_drawn_for_the_round_among_those_with_rows(built: tuple[Resident, Config]) -> None:
     """Client 3 has rows that weigh nothing; stragglers are drawn with the run's seed and settings."""
     federation, config = built
     seen = set()
@@ -164,7 +164,7 @@ def test_who_trains_is_drawn_for_the_round_among_those_with_rows(built: tuple[Fe
     assert seen == {0, 1, 2} or seen == {0, 1}
 
 
-def test_a_state_of_another_shape_is_refused(built: tuple[Federation, Config]) -> None:
+def test_a_state_of_another_shape_is_refused(built: tuple[Resident, Config]) -> None:
     federation, _ = built
     federation.check(federation.start(0))
     with pytest.raises(CheckpointError, match="adapter"):
@@ -179,7 +179,7 @@ def test_a_server_step_that_is_not_finite_names_the_vector(name: str, value: flo
     algorithm: Algorithm = Scaffold("gradient")
     parts: Any = [SimpleNamespace()] * 4
     parts[1] = SimpleNamespace(size=3)
-    federation = Federation(*parts, algorithm, *parts[:4])
+    federation = Resident(*parts, algorithm, *parts[:4])
     state = algorithm.start(torch.zeros(3))
     sums = {"adapter": torch.ones(3).double(), "control": torch.ones(3).double()}
     assert federation.step(state, RoundSums(sums["adapter"], 2.0, sums["control"], 4)).num_steps == 1

@@ -45,7 +45,7 @@ from fedsim.run.local_rows import LocalRows
 from fedsim.run.measurement import Measurement
 from fedsim.run.peak import Peak
 from fedsim.run.preparation import Guarded, Inputs
-from fedsim.run.resident import Federation
+from fedsim.run.resident import Resident
 from fedsim.run.simulation import Simulation
 from fedsim.safety.alignment import Alignment
 
@@ -158,7 +158,7 @@ class ToyAligner:
         return Alignment(vector + torch.tensor([0.0, 1.0, 0.0]), {"cai/sft_loss": 20.0 + round_idx})
 
 
-class ToyFederation(Federation):
+class ToyResident(Resident):
     """A federation that records which states are moved to the device."""
 
     def to_device(self, state: ServerState) -> ServerState:
@@ -227,18 +227,18 @@ class ToyPreparation:
         assert data is self.inputs.data
         return self.guarded
 
-    def record_filter(self, guarded: Guarded, federation: Federation) -> None:
+    def record_filter(self, guarded: Guarded, federation: Resident) -> None:
         assert guarded is self.guarded and federation.shards
         self.log.append(("filter recorded",))
 
-    def shared_evaluation(self, inputs: Inputs, federation: Federation) -> str:
+    def shared_evaluation(self, inputs: Inputs, federation: Resident) -> str:
         assert inputs is self.inputs and federation.shards
         return "shared"
 
     def check_unchanged(self, inputs: Inputs) -> None:
         raise CheckpointError("the kites changed")
 
-    def aligner(self, data: Any, federation: Federation, guard: Any, *, new: bool) -> ToyAligner:
+    def aligner(self, data: Any, federation: Resident, guard: Any, *, new: bool) -> ToyAligner:
         assert data is self.inputs.data and federation.shards and guard is self.guarded.judge
         self.log.append(("conversations", new))
         return self.cai
@@ -269,7 +269,7 @@ class Toy(Simulation):
         act(given)
         self.log.append((name, round_idx))
 
-    def _assemble(self, filtered: Any) -> Federation:
+    def _assemble(self, filtered: Any) -> Resident:
         assert filtered.shards == "kept shards"
         row = SimpleNamespace(weight=1.0)
         shards: Any = [[row], [], [row] * 3, [row]]
@@ -285,19 +285,19 @@ class Toy(Simulation):
             LocalRows(shards, Tally(), 0),
         ]
         self.meter: Any = ToyMeter(self.log)
-        self.federation = ToyFederation(*parts, controls, Cohorts(self.log, self.config, controls))  # type: ignore
+        self.federation = ToyResident(*parts, controls, Cohorts(self.log, self.config, controls))  # type: ignore
         return self.federation
 
-    def _measurement(self, federation: Federation, suite: Suite, shared: Any) -> Measurement:
+    def _measurement(self, federation: Resident, suite: Suite, shared: Any) -> Measurement:
         made = super()._measurement(federation, suite, shared)
-        assert (made.federation, made.suite, made.shared) == (federation, suite, "shared")
+        assert (made.resident, made.suite, made.shared) == (federation, suite, "shared")
         assert (made.meter, made.record, made.config) == (self.meter, self.record, self.config)
         assert suite == Suite(limit=3, guard="judge")  # type: ignore[arg-type]
         found = ToyMeasurement(self.config, self.world, self.record, federation, suite, self.meter)
         found.log = self.log
         return found
 
-    def _round(self, federation: Federation, round_idx: int, *rest: Any) -> Any:
+    def _round(self, federation: Resident, round_idx: int, *rest: Any) -> Any:
         self.log.append(("round", round_idx))
         return super()._round(federation, round_idx, *rest)
 

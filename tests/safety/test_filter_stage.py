@@ -17,11 +17,12 @@ from transformers import LlamaForCausalLM
 from fedsim.base.artefacts import ArtefactStore
 from fedsim.base.ranks import OneRank
 from fedsim.config import GuardConfig, load_config
+from fedsim.config.lora import LoraSettings
 from fedsim.data.chat import ChatFormat, TokenRow
 from fedsim.data.prepared import PreparedData
 from fedsim.data.square import SquareRow
 from fedsim.model.flat_adapter import FlatAdapter
-from fedsim.model.load import LoraSettings, load_model
+from fedsim.model.load import load_model
 from fedsim.parallel.sums import Summer
 from fedsim.parallel.world import World
 from fedsim.run.preparation import Preparation

@@ -12,11 +12,12 @@ from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from fedsim.attention.forward import IMPLEMENTATIONS
 from fedsim.base.errors import ModelError
+from fedsim.config.lora import LoraSettings
 from fedsim.data.batch import collate
 from fedsim.data.chat import TokenRow
 from fedsim.fused.functions import DropoutMask
 from fedsim.model.flat_adapter import FlatAdapter
-from fedsim.model.load import LoadedModel, LoraSettings, attach_lora
+from fedsim.model.load import LoadedModel, attach_lora
 from fedsim.model.logprobs import _HEAD_START, target_logprobs
 from fedsim.train.dropout import KeyedDropout, LoraDropout, Masked, Part
 from fedsim.train.loop import StepSettings, Trainer, TrainingPlan

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel, StoppingCriteriaList
 
 from fedsim.attention.prefix import candidate_logits, read_head
 from fedsim.config import GuardConfig
+from fedsim.config.lora import LoraSettings
 from fedsim.model.cost import Effort, ModelCost, Work
-from fedsim.model.load import LoraSettings
 from fedsim.safety.guard import units_of
 from tools.bench.generation import Limits
 from tools.bench.lengths import draw, random_ids

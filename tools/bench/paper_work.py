@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from fedsim.config.lora import LoraSettings
 from fedsim.model.cost import Effort, ModelCost, Work, decode_work, rows_work
-from fedsim.model.load import LoraSettings, attach_lora
+from fedsim.model.load import attach_lora
 from fedsim.report import paper
 from tools.bench import guard
 from tools.bench.cai_iteration import NUM_PAIRS, preferences

@@ -8,9 +8,10 @@ import torch
 from peft import PeftModel
 from torch.nn import functional as F
 
+from fedsim.config.lora import LoraSettings
 from fedsim.data.chat import TokenRow
 from fedsim.model.flat_adapter import Slot
-from fedsim.model.load import LoraSettings, attach_lora
+from fedsim.model.load import attach_lora
 from fedsim.train.objectives import Preference
 from tools.bench.stage import PAPER_LORA, Bench
 

@@ -15,9 +15,10 @@ from transformers import PreTrainedModel
 
 from fedsim.attention.choice import choose
 from fedsim.base import keyed_random
+from fedsim.config.lora import LoraSettings
 from fedsim.fused.choice import fuse
 from fedsim.model.flat_adapter import FlatAdapter
-from fedsim.model.load import LoraSettings, attach_lora
+from fedsim.model.load import attach_lora
 from fedsim.run.peak import Peak, device_peak
 from tools.bench.models import ModelSize, build
 from tools.bench.rows import Correctness, Row

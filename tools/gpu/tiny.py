@@ -9,8 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fedsim.attention.forward import IMPLEMENTATIONS, causal_lm
+from fedsim.config.lora import LoraSettings
 from fedsim.model.flat_adapter import FlatAdapter
-from fedsim.model.load import EMBEDDED, LoraSettings, attach_lora
+from fedsim.model.load import EMBEDDED, attach_lora
 from tools.bench.measure import deterministic
 from tools.bench.models import ModelSize
 from tools.bench.stage import Bench, start_vector

@@ -11,7 +11,7 @@ from typing import Any, Final
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
-from fedsim.model.load import LoraSettings
+from fedsim.config.lora import LoraSettings
 from tools.rehearsal.device import stand_in
 from tools.rehearsal.phases import LAYERS, PHASES, Model, Phase, label, needed, steps
 from tools.rehearsal.roofline import GPUS, Labels, Roofline

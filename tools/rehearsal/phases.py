@@ -26,6 +26,7 @@ from fedsim.attention.forward import IMPLEMENTATIONS
 from fedsim.attention.prefix import candidate_logits, read_head
 from fedsim.base.ranks import Term
 from fedsim.config import FederationConfig, LocalConfig, ServerOptimizerConfig, load_config
+from fedsim.config.lora import LoraSettings
 from fedsim.data.chat import TokenRow
 from fedsim.federation.algorithms import RoundSums
 from fedsim.federation.registry import build_algorithm
@@ -33,7 +34,7 @@ from fedsim.fused.choice import fuse
 from fedsim.fused.joint import hold_adapters
 from fedsim.generate.decode import Decoder, Request, _Row
 from fedsim.model.flat_adapter import FlatAdapter
-from fedsim.model.load import LoraSettings, attach_lora
+from fedsim.model.load import attach_lora
 from fedsim.model.shape import ModelShape, model_shape
 from fedsim.parallel.sums import Summer
 from fedsim.parallel.world import Lane
