@@ -46,7 +46,6 @@ def test_a_correct_stage_is_timed_and_its_rows_are_written(tmp_path: Path) -> No
     assert [row.name for row in result.rows] == ["work"] and len(result.correctness) == 2
     assert {"device", "threads", "versions", "commit", "date"} <= result.facts.keys()
     assert "trl" in result.facts["versions"]
-    assert len(result.facts["code"]) == 64
     assert said[-1].splitlines()[-1].startswith("fake")
 
 
