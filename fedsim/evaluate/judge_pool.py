@@ -43,31 +43,22 @@ class RequestPool:
         ask: one request with its retries.
         keep: called for one judgment at a time.
         workers: requests under way at once.
+
+    Attributes:
+        failure: once all is over, what ended the work early, or else the first turn's error; None if all are judged.
+        gave_up: the work ended early, with a failure of all matches.
     """
 
     def __init__(self, matches: Sequence[Match], ask: Ask, keep: Keep, workers: int) -> None:
+        self.failure: JudgeError | None = None
+        self.gave_up = False
         self._ask = ask
         self._keep = keep
         self._left: Iterator[Match] = iter(matches)
         self._done = 0
         self._in_a_row = 0
         self._failed: list[TurnError] = []
-        self._failure: Exception | None = None
         self._work = asyncio.run_coroutine_threadsafe(self._all(min(workers, len(matches))), request_loop())
-
-    @property
-    def failure(self) -> JudgeError | None:
-        """What ended the work early, or else what the turns without a judgment failed at; None if all have one."""
-        assert self._failure is None or isinstance(self._failure, JudgeError)
-        if self._failure is None and self._failed:
-            others = f" (and {len(self._failed) - 1} others)" if len(self._failed) > 1 else ""
-            return JudgeError(f"{self._failed[0]}{others}")
-        return self._failure
-
-    @property
-    def gave_up(self) -> bool:
-        """Return whether the work ended before every match was asked, or with a failure of all matches."""
-        return self._failure is not None
 
     def wait(self, seconds: float) -> tuple[int, bool]:
         """Wait until all is over, at most so long; returns how many turns are over, and whether all is.
@@ -77,8 +68,8 @@ class RequestPool:
         """
         concurrent.futures.wait([self._work], timeout=seconds)
         over = self._work.done()
-        if over and self._failure is not None and not isinstance(self._failure, JudgeError):
-            raise self._failure
+        if over:
+            self._work.result()
         return self._done, over
 
     async def _all(self, workers: int) -> None:
@@ -87,7 +78,13 @@ class RequestPool:
                 for _ in range(workers):
                     group.create_task(self._turns())
         except ExceptionGroup as errors:
-            self._failure = errors.exceptions[0]  # the first in time: it cancelled the others
+            first = errors.exceptions[0]  # in time: it cancelled the other tasks
+            if not isinstance(first, JudgeError):
+                raise first from None
+            self.failure, self.gave_up = first, True
+        if self._failed and not self.gave_up:
+            others = f" (and {len(self._failed) - 1} others)" if len(self._failed) > 1 else ""
+            self.failure = JudgeError(f"{self._failed[0]}{others}")
 
     async def _turns(self) -> None:
         """Turns one after the other, until none is left or the work is given up."""
