@@ -220,6 +220,20 @@ def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
     made.server.server_close()
 
 
+@pytest.fixture()
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds of every pause that openai's client would make between two attempts, none of which is taken."""
+    import anyio
+
+    seconds: list[float] = []
+
+    async def sleep(delay: float) -> None:
+        seconds.append(delay)
+
+    monkeypatch.setattr(anyio, "sleep", sleep)
+    return seconds
+
+
 JUDGE_PROMPTS = {
     "single-v1": ("You are fair.", "Rate the kite answer.\n[Q] {question}\n[A] {answer}\n{{so}}"),
     "single-math-v1": ("You are fair.", "Rate it.\n[Q] {question}\n[R] {ref_answer_1}\n[A] {answer}"),

@@ -76,7 +76,7 @@ def test_pins_satisfy_the_lower_bounds(setup_cfg: configparser.ConfigParser) -> 
         assert pins[name.lower()] >= tuple(int(part) for part in bound.split(".")), line
 
 
-def test_a_wheel_holds_code_kernels_configs_and_the_tiny_model(tmp_path: Path) -> None:
+def test_a_wheel_holds_code_kernels_configs_the_tiny_model_and_the_template(tmp_path: Path) -> None:
     """Builds with the builder at hand; the same names as in a clone, and nothing at the top level but fedsim."""
     build_system = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]
     assert build_system["build-backend"] == "setuptools.build_meta"
@@ -100,6 +100,7 @@ def test_a_wheel_holds_code_kernels_configs_and_the_tiny_model(tmp_path: Path) -
             assert f"fedsim/configs/{file.relative_to(ROOT / 'configs').as_posix()}" in names
     for file in (ROOT / "fedsim" / "world" / "tiny").iterdir():
         assert f"fedsim/world/tiny/{file.name}" in names
+    assert "fedsim/report/page.html.jinja" in names
 
 
 def test_the_oldest_versions_allowed_are_those_that_are_tested(setup_cfg: configparser.ConfigParser) -> None:

@@ -16,12 +16,16 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted(p for part in ("fedsim", "launch", "tools", "kernels") for p in (ROOT / part).rglob("*.py"))
 
 CODE: Final = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "runpy", "code"}
-NETWORK: Final = {"socket", "requests", "httpx", "urllib3", "aiohttp", "huggingface_hub", "ftplib", "smtplib", "xmlrpc",
-                  "http", "openai", "wandb", "urllib.request"}  # fmt: skip
+NETWORK: Final = {
+    "socket", "requests", "httpx", "httpx2", "urllib3", "aiohttp", "huggingface_hub", "ftplib", "smtplib", "xmlrpc",
+    "http", "openai", "wandb", "urllib.request",
+}  # fmt: skip
 ALLOWED: Final = {
     # Messages between a run's own processes, whose connections stay on this machine.
     ("fedsim/parallel/world.py", "pickle"),
     ("fedsim/evaluate/judge_client.py", "openai"),  # judge.kind=openai asks for it
+    ("fedsim/evaluate/judge_http.py", "openai"),  # the HTTP client beneath it
+    ("fedsim/evaluate/judge_http.py", "httpx2"),
     ("fedsim/evaluate/judge_replies.py", "openai"),  # the type of its errors
     ("fedsim/record/wandb_worker.py", "wandb"),  # wandb.mode=online asks for it; offline it writes files
     ("fedsim/record/wandb_file.py", "wandb"),  # its file format

@@ -1,4 +1,4 @@
-"""The judge of MT-Bench: rates every answer that has no judgment yet, and keeps each judgment at once.
+"""The judge of MT-Bench, which rates every answer that has no judgment yet and keeps each judgment at once.
 
 A judgment that the file already holds is taken over where judge, model, question, turn and the whole text that the
 judge was shown (answers and reference are in it) are the same. The system message and ``judge.max_new_tokens`` are not
@@ -20,7 +20,7 @@ from fedsim.base.ranks import Ranks
 from fedsim.config import Config
 from fedsim.data.evaluation_sets import MtQuestion
 from fedsim.evaluate.fastchat import CUT, FAILED, NOT_ASKED, UNRATED, JudgmentFile, Place, Row, judgment_row, pending
-from fedsim.evaluate.judge_client import OpenAiClient, Pause
+from fedsim.evaluate.judge_client import OpenAiClient
 from fedsim.evaluate.judge_inputs import judge_files, judge_name, load_questions, load_references
 from fedsim.evaluate.judge_local import judge_locally
 from fedsim.evaluate.judge_pool import Keep, RequestPool
@@ -92,18 +92,16 @@ class MtJudge:
         config: its ``judge`` part, the question file and the references.
         ranks: rank 0 asks an endpoint; all ranks share a local model's work.
         device: of this rank.
-        pause: see :class:`fedsim.evaluate.judge_pool.RequestPool`.
 
     Raises:
         DataError: see :func:`fedsim.evaluate.judge_inputs.check_judge`.
     """
 
-    def __init__(self, config: Config, ranks: Ranks, device: torch.device, pause: Pause | None = None) -> None:
+    def __init__(self, config: Config, ranks: Ranks, device: torch.device) -> None:
         assert config.judge.kind != "none", "there is no judge"
         self.config = config
         self.ranks = ranks
         self.device = device
-        self.pause = pause
         self.questions = load_questions(config)
         self.prompts: dict[str, JudgePrompt] = load_judge_prompts(judge_files(config)["judge_prompts"])
         self.references = load_references(config, self.questions)
@@ -181,7 +179,7 @@ class MtJudge:
             if self._client is None:
                 self._client = OpenAiClient(settings)
             if not pools:
-                pools.append(RequestPool(missing, self._client.ask, keep, settings.workers, self.pause))
+                pools.append(RequestPool(missing, self._client.ask, keep, settings.workers))
             done, over = pools[0].wait(min(POLL_S, self.config.parallel.timeout_s / 4))
             outcome = _Outcome(pools[0].failure, pools[0].gave_up, self._client.news()) if over else None
             return done, outcome

@@ -1,69 +1,64 @@
-"""Requests that several threads send at once, watched by the thread that started them.
+"""Requests under way at once, on an event loop in a thread of its own, watched by the thread that started them.
 
-The threads stop by themselves where the endpoint fails for good, and die with the process: an interrupt need not wait
-for them. A turn that stays without a judgment is kept as such; several that follow each other end the rest.
+The loop's thread dies with the process: an interrupt need not wait for it. A turn without a judgment is kept as such;
+several that follow each other end the rest.
 """
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
+import functools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Final
 
 from fedsim.base.errors import JudgeError
-from fedsim.evaluate.judge_client import Pause
 from fedsim.evaluate.judge_prompts import Match
-from fedsim.evaluate.judge_replies import StoppedError, TurnError
+from fedsim.evaluate.judge_replies import TurnError
 
 MOST_IN_A_ROW: Final = 5
 """So many turns without a judgment, one after the other, are taken for an endpoint that judges nothing."""
 
-Ask = Callable[[Match, Pause], str]
+Ask = Callable[[Match], Awaitable[str]]
 Keep = Callable[[Match, str | None], None]
-"""Keeps a judgment, None for a turn that got none; must be safe to call from any thread, one call at a time."""
+"""Keeps a judgment, None for a turn that got none; called on the event loop, so one call at a time."""
+
+
+@functools.cache
+def request_loop() -> asyncio.AbstractEventLoop:
+    """The event loop of all requests."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="judge-requests", daemon=True).start()
+    return loop
 
 
 class RequestPool:
-    """Asks for every match and keeps each judgment as it arrives.
+    """Requests for all matches, of which each judgment is kept as it arrives.
+
+    A failure of all matches cancels every request. One that returns a judgment nevertheless has it kept.
 
     Args:
         matches: what to ask.
         ask: one request with its retries.
         keep: called for one judgment at a time.
         workers: requests under way at once.
-        pause: waits before another attempt; None waits until the time is over or the work is given up.
+
+    Attributes:
+        failure: once all is over, what ended the work early, or else the first turn's error; None if all are judged.
+        gave_up: the work ended early, with a failure of all matches.
     """
 
-    def __init__(
-        self, matches: Sequence[Match], ask: Ask, keep: Keep, workers: int, pause: Pause | None = None
-    ) -> None:
+    def __init__(self, matches: Sequence[Match], ask: Ask, keep: Keep, workers: int) -> None:
+        self.failure: JudgeError | None = None
+        self.gave_up = False
         self._ask = ask
         self._keep = keep
         self._left: Iterator[Match] = iter(matches)
-        self._changed = threading.Condition()
-        self._stop = threading.Event()
-        self._pause = self._stop.wait if pause is None else pause
-        self._running = min(workers, len(matches))
         self._done = 0
         self._in_a_row = 0
         self._failed: list[TurnError] = []
-        self._failure: Exception | None = None
-        for i in range(self._running):
-            threading.Thread(target=self._work, name=f"judge-{i}", daemon=True).start()
-
-    @property
-    def failure(self) -> JudgeError | None:
-        """What ended the work early, or else what the turns without a judgment failed at; None if all have one."""
-        assert self._failure is None or isinstance(self._failure, JudgeError)
-        if self._failure is None and self._failed:
-            others = f" (and {len(self._failed) - 1} others)" if len(self._failed) > 1 else ""
-            return JudgeError(f"{self._failed[0]}{others}")
-        return self._failure
-
-    @property
-    def gave_up(self) -> bool:
-        """Return whether the work ended before every match was asked, or with a failure of all matches."""
-        return self._failure is not None
+        self._work = asyncio.run_coroutine_threadsafe(self._all(min(workers, len(matches))), request_loop())
 
     def wait(self, seconds: float) -> tuple[int, bool]:
         """Wait until all is over, at most so long; returns how many turns are over, and whether all is.
@@ -71,43 +66,40 @@ class RequestPool:
         Raises:
             Exception: whatever ``ask`` or ``keep`` raised that is no error of the endpoint.
         """
-        with self._changed:
-            self._changed.wait_for(lambda: self._running == 0, timeout=seconds)
-            if self._failure is not None and not isinstance(self._failure, JudgeError):
-                raise self._failure
-            return self._done, self._running == 0
+        concurrent.futures.wait([self._work], timeout=seconds)
+        over = self._work.done()
+        if over:
+            self._work.result()
+        return self._done, over
 
-    def _work(self) -> None:
+    async def _all(self, workers: int) -> None:
         try:
-            while (match := self._next()) is not None:
-                self._turn(match)
-        except StoppedError:
-            pass
-        except Exception as error:  # handed to the watching thread
-            with self._changed:
-                self._failure = self._failure or error
-            self._stop.set()
-        finally:
-            with self._changed:
-                self._running -= 1
-                self._changed.notify_all()
+            async with asyncio.TaskGroup() as group:
+                for _ in range(workers):
+                    group.create_task(self._turns())
+        except ExceptionGroup as errors:
+            first = errors.exceptions[0]  # in time: it cancelled the other tasks
+            if not isinstance(first, JudgeError):
+                raise first from None
+            self.failure, self.gave_up = first, True
+        if self._failed and not self.gave_up:
+            others = f" (and {len(self._failed) - 1} others)" if len(self._failed) > 1 else ""
+            self.failure = JudgeError(f"{self._failed[0]}{others}")
 
-    def _turn(self, match: Match) -> None:
-        judgment: str | None = None
-        failure: TurnError | None = None
-        try:
-            judgment = self._ask(match, self._pause)
-        except TurnError as error:
-            failure = error
-        with self._changed:
+    async def _turns(self) -> None:
+        """Turns one after the other, until none is left or the work is given up."""
+        task = asyncio.current_task()
+        for match in self._left:
+            judgment: str | None = None
+            try:
+                judgment = await self._ask(match)
+            except TurnError as error:
+                self._failed.append(error)
             self._keep(match, judgment)
             self._done += 1
-            self._in_a_row = 0 if failure is None else self._in_a_row + 1
-            if failure is not None:
-                self._failed.append(failure)
-                if self._in_a_row == MOST_IN_A_ROW:
-                    raise JudgeError(f"{MOST_IN_A_ROW} turns in a row without a judgment; the last: {failure}")
-
-    def _next(self) -> Match | None:
-        with self._changed:
-            return None if self._stop.is_set() else next(self._left, None)
+            self._in_a_row = self._in_a_row + 1 if judgment is None else 0
+            if self._in_a_row == MOST_IN_A_ROW:
+                last = self._failed[-1]
+                raise JudgeError(f"{MOST_IN_A_ROW} turns in a row without a judgment; the last: {last}")
+            if task is None or task.cancelling():
+                return

@@ -1,4 +1,4 @@
-"""Classification of an endpoint's answers to a judge prompt: a judgment, a transient, lasting or final failure.
+"""Classification of an endpoint's answers to a judge prompt: a judgment, or a failure that may pass or will not.
 
 An endpoint may echo the prompt in its error. Nothing of its free text is therefore shown: only the status, and names
 such as ``context_length_exceeded`` that do not occur in the prompt. ``hidden`` is the prompt and the key everywhere.
@@ -6,7 +6,12 @@ such as ``context_length_exceeded`` that do not occur in the prompt. ``hidden`` 
 
 from __future__ import annotations
 
+import email.utils
+import json
+import math
 import re
+import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from fedsim.evaluate.fastchat import CUT
@@ -14,10 +19,8 @@ from fedsim.evaluate.fastchat import CUT
 if TYPE_CHECKING:
     from openai import APIStatusError
 
-ASK_LATER: Final = "see that the endpoint answers, or raise judge.retries or judge.timeout_s"
-
-_FINISH_REASONS: Final = ("stop", "length", "content_filter", "tool_calls", "function_call")
-"""OpenAI's own, which are shown even where an answer has the same word."""
+_SHOWN_REASONS: Final = ("stop", "length", "content_filter", "tool_calls", "function_call")
+"""OpenAI's own finish reasons; another one may be a word of the prompt."""
 
 _CUT_REASONS: Final = ("length", "max_tokens", "content_filter", "abort")
 """Finish reasons of a judgment that is not whole: OpenAI's, and those of vLLM, SGLang and others."""
@@ -30,57 +33,47 @@ _TOO_LONG: Final = re.compile(r"context (length|window|size)|maximum context|max
 _UNSUPPORTED: Final = re.compile(r"unsupported|not support|only the default")
 
 
-class PassingError(Exception):
-    """A failure that may pass.
-
-    Args:
-        reason: without the key or any text of a prompt.
-        retry_after_s: how long the endpoint asks to wait; None if it does not say.
-        is_away: the endpoint answers nobody now, so that other turns would fail like this one.
-        fix: what to do where it does not pass.
-    """
-
-    def __init__(
-        self, reason: str, retry_after_s: float | None = None, *, is_away: bool = False, fix: str = ASK_LATER
-    ) -> None:
-        super().__init__(reason)
-        self.retry_after_s = retry_after_s
-        self.is_away = is_away
-        self.fix = fix
+class UnusableError(Exception):
+    """An answer without a judgment. The message is without the key or any text of a prompt."""
 
 
 class TurnError(Exception):
-    """One turn gets no judgment; others may. The message is without the key or any text of a prompt."""
+    """A turn without a judgment; others may get one. The message is without the key or any text of a prompt."""
 
 
-class StoppedError(Exception):
-    """The work was given up while a request waited for its next attempt."""
-
-
-def content(reply: Any, hidden: str) -> str:
+def content(body: bytes) -> str:
     """The text of a chat completion, with :data:`fedsim.evaluate.fastchat.CUT` before it if it is not whole.
 
     The content may be a list of parts, of which those with text are taken. Thoughts that an endpoint gives apart from
     the content (``reasoning_content``) are not read. An answer that reached its length limit before any text is cut off
     too: the same request would end there again.
 
+    Args:
+        body: of the answer, JSON.
+
     Raises:
-        PassingError: it has no choice or no text.
+        UnusableError: it is no JSON, or has no choice or no text.
     """
-    choices = getattr(reply, "choices", None)
+    try:
+        reply = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise UnusableError(f"the answer is no chat completion ({type(error).__name__})") from None
+    choices = reply.get("choices") if isinstance(reply, dict) else None
     if not isinstance(choices, list) or not choices:
-        raise PassingError("the answer has no choices")
-    found = getattr(getattr(choices[0], "message", None), "content", None)
+        raise UnusableError("the answer has no choices")
+    choice = choices[0] if isinstance(choices[0], dict) else {}
+    message = choice.get("message")
+    found = message.get("content") if isinstance(message, dict) else None
     if isinstance(found, list):
         found = "".join(_part_text(part) for part in found)
-    given = getattr(choices[0], "finish_reason", None)
+    reason = choice.get("finish_reason")
     has_text = isinstance(found, str) and bool(found.strip())
-    if not has_text and given not in ("length", "max_tokens"):
-        reason = given if given in _FINISH_REASONS else _name(given, hidden)
-        raise PassingError(f"the answer has no text{reason and f' (finish_reason {reason})'}")
+    if not has_text and reason not in ("length", "max_tokens"):
+        shown = f" (finish_reason {reason})" if reason in _SHOWN_REASONS else ""
+        raise UnusableError(f"the answer has no text{shown}")
     text = str(found) if has_text else ""
     text = text.encode("utf-8", "replace").decode()  # half a surrogate pair can come as JSON, but not go to a file
-    return f"{CUT}{text}" if given in _CUT_REASONS else text
+    return f"{CUT}{text}" if reason in _CUT_REASONS else text
 
 
 def _part_text(part: Any) -> str:
@@ -89,6 +82,31 @@ def _part_text(part: Any) -> str:
         return ""
     text = part.get("text")
     return text if isinstance(text, str) else ""
+
+
+def may_pass(status: int, body: bytes) -> bool:
+    """Return whether the same request may succeed later: after 408, 409, 429 and 5xx, unless no quota is left.
+
+    Args:
+        status: of an HTTP answer.
+        body: of the answer. A JSON string in it that merely quotes the words has its quotation marks escaped.
+    """
+    return (status in (408, 409, 429) or status >= 500) and b'"insufficient_quota"' not in body
+
+
+def retry_after_s(headers: Mapping[str, str]) -> float | None:
+    """Seconds that a ``Retry-After`` header asks to wait, given as seconds or as a date; None without a sound one."""
+    value = headers.get("retry-after")
+    if value is None:
+        return None
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+        except (TypeError, ValueError, OverflowError):
+            return None
+    return max(0.0, seconds) if math.isfinite(seconds) else None
 
 
 def told(error: APIStatusError, hidden: str) -> str:

@@ -1,16 +1,25 @@
-"""The report's sections, each from the runs that have its data, put together as one page."""
+"""The values of the report's page, each from the runs that have its data, and the page made of them.
+
+The page itself is ``page.html.jinja``, beside this file.
+"""
 
 from __future__ import annotations
 
+import base64
+import functools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from fedsim.base.figures import Figure
 from fedsim.base.tables import Table, duration, measured, with_interval
 from fedsim.base.version import commit_of
-from fedsim.report import html, pictures
+from fedsim.report import pictures
 from fedsim.report.arms import Group, caption, differences, grouped, headline_figures, headlines, table_1, warnings
 from fedsim.report.cai_line import cai_lines
 from fedsim.report.plots import plot_times
@@ -26,11 +35,26 @@ PATH = re.compile(r"""(?<![^\s"'=,(\[])(?:/[^/\s"']+)*/([^/\s"',)\]]+)/?""")
 """An absolute path, at the beginning of a word or a value; the group is its last part."""
 
 
+#: Characters that HTML forbids, that show nothing, or that turn the direction of what follows.
+UNSHOWN = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]"
+)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A picture of the page: its data URI, its words for those who cannot see it, and its caption."""
+
+    source: str
+    alt: str
+    caption: str
+
+
 class Pictures:
-    """The page's pictures, each made once: its file, and the figure in the page.
+    """The page's pictures, each made once.
 
     Attributes:
-        files: content by file name.
+        files: content of the PNG files by file name.
     """
 
     def __init__(self, runs: Sequence[Run]) -> None:
@@ -39,83 +63,71 @@ class Pictures:
         self.arms = f"{len(grouped(runs))} arm(s), {self.num}"
         self.files: dict[str, bytes] = {}
 
-    def compared(self) -> list[str]:
+    def compared(self) -> list[Shown]:
         """Every headline figure and control by round and by arm."""
+        plotted = {figure.name: figure for run in self.runs for figure in run.facts.benchmarks.plotted}
         found = []
-        for figure in self._plotted():
+        for figure in plotted.values():
             about = f"{self.arms}{items(self.runs, figure)}; bars: 95 % intervals."
             at_the_end = f"At the end, {in_words(self.runs, figure)}"
-            found.append(
-                self._add(
-                    f"{_file_name(figure)}-rounds",
-                    pictures.overlay(self.runs, figure),
-                    f"Lines over rounds: {figure.label}. {at_the_end}",
-                    f"{figure.label}, by round, {about}",
-                )
+            found += self._add(
+                f"{_file_name(figure)}-rounds",
+                pictures.overlay(self.runs, figure),
+                f"Lines over rounds: {figure.label}. {at_the_end}",
+                f"{figure.label}, by round, {about}",
             )
-            found.append(
-                self._add(
-                    f"{_file_name(figure)}-arms",
-                    pictures.dots(self.runs, figure),
-                    f"One dot an arm: {figure.label}. {at_the_end}",
-                    f"{figure.label}, before CAI and at the end, {about}",
-                )
+            found += self._add(
+                f"{_file_name(figure)}-arms",
+                pictures.dots(self.runs, figure),
+                f"One dot an arm: {figure.label}. {at_the_end}",
+                f"{figure.label}, before CAI and at the end, {about}",
             )
         return found
 
-    def costs(self) -> list[str]:
+    def costs(self) -> list[Shown]:
         """Seconds against safety and helpfulness: the first headline share, and the first in another unit."""
         first: dict[bool, Figure] = {}
         for figure in headline_figures(self.runs):
             first.setdefault(figure.is_share, figure)
-        return [
-            self._add(
+        found = []
+        for figure in first.values():
+            about = f"{self.arms}{items(self.runs, figure)}; bars: 95 % intervals."
+            found += self._add(
                 f"cost-{_file_name(figure)}",
                 pictures.cost(self.runs, figure),
                 f"One dot an arm: seconds to the right, {figure.label} upwards. {in_words(self.runs, figure)}",
-                f"Mean seconds of a run against {figure.label}, {self.arms}{items(self.runs, figure)}; "
-                "bars: 95 % intervals.",
+                f"Mean seconds of a run against {figure.label}, {about}",
             )
-            for figure in first.values()
-        ]
+        return found
 
-    def _plotted(self) -> list[Figure]:
-        return list({figure.name: figure for run in self.runs for figure in run.facts.benchmarks.plotted}.values())
-
-    def losses(self) -> list[str]:
+    def losses(self) -> list[Shown]:
         """Loss by client, a picture a run."""
-        return [
-            self._add(
-                f"loss-{i}",
-                pictures.client_losses(run),
-                losses_in_words(run),
-                f"{run.title}: loss of each client that trained, over {run.facts.num_rounds} rounds.",
-            )
-            for i, run in enumerate(self.runs, 1)
-        ]
+        found = []
+        for i, run in enumerate(self.runs, 1):
+            words = f"{run.title}: loss of each client that trained, over {run.facts.num_rounds} rounds."
+            found += self._add(f"loss-{i}", pictures.client_losses(run), losses_in_words(run), words)
+        return found
 
-    def times(self) -> list[str]:
+    def times(self) -> list[Shown]:
         """Seconds by phase, a picture a run."""
-        return [
-            self._add(
-                f"time-{i}",
-                plot_times(run.rows, run.title),
-                times_in_words(run),
-                f"{run.title}: seconds by phase, {duration(run.facts.total_s)} in all.",
-            )
-            for i, run in enumerate(self.runs, 1)
-        ]
+        found = []
+        for i, run in enumerate(self.runs, 1):
+            words = f"{run.title}: seconds by phase, {duration(run.facts.total_s)} in all."
+            found += self._add(f"time-{i}", plot_times(run.rows, run.title), times_in_words(run), words)
+        return found
 
-    def idle(self) -> list[str]:
+    def idle(self) -> list[Shown]:
         """Idle share of all runs."""
         words = f"Share of the processes' time without work while clients train, {self.num}."
-        return [self._add("idle", pictures.idle(self.runs), idle_in_words(self.runs), words)]
+        return self._add("idle", pictures.idle(self.runs), idle_in_words(self.runs), words)
 
-    def _add(self, name: str, drawn: Picture | None, alt: str, caption: str) -> str:
+    def _add(self, name: str, drawn: Picture | None, alt: str, caption: str) -> list[Shown]:
+        """The picture, if there was something to draw."""
         if drawn is None:
-            return ""
-        self.files[f"{name}.png"] = pictures.png(drawn)
-        return html.figure(self.files[f"{name}.png"], alt, caption)
+            return []
+        content = pictures.png(drawn)
+        self.files[f"{name}.png"] = content
+        return [Shown(f"data:image/png;base64,{base64.b64encode(content).decode('ascii')}", alt, caption)]
 
 
 def _file_name(figure: Figure) -> str:
@@ -129,21 +141,59 @@ def report(runs: Sequence[Run]) -> tuple[str, dict[str, bytes]]:
     notes = dict.fromkeys(warnings(groups))
     for run in runs:
         notes.update(dict.fromkeys([*caveats(run.facts), *run.facts.notes]))
-    parts = [
-        html.bullets(headlines(runs) if len(groups) > 1 else [headline(run) for run in runs]),
-        html.section("What these figures can and cannot show", [html.bullets(list(notes))]),
-        html.section("Beside the paper's Table 1", [_paper(runs)]),
-        html.section("Runs put together", [_together(groups)]),
-        html.section("Safety and helpfulness by round", [*shown.compared(), *(_controls(run) for run in runs)]),
-        html.section("Loss by client", shown.losses()),
-        html.section("Guard", [guard(run) for run in runs]),
-        html.section("Time by phase", shown.times()),
-        html.section("Idle share", shown.idle()),
-        html.section("Cost against safety", shown.costs()),
-        html.section("Sample answers", [samples(run) for run in runs]),
-        html.section("Manifests", [manifest(run) for run in runs]),
-    ]
-    return html.page(f"fedsim: {runs[0].facts.name if len(runs) == 1 else shown.num}", parts), shown.files
+    values = {
+        "title": f"fedsim: {runs[0].facts.name if len(runs) == 1 else shown.num}",
+        "headlines": headlines(runs) if len(groups) > 1 else [headline(run) for run in runs],
+        "notes": list(notes),
+        "paper": table_1(runs),
+        "paper_caption": caption(runs),
+        "together": together(groups),
+        "unlike": differences(groups),
+        "compared": shown.compared(),
+        "losses": shown.losses(),
+        "times": shown.times(),
+        "idle": shown.idle(),
+        "costs": shown.costs(),
+        "runs": [of_run(run) for run in runs],
+    }
+    return render(values), shown.files
+
+
+def render(values: Mapping[str, Any]) -> str:
+    """The page of :func:`report`'s values, all of them escaped."""
+    return _template().render(values)
+
+
+@functools.cache
+def _template() -> Template:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_showable,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template("page.html.jinja")
+
+
+def _showable(value: Any) -> Any:
+    """A text whose characters that cannot be shown are U+FFFD; markup that the template made stays as it is."""
+    return value if hasattr(value, "__html__") else UNSHOWN.sub("\ufffd", str(value))
+
+
+def of_run(run: Run) -> dict[str, Any]:
+    """The page's values of one run."""
+    manifest = {name: _without_places(value) for name, value in run.manifest.items() if name != "config"}
+    return {
+        "title": run.title,
+        "controls": [*cai_lines(run.rows), *controls(run.rows, run.facts.benchmarks)],
+        "guard": guard(run),
+        "samples": samples(run),
+        "num_categories": len(run.samples),
+        "manifest": json.dumps(manifest, indent=1, ensure_ascii=False),
+    }
 
 
 def headline(run: Run) -> str:
@@ -164,45 +214,44 @@ def headline(run: Run) -> str:
     )
 
 
-def guard(run: Run) -> str:
-    """Confusion matrix in counts and rates, a line for each guard that was measured."""
+def guard(run: Run) -> Table | None:
+    """Confusion matrix in counts and rates, a line for each guard that was measured; None without one."""
     lines = []
     for row in run.rows:
         names = ("num_caught", "num_missed", "num_false_alarms", "num_passed")
         caught, missed, alarms, passed = (measured(row, f"guard/{name}") for name in names)
         if caught is None or missed is None or alarms is None or passed is None:
             continue
-        cells = [f"{n:,.0f}" + (f" ({100 * n / of:.1f} %)" if of else "")
-                 for n, of in ((caught, caught + missed), (missed, caught + missed),
-                               (alarms, alarms + passed), (passed, alarms + passed))]  # fmt: skip
+        red, acceptable = caught + missed, alarms + passed
+        cells = []
+        for count, of in ((caught, red), (missed, red), (alarms, acceptable), (passed, acceptable)):
+            cells.append(f"{count:,.0f}" + (f" ({100 * count / of:.1f} %)" if of else ""))
         lines.append([str(row.get("point", "this run")), *cells])
-    if not lines:
-        return ""
     head = ["guard", "red, called unsafe", "red, passed", "acceptable, called unsafe", "acceptable, passed"]
-    return f"<h3>{html.text(run.title)}</h3>{html.table(Table(head, lines))}"
+    return Table(head, lines) if lines else None
 
 
-def samples(run: Run) -> str:
-    """Answers to the fictional world's harmless questions, side by side."""
-    if not run.samples:
-        return ""
+def samples(run: Run) -> Table | None:
+    """Answers to the fictional world's harmless questions, a column a point; None without any."""
     points = list(dict.fromkeys(point for sample in run.samples for point in sample.answers))
-    lines = [
-        [
-            f"{sample.category}: {sample.turns[turn]}",
-            *(sample.answers.get(p, ("", ""))[turn] for p in points),
-        ]
-        for sample in run.samples
-        for turn in (0, 1)
-    ]
-    content = html.table(Table(["prompt", *(POINT_TITLES[p] for p in points)], lines), texts=True)
-    return html.details(f"{run.title}: the first question of each of {len(run.samples)} categories", content)
+    lines = []
+    for sample in run.samples:
+        for turn in (0, 1):
+            answers = [sample.answers.get(point, ("", ""))[turn] for point in points]
+            lines.append([f"{sample.category}: {sample.turns[turn]}", *answers])
+    return Table(["prompt", *(POINT_TITLES[point] for point in points)], lines) if lines else None
 
 
-def manifest(run: Run) -> str:
-    """Versions, hardware, hashes, seed, commit and command as the run recorded them."""
-    shown = {name: _without_places(value) for name, value in run.manifest.items() if name != "config"}
-    return html.details(run.title, f"<pre>{html.text(json.dumps(shown, indent=1, ensure_ascii=False))}</pre>")
+def together(groups: Sequence[Group]) -> Table | None:
+    """The runs behind each line and dot; None for one run."""
+    if sum(len(group.runs) for group in groups) < 2:
+        return None
+    lines = []
+    for group in groups:
+        commits = dict.fromkeys(commit_of(run.manifest) for run in group.runs)
+        titles = [f"{run.title} (seed {run.facts.seed})" for run in group.runs]
+        lines.append([group.name, ", ".join(titles), ", ".join(commits)])
+    return Table(["arm", "runs", "fedsim's commit"], lines, num_text=3)
 
 
 def _without_places(value: Any) -> Any:
@@ -212,34 +261,3 @@ def _without_places(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_places(inner) for inner in value]
     return PATH.sub(lambda match: match[1], value) if isinstance(value, str) else value
-
-
-def _controls(run: Run) -> str:
-    """What there was for CAI to do, and the controls of the headline figures."""
-    lines = [*cai_lines(run.rows), *controls(run.rows, run.facts.benchmarks)]
-    return f"<h3>{html.text(run.title)}</h3>{html.bullets(lines)}" if lines else ""
-
-
-def _paper(runs: Sequence[Run]) -> str:
-    """Table 1 of these runs."""
-    content = table_1(runs)
-    return "" if content is None else html.table(content) + html.paragraph(caption(runs), note=True)
-
-
-def _together(groups: Sequence[Group]) -> str:
-    """The runs of each line and dot, and the keys in which the groups differ beside their arms."""
-    if sum(len(group.runs) for group in groups) < 2:
-        return ""
-    lines = []
-    for group in groups:
-        commits = dict.fromkeys(commit_of(run.manifest) for run in group.runs)
-        titles = [f"{run.title} (seed {run.facts.seed})" for run in group.runs]
-        lines.append([group.name, ", ".join(titles), ", ".join(commits)])
-    parts = [html.table(Table(["arm", "runs", "fedsim's commit"], lines, num_text=3))]
-    unlike = differences(groups)
-    if unlike is not None:
-        words = (
-            "Beside their arms, the groups differ in these keys; a difference between two of them may be due to any."
-        )
-        parts += [html.paragraph(words), html.table(unlike)]
-    return "".join(parts)

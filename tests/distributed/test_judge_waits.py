@@ -23,18 +23,15 @@ def judge(words: list[str], folder: str) -> tuple[list[Any], int, float]:
     config, began = load_config(None, words), time.monotonic()
     answered = [(question, ("first", "second")) for question in load_questions(config)]
 
-    def back_off(seconds: float) -> bool:
-        time.sleep(3 * TIMEOUT_S)
-        return False
-
     with process_world(exact=True, threads=1, timeout_s=TIMEOUT_S, device="cpu") as world:
-        found = MtJudge(config, world.ranks, torch.device("cpu"), pause=back_off).judge(Path(folder), "fed-1", answered)
+        found = MtJudge(config, world.ranks, torch.device("cpu")).judge(Path(folder), "fed-1", answered)
     return found.scores, found.num_unjudged, time.monotonic() - began
 
 
-def test_a_long_back_off_ends_no_other_rank(pool: Any, endpoint: Any, mt_folder: Path, tmp_path: Path) -> None:
+def test_a_long_pause_ends_no_other_rank(pool: Any, endpoint: Any, mt_folder: Path, tmp_path: Path) -> None:
     assert TIMEOUT_S < POLL_S
-    endpoint.answer = lambda number, request: 500 if number == 0 else "Rating: [[7]]"
+    busy = endpoint.Answer(b"{}", 429, {"retry-after": str(3 * TIMEOUT_S)})
+    endpoint.answer = lambda number, request: busy if number == 0 else "Rating: [[7]]"
     words = ["judge.kind=openai", f"judge.base_url={endpoint.url}", f"eval.mt_bench={mt_folder / 'question.jsonl'}",
              f"eval.mt_bench_references={mt_folder / 'reference_answer' / 'gpt-4.jsonl'}", "judge.workers=1",
              f"parallel.timeout_s={TIMEOUT_S}"]  # fmt: skip

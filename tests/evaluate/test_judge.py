@@ -28,6 +28,9 @@ CPU = torch.device("cpu")
 Answered = list[tuple[MtQuestion, tuple[str, str]]]
 
 
+pytestmark = pytest.mark.usefixtures("pauses")  # failed requests are sent again at once
+
+
 @pytest.fixture()
 def config(mt_folder: Path, endpoint: Any) -> Config:
     """A judge named kites/judge at the local endpoint."""
@@ -57,7 +60,7 @@ def judge(
     report: Callable[[int, int], None] | None = None,
 ) -> Judged:
     """Judge without waiting anywhere."""
-    return MtJudge(config, OneRank(), CPU, pause=lambda seconds: False).judge(folder, model_id, answered, report)
+    return MtJudge(config, OneRank(), CPU).judge(folder, model_id, answered, report)
 
 
 def rating(request: dict[str, Any]) -> str:
@@ -426,7 +429,7 @@ def test_an_endpoint_that_refuses_the_temperature_is_told_of_once(
 ) -> None:
     error = json.dumps({"error": {"message": "no", "param": "temperature"}}).encode()
     endpoint.answer = lambda n, request: endpoint.Answer(error, 400) if "temperature" in request else rating(request)
-    judging = MtJudge(config, OneRank(), CPU, pause=lambda seconds: False)
+    judging = MtJudge(config, OneRank(), CPU)
     first = judging.judge(tmp_path, "fed-1", answered)
     assert first.scores == SCORES and len(first.news) == 1 and "temperature" in first.news[0]
     num_requests = len(endpoint.requests)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import email.utils
 import json
 import logging
@@ -18,24 +19,18 @@ import pytest
 
 from fedsim.base.errors import ConfigError, JudgeError
 from fedsim.config import JudgeConfig
-from fedsim.evaluate.judge_client import OpenAiClient, check_client, retry_after_s, wait_s
+from fedsim.evaluate.judge_client import OpenAiClient, check_client
+from fedsim.evaluate.judge_pool import request_loop
 from fedsim.evaluate.judge_prompts import Match
-from fedsim.evaluate.judge_replies import StoppedError, TurnError
+from fedsim.evaluate.judge_replies import TurnError, retry_after_s
 
 MATCH = Match(81, 2, "single-v1-multi-turn", "Be fair.", "Rate the kite and its length.")
 SECRET = "sk-kite-0123456789"
 
 
-class Pauses:
-    """Counts pauses instead of taking them."""
-
-    def __init__(self, give_up: bool = False) -> None:
-        self.seconds: list[float] = []
-        self.give_up = give_up
-
-    def __call__(self, seconds: float) -> bool:
-        self.seconds.append(seconds)
-        return self.give_up
+def ask(client: OpenAiClient, match: Match = MATCH) -> str:
+    """The client's judgment, from the event loop of all requests."""
+    return asyncio.run_coroutine_threadsafe(client.ask(match), request_loop()).result(30.0)
 
 
 def settings(endpoint: Any, **changed: Any) -> JudgeConfig:
@@ -45,10 +40,9 @@ def settings(endpoint: Any, **changed: Any) -> JudgeConfig:
     )
 
 
-def test_what_is_sent(endpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_sent(endpoint: Any, pauses: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/elsewhere")  # the configuration alone says where
-    pauses = Pauses()
-    assert OpenAiClient(settings(endpoint, max_new_tokens=77)).ask(MATCH, pauses) == "Rating: [[5]]"
+    assert ask(OpenAiClient(settings(endpoint, max_new_tokens=77))) == "Rating: [[5]]"
     assert endpoint.requests == [
         {
             "path": "/v1/chat/completions",
@@ -58,9 +52,9 @@ def test_what_is_sent(endpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
             "max_tokens": 77,
         }
     ]
-    assert endpoint.keys == ["Bearer EMPTY"] and pauses.seconds == []
+    assert endpoint.keys == ["Bearer EMPTY"] and pauses == []
     monkeypatch.setenv("OPENAI_API_KEY", f"{SECRET}\n")
-    OpenAiClient(settings(endpoint)).ask(MATCH, pauses)
+    ask(OpenAiClient(settings(endpoint)))
     assert endpoint.keys[1] == f"Bearer {SECRET}"
 
 
@@ -69,14 +63,14 @@ def body(answer: Any) -> bytes:
     return json.dumps(answer).encode()
 
 
-AWAY = {"dropped in the body", "408", "409", "429", "503"}
+AWAY = {"dropped in the body", "408", "409", "429", "503", "503 not to be retried"}
 """Failures that say nothing of the turn: they end the work if they last."""
 
 JUNK: dict[str, tuple[dict[str, Any], str]] = {
     "dropped in the body": ({"body": b'{"choices": [', "cut": 5}, "the connection failed"),
     "no JSON": ({"body": b"{not json"}, "no chat completion"),
     "not UTF-8": ({"body": b'{"choices": "\xff\xfe"}'}, "no chat completion"),
-    "a page": ({"body": b"<html>", "headers": {"content-type": "text/html"}}, "no choices"),
+    "a page": ({"body": b"<html>", "headers": {"content-type": "text/html"}}, "no chat completion"),
     "null": ({"body": b"null"}, "no choices"),
     "a list": ({"body": b"[1]"}, "no choices"),
     "nothing": ({"body": b"{}"}, "no choices"),
@@ -104,32 +98,35 @@ JUNK: dict[str, tuple[dict[str, Any], str]] = {
     "429": ({"body": body({"error": {"message": "slow down"}}), "status": 429}, "HTTP 429"),
     "500": ({"body": b"<html>oops", "status": 500}, "HTTP 500"),
     "503": ({"body": body({"error": "text"}), "status": 503}, "HTTP 503"),
+    "503 not to be retried": (
+        {"body": body({}), "status": 503, "headers": {"x-should-retry": "false", "retry-after-ms": "1e9"}},
+        "HTTP 503",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", JUNK)
-def test_a_failure_that_may_pass_is_tried_again(endpoint: Any, name: str) -> None:
+def test_a_failure_that_may_pass_is_tried_again(endpoint: Any, pauses: list[float], name: str) -> None:
     junk, words = JUNK[name]
     endpoint.answer = lambda number, request: endpoint.Answer(**junk) if number < 2 else "Rating: [[8]]"
-    pauses = Pauses()
-    assert OpenAiClient(settings(endpoint, retries=2)).ask(MATCH, pauses) == "Rating: [[8]]"
-    assert len(endpoint.requests) == 3 and len(pauses.seconds) == 2
+    assert ask(OpenAiClient(settings(endpoint, retries=2))) == "Rating: [[8]]"
+    assert len(endpoint.requests) == 3 and len(pauses) == 2
     endpoint.answer = lambda number, request: endpoint.Answer(**junk)
     with pytest.raises(
         JudgeError if name in AWAY else TurnError,
         match=rf"'kite-judge' at {endpoint.url}: no judgment of question 81, turn 2 in 2 attempts \(the last: .*{words}"
-        r".*judge\.(max_new_tokens|retries)",
+        r".*judge\.retries",
     ):
-        OpenAiClient(settings(endpoint, retries=1)).ask(MATCH, pauses)
-    assert len(endpoint.requests) == 5 and len(pauses.seconds) == 3  # no pause after the last attempt
+        ask(OpenAiClient(settings(endpoint, retries=1)))
+    assert len(endpoint.requests) == 5 and len(pauses) == 3  # no pause after the last attempt
 
 
 def test_silence_and_a_closed_port_are_failures_too(endpoint: Any) -> None:
     endpoint.answer = lambda number, request: time.sleep(1.0) or "late"
     with pytest.raises(TurnError, match=r"in 1 attempts \(the last: no answer within 0\.2 s\).*judge\.timeout_s"):
-        OpenAiClient(settings(endpoint, retries=0, timeout_s=0.2)).ask(MATCH, Pauses())
+        ask(OpenAiClient(settings(endpoint, retries=0, timeout_s=0.2)))
     with pytest.raises(JudgeError, match=r"the connection failed: Connect call failed"):
-        OpenAiClient(settings(endpoint, retries=0, base_url="http://127.0.0.1:9/v1")).ask(MATCH, Pauses())
+        ask(OpenAiClient(settings(endpoint, retries=0, base_url="http://127.0.0.1:9/v1")))
 
 
 @pytest.mark.parametrize(
@@ -142,13 +139,15 @@ def test_silence_and_a_closed_port_are_failures_too(endpoint: Any) -> None:
         (429, "insufficient_quota", r"HTTP 429 \(insufficient_quota\); the account has no quota left"),
     ],
 )
-def test_a_refusal_is_an_error_at_once(endpoint: Any, status: int, code: str | None, words: str) -> None:
+def test_a_refusal_is_an_error_at_once(
+    endpoint: Any, pauses: list[float], status: int, code: str | None, words: str
+) -> None:
     said = body({"error": {"message": "the reason", "code": code}})
-    endpoint.answer = lambda number, request: endpoint.Answer(said, status)
-    pauses = Pauses()
+    ordered = {"x-should-retry": "true", "retry-after": "1"}  # by an endpoint that does not know better
+    endpoint.answer = lambda number, request: endpoint.Answer(said, status, ordered)
     with pytest.raises(JudgeError, match=f"judge 'kite-judge' at {endpoint.url}: .*{words}"):
-        OpenAiClient(settings(endpoint)).ask(MATCH, pauses)
-    assert len(endpoint.requests) == 1 and pauses.seconds == []
+        ask(OpenAiClient(settings(endpoint)))
+    assert len(endpoint.requests) == 1 and pauses == []
 
 
 @pytest.mark.parametrize("status", [400, 413, 422])
@@ -157,7 +156,7 @@ def test_a_refusal_of_one_turn_is_told_apart(endpoint: Any, status: int) -> None
     endpoint.answer = lambda number, request: endpoint.Answer(body({"error": error}), status)
     with pytest.raises(TurnError, match=rf"refuses question 81, turn 2 with HTTP {status} "
                        r"\(content_filter, BadRequestError, messages\); "):  # fmt: skip
-        OpenAiClient(settings(endpoint)).ask(MATCH, Pauses())
+        ask(OpenAiClient(settings(endpoint)))
     assert len(endpoint.requests) == 1
 
 
@@ -165,7 +164,7 @@ def test_a_prompt_that_is_too_long_is_called_so(endpoint: Any) -> None:
     said = body({"error": {"message": "This model's maximum context length is 9 tokens", "code": 400}})
     endpoint.answer = lambda number, request: endpoint.Answer(said, 400)
     with pytest.raises(TurnError, match=r"HTTP 400 \(the request does not fit into the judge's context"):
-        OpenAiClient(settings(endpoint)).ask(MATCH, Pauses())
+        ask(OpenAiClient(settings(endpoint)))
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 429, 500])
@@ -180,7 +179,7 @@ def test_no_word_of_the_prompt_is_shown(endpoint: Any, status: int) -> None:
     endpoint.answer = answer
     match = Match(81, 2, "single-v1-multi-turn", "Be fair.", "Rate umbrella, as_long_a_word_as_this_one.")
     with pytest.raises((JudgeError, TurnError)) as error:
-        OpenAiClient(settings(endpoint, retries=0)).ask(match, Pauses())
+        ask(OpenAiClient(settings(endpoint, retries=0)), match)
     assert f"HTTP {status}" in str(error.value)
     assert not any(word in str(error.value) for word in ("umbrella", "Rate", "as_long", "cannot take"))
 
@@ -222,11 +221,11 @@ def dripping(start: bytes) -> Iterator[str]:
     ],
     ids=["body", "body of an error", "headers"],
 )
-def test_an_endpoint_that_drips_is_left_at_the_deadline(endpoint: Any, start: bytes) -> None:
+def test_an_endpoint_that_drips_is_left_at_the_deadline(endpoint: Any, pauses: list[float], start: bytes) -> None:
     with dripping(start) as url:
         begun = time.monotonic()
         with pytest.raises(TurnError, match=r"no answer within 0\.4 s"):
-            OpenAiClient(settings(endpoint, base_url=url, retries=1, timeout_s=0.4)).ask(MATCH, Pauses())
+            ask(OpenAiClient(settings(endpoint, base_url=url, retries=1, timeout_s=0.4)))
         assert 0.8 <= time.monotonic() - begun < 5.0
 
 
@@ -252,7 +251,7 @@ NO_TEMPERATURE = {"message": "temperature does not support 0; only the default (
 def test_an_endpoint_may_want_max_completion_tokens(endpoint: Any, error: dict[str, Any]) -> None:
     endpoint.answer = picky(endpoint, {"max_tokens": error})
     client = OpenAiClient(settings(endpoint, max_new_tokens=77, retries=0))
-    assert client.ask(MATCH, Pauses()) == client.ask(MATCH, Pauses()) == "Rating: [[6]]"
+    assert ask(client) == ask(client) == "Rating: [[6]]"
     forms = [(r.get("max_tokens"), r.get("max_completion_tokens"), r["temperature"]) for r in endpoint.requests]
     assert forms == [(77, None, 0), (None, 77, 0), (None, 77, 0)]  # found out once
     assert client.news() == ()
@@ -262,7 +261,7 @@ def test_an_endpoint_may_want_max_completion_tokens(endpoint: Any, error: dict[s
 def test_an_endpoint_may_refuse_the_temperature_and_it_is_said_once(endpoint: Any, error: dict[str, Any]) -> None:
     endpoint.answer = picky(endpoint, {"temperature": error, "max_tokens": OTHER_LIMIT})
     client = OpenAiClient(settings(endpoint, retries=0))
-    assert client.ask(MATCH, Pauses()) == client.ask(MATCH, Pauses()) == "Rating: [[6]]"
+    assert ask(client) == ask(client) == "Rating: [[6]]"
     assert [("temperature" in r, "max_tokens" in r) for r in endpoint.requests][-2:] == [(False, False)] * 2
     assert len(endpoint.requests) == 4
     (line,) = client.news()
@@ -273,7 +272,7 @@ def test_a_limit_that_is_too_high_is_no_wish_for_another_name(endpoint: Any) -> 
     error = {"message": "max_tokens is too large", "param": "max_tokens", "code": "invalid_value"}
     endpoint.answer = picky(endpoint, {"max_tokens": error})
     with pytest.raises(TurnError, match=r"HTTP 400 \(invalid_value, max_tokens\)"):
-        OpenAiClient(settings(endpoint)).ask(MATCH, Pauses())
+        ask(OpenAiClient(settings(endpoint)))
     assert len(endpoint.requests) == 1
 
 
@@ -281,14 +280,14 @@ def test_an_echo_of_the_prompt_changes_no_parameter(endpoint: Any) -> None:
     words = "The temperature is unsupported, says max_completion_tokens."
     endpoint.answer = picky(endpoint, {"messages": {"message": words}})
     with pytest.raises(TurnError):
-        OpenAiClient(settings(endpoint)).ask(Match(81, 1, "single-v1", "", words), Pauses())
+        ask(OpenAiClient(settings(endpoint)), Match(81, 1, "single-v1", "", words))
     assert len(endpoint.requests) == 1
 
 
 def test_content_may_come_in_parts(endpoint: Any) -> None:
     parts = [{"type": "text", "text": "Rating: "}, {"type": "image"}, {"type": "text", "text": "[[7]]"}]
     endpoint.answer = lambda number, request: endpoint.Answer(body({"choices": [{"message": {"content": parts}}]}))
-    assert OpenAiClient(settings(endpoint)).ask(MATCH, Pauses()) == "Rating: [[7]]"
+    assert ask(OpenAiClient(settings(endpoint))) == "Rating: [[7]]"
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 500])
@@ -299,40 +298,93 @@ def test_the_key_is_never_shown(
     said = body({"error": {"message": f"key {SECRET} is\n  bad " + "x" * 1000, "code": SECRET, "type": f"a{SECRET}"}})
     endpoint.answer = lambda number, request: endpoint.Answer(said, status)
     with caplog.at_level(logging.INFO), pytest.raises((JudgeError, TurnError)) as error:
-        OpenAiClient(settings(endpoint, retries=0)).ask(MATCH, Pauses())
+        ask(OpenAiClient(settings(endpoint, retries=0)))
     assert SECRET not in str(error.value) and SECRET not in caplog.text
     assert len(str(error.value)) < 500 and "\n" not in str(error.value)
 
 
-def test_work_that_is_given_up_ends_in_its_pause(endpoint: Any) -> None:
-    endpoint.answer = lambda number, request: 500
-    with pytest.raises(StoppedError):
-        OpenAiClient(settings(endpoint)).ask(MATCH, Pauses(give_up=True))
+def test_pauses_grow_and_have_bounds(endpoint: Any, pauses: list[float]) -> None:
+    """openai's own: half a second to 8 s, a little less each by chance."""
+    endpoint.answer = lambda number, request: 503
+    with pytest.raises(JudgeError, match="in 8 attempts"):
+        ask(OpenAiClient(settings(endpoint, retries=7)))
+    assert len(endpoint.requests) == 8
+    assert pauses == sorted(pauses[:4]) + pauses[4:] and all(0 < pause <= 60 for pause in pauses)
+    assert pauses[0] < 2 < 5 < pauses[-1]
+
+
+@pytest.mark.parametrize("status", [408, 409, 429, 500, 503])
+@pytest.mark.parametrize("as_date", [False, True])
+@pytest.mark.parametrize(("asked", "waited"), [(17, 17), (119, 119), (200, 120), (10**6, 120)])
+def test_retry_after_is_honoured(
+    endpoint: Any, pauses: list[float], status: int, as_date: bool, asked: int, waited: int
+) -> None:
+    """However long it asks to wait, the endpoint is asked again, and never later than after two minutes."""
+    value = email.utils.formatdate(time.time() + asked, usegmt=True) if as_date else str(asked)
+    busy = endpoint.Answer(b"{}", status, {"retry-after": value})
+    endpoint.answer = lambda number, request: busy if number < 2 else "Rating: [[8]]"
+    assert ask(OpenAiClient(settings(endpoint))) == "Rating: [[8]]"
+    assert pauses == pytest.approx([waited] * 2, abs=2.0 if as_date else 0.0)
+
+
+def test_retry_after_is_waited_for(endpoint: Any) -> None:
+    asked_at: list[float] = []
+
+    def answer(number: int, request: dict[str, Any]) -> Any:
+        asked_at.append(time.monotonic())
+        return "Rating: [[8]]" if number else endpoint.Answer(b"{}", 429, {"retry-after": "1.5"})
+
+    endpoint.answer = answer
+    ask(OpenAiClient(settings(endpoint)))
+    assert 1.5 <= asked_at[1] - asked_at[0] < 5.0
+
+
+def cancelled(endpoint: Any, client: OpenAiClient, reached: threading.Event) -> str | None:
+    """What becomes of a request that is cancelled once ``reached`` is set: its judgment, or None for none."""
+
+    async def work() -> str | None:
+        task = asyncio.create_task(client.ask(MATCH))
+        await asyncio.to_thread(reached.wait, 10.0)
+        await asyncio.sleep(0.1)
+        task.cancel()
+        await asyncio.wait([task])
+        return None if task.cancelled() else task.result()
+
+    return asyncio.run_coroutine_threadsafe(work(), request_loop()).result(30.0)
+
+
+def test_a_request_that_waits_ends_when_it_is_cancelled(endpoint: Any) -> None:
+    reached = threading.Event()
+
+    def answer(number: int, request: dict[str, Any]) -> Any:
+        reached.set()
+        return endpoint.Answer(b"{}", 429, {"retry-after": "60"})
+
+    endpoint.answer = answer
+    begun = time.monotonic()
+    assert cancelled(endpoint, OpenAiClient(settings(endpoint)), reached) is None
+    assert time.monotonic() - begun < 5.0 and len(endpoint.requests) == 1
+
+
+@pytest.mark.parametrize(("last", "judgment"), [("Rating: [[8]]", "Rating: [[8]]"), (" ", None), (503, None)])
+def test_an_answer_under_way_is_kept_when_it_is_cancelled(endpoint: Any, last: str | int, judgment: str | None) -> None:
+    """The request was paid for. If it fails, it is not sent again."""
+    reached = threading.Event()
+
+    def answer(number: int, request: dict[str, Any]) -> Any:
+        reached.set()
+        time.sleep(0.4)
+        return last
+
+    endpoint.answer = answer
+    assert cancelled(endpoint, OpenAiClient(settings(endpoint)), reached) == judgment
     assert len(endpoint.requests) == 1
-
-
-def test_pauses_grow_and_keep_their_bounds() -> None:
-    for attempt, full in enumerate([1, 2, 4, 8, 16, 32, 60, 60]):
-        waits = [wait_s(attempt, None, f"question {n}") for n in range(50)]
-        assert all(full / 2 <= wait <= full for wait in waits)
-        assert max(waits) - min(waits) > full / 4  # spread, so that they do not all come back at once
-    assert wait_s(0, 7.0, "q") == 7.0 and wait_s(5000, None, "q") <= 60
-    assert wait_s(3, 0.5, "q") >= 4.0
-    assert wait_s(0, 1e9, "q") == 300.0
-
-
-def test_retry_after_is_honoured(endpoint: Any) -> None:
-    answers = [endpoint.Answer(b"{}", status, {"retry-after": "17"}) for status in (429, 503)]
-    endpoint.answer = lambda number, request: answers[number] if number < 2 else "Rating: [[8]]"
-    pauses = Pauses()
-    OpenAiClient(settings(endpoint)).ask(MATCH, pauses)
-    assert pauses.seconds == [17.0, 17.0]
 
 
 def test_retry_after_in_all_its_forms() -> None:
     assert retry_after_s({}) is None
     assert retry_after_s({"retry-after": "2.5"}) == 2.5 and retry_after_s({"retry-after": "-3"}) == 0.0
-    for junk in ("soon", "", "nan", "inf"):
+    for junk in ("soon", "", "nan", "inf", "1e999"):
         assert retry_after_s({"retry-after": junk}) is None
     date = email.utils.formatdate(time.time() + 30, usegmt=True)
     wait = retry_after_s({"retry-after": date})
@@ -344,7 +396,7 @@ def test_half_a_surrogate_pair_can_be_written_to_a_file(endpoint: Any) -> None:
     endpoint.answer = lambda number, request: endpoint.Answer(
         rb'{"choices": [{"message": {"content": "a\ud800 [[3]]"}}]}'
     )
-    assert OpenAiClient(settings(endpoint)).ask(MATCH, Pauses()).encode() == b"a? [[3]]"
+    assert ask(OpenAiClient(settings(endpoint))).encode() == b"a? [[3]]"
 
 
 def test_what_is_missing_is_found_without_a_request(endpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:

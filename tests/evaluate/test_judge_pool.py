@@ -1,28 +1,41 @@
-"""Threads that ask: everything once, one judgment kept at a time, and an end at the first failure."""
+"""Requests under way at once: everything once, one judgment kept at a time, and an end at the first failure."""
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 
 import pytest
 
 from fedsim.base.errors import JudgeError
-from fedsim.evaluate.judge_client import Pause
 from fedsim.evaluate.judge_pool import MOST_IN_A_ROW, RequestPool
 from fedsim.evaluate.judge_prompts import Match
-from fedsim.evaluate.judge_replies import StoppedError, TurnError
+from fedsim.evaluate.judge_replies import TurnError
 
 MATCHES = [Match(81 + i, 1, "single-v1", "", f"Rate {i}.") for i in range(12)]
 
 
+def discard(match: Match, judgment: str | None) -> None:
+    """Keeps nothing."""
+
+
+async def answered(match: Match) -> str:
+    """An answer at once."""
+    return "x"
+
+
 def test_every_match_is_asked_once_by_as_many_as_allowed() -> None:
-    together = threading.Barrier(3, timeout=5.0)  # passes only if three ask at the same time
+    under_way, most = 0, 0
     kept: list[str | None] = []
     inside = threading.Lock()
 
-    def ask(match: Match, pause: Pause) -> str:
-        together.wait()
+    async def ask(match: Match) -> str:
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        await asyncio.sleep(0.01)
+        under_way -= 1
         return match.user
 
     def keep(match: Match, judgment: str | None) -> None:
@@ -34,13 +47,16 @@ def test_every_match_is_asked_once_by_as_many_as_allowed() -> None:
     pool = RequestPool(MATCHES, ask, keep, workers=3)
     assert pool.wait(10.0) == (12, True) and pool.failure is None
     assert sorted(map(str, kept)) == sorted(m.user for m in MATCHES) and not pool.gave_up
+    assert most == 3
 
 
 def test_progress_can_be_watched() -> None:
     gate = threading.Event()
-    pool = RequestPool(
-        MATCHES[:2], lambda m, p: "x" if m is MATCHES[0] or gate.wait(5.0) else "y", lambda m, j: None, 2
-    )
+
+    async def ask(match: Match) -> str:
+        return "x" if match is MATCHES[0] else str(await asyncio.to_thread(gate.wait, 5.0))
+
+    pool = RequestPool(MATCHES[:2], ask, discard, 2)
     deadline = time.monotonic() + 5
     while pool.wait(0.001) != (1, False) and time.monotonic() < deadline:
         pass
@@ -50,26 +66,21 @@ def test_progress_can_be_watched() -> None:
 
 
 def test_the_first_failure_ends_it_and_what_is_under_way_is_kept() -> None:
-    started = threading.Event()
-    failed = threading.Event()
     asked: list[int] = []
     kept: list[int] = []
 
-    def ask(match: Match, pause: Pause) -> str:
+    async def ask(match: Match) -> str:
         asked.append(match.question_id)
         if match.question_id == 82:
-            started.wait(5.0)
-            failed.set()
             raise JudgeError("down")
-        started.set()
-        failed.wait(5.0)
-        pause(0.0) or pause(5.0)  # until the failure is known: it wakes the pause
-        return "fine"
+        try:
+            await asyncio.sleep(30.0)
+        except asyncio.CancelledError:
+            return "fine"  # as a request does whose answer was under way
+        return "late"
 
-    begun = time.monotonic()
     pool = RequestPool(MATCHES, ask, lambda match, judgment: kept.append(match.question_id), workers=2)
-    assert pool.wait(10.0) == (1, True)
-    assert time.monotonic() - begun < 4.0
+    assert pool.wait(10.0) == (1, True) and pool.gave_up
     assert str(pool.failure) == "down" and sorted(asked) == [81, 82] and kept == [81]
 
 
@@ -77,7 +88,7 @@ def test_turns_without_a_judgment_are_kept_as_such_and_the_others_asked() -> Non
     """Every second turn fails, more of them than would end the work if they followed each other."""
     kept: dict[int, str | None] = {}
 
-    def ask(match: Match, pause: Pause) -> str:
+    async def ask(match: Match) -> str:
         if match.question_id % 2:
             raise TurnError(f"no text of {match.question_id}")
         return "fine"
@@ -91,26 +102,26 @@ def test_turns_without_a_judgment_are_kept_as_such_and_the_others_asked() -> Non
 def test_turn_after_turn_without_a_judgment_ends_it() -> None:
     asked: list[int] = []
 
-    def ask(match: Match, pause: Pause) -> str:
+    async def ask(match: Match) -> str:
         asked.append(match.question_id)
         if match is not MATCHES[0]:
             raise TurnError("no text")
         return "fine"
 
-    pool = RequestPool(MATCHES, ask, lambda match, judgment: None, workers=1)
+    pool = RequestPool(MATCHES, ask, discard, workers=1)
     assert pool.wait(10.0) == (1 + MOST_IN_A_ROW, True) and pool.gave_up and len(asked) == 1 + MOST_IN_A_ROW
     assert str(pool.failure) == f"{MOST_IN_A_ROW} turns in a row without a judgment; the last: no text"
 
 
 def test_a_request_that_waits_is_given_up() -> None:
-    def ask(match: Match, pause: Pause) -> str:
+    async def ask(match: Match) -> str:
+        await asyncio.sleep(0.0)
         if match is MATCHES[0]:
             raise JudgeError("down")
-        if pause(30.0):
-            raise StoppedError
+        await asyncio.sleep(30.0)
         return "late"
 
-    pool = RequestPool(MATCHES[:2], ask, lambda match, judgment: None, workers=2)
+    pool = RequestPool(MATCHES[:2], ask, discard, workers=2)
     assert pool.wait(10.0) == (0, True) and str(pool.failure) == "down"
 
 
@@ -118,10 +129,10 @@ def test_an_error_of_ones_own_is_raised_where_it_is_watched() -> None:
     def keep(match: Match, judgment: str | None) -> None:
         raise OSError("disk full")
 
-    pool = RequestPool(MATCHES, lambda match, pause: "x", keep, workers=2)
+    pool = RequestPool(MATCHES, answered, keep, workers=2)
     with pytest.raises(OSError, match="disk full"):
         pool.wait(10.0)
 
 
 def test_nothing_to_ask() -> None:
-    assert RequestPool([], lambda match, pause: "x", lambda match, judgment: None, workers=4).wait(1.0) == (0, True)
+    assert RequestPool([], answered, discard, workers=4).wait(1.0) == (0, True)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import json
 import time
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,9 +16,10 @@ from fedsim.base.errors import JudgeError
 from fedsim.config import JudgeConfig
 from fedsim.evaluate import judge_replies
 from fedsim.evaluate.fastchat import UNRATED
-from fedsim.evaluate.judge_client import OpenAiClient, retry_after_s, wait_s
+from fedsim.evaluate.judge_client import OpenAiClient
+from fedsim.evaluate.judge_pool import request_loop
 from fedsim.evaluate.judge_prompts import Match, parse_rating
-from fedsim.evaluate.judge_replies import PassingError, TurnError
+from fedsim.evaluate.judge_replies import TurnError, UnusableError, retry_after_s
 from tests.hostile.conftest import ANY_TEXT, JUNK, cases, damaged, misshapen
 
 MATCH = Match(81, 1, "single-v1", "You are fair.", "Rate the confidential answer.")
@@ -67,17 +68,26 @@ def test_no_judgment_takes_long_to_read(text: str) -> None:
 @cases(100)
 @given(data=st.data())
 def test_any_chat_completion(data: st.DataObject) -> None:
-    """Of any shape: its text, or a failure that may pass."""
+    """Of any shape: its text, or a failure that quotes nothing."""
     part = data.draw(st.one_of(JUNK, st.lists(st.fixed_dictionaries({"text": JUNK}), max_size=2)))
-    message = SimpleNamespace(content=part)
-    choice = data.draw(
-        st.sampled_from([SimpleNamespace(message=message, finish_reason=data.draw(JUNK)), None, message])
-    )
-    reply = data.draw(st.sampled_from([SimpleNamespace(choices=[choice]), SimpleNamespace(choices=choice), None, []]))
+    message = {"content": part}
+    choice = data.draw(st.sampled_from([{"message": message, "finish_reason": data.draw(JUNK)}, None, message]))
+    reply = data.draw(st.sampled_from([{"choices": [choice]}, {"choices": choice}, None, []]))
     try:
-        judge_replies.content(reply, f"{MATCH.user} secret").encode()
-    except PassingError as error:
+        judge_replies.content(json.dumps(reply, default=str).encode()).encode()
+    except UnusableError as error:
         assert len(str(error).splitlines()) == 1 and "confidential" not in str(error)
+
+
+@cases(100)
+@given(
+    body=st.one_of(st.binary(max_size=200), damaged(json.dumps({"choices": [{"message": {"content": "5"}}]}).encode()))
+)
+def test_any_bytes(body: bytes) -> None:
+    try:
+        judge_replies.content(body).encode()
+    except UnusableError as error:
+        assert len(str(error).splitlines()) == 1
 
 
 COMPLETION = {
@@ -110,7 +120,7 @@ def test_any_body_with_any_status(endpoint: Any, data: st.DataObject) -> None:
     endpoint.answer = lambda number, request: endpoint.Answer(b"" if status == 204 else body, status, headers)
     client = client_of(endpoint.url)
     try:
-        judgment = client.ask(MATCH, lambda seconds: False)
+        judgment = asyncio.run_coroutine_threadsafe(client.ask(MATCH), request_loop()).result(30.0)
     except (TurnError, JudgeError) as error:
         text = str(error)
         assert text.startswith("judge 'gpt-4' at http://127.0.0.1") and len(text.splitlines()) == 1
@@ -132,8 +142,7 @@ HEADERS = [
 
 
 @cases(60)
-@given(value=st.one_of(ANY_TEXT, st.floats().map(str), st.sampled_from(HEADERS)), attempt=st.integers(0, 10**9))
-def test_a_wait_is_finite_whatever_is_asked(value: str, attempt: int) -> None:
+@given(value=st.one_of(ANY_TEXT, st.floats().map(str), st.sampled_from(HEADERS)))
+def test_a_pause_is_finite_whatever_is_asked(value: str) -> None:
     asked = retry_after_s({"retry-after": value})
-    assert asked is None or asked >= 0
-    assert 0 < wait_s(attempt, asked, "question 81, turn 1") <= 300
+    assert asked is None or 0 <= asked < float("inf")
