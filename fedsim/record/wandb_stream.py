@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -127,11 +126,8 @@ class WandbStream:
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
-            self._fail(f"did not end in time ({limit_s:g} s)")
-            return
-        if process.returncode == -signal.SIGALRM:  # the child's own limit, which began a moment before ours
-            self._fail("did not end in time")
-        elif process.returncode != 0:
+            return self._fail(f"did not end in time ({limit_s:g} s)")
+        if process.returncode != 0:
             self._fail(answer.decode().strip() or f"its process ended with status {process.returncode}")
 
     def _fail(self, reason: str) -> None:

@@ -137,13 +137,13 @@ def _run_id(path: Path) -> str:
 
 
 def _end_with(pipe: IO[str], limit_s: float) -> None:
-    """End this process within the limit once the run has closed its end of the pipe, or was killed."""
+    """End this process a second after the limit, counted from when the run closes the pipe or is killed."""
     run = select.poll()
     run.register(pipe, 0)  # reports a closed pipe alone
 
     def watch() -> None:
         run.poll()
-        signal.setitimer(signal.ITIMER_REAL, limit_s)  # its alarm ends the process
+        signal.setitimer(signal.ITIMER_REAL, limit_s + 1.0)  # its alarm ends the process
 
     threading.Thread(target=watch, daemon=True).start()
 
