@@ -126,7 +126,8 @@ class WandbStream:
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
-            return self._fail(f"did not end in time ({limit_s:g} s)")
+            self._fail(f"did not end in time ({limit_s:g} s)")
+            return
         if process.returncode != 0:
             self._fail(answer.decode().strip() or f"its process ended with status {process.returncode}")
 
