@@ -28,7 +28,6 @@ ALLOWED: Final = {
     ("fedsim/evaluate/judge_http.py", "httpx2"),
     ("fedsim/evaluate/judge_replies.py", "openai"),  # the type of its errors
     ("fedsim/record/wandb_worker.py", "wandb"),  # wandb.mode=online asks for it; offline it writes files
-    ("fedsim/record/wandb_file.py", "wandb"),  # its file format
     ("tools/chaos/sessions.py", "runpy"),  # starts launch/run.py in the process that will be killed
     ("tools/chaos/sessions.py", "socket"),  # asks the kernel for a free port
 }

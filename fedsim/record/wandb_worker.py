@@ -1,9 +1,8 @@
-"""The child process that talks to Weights & Biases: ``python -m fedsim.record.wandb_worker RUN_DIRECTORY``.
+"""Child process that talks to Weights & Biases: ``python -m fedsim.record.wandb_worker RUN_DIRECTORY``.
 
-It is told line by line on standard input which rounds count, reads their figures from ``metrics.jsonl`` and logs one
-step a round: step 0 is the preparation and the pretrained model, step i is round i. ``wandb.json`` in the run
-directory holds the id under which a resumed run goes on; which steps W&B has already, those who hold them are asked:
-the files offline, the server online. A reason to give up is the last line on standard output.
+Standard input holds a JSON object a line: the settings, then the number of each round that counts, at last the
+summary. The figures are read from ``metrics.jsonl``; step 0 is the preparation and the pretrained model, step i is
+round i. ``wandb.json`` holds the id under which a resumed run goes on. Standard output tells a reason to give up.
 """
 
 from __future__ import annotations
@@ -11,20 +10,21 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import queue
 import secrets
+import select
 import signal
+import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from fedsim.record.metrics import RESUME, NewRows, Row
-from fedsim.record.wandb_file import read_history
 
 Figures = dict[str, float | int | bool]
+Message = dict[str, Any]
 
 
 def steps_of(rows: Iterable[Row]) -> dict[int, Figures]:
@@ -58,157 +58,114 @@ def _merged(rows: Sequence[Row]) -> Figures:
     return merged
 
 
-class Worker:
-    """One session of a W&B run.
+def inspected(path: Path, *options: str) -> str:
+    """JSON that wandb's own inspector prints of a session's file: one record a line, up to where the file is cut."""
+    from wandb.util import get_core_path
 
-    Args:
-        folder: the run directory.
-        settings: the ``wandb`` section of the configuration, the run's name and W&B's time limits.
-        config: the whole configuration.
+    command = [get_core_path(), "leet", "inspect", "--json", "--no-observability", *options]
+    command += ["--run-file", str(path), str(path.parent)]
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
+def written(folder: Path, run_id: str) -> tuple[int, bool]:
+    """The first step that is in no file of the run, and whether one holds the end of the whole run.
+
+    wandb acknowledges a step before it is on disk, and a kill loses the newest. To repeat steps offline is no way
+    out: ``wandb sync`` renumbers a session that begins below the server's next step, so that they would come twice.
     """
+    files = folder.glob(f"wandb/*run-*/run-{run_id}.wandb")  # one a session
+    sessions = [json.loads(inspected(path, "--summary")) for path in files]
+    steps = [session["step"] for session in sessions if session["step"] is not None]
+    return max(steps, default=-1) + 1, any(session["exit_code"] == 0 for session in sessions)
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-        self.folder = folder
-        self.settings = settings
-        self.config = config
-        self.mode: Any = settings["mode"]
-        self.note = folder / "wandb.json"
-        known = json.loads(self.note.read_text(encoding="utf-8")) if self.note.exists() else {}
-        self.run_id: str = known.get("id") or secrets.token_hex(4)
-        self.complete = known.get("complete") == self.mode  # summary and all: nothing is left to do
-        self.run: Any = None
-        self.next_step = 0
-        self._log = NewRows(folder / "metrics.jsonl")
-        self._waiting: list[Row] = []  # of rounds that do not count yet
-        if self.mode == "offline":
-            self.next_step = self._written_steps()
 
-    def stream(self, number: int) -> None:
-        """Log every step up to this round's that W&B does not have."""
-        rows = self._waiting + self._log.read()
-        self._waiting = [row for row in rows if row["round"] > number]
+def begin(folder: Path, run_id: str, first: Message) -> Any:
+    """Start a session of the run."""
+    import wandb
+
+    settings = wandb.Settings(
+        silent=True, console="off", host="", save_code=False, disable_git=True, disable_job_creation=True,
+        x_disable_stats=True, x_disable_meta=True, x_disable_machine_info=True, x_save_requirements=False,
+        x_transaction_log_flush_interval=1.0, init_timeout=first["limit_s"], finish_timeout=first["limit_s"],
+    )  # fmt: skip
+    given = {name: value or None for name, value in first["run"].items()}
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    about = {"versions": manifest["versions"], "git": manifest["git"], "num_ranks": manifest["started"]["num_ranks"]}
+    config = {**first["config"], **about}
+    run = wandb.init(**given, id=run_id, resume="allow", dir=str(folder), config=config, settings=settings)
+    if run.id != run_id:  # a second run, in which every step would come again
+        raise RuntimeError(f"wandb gives the run the id {run.id!r} instead of {run_id!r}")
+    return run
+
+
+def stream(folder: Path, first: Message, messages: Iterable[Message]) -> None:
+    """Serve one session: log every step that counts and that W&B does not have, then the summary."""
+    run_id = _run_id(folder / "wandb.json")
+    online = first["run"]["mode"] == "online"
+    next_step, is_complete = (0, False) if online else written(folder, run_id)
+    log, waiting = NewRows(folder / "metrics.jsonl"), list[Row]()  # rows of rounds that do not count yet
+    run, number, summary = None, -1, None
+    for message in messages:
+        number, summary = message.get("round", number), message.get("summary")
+        rows = waiting + log.read()
+        waiting = [row for row in rows if row["round"] > number]
         steps = steps_of(row for row in rows if row["round"] <= number)
-        if self.complete or max(steps, default=-1) < self.next_step:
-            return
-        if self.run is None:
-            self._begin()
+        if is_complete or (summary is None and max(steps, default=-1) < next_step):
+            continue  # nothing is left to do
+        if run is None:
+            run = begin(folder, run_id, first)
+            next_step = run.starting_step if online else next_step
         for step, figures in steps.items():
-            if step >= self.next_step:
-                self.run.log(figures, step=step, commit=True)
-                self.next_step = step + 1
-
-    def finish(self, summary: Mapping[str, Any] | None) -> None:
-        """End the session; without a summary the run did not come to its end."""
-        if self.run is None and summary is not None and not self.complete:  # stopped just before its summary
-            self._begin()
-        if self.run is None:
-            return
+            if step >= next_step:
+                run.log(figures, step=step, commit=True)
+                next_step = step + 1
+    if run is not None:
         import wandb
 
-        self.run.summary.update(dict(summary or {}))
-        self.run.finish(exit_code=0 if summary is not None else 1)
+        run.summary.update(summary or {})
+        run.finish(exit_code=1 if summary is None else 0)
         wandb.teardown()  # its program has answered before the last steps are on disk: wait until it has ended
-        is_whole = self.mode == "online" or self._written_steps() == self.next_step
-        self._save_note(self.mode if summary is not None and is_whole else "")
-
-    def _begin(self) -> None:
-        import wandb
-
-        self._save_note("")
-        settings = wandb.Settings(
-            silent=True,
-            console="off",
-            save_code=False,
-            disable_git=True,
-            disable_job_creation=True,
-            host="",
-            init_timeout=self.settings["limit_s"],
-            finish_timeout=self.settings["limit_s"],
-            x_disable_stats=True,
-            x_disable_meta=True,
-            x_disable_machine_info=True,
-            x_save_requirements=False,
-            x_transaction_log_flush_interval=1.0,
-        )
-        self.run = wandb.init(
-            mode=self.mode,
-            project=self.settings["project"],
-            entity=self.settings["entity"] or None,
-            group=self.settings["group"] or None,
-            tags=self.settings["tags"] or None,
-            name=self.settings["name"],
-            id=self.run_id,
-            resume="allow",
-            dir=str(self.folder),
-            settings=settings,
-        )
-        if self.run.id != self.run_id:  # a second run, in which every step would come again
-            raise RuntimeError(f"wandb gives the run the id {self.run.id!r} instead of {self.run_id!r}")
-        if self.mode == "online":
-            self.next_step = int(self.run.starting_step)
-        if self.next_step == 0:
-            manifest = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
-            about = {name: manifest[name] for name in ("versions", "git")}
-            self.run.config.update({**self.config, **about, "num_ranks": manifest["started"]["num_ranks"]})
-
-    def _written_steps(self) -> int:
-        """Number of steps up to the last that is on disk."""
-        return 1 + max((step for step, _ in read_history(self.folder / "wandb", self.run_id)), default=-1)
-
-    def _save_note(self, complete: str) -> None:
-        new = self.note.with_suffix(".json.new")
-        new.write_text(json.dumps({"id": self.run_id, "complete": complete}) + "\n", encoding="utf-8")
-        new.replace(self.note)
 
 
-def main() -> int:
+def _run_id(path: Path) -> str:
+    if not path.exists():
+        new = path.with_suffix(".json.new")
+        new.write_text(json.dumps({"id": secrets.token_hex(4)}) + "\n", encoding="utf-8")
+        new.replace(path)
+    run_id: str = json.loads(path.read_text(encoding="utf-8"))["id"]
+    return run_id
+
+
+def _end_with(pipe: IO[str], limit_s: float) -> None:
+    """End this process a second after the limit, counted from when the run closes the pipe or is killed."""
+    run = select.poll()
+    run.register(pipe, 0)  # reports a closed pipe alone
+
+    def watch() -> None:
+        run.poll()
+        signal.setitimer(signal.ITIMER_REAL, limit_s + 1.0)  # its alarm ends the process
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def main() -> None:
     """Serve one run until its end of the pipe closes."""
-    answer = os.dup(1)
+    folder = Path(sys.argv[1])
+    pipe, answer = os.fdopen(os.dup(0), encoding="utf-8"), os.dup(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    os.environ["WANDB_ERROR_REPORTING"] = "false"  # wandb's own reports of its errors to its maker
     try:
-        pipe = os.fdopen(os.dup(0), encoding="utf-8")
         first = json.loads(pipe.readline())
-        messages = _listen(pipe, first["settings"]["limit_s"])
-        folder = Path(sys.argv[1])
-        _lock(folder / ".wandb.lock")
-        worker = Worker(folder, first["settings"], first["config"])
-        summary = None
-        for message in messages:
-            summary = message.get("summary", summary)
-            if "round" in message:
-                worker.stream(message["round"])
-        worker.finish(summary)
+        _end_with(pipe, first["limit_s"])
+        # wandb-core inherits the lock with standard input: while that of a killed session writes, this one waits.
+        lock = os.open(folder / ".wandb.lock", os.O_RDWR | os.O_CREAT, 0o666)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        os.dup2(lock, 0)
+        os.close(lock)
+        stream(folder, first, (json.loads(line) for line in pipe))
     except Exception as error:
         os.write(answer, f"{_why(error)}\n".encode())
         os._exit(1)  # wandb's own clean-up at exit may wait for what has just failed
     os._exit(0)
-
-
-def _lock(path: Path) -> None:
-    """Wait until nobody writes W&B's files of this run any more, and keep others from it.
-
-    The lock is standard input, which wandb's own program inherits: it ends with the last of the two, so that a worker
-    that is killed does not give the files away while what it has sent is still being written.
-    """
-    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    os.dup2(lock, 0)
-    os.close(lock)
-
-
-def _listen(pipe: IO[str], limit_s: float) -> Iterator[dict[str, Any]]:
-    """The messages. Once the run has hung up, or is no more, this process ends within the limit, come what may."""
-    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-
-    def read() -> None:
-        for line in pipe:
-            lines.put(line)
-        signal.setitimer(signal.ITIMER_REAL, limit_s)  # its alarm ends the process
-        lines.put("")
-
-    threading.Thread(target=read, daemon=True).start()
-    return (json.loads(line) for line in iter(lines.get, ""))
 
 
 def _why(error: Exception) -> str:
@@ -219,4 +176,4 @@ def _why(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 import torch
-import wandb
-from wandb.util import get_core_path
 
 from fedsim.base.ranks import OneRank
 from fedsim.config import Config, load_config, to_nested
 from fedsim.parallel.world import World
-from fedsim.record import wandb_stream, wandb_worker
+from fedsim.record import wandb_stream
 from fedsim.record.checkpoint import Checkpoint
 from fedsim.record.metrics import CLOCK_PREFIXES, RESUME, MetricLog, Row, read_rows
 from fedsim.record.run_record import RunRecord
 from fedsim.record.sameness import FREE_KEYS
-from fedsim.record.wandb_file import read_history
 from fedsim.record.wandb_stream import WandbStream
-from fedsim.record.wandb_worker import steps_of
+from fedsim.record.wandb_worker import inspected, steps_of, written
 from fedsim.report import finish
 from fedsim.run.simulation import Simulation
 
@@ -97,52 +92,40 @@ def opened(folder: Path, said: Said, *overrides: str) -> WandbStream:
     return WandbStream(folder, made_config(*overrides), said.append)
 
 
-def history(folder: Path) -> list[tuple[int, dict[str, Any]]]:
-    """All history records of the run, wandb's own fields left out."""
+def records(folder: Path) -> list[dict[str, Any]]:
+    """Every record of every session of the run, as wandb's own inspector prints it."""
     run_id = json.loads((folder / "wandb.json").read_text())["id"]
-    found = list(read_history(folder / "wandb", run_id))
-    return [(step, {k: v for k, v in items.items() if k not in OWN}) for step, items in found]
+    files = sorted(folder.glob(f"wandb/offline-run-*/run-{run_id}.wandb"))
+    return [json.loads(line) for path in files for line in inspected(path).splitlines()]
 
 
-def wandbs_own(folder: Path) -> list[dict[str, Any]]:
-    """Every record of every session, as wandb's own inspector prints it."""
-    records = []
-    for session in sorted((folder / "wandb").glob("offline-run-*")):
-        (log,) = session.glob("*.wandb")
-        command = [get_core_path(), "leet", "inspect", "--no-observability", "--json"]
-        command += ["--run-file", str(log), str(folder / "wandb")]
-        printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
-        records += [json.loads(line) for line in printed.splitlines()]
-    return records
+def history(folder: Path) -> list[tuple[int, dict[str, Any]]]:
+    """Steps and figures of all sessions in the order of writing, wandb's own fields left out."""
+    steps = [r["history"] for r in records(folder) if r["type"] == "history"]
+    return [(step["step"]["num"], {k: v for k, v in step["item"].items() if k not in OWN}) for step in steps]
 
 
-def wait_for_steps(folder: Path, count: int) -> None:
+def wait_until(holds: Callable[[], bool]) -> None:
     deadline = time.monotonic() + PATIENT_S
-    while not (folder / "wandb.json").exists() or len(history(folder)) < count:
-        assert time.monotonic() < deadline, f"{count} steps were not written"
+    while not holds():
+        assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
 def wait_for_files(folder: Path) -> None:
     """Wait until W&B has begun to write."""
-    deadline = time.monotonic() + PATIENT_S
-    while not list(folder.glob("wandb/offline-run-*/run-*.wandb")):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: any(folder.glob("wandb/offline-run-*/run-*.wandb")))
 
 
 def kill_all(stream: WandbStream) -> None:
     """SIGKILL to the child and to wandb's service below it, as when a job is ended with all its processes."""
-    assert stream._process is not None
-    pids = [stream._process.pid]
-    for pid in pids:
-        children = [p for t in Path(f"/proc/{pid}/task").iterdir() for p in (t / "children").read_text().split()]
-        pids.extend(int(child) for child in children)
-    assert len(pids) > 1, "wandb's service is a child of the child"
-    for pid in pids:
-        os.kill(pid, signal.SIGKILL)
-    stream._process.wait()
-    stream._process = None
+    process, stream._process = stream._process, None
+    assert process is not None
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    assert len(family) > 1, "wandb's service is a child of the child"
+    for member in family:
+        member.kill()
+    process.communicate()
 
 
 def without_clock(figures: dict[str, Any]) -> dict[str, Any]:
@@ -187,7 +170,8 @@ def test_every_step_is_there_once_after_kills_cuts_and_resumes(tmp_path: Path, m
         add_round(log, round_idx)
         first.finished(round_idx)
     add_round(log, 2)  # its rows are there, its checkpoint is not
-    wait_for_steps(folder, 3)
+    wait_for_files(folder)
+    wait_until(lambda: len(history(folder)) == 3)
     kill_all(first)
     assert [step for step, _ in history(folder)] == [0, 1, 2]
 
@@ -213,11 +197,13 @@ def test_every_step_is_there_once_after_kills_cuts_and_resumes(tmp_path: Path, m
     fourth.finished(4)
     fourth.close({"arm": "FedAvg", "final/hhh_accuracy": 1 / 3})
 
-    before = sorted(p.name for p in (folder / "wandb").iterdir())
+    runs = folder / "wandb"
+    before = sorted(p.name for p in runs.iterdir())
     fifth = opened(folder, said)  # the finished run is started once more: there is nothing to say
+    assert fifth.place == f"{runs} (to send it: wandb sync --include-online {runs})"
     fifth.finished(4)
     fifth.close({"arm": "FedAvg"})
-    assert sorted(p.name for p in (folder / "wandb").iterdir()) == before
+    assert sorted(p.name for p in runs.iterdir()) == before
 
     assert said == []
     found, wanted = history(folder), steps_of(log.rows())
@@ -225,65 +211,24 @@ def test_every_step_is_there_once_after_kills_cuts_and_resumes(tmp_path: Path, m
     for step, figures in found:
         assert without_clock(figures) == without_clock(wanted[step])
         assert step == 4 or figures == wanted[step]  # round 4 was done twice
-    check_with_wandbs_own_reader(folder, found)
+    check_what_else_is_there(folder)
 
 
-def check_with_wandbs_own_reader(folder: Path, found: list[tuple[int, dict[str, Any]]]) -> None:
-    records = wandbs_own(folder)
-    seen = [r["history"] for r in records if r["type"] == "history"]
-    assert [(r["step"]["num"], {k: v for k, v in r["item"].items() if k not in OWN}) for r in seen] == found
-    runs = [r["run"] for r in records if r["type"] == "run"]
+def check_what_else_is_there(folder: Path) -> None:
+    runs = [r["run"] for r in records(folder) if r["type"] == "run"]
     assert len({run["run_id"] for run in runs}) == 1 and len(runs) == 3  # the second session had nothing to log
     assert {run["project"] for run in runs} == {"fedsim"} and {run["run_group"] for run in runs} == {"arms"}
     assert all(run["tags"] == ["seed-0"] for run in runs)
     assert all("host" not in run and "git" not in run for run in runs)
-    configs = [r["config"]["update"] for r in records if r["type"] == "config"]
-    (config,) = [c for c in configs if "federation" in c]  # once, in the first session
-    assert config["federation"] == to_nested(made_config())["federation"]
-    assert config["git"] == {"commit": "abc"} and config["num_ranks"] == 2
+    for config in [run["config"]["update"] for run in runs]:
+        assert config["federation"] == to_nested(made_config())["federation"]
+        assert config["git"] == {"commit": "abc"} and config["num_ranks"] == 2
     summary: dict[str, Any] = {}
-    for record in records:
+    for record in records(folder):
         summary |= record.get("summary", {}).get("update", {})
     assert (summary["arm"], summary["final/hhh_accuracy"]) == ("FedAvg", 1 / 3)
-    written = b"".join(p.read_bytes() for p in (folder / "wandb").rglob("*") if p.is_file())
-    assert SECRET.encode() not in written and b"theirs" not in written
-
-
-def test_a_run_whose_last_step_is_not_on_disk_is_not_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "run"
-    add_round(begin(folder), 0)
-    settings = {"mode": "offline", "project": "p", "entity": "", "group": "", "tags": [], "name": "n", "limit_s": 20.0}
-    for lost, complete in ((1, ""), (0, "offline")):
-        worker = wandb_worker.Worker(folder, settings, {})
-        worker.run = SimpleNamespace(summary={}, finish=lambda exit_code: None)
-        worker.next_step = 2
-        monkeypatch.setattr(wandb_worker, "read_history", lambda *_, lost=lost: [(i, {}) for i in range(2 - lost)])
-        worker.finish({})
-        assert json.loads((folder / "wandb.json").read_text())["complete"] == complete
-
-
-def test_the_files_are_read_when_wandb_has_written_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its answer to ``finish`` comes before the last steps are on disk; those are there when its program has ended."""
-    folder, ended = tmp_path / "run", list[bool]()
-    add_round(begin(folder), 0)
-    settings = {"mode": "offline", "project": "p", "entity": "", "group": "", "tags": [], "name": "n", "limit_s": 20.0}
-    monkeypatch.setattr(wandb_worker, "read_history", lambda *_: [(i, {}) for i in range(2 if ended else 1)])
-    monkeypatch.setattr(wandb, "teardown", lambda: ended.append(True))
-    worker = wandb_worker.Worker(folder, settings, {})
-    worker.run = SimpleNamespace(summary={}, finish=lambda exit_code: None)
-    worker.next_step = 2
-    worker.finish({})
-    assert json.loads((folder / "wandb.json").read_text())["complete"] == "offline"
-
-
-def test_the_place_says_how_to_send_what_is_there(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    (folder / "wandb" / "offline-run-20260101_000000-ab").mkdir(parents=True)
-    place = opened(folder, Said()).place
-    assert place is not None and place.endswith(f"(to send it: wandb sync {folder}/wandb/offline-run-*)")
-    (folder / "wandb" / "run-20260101_000000-ab").mkdir()  # it was online, then offline
-    place = opened(folder, Said()).place
-    assert place is not None and f"cd {folder} && wandb sync --include-online" in place
+    contents = b"".join(p.read_bytes() for p in (folder / "wandb").rglob("*") if p.is_file())
+    assert SECRET.encode() not in contents and b"theirs" not in contents
 
 
 def test_what_was_not_yet_on_disk_when_all_was_killed_is_streamed_again(tmp_path: Path) -> None:
@@ -318,45 +263,46 @@ def test_a_session_waits_for_what_a_killed_worker_has_sent(tmp_path: Path) -> No
     (core,) = psutil.Process(first._process.pid).children(recursive=True)
     core.suspend()
     first._process.kill()
-    first._process.communicate()
     first._process = None
     add_round(log, 1)
     second = opened(folder, said)
     second.finished(1)
-    time.sleep(5)
-    assert len(list(folder.glob("wandb/offline-run-*"))) == 1, "the second session has begun"
+    assert second._process is not None
+    waiting = re.compile(rf"-> FLOCK .* {second._process.pid} ")
+    sessions = (folder / "wandb").glob
+    wait_until(
+        lambda: bool(waiting.search(Path("/proc/locks").read_text())) or len(list(sessions("offline-run-*"))) > 1
+    )
+    assert len(list(sessions("offline-run-*"))) == 1, "the second session has begun"
     core.resume()
     second.close({})
     assert [step for step, _ in history(folder)] == [0, 1, 2] and said == []
 
 
-def test_a_file_that_is_cut_anywhere_gives_the_steps_before(tmp_path: Path) -> None:
-    """Also steps larger than a block of the file."""
-    folder, said = tmp_path / "run", Said()
+def test_a_file_that_is_cut_or_damaged_gives_the_steps_on_it(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
     log = begin(folder)
-    large = {f"client/loss_{i:05d}": i / 7 for i in range(3000)}
+    large = {f"client/loss_{i:05d}": i / 7 for i in range(1000)}  # a step is more than a block of the file
     for round_idx in range(3):
         log.append(round_idx, "round", large)
-    stream = opened(folder, said)
+    stream = opened(folder, Said())
     stream.finished(2)
     stream.close({})
-    whole = history(folder)
-    assert [step for step, _ in whole] == [0, 1, 2, 3] and whole[3][1] == {"round": 3, **large}
-    (session,) = folder.glob("wandb/offline-run-*")
-    session.rename(f"{session}-1")  # as wandb names a second session that began in the same second
-    (path,) = folder.glob("wandb/offline-run-*-1/*.wandb")
+    run_id = json.loads((folder / "wandb.json").read_text())["id"]
+    assert written(folder, run_id) == (4, True) and history(folder)[3][1] == {"round": 3, **large}
+    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
     content = path.read_bytes()
     counts = []
-    for size in range(0, len(content), 4999):
+    for size in (0, 7, 5000, *range(40_000, len(content), 40_000)):
         path.write_bytes(content[:size])
-        found = history(folder)
-        assert found == whole[: len(found)]
-        counts.append(len(found))
+        counts.append(len(history(folder)))
+        assert written(folder, run_id) == (counts[-1], False)
     assert counts == sorted(counts) and set(counts) >= {0, 1, 2, 3}
-    damaged = bytearray(content)
-    damaged[len(content) // 2] ^= 1
-    path.write_bytes(bytes(damaged))
-    assert 0 < len(history(folder)) < 4
+    path.write_bytes(content[: len(content) // 2] + b"damage" + content[len(content) // 2 + 6 :])
+    assert written(folder, run_id) == (4, True)  # the last step is there
+    path.write_bytes(b"another file")
+    with pytest.raises(subprocess.CalledProcessError):
+        written(folder, run_id)
 
 
 HUNG = "did not end in time"
@@ -385,13 +331,12 @@ class FAKE:
 def note(kind, value):
     with open(os.environ['FAKE_LOG'], 'a') as file:
         file.write(json.dumps([kind, value]) + '\\n')
-class Changed(dict):
-    def __init__(self, kind): self.kind = kind
-    def update(self, values): note(self.kind, values)
+class Summary:
+    def update(self, values): note('summary', values)
 class Run:
     starting_step = int(os.environ.get('FAKE_STEP', '0'))
     id = None
-    summary, config = Changed('summary'), Changed('config')
+    summary = Summary()
     def log(self, figures, step, commit):
         FAKE.at_log(); note('log', [step, figures, commit])
     def finish(self, exit_code):
@@ -403,6 +348,7 @@ def teardown():
     note('teardown', None)
 def init(**settings):
     print('noise'); FAKE.at_init(); note('init', settings)
+    note('environment', {name: value for name, value in os.environ.items() if name.startswith('WANDB_')})
     Run.id = Run.id or settings['id']
     return Run()
 """
@@ -498,8 +444,10 @@ def test_a_child_that_hangs_does_not_outlive_its_run(
 def test_online_goes_on_where_the_server_is(
     tmp_path: Path, fake: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two sessions: the id, the mode and the names stay; the server says which steps it has; config is sent once."""
+    """Three sessions: the id, the mode and the names stay; the server says which steps it has."""
     noted = fake("")
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
+    monkeypatch.setenv("WANDB_RUN_ID", "theirs")
     folder, said = tmp_path / "run", Said()
     log = begin(folder)
     add_round(log, 0)
@@ -512,20 +460,24 @@ def test_online_goes_on_where_the_server_is(
     second = opened(folder, said, *words)
     second.finished(1)
     second.close({"arm": "FedAvg"})
+    monkeypatch.setenv("FAKE_STEP", "3")
     third = opened(folder, said, *words)  # the finished run is started once more
     third.finished(1)
     third.close({"arm": "FedAvg"})
     assert said == []
-    one, two = calls(noted, "init")
-    assert one == two
+    one, two, three = calls(noted, "init")
+    assert one == two == three
     kept = {name: one[name] for name in ("mode", "project", "entity", "group", "tags", "name", "resume", "dir")}
     assert kept == {"mode": "online", "project": "mine", "entity": "team", "group": "arms", "tags": ["seed-0"],
                     "name": "tracked", "resume": "allow", "dir": str(folder)}  # fmt: skip
     assert one["id"] == json.loads((folder / "wandb.json").read_text())["id"]
     wanted = steps_of(log.rows())
     assert calls(noted, "log") == [[step, wanted[step], True] for step in (0, 1, 2)]
-    assert len(calls(noted, "config")) == 1
-    assert calls(noted, "finish") == [1, 0]
+    assert one["config"]["num_ranks"] == 2 and one["config"]["wandb"]["entity"] == "team"
+    assert calls(noted, "environment") == [{"WANDB_API_KEY": SECRET, "WANDB_ERROR_REPORTING": "false"}] * 3
+    assert calls(noted, "finish") == [1, 0, 0]
+    kinds = [json.loads(line)[0] for line in noted.read_text().splitlines()]
+    assert kinds.count("teardown") == 3 and kinds[-2:] == ["finish", "teardown"]
     for settings in calls(noted, "settings"):
         assert settings["silent"] and settings["console"] == "off" and not settings["save_code"]
         assert settings["disable_git"] and settings["x_disable_stats"] and settings["x_disable_machine_info"]
@@ -612,7 +564,7 @@ def test_a_real_run_that_is_stopped_and_resumed(
     assert history(folder) == [(step, wanted[step]) for step in (0, 1, 2, 3)]
     assert "eval_before_cai/hhh_accuracy" in wanted[3] and "eval/hhh_accuracy" in wanted[0]
     assert "W&B" in (folder / "summary.md").read_text(encoding="utf-8")
-    (summary,) = [r["summary"]["update"] for r in wandbs_own(folder) if "arm" in r.get("summary", {}).get("update", {})]
+    (summary,) = [r["summary"]["update"] for r in records(folder) if "arm" in r.get("summary", {}).get("update", {})]
     last = [row for row in rows if row.get("point") == "after_cai"][-1]
     assert summary["final/hhh_accuracy"] == last["eval/hhh_accuracy"]
     assert summary["arm"] == "FedAvg, FL + noisy oracle filter + CAI" and summary["total_s"] > 0

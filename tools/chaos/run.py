@@ -31,7 +31,7 @@ from fedsim.base.tables import Table, duration  # noqa: E402
 from fedsim.base.terminal import steady_terminal  # noqa: E402
 from fedsim.base.version import made_by, maker  # noqa: E402
 from fedsim.record.manifest import hardware  # noqa: E402
-from fedsim.record.wandb_file import read_history  # noqa: E402
+from fedsim.record.wandb_worker import inspected  # noqa: E402
 from tools.chaos.outcome import different, outcome  # noqa: E402
 from tools.chaos.sessions import HangError, Session  # noqa: E402
 from tools.chaos.strikes import Strike, covered, plan, strike, timeline  # noqa: E402
@@ -138,7 +138,9 @@ class Chaos:
     def _steps(self, run: Path) -> set[int]:
         """W&B's steps, none of which may be there twice."""
         run_id = json.loads((run / "wandb.json").read_text(encoding="utf-8"))["id"]
-        steps = Counter(step for step, _ in read_history(run / "wandb", run_id))
+        files = run.glob(f"wandb/*run-*/run-{run_id}.wandb")
+        records = [json.loads(line) for path in files for line in inspected(path).splitlines()]
+        steps = Counter(record["history"]["step"]["num"] for record in records if record["type"] == "history")
         if double := [step for step, count in steps.items() if count > 1]:
             self._fault(f"{run}: W&B steps {double} came twice")
         return set(steps)
