@@ -51,7 +51,7 @@ def write_ending(folder: Path, reason: Reason, status: int, message: str, place:
         except OSError:  # a file system without links
             with (folder / EXIT_FILE).open("x", encoding="utf-8") as file:
                 file.write(text)
-    except FileExistsError:
+    except FileExistsError:  # by the exclusive open
         return False
     except OSError:  # such as a full disk: only the terminal shows the cause
         pass

@@ -43,6 +43,7 @@ def launched(read: Callable[[], T], work: Callable[[T], None]) -> int:
         work: joins the processes; its error leaves on the first rank that fails, and the others end
             quietly.
     """
+    # Read the command: every rank fails in the same way, and one reports it.
     try:
         command = read()
     except FedsimError as error:  # rank 0 reports it, and the launcher ends the others with it
@@ -51,6 +52,8 @@ def launched(read: Callable[[], T], work: Callable[[T], None]) -> int:
             return 2
         report(error)
         return 2
+
+    # Do the work: the first rank that fails reports it.
     try:
         work(command)
     except FedsimError as error:

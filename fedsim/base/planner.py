@@ -176,7 +176,8 @@ def learned_sharing(
         cost: seconds per token of each rank.
         num_micro_batches: parts that a batch can be split into.
     """
-    found = []  # seconds a step, of each wide job
+    # Of each wide job, what its time exceeds its tokens' by, in seconds a step.
+    found = []
     for job in plan.jobs:
         if job.width > 1 and job.client in tokens and shared.num[job.client] > 0:
             slowest = max(cost[rank] for rank in job.ranks)
@@ -195,7 +196,7 @@ def useful_ranks(cohort_size: int, num_micro_batches: int, *, wide_lanes: bool) 
 def deal_units(costs: Sequence[float], num_ranks: int) -> list[list[int]]:
     """Units of work of each rank: heaviest first, each to the rank with the least so far."""
     loads = [0.0] * num_ranks  # cost of each rank's units so far
-    shares: list[list[int]] = [[] for _ in range(num_ranks)]
+    shares: list[list[int]] = [[] for _ in range(num_ranks)]  # units of each rank
     for unit in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         rank = min(range(num_ranks), key=lambda r: (loads[r], r))
         loads[rank] += max(costs[unit], 1e-9)  # so that units without cost are dealt in turn

@@ -67,7 +67,7 @@ def number(value: float | None, digits: int = 3) -> str:
     """A figure in ``digits`` significant digits; whole numbers and those from 1,000 on in full."""
     if value is None:
         return NOT_MEASURED
-    if float(value).is_integer() or abs(value) >= 1000:
+    if float(value).is_integer() or abs(value) >= 1000:  # in full, with thousands separated
         return f"{value:,.0f}"
     return f"{value:.{digits}g}"
 

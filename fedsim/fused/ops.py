@@ -127,9 +127,9 @@ def norm(
         The sum (empty without ``delta``), ``weight · sum / rms(sum)`` of ``x``'s shape, and 1 /
         rms, fp32 or wider, one a row.
     """
-    total = x.new_empty(0)
-    value = _wide(x)
-    if delta is not None:
+    if delta is None:
+        total, value = x.new_empty(0), _wide(x)
+    else:
         total = x + delta
         value = _wide(total)
     rstd = torch.rsqrt(value.pow(2).mean(-1, keepdim=True) + eps)

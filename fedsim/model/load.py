@@ -1,8 +1,7 @@
 """Load a frozen base model and its tokenizer from a local directory, and attach LoRA.
 
 Only local files are read, only safetensors, and no code from the model directory is run. Dropout of
-the base model's own is switched off in any case: LoRA's is the one that fedsim
-draws.
+the base model's own is always switched off: fedsim draws LoRA's.
 """
 
 from __future__ import annotations
