@@ -170,8 +170,17 @@ class Spans:
         for i, rows in enumerate(parts):
             max_query = max(queries[row] for row in rows)
             max_key = max(keys[row] for row in rows)
-            tensors = found[3 * i : 3 * i + 3]
-            groups.append(Group(len(rows), max_query, max_key, *tensors, self.is_plain))
+            query_places, key_places, offset = found[3 * i : 3 * i + 3]
+            group = Group(
+                len(rows),
+                max_query,
+                max_key,
+                query_places,
+                key_places,
+                offset,
+                self.is_plain,
+            )
+            groups.append(group)
         return groups, places
 
 

@@ -308,9 +308,9 @@ def _try_lora(module: Any, forward: Forward) -> str:
 def _random_adapters(module: nn.Module) -> Iterator[None]:
     """Use evaluation mode, and random LoRA matrices B instead of zeros, inside the block."""
     weights: list[Tensor] = []
-    for layer in module.modules():
-        if isinstance(layer, LoraLinear):
-            weights += [b.weight for b in layer.lora_B.values()]
+    layers: list[Any] = [layer for layer in module.modules() if isinstance(layer, LoraLinear)]
+    for layer in layers:
+        weights += [b.weight for b in layer.lora_B.values()]
     saved = [weight.detach().clone() for weight in weights]
     modes = [(part, part.training) for part in module.modules()]
     module.eval()

@@ -65,11 +65,18 @@ def target_logprobs(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
             _HEAD_START.reset(token)
 
     # Dropout's draws are keyed (fedsim.train.dropout): there is no state of a generator to keep.
-    options = {"use_reentrant": False, "preserve_rng_state": False}
     parts = []
     start = 0
     for states, ids in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-        parts.append(checkpoint(logprobs, start, states, ids, **options))
+        part = checkpoint(
+            logprobs,
+            start,
+            states,
+            ids,
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
+        parts.append(part)
         start += chunk
     return torch.cat(parts)
 

@@ -103,13 +103,16 @@ def _built(small: PretrainedConfig, implementation: str) -> PreTrainedModel | No
 def _random_model(small: PretrainedConfig, implementation: str) -> PreTrainedModel | None:
     """Build the model with random weights, and run one row through it with eager attention."""
     small._attn_implementation = implementation
-    options = {"dtype": torch.float32, "trust_remote_code": False}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
 
         # Without storage first: is it small, and is its stack of layers as long as configured?
         with torch.device("meta"):
-            sizes = AutoModelForCausalLM.from_config(copy.deepcopy(small), **options)
+            sizes = AutoModelForCausalLM.from_config(
+                copy.deepcopy(small),
+                dtype=torch.float32,
+                trust_remote_code=False,
+            )
         if sum(parameter.numel() for parameter in sizes.parameters()) > LARGEST:
             return None
         stacks = []
@@ -119,7 +122,11 @@ def _random_model(small: PretrainedConfig, implementation: str) -> PreTrainedMod
         if _num_layers(small) not in stacks:
             return None
 
-        model = AutoModelForCausalLM.from_config(small, **options).eval()
+        model = AutoModelForCausalLM.from_config(
+            small,
+            dtype=torch.float32,
+            trust_remote_code=False,
+        ).eval()
 
     assert isinstance(model, PreTrainedModel)
     model.set_attn_implementation("eager")
