@@ -158,7 +158,7 @@ def load(key: str, name: str) -> Any:
     kind = KINDS[key]
     place, _, attribute = (kind.own[name].target if name in kind.own else name).rpartition(":")
     what = f"{key}={name!r}"
-    module = load_module(place, what, is_own=name in kind.own)
+    module = load_module(place, what, is_builtin=name in kind.own)
     found = getattr(module, attribute, None)
     if found is None:
         raise ConfigError(f"{what}: {place} has no {attribute}{_nearest(attribute, vars(module))}")

@@ -1,10 +1,11 @@
-"""Order-independent sums: floating-point numbers as 64-bit integers with a shared power-of-two scale.
+"""Order-independent sums of floating-point numbers, as 64-bit integers with a shared scale.
 
-Integer addition is associative, so a sum does not depend on how its terms were grouped or who finished first. With
-``count`` terms whose absolute values are at most ``bound`` < 2^e, the scale 2^s with s = 62 − e − ⌈log2 count⌉ keeps
-every partial sum below 2^62. Rounding a term to the grid costs at most 2^−(s+1), so the sum of n terms is within
-n · 2^−(s+1) of the exact one, apart from two roundings to fp64's 53 bits: of each product of a weight and a term, and
-of the sum when it is given back. A term of 24 significant bits and at least 2^(24−s) in size is represented exactly.
+Integer addition is associative, so a sum does not depend on the grouping or order of its terms.
+With ``count`` terms whose absolute values are at most ``bound`` < 2^e, the scale 2^s with
+s = 62 − e − ⌈log2 count⌉ keeps every partial sum below 2^62. Rounding a term to the grid costs at
+most 2^−(s+1), so the sum of n terms is within n · 2^−(s+1) of the exact one, apart from two
+roundings to fp64's 53 bits: of each product of a weight and a term, and of the sum when it is
+returned. A term of 24 significant bits and at least 2^(24−s) in size is represented exactly.
 """
 
 from __future__ import annotations
@@ -40,23 +41,28 @@ def shared_exponent(bound: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def power_of_two(exponent: torch.Tensor) -> torch.Tensor:
-    """2^exponent for −1022 ≤ exponent ≤ 1023, fp64, from the bits of the number: exact on every device."""
+    """2^exponent in fp64 for −1022 ≤ exponent ≤ 1023, by the number's bits: exact on any device."""
     return ((exponent.to(torch.int64) + 1023) << 52).view(torch.float64)
 
 
 def accumulate(
-    total: torch.Tensor, vectors: Sequence[torch.Tensor], weights: Sequence[float], exponent: torch.Tensor
+    total: torch.Tensor,
+    vectors: Sequence[torch.Tensor],
+    weights: Sequence[float],
+    exponent: torch.Tensor,
 ) -> None:
-    """``total = Σ round(vector · (weight · 2^exponent))``, halves to even: all terms of a rank in one pass.
+    """Compute ``total = Σ round(vector · (weight · 2^exponent))``, halves to even, in one pass.
 
-    The product is rounded to fp64 before it is rounded to the grid. A vector with a number that is not finite, or
-    beyond the bound that ``exponent`` is for, gives undefined integers.
+    The product is rounded to fp64 before it is rounded to the grid. A vector with a number that is
+    not finite, or beyond the bound that ``exponent`` is for, gives undefined integers.
 
     Args:
         total: int64 ``[n]``, contiguous; overwritten.
-        vectors: fp32, bf16 or fp64 ``[n]`` each, of any stride, on ``total``'s device; none give zeros.
+        vectors: fp32, bf16 or fp64 ``[n]`` each, of any stride, on ``total``'s device; none give
+            zeros.
         weights: one per vector.
-        exponent: int32 scalar from :func:`shared_exponent` for a bound on ``|weight · vector|``, on the same device.
+        exponent: int32 scalar from :func:`shared_exponent` for a bound on ``|weight · vector|``, on
+            the same device.
     """
     assert total.dtype == torch.int64 and total.is_contiguous() and len(vectors) == len(weights)
     assert all(vector.shape == total.shape for vector in vectors)
@@ -70,14 +76,14 @@ def add_up(
     exponent: torch.Tensor,
     bound: torch.Tensor,
 ) -> torch.Tensor:
-    """:func:`accumulate` and :func:`restore` in one pass, for a sum that no other rank adds to.
+    """Do :func:`accumulate` and :func:`restore` in one pass, for a sum to which no other rank adds.
 
-    Args: as of the two.
+    Arguments are those of the two.
 
     Returns:
         fp64 ``[n]`` in ``total``'s memory.
     """
-    if total.is_cuda:  # a pass more, but fewer kernels
+    if total.is_cuda:  # one more pass, but fewer kernels
         accumulate(total, vectors, weights, exponent)
         return restore(total, exponent, bound)
     scale = _scale(exponent, bound)
@@ -86,8 +92,12 @@ def add_up(
     return total.view(torch.float64)
 
 
-def accumulate_scaled(total: torch.Tensor, vectors: Sequence[torch.Tensor], factors: torch.Tensor) -> None:
-    """The pass of :func:`accumulate`.
+def accumulate_scaled(
+    total: torch.Tensor,
+    vectors: Sequence[torch.Tensor],
+    factors: torch.Tensor,
+) -> None:
+    """Do the pass of :func:`accumulate` with given factors.
 
     Args:
         factors: weight · 2^exponent of each vector, fp64 ``[len(vectors)]``.
@@ -97,9 +107,9 @@ def accumulate_scaled(total: torch.Tensor, vectors: Sequence[torch.Tensor], fact
 
 
 def restore(total: torch.Tensor, exponent: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
-    """The sum as fp64 ``[n]``, ``total · 2^−exponent``, in ``total``'s memory, which holds no integers any more.
+    """Convert a sum to fp64 ``[n]``, ``total · 2^−exponent``, in ``total``'s memory.
 
-    NaN throughout where ``bound`` is not finite.
+    The integers are overwritten. All numbers are NaN if ``bound`` is not finite.
     """
     scale = _scale(exponent, bound)
     for part in total.split(_block_size(total.device)):
@@ -107,17 +117,24 @@ def restore(total: torch.Tensor, exponent: torch.Tensor, bound: torch.Tensor) ->
     return total.view(torch.float64)
 
 
-def _accumulated(total: torch.Tensor, vectors: Sequence[torch.Tensor], factors: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The blocks of ``total``, each once it holds its integers and while it is in the cache."""
+def _accumulated(
+    total: torch.Tensor,
+    vectors: Sequence[torch.Tensor],
+    factors: torch.Tensor,
+) -> Iterator[torch.Tensor]:
+    """Fill ``total`` block by block; yield each block while it is in the CPU's cache."""
+    # Scratch [terms converted together, columns], fp64.
     rows = min(max(1, len(vectors)), MAX_TERMS)
     size = max(1, _block_size(total.device) // rows)
     if not vectors:
         total.zero_()
     columns = min(size, total.numel())
     block = reused.empty(rows * columns, torch.float64, total.device).view(rows, columns)
+
     for start in range(0, total.numel(), size):
         part = total[start : start + size]
         for first in range(0, len(vectors), MAX_TERMS):
+            # Scale and round a group of terms, then add their integers.
             group = vectors[first : first + MAX_TERMS]
             terms = block[: len(group), : part.numel()]
             for row, vector in zip(terms, group, strict=True):
@@ -133,6 +150,7 @@ def _accumulated(total: torch.Tensor, vectors: Sequence[torch.Tensor], factors: 
 
 
 def _restore(integers: torch.Tensor, scale: torch.Tensor) -> None:
+    """Convert integers to fp64 in place, times ``scale``."""
     sums = integers.view(torch.float64)
     sums.copy_(integers)
     sums.mul_(scale)
@@ -150,5 +168,7 @@ def _scale(exponent: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
 
 
 def _block_size(device: torch.device) -> int:
-    """How many fp64 numbers to work on at a time."""
-    return CUDA_BLOCK if device.type == "cuda" else BLOCK * torch.get_num_threads()
+    """Number of fp64 numbers to work on at a time."""
+    if device.type == "cuda":
+        return CUDA_BLOCK
+    return BLOCK * torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""Sampling of one token per row by 64-bit integer weights, in plain torch: the reference of the Triton kernels."""
+"""Sampling of a token per row by 64-bit integer weights, in plain torch: the kernels' reference."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 
 BLOCK: Final = 256
-"""Weights are summed by blocks of so many tokens: the block is found first, then the token inside it."""
+"""Tokens of a block whose weights are summed: the block is found first, then the token in it."""
 
 
 def sample(logits: Tensor, largest: Tensor, uniforms: Tensor, temperatures: Tensor) -> Tensor:
-    """The inverse of the cumulative distribution at each row's uniform number.
+    """Evaluate the inverse of the cumulative distribution at each row's uniform number.
 
-    Probabilities are added up as 64-bit integers, so that the sums are the same in any order, as exact mode wants them
-    of a GPU: a token's weight is ⌊2^b · p / p_max⌋ with b = 62 − ⌈log2 vocabulary⌉ (45 bits at a vocabulary of 128 K).
+    Probabilities are summed as 64-bit integers, so that the sums are the same in any order, which
+    exact mode requires of a GPU: a token's weight is ⌊2^b · p / p_max⌋ with b = 62 − ⌈log2
+    vocabulary⌉ (45 bits at a vocabulary of 128 K).
 
     Args:
         logits: ``[rows, vocabulary]``.
@@ -31,13 +32,27 @@ def sample(logits: Tensor, largest: Tensor, uniforms: Tensor, temperatures: Tens
 
 
 def block_sums(logits: Tensor, largest: Tensor, temperatures: Tensor) -> Tensor:
-    """Sums of :func:`token_weights` over each block, int64 ``[rows, blocks]``; arguments as of :func:`sample`."""
+    """Sums of :func:`token_weights` over each block, int64 ``[rows, blocks]``.
+
+    Arguments as of :func:`sample`.
+    """
     return token_weights(logits, largest, temperatures).sum(dim=-1)
 
 
-def draw_in_block(logits: Tensor, largest: Tensor, temperatures: Tensor, uniforms: Tensor, sums: Tensor) -> Tensor:
-    """:func:`sample` where the blocks' sums are known; only one block's weights of each row are needed."""
-    return _drawn(token_weights(logits, largest, temperatures), sums, uniforms, logits.shape[1])
+def draw_in_block(
+    logits: Tensor,
+    largest: Tensor,
+    temperatures: Tensor,
+    uniforms: Tensor,
+    sums: Tensor,
+) -> Tensor:
+    """Sample as :func:`sample`, with known sums of blocks; needs only one block's weights a row.
+
+    Args:
+        sums: of :func:`block_sums`; other arguments as of :func:`sample`.
+    """
+    weights = token_weights(logits, largest, temperatures)
+    return _drawn(weights, sums, uniforms, logits.shape[1])
 
 
 def token_weights(logits: Tensor, largest: Tensor, temperatures: Tensor) -> Tensor:
@@ -52,16 +67,21 @@ def token_weights(logits: Tensor, largest: Tensor, temperatures: Tensor) -> Tens
 
 
 def weight_bits(vocabulary: int) -> int:
-    """Bits of the largest weight, with which the sum of all fits into 62."""
+    """Bits of the largest weight, so that the sum of all weights has at most 62."""
     return 62 - (vocabulary - 1).bit_length()
 
 
 def _drawn(weights: Tensor, sums: Tensor, uniforms: Tensor, size: int) -> Tensor:
+    """The token of each row in whose share of the summed weights its uniform number falls."""
+    # The level among the weights, and its block [rows, 1].
     ends = sums.cumsum(dim=-1)  # [rows, blocks]: sums of all weights up to a block's end
     total = ends[:, -1]
     level = torch.minimum((uniforms * total.double()).to(torch.int64), total - 1)[:, None]
-    block = torch.searchsorted(ends, level, right=True).clamp_(0, ends.shape[1] - 1)  # [rows, 1]
-    inside = weights.gather(1, block[:, :, None].expand(-1, -1, BLOCK))[:, 0].cumsum(dim=-1)  # [rows, BLOCK]
+    block = torch.searchsorted(ends, level, right=True).clamp_(0, ends.shape[1] - 1)
+
+    # The rest of the level among the block's weights [rows, BLOCK], and its token.
+    chosen = weights.gather(1, block[:, :, None].expand(-1, -1, BLOCK))[:, 0]
+    inside = chosen.cumsum(dim=-1)
     rest = level - (ends.gather(1, block) - inside[:, -1:])
     token = block * BLOCK + torch.searchsorted(inside, rest, right=True)
     return token[:, 0].clamp_(0, size - 1)

@@ -1,1 +1,1 @@
-"""Attention over packed rows: what a model's layers call instead of padded, masked attention."""
+"""Attention over packed rows, in place of a model's padded, masked attention."""

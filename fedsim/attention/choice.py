@@ -1,7 +1,8 @@
-"""Choice of an attention backend: the one that ``model.attention`` names, or under ``auto`` the best that works here.
+"""Choice of an attention backend: that of ``model.attention``, or the best that works here.
 
-On CUDA every backend but the definition is tried on the device itself (:mod:`fedsim.attention.self_test`), and all
-processes of a run take the best one that works on each of them.
+On CUDA every backend but the definition is tried on the device itself
+(:mod:`fedsim.attention.self_test`), and all processes of a run take the best one that works on each
+of them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from fedsim.base.errors import ModelError
 from fedsim.base.ranks import OneRank, Ranks
 
 ORDER: Final = ("varlen", "flash_attention_2", "sdpa", "eager")
-"""What ``auto`` tries, best first."""
+"""Backends that ``auto`` tries, best first."""
 
 CUDA_ONLY: Final = ("varlen", "flash_attention_2")
 """Backends that need a GPU."""
@@ -29,12 +30,12 @@ CUDA_ONLY: Final = ("varlen", "flash_attention_2")
 
 @dataclass(frozen=True)
 class Choice:
-    """A backend, and why it was taken.
+    """A backend, and the reason for it.
 
     Attributes:
         name: of :data:`fedsim.attention.backends.BACKENDS`.
         why: in words, such as "asked for".
-        tried: under ``auto``, what keeps each backend from being taken, best backend first; "" where nothing does.
+        tried: under ``auto``, backend → problem that rules it out, "" for none; best first.
     """
 
     name: str
@@ -43,7 +44,7 @@ class Choice:
 
     @property
     def words(self) -> str:
-        """The backend and the reason, as the log and the manifest have them."""
+        """The backend and the reason, in the words of the log and the manifest."""
         return f"{self.name} ({self.why})"
 
     @property
@@ -53,58 +54,80 @@ class Choice:
 
 
 def choose(
-    wanted: str, config: PretrainedConfig, dtype: torch.dtype, device: torch.device, ranks: Ranks | None = None
+    wanted: str,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    ranks: Ranks | None = None,
 ) -> Choice:
-    """The backend for a model, the same on all ranks.
+    """Choose the backend for a model, the same on all ranks.
 
     Args:
         wanted: model.attention: ``auto`` or a backend's name.
         config: the model's.
         dtype: of its weights.
-        ranks: all of which call this; None: this process decides alone.
+        device: on which it runs.
+        ranks: all call this; None: only this process decides.
 
     Raises:
-        ModelError: the backend that is asked for cannot be had, or computes something else here, on some rank; with the
-            reason and what to do.
+        ModelError: the backend that is asked for is not available on some rank, or computes
+            something else there; with the reason and the fix.
     """
-    return agreed((ranks or OneRank()).each(lambda: _choose_here(wanted, config, dtype, device)))
+    if ranks is None:
+        ranks = OneRank()
+    return agreed(ranks.each(lambda: _choose_here(wanted, config, dtype, device)))
 
 
 def agreed(choices: Sequence[Choice]) -> Choice:
-    """The best backend that all ranks can take.
+    """Return the best backend that all ranks can take.
 
     Args:
         choices: of the same model and setting, by rank.
     """
+    # Under `auto` each rank has tried the same backends; else there is nothing to choose.
     tried: dict[str, str] = {}
     for name in choices[0].tried:
-        reasons = [choice.tried[name] for choice in choices]
-        failing = [rank for rank, reason in enumerate(reasons) if reason]
-        tried[name] = reasons[failing[0]] if failing else ""
+        # The first failing rank's problem.
+        problems = [choice.tried[name] for choice in choices]
+        failing = [rank for rank, found in enumerate(problems) if found]
+        tried[name] = problems[failing[0]] if failing else ""
         if failing and len(failing) < len(choices):
             tried[name] = f"on rank {failing[0]}, {tried[name]}"
     return _best(tried) if tried else choices[0]
 
 
-def _choose_here(wanted: str, config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> Choice:
-    """What this process would take by itself."""
+def _choose_here(
+    wanted: str,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Choice:
+    """Choose a backend in this process, without the other ranks."""
+    # The one that is asked for, or an error.
     if wanted != "auto":
-        if found := problem(wanted, config, dtype, device):
+        found = problem(wanted, config, dtype, device)
+        if found is not None:
             raise ModelError(f"model.attention={wanted!r}: {found}")
-        if found := _self_test(wanted, config, dtype, device):
+        found = _self_test(wanted, config, dtype, device)
+        if found is not None:
             raise ModelError(f"model.attention={wanted!r}: {found}; set model.attention=auto")
         return Choice(wanted, "asked for" + _remark(wanted))
+
+    # All, each with its problem.
     tried: dict[str, str] = {}
     for name in ORDER:
-        if name in CUDA_ONLY and device.type != "cuda":  # nobody expects CUDA's kernels on a CPU
+        if name in CUDA_ONLY and device.type != "cuda":  # not worth a remark
             continue
-        tried[name] = problem(name, config, dtype, device) or _self_test(name, config, dtype, device) or ""
+        found = problem(name, config, dtype, device)
+        if found is None:
+            found = _self_test(name, config, dtype, device)
+        tried[name] = found or ""
     return _best(tried)
 
 
 def _best(tried: Mapping[str, str]) -> Choice:
-    """The first backend that nothing speaks against."""
-    passed_over = ""
+    """Return the first backend without a problem; the reason lists those before it."""
+    passed_over = ""  # the remarks on better ones
     for name, reason in tried.items():
         if not reason:
             return Choice(name, "auto" + passed_over + _remark(name), tried)
@@ -112,56 +135,82 @@ def _best(tried: Mapping[str, str]) -> Choice:
     raise AssertionError("eager attention is always there")
 
 
-def _self_test(name: str, config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why a backend that can be had is not to be used; the definition, and torch on a CPU, are taken as they are."""
+def _self_test(
+    name: str,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> str | None:
+    """Return a fault of an available backend's results; None if they are right.
+
+    The definition, and torch on a CPU, are not tested.
+    """
     if device.type == "cpu" or name == "eager":
         return None
-    return next(filter(None, (fault(name, heads, dtype, device) for heads in heads_of(config))), None)
+    for heads in heads_of(config):
+        found = fault(name, heads, dtype, device)
+        if found is not None:
+            return found
+    return None
 
 
 def _remark(name: str) -> str:
-    """What a backend leaves to another one."""
+    """Return a remark on steps that a backend leaves to another one, or ""."""
     if name == "varlen" and "seqused_k" not in varlen_keywords():
-        return f"; steps of decoding by sdpa, as varlen_attn of torch {torch.__version__} knows no slots"
+        kernel = f"varlen_attn of torch {torch.__version__}"
+        return f"; steps of decoding by sdpa, as {kernel} knows no slots"
     return ""
 
 
-def problem(name: str, config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why a backend cannot be had, with the way out; None if it can."""
-    if name in CUDA_ONLY and device.type != "cuda":
-        return f"is CUDA's alone, and this run is on {device.type}; set model.attention=auto"
-    if name in CUDA_ONLY and dtype not in (torch.bfloat16, torch.float16):
-        kind = str(dtype).removeprefix("torch.")
-        return (
-            f"computes in bfloat16 and float16, the model is {kind}; set model.dtype=bfloat16, or model.attention=sdpa"
-        )
-    if name in CUDA_ONLY and (found := _kernel_problem(name, config, device)):
-        return found
+def problem(
+    name: str,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> str | None:
+    """Return the reason, and the fix, if a backend is not available; None if it is."""
+    # CUDA's kernels: device, type, sizes of heads.
+    if name in CUDA_ONLY:
+        if device.type != "cuda":
+            return f"runs only on CUDA, and this run is on {device.type}; set model.attention=auto"
+        if dtype not in (torch.bfloat16, torch.float16):
+            kind = str(dtype).removeprefix("torch.")
+            fix = "set model.dtype=bfloat16, or model.attention=sdpa"
+            return f"computes in bfloat16 and float16, the model is {kind}; {fix}"
+        found = _kernel_problem(name, config, device)
+        if found is not None:
+            return found
+
     softcap = getattr(config.get_text_config(), "attn_logit_softcapping", None)
     if softcap is not None and name in ("sdpa", "varlen"):
-        return (
-            f"cannot cap scores, as the model asks for (attn_logit_softcapping={softcap}); set model.attention=eager, "
-            "or flash_attention_2 on CUDA"
-        )
-    return _PACKAGES[name]() if name in _PACKAGES else None
+        fix = "set model.attention=eager, or flash_attention_2 on CUDA"
+        wish = f"attn_logit_softcapping={softcap}"
+        return f"cannot cap scores, as the model asks for ({wish}); {fix}"
+
+    # The package, or the version of torch.
+    if name in _PACKAGES:
+        return _PACKAGES[name]()
+    return None
 
 
 def _kernel_problem(name: str, config: PretrainedConfig, device: torch.device) -> str | None:
-    """What FlashAttention-2 computes: heads of up to 256 numbers, values as wide as keys, on Ampere or newer.
+    """Return the reason if FlashAttention-2 cannot compute a model's attention; None if it can.
 
-    torch's kernel wants multiples of 8 too; the package pads.
+    Its heads have up to 256 numbers, with values as wide as keys, and it runs on Ampere or newer.
+    torch's kernel needs multiples of 8 too; the package pads.
     """
+    fix = "set model.attention=sdpa"
     text = config.get_text_config()
-    keys, values = head_sizes(text)
+    keys, values = head_sizes(text)  # numbers of a head
     if keys != values:  # latent attention (DeepSeek)
-        return f"needs values as wide as keys, the model's heads have {keys} and {values}; set model.attention=sdpa"
+        return f"needs values as wide as keys, the model's heads have {keys} and {values}; {fix}"
     widest = max(keys, int(getattr(text, "global_head_dim", None) or 0))
     if widest > 256 or (name == "varlen" and widest % 8):
         rule = "multiples of 8 up to 256" if name == "varlen" else "up to 256"
-        return f"takes heads of {rule} numbers, the model's have {widest}; set model.attention=sdpa"
+        return f"takes heads of {rule} numbers, the model's have {widest}; {fix}"
     major, minor = _capability(device)
     if major < 8:
-        return f"needs compute capability 8.0 or newer, this GPU has {major}.{minor}; set model.attention=sdpa"
+        return f"needs compute capability 8.0 or newer, this GPU has {major}.{minor}; {fix}"
     return None
 
 
@@ -172,19 +221,17 @@ def _capability(device: torch.device) -> tuple[int, int]:
 def _no_flash_attn() -> str | None:
     if importlib.util.find_spec("flash_attn") is not None:
         return None
-    return (
-        "the flash-attn package is not installed; pip install flash-attn --no-build-isolation (built from source, for "
-        "the installed torch), or set model.attention=auto"
-    )
+    install = "pip install flash-attn --no-build-isolation"
+    remark = "built from source, for the installed torch"
+    problem = "the flash-attn package is not installed"
+    return f"{problem}; {install} ({remark}), or set model.attention=auto"
 
 
 def _no_varlen() -> str | None:
     if varlen_keywords() >= {"scale", "window_size"}:
         return None
-    return (
-        f"torch {torch.__version__} has no varlen_attn that takes scale and window_size; install torch 2.11 or newer, "
-        "or set model.attention=sdpa"
-    )
+    problem = f"torch {torch.__version__} has no varlen_attn that takes scale and window_size"
+    return f"{problem}; install torch 2.11 or newer, or set model.attention=sdpa"
 
 
 _PACKAGES: Final[dict[str, Callable[[], str | None]]] = {

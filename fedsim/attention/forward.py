@@ -1,8 +1,9 @@
-"""The one forward pass of the product: packed rows through a Hugging Face causal LM, attention by a layout.
+"""The one forward pass of fedsim: packed rows through a Hugging Face causal LM.
 
-Transformers' attention modules call the function that is registered under the model's ``attn_implementation``; ours
-hands queries, keys and values to the layout that came with the call. Linear layers see no padding, masks are never
-built by the model, and no cache class of the library is in play.
+Transformers' attention modules call the function that is registered under the model's
+``attn_implementation``; fedsim's hands queries, keys and values to the layout that came with the
+call. Linear layers see no padding, the model never builds a mask, and no cache class of the library
+is used.
 """
 
 from __future__ import annotations
@@ -32,18 +33,18 @@ IMPLEMENTATIONS: Final = {
 """Name of each backend among transformers' attention implementations."""
 
 _READY_MASK: Final = torch.ones(1, 1, 1, 1, dtype=torch.bool)
-"""A mask of four dimensions is passed on as it is: the model builds none, and does not look at the positions for it."""
+"""Mask that keeps the model from building one: four dimensions are passed on as they are."""
 
 
 class Place(NamedTuple):
-    """One attention of a pass: which of its layer's, as some layers have two over one set of keys (DiffLlama)."""
+    """Place of an attention in a pass: layer, and number in it (DiffLlama has two a layer)."""
 
     layer: int
     call: int = 0
 
 
 class Layout(Protocol):
-    """What the queries of a packed batch attend to."""
+    """Assignment of the positions that the queries of a packed batch attend to."""
 
     def attend(
         self,
@@ -54,14 +55,16 @@ class Layout(Protocol):
         value: torch.Tensor,
         scores: Scores,
     ) -> torch.Tensor:
-        """Attention at one place.
+        """Compute attention at one place.
 
         Args:
-            place: of the attention in the pass; keys and values that are kept are kept by it.
+            backend: computes it.
+            place: of the attention in the pass; key of the keys and values that are kept.
             query: ``[queries, query heads, head size]``.
-            key: ``[tokens, key heads, head size]``, of the batch's tokens (which are the queries, but for
-                :class:`Narrowed` layers).
-            value: ``[tokens, key heads, value size]``; of latent attention (DeepSeek) another size than the keys'.
+            key: ``[tokens, key heads, head size]``, of the batch's tokens (which are the queries,
+                but for :class:`Narrowed` layers).
+            value: ``[tokens, key heads, value size]``; of latent attention (DeepSeek) another size
+                than the keys'.
 
         Returns:
             ``[queries, query heads, value size]``.
@@ -70,10 +73,13 @@ class Layout(Protocol):
 
 
 class Rotation(Protocol):
-    """Rotary positions that a fused attention leaves to the layout (:class:`fedsim.fused.choice.Rotation`)."""
+    """Rotary positions that a fused attention leaves to the layout.
+
+    :class:`fedsim.fused.choice.Rotation` implements it.
+    """
 
     def rotated(self, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries and keys, ``[batch, heads, length, head size]``, rotated."""
+        """Rotate queries and keys, ``[batch, heads, length, head size]``."""
         ...
 
     def rotated_into(
@@ -85,18 +91,21 @@ class Rotation(Protocol):
         values: torch.Tensor,
         places: torch.Tensor,
     ) -> torch.Tensor:
-        """Rotated queries ``[rows, query heads, head size]``; row i's key and value go to slot i of a cache.
+        """Rotate queries and keys, and write row i's key and value to slot i of a cache.
 
         Args:
             query: ``[rows, query heads, head size]``; ``key`` and ``value`` with the key heads.
             keys: ``[slots, capacity, key heads, head size]``; ``values`` likewise.
             places: int64 ``[rows]``: the position that each row writes.
+
+        Returns:
+            The rotated queries, ``[rows, query heads, head size]``.
         """
         ...
 
 
 class Rows:
-    """Each row attends to itself alone: training and scoring."""
+    """Layout in which each row attends only to itself: training and scoring."""
 
     def __init__(self, spans: Spans) -> None:
         assert spans.is_plain
@@ -117,7 +126,7 @@ class Rows:
 
 @dataclass(frozen=True, eq=False)
 class Narrowed:
-    """What the last layer computes: its keys and values of all tokens, the rest of the kept ones alone.
+    """Restriction of the last layer: keys and values of all tokens, the rest only of kept tokens.
 
     Attributes:
         keep: int64 ``[kept]``: indices of tokens.
@@ -129,23 +138,26 @@ class Narrowed:
 
 
 class _Pass:
-    """One forward pass.
+    """State of one forward pass.
 
     Attributes:
         layout: of the layers that are still to come.
-        calls: attentions so far, by layer.
-        read: keys and values of all tokens that the narrowed layer has read alone.
+        calls: number of attentions so far, by layer.
+        is_reading: the last layer computes only its keys and values.
+        is_narrow: the last layer computes only the kept tokens.
+        read: keys and values of all tokens that the narrowed layer has computed.
     """
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self.calls: dict[int, int] = {}
-        self.is_reading = self.is_narrow = False
+        self.is_reading = False
+        self.is_narrow = False
         self.read: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 class _HaveKeys(Exception):
-    """A layer has projected its keys and values."""
+    """Raised inside a layer once it has projected its keys and values."""
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
@@ -156,37 +168,49 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
 
 
 def text_decoder(causal: PreTrainedModel) -> nn.Module:
-    """The layers that read text; of a multimodal model without the towers that read images and sound."""
+    """The layers that read text, without a multimodal model's towers for images and sound."""
     decoder: nn.Module = causal.get_decoder()
     return decoder
 
 
 def text_names(causal: PreTrainedModel) -> str:
-    """A pattern of the names of all modules that text goes through: the decoder, the head, and what lies below them."""
+    """Regular expression of the names of all modules that text goes through.
+
+    These are the decoder, the LM head, and the modules below them.
+    """
     parts = [text_decoder(causal), causal.get_output_embeddings()]
     if causal in parts:
         return ".*"
-    roots = [re.escape(name) for name, module in causal.named_modules() if any(module is part for part in parts)]
+    roots = []
+    for name, module in causal.named_modules():
+        if any(module is part for part in parts):
+            roots.append(re.escape(name))
     return rf"(?:{'|'.join(roots)})(?:\..*)?"
 
 
 def packed_logits(
-    model: nn.Module, ids: torch.Tensor, positions: torch.Tensor, layout: Layout, keep: torch.Tensor | None
+    model: nn.Module,
+    ids: torch.Tensor,
+    positions: torch.Tensor,
+    layout: Layout,
+    keep: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Logits at chosen tokens of a packed batch; the head sees no other token.
+    """Compute logits at chosen tokens of a packed batch; the LM head sees no other token.
 
     Args:
-        model: a causal LM from :mod:`fedsim.model.load`, PEFT-wrapped or not; its own soft-capping and scaling of
-            logits apply.
+        model: a causal LM from :mod:`fedsim.model.load`, PEFT-wrapped or not; its own soft-capping
+            and scaling of logits apply.
         ids: int64 ``[tokens]``, on the model's device.
         positions: int64 ``[1, tokens]``.
+        layout: assigns the positions to which the tokens attend.
         keep: int64 ``[kept]``: indices of tokens; None: all.
 
     Returns:
         ``[kept, vocabulary]`` in the model's dtype.
 
     Raises:
-        ModelError: an architecture whose layers do not all go through transformers' attention interface.
+        ModelError: an architecture whose layers do not all go through transformers' attention
+            interface.
     """
     causal = causal_lm(model)
     passing = _Pass(layout)
@@ -210,14 +234,15 @@ def packed_hidden(
     layout: Layout,
     narrowed: Narrowed | None = None,
 ) -> torch.Tensor:
-    """Last hidden states of a packed batch.
+    """Compute the last hidden states of a packed batch.
 
     Args:
-        narrowed: where only some tokens' hidden states are wanted, the last layer need not compute the others; without
-            gradient.
+        narrowed: kept tokens, the only ones that the last layer computes; without gradient. None:
+            all tokens.
 
     Returns:
-        ``[tokens, width]``, or ``[kept, width]``. Other arguments and errors as of :func:`packed_logits`.
+        ``[tokens, width]``, or ``[kept, width]``. Other arguments and errors as of
+        :func:`packed_logits`.
     """
     causal = causal_lm(model)
     passing = _Pass(layout)
@@ -235,25 +260,36 @@ def packed_hidden(
 
 
 @contextmanager
-def _narrowing(causal: PreTrainedModel, passing: _Pass, narrowed: Narrowed | None, num_tokens: int) -> Iterator[None]:
-    """Let the last layer run twice: up to its keys and values with all tokens, then whole with the kept ones.
+def _narrowing(
+    causal: PreTrainedModel,
+    passing: _Pass,
+    narrowed: Narrowed | None,
+    num_tokens: int,
+) -> Iterator[None]:
+    """Run the last layer for kept tokens only, in two passes: K/V of all tokens, rest of the kept.
 
-    A layer whose states have another shape than ``[1, tokens, width]`` runs as it is, with all tokens; so does the last
-    layer where others have more than one attention, as it would have to run up to the last of its own.
+    A layer whose states have another shape than ``[1, tokens, width]`` runs as it is, with all
+    tokens; so does the last layer if others have more than one attention, as it would have to run
+    up to its last one.
     """
     if narrowed is None:
         yield
         return
     assert not torch.is_grad_enabled(), "a narrowed layer passes no gradient on"
-    num_layers = int(causal.config.get_text_config().num_hidden_layers)
-    stacks = [m for m in text_decoder(causal).modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers]
-    assert stacks, "a decoder is a list of layers"
+    last = _last_layer(causal)
 
     def fits(args: tuple[Any, ...]) -> bool:
-        has_one_attention = max(passing.calls.values(), default=1) == 1
-        return has_one_attention and bool(args) and args[0].dim() == 3 and args[0].shape[1] == num_tokens
+        if max(passing.calls.values(), default=1) != 1 or not args:
+            return False
+        states = args[0]  # [1, tokens, width]
+        return states.dim() == 3 and states.shape[1] == num_tokens
 
-    def narrow(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+    # Before the layer: a first pass, which ends at its attention; then the kept tokens' arguments.
+    def narrow(
+        layer: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[Any, Any] | None:
         if not fits(args):
             return None
         passing.is_reading = True
@@ -266,16 +302,18 @@ def _narrowing(causal: PreTrainedModel, passing: _Pass, narrowed: Narrowed | Non
         passing.is_narrow = True
         return _kept(args, num_tokens, narrowed.keep), _kept(kwargs, num_tokens, narrowed.keep)
 
+    # After the layer: as many tokens as the model was given; those that were left out are zero.
     def widen(_: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
-        """The model sees as many tokens as it was given; those that were left out are zero."""
         if not passing.is_narrow:
             return None
         if isinstance(out, tuple):
             return (widen(_, args, out[0]), *out[1:])
         return out.new_zeros(1, num_tokens, out.shape[-1]).index_copy_(1, narrowed.keep, out)
 
-    last = stacks[0][-1]
-    hooks = [last.register_forward_pre_hook(narrow, with_kwargs=True), last.register_forward_hook(widen)]
+    hooks = [
+        last.register_forward_pre_hook(narrow, with_kwargs=True),
+        last.register_forward_hook(widen),
+    ]
     try:
         yield
     finally:
@@ -283,34 +321,54 @@ def _narrowing(causal: PreTrainedModel, passing: _Pass, narrowed: Narrowed | Non
             hook.remove()
 
 
+def _last_layer(causal: PreTrainedModel) -> nn.Module:
+    """The last layer of the decoder: of its first module list with as many layers as configured."""
+    num_layers = int(causal.config.get_text_config().num_hidden_layers)
+    for module in text_decoder(causal).modules():
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
+            return module[-1]
+    raise AssertionError("a decoder is a list of layers")
+
+
 _NOT_OF_TOKENS: Final = ("attention_mask", "past_key_values", "shared_kv_states")
-"""A layer's arguments whose second dimension, heads say, may be as long as the tokens are many, and means another."""
+"""Arguments of a layer whose second dimension is not tokens, though it may be as long."""
 
 
 def _kept(part: Any, num_tokens: int, keep: torch.Tensor) -> Any:
-    """A layer's arguments with the kept tokens alone: whatever is ``[1, tokens, …]``, such as rotary embeddings."""
-    if isinstance(part, torch.Tensor):
-        return part.index_select(1, keep) if part.dim() > 1 and part.shape[:2] == (1, num_tokens) else part
+    """Restrict a layer's arguments of shape ``[1, tokens, …]`` to the kept tokens.
+
+    Such are hidden states and rotary embeddings, also inside tuples and dictionaries.
+    """
+    if isinstance(part, torch.Tensor) and part.dim() > 1 and part.shape[:2] == (1, num_tokens):
+        return part.index_select(1, keep)
     if isinstance(part, tuple):
         return tuple(_kept(item, num_tokens, keep) for item in part)
     if isinstance(part, dict):
-        return {name: item if name in _NOT_OF_TOKENS else _kept(item, num_tokens, keep) for name, item in part.items()}
+        kept = dict(part)
+        for name, item in part.items():
+            if name not in _NOT_OF_TOKENS:
+                kept[name] = _kept(item, num_tokens, keep)
+        return kept
     return part
 
 
 def _check_layers(causal: PreTrainedModel, passing: _Pass) -> None:
-    """A layer that mixes tokens in another way would mix rows."""
+    """Check that all layers used fedsim's attention: one that did not would mix rows."""
     num_layers = int(causal.config.get_text_config().num_hidden_layers)
-    if len(passing.calls) != num_layers:
-        raise unsupported(type(causal).__name__, f"only {len(passing.calls)} of its {num_layers} layers use")
+    num_used = len(passing.calls)
+    if num_used != num_layers:
+        raise unsupported(type(causal).__name__, f"only {num_used} of its {num_layers} layers use")
 
 
 def unsupported(architecture: str, who: str) -> ModelError:
-    """The error of layers that compute attention by themselves; ``who`` says which do otherwise."""
-    return ModelError(
-        f"{architecture}: {who} transformers' attention interface; fedsim needs a decoder whose layers all do, such as "
-        "Llama, Qwen, Mistral or Gemma"
-    )
+    """Error for layers that compute attention by themselves.
+
+    Args:
+        architecture: class name of the model.
+        who: subject and verb, such as "its layers do not use".
+    """
+    fix = "fedsim needs a decoder whose layers all do, such as Llama, Qwen, Mistral or Gemma"
+    return ModelError(f"{architecture}: {who} transformers' attention interface; {fix}")
 
 
 def _attention(
@@ -329,50 +387,70 @@ def _attention(
     rotation: Rotation | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Compute attention for transformers: ``[batch, heads, length, size]`` in, ``[batch, length, heads, size]`` out.
+    """Compute attention for transformers.
 
-    Without a layout each batch entry is a row of its own, whose queries are the last of its positions. With a rotation
-    queries and keys are not rotated yet: a layout that has ``attend_rotating`` does it, others get them rotated.
+    Without a layout each batch entry is a row of its own, whose queries are the last of its
+    positions. With a rotation queries and keys are not rotated yet: a layout that has
+    ``attend_rotating`` does it, others get them rotated.
+
+    Args:
+        query: ``[batch, query heads, length, size]``; keys and values with their heads and sizes.
+
+    Returns:
+        ``[batch, length, query heads, value size]``, and None for the weights.
+
+    Raises:
+        ModelError: the layer has attention sinks, or a mask of its own.
     """
     assert not dropout, "dropout of the model's own is switched off when it is loaded"
     if s_aux is not None:
-        raise ModelError(
-            f"{type(module).__name__}: has attention sinks, which fedsim does not compute; use another model"
-        )
+        problem = "has attention sinks, which fedsim does not compute"
+        raise ModelError(f"{type(module).__name__}: {problem}; use another model")
     if packed_pass is not None and attention_mask is not None and attention_mask.numel() > 1:
-        raise ModelError(
-            f"{type(module).__name__}: chooses by a mask of its own what a token sees, which fedsim does not compute; "
-            "use another model"
-        )
-    scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
+        problem = "chooses by a mask of its own what a token sees, which fedsim does not compute"
+        raise ModelError(f"{type(module).__name__}: {problem}; use another model")
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
+    scores = Scores(scaling, sliding_window, softcap)
     batch, _heads, length, _size = query.shape
-    attend_rotating = None if packed_pass is None else getattr(packed_pass.layout, "attend_rotating", None)
+
+    # Rotate here, unless the layout does it; then to [tokens, heads, size].
+    attend_rotating = None
+    if packed_pass is not None:
+        attend_rotating = getattr(packed_pass.layout, "attend_rotating", None)
     if rotation is not None and attend_rotating is None:
         query, key = rotation.rotated(query, key)
     queries, keys, values = (part.transpose(1, 2).flatten(0, 1) for part in (query, key, value))
+
+    # A plain call: rows of equal length.
     if packed_pass is None:
         spans = Spans([length] * batch, [key.shape[2]] * batch, device=query.device)
         out = backend.spans(queries, keys, values, spans, scores)
+        return out.view(batch, length, *out.shape[1:]), None
+
+    # A narrowed layer: its first pass ends here, its second one takes the keys of all tokens.
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    if packed_pass.is_reading:
+        packed_pass.read = keys, values
+        raise _HaveKeys
+    if packed_pass.read is not None:
+        keys, values = packed_pass.read
+
+    # Attention by the layout.
+    call = packed_pass.calls.get(layer, 0)
+    packed_pass.calls[layer] = call + 1
+    place = Place(layer, call)
+    if rotation is not None and attend_rotating is not None:
+        out = attend_rotating(backend, place, queries, keys, values, scores, rotation)
     else:
-        layer = int(module.layer_idx)  # type: ignore[arg-type]
-        if packed_pass.is_reading:
-            packed_pass.read = keys, values
-            raise _HaveKeys
-        if packed_pass.read is not None:
-            keys, values = packed_pass.read
-        call = packed_pass.calls.get(layer, 0)
-        packed_pass.calls[layer] = call + 1
-        place = Place(layer, call)
-        if rotation is not None and attend_rotating is not None:
-            out = attend_rotating(backend, place, queries, keys, values, scores, rotation)
-        else:
-            out = packed_pass.layout.attend(backend, place, queries, keys, values, scores)
+        out = packed_pass.layout.attend(backend, place, queries, keys, values, scores)
     return out.view(batch, length, *out.shape[1:]), None
 
 
 def _no_mask(*_: Any, attention_mask: torch.Tensor | None = None, **__: Any) -> None:
-    """Layouts say who sees whom; of a plain call, a mask that leaves something out would be lost."""
-    assert attention_mask is None or bool(attention_mask.all()), "padded batches need a layout, not an attention mask"
+    """Build no mask: the layout decides; a plain call's mask, which would be lost, is refused."""
+    is_lossless = attention_mask is None or bool(attention_mask.all())
+    assert is_lossless, "padded batches need a layout, not an attention mask"
 
 
 for _name, _implementation in IMPLEMENTATIONS.items():

@@ -1,8 +1,8 @@
-"""Logits of a few candidate tokens after prompts that share a long common head.
+"""Logits of a few candidate tokens after prompts that share a long prefix, here called the head.
 
-The head's keys and values are computed once and reused by every unit of rows; only the candidates' rows of the LM head
-are multiplied. Tails are packed without padding, and with fixed units a row's result does not depend on the rank that
-computed it.
+The head's keys and values are computed once and reused by every unit of rows; only the candidates'
+rows of the LM head are multiplied. Tails are packed without padding, and with fixed units a row's
+result does not depend on the rank that computed it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fedsim.attention.spans import Spans, put
 
 @dataclass(frozen=True, eq=False)
 class Head:
-    """The tokens that every prompt begins with, already read by the model.
+    """Prefix of all prompts, already read by the model.
 
     Attributes:
         length: number of tokens; 0 is an empty head.
@@ -34,7 +34,7 @@ class Head:
 
 
 class _Reading:
-    """The head as a row of its own, whose keys and values are kept."""
+    """Layout of the head as a row of its own, whose keys and values are kept."""
 
     def __init__(self, head: Head, spans: Spans) -> None:
         self.head = head
@@ -55,9 +55,15 @@ class _Reading:
 
 
 class _AfterHead:
-    """Each row is a tail behind the head; its queries are its last tokens, as many as are asked for."""
+    """Layout of tails behind the head; a row's queries are its last tokens, in a given number."""
 
-    def __init__(self, head: Head, tails: Sequence[int], queries: Sequence[int], device: torch.device) -> None:
+    def __init__(
+        self,
+        head: Head,
+        tails: Sequence[int],
+        queries: Sequence[int],
+        device: torch.device,
+    ) -> None:
         self.head = head
         self.tails = list(tails)
         self.spans = Spans(queries, [head.length + length for length in tails], device=device)
@@ -78,21 +84,28 @@ class _AfterHead:
         return backend.spans(query, key, value, self.spans, scores)
 
     def _behind(self, head: torch.Tensor, tails: torch.Tensor) -> torch.Tensor:
-        """The head before each tail: a copy, which any backend can take; merging two softmaxes gained 1 to 4 %."""
-        return torch.cat([part for tail in tails.split(self.tails) for part in (head, tail)])
+        """Copy the head before each tail, packed, which any backend can take.
+
+        Attending to head and tails apart and merging the softmaxes gained only 1 to 4 %.
+        """
+        parts = []
+        for tail in tails.split(self.tails):
+            parts += [head, tail]
+        return torch.cat(parts)
 
 
 def common_length(prompts: Sequence[np.ndarray]) -> int:
-    """How many leading ids all ``prompts`` (int ``[length]`` each, none empty) share.
+    """Number of leading ids that all ``prompts`` (int ``[length]`` each, none empty) share.
 
-    Less than the shortest prompt's length, so that each keeps a tail of one token or more.
+    It is less than the shortest prompt's length, so that each keeps a tail of one token or more.
     """
     assert prompts, "a common head needs at least one prompt"
     first, shared = prompts[0], min(len(p) for p in prompts) - 1
     assert shared >= 0, "a prompt has at least one token"
-    for prompt in prompts[1:]:
+    for prompt in prompts[1:]:  # each can only shorten what the earlier ones share
         differs = np.flatnonzero(prompt[:shared] != first[:shared])
-        shared = int(differs[0]) if len(differs) else shared
+        if len(differs):
+            shared = int(differs[0])
     return shared
 
 
@@ -119,7 +132,7 @@ def read_head(model: nn.Module, ids: np.ndarray) -> Head:
 def candidate_logits(
     model: nn.Module, head: Head, tails: Sequence[np.ndarray], candidates: Sequence[int]
 ) -> torch.Tensor:
-    """Logits of ``candidates`` as the token that follows each prompt ``head + tail``.
+    """Compute logits of ``candidates`` as the token that follows each prompt ``head + tail``.
 
     Args:
         model: the model that read ``head``, unchanged since, in eval mode.
@@ -127,15 +140,19 @@ def candidate_logits(
         candidates: token ids.
 
     Returns:
-        ``[len(tails), len(candidates)]`` on the CPU, in float32 or wider, as hidden states and head rows are
-        multiplied.
+        ``[len(tails), len(candidates)]`` on the CPU, in float32 or wider, as hidden states and head
+        rows are multiplied.
     """
     assert not model.training, "scoring needs eval mode: dropout would make logits random"
     assert tails and all(len(t) for t in tails), "each prompt needs a tail of one token or more"
     lengths, device = [len(t) for t in tails], causal_lm(model).device
+
+    # All tokens of the tails; the last layer computes only each tail's last one.
     layout = _AfterHead(head, lengths, lengths, device)
     (ids,) = put([np.concatenate(tails)], device)
     last = layout.spans.query_starts[1:].long() - 1
     narrowed = Narrowed(last, _AfterHead(head, lengths, [1] * len(tails), device))
     hidden = packed_hidden(model, ids, layout.spans.positions, layout, narrowed)
-    return head_logits(model, hidden, candidates).to(torch.promote_types(hidden.dtype, torch.float32)).cpu()
+
+    logits = head_logits(model, hidden, candidates)  # [tails, candidates]
+    return logits.to(torch.promote_types(hidden.dtype, torch.float32)).cpu()

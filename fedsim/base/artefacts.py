@@ -1,9 +1,10 @@
-"""Results that runs share: written once under a hash of everything they depend on, reused by whoever needs them.
+"""Content-addressed store of results that runs share, keyed by a hash of all they depend on.
 
-An artefact is a folder ``<kind>-<hash>`` whose note ``artefact.json`` says what it depends on (:func:`write_note`).
-It is published by one atomic rename, so a half-written one is never seen; a damaged one is built again. The hash covers
-the kind's ``VERSION``, a number beside the code that makes it: whoever changes what the code computes raises it, and
-``tests/test_artefact_versions.py`` fails where that was forgotten. The note also names the fedsim that made it.
+An artefact is a folder ``<kind>-<hash>`` whose note ``artefact.json`` lists its dependencies
+(:func:`write_note`). It is published by one atomic rename, so a half-written one is never seen; a
+damaged one is built again. The hash covers the kind's ``VERSION``, a number beside the code that
+makes it. A change of what the code computes must raise it; ``tests/test_artefact_versions.py``
+fails where that was forgotten. The note also names the fedsim that made it.
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ NOTE: Final = "artefact.json"
 SEAL: Final = "sha256"
 
 SOFTWARE = {"version": "version of what makes it", "versions": "version of a package"}
-"""Dependencies that are software, in words: artefacts that differ in these alone are of the same data and settings."""
+"""Dependencies that are software, in words.
+
+Artefacts that differ in nothing else are of the same data and settings.
+"""
 
 
 @dataclass(frozen=True)
@@ -55,11 +59,17 @@ class ArtefactStore:
     Args:
         folder: made if absent.
         ranks: rank 0 looks up and writes; all ranks may share the work of building.
-        log: told what is built or reused.
-        journal: told what this rank is building.
+        log: gets a line for what is built or reused.
+        journal: gets the stage in which this rank builds.
     """
 
-    def __init__(self, folder: Path, ranks: Ranks, log: Callable[[str], None], journal: Journal | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        ranks: Ranks,
+        log: Callable[[str], None],
+        journal: Journal | None = None,
+    ) -> None:
         self.folder = folder
         self.ranks = ranks
         self.log = log
@@ -74,7 +84,7 @@ class ArtefactStore:
         build: Callable[[], T],
         write: Callable[[Path, T], None],
     ) -> Artefact:
-        """The artefact of these dependencies, built by all ranks if it is not there.
+        """Return the artefact of these dependencies, built by all ranks if it is not there.
 
         Args:
             kind: such as "guard-verdicts"; part of the folder's name.
@@ -83,35 +93,42 @@ class ArtefactStore:
             build: called on every rank; only rank 0's result is written.
             write: called on rank 0 with an empty folder and the result.
         """
+        # The folder's name is a hash of all that decides the content.
         facts = {**depends, "version": version}
         folder = self.folder / f"{kind}-{digest_of(facts)[:16]}"
+
+        # Rank 0 looks; every rank gets the answer, so that all take the same way.
         if self.ranks.once(lambda: self._intact(folder)):
             self.log(f"{kind}: reused {folder}")
             return Artefact(folder, reused=True)
-        if (why := self.ranks.once(lambda: self._outdated(kind, facts))) is not None:
-            self.log(f"{kind}: {why}")
+        outdated = self.ranks.once(lambda: self._outdated(kind, facts))
+        if outdated is not None:
+            self.log(f"{kind}: {outdated}")
+
+        # All ranks build, rank 0 writes.
         with self.journal.at(stage=f"making {kind}"):
             result = build()
         with self.journal.at(stage=f"writing {kind}"):
-            self.ranks.once(lambda: self._publish(folder, facts, lambda partial: write(partial, result)))
+            self.ranks.once(lambda: self._publish(folder, facts, result, write))
         self.log(f"{kind}: written to {folder}")
         return Artefact(folder, reused=False)
 
     def _intact(self, folder: Path) -> bool:
+        """Check that an artefact is there and as it was written; a damaged one is logged."""
         if not (folder / NOTE).is_file():
             return False
         try:
             note = parse_json((folder / NOTE).read_text(encoding="utf-8"))
             check_note(folder / NOTE, note)
-            is_own = note["name"] == folder.name
+            is_intact = note["name"] == folder.name
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            is_own = False
-        if not is_own:
-            self.log(f"{folder} is damaged: it is built anew")
-        return is_own
+            is_intact = False
+        if not is_intact:
+            self.log(f"{folder} is damaged: it is built again")
+        return is_intact
 
     def _outdated(self, kind: str, facts: Mapping[str, Any]) -> str | None:
-        """Why an artefact of the same data and settings cannot be taken; None where there is none."""
+        """Explain why an artefact of the same data and settings does not fit; None without one."""
         wanted = json_form(facts)
         for note in sorted(self.folder.glob(f"{kind}-*/artefact.json")):
             try:
@@ -119,35 +136,52 @@ class ArtefactStore:
                 depends = dict(found["depends"])
             except (OSError, ValueError, KeyError, TypeError):
                 continue  # damaged, or no artefact
-            changed = {name for name in depends.keys() | wanted.keys() if depends.get(name) != wanted.get(name)}
+            changed = set()
+            for name in depends.keys() | wanted.keys():
+                if depends.get(name) != wanted.get(name):
+                    changed.add(name)
             if changed and changed <= SOFTWARE.keys():
                 what = " and ".join(SOFTWARE[name] for name in sorted(changed))
                 made = maker(found.get("made_by"))
-                return f"{note.parent} was made by {made}, with another {what}; it stays, and one is built anew"
+                reason = f"was made by {made}, with another {what}"
+                return f"{note.parent} {reason}; it stays, and a new one is built"
         return None
 
-    def _publish(self, folder: Path, facts: Mapping[str, Any], write: Callable[[Path], None]) -> None:
+    def _publish(
+        self,
+        folder: Path,
+        facts: Mapping[str, Any],
+        result: T,
+        write: Callable[[Path, T], None],
+    ) -> None:
+        """Write into a hidden folder beside the final one, sync it, and rename it into place."""
         partial = self.folder / f".{folder.name}.{uuid.uuid4().hex}"
         partial.mkdir(parents=True)
         try:
-            write(partial)
-            write_note(partial / NOTE, {"name": folder.name, "depends": facts, "made_by": made_by()})
+            write(partial, result)
+            note = {"name": folder.name, "depends": facts, "made_by": made_by()}
+            write_note(partial / NOTE, note)
             sync_folder(partial)
             self._place(partial, folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
     def _place(self, partial: Path, folder: Path) -> None:
-        """Rename into place; a whole artefact that another run has published first stays, since it may be in use."""
+        """Rename into place, unless another run has published an intact artefact first.
+
+        That one stays, since it may be in use; a damaged one is moved aside and deleted.
+        """
         while True:
             try:
                 os.rename(partial, folder)
                 return
             except OSError as error:
+                # A rename does not replace a folder that holds files.
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
             if self._intact(folder):
                 return
+            # Move the damaged one away, and try again.
             aside = folder.with_name(f".{folder.name}.damaged.{uuid.uuid4().hex}")
             with suppress(FileNotFoundError):  # another run has moved it already
                 os.rename(folder, aside)
@@ -155,19 +189,27 @@ class ArtefactStore:
 
 
 def write_note(path: Path, facts: Mapping[str, Any]) -> None:
-    """Write a JSON file of ``facts``, the SHA-256 of every file that lies beside it, and its own (:data:`SEAL`)."""
-    files = {str(p.relative_to(path.parent)): file_digest(p) for p in sorted(path.parent.rglob("*")) if p.is_file()}
+    """Write a JSON file of ``facts``, the SHA-256 of each file beside it, and its :data:`SEAL`."""
+    files = {}
+    for file in sorted(path.parent.rglob("*")):
+        if file.is_file():
+            files[str(file.relative_to(path.parent))] = file_digest(file)
     content = json_form({**facts, "files": files})
     write_json(path, {**content, SEAL: digest_of(content)})
 
 
 def check_note(path: Path, note: Mapping[str, Any]) -> None:
-    """Check that a note of :func:`write_note`, as it was read, and the files beside it are unchanged.
+    """Check that a note of :func:`write_note` and the files beside it are unchanged.
+
+    Args:
+        path: of the note.
+        note: its content, as it was read.
 
     Raises:
-        CheckpointError: one of them has, or is missing; names it.
+        CheckpointError: a file has changed or is missing; names it.
     """
-    if digest_of({name: value for name, value in note.items() if name != SEAL}) != note.get(SEAL):
+    sealed = {name: value for name, value in note.items() if name != SEAL}
+    if digest_of(sealed) != note.get(SEAL):
         raise CheckpointError(f"{path}: does not match its SHA-256")
     for file, digest in note["files"].items():
         if file_digest(path.parent / file) != digest:
@@ -175,23 +217,25 @@ def check_note(path: Path, note: Mapping[str, Any]) -> None:
 
 
 def json_form(value: Any) -> Any:
-    """A JSON-able value as it is read back: tuples are lists, and keys texts."""
+    """Return a JSON-able value as it is read back: tuples become lists, and keys become texts."""
     return json.loads(json.dumps(value))
 
 
 def digest_of(value: Any) -> str:
     """SHA-256 of a JSON-able value in canonical form."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file of sorted keys."""
-    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def sync_folder(folder: Path) -> None:
     """Flush every file of a folder, and the folder itself, to disk."""
-    for path in [*folder.rglob("*"), folder]:
+    for path in [*folder.rglob("*"), folder]:  # a folder is synced for the names in it
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)

@@ -1,10 +1,11 @@
-"""SHA-256 of model weights, each file read once: 80 GB take minutes, and a run asks for them several times.
+"""Cache of the SHA-256 of model weights, so that each file is read once: 80 GB take minutes.
 
-The digest of a file of :data:`LARGE` bytes or more is kept in the process, and in ``file-digests.json`` of the
-artefacts folder, by the file's resolved path, size, inode, and times of its last change of content (mtime) and of
-content or attributes (ctime), in nanoseconds. A file that differs in any of them is read again. What the cache trusts:
-a file whose values are all as before holds the same bytes. No ordinary write keeps them, since no program can set
-ctime; a file system whose clock went back, or a disk image edited from outside, could.
+The digest of a file of :data:`LARGE` bytes or more is kept in the process, and in
+``file-digests.json`` of the artefacts folder, by the file's resolved path, size, inode, and times
+of its last change of content (mtime) and of content or attributes (ctime), in nanoseconds. A file
+that differs in any of them is read again. What the cache trusts: a file whose values are all as
+before holds the same bytes. No ordinary write keeps them, since no program can set ctime; a file
+system whose clock went back, or a disk image edited from outside, could.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ LARGE: Final = 64 * 2**20
 """Bytes from which on a file's digest is kept; smaller ones are read in less than 0.1 s."""
 
 SETTLED_NS: Final = 2_000_000_000
-"""A file changed less than so long ago may change again within one tick of the file system's clock: not kept."""
+"""Least age of a file's last change, in nanoseconds, for its digest to be kept.
+
+A younger file may change again within one tick of the file system's clock.
+"""
 
 _known: dict[str, str] = {}
 """Digests that this process has computed or read, by :func:`_identity`."""
@@ -44,17 +48,21 @@ class FileDigests:
 
     def model(self, folder: Path) -> str:
         """SHA-256 over names and contents of the files that decide a model's output."""
+        # Files by name, each with the bytes of its own digest.
         digest = hashlib.sha256()
-        names = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
-        for file in sorted({found for pattern in names for found in folder.glob(pattern)}):
+        files: set[Path] = set()
+        for pattern in ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"):
+            files.update(folder.glob(pattern))
+        for file in sorted(files):
             digest.update(file.name.encode())
             digest.update(bytes.fromhex(self.of(file)))
         return digest.hexdigest()
 
     def of(self, file: Path) -> str:
-        """SHA-256 of a file; a large one is read only if it is not as it was when its digest was kept."""
+        """SHA-256 of a file; a large one is read only if its digest is not kept."""
         if file.stat().st_size < LARGE:
             return file_digest(file)
+        # First this process's digests, then those of the folder, then the file itself.
         identity = _identity(file)
         if identity not in _known:
             _known.update(self._read())
@@ -67,22 +75,29 @@ class FileDigests:
         return _known[identity]
 
     def _read(self) -> dict[str, str]:
-        """What is kept; nothing where the file is missing or damaged."""
+        """The digests that are kept; none if the file is missing or damaged."""
         try:
             found = parse_json(self.file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
         if not isinstance(found, dict):
             return {}
-        return {name: value for name, value in found.items() if isinstance(value, str) and _is_sha256(value)}
+        kept = {}
+        for identity, value in found.items():
+            if isinstance(value, str) and _is_sha256(value):
+                kept[identity] = value
+        return kept
 
     def _keep(self, identity: str, digest: str) -> None:
-        """Add a digest by one rename, and forget files that are gone or have changed since.
+        """Add a digest by one atomic rename, and forget files that are gone or have changed since.
 
-        Where the folder cannot be written the file is read again by the next process. Of two processes that write at
-        once one loses an entry, which costs a reading.
+        If the folder cannot be written, the next process reads the file again. Of two processes
+        that write at once one loses an entry, which costs one reading.
         """
-        kept = {name: value for name, value in self._read().items() if _is_current(name)} | {identity: digest}
+        kept = {name: value for name, value in self._read().items() if _is_current(name)}
+        kept[identity] = digest
+
+        # Write beside the file, then rename.
         partial = self.file.with_name(f".{NAME}.{uuid.uuid4().hex}")
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -94,14 +109,23 @@ class FileDigests:
 
 
 def _identity(file: Path) -> str:
-    """What a file is known by, as JSON: path, device, inode, size, mtime and ctime."""
+    """Key of a file in the cache, as JSON: path, device, inode, size, mtime and ctime (ns)."""
     resolved = file.resolve()
     found = resolved.stat()
-    return json.dumps([str(resolved), found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns])
+    return json.dumps(
+        [
+            str(resolved),
+            found.st_dev,
+            found.st_ino,
+            found.st_size,
+            found.st_mtime_ns,
+            found.st_ctime_ns,
+        ]
+    )
 
 
 def _is_current(identity: str) -> bool:
-    """Tell whether the file of an entry is still there, as it was."""
+    """Return whether the file of an entry is still there, unchanged."""
     try:
         return _identity(Path(json.loads(identity)[0])) == identity
     except (OSError, ValueError, LookupError, TypeError):
@@ -109,7 +133,9 @@ def _is_current(identity: str) -> bool:
 
 
 def _is_settled(file: Path) -> bool:
-    return time.time_ns() - max(file.stat().st_mtime_ns, file.stat().st_ctime_ns) > SETTLED_NS
+    """Return whether a file's last change is older than :data:`SETTLED_NS`."""
+    changed = max(file.stat().st_mtime_ns, file.stat().st_ctime_ns)
+    return time.time_ns() - changed > SETTLED_NS
 
 
 def _is_sha256(text: str) -> bool:

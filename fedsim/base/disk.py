@@ -1,4 +1,4 @@
-"""A full disk, whichever library met it, as one error that says which disk, and that nothing finished is lost."""
+"""Full disk, reported by any library, as one error: which disk, and that nothing done is lost."""
 
 from __future__ import annotations
 
@@ -15,28 +15,39 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
-def explaining_full_disk(folders: Sequence[Path], kept: str = "the last finished round") -> Iterator[None]:
-    """Turn an error of a full disk inside the block into a :class:`DiskFullError` that names ``folders``.
+def explaining_full_disk(
+    folders: Sequence[Path],
+    kept: str = "the last finished round",
+) -> Iterator[None]:
+    """Turn an error of a full disk inside the block into a :class:`DiskFullError`.
 
-    ``kept`` says after what the same command would go on.
+    Args:
+        folders: whose free space the error names; those that exist.
+        kept: the point after which the same command would go on, for the message.
     """
     try:
         yield
     except Exception as error:
         if not is_disk_full(error):
             raise
-        free = ", ".join(f"{shutil.disk_usage(f).free:,} bytes free at {f}" for f in folders if f.exists())
+        free = []
+        for folder in folders:
+            if folder.exists():
+                free.append(f"{shutil.disk_usage(folder).free:,} bytes free at {folder}")
         raise DiskFullError(
-            f"the disk has no room for what is to be written ({free}): free space and start the same command again; it "
-            f"goes on after {kept}"
+            f"the disk has no room for what is to be written ({', '.join(free)}): free space and "
+            f"start the same command again; it goes on after {kept}"
         ) from error
 
 
 def is_disk_full(error: BaseException | None) -> bool:
-    """Return whether the error, or its cause, is a full disk or quota (safetensors reports it only in its message)."""
+    """Return whether the error, or one of its causes, is a full disk or quota."""
     while error is not None:
-        if isinstance(error, DiskFullError) or (isinstance(error, OSError) and error.errno in _FULL):
+        if isinstance(error, DiskFullError):
             return True
+        if isinstance(error, OSError) and error.errno in _FULL:
+            return True
+        # safetensors reports it only in its message.
         if any(f"{os.strerror(number)} (os error {number})" in str(error) for number in _FULL):
             return True
         error = error.__cause__ or error.__context__

@@ -1,7 +1,7 @@
-"""The errors that a user can meet. Each message names the value, the rule and the fix.
+"""Errors that a user can meet. Each message names the value, the rule and the fix.
 
-All of them inherit :class:`FedsimError`; the ones that a user's input causes are also ``ValueError``.
-``assert`` is kept for our own invariants.
+All of them inherit :class:`FedsimError`; the ones that a user's input causes are also
+``ValueError``. ``assert`` is kept for our own invariants.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ class FedsimError(Exception):
     """Root of every error that fedsim raises on purpose."""
 
     place: Mapping[str, int | str] = {}
-    """Where it was raised, as far as that is known: rank, stage, round (from 1), client."""
+    """Place of its origin, as far as that is known: rank, stage, round (from 1), client."""
 
     @property
     def status(self) -> int:
@@ -76,12 +76,15 @@ class Stopped(FedsimError):
 
     @property
     def status(self) -> int:
-        """128 + the signal's number, as shells have it."""
+        """128 + signal number (shell convention)."""
         return 128 + int(self.args[1])
 
 
 class LostRankError(RunError):
-    """Another rank is gone, stands still, or does not answer; the message names it, ``place`` is where it was."""
+    """Another rank has ended, is stopped, or does not answer; the message names it.
+
+    ``place`` is where it was.
+    """
 
 
 class NotFiniteError(RunError):
@@ -89,7 +92,7 @@ class NotFiniteError(RunError):
 
 
 class ClientError(RunError):
-    """A client's part in a round failed; ``failures.on_client_error`` says what follows.
+    """A client's part in a round failed; ``failures.on_client_error`` decides what follows.
 
     Args:
         reason: one of :data:`fedsim.federation.failures.REASONS`.
@@ -129,7 +132,10 @@ class Gathered:
         self.errors: list[FedsimError] = []
 
     def attempt(self, check: Callable[[], T]) -> T | None:
-        """The result of a check; None where it found a mistake, which is kept. Other errors leave at once."""
+        """Return the result of a check, or None if it found a mistake, which is kept.
+
+        Any other error is raised at once.
+        """
         try:
             return check()
         except (ConfigError, DataError, ModelError, JudgeError, Problems) as error:
@@ -138,6 +144,7 @@ class Gathered:
 
     def add(self, error: FedsimError) -> None:
         """Keep a mistake, once."""
+        # Two checks may find the same mistake.
         known = {str(kept) for kept in self.errors}
         new = error.errors if isinstance(error, Problems) else (error,)
         self.errors += [part for part in new if str(part) not in known]
@@ -151,7 +158,14 @@ class Gathered:
 
 
 def reason(error: Exception) -> str:
-    """An error of a library in one line of bearable length; an error whose text says nothing gets its class's name."""
+    """Return a library's error as one line of at most 300 characters.
+
+    The class's name is added where the text says little: a bare key, or a single word.
+    """
     text = " ".join(str(error).split())[:300]
-    says_little = isinstance(error, LookupError) or len(text.split()) < 2
-    return f"{type(error).__name__}: {text}" if text and says_little else text or type(error).__name__
+    name = type(error).__name__
+    if not text:
+        return name
+    if isinstance(error, LookupError) or len(text.split()) < 2:
+        return f"{name}: {text}"
+    return text

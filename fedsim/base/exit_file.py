@@ -1,4 +1,4 @@
-"""End of a run's last session, in ``exit.json``; a session that left none was killed."""
+"""Record of a session's end, ``exit.json`` in the run directory; a killed session leaves none."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ EXIT_FILE = "exit.json"
 
 
 def write_ending(folder: Path, reason: Reason, status: int, message: str, place: Place) -> bool:
-    """Write ``exit.json``; whoever comes first tells the cause, later ones leave it.
+    """Write ``exit.json``, unless another process has: the first one names the cause.
 
     Args:
         folder: the run directory.
         status: the process's exit status.
-        message: what a person should know.
+        message: for people.
         place: where it happened, with the rank.
 
     Returns:
-        False if there was one: another has told the cause.
+        False if there was one.
     """
     note = {
         "reason": reason,
@@ -38,7 +38,10 @@ def write_ending(folder: Path, reason: Reason, status: int, message: str, place:
         "utc": datetime.now(UTC).isoformat(timespec="seconds"),
         **made_by(),
     }
-    text, partial = json.dumps(note, indent=2, ensure_ascii=False) + "\n", folder / f".{EXIT_FILE}.{os.getpid()}"
+    text, partial = (
+        json.dumps(note, indent=2, ensure_ascii=False) + "\n",
+        folder / f".{EXIT_FILE}.{os.getpid()}",
+    )
     try:
         partial.write_text(text, encoding="utf-8")
         try:
@@ -48,9 +51,9 @@ def write_ending(folder: Path, reason: Reason, status: int, message: str, place:
         except OSError:  # a file system without links
             with (folder / EXIT_FILE).open("x", encoding="utf-8") as file:
                 file.write(text)
-    except FileExistsError:
+    except FileExistsError:  # by the exclusive open
         return False
-    except OSError:  # a full disk: the terminal alone can tell
+    except OSError:  # such as a full disk: only the terminal shows the cause
         pass
     finally:
         with suppress(OSError):
@@ -59,14 +62,16 @@ def write_ending(folder: Path, reason: Reason, status: int, message: str, place:
 
 
 def read_ending(folder: Path) -> dict[str, Any] | None:
-    """What the last session left; None if it runs yet or was killed."""
+    """Read the note of the last session; None if it still runs or was killed."""
     try:
         note = parse_json((folder / EXIT_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return note if isinstance(note, dict) else None
+    if not isinstance(note, dict):
+        return None
+    return note
 
 
 def forget_ending(folder: Path) -> None:
-    """A new session begins."""
+    """Delete the note of an earlier session, as a new one begins."""
     (folder / EXIT_FILE).unlink(missing_ok=True)

@@ -1,6 +1,7 @@
-"""Descriptions of benchmarks and their figures, from which tables, plots, reports and studies are made.
+"""Descriptions of benchmarks and their figures: the source of tables, plots, reports and studies.
 
-A run keeps them in ``benchmarks.json``, so that a finished run is read without loading the code of its benchmarks.
+A run keeps them in ``benchmarks.json``, so that a finished run is read without loading the code of
+its benchmarks.
 """
 
 from __future__ import annotations
@@ -21,29 +22,30 @@ PERCENT: Final = (0.0, 100.0)
 """Scale of a share in percent."""
 
 Line = Literal["", "always", "unless 0"]
-"""When a figure has a line of its own in the summary."""
+"""Condition under which a figure has a line of its own in the summary."""
 
 
 @dataclass(frozen=True)
 class Figure:
     """A figure that a benchmark measures.
 
-    It also stands for its variants: metrics whose name begins with its name and "_", such as one a category, and that
-    no other figure names.
+    It also covers its variants: metrics whose name begins with its name and "_", such as one a
+    category, and that no other figure names.
 
     Attributes:
         name: its metric's name in ``metrics.jsonl``, without ``eval/``.
         title: for people, without a unit: "Benchmark: what is measured".
-        unit: "%" for a share, whose values by item are 0 to 1; else what it counts in, such as "points"; "" for a
-            number of things.
+        unit: "%" for a share, whose values by item are 0 to 1; else what it counts in, such as
+            "points"; "" for a number of things.
         digits: shown behind the decimal point.
         scale: least and greatest value, where intervals and plots end; None where a side is open.
         headline: the benchmark's main figure: a column of the tables, and a plot.
-        control: name of the headline figure that it is the control of: it is plotted beside that, and subtracted in
-            studies.
-        count: metric, without ``eval/``, that says how many items it is taken over; "" = ``<name>_count``.
+        control: name of the headline figure that it is the control of: it is plotted beside that,
+            and subtracted in studies.
+        count: metric, without ``eval/``, that says how many items it is taken over; "" =
+            ``<name>_count``.
         line: when the summary has a line for it.
-        note: a sentence that stands below it.
+        note: a sentence that is printed below it.
     """
 
     name: str
@@ -108,7 +110,7 @@ class Source:
         name: what it is called.
         place: where it is published; a repository and the path in it.
         licence: its licence.
-        rows: what the tested file holds; empty where none was tested.
+        rows: data rows of the tested file, in words; empty where none was tested.
         file: its name.
         sha256: of the tested file; empty where none was tested.
     """
@@ -141,7 +143,7 @@ class Description:
 
 @dataclass(frozen=True)
 class Benchmarks:
-    """The benchmarks of a run, or fedsim's own.
+    """The benchmarks of a run, or the built-in ones.
 
     Attributes:
         described: in the order in which they are shown.
@@ -161,7 +163,10 @@ class Benchmarks:
     @property
     def figures(self) -> list[Figure]:
         """All figures, in order."""
-        return [figure for described in self.described for figure in described.figures]
+        found: list[Figure] = []
+        for described in self.described:
+            found += described.figures
+        return found
 
     @property
     def headlines(self) -> list[Figure]:
@@ -186,15 +191,17 @@ class Benchmarks:
         return [figure for figure in self.figures if figure.line == when]
 
     def of(self, name: str) -> Figure | None:
-        """The figure of a metric (named without ``eval/``), or the one that it is a variant of; None if there is none.
+        """Return the figure that a metric belongs to, itself or as a variant; None without one.
 
-        Of several, the one with the longest name.
+        Args:
+            name: of the metric, without ``eval/``. Of several figures the longest name counts.
         """
         return figure_of(name, self._by_name)
 
 
 def figure_of(name: str, known: Mapping[str, Figure]) -> Figure | None:
-    """The figure that a name belongs to: its own, or the longest that it continues behind a "_"."""
+    """Return the figure with the longest name that ``name`` equals, or continues behind a "_"."""
+    # Cut the name at its last "_" until what is left is known.
     while name:
         if name in known:
             return known[name]
@@ -220,10 +227,18 @@ def collapse_figures(name: str, title: str) -> tuple[Figure, ...]:
 
 
 def reply_figures(name: str, title: str) -> tuple[Figure, ...]:
-    """What is counted of every benchmark's replies, as :func:`fedsim.evaluate.measures.reply_metrics` names it."""
+    """Figures of every benchmark's replies (:func:`fedsim.evaluate.measures.reply_metrics`)."""
     count = f"{name}_num_texts"
     return (
-        Figure(f"{name}_truncated", f"{title} replies truncated", "", 0, None, count=count, line="always"),
+        Figure(
+            f"{name}_truncated",
+            f"{title} replies truncated",
+            "",
+            0,
+            None,
+            count=count,
+            line="always",
+        ),
         Figure(f"{name}_prompts_truncated", f"{title} prompts truncated", "", 0, None),
         Figure(f"{name}_empty", f"{title} replies without text", "", 0, None),
         Figure(f"{name}_mean_tokens", f"{title}: mean length of a reply", "tokens", 1, None),
@@ -234,6 +249,7 @@ def reply_figures(name: str, title: str) -> tuple[Figure, ...]:
 def write_benchmarks(folder: Path, benchmarks: Benchmarks) -> None:
     """Write the descriptions into a run directory, or replace them."""
     content = [asdict(described) for described in benchmarks]
+    # Written beside the file and renamed, so that a reader sees the old or the new one whole.
     new = folder / f".{FILE}.new"
     new.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     new.replace(folder / FILE)
@@ -259,15 +275,22 @@ def _described(entry: dict[str, Any]) -> Description:
     figures = []
     for figure in entry["figures"]:
         scale = figure["scale"]
-        figures.append(Figure(**{**figure, "scale": None if scale is None else (float(scale[0]), float(scale[1]))}))
-    return Description(str(entry["name"]), str(entry["title"]), tuple(figures), str(entry["published"]))
+        if scale is not None:  # JSON has lists in place of tuples
+            scale = (float(scale[0]), float(scale[1]))
+        figures.append(Figure(**{**figure, "scale": scale}))
+    name, title = str(entry["name"]), str(entry["title"])
+    return Description(name, title, tuple(figures), str(entry["published"]))
 
 
 def name_given_twice(described: Iterable[Description]) -> str | None:
     """The first name of a benchmark or figure that occurs twice; None where all differ."""
+    # Benchmarks and figures are named apart: a figure may have its benchmark's name.
     seen: set[str] = set()
     for benchmark in described:
-        names = [f"benchmark {benchmark.name}", *(f"figure {figure.name}" for figure in benchmark.figures)]
+        names = [
+            f"benchmark {benchmark.name}",
+            *(f"figure {figure.name}" for figure in benchmark.figures),
+        ]
         for name in names:
             if name in seen:
                 return name

@@ -1,8 +1,8 @@
-"""A rank's structured log: one JSON line for each thing that begins, ends or fails, and where the rank is now.
+"""Structured log of a rank: one JSON line for each stage that begins, ends or fails, and its place.
 
-Every rank writes ``logs/rank-000.jsonl`` of its own in the run directory. A line is written at once and read by others
-only after the fact: it tells where a rank was that died or no longer answers. Lines carry names and figures, never a
-prompt or a reply.
+Every rank writes ``logs/rank-000.jsonl`` of its own in the run directory. A line is written at once
+and read by others only after the fact: it shows where a rank was that died or no longer answers.
+Lines carry names and figures, never a prompt or a reply.
 
     {"utc": "…", "event": "begin", "stage": "local training", "round": 3, "client": 7}
 """
@@ -23,11 +23,14 @@ from fedsim.base.json_text import NotJsonError, parse_json
 from fedsim.base.version import made_by
 
 Place = Mapping[str, int | str]
-"""Where a rank is: ``stage``, ``round`` (from 1) and ``client``, as far as they are known; ``rank`` for others."""
+"""Place of a rank: ``stage``, ``round`` (from 1) and ``client``, as far as they are known.
+
+A place that other ranks read also has ``rank``.
+"""
 
 
 class Journal:
-    """Where this rank is, and its log once :meth:`open` has been called.
+    """Place of this rank, and its log once :meth:`open` has been called.
 
     Args:
         rank: this process.
@@ -42,11 +45,11 @@ class Journal:
 
     @property
     def place(self) -> Place:
-        """Where this rank is now."""
+        """Present place of this rank."""
         return dict(self._place)
 
     def open(self, folder: Path) -> None:
-        """From now on lines go to ``folder``, the run directory, after those of earlier sessions."""
+        """Append lines to the log in ``folder``, the run directory, from now on."""
         self._path = log_file(folder, self.rank)
         with suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,22 +64,33 @@ class Journal:
     def write(self, event: str, **facts: Any) -> None:
         """One line: what happened, and where; a log that cannot be written ends no run."""
         if self._path is not None:
-            line = {"utc": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **self._place, **facts}
-            with suppress(OSError), self._path.open("a", encoding="utf-8", errors="replace") as file:
+            line = {
+                "utc": datetime.now(UTC).isoformat(timespec="milliseconds"),
+                "event": event,
+                **self._place,
+                **facts,
+            }
+            with (
+                suppress(OSError),
+                self._path.open("a", encoding="utf-8", errors="replace") as file,
+            ):
                 file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
 
     @contextmanager
     def at(self, **place: int | str) -> Iterator[None]:
-        """The block is at ``place`` (and where the block around it is); its begin, end and failure are written."""
-        before, began = dict(self._place), time.monotonic()
+        """Log begin, end and failure of the block, with ``place`` added to the outer block's."""
+        before = dict(self._place)
+        began = time.monotonic()  # seconds
         self._place.update(place)
         self.write("begin")
         try:
             yield
         except BaseException as error:
+            # The innermost block is the first to see an error, and the one that knows its place.
             if self._failed is None or self._failed[0] is not error:
                 self._failed = (error, dict(self._place))
-            self.write("failed", seconds=round(time.monotonic() - began, 3), error=type(error).__name__)
+            seconds = round(time.monotonic() - began, 3)
+            self.write("failed", seconds=seconds, error=type(error).__name__)
             raise
         else:
             self.write("end", seconds=round(time.monotonic() - began, 3))
@@ -84,7 +98,7 @@ class Journal:
             self._place = before
 
     def place_of(self, error: BaseException) -> Place:
-        """Where ``error`` was raised; where this rank is now, if that is not known."""
+        """Place where ``error`` was raised; this rank's present place if that is not known."""
         if self._failed is not None and self._failed[0] is error:
             return dict(self._failed[1])
         return self.place
@@ -92,7 +106,7 @@ class Journal:
 
 @dataclass(frozen=True)
 class LastSeen:
-    """What a rank's log says of its last session.
+    """Last session of a rank by its log.
 
     Attributes:
         rank: which.
@@ -130,26 +144,30 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def last_seen(folder: Path, rank: int) -> LastSeen:
-    """Where a rank was when it last wrote a line."""
+    """Return the last session of a rank: its process, and its place when it last wrote a line."""
+    # The last session begins at the last "start".
     lines = read_log(log_file(folder, rank))
     starts = [i for i, line in enumerate(lines) if line.get("event") == "start"]
     if not starts:
         return LastSeen(rank)
     session = lines[starts[-1] :]
-    last = session[-1]
+    first, last = session[0], session[-1]
     place: Place = {name: last[name] for name in ("stage", "round", "client") if name in last}
     events = tuple(str(line.get("event")) for line in session)
-    return LastSeen(rank, int(session[0].get("pid", 0)), place, str(last.get("utc", "")), events)
+    return LastSeen(rank, int(first.get("pid", 0)), place, str(last.get("utc", "")), events)
 
 
 def in_words(place: Place) -> str:
     """``rank 2, local training, round 3, client 7``."""
-    known = [name for name in ("rank", "stage", "round", "client") if name in place]
-    return ", ".join(str(place[name]) if name == "stage" else f"{name} {place[name]}" for name in known)
+    words = []
+    for name in ("rank", "stage", "round", "client"):
+        if name in place:
+            words.append(str(place[name]) if name == "stage" else f"{name} {place[name]}")
+    return ", ".join(words)
 
 
 def _cut_torn_end(path: Path) -> None:
-    """End a line that a killed session left unfinished, so that the next one begins on a line of its own."""
+    """Append a newline to a line that a killed session left unfinished."""
     if path.is_file() and path.stat().st_size:
         with path.open("rb+") as file:
             file.seek(-1, os.SEEK_END)

@@ -1,4 +1,4 @@
-"""JSON that somebody else wrote: whatever is wrong with it is one error, with its line where that is known."""
+"""Strict parsing of JSON from other programs: any fault is one error, with its line if known."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class NotJsonError(ValueError):
 
     Args:
         reason: in words, without quoting the text.
-        line: counted from 1; None where nobody knows.
+        line: counted from 1; None where it is not known.
         column: likewise.
     """
 
@@ -33,18 +33,18 @@ def parse_json(text: str, *, nan_is_null: bool = False) -> Any:
         nan_is_null: take ``NaN`` for null, as pandas means it where a cell of a table is empty.
 
     Raises:
-        NotJsonError: it is malformed, nested too deep, gives a key twice, has a number that is too long or half a
-            surrogate pair, which no file and no tokenizer takes.
+        NotJsonError: it is malformed, nested too deep, gives a key twice, has a number that is too
+            long or half a surrogate pair, which no file and no tokenizer takes.
     """
     try:
         constant = _null_for_nan if nan_is_null else None
         value = json.loads(text, object_pairs_hook=_unique, parse_constant=constant)
-        if _HALF_PAIR.search(text):
+        if _HALF_PAIR.search(text):  # an escape of one; a whole pair can be encoded
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise NotJsonError(error.msg, error.lineno, error.colno) from None
     except UnicodeEncodeError:
-        raise NotJsonError("half a surrogate pair stands alone") from None
+        raise NotJsonError("half a surrogate pair without the other half") from None
     except RecursionError:
         raise NotJsonError("nested too deep") from None
     except NotJsonError:

@@ -1,8 +1,9 @@
 """Keyed randomness: every draw comes from a key, never from a generator's history.
 
-A key is ``(seed, purpose, *place)``, such as ``(7, "cohort", round_idx)`` or ``(7, "dropout", round_idx, client, step,
-micro_batch)``. Equal keys give equal draws on every rank, in any order and after a resume; different keys give
-independent streams (BLAKE2b of the key seeds a Philox counter generator).
+A key is ``(seed, purpose, *place)``, such as ``(7, "cohort", round_idx)`` or ``(7, "dropout",
+round_idx, client, step, micro_batch)``. Equal keys give equal draws on every rank, in any order and
+after a resume; different keys give independent streams (BLAKE2b of the key seeds a Philox counter
+generator).
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ KeyPart = int | str
 
 def derive(seed: int, purpose: str, *place: KeyPart) -> int:
     """A 63-bit integer that depends on every part of the key and on nothing else."""
-    text = "\x1f".join([str(seed), purpose, *(f"{type(p).__name__}:{p}" for p in place)])
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+    # With their types, so that the parts 1 and "1" make different keys.
+    parts = [f"{type(part).__name__}:{part}" for part in place]
+    text = "\x1f".join([str(seed), purpose, *parts])
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
 
 
 def generator(seed: int, purpose: str, *place: KeyPart) -> np.random.Generator:

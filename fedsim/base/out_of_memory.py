@@ -1,4 +1,4 @@
-"""Memory that runs out, on a GPU or in RAM, as one error that says what to change."""
+"""Full memory, of a GPU or the machine, as one error that says what to change."""
 
 from __future__ import annotations
 
@@ -24,31 +24,46 @@ STAGE_KEYS: Final = {
     "making pretrained-evaluation": ("eval.batch_size", "eval.max_new_tokens"),
     "judge MT-Bench": ("eval.batch_size", "judge.max_new_tokens"),
 }
-"""Keys that decide the memory of a stage, most useful first, by how the stage's name in the journal begins."""
+"""Beginning of a stage's name in the journal → keys that decide its memory, most useful first."""
 
 BUSY_SHARE: Final = 0.05
-"""Share of a GPU that other processes hold, from which on they are named."""
+"""Least share of a GPU that other processes hold for them to be named."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether memory has run out: on a GPU, or on the CPU, where torch says so in words alone."""
+    """Return whether an error means full memory of a GPU or of the machine."""
     if isinstance(error, MemoryFullError | MemoryError | torch.OutOfMemoryError):
         return True
+    if not isinstance(error, RuntimeError):
+        return False
+    # On a CPU torch says it only in the message.
     text = str(error)
-    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "CUDA out of memory" in text)
+    return "can't allocate memory" in text or "CUDA out of memory" in text
 
 
-def explained(error: BaseException, stage: str, device: torch.device | None = None) -> MemoryFullError:
-    """The error in words: how much there is, who else holds it, and the keys to lower.
+def explained(
+    error: BaseException,
+    stage: str,
+    device: torch.device | None = None,
+) -> MemoryFullError:
+    """Explain the error: the memory's size, what other processes hold, and the keys to lower.
 
     Args:
+        error: of full memory (:func:`is_out_of_memory`).
         stage: name of the stage in the journal; "" where it is not known.
         device: a GPU; None takes the current one where the error is CUDA's, else the RAM.
     """
     if isinstance(error, MemoryFullError):
         return error
-    keys = next((keys for begin, keys in STAGE_KEYS.items() if stage.startswith(begin)), ())
-    advice = [f"lower {' or '.join(keys)}"] if keys else ["set model.dtype=bfloat16", "use a smaller model"]
+
+    # Keys of the stage.
+    advice = ["set model.dtype=bfloat16", "use a smaller model"]
+    for begin, keys in STAGE_KEYS.items():
+        if stage.startswith(begin):
+            advice = [f"lower {' or '.join(keys)}"]
+            break
+
+    # The memory that is full: that of a GPU, or the machine's.
     of_cuda = isinstance(error, torch.OutOfMemoryError) or "CUDA out of memory" in str(error)
     if device is None and of_cuda and torch.cuda.is_initialized():
         device = torch.device("cuda", torch.cuda.current_device())
@@ -58,27 +73,26 @@ def explained(error: BaseException, stage: str, device: torch.device | None = No
     else:
         where = "the machine's memory is full"
         advice.append("start fewer processes")
-    said = " ".join(str(error).split())[:300]
-    return MemoryFullError(
-        f"{where} ({said}): {', '.join(advice)}; --check prints what each stage needs and values that fit"
-    )
+    message = " ".join(str(error).split())[:300]
+    advice.append("--check prints what each stage needs and values that fit")
+    return MemoryFullError(f"{where} ({message}): {', '.join(advice[:-1])}; {advice[-1]}")
 
 
 def _gpu(device: torch.device) -> tuple[str, list[str]]:
-    """What the GPU holds, and advice where other processes hold a part of it."""
+    """Describe what the GPU holds, with advice if other processes hold a part of it."""
     name = f"GPU {device.index}"
     try:
         free, total = torch.cuda.mem_get_info(device)
-        own = torch.cuda.memory_reserved(device)
-    except RuntimeError:  # after some errors nothing can be asked any more
+        reserved = torch.cuda.memory_reserved(device)
+    except RuntimeError:  # after some errors CUDA answers no more queries
         return f"{name} is full", []
-    others = total - free - own
-    held = f"{name} is full: {byte_size(own)} of {byte_size(total)} are this process's"
+    others = total - free - reserved  # bytes
+    held = f"{name} is full: {byte_size(reserved)} of {byte_size(total)} are this process's"
     if others < BUSY_SHARE * total:
         return held, []
-    return f"{held}, {byte_size(others)} others' and CUDA's own", [
-        "end the other processes on this GPU (nvidia-smi lists them) or choose free GPUs with CUDA_VISIBLE_DEVICES"
-    ]
+    end = "end the other processes on this GPU (nvidia-smi lists them)"
+    choose = "choose free GPUs with CUDA_VISIBLE_DEVICES"
+    return f"{held}, {byte_size(others)} others' and CUDA's own", [f"{end} or {choose}"]
 
 
 @contextmanager
@@ -89,6 +103,7 @@ def explaining_memory(journal: Journal) -> Iterator[None]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
+        # The stage at whose work the memory ran out decides the advice.
         place = journal.place_of(error)
         found = explained(error, str(place.get("stage", "")))
         found.place = found.place or {"rank": journal.rank, **place}

@@ -1,7 +1,7 @@
 """Placement of a round's cohort on lanes so that the round ends soonest.
 
-Heaviest clients first on single ranks; the last, incomplete wave on wider lanes that split each batch. The plan is a
-pure function of its arguments, computed alike on every rank.
+Heaviest clients first on single ranks; the last, incomplete wave on wider lanes that split each
+batch. The plan is a pure function of its arguments, computed alike on every rank.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class Plan:
 class SharedSteps:
     """Constant cost of optimizer steps on a wide lane, beside the lane's share of the tokens.
 
-    However few rows a member has, it launches as many kernels, and each step ends with a sum over the lane.
+    However few rows a member has, it launches as many kernels, and each step ends with a sum over
+    the lane.
 
     Attributes:
         num: optimizer steps of each client.
@@ -67,7 +68,8 @@ FREE: Final = SharedSteps({})
 FORGOTTEN: Final = 0.05
 """Share of a wide step's cost that a round without a wide lane takes off.
 
-A cost that was measured too high, as in a round that compiles kernels, is so measured again some rounds later.
+A cost that was measured too high, as in a round that compiles kernels, is so measured again some
+rounds later.
 """
 
 
@@ -84,21 +86,33 @@ def plan_round(
     Args:
         tokens: work of each client in the round.
         seconds_per_token: measured cost of each rank; its length is the world size.
-        num_micro_batches: parts that a batch can be split into; a lane of width g is ⌈n/⌈n/g⌉⌉-fold faster at best.
-        wide_lanes: whether several ranks may share a client.
+        num_micro_batches: n parts that a batch can be split into; a lane of width g is at best
+            n/⌈n/g⌉ times as fast.
+        wide_lanes: several ranks may share a client.
         shared: steps of each client, and what a step costs more on a wide lane.
 
     Returns:
         The plan with the least makespan; of equals, the one with the most clients on single ranks.
     """
+    # Heaviest clients first; the lightest ones share ranks: at most one client for each rank.
     order = sorted(tokens, key=lambda c: (-tokens[c], c))
     world = len(seconds_per_token)
+    max_wide = min(len(order), world) if wide_lanes and world > 1 else 0
+
+    # Try every number of wide clients and both layouts of their lanes; the first of equals stays.
     best: Plan | None = None
-    for num_single in range(len(order), -1, -1):
-        if num_single < len(order) and (not wide_lanes or world == 1 or num_single < len(order) - world):
-            break
-        for widths in _lane_widths(len(order) - num_single, world):
-            plan = _place(order, num_single, widths, tokens, seconds_per_token, num_micro_batches, shared)
+    for num_wide in range(max_wide + 1):
+        num_single = len(order) - num_wide
+        for widths in _lane_widths(num_wide, world):
+            plan = _place(
+                order,
+                num_single,
+                widths,
+                tokens,
+                seconds_per_token,
+                num_micro_batches,
+                shared,
+            )
             if best is None or plan.makespan_s < best.makespan_s * (1 - 1e-9):
                 best = plan
     assert best is not None
@@ -113,16 +127,29 @@ def learned_cost(
     num_micro_batches: int,
     shared: SharedSteps = FREE,
 ) -> tuple[float, ...]:
-    """Seconds per token of each rank: half the old figure, half what this round measured; kept where nothing was.
+    """Seconds per token of each rank: half the old figure, half this round's measurement.
 
-    A wide job counts as the tokens that its slowest member computed, and its time without the constant cost of its
-    steps. A client that failed is not in ``tokens``, and its job does not count.
+    A rank without a measurement keeps the old figure. A wide job counts as the tokens that its
+    slowest member computed, and its time without the constant cost of its steps.
+
+    Args:
+        known: the old figures, in seconds per token.
+        busy_s: seconds that each rank computed in this round.
+        plan: placement of the clients.
+        tokens: work of each client that was trained; the job of a failed client does not count.
+        num_micro_batches: parts that a batch can be split into.
+        shared: steps of each client, and the cost of a wide step.
     """
-    cost = list(known)
+    cost = list(known)  # [ranks], seconds per token
     for rank in range(len(cost)):
-        jobs = [job for job in plan.jobs if rank in job.ranks and job.client in tokens]
-        work = sum(tokens[job.client] / speedup(job.width, num_micro_batches) for job in jobs)
-        busy = busy_s[rank] - sum(shared.of(job.client) for job in jobs if job.width > 1)
+        work = 0.0  # tokens
+        sharing_s = 0.0
+        for job in plan.jobs:
+            if rank in job.ranks and job.client in tokens:
+                work += tokens[job.client] / speedup(job.width, num_micro_batches)
+                if job.width > 1:
+                    sharing_s += shared.of(job.client)
+        busy = busy_s[rank] - sharing_s  # seconds
         if work > 0 and busy > 0:
             cost[rank] = 0.5 * cost[rank] + 0.5 * busy / work
     return tuple(cost)
@@ -136,46 +163,49 @@ def learned_sharing(
     cost: Sequence[float],
     num_micro_batches: int,
 ) -> float:
-    """Constant cost of a wide step: half the old figure, half the mean over this round's wide jobs, at least 0.
+    """Constant cost of a wide step: half the old figure, half the mean of this round's wide jobs.
 
-    A round without a wide job that was trained lowers the old figure by :data:`FORGOTTEN`.
+    It is at least 0 seconds. A round without a wide job that was trained lowers the old figure by
+    :data:`FORGOTTEN`.
 
     Args:
         shared: the round's steps, and the old figure.
         seconds: wall-clock time of each wide job by client, of the member that waited least.
-        plan: how clients were placed.
+        plan: placement of the clients.
         tokens: work of each client that was trained.
         cost: seconds per token of each rank.
         num_micro_batches: parts that a batch can be split into.
     """
+    # Of each wide job, what its time exceeds its tokens' by, in seconds a step.
     found = []
     for job in plan.jobs:
         if job.width > 1 and job.client in tokens and shared.num[job.client] > 0:
-            of_tokens = tokens[job.client] * max(cost[r] for r in job.ranks) / speedup(job.width, num_micro_batches)
-            found.append(max(0.0, seconds[job.client] - of_tokens) / shared.num[job.client])
+            slowest = max(cost[rank] for rank in job.ranks)
+            token_s = tokens[job.client] * slowest / speedup(job.width, num_micro_batches)
+            found.append(max(0.0, seconds[job.client] - token_s) / shared.num[job.client])
     if not found:
         return (1.0 - FORGOTTEN) * shared.seconds
     return 0.5 * shared.seconds + 0.5 * sum(found) / len(found)
 
 
 def useful_ranks(cohort_size: int, num_micro_batches: int, *, wide_lanes: bool) -> int:
-    """The most ranks that local training can use: one a client, or one a micro-batch where ranks may share a client."""
+    """Most ranks that local training can use: one a client; with wide lanes, one a micro-batch."""
     return cohort_size * (num_micro_batches if wide_lanes else 1)
 
 
 def deal_units(costs: Sequence[float], num_ranks: int) -> list[list[int]]:
     """Units of work of each rank: heaviest first, each to the rank with the least so far."""
-    loads = [0.0] * num_ranks
-    shares: list[list[int]] = [[] for _ in range(num_ranks)]
+    loads = [0.0] * num_ranks  # cost of each rank's units so far
+    shares: list[list[int]] = [[] for _ in range(num_ranks)]  # units of each rank
     for unit in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         rank = min(range(num_ranks), key=lambda r: (loads[r], r))
-        loads[rank] += max(costs[unit], 1e-9)
+        loads[rank] += max(costs[unit], 1e-9)  # so that units without cost are dealt in turn
         shares[rank].append(unit)
     return [sorted(share) for share in shares]
 
 
 def speedup(width: int, num_micro_batches: int) -> float:
-    """How much faster ``width`` ranks are that share ``num_micro_batches`` equal parts."""
+    """Factor by which ``width`` ranks that share ``num_micro_batches`` equal parts are faster."""
     return num_micro_batches / math.ceil(num_micro_batches / width)
 
 
@@ -184,9 +214,10 @@ def _lane_widths(num_clients: int, world: int) -> Iterator[list[int]]:
     if num_clients == 0:
         yield []
         return
-    if num_clients <= world:
-        yield [world // num_clients + (i < world % num_clients) for i in range(num_clients)]
-    if num_clients > 1:
+    if num_clients <= world:  # side by side; the first lanes take the ranks that are left over
+        share, rest = divmod(world, num_clients)
+        yield [share + (i < rest) for i in range(num_clients)]
+    if num_clients > 1:  # one after the other
         yield [world] * num_clients
 
 
@@ -199,27 +230,37 @@ def _place(
     num_micro_batches: int,
     shared: SharedSteps,
 ) -> Plan:
+    """Place the first ``num_single`` clients on single ranks, the others on lanes of ``widths``."""
     world = len(cost)
-    free = [0.0] * world
-    work = [0.0] * world
+    free = [0.0] * world  # seconds from which on a rank is free
+    work = [0.0] * world  # seconds of work
     jobs = []
+
+    # Each single client goes to the rank that ends it first.
     for client in order[:num_single]:
         rank = min(range(world), key=lambda r: (free[r] + tokens[client] * cost[r], r))
         end = free[rank] + tokens[client] * cost[rank]
         jobs.append(Job(client, rank, 1, free[rank], end))
         free[rank] = end
         work[rank] += tokens[client] * cost[rank]
+
+    # Wide clients go to consecutive ranks; a lane begins when its last rank is free.
     first = 0
     for client, width in zip(order[num_single:], widths, strict=True):
         ranks = range(first % world, first % world + width)
         start = max(free[r] for r in ranks)
-        length = tokens[client] * max(cost[r] for r in ranks) / speedup(width, num_micro_batches)
-        length += shared.of(client) if width > 1 else 0.0
+        slowest = max(cost[r] for r in ranks)
+        length = tokens[client] * slowest / speedup(width, num_micro_batches)  # seconds
+        if width > 1:
+            length += shared.of(client)
         jobs.append(Job(client, ranks.start, width, start, start + length))
         for r in ranks:
             free[r] = start + length
             work[r] += length
         first += width
+
     makespan = max(free)
-    idle = 1.0 - sum(work) / (world * makespan) if makespan > 0 else 0.0
+    idle = 0.0
+    if makespan > 0:
+        idle = 1.0 - sum(work) / (world * makespan)
     return Plan(tuple(jobs), makespan, idle)

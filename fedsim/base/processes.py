@@ -1,4 +1,4 @@
-"""Processes of this machine: those below one, their end, and what state they are in."""
+"""Processes of this machine: a process with its descendants, their end and their state."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import psutil
 
 
 def family(pid: int) -> list[psutil.Process]:
-    """A process and all below it, also those in sessions of their own; none if it has ended."""
+    """A process and its descendants, also those in other sessions; none if it has ended."""
     try:
         root = psutil.Process(pid)
         return [root, *root.children(recursive=True)]
@@ -19,14 +19,14 @@ def family(pid: int) -> list[psutil.Process]:
 
 
 def kill(processes: Iterable[psutil.Process]) -> None:
-    """SIGKILL to whoever is left of them; another process that has got the number of one is spared."""
+    """Send SIGKILL to those that still run; psutil ignores a reused PID."""
     for process in processes:
         with suppress(psutil.NoSuchProcess):
             process.kill()
 
 
 def state_of(pid: int) -> Literal["gone", "stopped", "alive"]:
-    """What a process does; one that has ended and that nobody has waited for is gone."""
+    """State of a process; a zombie is gone."""
     try:
         status = psutil.Process(pid).status()
     except psutil.NoSuchProcess:

@@ -1,9 +1,9 @@
-"""Interface to the other processes: share fixed units of work, gather results in order, add, agree.
+"""Interface to the other processes: share fixed units of work, gather in order, sum, agree.
 
-Stages (guard, CAI, evaluation) are handed a :class:`Ranks`, training a :class:`Lane`. :class:`OneRank` is the identity;
-the versions over process groups are in ``fedsim.parallel``, the only code that calls ``torch.distributed``. A stage's
-results may not depend on which rank computed what, so the units are fixed by the caller and computed the same way
-wherever they run.
+Stages (guard, CAI, evaluation) are handed a :class:`Ranks`, training a :class:`Lane`.
+:class:`OneRank` is the identity; the versions over process groups are in ``fedsim.parallel``, the
+only code that calls ``torch.distributed``. A stage's results may not depend on which rank computed
+what, so the units are fixed by the caller and computed the same way wherever they run.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Ranks(Protocol):
         costs: Sequence[float] | None = None,
         on_done: Callable[[int], None] | None = None,
     ) -> list[R]:
-        """``[compute(u) for u in units]``, shared over the ranks; every rank gets the whole list in order.
+        """Compute ``[compute(u) for u in units]`` on all ranks; each gets the whole list in order.
 
         Args:
             compute: called once per unit on one rank; its result must pickle.
@@ -56,11 +56,11 @@ class Ranks(Protocol):
         ...
 
     def once(self, compute: Callable[[], R]) -> R:
-        """``compute()`` on rank 0 alone; every rank gets its result, or its error."""
+        """Call ``compute()`` on rank 0 only; every rank gets its result, or its error."""
         ...
 
     def each(self, compute: Callable[[], R]) -> list[R]:
-        """``compute()`` on every rank; all get all results, by rank, or the first error by rank order.
+        """Call ``compute()`` on every rank; each gets all results, or the first error, by rank.
 
         Nothing inside ``compute`` may wait for another rank.
         """
@@ -84,15 +84,22 @@ class Sums(Protocol):
 
     exact: bool
 
-    def sum(self, segments: Sequence[Sequence[Term]], sizes: Sequence[int], count: int) -> list[torch.Tensor]:
-        """Sum each segment over its terms here and on the other members; every member gets the same vectors.
+    def sum(
+        self,
+        segments: Sequence[Sequence[Term]],
+        sizes: Sequence[int],
+        count: int,
+    ) -> list[torch.Tensor]:
+        """Sum each segment over the terms of all members; every member gets the same vectors.
 
-        They are fp64 in exact mode, fp32 otherwise, and not to be changed in place: one may be a term's own vector.
+        They are fp64 in exact mode, fp32 otherwise, and not to be changed in place: one may be a
+        term's own vector.
 
         Args:
             segments: this member's terms of each segment; a member without terms gives empty lists.
             sizes: length of each segment, the same on every member.
-            count: an upper bound of the terms of any one segment over all members, the same on every member.
+            count: an upper bound of the terms of any one segment over all members, the same on
+                every member.
         """
         ...
 

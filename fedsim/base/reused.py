@@ -1,9 +1,9 @@
 """Reused memory for long CPU vectors.
 
-glibc returns blocks of more than 32 MiB to the system when they are freed, so the next vector of the
-same length costs a page fault for every 4 KiB: 1 to 7 µs each, or 13 to 90 ms for the 54 MB of an 8B
-model's LoRA, while one pass over it takes 3 ms. Every round needs vectors of the same lengths as the
-round before.
+glibc returns blocks of more than 32 MiB to the system when they are freed, so the next vector of
+the same length costs a page fault for every 4 KiB: 1 to 7 µs each, or 13 to 90 ms for the 54 MB of
+an 8B model's LoRA, while one pass over it takes 3 ms. Every round needs vectors of the same lengths
+as the round before.
 """
 
 from __future__ import annotations
@@ -36,10 +36,14 @@ def empty(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     num_bytes = size * dtype.itemsize
     if device.type != "cpu" or num_bytes < LEAST:
         return torch.empty(size, dtype=dtype, device=device)
+
+    # A free block of this size, or a new one.
     capacity = math.ceil(num_bytes / UNIT) * UNIT
     blocks = _free.setdefault(capacity, [])
     block = blocks.pop() if blocks else np.empty(capacity + ALIGNMENT, dtype=np.uint8)
+
+    # Every tensor and array over the lease keeps it alive; the last one's end frees the block.
     start = -block.ctypes.data % ALIGNMENT
-    lease = block[start : start + num_bytes]  # kept alive by every tensor and array over it
+    lease = block[start : start + num_bytes]
     weakref.finalize(lease, partial(blocks.append, block)).atexit = False
     return torch.from_numpy(lease).view(dtype)

@@ -1,7 +1,7 @@
-"""The two counts of a round: an index from 0 in the code, a number from 1 in every file and line that is read.
+"""The two counts of a round: an index from 0 in the code, a number from 1 in what people read.
 
-The index keys random draws and learning rates. The number stands in metrics.jsonl, checkpoints, logs, file names, W&B
-and on the terminal; the pretrained model's is 0.
+The index keys random draws and learning rates. The number is in metrics.jsonl, checkpoints,
+logs, file names, W&B and on the terminal; the pretrained model's is 0.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Writing of safetensors files, with the mode that the umask leaves, as for every other file."""
+"""Writing of safetensors files with the umask's mode, as for every other file."""
 
 from __future__ import annotations
 
@@ -10,11 +10,17 @@ import torch
 from safetensors.torch import save
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Write or replace a safetensors file; a reader sees the old file or the whole new one.
 
-    safetensors' own ``save_file`` makes its file with mode 0600 whatever the umask, so that nobody else could read it.
+    safetensors' own ``save_file`` ignores the umask and makes its file with mode 0600, which other
+    users cannot read.
     """
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(save(dict(tensors), None if metadata is None else dict(metadata)))
+    content = save(dict(tensors), None if metadata is None else dict(metadata))
+    partial.write_bytes(content)
     os.replace(partial, path)

@@ -1,7 +1,8 @@
 """Standard output and error that cannot end a run.
 
-Whatever a run shows is also in its directory. A terminal or pipe that takes no more text is therefore given up: its
-reader has ended, the tty is lost, the disk behind it is full. A character that its encoding lacks is replaced.
+All that a run shows is also in its directory. A terminal or pipe that takes no more text is
+therefore given up: its reader has ended, the tty is lost, the disk behind it is full. A character
+that its encoding lacks is replaced.
 """
 
 from __future__ import annotations
@@ -18,13 +19,17 @@ class Terminal:
     """A text stream to which writing raises no error.
 
     Args:
-        stream: where text goes, such as ``sys.stderr``; None, as where the process was started without one, takes none.
+        stream: where text goes, such as ``sys.stderr``; None, as where the process was started
+            without one, takes none.
     """
 
     def __init__(self, stream: TextIO | None) -> None:
-        self._stream = open(os.devnull, "w", encoding="utf-8") if stream is None else stream  # noqa: SIM115
+        if stream is None:
+            stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        self._stream = stream
         self._is_lost = False
         if isinstance(self._stream, io.TextIOWrapper):
+            # A character that the encoding lacks is replaced.
             wrapper = self._stream
             self._attempt(lambda: wrapper.reconfigure(errors="replace"))
 
@@ -42,13 +47,14 @@ class Terminal:
         return bool(self._attempt(self._stream.isatty))
 
     def settle(self) -> None:
-        """Pass on what was written; text that nobody takes is dropped, so that the interpreter's end cannot fail."""
+        """Flush, or give the stream up, so that the flush at the interpreter's end cannot fail."""
         try:
             self._stream.flush()
         except (OSError, ValueError):
             self._give_up()
 
     def __getattr__(self, name: str) -> Any:
+        # All else, such as ``encoding`` and ``fileno``, is the stream's.
         return getattr(self._stream, name)
 
     def _attempt(self, work: Callable[[], Any]) -> Any:
@@ -57,14 +63,14 @@ class Terminal:
             return None
         try:
             return work()
-        except BlockingIOError:  # a full pipe that does not block: this text alone is dropped
+        except BlockingIOError:  # a full pipe that does not block: only this text is dropped
             return None
         except (OSError, ValueError):  # EPIPE, EIO, ENOSPC …; a closed file
             self._give_up()
             return None
 
     def _give_up(self) -> None:
-        """Let the null device take the file descriptor's place, also for what is still buffered and for C code."""
+        """Put the null device in the file descriptor's place, also for buffered text and C code."""
         self._is_lost = True
         with suppress(OSError, ValueError):
             null = os.open(os.devnull, os.O_WRONLY)
@@ -81,10 +87,12 @@ def steady(stream: TextIO | None) -> TextIO:
 
 @contextmanager
 def steady_terminal() -> Iterator[None]:
-    """Let nothing that the block writes to standard output or error end it; also a decorator of entry points."""
+    """Keep lost standard output and error from ending the block; also a decorator."""
     _occupy_standard_files()
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = steady(sys.stdout), steady(sys.stderr)
+
+    # The block, then a last flush before the streams are put back.
     try:
         yield
     finally:
@@ -95,9 +103,12 @@ def steady_terminal() -> Iterator[None]:
 
 
 def _occupy_standard_files() -> None:
-    """Open the null device wherever a standard descriptor (0, 1, 2) is closed: the next file would get its number, and
-    C code's error texts would be written into it.
+    """Open the null device in place of closed standard descriptors (0, 1, 2).
+
+    Otherwise the next file that is opened would get such a number, and errors of C code would be
+    written into it.
     """
-    while (null := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
+    null = os.open(os.devnull, os.O_RDWR)
+    while null <= 2:  # each one opened takes the lowest free number
+        null = os.open(os.devnull, os.O_RDWR)
     os.close(null)

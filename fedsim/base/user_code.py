@@ -1,4 +1,4 @@
-"""Modules that a configuration names: how they are loaded, and how an error in a user's file is told.
+"""Loading of modules that a configuration names, and one-line errors for a user's file.
 
 This is the one place that runs code from a file which is not fedsim's.
 """
@@ -23,26 +23,27 @@ from fedsim.base.errors import ConfigError, FedsimError, RunError
 from fedsim.base.paths import user_path
 
 _files: dict[str, str] = {}
-"""Source file of each loaded module that is not fedsim's → how messages name it."""
+"""Source file of each loaded module that is not fedsim's → its name in messages."""
 
 _FEDSIM: Final = str(Path(__file__).parents[1]) + os.sep
 _COLLECTIVES: Final = os.path.join("torch", "distributed", "")
 
 
 def load_target(target: str) -> Any:
-    """The object of fedsim's that ``module:Name`` means."""
+    """Return the built-in object that ``module:Name`` means."""
     place, _, name = target.partition(":")
     return getattr(importlib.import_module(place), name)
 
 
 def register(file: str) -> None:
-    """Take errors of a file for a user's."""
+    """Count errors in a file as a user's, unless it is fedsim's."""
     if not file.startswith(_FEDSIM):
         _files.setdefault(file, file)
 
 
 def place_of(error: BaseException) -> str:
-    """``my.py, line 12, in server_step``: the innermost line of a user's file that an error came through; else ""."""
+    """Innermost line of a user's file in a traceback, ``my.py, line 12, in server_step``, or ""."""
+    # A syntax error has no frame in the file that it is in.
     if isinstance(error, SyntaxError) and error.filename in _files:
         return f"{_files[error.filename]}, line {error.lineno}"
     found = ""
@@ -53,42 +54,63 @@ def place_of(error: BaseException) -> str:
 
 
 def in_words(error: BaseException) -> str:
-    """An error in one line: its type and message, behind its place in a user's file."""
+    """Format an error as one line: its place in a user's file, its type and its message."""
     message = " ".join(str(error).split())[:500]
-    return ": ".join(part for part in (place_of(error), type(error).__name__, message) if part)
+    parts = (place_of(error), type(error).__name__, message)
+    return ": ".join(part for part in parts if part)
 
 
 def passes_through(error: BaseException) -> bool:
-    """True for what is no fault of a user's code although it came through it: memory, disk, or a lost process."""
+    """True for an error that is not the user's, though it came through the user's code.
+
+    These are full memory, a full disk, and a lost process.
+    """
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
-    files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
-    users = [position for position, file in enumerate(files) if file in _files]
-    return any(_COLLECTIVES in file for file in files[users[-1] + 1 if users else 0 :])
+    # A collective that the user's code called, below its innermost line.
+    in_collective = False
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        file = frame.f_code.co_filename
+        if file in _files:
+            in_collective = False
+        elif _COLLECTIVES in file:
+            in_collective = True
+    return in_collective
 
 
 def _location(error: BaseException) -> str:
-    """``file.py, line 12``: where an error was raised, whoever's file it is."""
+    """Line on which an error was raised, in any file: ``file.py, line 12``."""
     *_, (frame, line) = traceback.walk_tb(error.__traceback__)
     return f"{frame.f_code.co_filename}, line {line}"
 
 
 def _is_call_that_does_not_fit(error: BaseException) -> bool:
-    """True for a TypeError of fedsim's own call: the user's function has another signature, and no line of it ran."""
+    """True for a TypeError of a call by fedsim that the user's function does not accept.
+
+    No line of the function ran, so that all frames are fedsim's.
+    """
+    if not isinstance(error, TypeError):
+        return False
     files = {frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)}
-    return isinstance(error, TypeError) and all(file.startswith(_FEDSIM) for file in files)
+    return all(file.startswith(_FEDSIM) for file in files)
 
 
 @contextmanager
-def calling(what: str, kind: type[FedsimError] = RunError, *, quiet: bool = False) -> Iterator[None]:
-    """The block calls a user's code: an error there becomes one line that names file and line.
+def calling(
+    what: str,
+    kind: type[FedsimError] = RunError,
+    *,
+    quiet: bool = False,
+) -> Iterator[None]:
+    """Turn an error of a user's code in the block into one line that names file and line.
 
     Args:
         what: ``key=value`` that names the code.
-        kind: of the error.
-        quiet: leave out the error's message, since it may quote a row or a reply; fedsim's own errors keep theirs.
+        kind: class of the error that is raised.
+        quiet: leave out the error's message, since it may quote a row or a reply; errors of fedsim
+            keep theirs.
     """
     try:
         yield
@@ -104,31 +126,35 @@ def calling(what: str, kind: type[FedsimError] = RunError, *, quiet: bool = Fals
             words = f"{place or _location(error)}: {type(error).__name__}"
         elif place:
             words = in_words(error)
-        else:
+        else:  # a bug of fedsim's
             raise
         raise kind(f"{what}: {words}") from None
 
 
 class _SourceLoader(importlib.machinery.SourceFileLoader):
-    """Runs the source that was read, never cached bytecode, which is matched by seconds and size alone."""
+    """Loader that runs the source that was read, never cached bytecode.
+
+    Python matches bytecode only by the source's size and its time in seconds.
+    """
 
     def __init__(self, name: str, path: str, source: bytes) -> None:
         super().__init__(name, path)
         self.source = source
 
     def path_stats(self, path: str) -> Mapping[str, Any]:
-        raise OSError
+        raise OSError  # so that the import system looks for no bytecode
 
     def get_data(self, path: str) -> bytes:
         return self.source
 
 
-def load_module(place: str, what: str, is_own: bool = False) -> ModuleType:
-    """The module of a name, or of a path that ends with ``.py``.
+def load_module(place: str, what: str, is_builtin: bool = False) -> ModuleType:
+    """Load the module of a name, or of a path that ends with ``.py``.
 
     Args:
+        place: the name or path.
         what: ``key=value`` that names it, for errors.
-        is_own: it is fedsim's, whose errors are no user's.
+        is_builtin: it is fedsim's, and its errors are not a user's.
 
     Raises:
         ConfigError: there is none, or it cannot be imported.
@@ -139,18 +165,28 @@ def load_module(place: str, what: str, is_own: bool = False) -> ModuleType:
         try:
             module = importlib.import_module(place)
         except (Exception, SystemExit) as error:
+            # The module itself is missing, or a package that it lies in; not one that it imports.
             if isinstance(error, ModuleNotFoundError) and f"{place}.".startswith(f"{error.name}."):
                 fix = "put its folder on PYTHONPATH, or give path/to/file.py:Name"
                 raise ConfigError(f"{what}: there is no module {error.name}; {fix}") from error
-            if not is_own:
-                spec = importlib.util.find_spec(place)
-                file = error.filename if isinstance(error, SyntaxError) else spec.origin if spec is not None else None
-                if file is not None:
-                    _files.setdefault(file, file)
+            if not is_builtin:
+                _register_failed(place, error)
             raise
-        if not is_own and (file := getattr(module, "__file__", None)) is not None:  # built-in modules have none
+        file = getattr(module, "__file__", None)
+        if not is_builtin and file is not None:  # modules in C may have no file
             _files.setdefault(file, file)
         return module
+
+
+def _register_failed(place: str, error: BaseException) -> None:
+    """Count errors of a module that could not be imported as a user's."""
+    if isinstance(error, SyntaxError):
+        file = error.filename
+    else:
+        spec = importlib.util.find_spec(place)
+        file = None if spec is None else spec.origin
+    if file is not None:
+        _files.setdefault(file, file)
 
 
 def _file_module(path: Path, what: str) -> ModuleType:
@@ -158,11 +194,14 @@ def _file_module(path: Path, what: str) -> ModuleType:
     try:
         source = path.read_bytes()
     except OSError as error:
-        raise ConfigError(f"{what}: {path} cannot be read ({error.strerror}); give the path of a file") from error
+        reason = f"cannot be read ({error.strerror})"
+        raise ConfigError(f"{what}: {path} {reason}; give the path of a file") from error
+    # A name of path and content: equal files share one module, changed ones do not.
     full = str(path.resolve())
     name = f"fedsim_extension_{hashlib.sha256(full.encode() + source).hexdigest()[:16]}"
     if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, full, loader=_SourceLoader(name, full, source))
+        loader = _SourceLoader(name, full, source)
+        spec = importlib.util.spec_from_file_location(name, full, loader=loader)
         assert spec is not None and spec.loader is not None
         module = sys.modules[name] = importlib.util.module_from_spec(spec)
         _files[full] = str(path)

@@ -17,18 +17,21 @@ SIGNATURE = "fedsim.json"
 
 @functools.cache
 def made_by() -> Mapping[str, Any]:
-    """Version and git state of the fedsim that runs here: ``{"fedsim": "0.1.0", "git": {…} or None}``.
+    """Version and git state of this fedsim: ``{"fedsim": "0.1.0", "git": {…} or None}``.
 
-    It says where something comes from; no hash of an artefact's dependencies holds it.
+    It is a record of origin; no hash of an artefact's dependencies covers it.
     """
-    return {"fedsim": fedsim.__version__, "git": git_state(Path(fedsim.__file__).resolve().parents[1])}
+    return {
+        "fedsim": fedsim.__version__,
+        "git": git_state(Path(fedsim.__file__).resolve().parents[1]),
+    }
 
 
 def maker(origin: Any) -> str:
     """A :func:`made_by` that was read from a file, in words: ``fedsim 0.1.0, commit 0123456789``.
 
     Args:
-        origin: whatever stood there.
+        origin: content of the file, of any form.
     """
     try:
         return f"fedsim {origin['fedsim']}, commit {commit_of(origin)}"
@@ -37,17 +40,21 @@ def maker(origin: Any) -> str:
 
 
 def commit_of(facts: Mapping[str, Any]) -> str:
-    """The commit's first ten digits, and whether tracked files differed from it; "unknown" outside a clone.
+    """The commit's first ten digits, with a note if tracked files differed; else "unknown".
 
     Args:
-        facts: what holds a ``git`` entry: a manifest, or :func:`made_by`.
+        facts: a mapping with a ``git`` entry: a manifest, or :func:`made_by`.
     """
     git = facts.get("git")
-    return "unknown" if not git else git["commit"][:10] + (" with changes" if git["modified"] else "")
+    if not git:  # outside a clone
+        return "unknown"
+    changes = " with changes" if git["modified"] else ""
+    return f"{git['commit'][:10]}{changes}"
 
 
 def sign(folder: Path) -> None:
-    """Leave :data:`SIGNATURE` in a folder of results, so that they can be traced when they are copied elsewhere."""
+    """Write :data:`SIGNATURE` into a folder of results, so that copies of it can be traced."""
+    # An atomic rename, since several commands may sign the same folder.
     text = json.dumps(made_by(), indent=2, sort_keys=True) + "\n"
     new = folder / ".fedsim.json.new"
     new.write_text(text, encoding="utf-8")
@@ -55,7 +62,7 @@ def sign(folder: Path) -> None:
 
 
 def git_state(root: Path, ignoring: Sequence[str] = ()) -> dict[str, Any] | None:
-    """Commit of the clone at ``root`` and whether tracked files differ from it; None outside a clone of its own.
+    """Commit of the clone at ``root`` and whether tracked files differ; None if it is no clone.
 
     Args:
         ignoring: files and folders, relative to ``root``, whose changes do not count.
@@ -66,13 +73,15 @@ def git_state(root: Path, ignoring: Sequence[str] = ()) -> dict[str, Any] | None
     if commit is None:
         return None
     others = [f":(exclude){path}" for path in ignoring]
-    changes = _output("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no", "--", ".", *others)
+    status = ("status", "--porcelain", "--untracked-files=no", "--", ".", *others)
+    changes = _output("git", "-C", str(root), *status)
     return {"commit": commit, "modified": changes != ""}
 
 
 def _output(*command: str) -> str | None:
-    """What a command prints; None if it cannot run or fails."""
+    """Output of a command without blanks around it; None if it cannot run or fails."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
     except (OSError, subprocess.SubprocessError):
         return None
+    return done.stdout.strip()

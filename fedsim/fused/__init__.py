@@ -1,5 +1,6 @@
-"""Layers that compute several operators as one, where the device has kernels for that.
+"""Layers that compute several operators as one, on devices with kernels for that.
 
-:mod:`.ops` holds operators, :mod:`.functions` functions with gradients; :mod:`.choice` says which layers use them.
-:mod:`.same_bits` and :mod:`.cpu` are the like for a CPU, whose results are those of the plain layers, bit for bit.
+:mod:`.ops` holds operators, :mod:`.functions` functions with gradients; :mod:`.choice` decides
+which layers use them. :mod:`.same_bits` and :mod:`.cpu` do the same for a CPU, with the plain
+layers' results, bit for bit.
 """

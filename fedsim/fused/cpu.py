@@ -1,4 +1,4 @@
-"""Layers of Llama's code in fp32 on a CPU that compute by :mod:`fedsim.fused.same_bits`."""
+"""Replacement of Llama's layers in fp32 on a CPU by :mod:`fedsim.fused.same_bits`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ from torch import Tensor, nn
 
 from fedsim.fused import same_bits
 from fedsim.fused.joint import can_be_fused_lora, uses_default_adapter
-from fedsim.fused.layers import Forward, attention_with, decoder_layer_with, epsilon_of, is_llamas, rotating
+from fedsim.fused.layers import (
+    Forward,
+    attention_with,
+    decoder_layer_with,
+    epsilon_of,
+    is_llamas,
+    rotating,
+)
 
 
 def fuse_same_bits(model: nn.Module) -> list[nn.Module]:
@@ -19,7 +26,7 @@ def fuse_same_bits(model: nn.Module) -> list[nn.Module]:
         The modules that are replaced.
     """
     found = []
-    for make in (_norm, _feed, _attention, _lora, _layer):  # a decoder layer asks for its norms
+    for make in (_norm, _feed, _attention, _lora, _layer):
         for module in model.modules():
             forward = make(module)
             if forward is not None:
@@ -34,7 +41,9 @@ def _is_fp32(weight: Tensor) -> bool:
 
 def _norm(module: nn.Module) -> Forward | None:
     norm: Any = module
-    if not is_llamas(module, "LlamaRMSNorm") or norm.weight.requires_grad or not _is_fp32(norm.weight):
+    if not is_llamas(module, "LlamaRMSNorm"):
+        return None
+    if norm.weight.requires_grad or not _is_fp32(norm.weight):
         return None
     plain, weight, eps = norm.forward, norm.weight, epsilon_of(norm)
     if eps is None:
@@ -55,7 +64,8 @@ def _feed(module: nn.Module) -> Forward | None:
         return None
 
     def forward(x: Tensor) -> Tensor:
-        out: Tensor = feed.down_proj(same_bits.silu_mul(feed.gate_proj(x), feed.up_proj(x)))
+        inner = same_bits.silu_mul(feed.gate_proj(x), feed.up_proj(x))
+        out: Tensor = feed.down_proj(inner)
         return out
 
     return forward
@@ -77,18 +87,21 @@ def _lora(module: nn.Module) -> Forward | None:
         return None
     plain = layer.forward
 
+    # Another adapter, or one that is off or merged, stays plain.
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         is_plain = not uses_default_adapter(layer) or args or kwargs
         if is_plain or x.dtype != torch.float32:
             return plain(x, *args, **kwargs)
+        # In the order of PEFT's layer: the base product, then dropout's draws.
         out = base(x)
-        return same_bits.lora(layer.lora_dropout["default"](x), out, a.weight, b.weight, layer.scaling["default"])
+        dropped = layer.lora_dropout["default"](x)
+        return same_bits.lora(dropped, out, a.weight, b.weight, layer.scaling["default"])
 
     return forward
 
 
 def _layer(module: nn.Module) -> Forward | None:
-    """Llama's decoder layer, whose norms are replaced already."""
+    """Llama's decoder layer with norms that can be replaced; None for another module."""
     if not is_llamas(module, "LlamaDecoderLayer"):
         return None
     layer: Any = module

@@ -1,4 +1,7 @@
-"""Parts of a decoder layer as functions that keep little for the backward pass; frozen weights have no gradient."""
+"""Parts of a decoder layer as functions that keep little for the backward pass.
+
+Frozen weights get no gradient.
+"""
 
 from __future__ import annotations
 
@@ -13,38 +16,57 @@ from fedsim.fused.ops import OPS
 
 
 class DropoutMask(Protocol):
-    """Which numbers dropout keeps in one layer of one pass; a diagonal map, so that gradients go through it too."""
+    """Mask of one layer's dropout in one pass: a diagonal map, which is also that of gradients."""
 
     def apply(self, x: Tensor, added: Tensor | None = None) -> Tensor:
-        """Zero what is dropped of ``x``, ``[tokens, width]``, scale the rest; plus ``added``. No gradient."""
+        """Zero the dropped numbers of ``x``, ``[tokens, width]``, scale the rest, add ``added``.
+
+        It has no gradient.
+        """
         ...
 
 
 class MaskedDropout(nn.Module):
-    """A dropout layer whose mask can be had without its forward pass."""
+    """Dropout layer whose mask can be drawn without its forward pass."""
 
     def draw(self, x: Tensor) -> DropoutMask | None:
-        """The layer's next mask, for ``[…, width]``, one vector a token; None where nothing is dropped."""
+        """Draw the layer's next mask for ``x``, ``[…, width]``; None if nothing is dropped."""
         raise NotImplementedError
 
 
 class _Norm(torch.autograd.Function):
+    """Sum and norm; keeps the sum and one number a row."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        delta: Tensor | None,
+        weight: Tensor,
+        eps: float,
+    ) -> tuple[Tensor, Tensor]:
         x = x.contiguous()
-        total, out, rstd = OPS.norm(x, None if delta is None else delta.contiguous(), weight, eps)
-        total = x if delta is None else total
+        if delta is None:
+            _, out, rstd = OPS.norm(x, None, weight, eps)
+            total = x
+        else:
+            total, out, rstd = OPS.norm(x, delta.contiguous(), weight, eps)
         ctx.save_for_backward(total, weight, rstd)
         ctx.set_materialize_grads(False)
         return total, out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_total: Tensor | None, d_out: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any,
+        d_total: Tensor | None,
+        d_out: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
         total, weight, rstd = ctx.saved_tensors
-        grad = d_total
+        grad = d_total  # of the sum, [tokens, width]
         if d_out is not None:
-            d_total = None if d_total is None else d_total.contiguous()
+            if d_total is not None:
+                d_total = d_total.contiguous()
             grad = OPS.norm_grad(d_out.contiguous(), total, weight, rstd, d_total)
         return grad, grad if ctx.needs_input_grad[1] else None, None, None
 
@@ -60,7 +82,8 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """``x + delta``, or ``x`` without ``delta``, and that normed as by :func:`norm`.
 
-    Whoever goes on with the first result spares autograd the sum of its gradient and the norm's.
+    If the residual stream goes on with the first result, autograd need not sum its gradient and
+    the norm's.
     """
     return _Norm.apply(x, delta, weight, eps)
 
@@ -86,29 +109,44 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
 class _FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, residual: Tensor | None, gate_weight: Tensor, up_weight: Tensor, down_weight: Tensor
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        gate_weight: Tensor,
+        up_weight: Tensor,
+        down_weight: Tensor,
     ) -> Tensor:
         gate, up = F.linear(x, gate_weight), F.linear(x, up_weight)
         ctx.save_for_backward(gate, up, gate_weight, up_weight, down_weight)
-        inner = OPS.silu_mul(gate, up)
+        inner = OPS.silu_mul(gate, up)  # [batch, length, inner width]
         if residual is None:
             return F.linear(inner, down_weight)
-        return torch.addmm(residual.flatten(0, -2), inner.flatten(0, -2), down_weight.T).view(residual.shape)
+        # Product and sum in one kernel, over [tokens, width].
+        tokens = inner.flatten(0, -2)
+        out = torch.addmm(residual.flatten(0, -2), tokens, down_weight.T)
+        return out.view(residual.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         gate, up, gate_weight, up_weight, down_weight = ctx.saved_tensors
+        # Back through the down projection and SiLU, then the sum of both projections' gradients.
         d_gate, d_up = OPS.silu_mul_grad((d_out @ down_weight).contiguous(), gate, up)
         grad = d_gate.flatten(0, -2) @ gate_weight
         grad.addmm_(d_up.flatten(0, -2), up_weight)
-        return grad.view(*d_out.shape[:-1], -1), d_out if ctx.needs_input_grad[1] else None, None, None, None
+        d_x = grad.view(*d_out.shape[:-1], -1)
+        d_residual = d_out if ctx.needs_input_grad[1] else None
+        return d_x, d_residual, None, None, None
 
 
 def feed_forward(
-    x: Tensor, gate_weight: Tensor, up_weight: Tensor, down_weight: Tensor, residual: Tensor | None = None
+    x: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    down_weight: Tensor,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """The gated feed-forward part of frozen weights, ``(silu(x Gᵀ) · x Uᵀ) Dᵀ``, plus ``residual``.
+    """Gated feed-forward part of frozen weights, ``(silu(x Gᵀ) · x Uᵀ) Dᵀ``, plus ``residual``.
 
     Keeps the two products.
 
@@ -133,7 +171,7 @@ class _Rotate(torch.autograd.Function):
 
 
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotary positions, as transformers' ``apply_rotary_pos_emb``; keeps cosines and sines alone.
+    """Rotary positions, as transformers' ``apply_rotary_pos_emb``; keeps only cosines and sines.
 
     Args:
         q: ``[batch, query heads, length, head size]``.
@@ -144,6 +182,7 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     Returns:
         Both rotated, views of ``[batch · length, heads, head size]``.
     """
+    # To [tokens, heads, head size], with a row of cosines and of sines for each token, and back.
     batch, _, length, size = q.shape
     cos, sin = (part.expand(batch, length, size).reshape(-1, size) for part in (cos, sin))
     packed = (part.transpose(1, 2).flatten(0, 1) for part in (q, k))
@@ -153,8 +192,11 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
 
 
 class _Lora(torch.autograd.Function):
-    """Base product and low-rank branch. Products with tensors of tokens are in their dtype; gradients of the low-rank
-    matrices are in the matrices' own."""
+    """Base product and low-rank branch.
+
+    Products with tensors of tokens are in their dtype; gradients of the low-rank matrices are in
+    the matrices' dtypes.
+    """
 
     @staticmethod
     def forward(
@@ -167,11 +209,13 @@ class _Lora(torch.autograd.Function):
         scaling: float,
         draw: DropoutMask | None,
     ) -> Tensor:
-        tokens = x.flatten(0, -2).contiguous()
-        low_a = torch.mul(a, scaling, out=torch.empty_like(a, dtype=x.dtype))  # scaled and cast at once
+        tokens = x.flatten(0, -2).contiguous()  # [tokens, in]
+        # Scaled and cast at once.
+        low_a = torch.mul(a, scaling, out=torch.empty_like(a, dtype=x.dtype))
         low_b = b.to(x.dtype)
-        out = F.linear(tokens, weight, bias)
-        inner = (tokens if draw is None else draw.apply(tokens)) @ low_a.T
+        out = F.linear(tokens, weight, bias)  # [tokens, out]
+        dropped = tokens if draw is None else draw.apply(tokens)
+        inner = dropped @ low_a.T  # [tokens, rank]
         out.addmm_(inner, low_b.T)
         ctx.save_for_backward(tokens, inner, weight, low_a, low_b)
         ctx.scaling, ctx.draw, ctx.kinds = scaling, draw, (a.dtype, b.dtype)
@@ -185,12 +229,13 @@ class _Lora(torch.autograd.Function):
         d_tokens = d_out.flatten(0, -2).contiguous()
         d_inner = d_tokens @ low_b
         d_a, d_b, d_x = None, None, None
-        if ctx.needs_input_grad[3]:
+        if ctx.needs_input_grad[3]:  # dropped again, not kept
             dropped = tokens if draw is None else draw.apply(tokens)
             d_a = product(d_inner.T, dropped, ctx.kinds[0]).mul_(ctx.scaling)
         if ctx.needs_input_grad[4]:
             d_b = product(d_tokens.T, inner, ctx.kinds[1])
         if ctx.needs_input_grad[0]:
+            # Through the base, plus through the adapter and its dropout.
             d_x = d_tokens @ weight
             if draw is None:
                 d_x.addmm_(d_inner, low_a)
@@ -201,11 +246,18 @@ class _Lora(torch.autograd.Function):
 
 
 def lora(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float, draw: DropoutMask | None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scaling: float,
+    draw: DropoutMask | None,
 ) -> Tensor:
-    """A frozen linear layer with LoRA (arXiv 2106.09685), ``x Wᵀ + bias + scaling · drop(x) Aᵀ Bᵀ``.
+    """Frozen linear layer with LoRA, ``x Wᵀ + bias + scaling · drop(x) Aᵀ Bᵀ`` (arXiv 2106.09685).
 
-    Keeps ``x``, which several layers share, and ``scaling · drop(x) Aᵀ``; what dropout keeps is drawn again.
+    Keeps ``x``, which several layers share, and ``scaling · drop(x) Aᵀ``; dropout's mask is drawn
+    again.
 
     Args:
         x: ``[…, in]``.
@@ -217,7 +269,7 @@ def lora(
 
 
 def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """Matrix product whose sums are rounded to ``dtype`` alone."""
+    """Matrix product whose sums are rounded only once, to ``dtype``."""
     if left.dtype == dtype:
         return left @ right
     if left.device.type == "cuda":
@@ -256,5 +308,5 @@ class _Pick(torch.autograd.Function):
 
 
 def pick(logits: Tensor, ids: Tensor) -> Tensor:
-    """Log softmax of ``[rows, vocabulary]`` at one token of each row, fp32 or wider ``[rows]``. Keeps the logits."""
+    """Log softmax of ``[rows, vocabulary]`` at one token a row, fp32 or wider; keeps the logits."""
     return _Pick.apply(logits.contiguous(), ids)

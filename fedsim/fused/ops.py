@@ -1,8 +1,9 @@
-"""Operators of the fused layers: Triton on CUDA, plain torch elsewhere, shapes alone on a device that computes nothing.
+"""Operators of the fused layers: Triton on CUDA, plain torch elsewhere, shapes on a fake device.
 
-They are registered with torch, so that a mode which looks at operators, a fake device's say, sees one for each kernel.
-None has a gradient of its own: :mod:`fedsim.fused.functions` pairs each with the one that computes its gradient. The
-plain forms round where transformers' modules do, and are the reference of the Triton kernels.
+They are registered with torch, so that a mode that looks at operators, such as a fake device's,
+sees one for each kernel. None has a gradient of its own: :mod:`fedsim.fused.functions` pairs each
+with the one that computes its gradient. The plain forms round where transformers' modules do, and
+are the reference of the Triton kernels.
 """
 
 from __future__ import annotations
@@ -21,35 +22,41 @@ from fedsim.base.ranks import Ranks
 from fedsim.kernels.sampling import BLOCK, block_sums, draw_in_block
 
 WORD: Final = 1 << 32
-"""Values of a word that :func:`drop` compares with."""
+"""Number of values of a random word, 32 bits."""
 
 
 def runs_fused(device: torch.device) -> bool:
-    """Return whether a device has fused layers: CUDA where kernels work on all ranks (:func:`kernels_problem`)."""
+    """Return whether a device has fused layers: CUDA, if kernels work on all ranks."""
     return device.type == "cuda" and not why_plain(device)
 
 
 _PROBLEMS: Final[dict[torch.device, str]] = {}
-"""What ranks have agreed on, by this one's device."""
+"""This rank's device → problem of some rank's kernels, "" for none, agreed by all ranks."""
 
 
 def agree_on_kernels(device: torch.device, ranks: Ranks) -> None:
-    """Use kernels where all ranks can; all ranks call this."""
-    problems = ranks.gather(kernels_problem(device) if device.type == "cuda" else "")
-    failing = [rank for rank, problem in enumerate(problems) if problem]
-    _PROBLEMS[device] = f"on rank {failing[0]}, {problems[failing[0]]}" if failing else ""
+    """Agree to use kernels only if all ranks can; all ranks call this."""
+    problem = kernels_problem(device) if device.type == "cuda" else ""
+    _PROBLEMS[device] = ""
+    for rank, found in enumerate(ranks.gather(problem)):
+        if found:
+            _PROBLEMS[device] = f"on rank {rank}, {found}"
+            break
 
 
 def why_plain(device: torch.device) -> str:
-    """Why layers on a CUDA device are not fused; empty where they are."""
-    return _PROBLEMS[device] if device in _PROBLEMS else kernels_problem(device)
+    """Problem that keeps layers on a CUDA device from being fused, or ""."""
+    if device in _PROBLEMS:
+        return _PROBLEMS[device]
+    return kernels_problem(device)
 
 
 @cache
 def kernels_problem(device: torch.device) -> str:
-    """Why no kernel can be used on a CUDA device; empty where a few of them compute what the plain forms do.
+    """Problem of the kernels on a CUDA device, or ""; tried once a process.
 
-    Such as: Triton is missing, or the C compiler that it wants. Tried once a process.
+    Triton or the C compiler that it needs may be missing. A few kernels are compared with the plain
+    forms.
     """
     if find_spec("triton") is None:
         return "Triton is not installed"
@@ -58,28 +65,35 @@ def kernels_problem(device: torch.device) -> str:
         if type(x) is not Tensor:
             return ""  # a fake device computes no numbers
         ids = torch.arange(3, device=device)
-        total = pick(x, ids)[1]
+        pairs: list[tuple[Tensor, Tensor]] = []  # of a kernel, of its plain form
+
+        # Sampling: sums of blocks (their high bits), and a token.
         largest, heat, u = x.amax(dim=1, keepdim=True), 0.7 + ids.double(), ids.double() / 3 + 0.1
         sums = block_sums(x, largest, heat)
-        caches = [torch.zeros(2, 3, 4, 2, 20, device=device) for _ in range(2)]  # keys and values, by each way
+        sampled = (x, largest, heat, u, sums)
+        pairs.append((OPS.block_sums(x, largest, heat) >> 40, sums >> 40))
+        pairs.append((OPS.draw_in_block(*sampled), draw_in_block(*sampled)))
+
+        # Rotation into a cache: keys and values, by each way.
+        mine, plain = (torch.zeros(2, 3, 4, 2, 20, device=device) for _ in range(2))
         heads = x[:, :40].view(3, 2, 20)
         into = (heads, heads, heads, x[:, :20].contiguous(), x[:, 20:].contiguous())
-        pairs = [
-            (OPS.block_sums(x, largest, heat) >> 40, sums >> 40),
-            (OPS.draw_in_block(x, largest, heat, u, sums), draw_in_block(x, largest, heat, u, sums)),
-            (
-                OPS.rotate_into(*into, caches[0][0], caches[0][1], ids),
-                rotate_into(*into, caches[1][0], caches[1][1], ids),
-            ),
-            (caches[0], caches[1]),
-            (OPS.drop(x, ids, ids, 1, 0.5, x), drop(x, ids, ids, 1, 0.5, x)),
-            (OPS.pick(x, ids)[0], pick(x, ids)[0]),
-            (OPS.pick_grad(total, x, ids, total), pick_grad(total, x, ids, total)),
-        ]
-        is_right = all(torch.allclose(found, wanted, rtol=1e-4, atol=1e-4) for found, wanted in pairs)
-    except Exception as error:  # whatever a compiler raises
+        rotated = OPS.rotate_into(*into, mine[0], mine[1], ids)
+        pairs.append((rotated, rotate_into(*into, plain[0], plain[1], ids)))
+        pairs.append((mine, plain))
+
+        # Dropout, log-probabilities and their gradient.
+        pairs.append((OPS.drop(x, ids, ids, 1, 0.5, x), drop(x, ids, ids, 1, 0.5, x)))
+        pairs.append((OPS.pick(x, ids)[0], pick(x, ids)[0]))
+        total = pick(x, ids)[1]
+        pairs.append((OPS.pick_grad(total, x, ids, total), pick_grad(total, x, ids, total)))
+
+        for found, wanted in pairs:
+            if not torch.allclose(found, wanted, rtol=1e-4, atol=1e-4):
+                return "its kernels compute something else than they should"
+    except Exception as error:  # of any class: compilers raise their own
         return reason(error)
-    return "" if is_right else "its kernels compute something else than they should"
+    return ""
 
 
 def _kernels() -> Any:
@@ -89,14 +103,19 @@ def _kernels() -> Any:
 
 
 def _wide(x: Tensor) -> Tensor:
-    """In fp32, or wider."""
+    """``x`` in fp32, or wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-# --- root mean square normalisation --------------------------------------------------------------------------------
+# --- root mean square normalisation ---------------------------------------------------------------
 
 
-def norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def norm(
+    x: Tensor,
+    delta: Tensor | None,
+    weight: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Root mean square normalisation (Zhang & Sennrich 2019) of ``x``, or of ``x + delta``.
 
     Args:
@@ -105,27 +124,42 @@ def norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[T
         weight: ``[width]``, of ``x``'s dtype.
 
     Returns:
-        The sum (empty without ``delta``), ``weight · sum / rms(sum)`` of ``x``'s shape, and 1 / rms, fp32 or wider,
-        one a row.
+        The sum (empty without ``delta``), ``weight · sum / rms(sum)`` of ``x``'s shape, and 1 /
+        rms, fp32 or wider, one a row.
     """
-    total = x.new_empty(0) if delta is None else x + delta
-    value = _wide(x if delta is None else total)
+    if delta is None:
+        total, value = x.new_empty(0), _wide(x)
+    else:
+        total = x + delta
+        value = _wide(total)
     rstd = torch.rsqrt(value.pow(2).mean(-1, keepdim=True) + eps)
     return total, weight * (value * rstd).to(x.dtype), rstd.flatten()
 
 
-def _norm_shapes(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    rstd = x.new_empty(x.numel() // x.shape[-1], dtype=torch.promote_types(x.dtype, torch.float32))
+def _norm_shapes(
+    x: Tensor,
+    delta: Tensor | None,
+    weight: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    rstd = x.new_empty(x.numel() // x.shape[-1], dtype=wide)
     return x.new_empty(0 if delta is None else x.shape), torch.empty_like(x), rstd
 
 
-def norm_grad(d_out: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, d_total: Tensor | None) -> Tensor:
+def norm_grad(
+    d_out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    d_total: Tensor | None,
+) -> Tensor:
     """Gradient of :func:`norm` with respect to the sum; the weight is frozen.
 
     Args:
-        d_out: gradient of the normalised, contiguous.
-        x: the sum, or ``x`` where nothing was added.
-        d_total: gradient that reaches the sum by another way, and is added; contiguous.
+        d_out: gradient of the normalised values, contiguous.
+        x: the sum, or ``x`` if nothing was added.
+        d_total: gradient of the sum on another path, which is added; contiguous.
     """
     scale = rstd.view(*x.shape[:-1], 1)
     normed = _wide(x) * scale
@@ -134,7 +168,7 @@ def norm_grad(d_out: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, d_total: T
     return (grad if d_total is None else grad + d_total).to(x.dtype)
 
 
-# --- gated feed-forward part ---------------------------------------------------------------------------------------
+# --- gated feed-forward part ----------------------------------------------------------------------
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
@@ -146,19 +180,21 @@ def silu_mul_grad(d_out: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tens
     """Gradients of :func:`silu_mul` with respect to ``gate`` and ``up``."""
     d, g, u = _wide(d_out), _wide(gate), _wide(up)
     share = torch.sigmoid(g)
-    return (d * u * share * (1 + g * (1 - share))).to(gate.dtype), (d * g * share).to(up.dtype)
+    d_gate = d * u * share * (1 + g * (1 - share))
+    d_up = d * g * share
+    return d_gate.to(gate.dtype), d_up.to(up.dtype)
 
 
 def silu_mul_(gate: Tensor, up: Tensor) -> None:
-    """:func:`silu_mul` in place of ``gate``; both ``[tokens, width]`` with any distance between tokens."""
+    """Write :func:`silu_mul` into ``gate``; both ``[tokens, width]``, any stride between tokens."""
     gate.copy_(silu_mul(gate, up))
 
 
-# --- rotary positions ----------------------------------------------------------------------------------------------
+# --- rotary positions -----------------------------------------------------------------------------
 
 
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-    """Rotary positions (Su et al. 2021), in transformers' order of a head: its first half beside its second.
+    """Rotary positions (Su et al. 2021); a head's first half is paired with its second.
 
     Args:
         q: ``[tokens, query heads, head size]``, of any strides but 1 in the last dimension.
@@ -173,28 +209,43 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tup
     cos, sin = cos[:, None], sin[:, None]
 
     def rotated(x: Tensor) -> Tensor:
-        turned = x * sin if inverse else x
-        first, second = turned.chunk(2, dim=-1)
-        turned = torch.cat((second, -first) if inverse else (-second, first), dim=-1)
-        return x * cos + (turned if inverse else turned * sin)
+        if inverse:
+            first, second = (x * sin).chunk(2, dim=-1)
+            return x * cos + torch.cat((second, -first), dim=-1)
+        first, second = x.chunk(2, dim=-1)
+        return x * cos + torch.cat((-second, first), dim=-1) * sin
 
     return rotated(q), rotated(k)
 
 
-def _rotate_shapes(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+def _rotate_shapes(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    inverse: bool,
+) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
 def rotate_into(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, places: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    places: Tensor,
 ) -> Tensor:
-    """:func:`rotate` of a decoding step's tokens, whose keys and values go into a KV cache.
+    """Rotate a decoding step's tokens as :func:`rotate`, and write keys and values into a cache.
 
     Args:
-        q: ``[rows, query heads, head size]``; ``k`` and ``v`` with the key heads; any strides but 1 in the last
-            dimension, as of ``keys`` and ``values``.
+        q: ``[rows, query heads, head size]``; ``k`` and ``v`` with the key heads; any strides but 1
+            in the last dimension, as of ``keys`` and ``values``.
         cos: ``[rows, head size]``, contiguous; ``sin`` likewise.
-        keys: ``[slots, capacity, key heads, head size]``; row i writes to slot i. ``values`` likewise.
+        keys: ``[slots, capacity, key heads, head size]``; row i writes to slot i. ``values``
+            likewise.
         places: int64 ``[rows]``: the position that each row writes.
 
     Returns:
@@ -206,35 +257,50 @@ def rotate_into(
     return q.contiguous()
 
 
-# --- dropout -------------------------------------------------------------------------------------------------------
+# --- dropout --------------------------------------------------------------------------------------
 
 
-def drop(x: Tensor, seeds: Tensor, places: Tensor, draw: int, p: float, added: Tensor | None) -> Tensor:
-    """Inverted dropout whose draws are a function of counters: ``x · kept / (1 − p)``, plus ``added``.
+def drop(
+    x: Tensor,
+    seeds: Tensor,
+    places: Tensor,
+    draw: int,
+    p: float,
+    added: Tensor | None,
+) -> Tensor:
+    """Inverted dropout with draws by counters: ``x · kept / (1 − p)``, plus ``added``.
 
-    The map is its own transpose, so that gradients go through it too. Column c of a token is kept if word ``c // n`` of
-    Philox4x32-10 (Salmon et al. 2011) with the token's seed as key and the counter ``(c % n, place, draw, 0)``, where
-    ``n = ⌈width / 4⌉``, is less than ``round((1 − p) · 2³²)``.
+    The map is its own transpose, so that gradients go through it too. Column c of a token is kept
+    if word ``c // n`` of Philox4x32-10 (Salmon et al. 2011) with the token's seed as key and the
+    counter ``(c % n, place, draw, 0)``, where ``n = ⌈width / 4⌉``, is less than ``round((1 − p) ·
+    2³²)``.
 
     Args:
         x: ``[tokens, width]``, contiguous.
         seeds: int64 ``[tokens]``: of each token's micro-batch.
         places: int64 ``[tokens]``: of each token in its micro-batch.
-        draw: which of the pass's layers it is.
+        draw: number of the layer in the pass.
         p: share that is dropped.
         added: of ``x``'s shape and dtype, contiguous; None: nothing is added.
     """
+    # Four words a counter, [tokens, ⌈width / 4⌉] each.
     tokens, width = x.shape
     quarter = -(-width // 4)
     zero = torch.zeros(tokens, quarter, dtype=torch.int64, device=x.device)
-    counter = (zero + torch.arange(quarter, device=x.device), zero + places[:, None], zero + draw, zero)
-    kept = torch.cat(philox(seeds[:, None], counter), dim=1)[:, :width] < round((1 - p) * WORD)
+    counter = (
+        zero + torch.arange(quarter, device=x.device),
+        zero + places[:, None],
+        zero + draw,
+        zero,
+    )
+    words = torch.cat(philox(seeds[:, None], counter), dim=1)[:, :width]
+    kept = words < round((1 - p) * WORD)
     dropped = (_wide(x) * kept * (1 / (1 - p))).to(x.dtype)
     return dropped if added is None else dropped + added
 
 
 def philox(key: Tensor, counter: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Philox4x32-10: four words for each counter.
+    """Philox4x32-10 (Salmon et al. 2011): four words for each counter.
 
     Args:
         key: int64, its 64 bits.
@@ -250,13 +316,13 @@ def philox(key: Tensor, counter: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def _product(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low word of the product of two words; int64 holds no more than 63 bits of it at a time."""
+    """High and low word of the product of two words, in parts that fit the 63 bits of an int64."""
     low = (a & 0xFFFF) * b  # < 2^48
     high = (a >> 16) * b + (low >> 16)  # < 2^49
     return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
-# --- log-probabilities ---------------------------------------------------------------------------------------------
+# --- log-probabilities ----------------------------------------------------------------------------
 
 
 def pick(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -267,7 +333,8 @@ def pick(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         ids: int64 ``[rows]``.
 
     Returns:
-        The log-probabilities, and the logarithm of each row's sum of exponentials; fp32 or wider ``[rows]``.
+        The log-probabilities, and the logarithm of each row's sum of exponentials; fp32 or wider
+        ``[rows]``.
     """
     total = _wide(logits).logsumexp(dim=-1)
     return _wide(logits).gather(1, ids[:, None])[:, 0] - total, total
@@ -278,6 +345,11 @@ def _pick_shapes(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     return logits.new_empty(len(ids), dtype=wide), logits.new_empty(len(ids), dtype=wide)
 
 
+def _block_sums_shapes(logits: Tensor, *_: Tensor) -> Tensor:
+    rows, vocabulary = logits.shape
+    return logits.new_empty(rows, -(-vocabulary // BLOCK), dtype=torch.int64)
+
+
 def pick_grad(d_picked: Tensor, logits: Tensor, ids: Tensor, total: Tensor) -> Tensor:
     """Gradient of :func:`pick` with respect to the logits."""
     share = torch.exp(_wide(logits) - total[:, None])
@@ -286,10 +358,18 @@ def pick_grad(d_picked: Tensor, logits: Tensor, ids: Tensor, total: Tensor) -> T
 
 
 _LIBRARY: Final = torch.library.Library("fedsim", "DEF")
+_SAMPLED: Final = "Tensor logits, Tensor largest, Tensor temperatures"
+"""Arguments of both operators of sampling."""
 
 
 def _register(schema: str, plain: Callable[..., Any], shapes: Callable[..., Any]) -> None:
-    """Define an operator; on CUDA it is the Triton function of its name."""
+    """Define an operator; on CUDA it is the Triton function of its name.
+
+    Args:
+        schema: torch's: name, arguments and results.
+        plain: computes it in plain torch.
+        shapes: makes empty results, for a fake device.
+    """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, plain, "CPU")
@@ -297,42 +377,53 @@ def _register(schema: str, plain: Callable[..., Any], shapes: Callable[..., Any]
 
     def on_one_device(*args: Any) -> Any:
         devices = {str(x.device) for x in args if isinstance(x, Tensor)}
-        if len(devices) > 1:  # a kernel would read another's memory
-            raise RuntimeError(f"fedsim::{name}: tensors on {' and '.join(sorted(devices))}; all must be on one device")
+        if len(devices) > 1:  # a kernel would read another device's memory
+            places = " and ".join(sorted(devices))
+            raise RuntimeError(f"fedsim::{name}: tensors on {places}; all must be on one device")
         return shapes(*args)
 
     torch.library.register_fake(f"fedsim::{name}", on_one_device, lib=_LIBRARY)
 
 
-_register("norm(Tensor x, Tensor? delta, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)", norm, _norm_shapes)
+_register(
+    "norm(Tensor x, Tensor? delta, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)",
+    norm,
+    _norm_shapes,
+)
 _register(
     "norm_grad(Tensor d_out, Tensor x, Tensor weight, Tensor rstd, Tensor? d_total) -> Tensor",
     norm_grad,
     lambda d_out, x, *_: torch.empty_like(x),
 )
-_register("silu_mul(Tensor gate, Tensor up) -> Tensor", silu_mul, lambda gate, up: torch.empty_like(gate))
+_register(
+    "silu_mul(Tensor gate, Tensor up) -> Tensor",
+    silu_mul,
+    lambda gate, up: torch.empty_like(gate),
+)
 _register(
     "silu_mul_grad(Tensor d_out, Tensor gate, Tensor up) -> (Tensor, Tensor)",
     silu_mul_grad,
     lambda d_out, gate, up: (torch.empty_like(gate), torch.empty_like(up)),
 )
 _register(
-    "rotate(Tensor q, Tensor k, Tensor cos, Tensor sin, bool inverse) -> (Tensor, Tensor)", rotate, _rotate_shapes
+    "rotate(Tensor q, Tensor k, Tensor cos, Tensor sin, bool inverse) -> (Tensor, Tensor)",
+    rotate,
+    _rotate_shapes,
 )
 _register("silu_mul_(Tensor(a!) gate, Tensor up) -> ()", silu_mul_, lambda gate, up: None)
 _register(
-    "rotate_into(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, "
-    "Tensor places) -> Tensor",
+    "rotate_into(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) keys, "
+    "Tensor(b!) values, Tensor places) -> Tensor",
     rotate_into,
     lambda q, *_: q.new_empty(q.shape),
 )
 _register(
-    "block_sums(Tensor logits, Tensor largest, Tensor temperatures) -> Tensor",
+    f"block_sums({_SAMPLED}) -> Tensor",
     block_sums,
-    lambda logits, *_: logits.new_empty(len(logits), -(-logits.shape[1] // BLOCK), dtype=torch.int64),
+    _block_sums_shapes,
 )
 _register(
-    "draw_in_block(Tensor logits, Tensor largest, Tensor temperatures, Tensor uniforms, Tensor sums) -> Tensor",
+    f"draw_in_block({_SAMPLED}, Tensor uniforms, Tensor sums) -> Tensor",
     draw_in_block,
     lambda logits, *_: logits.new_empty(len(logits), dtype=torch.int64),
 )

@@ -1,7 +1,7 @@
 """Layers on a CPU with fewer passes over memory than the plain modules', and with the same bits.
 
-Every number is rounded where the modules and autograd round it, and sums are in their order, so that nobody's results
-depend on whether a layer is replaced. The structure of layers is recognised as in :mod:`fedsim.fused.choice`.
+Every number is rounded where the modules and autograd round it, and sums are in their order, so
+that no result depends on whether a layer is replaced. :mod:`fedsim.fused.cpu` replaces the layers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,13 @@ from torch.nn import functional as F
 
 class _AddNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        delta: Tensor | None,
+        weight: Tensor,
+        eps: float,
+    ) -> tuple[Tensor, Tensor]:
         total, out, rstd = _normed(x, delta, weight, eps)
         ctx.save_for_backward(total, weight, rstd)
         ctx.set_materialize_grads(False)
@@ -25,10 +31,15 @@ class _AddNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_total: Tensor | None, d_out: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any,
+        d_total: Tensor | None,
+        d_out: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
         total, weight, rstd = ctx.saved_tensors
         grad = d_total
         if d_out is not None:
+            # Through the weight, then through 1 / rms, in autograd's order.
             grad = d_out * weight
             part = grad * total
             d_mean = part.sum(-1, keepdim=True).mul_(-0.5).mul_(rstd.pow(3)).div_(total.shape[-1])
@@ -39,22 +50,28 @@ class _AddNorm(torch.autograd.Function):
         return grad, grad if ctx.needs_input_grad[1] else None, None, None
 
 
-def _normed(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum, the normed and 1 / rms ``[…, 1]``."""
+def _normed(
+    x: Tensor,
+    delta: Tensor | None,
+    weight: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum, the normed sum, and 1 / rms ``[…, 1]``."""
     total = x if delta is None else x + delta
     rstd = total.pow(2).mean(-1, keepdim=True).add_(eps).rsqrt_()
     return total, (total * rstd).mul_(weight), rstd
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``weight · x / rms(x)`` over the last dimension, as transformers' ``LlamaRMSNorm``; all in fp32."""
+    """``weight · x / rms(x)`` over the last dimension in fp32, as transformers' Llama has it."""
     return add_norm(x, None, weight, eps)[1]
 
 
 def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """``x + delta``, or ``x`` without ``delta``, and that normed as by :func:`norm`; the weight is frozen.
+    """``x + delta``, or ``x`` without ``delta``, and that normed as by :func:`norm`.
 
-    The residual has to be the first result, so that gradients are added in the order of the modules.
+    The weight is frozen. The residual has to be the first result, so that gradients are added in
+    the order of the modules.
     """
     if not torch.is_grad_enabled():
         return _normed(x, delta, weight, eps)[:2]
@@ -71,6 +88,7 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        # The transpose: sines change places with their negatives, and each half with the other.
         cos, sin, negative = ctx.saved_tensors
         half = sin.shape[-1] // 2
         swapped = (part.roll(half, -1) for part in (sin, negative))
@@ -78,7 +96,7 @@ class _Rotate(torch.autograd.Function):
 
 
 def _turned(x: Tensor, cos: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """``x · cos`` plus the halves of ``x`` exchanged, times a half of ``first`` and one of ``second``."""
+    """``x · cos``, plus the exchanged halves of ``x`` times halves of ``first`` and ``second``."""
     half = x.shape[-1] // 2
     other = torch.empty_like(x)
     torch.mul(x[..., half:], first[..., :half], out=other[..., :half])
@@ -112,7 +130,8 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
 def lora(x: Tensor, out: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """``scaling · x Aᵀ Bᵀ`` (LoRA, arXiv 2106.09685), added to ``out`` in place.
 
-    A power of two may be multiplied anywhere, and is where there are fewest numbers.
+    A scaling that is a power of two rounds nothing, and is applied to the ``rank`` numbers of a
+    token instead of its ``out`` numbers.
     """
     low = F.linear(x, a)
     if math.frexp(scaling)[0] == 0.5:

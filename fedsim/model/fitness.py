@@ -1,4 +1,4 @@
-"""Requirements of an architecture: no draws of its own, and packed rows and cached steps that equal plain rows."""
+"""Requirements of an architecture: no draws, packed rows and cached steps as plain rows."""
 
 from __future__ import annotations
 
@@ -21,20 +21,25 @@ from fedsim.base.errors import ModelError, reason
 from fedsim.model.quantised import quantisation
 
 LIMITS: Final = {torch.bfloat16: 0.3, torch.float16: 0.1}
-"""Relative distance of a token's logits that rounding may make; of wider types 1e-3. What leaks or is left out makes
-about 1: it is another context."""
+"""Relative distance of a token's logits that rounding may cause; of wider types 1e-3.
+
+Tokens that leak in or are left out make another context, and a distance of about 1.
+"""
 
 NUM_CANDIDATES: Final = 64
-"""Tokens of the vocabulary, evenly apart, whose logits behind a shared head are compared."""
+"""Tokens of the vocabulary, evenly apart, whose logits behind a shared prefix are compared."""
 
 WHICH: Final = "use a decoder such as Llama, Qwen, Mistral or Gemma"
 
 
 def switch_dropout_off(config: PretrainedConfig) -> dict[str, float]:
-    """Set every dropout in a configuration to 0, so that LoRA's alone is left, whose draws have keys.
+    """Set every dropout in a configuration to 0: only LoRA's is left, whose draws have keys.
+
+    Args:
+        config: changed in place.
 
     Returns:
-        What was switched off, by its name in config.json.
+        Rates that were switched off, by their names in config.json.
 
     Raises:
         ModelError: random routing, which some models rely on in evaluation too.
@@ -42,14 +47,13 @@ def switch_dropout_off(config: PretrainedConfig) -> dict[str, float]:
     found: dict[str, float] = {}
     for name, value in list(vars(config).items()):
         if isinstance(value, PretrainedConfig):
-            found |= {f"{name}.{inner}": p for inner, p in switch_dropout_off(value).items()}
+            for inner, rate in switch_dropout_off(value).items():
+                found[f"{name}.{inner}"] = rate
         elif isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
             continue
         elif "jitter" in name:
-            raise ModelError(
-                f"{name}={value} in config.json: the model draws its routes in training, which fedsim cannot repeat; "
-                f"{WHICH}"
-            )
+            problem = "the model draws its routes in training, which fedsim cannot repeat"
+            raise ModelError(f"{name}={value} in config.json: {problem}; {WHICH}")
         elif "drop" in name:
             setattr(config, name, 0.0)
             found[name] = float(value)
@@ -57,32 +61,37 @@ def switch_dropout_off(config: PretrainedConfig) -> dict[str, float]:
 
 
 def check_fitness(base: PreTrainedModel, rows: list[list[int]], *, trains: bool = True) -> None:
-    """Compare a model's logits through fedsim's attention with those of its own, plain forward pass, row by row.
+    """Compare a model's logits through fedsim's attention with those of plain forward passes.
 
-    Packed rows are compared in evaluation and in training, with a head that works in chunks, and so is the gradient of
-    a weight before the first attention; then cached steps (:func:`_decoded`) and tails behind a shared head
-    (:func:`_behind_head`). State that is carried from row to row, masks and positions of the model's own, draws in
-    training, caches that hold something else than keys and values, and a head that works in another way all show. A
-    window that is longer than the rows does not: each layer must pass on the window that the configuration names. No
-    number is drawn.
+    Packed rows are compared in evaluation and in training, with an LM head that works in chunks,
+    and so is the gradient of a weight before the first attention; then cached steps
+    (:func:`_decoded`) and tails behind a shared prefix (:func:`_behind_head`). This finds state
+    that is carried from row to row, the model's own masks and positions, draws in training, caches
+    that hold something else than keys and values, and an LM head that works in another way. It
+    cannot find a window that is longer than the rows: each layer must pass on the window that the
+    configuration names. No number is drawn.
 
     Args:
-        base: in evaluation mode, its attention fedsim's; left as it is.
-        rows: 4 to 12 tokens each, of different lengths; two or more rows.
-        trains: a gradient is compared too.
+        base: in evaluation mode, with fedsim's attention; left as it is.
+        rows: token ids, 4 to 12 a row, of different lengths; two or more rows.
+        trains: compare a gradient too.
 
     Raises:
         ModelError: it does not fit.
     """
     for module in base.modules():
-        if isinstance(module, _DropoutNd):  # one that no configuration speaks of
+        if isinstance(module, _DropoutNd):  # one that no configuration names
             module.p = 0.0
     name = type(base).__name__
     check_kind(base)
+
+    # Packed rows against row by row: logits [tokens, vocabulary], in evaluation and in training.
+    lengths = [len(row) for row in rows]
     try:
         want = _plain(base, rows)
-        layout = _Noting(Spans([len(row) for row in rows], device=base.device))
-        _compare(_packed(base, rows, layout), want, f"{name}: packed rows are not what each row is alone")
+        layout = _Noting(Spans(lengths, device=base.device))
+        found = _packed(base, rows, layout)
+        _compare(found, want, f"{name}: packed rows differ from each row by itself")
         _check_windows(base, layout.windows)
         with _training(base):
             trained = _packed(base, rows, layout)
@@ -91,41 +100,54 @@ def check_fitness(base: PreTrainedModel, rows: list[list[int]], *, trains: bool 
             _check_gradient(base, rows, layout)
     except ModelError:
         raise
-    except Exception as error:  # whatever another architecture does with arguments that it does not know
+    except Exception as error:  # an architecture may fail in any way on unknown arguments
         raise ModelError(f"{name}: cannot run packed rows ({reason(error)}); {WHICH}") from error
+
+    # Decoding with a cache, and scoring behind a shared prefix.
     try:
-        _check_decoding(base, rows, want.split([len(row) for row in rows]))
+        _check_decoding(base, rows, want.split(lengths))
     except ModelError:
         raise
     except Exception as error:  # such as keys and values of other shapes than the cache's
-        raise ModelError(f"{name}: cannot decode with a cache ({reason(error)}); {WHICH}") from error
+        problem = f"cannot decode with a cache ({reason(error)})"
+        raise ModelError(f"{name}: {problem}; {WHICH}") from error
 
 
 def check_kind(base: PreTrainedModel) -> None:
-    """Refuse what the class and the configuration already show and what a few tokens may not; no number is looked at.
+    """Refuse kinds of models that class and configuration show and a few tokens may not.
+
+    No weight is read.
 
     Raises:
         ModelError: state from token to token, or attention to chosen positions or in chunks.
     """
     name = type(base).__name__
     if base._is_stateful:  # its first tokens' state is small, bf16's rounding may hide it
-        raise ModelError(f"{name}: carries state from token to token, and so from row to row; {WHICH}")
+        problem = "carries state from token to token, and so from row to row"
+        raise ModelError(f"{name}: {problem}; {WHICH}")
     config = base.config.get_text_config()
     longest = _longest(config)
     chunk = getattr(config, "attention_chunk_size", None) or longest
     if "chunked_attention" in (getattr(config, "layer_types", None) or ()) and chunk < longest:
-        raise ModelError(f"{name}: attention_chunk_size={chunk}: fedsim knows no chunked attention; {WHICH}")
+        problem = f"attention_chunk_size={chunk}: fedsim knows no chunked attention"
+        raise ModelError(f"{name}: {problem}; {WHICH}")
     chosen = getattr(config, "index_topk", None) or longest
     if chosen < longest:
-        raise ModelError(f"{name}: index_topk={chosen}: fedsim knows no attention to chosen positions; {WHICH}")
+        problem = f"index_topk={chosen}: fedsim knows no attention to chosen positions"
+        raise ModelError(f"{name}: {problem}; {WHICH}")
 
 
 def _longest(config: PretrainedConfig) -> int:
+    """The longest context that a configuration allows, in tokens."""
     return int(getattr(config, "max_position_embeddings", None) or 1 << 30)
 
 
-def _check_decoding(base: PreTrainedModel, rows: list[list[int]], want: Sequence[torch.Tensor]) -> None:
-    """Compare decoding with a cache, and scoring behind a shared head, with plain passes.
+def _check_decoding(
+    base: PreTrainedModel,
+    rows: list[list[int]],
+    want: Sequence[torch.Tensor],
+) -> None:
+    """Compare decoding with a cache, and scoring behind a shared prefix, with plain passes.
 
     Args:
         want: logits ``[length, vocabulary]`` of each row.
@@ -133,20 +155,30 @@ def _check_decoding(base: PreTrainedModel, rows: list[list[int]], want: Sequence
     name = type(base).__name__
     places, found = _decoded(base, rows)
     wanted = torch.stack([want[row][place] for row, place in places])
-    _compare(found, wanted, f"{name}: its decoding with a cache differs from its plain forward pass")
+    problem = f"{name}: its decoding with a cache differs from its plain forward pass"
+    _compare(found, wanted, problem)
 
+    # Logits [ends, candidates].
     candidates = sorted({i * wanted.shape[1] // NUM_CANDIDATES for i in range(NUM_CANDIDATES)})
     ends, found = _behind_head(base, rows[0], candidates)
     wanted = want[0][ends][:, candidates]
-    _compare(found.to(wanted), wanted, f"{name}: its scoring behind a shared head differs from its plain forward pass")
+    _compare(
+        found.to(wanted),
+        wanted,
+        f"{name}: its scoring behind a shared head differs from its plain forward pass",
+    )
 
 
 @torch.no_grad()
-def _decoded(base: PreTrainedModel, rows: list[list[int]]) -> tuple[list[tuple[int, int]], torch.Tensor]:
-    """Give the rows to the cache of :mod:`fedsim.generate.decode`: prompts, a further turn, then single tokens.
+def _decoded(
+    base: PreTrainedModel,
+    rows: list[list[int]],
+) -> tuple[list[tuple[int, int]], torch.Tensor]:
+    """Decode the rows with the KV cache: prompts, a further turn, then single tokens.
 
     Returns:
-        (row, place) of each token whose logits were computed, and the logits, ``[tokens, vocabulary]``.
+        (row, place) of each token whose logits were computed, and the logits, ``[tokens,
+        vocabulary]``.
     """
     num_rows, num_steps = len(rows), min(3, min(map(len, rows)) // 2)
     slots = Slots(num_rows, base.device)
@@ -154,11 +186,12 @@ def _decoded(base: PreTrainedModel, rows: list[list[int]]) -> tuple[list[tuple[i
     places: list[tuple[int, int]] = []
     parts: list[torch.Tensor] = []
 
-    # Two passes of several tokens each: the first half of every row, then all but its last num_steps tokens.
+    # Two passes of several tokens each: the first half of every row, then all but its last
+    # num_steps tokens.
     read = [len(row) - num_steps for row in rows]
     for ends in ([length - length // 2 for length in read], read):
         news = [row[begin:end] for row, begin, end in zip(rows, slots.lengths, ends, strict=True)]
-        ids = torch.tensor([token for new in news for token in new], device=base.device)
+        ids = _packed_ids(base, news)
         layout = Extending(slots, range(num_rows), [len(new) for new in news])
         last = layout.spans.query_starts[1:].long() - 1
         parts.append(packed_logits(base, ids, layout.spans.positions, layout, last))
@@ -169,7 +202,8 @@ def _decoded(base: PreTrainedModel, rows: list[list[int]]) -> tuple[list[tuple[i
     index = torch.arange(num_rows, device=base.device)
     for _ in range(num_steps):
         where = torch.tensor(slots.lengths, device=base.device)
-        ids = torch.tensor([row[end] for row, end in zip(rows, slots.lengths, strict=True)], device=base.device)
+        new = [row[end] for row, end in zip(rows, slots.lengths, strict=True)]
+        ids = torch.tensor(new, device=base.device)
         stepping = Stepping(slots, index, where, max(slots.lengths) + 1)
         parts.append(packed_logits(base, ids, where[None], stepping, index))
         places += list(enumerate(slots.lengths))
@@ -177,8 +211,12 @@ def _decoded(base: PreTrainedModel, rows: list[list[int]]) -> tuple[list[tuple[i
     return places, torch.cat(parts)
 
 
-def _behind_head(base: PreTrainedModel, row: list[int], candidates: list[int]) -> tuple[list[int], torch.Tensor]:
-    """Score two beginnings of a row behind their common head, as the guard scores its prompts.
+def _behind_head(
+    base: PreTrainedModel,
+    row: list[int],
+    candidates: list[int],
+) -> tuple[list[int], torch.Tensor]:
+    """Score two beginnings of a row behind their common prefix, as the guard scores its prompts.
 
     Returns:
         The place of each beginning's last token, and logits ``[2, candidates]``.
@@ -191,7 +229,7 @@ def _behind_head(base: PreTrainedModel, row: list[int], candidates: list[int]) -
 
 
 class _Noting(Rows):
-    """Rows that note the window of each layer."""
+    """Layout of packed rows that notes the window of each layer, in positions."""
 
     def __init__(self, spans: Spans) -> None:
         super().__init__(spans)
@@ -211,28 +249,38 @@ class _Noting(Rows):
         return super().attend(backend, place, query, key, value, scores)
 
 
+def _packed_ids(base: PreTrainedModel, rows: list[list[int]]) -> torch.Tensor:
+    """Token ids of all rows, one behind the other, int64 ``[tokens]``."""
+    ids: list[int] = []
+    for row in rows:
+        ids += row
+    return torch.tensor(ids, device=base.device)
+
+
 @torch.no_grad()
 def _packed(base: PreTrainedModel, rows: list[list[int]], layout: _Noting) -> torch.Tensor:
-    ids = torch.tensor([token for row in rows for token in row], device=base.device)
+    """Logits ``[tokens, vocabulary]`` of all rows in one packed pass."""
+    ids = _packed_ids(base, rows)
     return head_logits(base, packed_hidden(base, ids, layout.spans.positions, layout))
 
 
 @torch.no_grad()
 def _plain(base: PreTrainedModel, rows: list[list[int]]) -> torch.Tensor:
-    """Row by row through transformers' eager attention and masks."""
-    with _own_attention(base):
-        return torch.cat([_alone(base, row) for row in rows])
+    """Logits ``[tokens, vocabulary]``, row by row, of transformers' eager attention and masks."""
+    with _eager_attention(base):
+        return torch.cat([_plain_row(base, row) for row in rows])
 
 
-def _alone(base: PreTrainedModel, row: list[int]) -> torch.Tensor:
-    """Logits ``[length, vocabulary]`` of a row by the model's own forward pass."""
-    logits: torch.Tensor = base(input_ids=torch.tensor([row], device=base.device), use_cache=False).logits[0]
+def _plain_row(base: PreTrainedModel, row: list[int]) -> torch.Tensor:
+    """Logits ``[length, vocabulary]`` of one row by the model's own forward pass."""
+    ids = torch.tensor([row], device=base.device)  # [1, length]
+    logits: torch.Tensor = base(input_ids=ids, use_cache=False).logits[0]
     return logits
 
 
 @contextlib.contextmanager
-def _own_attention(base: PreTrainedModel) -> Iterator[None]:
-    """Transformers' eager attention in place of fedsim's."""
+def _eager_attention(base: PreTrainedModel) -> Iterator[None]:
+    """Use transformers' eager attention in place of fedsim's inside the block."""
     ours: Any = base.config._attn_implementation
     base.set_attn_implementation("eager")
     try:
@@ -242,41 +290,52 @@ def _own_attention(base: PreTrainedModel) -> Iterator[None]:
 
 
 def _check_gradient(base: PreTrainedModel, rows: list[list[int]], layout: _Noting) -> None:
-    """Compare the gradient of the next tokens' log-probabilities by one weight: packed rows against rows alone."""
+    """Compare the gradient of one weight, packed rows against row by row.
+
+    The loss is the sum of −log p of all tokens but each row's first.
+    """
     weight = _first_matrix(base)
     was_trained = weight.requires_grad
     weight.requires_grad_()
     try:
         with torch.enable_grad():
             # All rows at once, in training mode, as a step of training has them.
-            ids = torch.tensor([token for row in rows for token in row], device=base.device)
+            ids = _packed_ids(base, rows)
             with _training(base):
-                logits = head_logits(base, packed_hidden(base, ids, layout.spans.positions, layout))
-                losses = [_loss(part, row) for part, row in zip(logits.split([*map(len, rows)]), rows, strict=True)]
+                hidden = packed_hidden(base, ids, layout.spans.positions, layout)
+                logits = head_logits(base, hidden)  # [tokens, vocabulary]
+                parts = logits.split([len(row) for row in rows])
+                losses = [_loss(part, row) for part, row in zip(parts, rows, strict=True)]
                 (found,) = torch.autograd.grad(torch.stack(losses).sum(), weight)
-            # Row by row.
-            with _own_attention(base):
-                wanted = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+            # Row by row, summed in fp32 or wider.
+            with _eager_attention(base):
+                wide = torch.promote_types(weight.dtype, torch.float32)
+                wanted = torch.zeros_like(weight, dtype=wide)
                 for row in rows:
-                    wanted += torch.autograd.grad(_loss(_alone(base, row), row), weight)[0]
+                    wanted += torch.autograd.grad(_loss(_plain_row(base, row), row), weight)[0]
     finally:
         weight.requires_grad_(was_trained)
-    distance = float((found.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-12))
+
+    # ‖found − wanted‖ / ‖wanted‖, in fp64.
+    difference = (found.double() - wanted.double()).norm()
+    distance = float(difference / wanted.double().norm().clamp_min(1e-12))
     limit = LIMITS.get(weight.dtype, 1e-3)
     if not distance <= limit:  # NaN too
-        raise ModelError(
-            f"{type(base).__name__}: the gradient of packed rows is not that of each row alone (a weight of the first "
-            f"layer: {distance:.2g} apart, {limit:g} is allowed); {WHICH}"
-        )
+        problem = "the gradient of packed rows differs from that of each row by itself"
+        figures = f"a weight of the first layer: {distance:.2g} apart, {limit:g} is allowed"
+        raise ModelError(f"{type(base).__name__}: {problem} ({figures}); {WHICH}")
 
 
 def _first_matrix(base: PreTrainedModel) -> torch.nn.Parameter:
-    """A matrix of the first layer, of queries as a rule."""
+    """A matrix of the first layer, usually that of the queries."""
     num_layers = int(base.config.get_text_config().num_hidden_layers)
-    for module in text_decoder(base).modules():
+    decoder = text_decoder(base)
+    first: torch.nn.Module = decoder
+    for module in decoder.modules():
         if isinstance(module, torch.nn.ModuleList) and len(module) == num_layers:
-            return next(p for p in module[0].parameters() if p.dim() == 2 and p.is_floating_point())
-    return next(p for p in text_decoder(base).parameters() if p.dim() == 2 and p.is_floating_point())
+            first = module[0]
+            break
+    return next(p for p in first.parameters() if p.dim() == 2 and p.is_floating_point())
 
 
 def _loss(logits: torch.Tensor, row: list[int]) -> torch.Tensor:
@@ -288,7 +347,7 @@ def _loss(logits: torch.Tensor, row: list[int]) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _training(base: PreTrainedModel) -> Iterator[None]:
-    """Training mode; the generators are left as they were."""
+    """Use training mode inside the block; random generators are left as they were."""
     with torch.random.fork_rng([base.device] if base.device.type == "cuda" else []):
         base.train()
         try:
@@ -298,16 +357,33 @@ def _training(base: PreTrainedModel) -> Iterator[None]:
 
 
 def _compare(found: torch.Tensor, wanted: torch.Tensor, problem: str) -> None:
-    """Each token's logits, without what all of a token's share: softmax does not see it."""
-    a, b = (part.double() - part.double().mean(dim=-1, keepdim=True) for part in (found, wanted))
+    """Compare logits ``[tokens, vocabulary]`` by the largest relative distance of a token.
+
+    Each token's mean is subtracted, since softmax does not depend on it.
+
+    Raises:
+        ModelError: they differ by more than :data:`LIMITS` allows; the message begins with
+            ``problem``.
+    """
+    a = found.double() - found.double().mean(dim=-1, keepdim=True)
+    b = wanted.double() - wanted.double().mean(dim=-1, keepdim=True)
     distance = float(((a - b).norm(dim=-1) / b.norm(dim=-1).clamp_min(1e-12)).max())
     limit = LIMITS.get(wanted.dtype, 1e-3)
     if not distance <= limit:  # NaN too
-        raise ModelError(f"{problem} (logits differ by {distance:.2g}, {limit:g} is allowed); {WHICH}")
+        figures = f"logits differ by {distance:.2g}, {limit:g} is allowed"
+        raise ModelError(f"{problem} ({figures}); {WHICH}")
 
 
 def _check_windows(base: PreTrainedModel, windows: dict[int, int | None]) -> None:
-    """A window that only the model's mask knows would be lost: fedsim lets the model build no mask."""
+    """Check that each layer passes on its window, since fedsim lets the model build no mask.
+
+    Args:
+        base: the model.
+        windows: layer → window that it gave to its attention, in positions; None without one.
+
+    Raises:
+        ModelError: a layer with a sliding window passed on another one, or none.
+    """
     config = base.config.get_text_config()
     longest = _longest(config)
     types = getattr(config, "layer_types", None)
@@ -315,7 +391,6 @@ def _check_windows(base: PreTrainedModel, windows: dict[int, int | None]) -> Non
     for layer, window in windows.items():
         kind = types[layer] if types else "sliding_attention"
         if kind == "sliding_attention" and sliding < longest and window != sliding:
-            raise ModelError(
-                f"{type(base).__name__}: sliding_window={sliding}, but its layer {layer} does not tell its attention "
-                f"so; {WHICH}"
-            )
+            problem = f"but its layer {layer} does not pass it on to its attention"
+            name = type(base).__name__
+            raise ModelError(f"{name}: sliding_window={sliding}, {problem}; {WHICH}")

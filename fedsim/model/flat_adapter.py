@@ -1,7 +1,8 @@
 """All LoRA tensors of one adapter in one contiguous fp32 buffer.
 
-PEFT's parameters and their gradients are views into the buffer, so that loading a start point, a delta, a correction, a
-robust rule, a checkpoint and an all-reduce are each one operation on one vector.
+PEFT's parameters and their gradients are views into the buffer, so that loading a start point, a
+delta, a correction, a robust rule, a checkpoint and an all-reduce are each one operation on one
+vector.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +26,7 @@ from fedsim.base.tensor_file import write_tensors
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one tensor lies in the flat vector."""
+    """Name, shape and place of one tensor in the flat vector."""
 
     name: str
     shape: tuple[int, ...]
@@ -40,7 +42,8 @@ class FlatAdapter:
     """The trainable LoRA parameters of a PEFT model as one vector.
 
     Attributes:
-        values: ``[size]`` in the parameters' dtype, fp32 but in tests; the parameters of the model are views of it.
+        values: ``[size]`` in the parameters' dtype, fp32 but in tests; the parameters of the model
+            are views of it.
         grad: ``[size]``; autograd accumulates into views of it.
         slots: name, shape and place of each tensor, in the model's order.
     """
@@ -49,14 +52,18 @@ class FlatAdapter:
         self.model = model
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         assert named and all("lora_" in n for n, _ in named), "only LoRA parameters are trainable"
-        start = 0
+
+        # Lay the tensors out one behind the other.
+        size = 0
         slots = []
         for name, parameter in named:
-            slots.append(Slot(name, tuple(parameter.shape), start))
-            start = slots[-1].stop
+            slots.append(Slot(name, tuple(parameter.shape), size))
+            size = slots[-1].stop
         self.slots = tuple(slots)
+
+        # Move values and gradients into the two vectors [size]; the parameters become views.
         first = named[0][1]
-        self.values = torch.zeros(start, dtype=first.dtype, device=first.device)
+        self.values = torch.zeros(size, dtype=first.dtype, device=first.device)
         self.grad = torch.zeros_like(self.values)
         for (_, parameter), slot in zip(named, self.slots, strict=True):
             self._view(self.values, slot).copy_(parameter.data)
@@ -65,12 +72,13 @@ class FlatAdapter:
 
     @property
     def size(self) -> int:
-        """How many numbers the adapter has."""
+        """Number of values of the adapter."""
         return self.values.numel()
 
     def load(self, vector: torch.Tensor) -> None:
         """Make ``vector`` (fp32 ``[size]``, any device) the model's adapter."""
-        assert vector.shape == self.values.shape, f"adapter has {self.size} numbers, vector {tuple(vector.shape)}"
+        shape = tuple(vector.shape)
+        assert shape == (self.size,), f"adapter has {self.size} numbers, vector {shape}"
         self.values.copy_(vector)
 
     def copy(self) -> torch.Tensor:
@@ -78,33 +86,43 @@ class FlatAdapter:
         return self.values.clone()
 
     def initial(self, seed: int) -> torch.Tensor:
-        """PEFT's default start: A uniform in ±1/√in (Kaiming, a = √5), B zero; each tensor from its own key.
+        """Draw PEFT's default start: A uniform in ±1/√in (Kaiming, a = √5), B zero.
 
-        The adapted model equals the base model exactly.
+        Each tensor is drawn from its own key. The adapted model equals the base model exactly.
+
+        Returns:
+            fp32 ``[size]``, on the model's device.
         """
         vector = torch.zeros(self.size, dtype=torch.float32)
         for slot in self.slots:
             if "lora_A" in slot.name:
-                bound = 1.0 / math.sqrt(slot.shape[-1])
-                draws = keyed_random.generator(seed, "lora_init", slot.name).uniform(-bound, bound, size=slot.shape)
+                bound = 1.0 / math.sqrt(slot.shape[-1])  # [r, in]
+                random = keyed_random.generator(seed, "lora_init", slot.name)
+                draws = random.uniform(-bound, bound, size=slot.shape)
                 self._view(vector, slot).copy_(torch.from_numpy(draws))
         return vector.to(self.values.device)
 
     def save(self, folder: Path, vector: torch.Tensor) -> None:
-        """Write ``vector`` in PEFT's own format: adapter_config.json and adapter_model.safetensors."""
+        """Write ``vector`` in PEFT's format: adapter_config.json and adapter_model.safetensors."""
         folder.mkdir(parents=True, exist_ok=True)
-        write_tensors(folder / "adapter_model.safetensors", self._peft_tensors(vector), {"format": "pt"})
+        tensors = self._peft_tensors(vector)
+        write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
+
+        # PEFT's settings, with a set of targets in a fixed order.
         settings = self.model.peft_config["default"].to_dict()
         settings["inference_mode"] = True
         settings["target_modules"] = sorted(settings["target_modules"])
         text = json.dumps(settings, indent=2, sort_keys=True, default=str)
         (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
-        for file in folder.iterdir():
+        for file in folder.iterdir():  # to disk
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
 
     def read(self, folder: Path) -> torch.Tensor:
-        """The vector of an adapter that :meth:`save` or PEFT wrote.
+        """Read the vector of an adapter that :meth:`save` or PEFT wrote.
+
+        Returns:
+            fp32 ``[size]``, on the model's device.
 
         Raises:
             ModelError: a missing or damaged file, or tensors of other names or shapes.
@@ -113,30 +131,39 @@ class FlatAdapter:
         try:
             tensors = load_file(str(path))
         except (OSError, SafetensorError) as error:
-            raise ModelError(f"{path}: cannot be read ({error}); give a PEFT adapter directory") from error
+            problem = f"{path}: cannot be read ({error})"
+            raise ModelError(f"{problem}; give a PEFT adapter directory") from error
+
+        # Names and shapes have to be those of this model.
         vector = torch.zeros(self.size, dtype=torch.float32)
         wanted = self._peft_tensors(vector)
-        if {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in wanted.items()}:
-            raise ModelError(
-                f"{path}: is an adapter of another shape ({len(tensors)} tensors, the model's has {len(wanted)}); use "
-                "the same base model, rank and targets"
-            )
+        if _shapes(tensors) != _shapes(wanted):
+            sizes = f"{len(tensors)} tensors, the model's has {len(wanted)}"
+            problem = f"{path}: is an adapter of another shape ({sizes})"
+            raise ModelError(f"{problem}; use the same base model, rank and targets")
         for slot in self.slots:
             name = _peft_name(slot.name)
             tensor = tensors[name]
             if not tensor.is_floating_point() or not tensor.float().isfinite().all():
-                raise ModelError(f"{path}: {name} holds other than finite numbers; save the adapter anew")
+                problem = f"{path}: {name} holds other than finite numbers"
+                raise ModelError(f"{problem}; save the adapter again")
             self._view(vector, slot).copy_(tensor)
         return vector.to(self.values.device)
 
     def _peft_tensors(self, vector: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {_peft_name(s.name): self._view(vector.detach().cpu(), s).clone() for s in self.slots}
+        """Copies of the tensors of ``vector`` on the CPU, by PEFT's names."""
+        vector = vector.detach().cpu()
+        return {_peft_name(slot.name): self._view(vector, slot).clone() for slot in self.slots}
 
     @staticmethod
     def _view(vector: torch.Tensor, slot: Slot) -> torch.Tensor:
         return vector[slot.start : slot.stop].view(slot.shape)
 
 
+def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
+
+
 def _peft_name(parameter_name: str) -> str:
-    """PEFT writes ``….lora_A.weight`` for the parameter ``….lora_A.default.weight``."""
+    """Name in PEFT's file: ``….lora_A.weight`` of parameter ``….lora_A.default.weight``."""
     return parameter_name.replace(".default.", ".")

@@ -1,6 +1,6 @@
-"""Sizes of a model, and whether its weights fit its configuration: no weight is read, only what files say of them.
+"""Sizes of a model, and a check that its weights fit its configuration, from only the file headers.
 
-An 8B model takes half a second.
+No weight is read: an 8B model takes half a second.
 """
 
 from __future__ import annotations
@@ -23,15 +23,23 @@ from fedsim.attention.forward import text_names, unsupported
 from fedsim.attention.self_test import head_sizes, num_key_heads
 from fedsim.base.errors import ModelError, reason
 from fedsim.config.lora import LoraSettings
-from fedsim.model.faults import names_attention, own_attention
+from fedsim.model.faults import attention_table_error, names_attention
 from fedsim.model.fitness import check_kind
-from fedsim.model.load import INDEX, architecture, attach_lora, check_report, compute_dtype, read_config
+from fedsim.model.load import (
+    GIVE_COMPLETE,
+    INDEX,
+    architecture,
+    attach_lora,
+    check_report,
+    compute_dtype,
+    read_config,
+)
 from fedsim.model.quantised import check_quantised, quantisation
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What memory and work depend on.
+    """Sizes on which memory and work depend.
 
     Attributes:
         architecture: class name of the model.
@@ -44,12 +52,12 @@ class ModelShape:
         kv_size: numbers of one token's keys and values in one layer.
         vocab_size: rows of the embeddings and of the LM head.
         max_positions: the longest context that the configuration allows, in tokens.
-        attention: the backend that it gets; of :func:`model_shape` what this process alone would take.
+        attention: the backend that it gets; :func:`model_shape` gives this process's choice.
         num_heads: query heads of a layer.
         query_size: numbers of one token's queries in one layer.
         norm_size: numbers of one token that go through a norm, over all layers.
         lora_size: numbers of one token that go into LoRA layers, over all of them.
-        dropout_off: what its configuration asks for beside LoRA's dropout and does not get; may be empty.
+        dropout_off: dropout rates of its configuration that are switched off; may be empty.
     """
 
     architecture: str
@@ -76,9 +84,15 @@ class ModelShape:
 
 
 def model_shape(
-    folder: Path, lora: LoraSettings | None, *, dtype: str, attention: str, device: torch.device, key: str
+    folder: Path,
+    lora: LoraSettings | None,
+    *,
+    dtype: str,
+    attention: str,
+    device: torch.device,
+    key: str,
 ) -> ModelShape:
-    """Build the model without storage, LoRA included, compare it with the weight files, and measure it.
+    """Build the model without storage, LoRA included; compare it with the weight files; measure it.
 
     Args:
         folder: a Hugging Face model directory.
@@ -87,9 +101,10 @@ def model_shape(
         key: the configuration key to name in errors.
 
     Raises:
-        ModelError: an unreadable or unknown configuration, an attention backend that cannot be had, weights that are
-            missing or of another shape, or a LoRA target that no layer has.
+        ModelError: an unreadable or unknown configuration, an attention backend that cannot be had,
+            weights that are missing or of another shape, or a LoRA target that no layer has.
     """
+    # Configuration, quantisation, attention.
     base_dtype = compute_dtype(dtype, device)
     config, dropout = read_config(folder, key)
     try:
@@ -97,6 +112,8 @@ def model_shape(
     except ModelError as error:
         raise ModelError(f"{key}={str(folder)!r}: {error}") from error
     backend = choose(attention, config, base_dtype, device)
+
+    # The model on the meta device, checked by kind and against the weight files.
     try:
         with torch.device("meta"):
             base = AutoModelForCausalLM.from_config(
@@ -105,13 +122,13 @@ def model_shape(
                 attn_implementation=backend.implementation,
                 trust_remote_code=False,
             )
-    except Exception as error:  # whatever torch does with sizes that make no sense
+    except Exception as error:  # of any class: sizes that make no sense fail anywhere in torch
         if names_attention(error):
-            raise ModelError(f"{key}={str(folder)!r}: {own_attention(architecture(config))}") from error
-        raise ModelError(
-            f"{key}={str(folder)!r}: config.json describes no causal language model that transformers can build "
-            f"({reason(error)}); give a complete Hugging Face model directory"
-        ) from error
+            fault = attention_table_error(architecture(config))
+            raise ModelError(f"{key}={str(folder)!r}: {fault}") from error
+        problem = "config.json describes no causal language model that transformers can build"
+        problem += f" ({reason(error)})"
+        raise ModelError(f"{key}={str(folder)!r}: {problem}; {GIVE_COMPLETE}") from error
     assert isinstance(base, PreTrainedModel)
     try:
         check_kind(base)
@@ -121,18 +138,20 @@ def model_shape(
     assert isinstance(embeddings, torch.nn.Embedding)
     _check_weights(folder, config, type(base), key)
     base.requires_grad_(False)
-    # Tied weights are not shared on the meta device: the head's are counted with the embeddings'.
+
+    # Parameters. Tied weights are not shared on the meta device, and would count twice.
     tied = bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
     head = base.get_output_embeddings()
     num_parameters = sum(p.numel() for p in base.parameters())
     if tied and head is not None and head.weight is not base.get_input_embeddings().weight:
         num_parameters -= head.weight.numel()
+
+    # Sizes of the decoder, its norms and its adapter.
     try:
         sizes = _text_sizes(config)
     except AttributeError as error:  # such as Mamba's
-        raise ModelError(
-            f"{key}={str(folder)!r}: {unsupported(type(base).__name__, 'its layers (by config.json) do not use')}"
-        ) from error
+        fault = unsupported(type(base).__name__, "its layers (by config.json) do not use")
+        raise ModelError(f"{key}={str(folder)!r}: {fault}") from error
     norm_size = _norm_size(base, sizes)
     adapter_size = lora_size = 0
     if lora is not None:
@@ -153,16 +172,24 @@ def model_shape(
     )
 
 
-def _check_weights(folder: Path, config: PretrainedConfig, architecture: type[PreTrainedModel], key: str) -> None:
-    """Let transformers itself load tensors without storage that have the names and shapes of the files' ones.
+def _check_weights(
+    folder: Path,
+    config: PretrainedConfig,
+    architecture: type[PreTrainedModel],
+    key: str,
+) -> None:
+    """Check the weight files' names and shapes: transformers loads such tensors without storage.
 
-    So every renaming, merging and tying that it would do counts, and nothing else is reported.
+    So each renaming, merging and tying that it does is taken into account.
+
+    Raises:
+        ModelError: weights are missing or of another shape.
     """
     headers = _headers(folder)
     if headers is None or quantisation(config) is not None:  # quantised ones are packed
         return
     verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # what it would report is an error here
+    transformers_logging.set_verbosity_error()  # its warnings are errors here
     try:
         loaded: Any = architecture.from_pretrained(
             None,
@@ -172,7 +199,7 @@ def _check_weights(folder: Path, config: PretrainedConfig, architecture: type[Pr
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    except Exception:  # it may need numbers to load this architecture: loading in earnest tells what is wrong, if it is
+    except Exception:  # some architectures need numbers: a fault then shows when they are loaded
         return
     finally:
         transformers_logging.set_verbosity(verbosity)
@@ -180,28 +207,39 @@ def _check_weights(folder: Path, config: PretrainedConfig, architecture: type[Pr
 
 
 def _headers(folder: Path) -> dict[str, torch.Tensor] | None:
-    """Tensors without storage in place of the ones in the files that transformers reads; None where it reads none."""
+    """Tensors without storage for those in the weight files, by name; None without such files."""
     if (folder / "model.safetensors").is_file():
         files = {"model.safetensors"}
     elif (folder / INDEX).is_file():
-        files = set(json.loads((folder / INDEX).read_text(encoding="utf-8")).get("weight_map", {}).values())
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        files = set(index.get("weight_map", {}).values())
     else:
         return None
     found = {}
     for name in sorted(files):
         with safe_open(str(folder / name), "pt") as file:
             for tensor in file.keys():  # noqa: SIM118 - it is no mapping
-                found[tensor] = torch.empty(file.get_slice(tensor).get_shape(), device="meta")
+                shape = file.get_slice(tensor).get_shape()
+                found[tensor] = torch.empty(shape, device="meta")
     return found
 
 
 def _norm_size(base: PreTrainedModel, sizes: dict[str, int]) -> int:
-    """Numbers of one token that go through the norms of text layers; a norm of single heads has one head's weights."""
+    """Numbers of one token that go through the norms of text layers."""
     text = text_names(base)
-    norms = [m for name, m in base.named_modules() if "Norm" in type(m).__name__ and re.fullmatch(text, name)]
-    weights = [p.numel() for m in norms for name, p in m.named_parameters(recurse=False) if name == "weight"]
-    one_head = sizes["query_size"] // sizes["num_heads"]
-    return sum(n * sizes["num_heads"] if n == one_head < sizes["hidden_size"] else n for n in weights)
+    head_size = sizes["query_size"] // sizes["num_heads"]
+    total = 0
+    for name, module in base.named_modules():
+        if "Norm" not in type(module).__name__ or not re.fullmatch(text, name):
+            continue
+        weight = dict(module.named_parameters(recurse=False)).get("weight")
+        if weight is None:
+            continue
+        size = weight.numel()
+        if size == head_size < sizes["hidden_size"]:  # each head is normed with the same weights
+            size *= sizes["num_heads"]
+        total += size
+    return total
 
 
 def _text_sizes(config: object) -> dict[str, int]:

@@ -151,8 +151,8 @@ def test_one_rank_s_failure_changes_all(stand_in: Any) -> None:
 @pytest.mark.parametrize(
     ("wanted", "config", "dtype", "device", "words"),
     [
-        ("varlen", LLAMA, BF16, CPU, "is CUDA's alone, and this run is on cpu; set model.attention=auto"),
-        ("flash_attention_2", LLAMA, BF16, CPU, "is CUDA's alone, and this run is on cpu; set model.attention=auto"),
+        ("varlen", LLAMA, BF16, CPU, "runs only on CUDA, and this run is on cpu; set model.attention=auto"),
+        ("flash_attention_2", LLAMA, BF16, CPU, "runs only on CUDA, and this run is on cpu; set model.attention=auto"),
         ("varlen", LLAMA, F32, CUDA, "computes in bfloat16 and float16, the model is float32; set model.dtype="),
         ("varlen", GEMMA2, BF16, CUDA, NO_CAP),
         ("sdpa", GEMMA2, F32, CPU, NO_CAP),

@@ -143,10 +143,10 @@ def test_an_artefact_of_another_version_is_named_and_stays(counting: Counting) -
     depends = {"a": (1, 2), "versions": {"torch": "1"}}
     old = counting.get(depends, version=1).folder
     new = counting.get(depends, version=2).folder
-    told = [line for line in counting.log if "built anew" in line]
+    told = [line for line in counting.log if "a new one is built" in line]
     assert told == [
-        f"thing: {old} was made by {maker(made_by())}, with another version of what makes it; it stays, and one is "
-        "built anew"
+        f"thing: {old} was made by {maker(made_by())}, with another version of what makes it; it "
+        "stays, and a new one is built"
     ]
     assert new != old and old.is_dir()
     counting.get({**depends, "versions": {"torch": "2"}}, version=2)
@@ -154,7 +154,7 @@ def test_an_artefact_of_another_version_is_named_and_stays(counting: Counting) -
     num_told = len(counting.log)
     for other, kind in (({"a": (1, 3), "versions": {"torch": "1"}}, "thing"), (depends, "thin"), ({}, "thing")):
         counting.get(other, 2, kind)  # other data, another kind, other settings: no version of the same
-    assert not any("built anew" in line for line in counting.log[num_told:])
+    assert not any("a new one is built" in line for line in counting.log[num_told:])
     (old / "artefact.json").write_text("{")
     assert counting.get(depends, version=2).reused, "a damaged neighbour is in nobody's way"
 

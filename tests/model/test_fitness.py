@@ -108,16 +108,16 @@ UNFIT: dict[str, tuple[Callable[[], PretrainedConfig], str]] = {
     ),
     "a short window in the mask alone": (
         lambda: PhimoeConfig(**COMMON, num_local_experts=3, router_jitter_noise=0.0, sliding_window=6),
-        "PhimoeForCausalLM: packed rows are not what each row is alone",
+        "PhimoeForCausalLM: packed rows differ from each row by itself",
     ),
     "a long window in the mask alone": (
         lambda: PhimoeConfig(**COMMON, num_local_experts=3, router_jitter_noise=0.0, sliding_window=64),
-        "PhimoeForCausalLM: sliding_window=64, but its layer 0 does not tell its attention so",
+        "PhimoeForCausalLM: sliding_window=64, but its layer 0 does not pass it on to its attention",
     ),
     "a window in the mask of some layers": (
         lambda: Qwen2MoeConfig(**COMMON, **EXPERTS, use_sliding_window=True, sliding_window=64,
                                layer_types=["full_attention", "sliding_attention"]),
-        "Qwen2MoeForCausalLM: sliding_window=64, but its layer 1 does not tell its attention so",
+        "Qwen2MoeForCausalLM: sliding_window=64, but its layer 1 does not pass it on to its attention",
     ),
     "dropout": (
         lambda: OPTConfig(**{**OPT, "attention_dropout": 0.0}),
@@ -149,7 +149,7 @@ def test_layers_that_carry_state_unmarked_are_seen(monkeypatch: pytest.MonkeyPat
 
     model: Any = built(MistralConfig(**COMMON, sliding_window=None), dtype)
     model.model.layers[1].self_attn.register_forward_pre_hook(smear, with_kwargs=True)
-    with pytest.raises(ModelError, match="packed rows are not what each row is alone"):
+    with pytest.raises(ModelError, match="packed rows differ from each row by itself"):
         check_fitness(model, ROWS)
 
 
@@ -163,7 +163,7 @@ def test_positions_of_the_models_own_are_seen(make_llama: Callable[..., LlamaFor
 
     check_fitness(model, ROWS)
     model.model.register_forward_pre_hook(count, with_kwargs=True)
-    with pytest.raises(ModelError, match="packed rows are not what each row is alone"):
+    with pytest.raises(ModelError, match="packed rows differ from each row by itself"):
         check_fitness(model, ROWS)
 
 
@@ -288,7 +288,7 @@ def test_a_gradient_that_leaks_between_rows_is_refused(
         return right(self, query, *rest) + 0.3 * (query.sum() - query.sum().detach())
 
     monkeypatch.setattr(Sdpa, "spans", leaking)
-    with pytest.raises(ModelError, match="the gradient of packed rows is not that of each row alone"):
+    with pytest.raises(ModelError, match="the gradient of packed rows differs from that of each row by itself"):
         check_fitness(model, ROWS)
     assert not model.training and not any(p.grad is not None for p in model.parameters())
 

@@ -185,7 +185,7 @@ def test_an_attention_that_is_not_there_is_found_without_weights() -> None:
         lambda name: model_shape(EMBEDDED, LORA, dtype="auto", attention=name, device=CPU, key="model.path"),
         lambda name: load_model("embedded", LORA, dtype="auto", attention=name, device=CPU),
     ):
-        with pytest.raises(ModelError, match=r"model\.attention='flash_attention_2': is CUDA's alone"):
+        with pytest.raises(ModelError, match=r"model\.attention='flash_attention_2': runs only on CUDA"):
             make("flash_attention_2")
 
 

@@ -259,7 +259,7 @@ def test_a_model_that_could_not_be_tried_is_loaded_before_the_first_stage(
 
 def test_an_attention_that_needs_cuda() -> None:
     found = error("model.attention=flash_attention_2")
-    assert isinstance(found, ModelError) and "model.attention='flash_attention_2': is CUDA's alone" in str(found)
+    assert isinstance(found, ModelError) and "model.attention='flash_attention_2': runs only on CUDA" in str(found)
 
 
 @pytest.mark.parametrize("key", ["record.dir", "record.artefacts"])
