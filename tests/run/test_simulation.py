@@ -28,7 +28,7 @@ from fedsim.world import square_rows
 
 SMALL = Path(__file__).parents[1] / "distributed" / "small.yaml"
 BRIEF = ["guard.kind=none", "cai.iterations=0", "eval.every=0", "eval.limit=1", "eval.advbench=", "eval.mt_bench=",
-         "eval.xstest=", "eval.helpful=", "eval.guard_judge=none"]  # fmt: skip
+         "eval.xstest=", "eval.helpful=", "eval.guard_judge=none", "local.steps=2", "local.batch_size=4"]  # fmt: skip
 Make = Callable[..., Simulation]
 
 
@@ -200,7 +200,7 @@ def test_centralised_training_has_all_rows_and_a_cohorts_budget(make: Make) -> N
     assert row["client/num_rows"] == kept["client/num_kept_rows"] == len(federation.shards[0]) > 20
     assert len(federation.shards) == 1 and (row["client/num_trained"], row["client/num_sat_out"]) == (1, 0)
     batches = federation.cohorts.trainer.batches(0, federation.shards[0], 0)
-    assert [len(batch) for batch in batches] == [7] * (3 * 5)
+    assert [len(batch) for batch in batches] == [4] * (2 * 5)
     assert row["client/num_tokens"] == sum(len(item) for batch in batches for item in batch)
 
 
