@@ -8,14 +8,15 @@ from typing import Final
 FEWEST: Final = 4
 """Units of a call that has more batches: one for each of four ranks.
 
-Each unit ends with a tail, in which its last long rows keep few slots busy; a rank with two units has two tails.
+Each unit ends with a tail, in which its last long rows keep few slots busy; a rank with two units
+has two tails.
 """
 
 MORE: Final = ((16, 16), (8, 8))
 """(units, batches of each) that a long call is cut into, most units first.
 
-Eight units keep eight ranks busy, and take four ranks at most a tenth longer than four units do: beside eight batches a
-tail is short. Sixteen are for calls so long that four ranks hardly notice.
+Eight units keep eight ranks busy, and take four ranks at most a tenth longer than four units do:
+beside eight batches a tail is short. Sixteen are for calls so long that four ranks hardly notice.
 """
 
 LONGEST_ROWS: Final = 2
@@ -26,9 +27,11 @@ Else it would last as long as its longest row whatever its size, and more ranks 
 
 
 def num_units(most_new: Sequence[int], batch_size: int) -> int:
-    """Number of units that rows are cut into: the batches where these are few, else 4, 8 or 16 by the work.
+    """Number of units that rows are cut into: the batches where these are few, else 4, 8 or 16 by
+    the work.
 
-    It must not depend on the number of ranks: who shares a batch with whom decides the last bits of logits.
+    It must not depend on the number of ranks: who shares a batch with whom decides the last bits of
+    logits.
 
     Args:
         most_new: most tokens that each row may generate, over all of its turns.
@@ -44,12 +47,17 @@ def num_units(most_new: Sequence[int], batch_size: int) -> int:
     return FEWEST
 
 
-def generation_units(lengths: Sequence[int], most_new: Sequence[int], batch_size: int) -> list[list[int]]:
+def generation_units(
+    lengths: Sequence[int],
+    most_new: Sequence[int],
+    batch_size: int,
+) -> list[list[int]]:
     """Rows of each unit, in the order in which they are begun.
 
-    Rows that may generate the most are begun first, so that none of them runs alone at the end; of these the longest
-    prompts, so that memory runs out at the beginning or not at all. The ordered rows are dealt in turn: all units
-    have rows of every kind, take about as long, and differ in size by one row at most.
+    Rows that may generate the most are begun first, so that none of them runs alone at the end; of
+    these the longest prompts, so that memory runs out at the beginning or not at all. The ordered
+    rows are dealt in turn: all units have rows of every kind, take about as long, and differ in
+    size by one row at most.
 
     Args:
         lengths: tokens of each row's prompt.

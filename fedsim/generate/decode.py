@@ -1,9 +1,11 @@
-"""Continuous batching: rows in the slots of one KV cache, each drawing from its own key, over one turn or several.
+"""Continuous batching: rows in the slots of one KV cache, each drawing from its own key, over one
+turn or several.
 
-A row that ends a turn goes on in its slot with the next one, whose prompt reuses the keys and values that it has in
-common with what the slot holds; after the last turn the slot is the next row's. Rows that decode are always the first
-slots, so that a step computes no row that has ended. The numbers of a row come from its seeds alone, and nothing here
-depends on other units or on the number of ranks.
+A row that ends a turn goes on in its slot with the next one, whose prompt reuses the keys and
+values that it has in common with what the slot holds; after the last turn the slot is the next
+row's. Rows that decode are always the first slots, so that a step computes no row that has ended.
+The numbers of a row come from its seeds alone, and nothing here depends on other units or on the
+number of ranks.
 """
 
 from __future__ import annotations
@@ -26,10 +28,13 @@ from fedsim.generate.score import unsound
 from fedsim.generate.slot_state import State
 
 PREFILL_TOKENS: Final = 8192
-"""Most tokens that one pass reads beside a single longer prompt; it bounds the memory of activations."""
+"""Most tokens that one pass reads beside a single longer prompt; it bounds the memory of
+activations.
+"""
 
 WAITING: Final = 8
-"""Rows are read in together once one in so many slots waits: fewer passes against fewer idle slots."""
+"""Rows are read in together once one in so many slots waits: fewer passes against fewer idle slots.
+"""
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,9 @@ class Made:
 
 
 Then = Callable[[int, list[int]], Request | None]
-"""(row, new ids of the turn that it has ended) to its next turn, None after the last; called once a turn, in order."""
+"""(row, new ids of the turn that it has ended) to its next turn, None after the last; called once a
+turn, in order.
+"""
 
 
 @dataclass
@@ -115,12 +122,18 @@ class Decoder:
         self.passes = 0
         self._eos = torch.tensor(sorted(eos_ids), dtype=torch.int64, device=device)
         self._eos_ids = eos_ids
-        self._rows: list[_Row] = []  # by slot: those that decode, then those that wait; the other slots are free
+        self._rows: list[
+            _Row
+        ] = []  # by slot: those that decode, then those that wait; the other slots are free
         self._num_active = 0
         self._kinds: set[bool] = set()  # whether rows draw; those of the unit that has been read
 
     @torch.inference_mode()
-    def run(self, starts: Sequence[Request], then: Then = lambda row, ids: None) -> list[list[Made]]:
+    def run(
+        self,
+        starts: Sequence[Request],
+        then: Then = lambda row, ids: None,
+    ) -> list[list[Made]]:
         """All turns of every row of a unit, by row. Rows are begun in the given order.
 
         Raises:
@@ -134,7 +147,9 @@ class Decoder:
         while queue or self._rows:
             self._fill(queue)
             num_waiting = len(self._rows) - self._num_active
-            if num_waiting and (self._num_active == 0 or num_waiting * WAITING >= self.slots.num_rows):
+            if num_waiting and (
+                self._num_active == 0 or num_waiting * WAITING >= self.slots.num_rows
+            ):
                 self._read_in()
             else:
                 self._decode()
@@ -150,7 +165,9 @@ class Decoder:
             self.slots.clear(begin, len(self._rows))
 
     def _read_in(self) -> None:
-        """Prefill the slots that wait, as many as a pass may hold, and draw the first token of each."""
+        """Prefill the slots that wait, as many as a pass may hold, and draw the first token of
+        each.
+        """
         begin = end = self._num_active
         news: list[Sequence[int]] = []
         while end < len(self._rows):
@@ -168,11 +185,21 @@ class Decoder:
         self._reserve(max(lengths))
         temperatures = [request.temperature for request in requests]
         self._kinds |= {temperature > 0 for temperature in temperatures}
-        self.state.begin(begin, lengths, [r.limit for r in requests], temperatures, list(map(_uniforms, requests)))
+        self.state.begin(
+            begin,
+            lengths,
+            [r.limit for r in requests],
+            temperatures,
+            list(map(_uniforms, requests)),
+        )
         layout = Extending(self.slots, rows, [len(new) for new in news])
         (ids,) = put([np.concatenate(news)], self.slots.device)
         logits = packed_logits(
-            self.model, ids, layout.spans.positions, layout, layout.spans.query_starts[1:].long() - 1
+            self.model,
+            ids,
+            layout.spans.positions,
+            layout,
+            layout.spans.query_starts[1:].long() - 1,
         )
         self.slots.lengths[begin:end] = lengths
         self._num_active = end
@@ -180,21 +207,30 @@ class Decoder:
         self.passes += 1
 
     def _decode(self) -> None:
-        """Take a block of steps with all active slots; a replayed one has few sizes, which the unit alone decides."""
+        """Take a block of steps with all active slots; a replayed one has few sizes, which the unit
+        alone decides.
+        """
         active = self._num_active
         longest = max(self.slots.lengths[:active])
-        self._reserve(max(self.slots.lengths) + self.block + 1)  # a slot that has ended still writes behind its end
+        self._reserve(
+            max(self.slots.lengths) + self.block + 1,
+        )  # a slot that has ended still writes behind its end
         for step in range(1, self.block + 1):
             if self.graphs is None:
                 self._step(active, longest + step, self._parts(step))
             else:
-                size = (min(1 << (active - 1).bit_length(), self.slots.num_rows), grown(longest + self.block))
+                size = (
+                    min(1 << (active - 1).bit_length(), self.slots.num_rows),
+                    grown(longest + self.block),
+                )
                 whole = (*size, frozenset(self._kinds))
                 self.graphs.run(whole, lambda size=size: self._step(*size), self.state.carried)  # type: ignore[misc]
         self.passes += self.block
 
     def lengthen(self, length: int) -> None:
-        """Make slots at least ``length`` positions long; graphs of steps that read shorter ones are forgotten."""
+        """Make slots at least ``length`` positions long; graphs of steps that read shorter ones are
+        forgotten.
+        """
         before = self.slots.capacity
         self.slots.lengthen(length)
         if self.graphs is not None and self.slots.capacity != before:
@@ -205,13 +241,20 @@ class Decoder:
         self.slots.reserve(length)
 
     def _parts(self, step: int) -> list[tuple[slice, int]] | None:
-        """Rows that a CPU attends together in the block's step; a GPU attends all at once, by one kernel."""
+        """Rows that a CPU attends together in the block's step; a GPU attends all at once, by one
+        kernel.
+        """
         if self.slots.device.type != "cpu":
             return None
         ends = [length + step for length in self.slots.lengths[: self._num_active]]
         return parts_of(ends, self.slots.position_bytes)
 
-    def _step(self, num_rows: int, longest: int, parts: list[tuple[slice, int]] | None = None) -> torch.Tensor:
+    def _step(
+        self,
+        num_rows: int,
+        longest: int,
+        parts: list[tuple[slice, int]] | None = None,
+    ) -> torch.Tensor:
         """One token of each of the first slots; touches tensors alone.
 
         Returns:
@@ -227,8 +270,20 @@ class Decoder:
     def _draw(self, begin: int, end: int, logits: torch.Tensor) -> None:
         state = self.state
         largest = logits.amax(dim=-1, keepdim=True)
-        tokens = pick(logits, largest, state.uniforms_of(begin, end), state.temperatures[begin:end], self._kinds)
-        state.advance(begin, end, tokens, largest[:, 0].isfinite(), self._eos)  # NaN if any is; −∞ may bar a token
+        tokens = pick(
+            logits,
+            largest,
+            state.uniforms_of(begin, end),
+            state.temperatures[begin:end],
+            self._kinds,
+        )
+        state.advance(
+            begin,
+            end,
+            tokens,
+            largest[:, 0].isfinite(),
+            self._eos,
+        )  # NaN if any is; −∞ may bar a token
 
     def _collect(self, made: list[list[Made]], then: Then) -> None:
         """Take what has ended out of the active slots."""
@@ -239,7 +294,9 @@ class Decoder:
         ended = [slot for slot in range(self._num_active) if not alive[slot]]
         for slot in range(self._num_active):
             row = self._rows[slot]
-            self.slots.lengths[slot] = len(row.request.prompt) + counts[slot] - 1  # the last token has not been read
+            self.slots.lengths[slot] = (
+                len(row.request.prompt) + counts[slot] - 1
+            )  # the last token has not been read
         longest = max(self.slots.lengths)
         outs = self.state.outs(ended, [counts[slot] for slot in ended])
         following = []
@@ -279,13 +336,20 @@ class Decoder:
             self._rows.pop()
 
     def _move(self, order: list[int], longest: int) -> None:
-        """Move the content of slots, ``longest`` positions at most, to where the rows are now, all at once."""
+        """Move the content of slots, ``longest`` positions at most, to where the rows are now, all
+        at once.
+        """
         moved = [slot for slot, source in enumerate(order) if slot != source]
         if not moved:
             return
-        moved.sort(key=lambda slot: self.slots.lengths[order[slot]] == 0)  # what is empty is not copied
+        moved.sort(
+            key=lambda slot: self.slots.lengths[order[slot]] == 0,
+        )  # what is empty is not copied
         num_full = sum(self.slots.lengths[order[slot]] > 0 for slot in moved)
-        to, source = put([np.array(moved), np.array([order[slot] for slot in moved])], self.slots.device)
+        to, source = put(
+            [np.array(moved), np.array([order[slot] for slot in moved])],
+            self.slots.device,
+        )
         self.slots.move(order, to[:num_full], source[:num_full], longest)
         self.state.move(order, to, source)
 
@@ -297,7 +361,9 @@ def _uniforms(request: Request) -> np.ndarray:
 
 
 def common_prefix(cached: Sequence[int], prompt: Sequence[int]) -> int:
-    """How many leading ids of ``prompt`` the cache holds, less than all: the last one's logits must be computed."""
+    """How many leading ids of ``prompt`` the cache holds, less than all: the last one's logits must
+    be computed.
+    """
     shared = min(len(cached), len(prompt) - 1)
     differs = np.flatnonzero(np.asarray(cached[:shared]) != np.asarray(prompt[:shared]))
     return int(differs[0]) if len(differs) else shared

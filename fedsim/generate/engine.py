@@ -1,7 +1,7 @@
 """Batched sampling and scoring over the ranks, used by the guard, CAI and every evaluation.
 
-Rows are sorted by length and cut into fixed units; a unit is computed the same way on whichever rank it lands, and each
-row draws from its own key, so the number of ranks changes no token.
+Rows are sorted by length and cut into fixed units; a unit is computed the same way on whichever
+rank it lands, and each row draws from its own key, so the number of ranks changes no token.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Sampling:
 
     Attributes:
         temperature: 0 takes the most likely token.
-        max_new_tokens: a reply that has not ended by then is cut and counted as truncated; at most half of the
-            engine's context.
+        max_new_tokens: a reply that has not ended by then is cut and counted as truncated; at most
+            half of the engine's context.
     """
 
     temperature: float
@@ -51,8 +51,8 @@ class Reply:
     """One generated reply.
 
     Attributes:
-        text: the answer, decoded without special tokens and without thoughts, stripped; empty where a thought has not
-            ended.
+        text: the answer, decoded without special tokens and without thoughts, stripped; empty where
+            a thought has not ended.
         num_tokens: generated tokens, those of thoughts and the end-of-turn token included.
         truncated: it did not end within ``max_new_tokens`` (or the context).
         prompt_truncated: the prompt was longer than the context and lost its beginning.
@@ -86,8 +86,8 @@ class Dialogues:
     Attributes:
         conversations: each ends with a user turn.
         sampling: of every reply.
-        turn_keys: of each turn, the key that names its draws, such as ``("eval", "advbench")``; row i uses
-            ``(*key, i)``.
+        turn_keys: of each turn, the key that names its draws, such as ``("eval", "advbench")``; row
+            i uses ``(*key, i)``.
         follow_ups: of each turn but the last, what the user says after the reply, by conversation.
     """
 
@@ -126,13 +126,15 @@ class Engine:
         batch_size: rows that are decoded or scored together.
         max_context: prompt and reply together may have this many tokens.
         seed: the run's seed; with the call's key it fixes every draw.
-        on_progress: called with (done, total) rows of this rank; the total is exact where all ranks have as many.
+        on_progress: called with (done, total) rows of this rank; the total is exact where all ranks
+            have as many.
 
     Attributes:
         graph_problem: why CUDA graphs are off, the same on every rank; None while they are on.
-        spare_bytes: memory that nothing else needs at any time; slots that fit into it are kept between two calls, and
-            their graphs with them.
-        on_note: called on every rank with what a user should know, such as that graphs are off; by default a warning.
+        spare_bytes: memory that nothing else needs at any time; slots that fit into it are kept
+            between two calls, and their graphs with them.
+        on_note: called on every rank with what a user should know, such as that graphs are off; by
+            default a warning.
         work: what all ranks together have computed since :meth:`pop_work` was last called.
     """
 
@@ -168,7 +170,10 @@ class Engine:
         return done
 
     def generate(
-        self, conversations: Sequence[Conversation], sampling: Sampling, key: Sequence[keyed_random.KeyPart]
+        self,
+        conversations: Sequence[Conversation],
+        sampling: Sampling,
+        key: Sequence[keyed_random.KeyPart],
     ) -> list[Reply]:
         """One reply per conversation, in order.
 
@@ -191,10 +196,12 @@ class Engine:
         return replies
 
     def hold(self, kinds: Sequence[Dialogues]) -> list[Replies]:
-        """Generate the replies of all dialogues together, so that only one tail of the longest ones keeps slots idle.
+        """Generate the replies of all dialogues together, so that only one tail of the longest ones
+        keeps slots idle.
 
-        What the cache holds of a conversation's earlier turns is not computed again. A row's draws are its own,
-        whatever else is generated in the same call; its logits may differ in the last bits.
+        What the cache holds of a conversation's earlier turns is not computed again. A row's draws
+        are its own, whatever else is generated in the same call; its logits may differ in the last
+        bits.
 
         Returns:
             For each kind its replies.
@@ -213,7 +220,13 @@ class Engine:
             key = row.kind.turn_keys[turn]
             name = f"{'/'.join(map(str, key))}, row {row.index}"
             seed = keyed_random.derive(self.seed, "sample", *key, row.index)
-            return Request(whole[limit - self.max_context :], seed, limit, row.kind.sampling.temperature, name)
+            return Request(
+                whole[limit - self.max_context :],
+                seed,
+                limit,
+                row.kind.sampling.temperature,
+                name,
+            )
 
         def compute(unit: list[int]) -> tuple[list[list[tuple[Made, bool]]], int]:
             chats = [list(rows[r].conversation) for r in unit]
@@ -232,20 +245,34 @@ class Engine:
 
             before = decoder.passes
             made = decoder.run([request(r, 0, prompts[r]) for r in unit], then)
-            return [list(zip(*both, strict=True)) for both in zip(made, cut, strict=True)], decoder.passes - before
+            return [
+                list(zip(*both, strict=True)) for both in zip(made, cut, strict=True)
+            ], decoder.passes - before
 
         report = self._progress(len(rows))
         units = generation_units(lengths, most_new, self.batch_size)
         decoder = self._decoder(max(map(len, units), default=1), max(limits, default=1))
         if decoder.slots.device.type == "cuda" or decoder.graphs is not None:
-            decoder.lengthen(min(self.max_context, self._end(rows, lengths, most_new)) + decoder.block + 1)
-        done = self._run(compute, units, [float(sum(lengths[r] + most_new[r] for r in u)) for u in units])
+            decoder.lengthen(
+                min(self.max_context, self._end(rows, lengths, most_new)) + decoder.block + 1,
+            )
+        done = self._run(
+            compute,
+            units,
+            [float(sum(lengths[r] + most_new[r] for r in u)) for u in units],
+        )
         if decoder.graphs is not None and self.graph_problem is None:
             self._settle_graphs(decoder.graphs)
-        if decoder.graphs is not None and self.graph_problem is None and decoder.slots.num_bytes <= self.spare_bytes:
+        if (
+            decoder.graphs is not None
+            and self.graph_problem is None
+            and decoder.slots.num_bytes <= self.spare_bytes
+        ):
             self._kept, self._kept_adapters = decoder, adapters_in_use(self.model)
         found = self._in_order(units, [values for values, _ in done])
-        turns = [(made.num_kept, made.num_prompt, len(made.ids)) for row in found for made, _ in row]
+        turns = [
+            (made.num_kept, made.num_prompt, len(made.ids)) for row in found for made, _ in row
+        ]
         self.work += decode_work(turns, passes=sum(passes for _, passes in done))
         replies = iter([[self._reply(*turn) for turn in row] for row in found])
         return [
@@ -255,11 +282,15 @@ class Engine:
         ]
 
     def _settle_graphs(self, graphs: Graphs) -> None:
-        """Switch graphs off on all ranks where one could not use them; the steps' shapes, and bits, stay.
+        """Switch graphs off on all ranks where one could not use them; the steps' shapes, and bits,
+        stay.
 
-        Sizes whose graphs do not fit into a rank's memory run without on that rank, which is said once.
+        Sizes whose graphs do not fit into a rank's memory run without on that rank, which is said
+        once.
         """
-        for rank, (problem, sizes) in enumerate(self.ranks.gather((graphs.problem, graphs.pop_too_large()))):
+        for rank, (problem, sizes) in enumerate(
+            self.ranks.gather((graphs.problem, graphs.pop_too_large())),
+        ):
             where = f" on rank {rank}" if self.ranks.size > 1 else ""
             if problem is not None:
                 self.graph_problem = f"CUDA graphs of decoding steps are off: {problem}{where}"
@@ -285,7 +316,8 @@ class Engine:
         plain = self.chat.decode(ids)
         if not self._special_marks:
             return read_reply(plain, opened=self._opens_thought)
-        # Some marks are special tokens, which decoding leaves out: look for them first, then remove the others.
+        # Some marks are special tokens, which decoding leaves out: look for them first, then remove
+        # the others.
         whole = self.chat.tokenizer.decode(list(ids), skip_special_tokens=False)
         assert isinstance(whole, str)
         answer, thought = read_reply(whole, opened=self._opens_thought)
@@ -304,7 +336,9 @@ class Engine:
     def _special_tokens(self) -> list[str]:
         """Texts of the tokens that decoding leaves out."""
         tokenizer = self.chat.tokenizer
-        added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        added = [
+            token.content for token in tokenizer.added_tokens_decoder.values() if token.special
+        ]
         return sorted({*map(str, tokenizer.all_special_tokens), *added})
 
     @cached_property
@@ -313,8 +347,15 @@ class Engine:
         marks = [mark for pair in MARKS for mark in pair]
         return any(token in mark for token in self._special_tokens for mark in marks)
 
-    def _end(self, rows: Sequence[_Dialogue], lengths: Sequence[int], most_new: Sequence[int]) -> int:
-        """Where the longest row will end, so that slots that graphs read need not move. A guess is enough."""
+    def _end(
+        self,
+        rows: Sequence[_Dialogue],
+        lengths: Sequence[int],
+        most_new: Sequence[int],
+    ) -> int:
+        """Where the longest row will end, so that slots that graphs read need not move. A guess is
+        enough.
+        """
         said = {texts[row.index] for row in rows for texts in row.kind.follow_ups}
         size = {text: len(self.chat.prompt_ids([user_turn(text)])) for text in said}
         ends = [
@@ -324,12 +365,16 @@ class Engine:
         return max(ends, default=0)
 
     def _decoder(self, num_rows: int, max_new_tokens: int) -> Decoder:
-        """For the units of one call: the last call's if it is kept and large enough, and the same adapters are used."""
+        """For the units of one call: the last call's if it is kept and large enough, and the same
+        adapters are used.
+        """
         device = next(self.model.parameters()).device
         num_slots = min(self.batch_size, num_rows)
         kept, self._kept = self._kept, None
         if kept is not None:
-            is_as_large = kept.slots.num_rows == num_slots and kept.state.max_new_tokens >= max_new_tokens
+            is_as_large = (
+                kept.slots.num_rows == num_slots and kept.state.max_new_tokens >= max_new_tokens
+            )
             if is_as_large and self._kept_adapters == adapters_in_use(self.model):
                 return kept
         del kept  # before other slots are made
@@ -348,7 +393,8 @@ class Engine:
         """Log-probability of each row's targets (tokens with ``loss_mask``), in order.
 
         Units are ``batch_size`` rows, however long: logits are computed in chunks of a fixed size
-        (:mod:`fedsim.model.logprobs`), so that the activations of the layers alone grow with the rows' lengths.
+        (:mod:`fedsim.model.logprobs`), so that the activations of the layers alone grow with the
+        rows' lengths.
 
         Args:
             rows: what is scored.
@@ -373,7 +419,12 @@ class Engine:
         check_sound(sums, name)
         return [RowScore(value, row.num_targets) for value, row in zip(sums, rows, strict=True)]
 
-    def _run(self, compute: Callable[[list[int]], T], units: list[list[int]], costs: list[float]) -> list[T]:
+    def _run(
+        self,
+        compute: Callable[[list[int]], T],
+        units: list[list[int]],
+        costs: list[float],
+    ) -> list[T]:
         was_training = self.model.training
         self.model.eval()
         try:
@@ -385,7 +436,11 @@ class Engine:
     @staticmethod
     def _in_order(units: list[list[int]], values: Sequence[Sequence[T]]) -> list[T]:
         """By row what is there by unit."""
-        found = {i: v for unit, those in zip(units, values, strict=True) for i, v in zip(unit, those, strict=True)}
+        found = {
+            i: v
+            for unit, those in zip(units, values, strict=True)
+            for i, v in zip(unit, those, strict=True)
+        }
         return [found[i] for i in range(len(found))]
 
     def _progress(self, num_rows: int) -> Callable[[int], None]:

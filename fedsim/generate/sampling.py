@@ -9,7 +9,11 @@ from fedsim.kernels import sampling
 
 
 def pick(
-    logits: torch.Tensor, largest: torch.Tensor, uniforms: torch.Tensor, temperatures: torch.Tensor, kinds: set[bool]
+    logits: torch.Tensor,
+    largest: torch.Tensor,
+    uniforms: torch.Tensor,
+    temperatures: torch.Tensor,
+    kinds: set[bool],
 ) -> torch.Tensor:
     """One token per row.
 
@@ -18,8 +22,8 @@ def pick(
         largest: ``[rows, 1]``: the largest of each row.
         uniforms: fp64 ``[rows]`` in [0, 1); unused at temperature 0.
         temperatures: fp64 ``[rows]``; 0 takes the argmax (the smallest id of equals).
-        kinds: whether temperatures are above 0: the answers that rows of this batch may give, known without asking the
-            device.
+        kinds: whether temperatures are above 0: the answers that rows of this batch may give, known
+            without asking the device.
 
     Returns:
         int64 ``[rows]``. Of logits without a largest number (NaN, +∞) any token.
@@ -34,9 +38,14 @@ def pick(
 
 
 def sample(
-    logits: torch.Tensor, largest: torch.Tensor, uniforms: torch.Tensor, temperatures: torch.Tensor
+    logits: torch.Tensor,
+    largest: torch.Tensor,
+    uniforms: torch.Tensor,
+    temperatures: torch.Tensor,
 ) -> torch.Tensor:
-    """See :func:`fedsim.kernels.sampling.sample`, which two kernels compute where the device has them."""
+    """See :func:`fedsim.kernels.sampling.sample`, which two kernels compute where the device has
+    them.
+    """
     if not runs_fused(logits.device):
         return sampling.sample(logits, largest, uniforms, temperatures)
     logits = logits.contiguous()

@@ -24,7 +24,7 @@ def unsound(name: str) -> RunError:
     """The error of logits that are no numbers; ``name`` says whose."""
     return RunError(
         f"{name}: the model's logits became NaN or infinite; lower the learning rates, or use a model.dtype of a "
-        "larger range (bfloat16 or float32)"
+        "larger range (bfloat16 or float32)",
     )
 
 

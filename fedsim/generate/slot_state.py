@@ -22,7 +22,8 @@ class State:
         counts: tokens drawn so far.
         limits: most tokens to draw.
         alive: 1 where the turn goes on, else 0: the column's other numbers stand still.
-        lines: the line of ``_out`` and ``_uniforms`` that belongs to the slot's row and moves with it.
+        lines: the line of ``_out`` and ``_uniforms`` that belongs to the slot's row and moves with
+            it.
         sound: 1 where all tokens of the turn were drawn from numbers, else 0.
         temperatures: fp64 ``[slots]``: of the draws.
     """
@@ -30,12 +31,24 @@ class State:
     def __init__(self, num_slots: int, max_new_tokens: int, device: torch.device) -> None:
         self.rows = torch.arange(num_slots, device=device)
         self._fields = torch.zeros(len(_FIELDS), num_slots, dtype=torch.int64, device=device)
-        self.ids, self.places, self.counts, self.limits, self.alive, self.lines, self.sound, bits = self._fields
+        (
+            self.ids,
+            self.places,
+            self.counts,
+            self.limits,
+            self.alive,
+            self.lines,
+            self.sound,
+            bits,
+        ) = self._fields
         self.temperatures = bits.view(torch.float64)  # so that one copy moves all columns
         self.lines.copy_(self.rows)
         self.temperatures.fill_(1.0)
         self._line_of = list(range(num_slots))
-        size = (num_slots, max_new_tokens + 1)  # a slot that has ended still writes behind its last token
+        size = (
+            num_slots,
+            max_new_tokens + 1,
+        )  # a slot that has ended still writes behind its last token
         self._out = torch.zeros(size, dtype=torch.int64, device=device)
         self._uniforms = torch.zeros(size, dtype=torch.float64, device=device)
 
@@ -67,27 +80,48 @@ class State:
         """Slots from ``first`` on are about to draw the token after prompts of these lengths.
 
         Args:
-            uniforms: of each row the numbers that it draws with, as many as its limit; none of a greedy row.
+            uniforms: of each row the numbers that it draws with, as many as its limit; none of a
+                greedy row.
         """
         assert min(limits) >= 1 and max(limits) < self._out.shape[1]
         last = first + len(lengths)
         zeros, ones = [0] * len(lengths), [1] * len(lengths)
         lines = self._line_of[first:last]
         bits = np.array(temperatures, dtype=np.float64).view(np.int64).tolist()
-        columns = [zeros, [length - 1 for length in lengths], zeros, list(limits), ones, lines, ones, bits]
+        columns = [
+            zeros,
+            [length - 1 for length in lengths],
+            zeros,
+            list(limits),
+            ones,
+            lines,
+            ones,
+            bits,
+        ]
         self._fields[:, first:last] = to_device(torch.tensor(columns), self._fields.device)
         if any(map(len, uniforms)):
             padded = np.zeros((len(uniforms), self._uniforms.shape[1]))
             for line, drawn in zip(padded, uniforms, strict=True):
                 line[: len(drawn)] = drawn
-            self._uniforms[self.lines[first:last]] = to_device(torch.from_numpy(padded), self._uniforms.device)
+            self._uniforms[self.lines[first:last]] = to_device(
+                torch.from_numpy(padded),
+                self._uniforms.device,
+            )
 
     def uniforms_of(self, first: int, last: int) -> torch.Tensor:
         """fp64 ``[last − first]``: the number that each slot's next token is drawn with."""
         return self._uniforms[self.lines[first:last], self.counts[first:last]]
 
-    def advance(self, first: int, last: int, tokens: torch.Tensor, is_sound: torch.Tensor, eos: torch.Tensor) -> None:
-        """Take in the tokens (int64 ``[last − first]``) that were drawn; slots with an end token or at their limit end.
+    def advance(
+        self,
+        first: int,
+        last: int,
+        tokens: torch.Tensor,
+        is_sound: torch.Tensor,
+        eos: torch.Tensor,
+    ) -> None:
+        """Take in the tokens (int64 ``[last − first]``) that were drawn; slots with an end token or
+        at their limit end.
 
         Args:
             is_sound: bool ``[last − first]``: whether there was a distribution to draw from.
@@ -106,7 +140,9 @@ class State:
         return counts, alive, sound
 
     def outs(self, slots: Sequence[int], counts: Sequence[int]) -> list[list[int]]:
-        """Tokens that were drawn in each of these slots, as many as ``counts`` says; waits for the device."""
+        """Tokens that were drawn in each of these slots, as many as ``counts`` says; waits for the
+        device.
+        """
         if not slots:
             return []
         (lines,) = put([np.array([self._line_of[slot] for slot in slots])], self._out.device)

@@ -1,7 +1,7 @@
 """The one reduction that ends a round's local training.
 
-After a MAX that fixes the scales, one SUM carries [Σ w·delta | Σ control-variate deltas | weights and metrics by client
-| seconds and tokens by rank], over all ranks.
+After a MAX that fixes the scales, one SUM carries [Σ w·delta | Σ control-variate deltas | weights
+and metrics by client | seconds and tokens by rank], over all ranks.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ def aggregate(
     Args:
         outcomes: clients that this rank took part in training (for its busy time).
         reporting: those of them that it reports (a wide lane reports once, from its first member).
-        cohort: all clients that delivered an update in the round, in order; without any the sums are 0.
+        cohort: all clients that delivered an update in the round, in order; without any the sums
+            are 0.
         size: length of the adapter.
         num_clients: clients of the federation, N.
     """
@@ -84,12 +85,18 @@ def aggregate(
     segments = [deltas, controls, *columns, [Term(busy[0])], [Term(busy[1])]]
     control_size = size if has_control else 0
     sizes = [size, control_size, *[len(cohort)] * len(_CLIENT_FIELDS), world_size, world_size]
-    # Figures have one term per rank, but only one rank's entry is not 0. The grid must not depend on the world's size.
+    # Figures have one term per rank, but only one rank's entry is not 0. The grid must not depend
+    # on the world's size.
     delta, control, *rest = summer.sum(segments, sizes, count=max(1, len(cohort)))
     figures = [column.tolist() for column in rest]
     clients = [
         ClientReport(client, int(rows), weight, loss, first, int(tokens))
         for client, rows, weight, loss, first, tokens in zip(cohort, *figures[:-2], strict=True)
     ]
-    sums = RoundSums(delta, sum(c.weight for c in clients), control if has_control else None, num_clients)
+    sums = RoundSums(
+        delta,
+        sum(c.weight for c in clients),
+        control if has_control else None,
+        num_clients,
+    )
     return Aggregated(sums, clients, figures[-2], figures[-1])

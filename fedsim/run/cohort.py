@@ -125,20 +125,32 @@ class CohortRunner:
     ) -> LocalWork:
         """Train this rank's part of a cohort from ``state``; a client that fails is set aside.
 
-        Control variates are written as soon as they are known; those of a client that another rank saw fail are never
-        taken (:meth:`ClientStateStore.advance`), and deleted with the round's checkpoint.
+        Control variates are written as soon as they are known; those of a client that another rank
+        saw fail are never taken (:meth:`ClientStateStore.advance`), and deleted with the round's
+        checkpoint.
 
         Args:
             steps: optimizer steps of each client; all have rows.
         """
         tokens = {c: self.trainer.num_tokens(c, self.shards[c], round_idx, steps[c]) for c in steps}
         shared = SharedSteps(steps, self._sharing_s)
-        plan = plan_round(tokens, seconds_per_token, self.num_micro_batches, wide_lanes=self.wide_lanes, shared=shared)
+        plan = plan_round(
+            tokens,
+            seconds_per_token,
+            self.num_micro_batches,
+            wide_lanes=self.wide_lanes,
+            shared=shared,
+        )
         work = LocalWork(round_idx, plan, tokens, shared, [], [], [])
         self._train(work, steps, state, on_step)
         return work
 
-    def reduce(self, work: LocalWork, state: ServerState, seconds_per_token: Sequence[float]) -> CohortResult:
+    def reduce(
+        self,
+        work: LocalWork,
+        state: ServerState,
+        seconds_per_token: Sequence[float],
+    ) -> CohortResult:
         """Agree on who failed, and sum the others' updates: the round's one reduction.
 
         Raises:
@@ -146,7 +158,9 @@ class CohortRunner:
         """
         work = self._attack(work, state)
         wide = {job.client for job in work.plan.jobs if job.width > 1}
-        shared_s = {outcome.client: outcome.seconds for outcome in work.outcomes if outcome.client in wide}
+        shared_s = {
+            outcome.client: outcome.seconds for outcome in work.outcomes if outcome.client in wide
+        }
         shares = self.world.ranks.gather((work.failures, shared_s))
         found = [failure for share, _ in shares for failure in share]
         failures = by_client(found)
@@ -173,12 +187,26 @@ class CohortRunner:
             device=state.adapter.device,
         )
         tokens = {client: work.tokens[client] for client in delivered}
-        cost = learned_cost(seconds_per_token, result.busy_s, work.plan, tokens, self.num_micro_batches, work.shared)
+        cost = learned_cost(
+            seconds_per_token,
+            result.busy_s,
+            work.plan,
+            tokens,
+            self.num_micro_batches,
+            work.shared,
+        )
         least_s = {  # the member that waited least for the others
             client: min(seconds[client] for _, seconds in shares if client in seconds)
             for client in wide.intersection(delivered)
         }
-        self._sharing_s = learned_sharing(work.shared, least_s, work.plan, tokens, cost, self.num_micro_batches)
+        self._sharing_s = learned_sharing(
+            work.shared,
+            least_s,
+            work.plan,
+            tokens,
+            cost,
+            self.num_micro_batches,
+        )
         busy_s = list(result.busy_s)
         for failure in found:
             busy_s[failure.rank] += failure.seconds
@@ -186,27 +214,51 @@ class CohortRunner:
 
     def attackers(self, round_idx: int, cohort: Iterable[int]) -> list[int]:
         """Those of a round's clients that attack in it, ascending."""
-        return sorted(client for attack in self.attacks for client in attack.in_round(round_idx, list(cohort)))
+        return sorted(
+            client for attack in self.attacks for client in attack.in_round(round_idx, list(cohort))
+        )
 
     def _attack(self, work: LocalWork, state: ServerState) -> LocalWork:
-        """Let attackers change what they report; a changed update that :func:`checked` refuses is a failure."""
-        attacks = [a for a in self.attacks if a.changes_outcomes and a.in_round(work.round_idx, list(work.tokens))]
+        """Let attackers change what they report; a changed update that :func:`checked` refuses is a
+        failure.
+        """
+        attacks = [
+            a
+            for a in self.attacks
+            if a.changes_outcomes and a.in_round(work.round_idx, list(work.tokens))
+        ]
         if not attacks:
             return work
-        failed = {failure.client for share in self.world.ranks.gather(work.failures) for failure in share}
+        failed = {
+            failure.client for share in self.world.ranks.gather(work.failures) for failure in share
+        }
         trained = sorted(work.tokens.keys() - failed)
         reporting = {outcome.client: outcome for outcome in work.reporting}
         failures = list(work.failures)
 
         def change(attack: ActiveAttack, members: Sequence[int], colluders: Updates) -> None:
             for client in [client for client in members if client in reporting]:
-                outcome = attack.changed_outcome(reporting[client], work.round_idx, state, colluders)
+                outcome = attack.changed_outcome(
+                    reporting[client],
+                    work.round_idx,
+                    state,
+                    colluders,
+                )
                 try:
                     reporting[client] = checked(outcome, self.failures.max_update_norm)
                 except (ClientError, NotFiniteError) as error:
                     failure = client_error(error)
                     spent = reporting[client].seconds
-                    failures.append(ClientFailure(client, failure.reason, self.world.rank, failure.message, "", spent))
+                    failures.append(
+                        ClientFailure(
+                            client,
+                            failure.reason,
+                            self.world.rank,
+                            failure.message,
+                            "",
+                            spent,
+                        ),
+                    )
 
         for attack in attacks:
             members = attack.in_round(work.round_idx, trained)
@@ -214,7 +266,12 @@ class CohortRunner:
             self.world.ranks.each(functools.partial(change, attack, members, colluders))
         return replace(work, reporting=list(reporting.values()), failures=failures)
 
-    def _updates(self, reporting: Sequence[ClientOutcome], clients: Sequence[int], state: ServerState) -> Updates:
+    def _updates(
+        self,
+        reporting: Sequence[ClientOutcome],
+        clients: Sequence[int],
+        state: ServerState,
+    ) -> Updates:
         """The updates of some clients, on every rank."""
         return gather_updates(
             reporting,
@@ -233,7 +290,9 @@ class CohortRunner:
         state: ServerState,
         on_step: Callable[[int, int], None] | None,
     ) -> None:
-        """This rank's jobs in the plan's order. Every rank asks for every wide lane, in the same order."""
+        """This rank's jobs in the plan's order. Every rank asks for every wide lane, in the same
+        order.
+        """
         rank = self.world.rank
         lanes = {job: self.world.lane(job.first_rank, job.width) for job in work.plan.jobs}
         mine = [job for job in work.plan.jobs if rank in job.ranks]
@@ -245,19 +304,38 @@ class CohortRunner:
             try:
                 with self.world.journal.at(client=job.client):
                     outcome = self._train_client(
-                        job.client, work.round_idx, state, lanes[job], report, steps[job.client]
+                        job.client,
+                        work.round_idx,
+                        state,
+                        lanes[job],
+                        report,
+                        steps[job.client],
                     )
             except ClientError as error:
                 error.with_traceback(None)  # its frames hold the client's vectors
                 seconds = time.perf_counter() - began
-                failure = ClientFailure(job.client, error.reason, rank, error.message, error.trace, seconds)
+                failure = ClientFailure(
+                    job.client,
+                    error.reason,
+                    rank,
+                    error.message,
+                    error.trace,
+                    seconds,
+                )
                 work.failures.append(failure)
                 self.world.journal.write("client failed", **asdict(failure))
                 continue
             if outcome.control is not None:
                 if job.first_rank == rank:
-                    self.controls.save(job.client, work.round_idx, outcome.control)  # counts once all have agreed
-                outcome = replace(outcome, control=None)  # on disk: a rank's whole cohort need not be held in memory
+                    self.controls.save(
+                        job.client,
+                        work.round_idx,
+                        outcome.control,
+                    )  # counts once all have agreed
+                outcome = replace(
+                    outcome,
+                    control=None,
+                )  # on disk: a rank's whole cohort need not be held in memory
             work.outcomes.append(outcome)
             if job.first_rank == rank:
                 work.reporting.append(outcome)
@@ -274,19 +352,31 @@ class CohortRunner:
         """One client's update.
 
         Raises:
-            ClientError: any of it failed; an error of the sums that a lane shares is no client's, and ends the run.
+            ClientError: any of it failed; an error of the sums that a lane shares is no client's,
+                and ends the run.
         """
         own = ContainedWork()
         control = own.do(lambda: self.controls.load(client))
         rows = self.shards[client]
-        outcome = self.trainer.train(client, rows, round_idx, state, control, lane, on_step, num_steps, own)
+        outcome = self.trainer.train(
+            client,
+            rows,
+            round_idx,
+            state,
+            control,
+            lane,
+            on_step,
+            num_steps,
+            own,
+        )
         own.do(lambda: checked(outcome, self.failures.max_update_norm))
         own.check()
         return outcome
 
 
 def agreed_checksums(state: ServerState, ranks: Ranks) -> dict[str, str]:
-    """BLAKE2b of each vector's bytes (hex) by the vector's name, after proof that every rank holds the same ones.
+    """BLAKE2b of each vector's bytes (hex) by the vector's name, after proof that every rank holds
+    the same ones.
 
     Raises:
         RunError: ranks disagree.
@@ -300,10 +390,14 @@ def agreed_checksums(state: ServerState, ranks: Ranks) -> dict[str, str]:
         digests = [digest[name] for digest in found]
         if len(set(digests)) != 1:
             raise RunError(
-                f"ranks hold different vectors {name} (checksums {', '.join(digests)}); the run cannot go on"
+                f"ranks hold different vectors {name} (checksums {', '.join(digests)}); the run cannot go on",
             )
     return own
 
 
-def _shifted(report: Callable[[int, int], None], done: int, total: int) -> Callable[[int, int], None]:
+def _shifted(
+    report: Callable[[int, int], None],
+    done: int,
+    total: int,
+) -> Callable[[int, int], None]:
     return lambda step, _: report(done + step, total)

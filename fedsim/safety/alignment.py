@@ -1,8 +1,9 @@
-"""Constitutional AI on the global adapter: an SFT stage and a DPO stage in every round (paper §4.2).
+"""Constitutional AI on the global adapter: an SFT stage and a DPO stage in every round (paper
+§4.2).
 
-One iteration is one SFT step and one DPO step on the same rows. A round runs its SFT steps first, then its DPO steps
-over the same rows; one shuffled cursor goes on from round to round, so 1,250 iterations of 16 rows are an epoch of
-20,000.
+One iteration is one SFT step and one DPO step on the same rows. A round runs its SFT steps first,
+then its DPO steps over the same rows; one shuffled cursor goes on from round to round, so 1,250
+iterations of 16 rows are an epoch of 20,000.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ class Aligner:
         cai: the CAI configuration.
         seed: the run's seed.
         num_rounds: rounds of the run.
-        pass_tokens: most tokens of a pass outside exact mode, those of DPO's reference not counted; 0:
-            ``micro_batch_size`` times the longest item.
+        pass_tokens: most tokens of a pass outside exact mode, those of DPO's reference not counted;
+            0: ``micro_batch_size`` times the longest item.
 
     Attributes:
         pairs: the pairs that can be trained on.
@@ -78,7 +79,10 @@ class Aligner:
         self.reasons = [why_no_pair(chat, row, pair) for row, pair in zip(rows, pairs, strict=True)]
         self.pairs = [p for p, reason in zip(pairs, self.reasons, strict=True) if reason is None]
         if not self.pairs:
-            raise Tally.of(self.reasons).none_left("CAI pairs", max_length=f"cai.max_length={cai.max_length}")
+            raise Tally.of(self.reasons).none_left(
+                "CAI pairs",
+                max_length=f"cai.max_length={cai.max_length}",
+            )
 
     @property
     def num_cut(self) -> int:
@@ -91,19 +95,29 @@ class Aligner:
 
     @property
     def iterations(self) -> int:
-        """Iterations of a round that has CAI; an epoch, where it is asked for, ends with the batch of the last row."""
-        return -(-len(self.pairs) // self.cai.batch_size) if self.cai.iterations == -1 else self.cai.iterations
+        """Iterations of a round that has CAI; an epoch, where it is asked for, ends with the batch
+        of the last row.
+        """
+        return (
+            -(-len(self.pairs) // self.cai.batch_size)
+            if self.cai.iterations == -1
+            else self.cai.iterations
+        )
 
     def batches(self, round_idx: int) -> list[list[Preference]]:
         """The rows of each iteration of a round that has CAI.
 
-        The cursor goes on from the stage before; where stages are epochs, each begins with an order of its own.
+        The cursor goes on from the stage before; where stages are epochs, each begins with an order
+        of its own.
         """
         size, iterations = self.cai.batch_size, self.iterations
         step = len(self.pairs) if self.cai.iterations == -1 else iterations * size
         first = self.cai.num_stages(round_idx) * step
         orders: dict[int, list[int]] = {}
-        return [[self.pairs[self._at(first + t * size + i, orders)] for i in range(size)] for t in range(iterations)]
+        return [
+            [self.pairs[self._at(first + t * size + i, orders)] for i in range(size)]
+            for t in range(iterations)
+        ]
 
     def align(
         self,
@@ -162,7 +176,10 @@ class Aligner:
         """Row at a place of the endless cursor: one keyed order after another."""
         epoch, offset = divmod(place, len(self.pairs))
         if epoch not in orders:
-            orders[epoch] = [int(i) for i in keyed_random.permutation(len(self.pairs), self.seed, "cai_rows", epoch)]
+            orders[epoch] = [
+                int(i)
+                for i in keyed_random.permutation(len(self.pairs), self.seed, "cai_rows", epoch)
+            ]
         return orders[epoch][offset]
 
 
@@ -176,10 +193,11 @@ def preference(chat: ChatFormat, row: CaiRow, max_length: int) -> Preference:
 
 
 def why_no_pair(chat: ChatFormat, row: CaiRow, pair: Preference) -> str | None:
-    """Name the reason of ``usable.REASONS`` why a pair cannot teach anything; None for one that can.
+    """Name the reason of ``usable.REASONS`` why a pair cannot teach anything; None for one that
+    can.
 
-    SFT needs a usable row of the revision, DPO one of each reply. Two replies that differ only behind the cut, or not
-    at all once they are tokens, prefer nothing.
+    SFT needs a usable row of the revision, DPO one of each reply. Two replies that differ only
+    behind the cut, or not at all once they are tokens, prefer nothing.
     """
     for tokens, reply in ((pair.chosen, row.chosen), (pair.rejected, row.rejected)):
         reason = why_unusable(chat, tokens, reply)
@@ -195,10 +213,14 @@ def fills(chat: ChatFormat, prompt: str, max_length: int) -> bool:
 
 
 def check_prompts(chat: ChatFormat, prompts: Sequence[str], max_length: int) -> None:
-    """Check that one of the prompts leaves room for a reply, before conversations are written from them.
+    """Check that one of the prompts leaves room for a reply, before conversations are written from
+    them.
 
     Raises:
         ConfigError: none does.
     """
     if all(fills(chat, prompt, max_length) for prompt in prompts):
-        raise Tally.of(["no_targets"] * len(prompts)).none_left("CAI rows", max_length=f"cai.max_length={max_length}")
+        raise Tally.of(["no_targets"] * len(prompts)).none_left(
+            "CAI rows",
+            max_length=f"cai.max_length={max_length}",
+        )

@@ -1,7 +1,8 @@
 """CAI conversations: response, critique and revision in one chat (paper §4.2; arXiv 2212.08073).
 
-One conversation of three turns a row. SFT then trains prompt → revision, and DPO prefers the revision
-(``chosen``) to the response (``rejected``). Rows that cannot teach that are dropped and counted by reason.
+One conversation of three turns a row. SFT then trains prompt → revision, and DPO prefers the
+revision (``chosen``) to the response (``rejected``). Rows that cannot teach that are dropped and
+counted by reason.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class CaiRow:
     Attributes:
         row_id: the data row whose prompt it starts from.
         principle: position of the principle in the constitution.
-        truncated: turns that did not end in time, or whose conversation outgrew the context and lost its beginning.
+        truncated: turns that did not end in time, or whose conversation outgrew the context and
+            lost its beginning.
     """
 
     row_id: int
@@ -68,7 +70,9 @@ class CaiRow:
 
     @property
     def defect(self) -> Defect | None:
-        """Why the row cannot be trained on, the first reason of :data:`DEFECTS` that holds; None if it can."""
+        """Why the row cannot be trained on, the first reason of :data:`DEFECTS` that holds; None if
+        it can.
+        """
         response, revision = self.init_response.strip(), self.revision_response.strip()
         if not response:
             return "empty_response"
@@ -94,24 +98,38 @@ def generate_conversations(
         engine: the model that writes all turns; its seed fixes the draws.
         rows: their prompts start the conversations.
         sampling: of each turn (paper: temperature 1.0).
-        first_turn: "model" lets the engine write the response, "dataset" takes the row's own response.
-        key: names the draws; another key, such as ``("cai", round_idx)``, gives fresh conversations.
+        first_turn: "model" lets the engine write the response, "dataset" takes the row's own
+            response.
+        key: names the draws; another key, such as ``("cai", round_idx)``, gives fresh
+            conversations.
     """
     drawn = [
-        keyed_random.derive(engine.seed, "principle", *key, row.row_id) % len(constitution.principles) for row in rows
+        keyed_random.derive(engine.seed, "principle", *key, row.row_id)
+        % len(constitution.principles)
+        for row in rows
     ]
     principles = [constitution.principles[i] for i in drawn]
     chats: list[Conversation] = [constitution.conversation([user_turn(row.prompt)]) for row in rows]
     follow_ups = [[p.critic for p in principles], [p.revision for p in principles]]
     if first_turn == "model":
-        responses, critiques, revisions = engine.converse(chats, follow_ups, sampling, [(*key, turn) for turn in TURNS])
+        responses, critiques, revisions = engine.converse(
+            chats,
+            follow_ups,
+            sampling,
+            [(*key, turn) for turn in TURNS],
+        )
     else:
         responses = [Reply(row.response, num_tokens=0, truncated=False) for row in rows]
         asked: list[Conversation] = [
             [*chat, assistant_turn(row.response), user_turn(request)]
             for chat, row, request in zip(chats, rows, follow_ups[0], strict=True)
         ]
-        critiques, revisions = engine.converse(asked, follow_ups[1:], sampling, [(*key, turn) for turn in TURNS[1:]])
+        critiques, revisions = engine.converse(
+            asked,
+            follow_ups[1:],
+            sampling,
+            [(*key, turn) for turn in TURNS[1:]],
+        )
     return [
         CaiRow(
             row_id=row.row_id,
@@ -123,7 +141,9 @@ def generate_conversations(
             revision_response=turns[2].text,
             principle=index,
             truncated=tuple(
-                name for name, turn in zip(TURNS, turns, strict=True) if turn.truncated or turn.prompt_truncated
+                name
+                for name, turn in zip(TURNS, turns, strict=True)
+                if turn.truncated or turn.prompt_truncated
             ),
         )
         for row, index, *turns in zip(rows, drawn, responses, critiques, revisions, strict=True)
@@ -136,10 +156,11 @@ def usable(rows: Sequence[CaiRow]) -> list[CaiRow]:
 
 
 def count_metrics(rows: Sequence[CaiRow]) -> dict[str, int]:
-    """Counts as ``cai/<name>``: rows, those with a defect by reason (each once), and signs of collapse.
+    """Counts as ``cai/<name>``: rows, those with a defect by reason (each once), and signs of
+    collapse.
 
-    ``num_empty_revisions``, ``num_unchanged_revisions`` and ``num_truncated_<turn>`` count every such row, whatever it
-    was dropped for.
+    ``num_empty_revisions``, ``num_unchanged_revisions`` and ``num_truncated_<turn>`` count every
+    such row, whatever it was dropped for.
     """
     defects = Counter(row.defect for row in rows)
     truncated = Counter(turn for row in rows for turn in row.truncated)
@@ -174,17 +195,31 @@ def load_conversations(path: Path) -> list[CaiRow]:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); generate the conversations anew") from error
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}); generate the conversations anew",
+        ) from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: is not UTF-8 (byte {error.start}); generate the conversations anew") from error
-    lines = text.removesuffix("\n").split("\n") if text else []  # splitlines() would also cut at U+2028
-    return [_from_json(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+        raise DataError(
+            f"{path}: is not UTF-8 (byte {error.start}); generate the conversations anew",
+        ) from error
+    lines = (
+        text.removesuffix("\n").split("\n") if text else []
+    )  # splitlines() would also cut at U+2028
+    return [
+        _from_json(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)
+    ]
 
 
 def _to_json(row: CaiRow) -> dict[str, Any]:
     texts = {name: getattr(row, name) for name in _TEXT_KEYS}
     pair = {"chosen": row.chosen, "rejected": row.rejected}
-    return {"row_id": row.row_id, **texts, **pair, "principle": row.principle, "truncated": list(row.truncated)}
+    return {
+        "row_id": row.row_id,
+        **texts,
+        **pair,
+        "principle": row.principle,
+        "truncated": list(row.truncated),
+    }
 
 
 def _from_json(line: str, place: str) -> CaiRow:
@@ -201,9 +236,16 @@ def _from_json(line: str, place: str) -> CaiRow:
         if not isinstance(entry.get(name), int):
             raise DataError(f"{place}: {name!r} must be a whole number")
     if (entry["chosen"], entry["rejected"]) != (entry["revision_response"], entry["init_response"]):
-        raise DataError(f"{place}: 'chosen' must equal 'revision_response', and 'rejected' 'init_response'")
+        raise DataError(
+            f"{place}: 'chosen' must equal 'revision_response', and 'rejected' 'init_response'",
+        )
     truncated = entry.get("truncated", [])
     if not isinstance(truncated, list) or not all(turn in TURNS for turn in truncated):
         raise DataError(f"{place}: 'truncated' must be a list of {', '.join(TURNS)}")
     texts = {name: entry[name] for name in _TEXT_KEYS}
-    return CaiRow(row_id=entry["row_id"], principle=entry["principle"], truncated=tuple(truncated), **texts)
+    return CaiRow(
+        row_id=entry["row_id"],
+        principle=entry["principle"],
+        truncated=tuple(truncated),
+        **texts,
+    )

@@ -1,7 +1,9 @@
-"""Judgements of CAI conversations: is the first response harmful, does the critique say so, is it repaired?
+"""Judgements of CAI conversations: is the first response harmful, does the critique say so, is it
+repaired?
 
-CAI's SFT and DPO teach the difference between the first response and the revision. Where no first response is
-harmful, there is no such difference to learn, and training on the revisions repeats what the writer says anyway.
+CAI's SFT and DPO teach the difference between the first response and the revision. Where no first
+response is harmful, there is no such difference to learn, and training on the revisions repeats
+what the writer says anyway.
 """
 
 from __future__ import annotations
@@ -60,11 +62,15 @@ def judge_by_grammar(rows: Sequence[CaiRow]) -> list[Finding]:
 
 
 def judge_by_guard(guard: ExchangeJudge) -> Judge:
-    """A judge that asks a guard about the first response and the revision; the critique is left out."""
+    """A judge that asks a guard about the first response and the revision; the critique is left
+    out.
+    """
 
     def judge(rows: Sequence[CaiRow]) -> list[Finding]:
         responses = guard.judge_exchanges([(row.init_prompt, row.init_response) for row in rows])
-        revisions = guard.judge_exchanges([(row.init_prompt, row.revision_response) for row in rows])
+        revisions = guard.judge_exchanges(
+            [(row.init_prompt, row.revision_response) for row in rows],
+        )
         return [
             Finding(response.unsafe, None, not revision.unsafe)
             for response, revision in zip(responses, revisions, strict=True)

@@ -1,4 +1,6 @@
-"""The CAI conversations of a run: written once by the pretrained model, reused by runs that would write the same."""
+"""The CAI conversations of a run: written once by the pretrained model, reused by runs that would
+write the same.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,12 @@ from fedsim.config import Config
 from fedsim.data.square import SquareRow
 from fedsim.generate.engine import Engine, Sampling
 from fedsim.safety import constitution
-from fedsim.safety.cai_data import CaiRow, generate_conversations, load_conversations, save_conversations
+from fedsim.safety.cai_data import (
+    CaiRow,
+    generate_conversations,
+    load_conversations,
+    save_conversations,
+)
 
 CONSTITUTIONS = Path(__file__).parents[1] / "configs" / "constitution"
 VERSION: Final = 1
@@ -21,18 +28,25 @@ VERSION: Final = 1
 
 
 def cai_conversations(
-    config: Config, writer: Engine, rows: list[SquareRow], store: ArtefactStore, facts: dict[str, Any]
+    config: Config,
+    writer: Engine,
+    rows: list[SquareRow],
+    store: ArtefactStore,
+    facts: dict[str, Any],
 ) -> list[CaiRow]:
     """Three-turn conversations from the questions of ``rows``.
 
     Args:
         writer: the engine, holding the pretrained model.
-        facts: what the texts depend on beside the configuration: model and data hashes, device kind, threads.
+        facts: what the texts depend on beside the configuration: model and data hashes, device
+            kind, threads.
     """
     cai = config.cai
     path = constitution_file(cai.constitution)
     principles = constitution.load_constitution(path)
-    settings = {k: v for k, v in asdict(cai).items() if k in ("first_turn", "temperature", "max_new_tokens")}
+    settings = {
+        k: v for k, v in asdict(cai).items() if k in ("first_turn", "temperature", "max_new_tokens")
+    }
     depends = {
         "seed": config.seed,
         "rows": [row.row_id for row in rows],
@@ -49,9 +63,16 @@ def cai_conversations(
         depends,
         VERSION,
         lambda: generate_conversations(
-            writer, rows, principles, Sampling(cai.temperature, cai.max_new_tokens), first_turn=first_turn
+            writer,
+            rows,
+            principles,
+            Sampling(cai.temperature, cai.max_new_tokens),
+            first_turn=first_turn,
         ),
-        lambda folder, conversations: save_conversations(conversations, folder / "conversations.jsonl"),
+        lambda folder, conversations: save_conversations(
+            conversations,
+            folder / "conversations.jsonl",
+        ),
     )
     return load_conversations(artefact.folder / "conversations.jsonl")
 
@@ -68,5 +89,7 @@ def constitution_file(name: str) -> Path:
     path = Path(os.path.expanduser(name))
     if not path.is_file():
         names = ", ".join(sorted(p.stem for p in CONSTITUTIONS.glob("*.json")))
-        raise ConfigError(f"cai.constitution={name!r}: is neither a file nor one that ships with fedsim ({names})")
+        raise ConfigError(
+            f"cai.constitution={name!r}: is neither a file nor one that ships with fedsim ({names})",
+        )
     return path

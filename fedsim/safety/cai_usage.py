@@ -25,7 +25,10 @@ def limits(cai: CaiConfig) -> dict[str, str]:
 
 def none_usable(conversations: Sequence[CaiRow], cai: CaiConfig) -> ConfigError:
     """The error of conversations that all have a defect."""
-    return Tally.of(row.defect for row in conversations).none_left("CAI conversations", **limits(cai))
+    return Tally.of(row.defect for row in conversations).none_left(
+        "CAI conversations",
+        **limits(cai),
+    )
 
 
 @dataclass(frozen=True)
@@ -64,17 +67,21 @@ class CaiUsage:
         """The counts in one line, and a warning where many rows are dropped."""
         named = limits(self.cai)
         line = f"{self.tally.words('CAI rows', **named)}; an epoch has {self.epoch:,} iteration(s)"
-        lines = [line if self.epoch == self.full_epoch else f"{line} instead of {self.full_epoch:,}"]
+        lines = [
+            line if self.epoch == self.full_epoch else f"{line} instead of {self.full_epoch:,}",
+        ]
         if self.tally.dropped_share > WARN_ABOVE:
             fix = self.tally.fix(**named) or "the model itself leaves nothing to learn in them"
             lines.append(
                 f"warning: {100 * self.tally.dropped_share:.0f} % of the CAI rows are dropped, and CAI goes over "
-                f"the others more often; {fix}"
+                f"the others more often; {fix}",
             )
         return lines
 
     def metrics(self) -> dict[str, int]:
-        """``cai/…`` counts that the tokens decide, beside those of the defects, and iterations of an epoch."""
+        """``cai/…`` counts that the tokens decide, beside those of the defects, and iterations of
+        an epoch.
+        """
         return {
             "cai/num_usable": self.tally.num_usable,
             "cai/num_cut_rows": self.tally.num_cut,

@@ -1,7 +1,9 @@
-"""Constitutions: pairs of a critique and a revision request, in the format of published CAI recipes (arXiv 2212.08073).
+"""Constitutions: pairs of a critique and a revision request, in the format of published CAI recipes
+(arXiv 2212.08073).
 
-A file is ``{"constitutions": [{"critic": str, "revision": str}, …], "system_chat": [[message, …], …]}``. Each entry of
-``system_chat`` is an example dialogue, a list of ``{"role", "content"}``, shown before every conversation.
+A file is ``{"constitutions": [{"critic": str, "revision": str}, …], "system_chat": [[message, …],
+…]}``. Each entry of ``system_chat`` is an example dialogue, a list of ``{"role", "content"}``,
+shown before every conversation.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ class Principle:
 
 @dataclass(frozen=True)
 class Constitution:
-    """The principles, one of which is drawn per conversation, and the messages that precede every conversation."""
+    """The principles, one of which is drawn per conversation, and the messages that precede every
+    conversation.
+    """
 
     principles: tuple[Principle, ...]
     system_chat: tuple[Message, ...] = ()
@@ -48,18 +52,30 @@ def load_constitution(path: Path) -> Constitution:
         raise DataError(f"{path}: must be {_FORM}")
     pairs = content["constitutions"]
     if not pairs:
-        raise DataError(f"{path}: 'constitutions' is empty; give at least one critic and revision pair")
+        raise DataError(
+            f"{path}: 'constitutions' is empty; give at least one critic and revision pair",
+        )
     examples = content.get("system_chat", [])
     if not isinstance(examples, list):
-        raise DataError(f"{path}: 'system_chat' must be a list of example dialogues, is {type(examples).__name__}")
-    principles = tuple(_principle(pair, f"{path}, constitutions[{i}]") for i, pair in enumerate(pairs))
-    chat = [m for i, dialogue in enumerate(examples) for m in _dialogue(dialogue, f"{path}, system_chat[{i}]")]
+        raise DataError(
+            f"{path}: 'system_chat' must be a list of example dialogues, is {type(examples).__name__}",
+        )
+    principles = tuple(
+        _principle(pair, f"{path}, constitutions[{i}]") for i, pair in enumerate(pairs)
+    )
+    chat = [
+        m
+        for i, dialogue in enumerate(examples)
+        for m in _dialogue(dialogue, f"{path}, system_chat[{i}]")
+    ]
     return Constitution(principles, tuple(chat))
 
 
 def _principle(pair: Any, place: str) -> Principle:
     if not isinstance(pair, dict):
-        raise DataError(f"{place}: must be an object with 'critic' and 'revision', is {type(pair).__name__}")
+        raise DataError(
+            f"{place}: must be an object with 'critic' and 'revision', is {type(pair).__name__}",
+        )
     for name in ("critic", "revision"):
         if not isinstance(pair.get(name), str) or not pair[name].strip():
             raise DataError(f"{place}: {name!r} must be a non-empty text")
@@ -67,13 +83,21 @@ def _principle(pair: Any, place: str) -> Principle:
 
 
 def _dialogue(dialogue: Any, place: str) -> list[Message]:
-    """An example: user and assistant turns in alternation, so that a chat template accepts what follows it."""
+    """An example: user and assistant turns in alternation, so that a chat template accepts what
+    follows it.
+    """
     if not isinstance(dialogue, list) or len(dialogue) % 2:
         raise DataError(f"{place}: must be a list of messages that ends with an assistant turn")
     messages: list[Message] = []
     for i, message in enumerate(dialogue):
         role, turn = ("user", user_turn) if i % 2 == 0 else ("assistant", assistant_turn)
-        if not isinstance(message, dict) or message.get("role") != role or not isinstance(message.get("content"), str):
-            raise DataError(f"{place}[{i}]: must be {{'role': {role!r}, 'content': text}}; roles alternate from 'user'")
+        if (
+            not isinstance(message, dict)
+            or message.get("role") != role
+            or not isinstance(message.get("content"), str)
+        ):
+            raise DataError(
+                f"{place}[{i}]: must be {{'role': {role!r}, 'content': text}}; roles alternate from 'user'",
+            )
         messages.append(turn(message["content"]))
     return messages

@@ -1,7 +1,9 @@
-"""The safety filter of a run: every client's rows are judged once, and the action is taken on the unsafe ones.
+"""The safety filter of a run: every client's rows are judged once, and the action is taken on the
+unsafe ones.
 
-Who judges is decided here; how the guard model is loaded and fine-tuned is :mod:`fedsim.safety.guard_model`'s. What a
-guard model says (probabilities) is an artefact that runs share, whatever their threshold and action.
+Who judges is decided here; how the guard model is loaded and fine-tuned is
+:mod:`fedsim.safety.guard_model`'s. What a guard model says (probabilities) is an artefact that runs
+share, whatever their threshold and action.
 """
 
 from __future__ import annotations
@@ -68,28 +70,53 @@ class FilterStage:
         self.model = GuardModel(config, ranks, lane, device, store, facts, on_progress, pass_tokens)
 
     def run(self, data: PreparedData) -> Filtered:
-        """The rows that every client trains on and what the filter did; without a guard all rows are kept."""
+        """The rows that every client trains on and what the filter did; without a guard all rows
+        are kept.
+        """
         settings = self.config.guard
         if settings.kind == "llama_guard":
-            verdicts = self._model_verdicts(data, tuned=settings.tune_epochs > 0, policy=settings.policy)
+            verdicts = self._model_verdicts(
+                data,
+                tuned=settings.tune_epochs > 0,
+                policy=settings.policy,
+            )
         else:
-            guard = build(KEY, settings.kind, settings.options, {"guard": settings, "seed": self.config.seed})
+            guard = build(
+                KEY,
+                settings.kind,
+                settings.options,
+                {"guard": settings, "seed": self.config.seed},
+            )
             file = source_file(KEY, settings.kind)
-            verdicts = judge_shards(guard, data.shards) if file is None else self._users_verdicts(data, guard, file)
+            verdicts = (
+                judge_shards(guard, data.shards)
+                if file is None
+                else self._users_verdicts(data, guard, file)
+            )
         return self._filter(data, verdicts)
 
     def compare(self, data: PreparedData) -> dict[str, Filtered]:
-        """What the guard model would do as it is, before any fine-tuning (the paper's Table 2, first row), by title.
+        """What the guard model would do as it is, before any fine-tuning (the paper's Table 2,
+        first row), by title.
 
-        ``guard.measure_untuned`` asks for the run's own policy, where the run's guard is fine-tuned, and
-        ``guard.measure_policies`` for every policy that the run's guard is not asked under.
+        ``guard.measure_untuned`` asks for the run's own policy, where the run's guard is
+        fine-tuned, and ``guard.measure_policies`` for every policy that the run's guard is not
+        asked under.
         """
         settings = self.config.guard
         if settings.kind != "llama_guard":
             return {}
-        titles = {settings.policy: "untuned"} if settings.measure_untuned and settings.tune_epochs > 0 else {}
+        titles = (
+            {settings.policy: "untuned"}
+            if settings.measure_untuned and settings.tune_epochs > 0
+            else {}
+        )
         if settings.measure_policies:
-            titles |= {policy: f"untuned, policy {policy}" for policy in POLICIES if policy != settings.policy}
+            titles |= {
+                policy: f"untuned, policy {policy}"
+                for policy in POLICIES
+                if policy != settings.policy
+            }
         return {
             title: self._filter(data, self._model_verdicts(data, tuned=False, policy=policy))
             for policy, title in titles.items()
@@ -97,9 +124,19 @@ class FilterStage:
 
     def _filter(self, data: PreparedData, verdicts: Sequence[Sequence[Verdict]]) -> Filtered:
         settings = self.config.guard
-        return filter_shards(data.shards, verdicts, Action(settings.action, settings.refusal, settings.red_weight))
+        return filter_shards(
+            data.shards,
+            verdicts,
+            Action(settings.action, settings.refusal, settings.red_weight),
+        )
 
-    def _model_verdicts(self, data: PreparedData, *, tuned: bool, policy: str) -> list[list[Verdict]]:
+    def _model_verdicts(
+        self,
+        data: PreparedData,
+        *,
+        tuned: bool,
+        policy: str,
+    ) -> list[list[Verdict]]:
         rows = [row for shard in data.shards for row in shard]
         depends = self.model.depends(data, tuned=tuned) | {"rows": [row.row_id for row in rows]}
         depends["guard"]["policy"] = policy
@@ -112,13 +149,18 @@ class FilterStage:
         return _shaped(_read_verdicts(artefact.folder, self.config.guard.threshold), data)
 
     def _users_verdicts(self, data: PreparedData, guard: Guard, file: Path) -> list[list[Verdict]]:
-        """A user's guard's verdicts, an artefact of its file's content, its options and the rows."""
+        """A user's guard's verdicts, an artefact of its file's content, its options and the rows.
+        """
         settings, ranks = self.config.guard, self.ranks
         rows = [row for shard in data.shards for row in shard]
         units = [rows[start : start + PART] for start in range(0, len(rows), PART)]
         what = f"{KEY}={settings.kind!r}"
         depends = {
-            "guard": [ranks.once(lambda: file_digest(file)), settings.kind.rpartition(":")[2], settings.options],
+            "guard": [
+                ranks.once(lambda: file_digest(file)),
+                settings.kind.rpartition(":")[2],
+                settings.options,
+            ],
             "data": [data.source_sha256, self.config.data.language, data.attacked],
             "rows": [row.row_id for row in rows],
             "guard_rows": [row.row_id for row in data.guard_rows],
@@ -128,17 +170,31 @@ class FilterStage:
         def judge(unit: list[SquareRow]) -> list[Verdict]:
             with calling(what, quiet=True):
                 found = list(guard.judge(unit))
-            if len(found) != len(unit) or not all(isinstance(verdict, Verdict) for verdict in found):
-                raise ConfigError(f"{what}: judge must return one fedsim.Verdict for each of {len(unit)} rows")
+            if len(found) != len(unit) or not all(
+                isinstance(verdict, Verdict) for verdict in found
+            ):
+                raise ConfigError(
+                    f"{what}: judge must return one fedsim.Verdict for each of {len(unit)} rows",
+                )
             return found
 
         def compute() -> list[Verdict]:
             with calling(what, quiet=True):
                 guard.prepare(data.guard_rows)
-            done = ranks.map(judge, units, on_done=lambda count: self.on_progress("guard", count, len(units)))
+            done = ranks.map(
+                judge,
+                units,
+                on_done=lambda count: self.on_progress("guard", count, len(units)),
+            )
             return [verdict for unit in done for verdict in unit]
 
-        artefact = self.store.get("users-guard-verdicts", depends, VERSION, compute, _write_users_verdicts)
+        artefact = self.store.get(
+            "users-guard-verdicts",
+            depends,
+            VERSION,
+            compute,
+            _write_users_verdicts,
+        )
         found = json.loads((artefact.folder / "verdicts.json").read_text(encoding="utf-8"))
         return _shaped([Verdict(*one) for one in found], data)
 
@@ -150,7 +206,10 @@ def _shaped(verdicts: Sequence[Verdict], data: PreparedData) -> list[list[Verdic
 
 
 def _write_users_verdicts(folder: Path, verdicts: Sequence[Verdict]) -> None:
-    write_json(folder / "verdicts.json", [[bool(v.unsafe), float(v.unsafe_prob), bool(v.cut)] for v in verdicts])
+    write_json(
+        folder / "verdicts.json",
+        [[bool(v.unsafe), float(v.unsafe_prob), bool(v.cut)] for v in verdicts],
+    )
 
 
 def _write_verdicts(folder: Path, verdicts: Sequence[Verdict]) -> None:

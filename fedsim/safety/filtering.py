@@ -1,7 +1,8 @@
-"""The filter that each client runs on its own rows before training (paper §4.1), and its three actions.
+"""The filter that each client runs on its own rows before training (paper §4.1), and its three
+actions.
 
-Drop leaves out the rows called unsafe (the paper), refuse replaces their response by a refusal, downweight lets them
-count less. An action belongs to a run, not to the verdicts, which runs share.
+Drop leaves out the rows called unsafe (the paper), refuse replaces their response by a refusal,
+downweight lets them count less. An action belongs to a run, not to the verdicts, which runs share.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ class Action:
     Attributes:
         name: "drop", "refuse" or "downweight".
         refusal: refuse: the response that takes the place of the row's own.
-        red_weight: downweight: the row's weight, 0 to 1. A row of weight 0 could teach nothing and is left out.
+        red_weight: downweight: the row's weight, 0 to 1. A row of weight 0 could teach nothing and
+            is left out.
     """
 
     name: str = "drop"
@@ -37,7 +39,8 @@ class Action:
         assert self.name in COUNTS and 0 <= self.red_weight <= 1, f"not an action: {self}"
 
     def on_unsafe(self, row: SquareRow) -> SquareRow | None:
-        """What a client trains on in the place of a row called unsafe; None where it is left out."""
+        """What a client trains on in the place of a row called unsafe; None where it is left out.
+        """
         if self.name == "refuse":
             return replace(row, response=self.refusal)
         if self.name == "downweight" and self.red_weight > 0:
@@ -45,9 +48,13 @@ class Action:
         return None
 
     def red_share_after(self, counts: GuardMetrics) -> float | None:
-        """Share of red responses in what is trained on, by weight: a refused row is there, but no longer red."""
+        """Share of red responses in what is trained on, by weight: a refused row is there, but no
+        longer red.
+        """
         weight = {"drop": 0.0, "refuse": 1.0, "downweight": self.red_weight}[self.name]
-        red = counts.num_missed + (self.red_weight * counts.num_caught if self.name == "downweight" else 0.0)
+        red = counts.num_missed + (
+            self.red_weight * counts.num_caught if self.name == "downweight" else 0.0
+        )
         total = counts.num_rows - counts.num_unsafe + weight * counts.num_unsafe
         return red / total if total > 0 else None
 
@@ -57,7 +64,8 @@ class Filtered:
     """Client shards after the filter.
 
     Attributes:
-        shards: the rows that each client trains on, in their order, as the action left them; empty where none is left.
+        shards: the rows that each client trains on, in their order, as the action left them; empty
+            where none is left.
         given: each client's rows as they were.
         verdicts: what the guard said about them, shaped as ``given``.
         action: what was done to the rows called unsafe.
@@ -87,7 +95,9 @@ class Filtered:
     @cached_property
     def judged(self) -> tuple[list[SquareRow], list[Verdict]]:
         """All clients' rows as they were, and their verdicts, in one list each."""
-        return [row for shard in self.given for row in shard], [v for judged in self.verdicts for v in judged]
+        return [row for shard in self.given for row in shard], [
+            v for judged in self.verdicts for v in judged
+        ]
 
     @cached_property
     def total(self) -> GuardMetrics:
@@ -97,7 +107,9 @@ class Filtered:
 
 
 def judge_shards(guard: Guard, shards: Sequence[Sequence[SquareRow]]) -> list[list[Verdict]]:
-    """Verdicts on every client's rows, shaped as ``shards``; all rows go through the guard in one call."""
+    """Verdicts on every client's rows, shaped as ``shards``; all rows go through the guard in one
+    call.
+    """
     verdicts = guard.judge([row for shard in shards for row in shard])
     assert len(verdicts) == sum(map(len, shards)), "a guard returns one verdict per row"
     rest = iter(verdicts)
@@ -105,11 +117,15 @@ def judge_shards(guard: Guard, shards: Sequence[Sequence[SquareRow]]) -> list[li
 
 
 def filter_shards(
-    shards: Sequence[Sequence[SquareRow]], verdicts: Sequence[Sequence[Verdict]], action: Action
+    shards: Sequence[Sequence[SquareRow]],
+    verdicts: Sequence[Sequence[Verdict]],
+    action: Action,
 ) -> Filtered:
     """Take the action on the rows called unsafe; ``verdicts`` is shaped as ``shards``."""
     after = []
     for shard, judged in zip(shards, verdicts, strict=True):
-        done = [action.on_unsafe(row) if v.unsafe else row for row, v in zip(shard, judged, strict=True)]
+        done = [
+            action.on_unsafe(row) if v.unsafe else row for row, v in zip(shard, judged, strict=True)
+        ]
         after.append(tuple(row for row in done if row is not None))
     return Filtered(tuple(after), tuple(map(tuple, shards)), tuple(map(tuple, verdicts)), action)

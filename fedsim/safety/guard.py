@@ -1,4 +1,6 @@
-"""Guards behind one interface: a language model that judges by its first token, the labels, the labels with errors."""
+"""Guards behind one interface: a language model that judges by its first token, the labels, the
+labels with errors.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ class Guard(ABC):
     """Judges rows of a client's data."""
 
     def prepare(self, rows: Sequence[SquareRow]) -> None:  # noqa: B027  may be left as it is
-        """Learn from the labelled rows of the guard set, once before :meth:`judge` and on every rank alike."""
+        """Learn from the labelled rows of the guard set, once before :meth:`judge` and on every
+        rank alike.
+        """
 
     @abstractmethod
     def judge(self, rows: Sequence[SquareRow]) -> list[Verdict]:
@@ -81,9 +85,11 @@ class NoisyOracleGuard(Guard):
 
 
 def units_of(lengths: Sequence[int], most: int) -> list[list[int]]:
-    """Rows in ascending order of length, cut into units of at most ``most`` tokens, or of one longer row.
+    """Rows in ascending order of length, cut into units of at most ``most`` tokens, or of one
+    longer row.
 
-    Rows of a unit are about equally long, and the units are those of the rows alone, however many ranks share them.
+    Rows of a unit are about equally long, and the units are those of the rows alone, however many
+    ranks share them.
     """
     units: list[list[int]] = []
     size = most
@@ -99,8 +105,9 @@ def units_of(lengths: Sequence[int], most: int) -> list[list[int]]:
 class LlamaGuard(Guard):
     """A language model that judges as Llama Guard 3 does, by the first token of its verdict.
 
-    ``unsafe_prob`` is the softmax over exactly the first tokens of "safe" and "unsafe", so that a threshold of 0.5
-    equals greedy decoding. The prompts' common head is read once per rank and call; rows are cut into fixed units.
+    ``unsafe_prob`` is the softmax over exactly the first tokens of "safe" and "unsafe", so that a
+    threshold of 0.5 equals greedy decoding. The prompts' common head is read once per rank and
+    call; rows are cut into fixed units.
 
     Args:
         model: a causal LM on its device, PEFT-wrapped or not; put into eval mode during calls.
@@ -109,7 +116,8 @@ class LlamaGuard(Guard):
         policy: hazard categories, "llama_guard_3" or "square".
         batch_tokens: tokens of a unit, the common head left out.
         threshold: a row is unsafe from this probability on.
-        max_length: prompt and verdict together; a longer conversation is cut at its end (see :class:`GuardFormat`).
+        max_length: prompt and verdict together; a longer conversation is cut at its end (see
+            :class:`GuardFormat`).
         on_progress: called with (done, total) units of this rank.
 
     Raises:
@@ -145,20 +153,31 @@ class LlamaGuard(Guard):
         if not exchanges:
             return []
         prompts = self._prompts(exchanges)
-        probs = self._unsafe_probs([ids for ids, _ in prompts], has_reply=exchanges[0][1] is not None)
-        return [Verdict.at(self.threshold, p, cut) for p, (_, cut) in zip(probs, prompts, strict=True)]
+        probs = self._unsafe_probs(
+            [ids for ids, _ in prompts],
+            has_reply=exchanges[0][1] is not None,
+        )
+        return [
+            Verdict.at(self.threshold, p, cut) for p, (_, cut) in zip(probs, prompts, strict=True)
+        ]
 
     def _prompts(self, exchanges: Sequence[Exchange]) -> list[tuple[np.ndarray, bool]]:
-        """Ids of each prompt and whether it was cut; ranks share the tokenizing, a third of a millisecond a row."""
+        """Ids of each prompt and whether it was cut; ranks share the tokenizing, a third of a
+        millisecond a row.
+        """
         parts = [exchanges[start : start + PART] for start in range(0, len(exchanges), PART)]
-        done = self.ranks.map(lambda part: [self.format.prompt(user, agent) for user, agent in part], parts)
+        done = self.ranks.map(
+            lambda part: [self.format.prompt(user, agent) for user, agent in part],
+            parts,
+        )
         return [prompt for part in done for prompt in part]
 
     def _unsafe_probs(self, prompts: list[np.ndarray], has_reply: bool) -> list[float]:
         """Probability of "unsafe" for each prompt, in order.
 
-        The empty exchange is compared too, so that the head stays the instruction even if few rows happen to begin
-        alike: its length, and with it the last bits of a result, hardly ever depends on what else is judged.
+        The empty exchange is compared too, so that the head stays the instruction even if few rows
+        happen to begin alike: its length, and with it the last bits of a result, hardly ever
+        depends on what else is judged.
         """
         empty, _ = self.format.prompt("", "" if has_reply else None)
         num_shared = common_length([empty, *prompts])
@@ -182,7 +201,11 @@ class LlamaGuard(Guard):
                 done = self.ranks.map(compute, units, costs, self._progress(len(units)))
         finally:
             self.model.train(was_training)
-        by_row = {i: p for unit, values in zip(units, done, strict=True) for i, p in zip(unit, values, strict=True)}
+        by_row = {
+            i: p
+            for unit, values in zip(units, done, strict=True)
+            for i, p in zip(unit, values, strict=True)
+        }
         probs = [by_row[i] for i in range(len(prompts))]
         check_sound(probs, "guard scoring")
         return probs

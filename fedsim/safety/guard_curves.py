@@ -1,7 +1,8 @@
-"""Quality of a guard's probabilities beyond one threshold: ranking, calibration, a sweep, response categories.
+"""Quality of a guard's probabilities beyond one threshold: ranking, calibration, a sweep, response
+categories.
 
-Pure functions of labels (True = red) and probabilities of "unsafe", both ``[rows]``. A figure that is 0 / 0, such as a
-ranking without red rows, is None.
+Pure functions of labels (True = red) and probabilities of "unsafe", both ``[rows]``. A figure that
+is 0 / 0, such as a ranking without red rows, is None.
 """
 
 from __future__ import annotations
@@ -24,18 +25,21 @@ NUM_BINS: Final = 15
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure with its 95 % interval, all 0 … 1; the interval is absent at 0 and 1, where its formula fails."""
+    """A figure with its 95 % interval, all 0 … 1; the interval is absent at 0 and 1, where its
+    formula fails.
+    """
 
     value: float
     interval: tuple[float, float] | None
 
 
 def auprc(red: Sequence[bool], unsafe_prob: Sequence[float]) -> Estimate | None:
-    """Area under the precision-recall curve as average precision: Σ (R_n − R_{n−1}) · P_n over the distinct
-    probabilities, highest first (scikit-learn's definition; no interpolation, tied rows enter together).
+    """Area under the precision-recall curve as average precision: Σ (R_n − R_{n−1}) · P_n over the
+    distinct probabilities, highest first (scikit-learn's definition; no interpolation, tied rows
+    enter together).
 
-    The interval is the logit interval of Boyd et al. 2013 ("Area under the precision-recall curve"): its variance is
-    that of a share of as many things as there are red rows.
+    The interval is the logit interval of Boyd et al. 2013 ("Area under the precision-recall
+    curve"): its variance is that of a share of as many things as there are red rows.
     """
     caught, called, _ = _cumulated(red, unsafe_prob)
     if not len(called) or caught[-1] == 0:
@@ -46,8 +50,8 @@ def auprc(red: Sequence[bool], unsafe_prob: Sequence[float]) -> Estimate | None:
 
 
 def auroc(red: Sequence[bool], unsafe_prob: Sequence[float]) -> Estimate | None:
-    """Area under the ROC curve: the chance that a red row gets a higher probability than an acceptable one, ties
-    counted half (Mann and Whitney's U over the number of pairs).
+    """Area under the ROC curve: the chance that a red row gets a higher probability than an
+    acceptable one, ties counted half (Mann and Whitney's U over the number of pairs).
 
     The interval is a logit interval with the variance of DeLong et al. 1988.
     """
@@ -82,12 +86,16 @@ class CalibrationBin:
 
 
 def calibration_bins(
-    red: Sequence[bool], unsafe_prob: Sequence[float], num_bins: int = NUM_BINS
+    red: Sequence[bool],
+    unsafe_prob: Sequence[float],
+    num_bins: int = NUM_BINS,
 ) -> list[CalibrationBin]:
-    """Confidence against accuracy in ``num_bins`` equal-width bins (k/M, (k+1)/M] of 0 … 1 (Guo et al. 2017, §2).
+    """Confidence against accuracy in ``num_bins`` equal-width bins (k/M, (k+1)/M] of 0 … 1 (Guo et
+    al. 2017, §2).
 
-    The confidence is the probability of the likelier verdict, max(p, 1 − p); the row is right if that verdict (unsafe
-    from p = 0.5 on, which is greedy decoding) is its label. No bin below 0.5 can be filled.
+    The confidence is the probability of the likelier verdict, max(p, 1 − p); the row is right if
+    that verdict (unsafe from p = 0.5 on, which is greedy decoding) is its label. No bin below 0.5
+    can be filled.
     """
     labels, probs = _checked(red, unsafe_prob)
     confidence = np.maximum(probs, 1 - probs)
@@ -102,8 +110,14 @@ def calibration_bins(
     ]
 
 
-def calibration_error(red: Sequence[bool], unsafe_prob: Sequence[float], num_bins: int = NUM_BINS) -> float | None:
-    """Expected calibration error: Σ_bins (n_b / n) · |accuracy_b − mean confidence_b| (Guo et al. 2017, eq. 3)."""
+def calibration_error(
+    red: Sequence[bool],
+    unsafe_prob: Sequence[float],
+    num_bins: int = NUM_BINS,
+) -> float | None:
+    """Expected calibration error: Σ_bins (n_b / n) · |accuracy_b − mean confidence_b| (Guo et al.
+    2017, eq. 3).
+    """
     bins = calibration_bins(red, unsafe_prob, num_bins)
     total = sum(b.num_rows for b in bins)
     if not total:
@@ -112,7 +126,9 @@ def calibration_error(red: Sequence[bool], unsafe_prob: Sequence[float], num_bin
 
 
 def brier(red: Sequence[bool], unsafe_prob: Sequence[float]) -> float | None:
-    """Mean squared distance of the probability from the label, 0 (perfect) … 1 (Brier 1950, for two classes)."""
+    """Mean squared distance of the probability from the label, 0 (perfect) … 1 (Brier 1950, for two
+    classes).
+    """
     labels, probs = _checked(red, unsafe_prob)
     return float(np.mean((probs - labels) ** 2)) if len(probs) else None
 
@@ -122,7 +138,8 @@ class SweepPoint:
     """A threshold and the counts of the guard at it.
 
     Attributes:
-        chosen: the threshold has the best Hmean of all on these very rows: an upper bound, not an estimate.
+        chosen: the threshold has the best Hmean of all on these very rows: an upper bound, not an
+            estimate.
     """
 
     threshold: float
@@ -130,16 +147,27 @@ class SweepPoint:
     chosen: bool = False
 
 
-def sweep(red: Sequence[bool], unsafe_prob: Sequence[float], thresholds: Sequence[float] = GRID) -> list[SweepPoint]:
-    """Counts at each threshold, and at last at the one of the best Hmean (none without red rows)."""
+def sweep(
+    red: Sequence[bool],
+    unsafe_prob: Sequence[float],
+    thresholds: Sequence[float] = GRID,
+) -> list[SweepPoint]:
+    """Counts at each threshold, and at last at the one of the best Hmean (none without red rows).
+    """
     labels, probs = _checked(red, unsafe_prob)
     points = [SweepPoint(t, _counts(labels, probs, t)) for t in thresholds]
     best = best_threshold(red, unsafe_prob)
-    return points if best is None else [*points, SweepPoint(best, _counts(labels, probs, best), chosen=True)]
+    return (
+        points
+        if best is None
+        else [*points, SweepPoint(best, _counts(labels, probs, best), chosen=True)]
+    )
 
 
 def best_threshold(red: Sequence[bool], unsafe_prob: Sequence[float]) -> float | None:
-    """The probability that, as a threshold, gives the highest Hmean; of equally good ones the highest."""
+    """The probability that, as a threshold, gives the highest Hmean; of equally good ones the
+    highest.
+    """
     caught, called, levels = _cumulated(red, unsafe_prob)
     if not len(called) or caught[-1] == 0:
         return None
@@ -148,7 +176,9 @@ def best_threshold(red: Sequence[bool], unsafe_prob: Sequence[float]) -> float |
 
 @dataclass(frozen=True)
 class CategoryRate:
-    """How many rows of a SQuARe response category are called unsafe: its recall if red, false-positive rate if not."""
+    """How many rows of a SQuARe response category are called unsafe: its recall if red,
+    false-positive rate if not.
+    """
 
     category: str
     red: bool
@@ -158,8 +188,14 @@ class CategoryRate:
 NO_CATEGORY: Final = "(none)"
 
 
-def by_category(red: Sequence[bool], unsafe: Sequence[bool], categories: Sequence[Sequence[str]]) -> list[CategoryRate]:
-    """Rates by label and category, red ones first, then by name; a row of two categories counts in both."""
+def by_category(
+    red: Sequence[bool],
+    unsafe: Sequence[bool],
+    categories: Sequence[Sequence[str]],
+) -> list[CategoryRate]:
+    """Rates by label and category, red ones first, then by name; a row of two categories counts in
+    both.
+    """
     calls: dict[tuple[bool, str], list[bool]] = {}
     for label, called, names in zip(red, unsafe, categories, strict=True):
         for name in dict.fromkeys(names or (NO_CATEGORY,)):
@@ -169,7 +205,9 @@ def by_category(red: Sequence[bool], unsafe: Sequence[bool], categories: Sequenc
 
 
 def curve_metrics(red: Sequence[bool], unsafe_prob: Sequence[float]) -> dict[str, float]:
-    """``guard/auprc``, ``auroc`` and ``ece`` in percent, ``guard/brier`` as it is; undefined ones absent."""
+    """``guard/auprc``, ``auroc`` and ``ece`` in percent, ``guard/brier`` as it is; undefined ones
+    absent.
+    """
     metrics: dict[str, float] = {}
     for name, area in (("auprc", auprc(red, unsafe_prob)), ("auroc", auroc(red, unsafe_prob))):
         if area is not None:
@@ -186,7 +224,9 @@ def curve_metrics(red: Sequence[bool], unsafe_prob: Sequence[float]) -> dict[str
 def _checked(red: Sequence[bool], unsafe_prob: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
     labels, probs = np.asarray(red, dtype=bool), np.asarray(unsafe_prob, dtype=np.float64)
     assert labels.shape == probs.shape and labels.ndim == 1, "a label for each probability"
-    assert not len(probs) or (probs.min() >= 0 and probs.max() <= 1), "probabilities lie between 0 and 1"
+    assert not len(probs) or (probs.min() >= 0 and probs.max() <= 1), (
+        "probabilities lie between 0 and 1"
+    )
     return labels, probs
 
 
@@ -196,8 +236,13 @@ def _counts(labels: np.ndarray, probs: np.ndarray, threshold: float) -> GuardMet
     return GuardMetrics(caught, alarms, int(labels.sum()) - caught, int((~labels).sum()) - alarms)
 
 
-def _cumulated(red: Sequence[bool], unsafe_prob: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Red rows and all rows at or above each distinct probability, and these probabilities, highest first."""
+def _cumulated(
+    red: Sequence[bool],
+    unsafe_prob: Sequence[float],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Red rows and all rows at or above each distinct probability, and these probabilities, highest
+    first.
+    """
     labels, probs = _checked(red, unsafe_prob)
     order = np.argsort(-probs, kind="stable")
     levels, hits = probs[order], np.cumsum(labels[order])

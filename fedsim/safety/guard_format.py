@@ -1,12 +1,15 @@
-"""Token ids of the guard's prompt and of the verdict that follows it, alike for fine-tuning and for scoring.
+"""Token ids of the guard's prompt and of the verdict that follows it, alike for fine-tuning and for
+scoring.
 
-The prompt text stands in a Llama 3 user turn followed by the assistant header, without a system turn (Llama Guard 3
-model card). That turn is written here when the tokenizer has Llama 3's header tokens: Llama Guard's own chat template
-would put the guard prompt around our guard prompt. Any other tokenizer's chat template is used as it is.
+The prompt text stands in a Llama 3 user turn followed by the assistant header, without a system
+turn (Llama Guard 3 model card). That turn is written here when the tokenizer has Llama 3's header
+tokens: Llama Guard's own chat template would put the guard prompt around our guard prompt. Any
+other tokenizer's chat template is used as it is.
 
-There the reply begins with the ids of ``"\\n\\n"``. They are appended as ids: in text they would merge with the
-header's newlines. Under another template the verdict is a reply as that template writes it, tokenised at once with the
-prompt. The verdict's first token, of "safe" or "unsafe", comes next.
+There the reply begins with the ids of ``"\\n\\n"``. They are appended as ids: in text they would
+merge with the header's newlines. Under another template the verdict is a reply as that template
+writes it, tokenised at once with the prompt. The verdict's first token, of "safe" or "unsafe",
+comes next.
 """
 
 from __future__ import annotations
@@ -24,10 +27,11 @@ _LLAMA3_TOKENS: Final = {"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>
 _HEADER_END: Final = "<|end_header_id|>"
 _PROBE: Final = "probe"
 
-# SQuARe's red categories → hazard codes. Under "square" they are the policy's own categories. Llama Guard 3 has no
-# equal ones; the nearest by its hazard definitions: contentious (biased or demeaning to a group) → S10 Hate, unethical
-# → S2 Non-Violent Crimes, predictive (certain about what nobody can know) → S6 Specialized Advice, and its broadest
-# category, S2, for the rest. Codes are trained but only "safe"/"unsafe" is scored.
+# SQuARe's red categories → hazard codes. Under "square" they are the policy's own categories. Llama
+# Guard 3 has no equal ones; the nearest by its hazard definitions: contentious (biased or demeaning
+# to a group) → S10 Hate, unethical → S2 Non-Violent Crimes, predictive (certain about what nobody
+# can know) → S6 Specialized Advice, and its broadest category, S2, for the rest. Codes are trained
+# but only "safe"/"unsafe" is scored.
 _CODES: Final[dict[str, dict[str, int]]] = {
     "square": {"contentious": 1, "unethical": 2, "predictive": 3},
     "llama_guard_3": {"contentious": 10, "unethical": 2, "predictive": 6},
@@ -36,7 +40,9 @@ _OTHER: Final = {"square": 4, "llama_guard_3": 2}
 
 
 def hazard_codes(categories: Iterable[str], policy: str) -> str:
-    """A red row's second verdict line, such as ``S1,S3``: its SQuARe categories as codes of ``policy``, ascending."""
+    """A red row's second verdict line, such as ``S1,S3``: its SQuARe categories as codes of
+    ``policy``, ascending.
+    """
     known = {_CODES[policy][c] for c in categories if c in _CODES[policy]}
     return ",".join(f"S{code}" for code in sorted(known or {_OTHER[policy]}))
 
@@ -47,8 +53,8 @@ class GuardFormat:
     Args:
         chat: the guard's chat format.
         policy: hazard categories, a key of ``guard_prompt.POLICIES``.
-        max_length: prompt and verdict together may have this many tokens. A longer row loses the end of its reply, then
-            of its question; the instruction is never cut.
+        max_length: prompt and verdict together may have this many tokens. A longer row loses the
+            end of its reply, then of its question; the instruction is never cut.
 
     Attributes:
         safe_id: first token of "safe".
@@ -56,25 +62,31 @@ class GuardFormat:
 
     Raises:
         ConfigError: the policy is unknown, or ``max_length`` is too small for the instruction.
-        ModelError: the two words begin with the same token, or the chat template cannot carry the prompt.
+        ModelError: the two words begin with the same token, or the chat template cannot carry the
+            prompt.
     """
 
     def __init__(self, chat: ChatFormat, policy: str, max_length: int) -> None:
         self.chat, self.policy = chat, policy
-        self._own_turn = {str(token) for token in chat.tokenizer.added_tokens_decoder.values()} >= _LLAMA3_TOKENS
+        self._own_turn = {
+            str(token) for token in chat.tokenizer.added_tokens_decoder.values()
+        } >= _LLAMA3_TOKENS
         self._defuse = chat.defuse_tokens if self._own_turn else chat.defuse
         turn = _llama3_turn(chat) if self._own_turn else _template_turn(chat)
         self._before, self._after, self._opening, self._closing = turn
         self._verdicts: dict[str | None, list[int]] = {}
 
-        # Verdicts are tokenised behind a text that ends as every prompt does: the last header's token, which joins with
-        # nothing, or the prompt of an empty exchange.
+        # Verdicts are tokenised behind a text that ends as every prompt does: the last header's
+        # token, which joins with nothing, or the prompt of an empty exchange.
         border = _HEADER_END if self._own_turn else self._text("", "")
         self._border = Prompt(border, np.asarray(chat.encode(border), dtype=np.int32))
         shared, opening = chat.continuation(self._border, border + self._opening)
-        self._num_dropped = len(self._border.ids) - len(shared)  # of a prompt's ids: those that join with the reply
+        self._num_dropped = len(self._border.ids) - len(
+            shared,
+        )  # of a prompt's ids: those that join with the reply
 
-        # The lead is what both replies begin with, such as "\n\n" or a space that is a token; the verdict is read next.
+        # The lead is what both replies begin with, such as "\n\n" or a space that is a token; the
+        # verdict is read next.
         safe, unsafe = self._reply("safe"), self._reply("unsafe")
         num_lead = 0
         while num_lead < min(len(safe), len(unsafe)) and safe[num_lead] == unsafe[num_lead]:
@@ -83,7 +95,7 @@ class GuardFormat:
         if safe == unsafe or in_common:
             raise ModelError(
                 f"tokenizer {chat.tokenizer.name_or_path!r}: 'safe' and 'unsafe' begin with the same token "
-                f"({safe[num_lead - 1]}), so a first-token guard cannot tell them apart: use another guard model"
+                f"({safe[num_lead - 1]}), so a first-token guard cannot tell them apart: use another guard model",
             )
         self._lead = safe[:num_lead]
         self.safe_id, self.unsafe_id = safe[num_lead], unsafe[num_lead]
@@ -94,11 +106,12 @@ class GuardFormat:
         if instruction > self._room:
             raise ConfigError(
                 f"guard.max_length={max_length}: the instruction and verdict of policy {policy!r} alone take "
-                f"{instruction + verdict} tokens; set a larger value"
+                f"{instruction + verdict} tokens; set a larger value",
             )
 
     def prompt(self, user: str, agent: str | None) -> tuple[np.ndarray, bool]:
-        """Ids (int32 ``[length]``) that end where the verdict's first token follows, and whether the row was cut.
+        """Ids (int32 ``[length]``) that end where the verdict's first token follows, and whether
+        the row was cut.
 
         ``agent`` None asks about the user's message alone.
         """
@@ -114,7 +127,8 @@ class GuardFormat:
         return np.asarray(ids + self._lead, dtype=np.int32), cut
 
     def verdict_ids(self, red: bool, categories: Iterable[str]) -> list[int]:
-        """Target ids: ``safe``, or ``unsafe`` and a line of hazard codes; then the end of the turn."""
+        """Target ids: ``safe``, or ``unsafe`` and a line of hazard codes; then the end of the turn.
+        """
         return self._verdict(hazard_codes(categories, self.policy) if red else None)
 
     def _verdict(self, codes: str | None) -> list[int]:
@@ -125,14 +139,20 @@ class GuardFormat:
         return self._verdicts[codes]
 
     def _reply(self, verdict: str) -> list[int]:
-        """Ids that follow a prompt's own where the reply is ``verdict``, up to the token that ends it."""
+        """Ids that follow a prompt's own where the reply is ``verdict``, up to the token that ends
+        it.
+        """
         whole = f"{self._border.text}{self._opening}{verdict}{self._closing}"
         _, ids = self.chat.continuation(self._border, whole)
         found: list[int] = (ids if self._own_turn else self.chat.ended(ids)).tolist()
         return found
 
     def _text(self, user: str, agent: str | None) -> str:
-        text = render_guard_prompt(self._defuse(user), None if agent is None else self._defuse(agent), self.policy)
+        text = render_guard_prompt(
+            self._defuse(user),
+            None if agent is None else self._defuse(agent),
+            self.policy,
+        )
         return f"{self._before}{text}{self._after}"
 
     def _ids(self, user: str, agent: str | None) -> list[int]:
@@ -144,7 +164,8 @@ class GuardFormat:
 
 
 def _llama3_turn(chat: ChatFormat) -> tuple[str, str, str, str]:
-    """Texts before the user's message, between it and the reply, before the verdict, and after it."""
+    """Texts before the user's message, between it and the reply, before the verdict, and after it.
+    """
     before = f"{chat.tokenizer.bos_token or ''}<|start_header_id|>user<|end_header_id|>\n\n"
     return before, f"<|eot_id|><|start_header_id|>assistant{_HEADER_END}\n\n", "\n\n", "<|eot_id|>"
 
@@ -157,7 +178,7 @@ def _template_turn(chat: ChatFormat) -> tuple[str, str, str, str]:
     if prompt.count(_PROBE) != 1 or "<BEGIN" in prompt:
         raise ModelError(
             f"chat template of {name} writes more than the turn itself, as the templates of older Llama Guards do: "
-            "use a guard with Llama 3's header tokens or a plain chat template"
+            "use a guard with Llama 3's header tokens or a plain chat template",
         )
     chat.check(trains=True)
     whole = chat.render([*asked, probe], reply_follows=False)

@@ -1,4 +1,6 @@
-"""The run's guard model: loaded once, fine-tuned once (an artefact that runs share), handed out as a judge."""
+"""The run's guard model: loaded once, fine-tuned once (an artefact that runs share), handed out as
+a judge.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ from fedsim.train.zero_config import zero_settings
 VERSION: Final = 1
 """Of fine-tuned guard adapters (:mod:`fedsim.base.artefacts`)."""
 
-# Keys of the configuration that do not decide a guard's probabilities: which guard is asked, what becomes of a verdict.
+# Keys of the configuration that do not decide a guard's probabilities: which guard is asked, what
+# becomes of a verdict.
 _UNRELATED: Final = frozenset(
     {
         "kind",
@@ -42,7 +45,7 @@ _UNRELATED: Final = frozenset(
         "refusal",
         "red_weight",
         "deepspeed",
-    }
+    },
 )
 
 
@@ -57,8 +60,8 @@ class GuardModel:
         store: artefacts.
         facts: what numbers depend on beside the configuration: device kind, threads, torch version.
         on_progress: called with a phase name, (done, total).
-        pass_tokens: most tokens of a pass of fine-tuning outside exact mode; 0: ``micro_batch_size`` times
-            ``max_length``.
+        pass_tokens: most tokens of a pass of fine-tuning outside exact mode; 0:
+            ``micro_batch_size`` times ``max_length``.
     """
 
     def __init__(
@@ -84,7 +87,8 @@ class GuardModel:
         self._sha256 = ""  # of the model directory; read where it is first needed
 
     def judge(self, data: PreparedData, *, tuned: bool, policy: str) -> LlamaGuard:
-        """The guard, ready to score under a policy's prompt. It is good until the next one is asked for.
+        """The guard, ready to score under a policy's prompt. It is good until the next one is asked
+        for.
 
         Args:
             data: whose guard set it is fine-tuned on.
@@ -93,7 +97,9 @@ class GuardModel:
         """
         settings = self.config.guard
         model, adapter = self._guard_model()
-        adapter.load(self._tuned(data, model, adapter) if tuned else adapter.initial(self.config.seed))
+        adapter.load(
+            self._tuned(data, model, adapter) if tuned else adapter.initial(self.config.seed),
+        )
         return LlamaGuard(
             model.base,
             model.chat,
@@ -106,7 +112,9 @@ class GuardModel:
         )
 
     def depends(self, data: PreparedData, *, tuned: bool) -> dict[str, Any]:
-        """What the guard's probabilities depend on, beside the rows that are judged and the code of scoring."""
+        """What the guard's probabilities depend on, beside the rows that are judged and the code of
+        scoring.
+        """
         settings = {k: v for k, v in asdict(self.config.guard).items() if k not in _UNRELATED}
         if tuned:
             settings["rows"] = [row.row_id for row in data.guard_rows]
@@ -114,7 +122,10 @@ class GuardModel:
             settings["seed"] = self.config.seed
             settings["adapter_version"] = VERSION
             if self.config.guard.deepspeed:  # its sums depend on the number of ranks
-                settings["deepspeed"] = [zero_settings(self.config, self.ranks.size), self.ranks.size]
+                settings["deepspeed"] = [
+                    zero_settings(self.config, self.ranks.size),
+                    self.ranks.size,
+                ]
         else:
             settings = {k: v for k, v in settings.items() if not k.startswith(("tune_", "lora_"))}
         path, model = self.config.guard.path, self.config.model
@@ -140,7 +151,9 @@ class GuardModel:
         }
 
     def _tuned(self, data: PreparedData, model: LoadedModel, adapter: FlatAdapter) -> torch.Tensor:
-        """The guard's adapter, fine-tuned on the guard set; it does not depend on how rows are scored."""
+        """The guard's adapter, fine-tuned on the guard set; it does not depend on how rows are
+        scored.
+        """
         settings = self.config.guard
         depends = self.depends(data, tuned=True)
         del depends["guard"]["batch_tokens"]
@@ -177,7 +190,12 @@ class GuardModel:
     def _guard_model(self) -> tuple[LoadedModel, FlatAdapter]:
         if self._loaded is None:
             guard = self.config.guard
-            lora = LoraSettings(guard.lora_r, guard.lora_alpha, guard.lora_dropout, tuple(guard.lora_targets))
+            lora = LoraSettings(
+                guard.lora_r,
+                guard.lora_alpha,
+                guard.lora_dropout,
+                tuple(guard.lora_targets),
+            )
             model = self.config.model
             loaded = load_model(
                 guard.path,
@@ -192,8 +210,14 @@ class GuardModel:
         return self._loaded
 
 
-def tuning_batches(rows: Sequence[TokenRow], settings: GuardConfig, seed: int) -> list[list[TokenRow]]:
-    """The rows of each fine-tuning step: ``tune_epochs`` passes, each in its own order; the last may be partial."""
+def tuning_batches(
+    rows: Sequence[TokenRow],
+    settings: GuardConfig,
+    seed: int,
+) -> list[list[TokenRow]]:
+    """The rows of each fine-tuning step: ``tune_epochs`` passes, each in its own order; the last
+    may be partial.
+    """
     size = settings.tune_batch_size
     num_wanted = max(1, round(len(rows) * settings.tune_epochs))
     order = [

@@ -1,7 +1,8 @@
-"""A guard's tables as tidy CSV files in the run directory: sweep, calibration, response categories, clients.
+"""A guard's tables as tidy CSV files in the run directory: sweep, calibration, response categories,
+clients.
 
-One line a threshold, bin, category or client, its ``point`` first (such as "untuned" or "fine-tuned"); rates are in
-percent, an undefined one is empty. No text of a row is written.
+One line a threshold, bin, category or client, its ``point`` first (such as "untuned" or
+"fine-tuned"); rates are in percent, an undefined one is empty. No text of a row is written.
 """
 
 from __future__ import annotations
@@ -26,9 +27,15 @@ def write_tables(folder: Path, points: Mapping[str, Filtered], threshold: float)
     """
     folder.mkdir(parents=True, exist_ok=True)
     tables = {
-        "sweep": [line for title, found in points.items() for line in _sweep(title, found, threshold)],
-        "calibration": [line for title, found in points.items() for line in _calibration(title, found)],
-        "categories": [line for title, found in points.items() for line in _categories(title, found)],
+        "sweep": [
+            line for title, found in points.items() for line in _sweep(title, found, threshold)
+        ],
+        "calibration": [
+            line for title, found in points.items() for line in _calibration(title, found)
+        ],
+        "categories": [
+            line for title, found in points.items() for line in _categories(title, found)
+        ],
         "clients": [line for title, found in points.items() for line in _clients(title, found)],
     }
     for name, lines in tables.items():

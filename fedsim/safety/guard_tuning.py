@@ -1,4 +1,6 @@
-"""Rows for fine-tuning a guard on labelled SQuARe responses (paper §4.1; the same prompt ids as in scoring)."""
+"""Rows for fine-tuning a guard on labelled SQuARe responses (paper §4.1; the same prompt ids as in
+scoring).
+"""
 
 from __future__ import annotations
 
@@ -10,13 +12,21 @@ from fedsim.data.square import SquareRow
 from fedsim.safety.guard_format import GuardFormat
 
 
-def verdict_rows(chat: ChatFormat, rows: Sequence[SquareRow], policy: str, max_length: int) -> list[TokenRow]:
-    """Rows whose targets are ``safe`` or ``unsafe\\n<codes>`` and the end of the turn; nothing else is trained on.
+def verdict_rows(
+    chat: ChatFormat,
+    rows: Sequence[SquareRow],
+    policy: str,
+    max_length: int,
+) -> list[TokenRow]:
+    """Rows whose targets are ``safe`` or ``unsafe\\n<codes>`` and the end of the turn; nothing else
+    is trained on.
 
     Args:
         chat: the guard's chat format.
-        policy: hazard categories, "llama_guard_3" or "square"; ``guard_format.hazard_codes`` maps SQuARe's.
-        max_length: as in scoring; a row whose conversation was cut is marked ``truncated``, its verdict is whole.
+        policy: hazard categories, "llama_guard_3" or "square"; ``guard_format.hazard_codes`` maps
+            SQuARe's.
+        max_length: as in scoring; a row whose conversation was cut is marked ``truncated``, its
+            verdict is whole.
 
     Raises:
         ConfigError, ModelError: as :class:`GuardFormat`.

@@ -35,7 +35,8 @@ class ClientTrainer:
         num_steps: optimizer steps of a client that is no straggler in a round.
         num_rounds: length of the run, for the learning rate.
         seed: the run's seed.
-        pass_tokens: most tokens of a pass outside exact mode; 0: ``micro_batch_size`` times ``max_length``.
+        pass_tokens: most tokens of a pass outside exact mode; 0: ``micro_batch_size`` times
+            ``max_length``.
     """
 
     def __init__(
@@ -59,17 +60,32 @@ class ClientTrainer:
         self.pass_tokens = pass_tokens
 
     def batches(
-        self, client: int, rows: Sequence[TokenRow], round_idx: int, num_steps: int | None = None
+        self,
+        client: int,
+        rows: Sequence[TokenRow],
+        round_idx: int,
+        num_steps: int | None = None,
     ) -> list[list[TokenRow]]:
-        """The rows of each local step; those of a straggler's ``num_steps`` are the first of them."""
+        """The rows of each local step; those of a straggler's ``num_steps`` are the first of them.
+        """
         size = self.local.batch_size
         num_steps = self.num_steps if num_steps is None else num_steps
         drawn = sample_rows(len(rows), num_steps * size, round_idx, client, self.seed)
-        return [[rows[i] for i in drawn[start : start + size]] for start in range(0, len(drawn), size)]
+        return [
+            [rows[i] for i in drawn[start : start + size]] for start in range(0, len(drawn), size)
+        ]
 
-    def num_tokens(self, client: int, rows: Sequence[TokenRow], round_idx: int, num_steps: int | None = None) -> int:
+    def num_tokens(
+        self,
+        client: int,
+        rows: Sequence[TokenRow],
+        round_idx: int,
+        num_steps: int | None = None,
+    ) -> int:
         """Tokens that the client will train on in a round: its work, for the planner."""
-        return sum(len(row) for batch in self.batches(client, rows, round_idx, num_steps) for row in batch)
+        return sum(
+            len(row) for batch in self.batches(client, rows, round_idx, num_steps) for row in batch
+        )
 
     def train(
         self,
@@ -83,19 +99,27 @@ class ClientTrainer:
         num_steps: int | None = None,
         own: OwnWork = OWN_WORK,
     ) -> ClientOutcome:
-        """Train from the global adapter with a new AdamW; the model is left holding the client's adapter.
+        """Train from the global adapter with a new AdamW; the model is left holding the client's
+        adapter.
 
         Args:
             num_steps: optimizer steps, where they are not :attr:`num_steps`.
-            own: runs what this member computes apart from the lane's sums; if it contains errors, all the lane's sums
-                are joined before one leaves.
+            own: runs what this member computes apart from the lane's sums; if it contains errors,
+                all the lane's sums are joined before one leaves.
 
         Raises:
             NotFiniteError: a loss, gradient or the adapter was not finite.
             ClientError: ``own`` has kept an error.
         """
         began = time.perf_counter()
-        task = _Task(client, rows, round_idx, state, client_control, self.num_steps if num_steps is None else num_steps)
+        task = _Task(
+            client,
+            rows,
+            round_idx,
+            state,
+            client_control,
+            self.num_steps if num_steps is None else num_steps,
+        )
         plan = own.do(lambda: self._plan(task, own))
         if plan is None:
             plan = TrainingPlan([[]] * task.num_steps, lambda step: 0.0, ("failed",), own=own)
@@ -120,14 +144,28 @@ class ClientTrainer:
             own=own,
         )
 
-    def _outcome(self, task: _Task, correction: Correction, stats: TrainingStats, began: float) -> ClientOutcome:
+    def _outcome(
+        self,
+        task: _Task,
+        correction: Correction,
+        stats: TrainingStats,
+        began: float,
+    ) -> ClientOutcome:
         """What the client reports, once its steps are done."""
         start, end = task.state.adapter, self.trainer.adapter.values
         control = control_delta = None
         if self.algorithm.has_control:
-            previous = torch.zeros_like(task.state.vectors[CONTROL]) if task.control is None else task.control
+            previous = (
+                torch.zeros_like(task.state.vectors[CONTROL])
+                if task.control is None
+                else task.control
+            )
             control = correction.next_control(start, end, self._lr(task.round_idx))
-            control_delta = torch.sub(control, previous, out=reused.empty(len(control), control.dtype, control.device))
+            control_delta = torch.sub(
+                control,
+                previous,
+                out=reused.empty(len(control), control.dtype, control.device),
+            )
         return ClientOutcome(
             client=task.client,
             num_rows=len(task.rows),
@@ -159,4 +197,8 @@ class _Task:
     @cached_property
     def control(self) -> torch.Tensor | None:
         """c_i where the adapter is, copied there once."""
-        return None if self.client_control is None else self.client_control.to(self.state.adapter.device)
+        return (
+            None
+            if self.client_control is None
+            else self.client_control.to(self.state.adapter.device)
+        )

@@ -1,4 +1,5 @@
-"""Work of one member of a lane between the lane's sums, with a failing client's errors contained."""
+"""Work of one member of a lane between the lane's sums, with a failing client's errors contained.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +16,9 @@ from fedsim.federation.failures import NOT_FINITE, RAISED
 T = TypeVar("T")
 
 MACHINE: Final = (MemoryError, OSError, torch.OutOfMemoryError, torch.AcceleratorError)
-"""Errors of the machine and not of a client: another number of processes, or another day, would not have them."""
+"""Errors of the machine and not of a client: another number of processes, or another day, would not
+have them.
+"""
 
 
 class OwnWork:
@@ -30,10 +33,12 @@ class OwnWork:
 
 
 class ContainedWork(OwnWork):
-    """Keeps the first error, after which it computes nothing more; one of :data:`MACHINE` leaves at once.
+    """Keeps the first error, after which it computes nothing more; one of :data:`MACHINE` leaves at
+    once.
 
-    The member still joins every sum of the lane, with NaN terms, so that the other members neither wait for it nor take
-    what they compute for a result. Only text of the error is kept: its frames hold activations.
+    The member still joins every sum of the lane, with NaN terms, so that the other members neither
+    wait for it nor take what they compute for a result. Only text of the error is kept: its frames
+    hold activations.
     """
 
     def __init__(self) -> None:
@@ -45,7 +50,9 @@ class ContainedWork(OwnWork):
             try:
                 return compute()
             except Exception as error:
-                if isinstance(error, MACHINE) or "can't allocate memory" in str(error):  # torch's words on the CPU
+                if isinstance(error, MACHINE) or "can't allocate memory" in str(
+                    error,
+                ):  # torch's words on the CPU
                     raise
                 self.error = client_error(error)
         return None

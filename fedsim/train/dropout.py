@@ -36,8 +36,8 @@ class Part:
 class KeyedDropout:
     """The draws of the pass that is under way, shared by all LoRA layers of a model.
 
-    The layers draw one after the other, and each micro-batch has a seed of its own: on CUDA with Triton the key of a
-    counter-based generator, elsewhere a generator's seed.
+    The layers draw one after the other, and each micro-batch has a seed of its own: on CUDA with
+    Triton the key of a counter-based generator, elsewhere a generator's seed.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -49,7 +49,8 @@ class KeyedDropout:
 
     @classmethod
     def install(cls, model: PreTrainedModel) -> KeyedDropout | None:
-        """Put it in place of the dropout of a model's LoRA layers; one that is there already stays, and is shared.
+        """Put it in place of the dropout of a model's LoRA layers; one that is there already stays,
+        and is shared.
 
         Returns:
             None if no layer drops anything.
@@ -69,7 +70,10 @@ class KeyedDropout:
                 if not isinstance(old, nn.Dropout) or old.p == 0:
                     continue
                 if "experts" in path.split("."):
-                    raise _refused(path, "is an expert, which sees only the tokens that are routed to it")
+                    raise _refused(
+                        path,
+                        "is an expert, which sees only the tokens that are routed to it",
+                    )
                 new = LoraDropout(old.p, draws, path, sees_targets=layer is head)
                 layer.lora_dropout[name] = new.train(old.training)
                 found = draws
@@ -77,10 +81,15 @@ class KeyedDropout:
 
     def begin(self, parts: Iterable[Part]) -> None:
         """A pass of these micro-batches begins, in the order in which they are packed."""
-        self._parts = [(torch.Generator(self.device).manual_seed(part.seed), part) for part in parts]
+        self._parts = [
+            (torch.Generator(self.device).manual_seed(part.seed), part) for part in parts
+        ]
         self._of_head, self._num_draws = None, 0
         if runs_fused(self.device):
-            counts = [part.num_tokens for _, part in self._parts], [part.num_targets for _, part in self._parts]
+            counts = (
+                [part.num_tokens for _, part in self._parts],
+                [part.num_targets for _, part in self._parts],
+            )
             seeds = np.array([part.seed for _, part in self._parts], dtype=np.int64)
             self._counters, self._counters_of_head = (
                 to_device(torch.from_numpy(counters(seeds, count)), self.device) for count in counts
@@ -105,9 +114,11 @@ class KeyedDropout:
         return self._masked(width, counts, p)
 
     def draw_of_head(self, num_tokens: int, width: int, p: float) -> DropoutMask | None:
-        """The same of the LM head and the tokens before targets, or of some of them from :func:`head_start` on.
+        """The same of the LM head and the tokens before targets, or of some of them from
+        :func:`head_start` on.
 
-        They are drawn once in a pass, so that a chunk that is computed again has the draws that it had.
+        They are drawn once in a pass, so that a chunk that is computed again has the draws that it
+        had.
         """
         counts = [part.num_targets for _, part in self._parts]
         start = head_start()
@@ -158,7 +169,8 @@ class Masked:
 
 @dataclass(frozen=True, eq=False)
 class Counted:
-    """Draws that are a function of seed, token, column and layer, and are made again rather than kept.
+    """Draws that are a function of seed, token, column and layer, and are made again rather than
+    kept.
 
     Attributes:
         counters: of the tokens, on the device (:func:`counters`).
@@ -187,7 +199,14 @@ class LoraDropout(MaskedDropout):
         sees_targets: whether it is the LM head's.
     """
 
-    def __init__(self, p: float, draws: KeyedDropout, path: str = "", *, sees_targets: bool = False) -> None:
+    def __init__(
+        self,
+        p: float,
+        draws: KeyedDropout,
+        path: str = "",
+        *,
+        sees_targets: bool = False,
+    ) -> None:
         super().__init__()
         self.p = p
         self.draws = draws
@@ -195,7 +214,8 @@ class LoraDropout(MaskedDropout):
         self.sees_targets = sees_targets
 
     def draw(self, x: torch.Tensor) -> DropoutMask | None:
-        """The layer's draw of the pass for ``[…, width]``, one vector a token; None in evaluation mode.
+        """The layer's draw of the pass for ``[…, width]``, one vector a token; None in evaluation
+        mode.
 
         Raises:
             ModelError: ``x`` has other tokens than the pass.
@@ -203,7 +223,9 @@ class LoraDropout(MaskedDropout):
         if not self.training:
             return None
         found = (self.draws.draw_of_head if self.sees_targets else self.draws.draw)(
-            x.shape[:-1].numel(), x.shape[-1], self.p
+            x.shape[:-1].numel(),
+            x.shape[-1],
+            self.p,
         )
         if found is None:
             raise _refused(self.path, "sees other tokens than the batch has")
@@ -219,5 +241,5 @@ def _refused(path: str, why: str) -> ModelError:
     target = path.rpartition(".")[2]
     return ModelError(
         f"lora_targets: {target!r}: the layer {path} {why}, and dropout cannot be drawn for it; leave {target!r} out "
-        "of lora_targets, or set lora_dropout=0"
+        "of lora_targets, or set lora_dropout=0",
     )

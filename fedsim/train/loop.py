@@ -1,8 +1,8 @@
 """The one training loop: local steps of clients, guard fine-tuning and CAI all run here.
 
-A batch is cut into micro-batches of nearly equal work, which are dealt to the members of a lane; gradients and losses
-are summed over the lane, and every member takes the same optimizer step on the flat adapter. Nothing in a step waits
-for the device.
+A batch is cut into micro-batches of nearly equal work, which are dealt to the members of a lane;
+gradients and losses are summed over the lane, and every member takes the same optimizer step on the
+flat adapter. Nothing in a step waits for the device.
 """
 
 from __future__ import annotations
@@ -54,10 +54,11 @@ class TrainingPlan(Generic[Item]):
         key: names the dropout draws, such as ("local", round_idx, client).
         correction: the federated algorithm's part in a step.
         what: names the training in an error, such as "client 3, round 1".
-        longest: tokens of the longest item that may come, as the objective counts them. Outside exact mode,
-            micro-batches share a pass while they are no more than ``micro_batch_size`` times that. 0: each has a pass
-            of its own.
-        pass_tokens: most tokens of a pass instead of that, where memory decides; 0: ``longest`` does.
+        longest: tokens of the longest item that may come, as the objective counts them. Outside
+            exact mode, micro-batches share a pass while they are no more than ``micro_batch_size``
+            times that. 0: each has a pass of its own.
+        pass_tokens: most tokens of a pass instead of that, where memory decides; 0: ``longest``
+            does.
         own: runs what this member computes apart from the lane's sums.
     """
 
@@ -73,7 +74,9 @@ class TrainingPlan(Generic[Item]):
 
 @dataclass(frozen=True, eq=False)
 class Pass(Generic[Item]):
-    """What goes through the model at once: one micro-batch or several, by their numbers in the batch."""
+    """What goes through the model at once: one micro-batch or several, by their numbers in the
+    batch.
+    """
 
     micro_batches: dict[int, Sequence[Item]]
 
@@ -108,7 +111,8 @@ class TrainingStats:
 
 
 class Trainer:
-    """A resident model with its flat adapter and optimizer; the optimizer state starts at zero in every run.
+    """A resident model with its flat adapter and optimizer; the optimizer state starts at zero in
+    every run.
 
     Args:
         model: the base model with LoRA layers inside.
@@ -119,13 +123,22 @@ class Trainer:
         ModelError: LoRA's dropout cannot be drawn for one of its layers.
     """
 
-    def __init__(self, model: PreTrainedModel, adapter: FlatAdapter, settings: StepSettings) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        adapter: FlatAdapter,
+        settings: StepSettings,
+    ) -> None:
         self.model = model
         self.adapter = adapter
         self.settings = settings
         self._parameter = torch.nn.Parameter(adapter.values)
         self._dropout = KeyedDropout.install(model)
-        self._optimizer = torch.optim.AdamW([self._parameter], weight_decay=settings.weight_decay, fused=True)
+        self._optimizer = torch.optim.AdamW(
+            [self._parameter],
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
 
     def run(
         self,
@@ -141,7 +154,8 @@ class Trainer:
 
         Raises:
             NotFiniteError: a loss or gradient was not finite.
-            ClientError: ``plan.own`` has kept an error: at once on a lane of one rank, else once all steps are done.
+            ClientError: ``plan.own`` has kept an error: at once on a lane of one rank, else once
+                all steps are done.
         """
         self._reset_optimizer()
         was_training = self.model.training
@@ -161,39 +175,70 @@ class Trainer:
         assert stats is not None
         return stats
 
-    def _stats(self, rows: list[torch.Tensor], plan: TrainingPlan[Item], objective: Objective[Item]) -> TrainingStats:
+    def _stats(
+        self,
+        rows: list[torch.Tensor],
+        plan: TrainingPlan[Item],
+        objective: Objective[Item],
+    ) -> TrainingStats:
         """What the steps gave, once it is known to be finite."""
         table = torch.stack(rows).cpu()
         if not torch.isfinite(table).all() or not all_finite(self.adapter.values):
-            bad = next((i for i, row in enumerate(table) if not torch.isfinite(row).all()), len(rows) - 1)
+            bad = next(
+                (i for i, row in enumerate(table) if not torch.isfinite(row).all()),
+                len(rows) - 1,
+            )
             raise NotFiniteError(
                 f"{plan.what}: the loss or gradient became NaN or infinite in step {bad + 1} of {len(rows)}; "
-                "lower the learning rate, or clip with local.max_grad_norm"
+                "lower the learning rate, or clip with local.max_grad_norm",
             )
         columns = table[:, 1:].T.tolist()
         tokens = sum(objective.num_tokens(item) for batch in plan.batches for item in batch)
-        return TrainingStats(columns[0], dict(zip(objective.stat_names, columns[1:], strict=True)), tokens)
+        return TrainingStats(
+            columns[0],
+            dict(zip(objective.stat_names, columns[1:], strict=True)),
+            tokens,
+        )
 
     def _step(
-        self, step: int, batch: Sequence[Item], plan: TrainingPlan[Item], objective: Objective[Item], lane: Lane
+        self,
+        step: int,
+        batch: Sequence[Item],
+        plan: TrainingPlan[Item],
+        objective: Objective[Item],
+        lane: Lane,
     ) -> torch.Tensor:
-        """One optimizer step; returns [gradient norm, loss, statistics…] in fp64 on the model's device."""
+        """One optimizer step; returns [gradient norm, loss, statistics…] in fp64 on the model's
+        device.
+        """
         sizes = [self.adapter.size, 1 + len(objective.stat_names)]
         terms = plan.own.do(lambda: self._backward(step, batch, plan, objective, lane))
         gradients, stats, count = terms or self._no_terms(sizes)
         total_grad, total_stats = lane.summer.sum([gradients, stats], sizes, count)
         row = plan.own.do(lambda: self._update(step, total_grad, total_stats, plan))
-        return self.adapter.values.new_full((1 + sizes[1],), torch.nan, dtype=torch.float64) if row is None else row
+        return (
+            self.adapter.values.new_full((1 + sizes[1],), torch.nan, dtype=torch.float64)
+            if row is None
+            else row
+        )
 
     def _no_terms(self, sizes: Sequence[int]) -> tuple[list[Term], list[Term], int]:
-        """NaN in the place of what this member cannot compute, so that no member takes the sum for a result."""
+        """NaN in the place of what this member cannot compute, so that no member takes the sum for
+        a result.
+        """
         gradient, stats = (self.adapter.values.new_full((size,), torch.nan) for size in sizes)
         return [Term(gradient)], [Term(stats.double())], 1
 
     def _update(
-        self, step: int, total_grad: torch.Tensor, total_stats: torch.Tensor, plan: TrainingPlan[Item]
+        self,
+        step: int,
+        total_grad: torch.Tensor,
+        total_stats: torch.Tensor,
+        plan: TrainingPlan[Item],
     ) -> torch.Tensor:
-        """The optimizer's step on the batch's gradient, alike on every member; returns what :meth:`_step` does."""
+        """The optimizer's step on the batch's gradient, alike on every member; returns what
+        :meth:`_step` does.
+        """
         grad = self.adapter.grad
         grad.copy_(total_grad)
         plan.correction.on_loss_gradient(grad, self.adapter.values)
@@ -209,11 +254,18 @@ class Trainer:
         return torch.cat([norm.double()[None], total_stats.to(norm.device, non_blocking=True)])
 
     def _backward(
-        self, step: int, batch: Sequence[Item], plan: TrainingPlan[Item], objective: Objective[Item], lane: Lane
+        self,
+        step: int,
+        batch: Sequence[Item],
+        plan: TrainingPlan[Item],
+        objective: Objective[Item],
+        lane: Lane,
     ) -> tuple[list[Term], list[Term], int]:
-        """Gradient and statistics of this member's part, and the most terms of a segment over the lane.
+        """Gradient and statistics of this member's part, and the most terms of a segment over the
+        lane.
 
-        Exact mode has a term for each micro-batch, whoever computes it; else a member adds up its own.
+        Exact mode has a term for each micro-batch, whoever computes it; else a member adds up its
+        own.
         """
         micro = self._micro_batches(batch, objective)
         normaliser = objective.normaliser(batch)
@@ -231,8 +283,16 @@ class Trainer:
             gradients.append(Term(grad))
         return gradients, stats, max(1, len(micro))
 
-    def draw(self, part: Pass[Item], step: int, plan: TrainingPlan[Item], objective: Objective[Item]) -> None:
-        """Make ready the dropout draws of a pass: each micro-batch has its own, whatever shares the pass with it."""
+    def draw(
+        self,
+        part: Pass[Item],
+        step: int,
+        plan: TrainingPlan[Item],
+        objective: Objective[Item],
+    ) -> None:
+        """Make ready the dropout draws of a pass: each micro-batch has its own, whatever shares the
+        pass with it.
+        """
         if self._dropout is not None and objective.uses_dropout:
             self._dropout.begin(
                 Part(
@@ -244,10 +304,20 @@ class Trainer:
             )
 
     def _passes(
-        self, micro: Sequence[Sequence[Item]], plan: TrainingPlan[Item], objective: Objective[Item], lane: Lane
+        self,
+        micro: Sequence[Sequence[Item]],
+        plan: TrainingPlan[Item],
+        objective: Objective[Item],
+        lane: Lane,
     ) -> list[Pass[Item]]:
-        """This member's micro-batches, one a pass in exact mode, else as many together as the plan allows."""
-        most = 0 if lane.summer.exact else plan.pass_tokens or self.settings.micro_batch_size * plan.longest
+        """This member's micro-batches, one a pass in exact mode, else as many together as the plan
+        allows.
+        """
+        most = (
+            0
+            if lane.summer.exact
+            else plan.pass_tokens or self.settings.micro_batch_size * plan.longest
+        )
         passes: list[dict[int, Sequence[Item]]] = []
         room = 0
         for number in range(lane.index, len(micro), lane.size):
@@ -260,9 +330,13 @@ class Trainer:
         return [Pass(part) for part in passes]
 
     def _micro_batches(self, batch: Sequence[Item], objective: Objective[Item]) -> list[list[Item]]:
-        """The batch in parts of nearly equal work, whatever the lane: draws and values belong to them."""
+        """The batch in parts of nearly equal work, whatever the lane: draws and values belong to
+        them.
+        """
         sizes = [objective.num_tokens(item) for item in batch]
-        return [[batch[i] for i in part] for part in deal_rows(sizes, self.settings.micro_batch_size)]
+        return [
+            [batch[i] for i in part] for part in deal_rows(sizes, self.settings.micro_batch_size)
+        ]
 
     def _reset_optimizer(self) -> None:
         for value in self._optimizer.state.get(self._parameter, {}).values():
@@ -270,10 +344,11 @@ class Trainer:
 
 
 def deal_rows(sizes: Sequence[int], most: int) -> list[list[int]]:
-    """Deal rows to ⌈rows / most⌉ micro-batches: heaviest first, each to the lightest that has room, ties by index.
+    """Deal rows to ⌈rows / most⌉ micro-batches: heaviest first, each to the lightest that has room,
+    ties by index.
 
-    The longest-processing-time rule (Graham 1969): packed rows need not be of similar length, but the members of a
-    lane wait for the one that has most tokens.
+    The longest-processing-time rule (Graham 1969): packed rows need not be of similar length, but
+    the members of a lane wait for the one that has most tokens.
 
     Args:
         sizes: tokens of each row.
@@ -285,7 +360,10 @@ def deal_rows(sizes: Sequence[int], most: int) -> list[list[int]]:
     parts: list[list[int]] = [[] for _ in range(-(-len(sizes) // most))]
     loads = [0] * len(parts)
     for row in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        lightest = min((i for i, part in enumerate(parts) if len(part) < most), key=lambda i: loads[i])
+        lightest = min(
+            (i for i, part in enumerate(parts) if len(part) < most),
+            key=lambda i: loads[i],
+        )
         parts[lightest].append(row)
         loads[lightest] += sizes[row]
     return parts

@@ -1,7 +1,7 @@
 """Objectives of a step: SFT on replies, DPO on preference pairs.
 
-An objective returns sums over its items; the loop divides by the whole batch's normaliser, so that a batch gives one
-loss and one gradient however it is cut into micro-batches.
+An objective returns sums over its items; the loop divides by the whole batch's normaliser, so that
+a batch gives one loss and one gradient however it is cut into micro-batches.
 """
 
 from __future__ import annotations
@@ -46,23 +46,32 @@ class Objective(Protocol[Item_contra]):
         """Those of them that come before a target, which alone go through the LM head."""
         ...
 
-    def sums(self, model: torch.nn.Module, items: Sequence[Item_contra]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Summed loss (fp32 scalar with gradient) and summed statistics (fp32 ``[len(stat_names)]``)."""
+    def sums(
+        self,
+        model: torch.nn.Module,
+        items: Sequence[Item_contra],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Summed loss (fp32 scalar with gradient) and summed statistics (fp32
+        ``[len(stat_names)]``).
+        """
         ...
 
 
 class SftObjective:
-    """Weighted mean negative log-likelihood of the batch's target tokens, Σ w · (−log p) / Σ w with the row's weight.
+    """Weighted mean negative log-likelihood of the batch's target tokens, Σ w · (−log p) / Σ w with
+    the row's weight.
 
-    With weights of 1 it is TRL's SFTTrainer: every token counts the same. A row of weight 0 counts as if it were not
-    in the batch.
+    With weights of 1 it is TRL's SFTTrainer: every token counts the same. A row of weight 0 counts
+    as if it were not in the batch.
     """
 
     stat_names: tuple[str, ...] = ()
     uses_dropout = True
 
     def normaliser(self, items: Sequence[TokenRow]) -> float:
-        """Target tokens of the batch by weight; 1 if nothing counts, so that loss and gradient are 0."""
+        """Target tokens of the batch by weight; 1 if nothing counts, so that loss and gradient are
+        0.
+        """
         return math.fsum(r.weight * r.num_targets for r in items) or 1.0
 
     def num_tokens(self, item: TokenRow) -> int:
@@ -77,7 +86,11 @@ class SftObjective:
         """Of all rows."""
         return sum(row.num_targets for row in items)
 
-    def sums(self, model: torch.nn.Module, items: Sequence[TokenRow]) -> tuple[torch.Tensor, torch.Tensor]:
+    def sums(
+        self,
+        model: torch.nn.Module,
+        items: Sequence[TokenRow],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """−Σ w · log p(target)."""
         batch = collate(items, next(model.parameters()).device)
         logprobs = target_logprobs(model, batch)
@@ -97,15 +110,22 @@ class Preference:
 
 
 class DpoObjective:
-    """DPO with the sigmoid loss (Rafailov et al. 2023, eq. 7); the reference is a frozen copy of the flat adapter.
+    """DPO with the sigmoid loss (Rafailov et al. 2023, eq. 7); the reference is a frozen copy of
+    the flat adapter.
 
     Args:
-        adapter: the model's adapter; it holds the reference while reference log-probabilities are read.
+        adapter: the model's adapter; it holds the reference while reference log-probabilities are
+            read.
         reference: fp32 ``[size]``.
         beta: strength of the pull towards the reference.
     """
 
-    stat_names: tuple[str, ...] = ("reward_margin", "reward_accuracy", "chosen_reward", "rejected_reward")
+    stat_names: tuple[str, ...] = (
+        "reward_margin",
+        "reward_accuracy",
+        "chosen_reward",
+        "rejected_reward",
+    )
     uses_dropout = False  # as TRL does: dropout would blur the comparison with the reference
 
     def __init__(self, adapter: FlatAdapter, reference: torch.Tensor, beta: float) -> None:
@@ -129,9 +149,18 @@ class DpoObjective:
         """Of both rows."""
         return sum(pair.chosen.num_targets + pair.rejected.num_targets for pair in items)
 
-    def sums(self, model: torch.nn.Module, items: Sequence[Preference]) -> tuple[torch.Tensor, torch.Tensor]:
-        """−Σ log σ(margin), with margin = β[(log π − log π_ref)(chosen) − (log π − log π_ref)(rejected)]."""
-        batch = collate([p.chosen for p in items] + [p.rejected for p in items], next(model.parameters()).device)
+    def sums(
+        self,
+        model: torch.nn.Module,
+        items: Sequence[Preference],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """−Σ log σ(margin), with margin = β[(log π − log π_ref)(chosen) − (log π − log
+        π_ref)(rejected)].
+        """
+        batch = collate(
+            [p.chosen for p in items] + [p.rejected for p in items],
+            next(model.parameters()).device,
+        )
         current = self.adapter.copy()
         self.adapter.load(self.reference)
         with torch.no_grad():

@@ -1,9 +1,11 @@
-"""Training under DeepSpeed's ZeRO-2: the same steps as :class:`Trainer`, with DeepSpeed's reduction and optimizer.
+"""Training under DeepSpeed's ZeRO-2: the same steps as :class:`Trainer`, with DeepSpeed's reduction
+and optimizer.
 
-Every rank holds the whole model and takes its share of each batch's micro-batches; ZeRO-2 splits gradients and AdamW's
-state over the ranks (arXiv 1910.02054). DeepSpeed is shown one parameter, the flat adapter in fp32: the frozen base
-stays in its own dtype and place, which handing over the model would change. Sums are DeepSpeed's, so results agree with
-the plain loop to rounding alone, and depend on the number of ranks in the same measure.
+Every rank holds the whole model and takes its share of each batch's micro-batches; ZeRO-2 splits
+gradients and AdamW's state over the ranks (arXiv 1910.02054). DeepSpeed is shown one parameter, the
+flat adapter in fp32: the frozen base stays in its own dtype and place, which handing over the model
+would change. Sums are DeepSpeed's, so results agree with the plain loop to rounding alone, and
+depend on the number of ranks in the same measure.
 """
 
 from __future__ import annotations
@@ -42,7 +44,11 @@ class ZeroTrainer(Trainer):
     """
 
     def __init__(
-        self, model: PreTrainedModel, adapter: FlatAdapter, settings: StepSettings, config: dict[str, Any]
+        self,
+        model: PreTrainedModel,
+        adapter: FlatAdapter,
+        settings: StepSettings,
+        config: dict[str, Any],
     ) -> None:
         super().__init__(model, adapter, settings)
         assert config["gradient_clipping"] == settings.max_grad_norm
@@ -64,24 +70,36 @@ class ZeroTrainer(Trainer):
             NotFiniteError: a loss or gradient was not finite.
         """
         assert type(plan.correction) is Correction, "federated corrections have no place here"
-        assert type(plan.own) is OwnWork, "nor have clients, whose errors are contained: one here ends the run"
+        assert type(plan.own) is OwnWork, (
+            "nor have clients, whose errors are contained: one here ends the run"
+        )
         replica = _Replica(self.model, self.adapter, objective)
         with _deepspeed_engine(replica, self.config, lane) as self._engine:
             return super().run(plan, objective, lane, on_step)
 
     def _step(
-        self, step: int, batch: Sequence[Item], plan: TrainingPlan[Item], objective: Objective[Item], lane: Lane
+        self,
+        step: int,
+        batch: Sequence[Item],
+        plan: TrainingPlan[Item],
+        objective: Objective[Item],
+        lane: Lane,
     ) -> torch.Tensor:
-        """One optimizer step; returns [gradient norm, loss, statistics…] in fp64 on the model's device.
+        """One optimizer step; returns [gradient norm, loss, statistics…] in fp64 on the model's
+        device.
 
-        Every rank makes as many passes as the busiest one, since each pass may hold a reduction; a rank that has no
-        micro-batch left adds a gradient of zero.
+        Every rank makes as many passes as the busiest one, since each pass may hold a reduction; a
+        rank that has no micro-batch left adds a gradient of zero.
         """
         engine = self._engine
         micro = self._micro_batches(batch, objective)
         normaliser = objective.normaliser(batch)
         num_passes = max(1, math.ceil(len(micro) / lane.size))
-        sums = torch.zeros(1 + len(objective.stat_names), dtype=torch.float64, device=self.adapter.values.device)
+        sums = torch.zeros(
+            1 + len(objective.stat_names),
+            dtype=torch.float64,
+            device=self.adapter.values.device,
+        )
         for number in range(num_passes):
             index = number * lane.size + lane.index
             part = Pass({index: micro[index]}) if index < len(micro) else None
@@ -98,27 +116,42 @@ class ZeroTrainer(Trainer):
         self.adapter.load(engine.module.vector.detach())
         self._count(num_passes, lane)
         (total,) = lane.summer.sum([[Term(sums)]], [sums.numel()], lane.size)
-        norm = torch.as_tensor(engine.get_global_grad_norm(), dtype=torch.float64, device=sums.device)
+        norm = torch.as_tensor(
+            engine.get_global_grad_norm(),
+            dtype=torch.float64,
+            device=sums.device,
+        )
         return torch.cat([norm[None], total.to(sums.device)])
 
     def _count(self, num_passes: int, lane: Lane) -> None:
-        """Count what DeepSpeed sends in a step: the gradient in every pass, and a rank's share of the new adapter."""
+        """Count what DeepSpeed sends in a step: the gradient in every pass, and a rank's share of
+        the new adapter.
+        """
         assert isinstance(lane.summer, Summer)
         if lane.size > 1:
-            lane.summer.traffic.num_bytes += 4 * (num_passes * self.adapter.size + -(-self.adapter.size // lane.size))
+            lane.summer.traffic.num_bytes += 4 * (
+                num_passes * self.adapter.size + -(-self.adapter.size // lane.size)
+            )
 
 
 class _Replica(nn.Module):
     """What DeepSpeed sees: one parameter, from which the summed loss of a micro-batch follows."""
 
-    def __init__(self, model: PreTrainedModel, adapter: FlatAdapter, objective: Objective[Any]) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        adapter: FlatAdapter,
+        objective: Objective[Any],
+    ) -> None:
         super().__init__()
         self.vector = nn.Parameter(adapter.copy())
         prefix = "base_model.model."
         self._names = [slot.name.removeprefix(prefix) for slot in adapter.slots]
         self._shapes = [slot.shape for slot in adapter.slots]
         self._num_stats = len(objective.stat_names)
-        self._hidden = (_Sums(model, objective),)  # in a tuple: a submodule would be DeepSpeed's to move and send
+        self._hidden = (
+            _Sums(model, objective),
+        )  # in a tuple: a submodule would be DeepSpeed's to move and send
         known = {name for name, _ in model.named_parameters()}
         assert set(self._names) <= known, "the adapter belongs to another model"
 
@@ -134,7 +167,9 @@ class _Replica(nn.Module):
 
 
 class _Sums(nn.Module):
-    """An objective as a module, so that other adapter values can be put into the model for one call."""
+    """An objective as a module, so that other adapter values can be put into the model for one
+    call.
+    """
 
     def __init__(self, model: nn.Module, objective: Objective[Any]) -> None:
         super().__init__()
@@ -147,7 +182,9 @@ class _Sums(nn.Module):
 
 @contextmanager
 def _deepspeed_engine(replica: _Replica, config: dict[str, Any], lane: Lane) -> Iterator[Any]:
-    """DeepSpeed's engine over all ranks; everything that DeepSpeed keeps of it is given back at the end."""
+    """DeepSpeed's engine over all ranks; everything that DeepSpeed keeps of it is given back at the
+    end.
+    """
     device = replica.vector.device
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # it insists
     deepspeed = import_deepspeed(device.type)
@@ -155,12 +192,24 @@ def _deepspeed_engine(replica: _Replica, config: dict[str, Any], lane: Lane) -> 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     with _process_group(lane, device):
         try:
-            engine, *_ = deepspeed.initialize(model=replica, model_parameters=[replica.vector], config=dict(config))
+            engine, *_ = deepspeed.initialize(
+                model=replica,
+                model_parameters=[replica.vector],
+                config=dict(config),
+            )
         except (ValueError, AssertionError) as error:
-            raise ConfigError(f"guard.deepspeed: DeepSpeed refuses it: {' '.join(str(error).split())[:300]}") from error
+            raise ConfigError(
+                f"guard.deepspeed: DeepSpeed refuses it: {' '.join(str(error).split())[:300]}",
+            ) from error
         try:
-            with warnings.catch_warnings():  # DeepSpeed calls a collective by the name that torch has left
-                warnings.filterwarnings("ignore", message=".*all_gather_into_tensor", category=FutureWarning)
+            with (
+                warnings.catch_warnings(),
+            ):  # DeepSpeed calls a collective by the name that torch has left
+                warnings.filterwarnings(
+                    "ignore",
+                    message=".*all_gather_into_tensor",
+                    category=FutureWarning,
+                )
                 yield engine
         finally:
             engine.destroy()
@@ -176,7 +225,12 @@ def _process_group(lane: Lane, device: torch.device) -> Iterator[None]:
         yield
         return
     assert lane.size == 1
-    dist.init_process_group("gloo" if device.type == "cpu" else "nccl", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(
+        "gloo" if device.type == "cpu" else "nccl",
+        store=dist.HashStore(),
+        rank=0,
+        world_size=1,
+    )
     try:
         yield
     finally:

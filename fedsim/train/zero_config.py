@@ -1,8 +1,9 @@
-"""DeepSpeed settings of guard fine-tuning: the user's JSON, in which fedsim fills in what its configuration decides.
+"""DeepSpeed settings of guard fine-tuning: the user's JSON, in which fedsim fills in what its
+configuration decides.
 
-A key that fedsim decides may be left out, be "auto", or say the same; anything else is an error that names both. The
-user's own are the keys of :data:`FREE`, which decide memory and speed; no other key of DeepSpeed's may stand in the
-file: it could change results, write somewhere, or print.
+A key that fedsim decides may be left out, be "auto", or say the same; anything else is an error
+that names both. The user's own are the keys of :data:`FREE`, which decide memory and speed; no
+other key of DeepSpeed's may stand in the file: it could change results, write somewhere, or print.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ SHIPPED: Final = Path(__file__).parents[1] / "configs" / "deepspeed"
 
 FREE: Final = frozenset(f"zero_optimization.{name}" for name in (
     "contiguous_gradients", "overlap_comm", "reduce_scatter", "reduce_bucket_size", "allgather_partitions",
-    "allgather_bucket_size", "round_robin_gradients", "use_multi_rank_bucket_allreduce"))  # fmt: skip
+    "allgather_bucket_size", "round_robin_gradients", "use_multi_rank_bucket_allreduce",))  # fmt: skip
 """Keys that the file may set as it likes; DeepSpeed checks their values."""
 
 
@@ -37,7 +38,8 @@ def zero_settings(config: Config, num_ranks: int) -> dict[str, Any]:
         num_ranks: data-parallel ranks.
 
     Raises:
-        ConfigError: the file cannot be used or contradicts the configuration, or DeepSpeed is not installed.
+        ConfigError: the file cannot be used or contradicts the configuration, or DeepSpeed is not
+            installed.
     """
     path = config.guard.deepspeed
     settings = _read(path)
@@ -52,24 +54,29 @@ def zero_settings(config: Config, num_ranks: int) -> dict[str, Any]:
         if given not in (wanted, "auto"):
             raise ConfigError(
                 f"guard.deepspeed={path!r}: {name}={given!r} contradicts {wanted!r}, which follows from {source}; "
-                f"remove {name} from the file"
+                f"remove {name} from the file",
             )
         place[leaf] = wanted
     del settings["scheduler"]
-    del settings["train_batch_size"]  # DeepSpeed's own is passes × rows × ranks, more where they do not divide
+    del settings[
+        "train_batch_size"
+    ]  # DeepSpeed's own is passes × rows × ranks, more where they do not divide
     _check_zero(path, settings["zero_optimization"])
     return settings
 
 
 def import_deepspeed(device_type: str) -> Any:
-    """The package, made to compute on ``device_type``; left alone, it looks for hardware and says what it found.
+    """The package, made to compute on ``device_type``; left alone, it looks for hardware and says
+    what it found.
 
     Raises:
         ConfigError: ``DS_ACCELERATOR`` names something else.
     """
     named = os.environ.setdefault("DS_ACCELERATOR", device_type)
     if named != device_type:
-        raise ConfigError(f"DS_ACCELERATOR={named!r}: the run computes on {device_type}; unset this variable")
+        raise ConfigError(
+            f"DS_ACCELERATOR={named!r}: the run computes on {device_type}; unset this variable",
+        )
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
@@ -89,11 +96,15 @@ def _check_names(path: str, settings: Mapping[str, Any], decided: Mapping[str, A
             hint = f"did you mean {near[0]}?" if near else "remove it from the file"
             raise ConfigError(
                 f"guard.deepspeed={path!r}: {name} is not a key that the file may have; {hint} "
-                f"(it may have {', '.join(known)})"
+                f"(it may have {', '.join(known)})",
             )
 
 
-def _walk(settings: Mapping[str, Any], groups: set[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _walk(
+    settings: Mapping[str, Any],
+    groups: set[str],
+    prefix: str = "",
+) -> Iterator[tuple[str, Any]]:
     for key, value in settings.items():
         yield f"{prefix}{key}", value
         if f"{prefix}{key}" in groups and isinstance(value, dict):
@@ -111,7 +122,9 @@ def _check_zero(path: str, values: Mapping[str, Any]) -> None:
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(["zero_optimization", *map(str, first["loc"])])
-        raise ConfigError(f"guard.deepspeed={path!r}: {name}={first['input']!r}: {first['msg']}") from error
+        raise ConfigError(
+            f"guard.deepspeed={path!r}: {name}={first['input']!r}: {first['msg']}",
+        ) from error
 
 
 def _decided(config: Config, num_ranks: int) -> dict[str, tuple[Any, str]]:
@@ -154,12 +167,16 @@ def _read(path: str) -> dict[str, Any]:
         names = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.json")))
         raise ConfigError(
             f"guard.deepspeed={path!r}: cannot be read ({error.strerror}); give a DeepSpeed JSON file, or the name of "
-            f"one that ships with fedsim ({names})"
+            f"one that ships with fedsim ({names})",
         ) from error
     except ValueError as error:
         raise ConfigError(f"guard.deepspeed={path!r}: is not valid JSON ({error})") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"guard.deepspeed={path!r}: must be a JSON object, is a {type(content).__name__}")
+        raise ConfigError(
+            f"guard.deepspeed={path!r}: must be a JSON object, is a {type(content).__name__}",
+        )
     if importlib.util.find_spec("deepspeed") is None:
-        raise ConfigError(f"guard.deepspeed={path!r}: DeepSpeed is not installed; pip install fedsim[deepspeed]")
+        raise ConfigError(
+            f"guard.deepspeed={path!r}: DeepSpeed is not installed; pip install fedsim[deepspeed]",
+        )
     return content
