@@ -21,10 +21,10 @@ class State:
         places: where it goes.
         counts: tokens drawn so far.
         limits: most tokens to draw.
-        alive: 1 where the turn goes on, else 0: the column's other numbers stand still.
+        alive: 1 where the turn goes on, else 0: the column's other numbers no longer change.
         lines: the line of ``_out`` and ``_uniforms`` that belongs to the slot's row and moves with
             it.
-        sound: 1 where all tokens of the turn were drawn from numbers, else 0.
+        sound: 1 where all tokens of the turn were drawn from finite logits, else 0.
         temperatures: fp64 ``[slots]``: of the draws.
     """
 
@@ -41,14 +41,13 @@ class State:
             self.sound,
             bits,
         ) = self._fields
-        self.temperatures = bits.view(torch.float64)  # so that one copy moves all columns
+        # Kept as bits in the same tensor, so that one copy moves all columns.
+        self.temperatures = bits.view(torch.float64)
         self.lines.copy_(self.rows)
         self.temperatures.fill_(1.0)
         self._line_of = list(range(num_slots))
-        size = (
-            num_slots,
-            max_new_tokens + 1,
-        )  # a slot that has ended still writes behind its last token
+        # New tokens and their uniforms; a slot that has ended still writes behind its last token.
+        size = (num_slots, max_new_tokens + 1)
         self._out = torch.zeros(size, dtype=torch.int64, device=device)
         self._uniforms = torch.zeros(size, dtype=torch.float64, device=device)
 
@@ -59,11 +58,11 @@ class State:
 
     @property
     def carried(self) -> tuple[torch.Tensor, ...]:
-        """What a step changes: the columns, and the tokens that were drawn."""
+        """Tensors that a step changes: the columns, and the drawn tokens."""
         return self._fields, self._out
 
     def clear(self) -> None:
-        """No slot has a row: all of them stand still at their beginning."""
+        """Reset all slots: none has a row."""
         self._fields.zero_()
         self.lines.copy_(self.rows)
         self.temperatures.fill_(1.0)
@@ -77,9 +76,13 @@ class State:
         temperatures: Sequence[float],
         uniforms: Sequence[np.ndarray],
     ) -> None:
-        """Slots from ``first`` on are about to draw the token after prompts of these lengths.
+        """Prepare slots from ``first`` on to draw the token that follows their prompts.
 
         Args:
+            first: the first of the slots.
+            lengths: tokens of each prompt.
+            limits: most new tokens of each row.
+            temperatures: of each row's draws.
             uniforms: of each row the numbers that it draws with, as many as its limit; none of a
                 greedy row.
         """
@@ -88,17 +91,11 @@ class State:
         zeros, ones = [0] * len(lengths), [1] * len(lengths)
         lines = self._line_of[first:last]
         bits = np.array(temperatures, dtype=np.float64).view(np.int64).tolist()
-        columns = [
-            zeros,
-            [length - 1 for length in lengths],
-            zeros,
-            list(limits),
-            ones,
-            lines,
-            ones,
-            bits,
-        ]
+        places = [length - 1 for length in lengths]
+        # One row a field, in the order of _FIELDS: int64 [fields, slots].
+        columns = [zeros, places, zeros, list(limits), ones, lines, ones, bits]
         self._fields[:, first:last] = to_device(torch.tensor(columns), self._fields.device)
+        # Uniforms, padded to the longest limit: fp64 [slots, most new tokens + 1].
         if any(map(len, uniforms)):
             padded = np.zeros((len(uniforms), self._uniforms.shape[1]))
             for line, drawn in zip(padded, uniforms, strict=True):
@@ -109,7 +106,7 @@ class State:
             )
 
     def uniforms_of(self, first: int, last: int) -> torch.Tensor:
-        """fp64 ``[last − first]``: the number that each slot's next token is drawn with."""
+        """Return the number that each slot's next token is drawn with, fp64 ``[last − first]``."""
         return self._uniforms[self.lines[first:last], self.counts[first:last]]
 
     def advance(
@@ -120,11 +117,13 @@ class State:
         is_sound: torch.Tensor,
         eos: torch.Tensor,
     ) -> None:
-        """Take in the tokens (int64 ``[last − first]``) that were drawn; slots with an end token or
-        at their limit end.
+        """Store drawn tokens; slots with an end token or at their limit end.
 
         Args:
-            is_sound: bool ``[last − first]``: whether there was a distribution to draw from.
+            first: the first of the slots.
+            last: one behind the last of them.
+            tokens: int64 ``[last − first]``.
+            is_sound: bool ``[last − first]``: the token was drawn from finite logits.
             eos: int64 ``[end tokens]``.
         """
         ids, _, counts, limits, alive, lines, sound, _ = self._fields[:, first:last]
@@ -135,26 +134,25 @@ class State:
         alive.mul_((counts < limits) & (tokens[:, None] != eos).all(dim=1))
 
     def read(self, num_slots: int) -> tuple[list[int], list[int], list[int]]:
-        """``counts``, ``alive`` and ``sound`` of the first slots; waits for the device."""
+        """Read ``counts``, ``alive`` and ``sound`` of the first slots; waits for the device."""
         counts, alive, sound = self._fields[2:7:2, :num_slots].tolist()
         return counts, alive, sound
 
     def outs(self, slots: Sequence[int], counts: Sequence[int]) -> list[list[int]]:
-        """Tokens that were drawn in each of these slots, as many as ``counts`` says; waits for the
-        device.
-        """
+        """Read the first ``counts`` drawn tokens of each of ``slots``; waits for the device."""
         if not slots:
             return []
-        (lines,) = put([np.array([self._line_of[slot] for slot in slots])], self._out.device)
+        (lines) = put([np.array([self._line_of[slot] for slot in slots])], self._out.device)
         tokens = self._out[lines, : max(counts)].tolist()
         return [line[:count] for line, count in zip(tokens, counts, strict=True)]
 
     def move(self, order: Sequence[int], to: torch.Tensor, source: torch.Tensor) -> None:
-        """Slot i gets what slot ``order[i]`` holds.
+        """Give slot i the content of slot ``order[i]``.
 
         Args:
-            to: int64 ``[moved]``, on the device: the slots that get another's.
-            source: int64 ``[moved]``: whose.
+            order: a permutation of the slots.
+            to: int64 ``[moved]``, on the device: the slots that get another's content.
+            source: int64 ``[moved]``, on the device: the slots that it comes from.
         """
         self._fields.index_copy_(1, to, self._fields.index_select(1, source))
         self._line_of = [self._line_of[slot] for slot in order]
