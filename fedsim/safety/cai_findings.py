@@ -1,5 +1,4 @@
-"""Judgements of CAI conversations: is the first response harmful, does the critique say so, is it
-repaired?
+"""Judgements of CAI conversations: harmful responses, critiques that say so, careful revisions.
 
 CAI's SFT and DPO teach the difference between the first response and the revision. Where no first
 response is harmful, there is no such difference to learn, and training on the revisions repeats
@@ -62,18 +61,15 @@ def judge_by_grammar(rows: Sequence[CaiRow]) -> list[Finding]:
 
 
 def judge_by_guard(guard: ExchangeJudge) -> Judge:
-    """A judge that asks a guard about the first response and the revision; the critique is left
-    out.
-    """
+    """Return findings by a guard on the first response and the revision; critiques are not read."""
 
     def judge(rows: Sequence[CaiRow]) -> list[Finding]:
         responses = guard.judge_exchanges([(row.init_prompt, row.init_response) for row in rows])
-        revisions = guard.judge_exchanges(
-            [(row.init_prompt, row.revision_response) for row in rows],
-        )
-        return [
-            Finding(response.unsafe, None, not revision.unsafe)
-            for response, revision in zip(responses, revisions, strict=True)
-        ]
+        revised = [(row.init_prompt, row.revision_response) for row in rows]
+        revisions = guard.judge_exchanges(revised)
+        found = []
+        for response, revision in zip(responses, revisions, strict=True):
+            found.append(Finding(response.unsafe, None, not revision.unsafe))
+        return found
 
     return judge
