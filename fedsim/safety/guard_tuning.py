@@ -18,11 +18,13 @@ def verdict_rows(
     policy: str,
     max_length: int,
 ) -> list[TokenRow]:
-    """Rows whose targets are ``safe`` or ``unsafe\\n<codes>`` and the end of the turn; nothing else
-    is trained on.
+    """Return rows whose only targets are the verdict and the end of the turn.
+
+    A verdict is ``safe`` or ``unsafe\\n<codes>``.
 
     Args:
         chat: the guard's chat format.
+        rows: labelled rows of the guard set.
         policy: hazard categories, "llama_guard_3" or "square"; ``guard_format.hazard_codes`` maps
             SQuARe's.
         max_length: as in scoring; a row whose conversation was cut is marked ``truncated``, its

@@ -31,7 +31,7 @@ class Objective(Protocol[Item_contra]):
     uses_dropout: bool
 
     def normaliser(self, items: Sequence[Item_contra]) -> float:
-        """What the summed loss of a batch is divided by; it does not depend on the items' order."""
+        """Divisor of a batch's summed loss; it does not depend on the items' order."""
         ...
 
     def num_tokens(self, item: Item_contra) -> int:
@@ -43,7 +43,7 @@ class Objective(Protocol[Item_contra]):
         ...
 
     def num_targets(self, items: Sequence[Item_contra]) -> int:
-        """Those of them that come before a target, which alone go through the LM head."""
+        """Those of them before a target: only they go through the LM head."""
         ...
 
     def sums(
@@ -143,7 +143,7 @@ class DpoObjective:
 
     def num_inputs(self, items: Sequence[Preference]) -> int:
         """Of both rows, without their last tokens."""
-        return sum(num_inputs(row) for pair in items for row in (pair.chosen, pair.rejected))
+        return sum(num_inputs(pair.chosen) + num_inputs(pair.rejected) for pair in items)
 
     def num_targets(self, items: Sequence[Preference]) -> int:
         """Of both rows."""
