@@ -84,7 +84,7 @@ class _Row:
 
 
 class Decoder:
-    """Decodes units of rows with one model; slots and graphs serve one unit after the other.
+    """Decoder of units of rows with one model; slots and graphs serve one unit after the other.
 
     Args:
         model: a Hugging Face causal LM in eval mode, unchanged while the decoder is in use.

@@ -187,7 +187,7 @@ class Engine:
         sampling: Sampling,
         key: Sequence[keyed_random.KeyPart],
     ) -> list[Reply]:
-        """One reply per conversation, in order.
+        """Generate one reply per conversation, in order.
 
         Args:
             conversations: each ends with a user turn.
@@ -203,7 +203,7 @@ class Engine:
         sampling: Sampling,
         turn_keys: Sequence[Sequence[keyed_random.KeyPart]],
     ) -> Replies:
-        """:meth:`hold` of a single kind of dialogues; arguments as of :class:`Dialogues`."""
+        """Generate the replies of one kind of dialogues; arguments as of :class:`Dialogues`."""
         (replies,) = self.hold([Dialogues(conversations, sampling, turn_keys, follow_ups)])
         return replies
 
@@ -446,7 +446,7 @@ class Engine:
         )
 
     def score(self, rows: Sequence[TokenRow], name: str) -> list[RowScore]:
-        """Log-probability of each row's targets (tokens with ``loss_mask``), in order.
+        """Sum the log-probabilities of each row's targets (tokens with ``loss_mask``), in order.
 
         Units are ``batch_size`` rows, however long: logits are computed in chunks of a fixed size
         (:mod:`fedsim.model.logprobs`), so that only the layers' activations grow with the rows'

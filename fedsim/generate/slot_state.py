@@ -13,7 +13,7 @@ _FIELDS = ("ids", "places", "counts", "limits", "alive", "lines", "sound", "temp
 
 
 class State:
-    """One column of numbers per slot.
+    """State of the slots: one column of numbers each.
 
     Attributes:
         rows: int64 ``[slots]``: 0, 1, …

@@ -21,7 +21,7 @@ _CLIENT_FIELDS = ("num_rows", "weight", "loss", "first_loss", "num_tokens")
 
 @dataclass(frozen=True)
 class ClientReport:
-    """A client's figures, known to every rank."""
+    """Figures of a client, known to every rank."""
 
     client: int
     num_rows: int

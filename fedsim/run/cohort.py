@@ -84,7 +84,7 @@ class CohortResult:
 
 
 class CohortRunner:
-    """Places clients, trains them and sums their updates.
+    """Placement and training of a round's clients, and the sum of their updates.
 
     Args:
         world: all processes.

@@ -38,7 +38,7 @@ class Alignment:
 
 
 class Aligner:
-    """Runs CAI's two stages on the resident model, data-parallel over a lane.
+    """CAI's two stages on the resident model, data-parallel over a lane.
 
     Args:
         trainer: model, flat adapter and optimizer, whose state is reset for each stage.
@@ -74,6 +74,7 @@ class Aligner:
         self.seed = seed
         self.num_rounds = num_rounds
         self.pass_tokens = pass_tokens
+        # Keep the pairs that can be trained on, and the reasons against the others.
         self.pairs: list[Preference] = []
         self.reasons: list[str | None] = []
         for row in rows:
@@ -228,6 +229,7 @@ def why_no_pair(chat: ChatFormat, row: CaiRow, pair: Preference) -> str | None:
         reason = why_unusable(chat, tokens, reply)
         if reason is not None:
             return reason
+    # Replies that differ only in text, or behind the cut.
     same = np.array_equal(pair.chosen.input_ids, pair.rejected.input_ids)
     return "same_replies" if same else None
 

@@ -160,7 +160,7 @@ def count_metrics(rows: Sequence[CaiRow]) -> dict[str, int]:
     Returns:
         Counts by ``cai/<name>``.
     """
-    defects = Counter(row.defect for row in rows)
+    defects = Counter(row.defect for row in rows)  # the first defect of each row
     truncated: Counter[Turn] = Counter()
     num_empty = num_unchanged = 0
     for row in rows:
@@ -184,12 +184,12 @@ def save_conversations(rows: Sequence[CaiRow], path: Path) -> None:
         for row in rows:
             file.write(json.dumps(_to_json(row), ensure_ascii=False) + "\n")
         file.flush()
-        os.fsync(file.fileno())
+        os.fsync(file.fileno())  # the content is on disk before the rename
     part.replace(path)
 
 
 def load_conversations(path: Path) -> list[CaiRow]:
-    """Read a file of :func:`save_conversations`.
+    """Read a file of :func:`save_conversations`, row by row.
 
     Raises:
         DataError: it is missing or malformed; the message has line and key.
@@ -237,6 +237,7 @@ def _from_json(line: str, place: str) -> CaiRow:
     for name in ("row_id", "principle"):
         if not isinstance(entry.get(name), int):
             raise DataError(f"{place}: {name!r} must be a whole number")
+    # The pair is derived from the turns; it is in the file for its readers.
     if (entry["chosen"], entry["rejected"]) != (entry["revision_response"], entry["init_response"]):
         rule = "'chosen' must equal 'revision_response', and 'rejected' 'init_response'"
         raise DataError(f"{place}: {rule}")

@@ -21,7 +21,7 @@ class ExchangeJudge(Protocol):
     """A guard; :class:`fedsim.safety.guard.LlamaGuard` is one."""
 
     def judge_exchanges(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
-        """One verdict per exchange, in order; the same on every rank."""
+        """Return one verdict per exchange, in order; the same on every rank."""
         ...
 
 
@@ -41,7 +41,7 @@ class Finding:
 
     @property
     def repaired(self) -> bool:
-        """The first response is harmful and the revision is careful."""
+        """Return whether the first response is harmful and the revision is careful."""
         return self.harmful_response and self.careful_revision
 
 
@@ -50,7 +50,7 @@ Judge = Callable[[Sequence[CaiRow]], list[Finding]]
 
 
 def judge_by_grammar(rows: Sequence[CaiRow]) -> list[Finding]:
-    """Findings by the embedded world's grammar, for conversations about its own questions."""
+    """Judge conversations about the embedded world's questions by its grammar."""
     found = []
     for row in rows:
         response = world.judge_reply(row.init_prompt, row.init_response)

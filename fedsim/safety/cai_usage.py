@@ -48,6 +48,7 @@ class CaiUsage:
         Args:
             aligner: made from the conversations without a defect.
         """
+        # Rows with a defect never reached the aligner, whose reasons cover the others.
         defects = [row.defect for row in conversations if row.defect is not None]
         return cls(Tally.of([*defects, *aligner.reasons], aligner.num_cut), aligner.cai)
 

@@ -45,6 +45,7 @@ def load_constitution(path: Path) -> Constitution:
     Raises:
         DataError: missing or malformed, with the place.
     """
+    # Check the file's form before its entries.
     content = json_object(path, _FORM)
     if not isinstance(content.get("constitutions"), list):
         raise DataError(f"{path}: must be {_FORM}")
@@ -56,6 +57,7 @@ def load_constitution(path: Path) -> Constitution:
     if not isinstance(examples, list):
         kind = type(examples).__name__
         raise DataError(f"{path}: 'system_chat' must be a list of example dialogues, is {kind}")
+    # Each error names the entry by its index.
     principles = []
     for i, pair in enumerate(pairs):
         principles.append(_principle(pair, f"{path}, constitutions[{i}]"))

@@ -34,7 +34,7 @@ VERSION: Final = 1
 
 
 class FilterStage:
-    """Classifies the rows of all clients and takes the action.
+    """Stage that classifies the rows of all clients and takes the action.
 
     Args:
         config: the run's configuration.
@@ -74,10 +74,12 @@ class FilterStage:
         Without a guard all rows are kept.
         """
         settings = self.config.guard
+        # A guard model, by its artefact.
         if settings.kind == "llama_guard":
             is_tuned = settings.tune_epochs > 0
             verdicts = self._model_verdicts(data, tuned=is_tuned, policy=settings.policy)
             return self._filter(data, verdicts)
+        # Any other guard: a user's verdicts are an artefact, fedsim's own are cheap to compute.
         given = {"guard": settings, "seed": self.config.seed}
         guard = build(KEY, settings.kind, settings.options, given)
         file = source_file(KEY, settings.kind)
@@ -97,7 +99,7 @@ class FilterStage:
         settings = self.config.guard
         if settings.kind != "llama_guard":
             return {}
-        titles = {}
+        titles = {}  # by policy
         if settings.measure_untuned and settings.tune_epochs > 0:
             titles[settings.policy] = "untuned"
         if settings.measure_policies:
@@ -127,7 +129,7 @@ class FilterStage:
         rows = list(chain.from_iterable(data.shards))
         depends = self.model.depends(data, tuned=tuned) | {"rows": [row.row_id for row in rows]}
         depends["guard"]["policy"] = policy
-        if data.attacked:
+        if data.attacked:  # only then, so that runs without attackers share the artefact
             depends["attacked"] = data.attacked
 
         def compute() -> list[Verdict]:
@@ -146,6 +148,7 @@ class FilterStage:
         rows = list(chain.from_iterable(data.shards))
         units = [rows[start : start + PART] for start in range(0, len(rows), PART)]
         what = f"{KEY}={settings.kind!r}"
+        # Everything that may decide the verdicts; the artefact's key is its digest.
         digest = ranks.once(lambda: file_digest(file))
         class_name = settings.kind.rpartition(":")[2]
         depends = {
@@ -156,6 +159,7 @@ class FilterStage:
             **self.facts,
         }
 
+        # Errors of the user's code name their place in the user's file.
         def classify(unit: list[SquareRow]) -> list[Verdict]:
             with calling(what, quiet=True):
                 found = list(guard.judge(unit))

@@ -44,7 +44,7 @@ class Action:
             return replace(row, response=self.refusal)
         if self.name == "downweight" and self.red_weight > 0:
             return replace(row, weight=self.red_weight)
-        return None
+        return None  # dropped
 
     def red_share_after(self, counts: GuardMetrics) -> float | None:
         """Return the share of red responses in the training rows, by weight; None without rows.
@@ -52,7 +52,7 @@ class Action:
         A refused row counts in full, but is no longer red.
         """
         weight = {"drop": 0.0, "refuse": 1.0, "downweight": self.red_weight}[self.name]
-        red = counts.num_missed + 0.0
+        red = counts.num_missed + 0.0  # weight of red rows that remain as they are
         if self.name == "downweight":
             red += self.red_weight * counts.num_caught
         total = counts.num_rows - counts.num_unsafe + weight * counts.num_unsafe
@@ -134,7 +134,7 @@ def filter_shards(
     action: Action,
 ) -> Filtered:
     """Take the action on the rows called unsafe; ``verdicts`` is shaped as ``shards``."""
-    after = []
+    after = []  # each client's rows after the action
     for shard, shard_verdicts in zip(shards, verdicts, strict=True):
         kept: list[SquareRow] = []
         for row, verdict in zip(shard, shard_verdicts, strict=True):

@@ -82,7 +82,7 @@ class NoisyOracleGuard(Guard):
         """Return verdicts with probability 0 or 1, independent of order and of the other rows."""
         verdicts = []
         for row in rows:
-            rate = self.tpr if row.red else self.fpr
+            rate = self.tpr if row.red else self.fpr  # of being called unsafe
             unsafe = self._draw(row.row_id) < rate
             verdicts.append(Verdict(unsafe, float(unsafe)))
         return verdicts
@@ -213,6 +213,7 @@ class LlamaGuard(Guard):
             logits = candidate_logits(self.model, heads[0], tails, pair).double()  # [rows, 2]
             return [float(p) for p in torch.softmax(logits, dim=1)[:, 1]]
 
+        # Ranks share the units; the model is put back into its mode.
         was_training = self.model.training
         self.model.eval()
         try:
@@ -234,5 +235,5 @@ class LlamaGuard(Guard):
         report = self.on_progress
         if report is None:
             return None
-        share = -(-num_units // self.ranks.size)
+        share = -(-num_units // self.ranks.size)  # units of a rank, at most
         return lambda done: report(done, share)

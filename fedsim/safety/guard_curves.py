@@ -60,7 +60,7 @@ def auroc(red: Sequence[bool], unsafe_prob: Sequence[float]) -> Estimate | None:
     The interval is a logit interval with the variance of DeLong et al. 1988.
     """
     labels, probs = _checked(red, unsafe_prob)
-    reds, others = np.sort(probs[labels]), np.sort(probs[~labels])
+    reds, others = np.sort(probs[labels]), np.sort(probs[~labels])  # [m] and [n]
     m, n = len(reds), len(others)
     if not m or not n:
         return None
@@ -177,7 +177,8 @@ def best_threshold(red: Sequence[bool], unsafe_prob: Sequence[float]) -> float |
     caught, called, levels = _cumulated(red, unsafe_prob)
     if not len(called) or caught[-1] == 0:
         return None
-    return float(levels[np.argmax(2 * caught / (called + caught[-1]))])
+    hmeans = 2 * caught / (called + caught[-1])  # of precision and recall, by threshold
+    return float(levels[np.argmax(hmeans)])
 
 
 @dataclass(frozen=True)

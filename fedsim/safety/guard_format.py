@@ -50,7 +50,7 @@ def hazard_codes(categories: Iterable[str], policy: str) -> str:
 
 
 class GuardFormat:
-    """Renders exchanges for one guard.
+    """Format of exchanges for one guard.
 
     Args:
         chat: the guard's chat format.
@@ -70,6 +70,7 @@ class GuardFormat:
 
     def __init__(self, chat: ChatFormat, policy: str, max_length: int) -> None:
         self.chat, self.policy = chat, policy
+        # Texts around the exchange and the verdict, by the tokenizer's kind.
         added = {str(token) for token in chat.tokenizer.added_tokens_decoder.values()}
         self._own_turn = added >= _LLAMA3_TOKENS
         self._defuse = chat.defuse_tokens if self._own_turn else chat.defuse
@@ -122,6 +123,7 @@ class GuardFormat:
         Returns:
             int32 ``[length]``, and True if the row was cut.
         """
+        # Cut the end of the reply first, then the end of the question.
         ids = self._ids(user, agent)
         cut = len(ids) > self._room
         if cut and agent is not None:

@@ -48,7 +48,7 @@ _UNRELATED: Final = frozenset(
 
 
 class GuardModel:
-    """Loads and fine-tunes the guard model that ``guard.path`` names.
+    """Loader and fine-tuner of the guard model that ``guard.path`` names.
 
     Args:
         config: the run's configuration.
@@ -144,7 +144,7 @@ class GuardModel:
             key="guard.path",
             ranks=self.ranks,
         )
-        if not self._sha256:
+        if not self._sha256:  # read once: the digest of 8B weights takes long
             self._sha256 = self.ranks.once(lambda: model_digest(path, self.store.digests))
         return {
             "guard": settings,
@@ -224,7 +224,7 @@ def tuning_batches(
     The last pass and the last step may be partial.
     """
     size = settings.tune_batch_size
-    num_wanted = max(1, round(len(rows) * settings.tune_epochs))
+    num_wanted = max(1, round(len(rows) * settings.tune_epochs))  # rows over all passes
     order: list[int] = []  # of rows, pass after pass
     for epoch in range(math.ceil(num_wanted / len(rows))):
         permutation = keyed_random.permutation(len(rows), seed, "guard_rows", epoch)

@@ -38,6 +38,7 @@ def write_tables(folder: Path, points: Mapping[str, Filtered], threshold: float)
         tables["calibration"] += _calibration(title, found)
         tables["categories"] += _categories(title, found)
         tables["clients"] += _clients(title, found)
+    # One file a table; its columns are the keys of its lines.
     for name, lines in tables.items():
         with (folder / f"{name}.csv").open("w", encoding="utf-8", newline="") as stream:
             writer = csv.DictWriter(stream, list(lines[0]), lineterminator="\n")

@@ -38,6 +38,7 @@ def verdict_rows(
 
 
 def _row(form: GuardFormat, row: SquareRow, max_length: int) -> TokenRow:
+    """Return the prompt's ids, then the verdict's as targets."""
     prompt, cut = form.prompt(row.prompt, row.response)
     tokens = ChatFormat.join(prompt.tolist(), form.verdict_ids(row.red, row.categories), max_length)
     assert not tokens.truncated, "the prompt leaves room for the verdict"

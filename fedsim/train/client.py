@@ -1,4 +1,4 @@
-"""One client's local training in one round."""
+"""Local training of one client in one round."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RAISE_ERRORS = RaiseErrors()
 
 
 class ClientTrainer:
-    """Trains clients, one after the other, on this process's resident model.
+    """Local training of clients, one after the other, on this process's resident model.
 
     Args:
         trainer: model, flat adapter and optimizer.
@@ -72,6 +72,7 @@ class ClientTrainer:
         size = self.local.batch_size
         if num_steps is None:
             num_steps = self.num_steps
+        # Indices of the rows of all steps, drawn together.
         drawn = sample_rows(len(rows), num_steps * size, round_idx, client, self.seed)
         batches = []
         for start in range(0, len(drawn), size):
@@ -123,10 +124,13 @@ class ClientTrainer:
         if num_steps is None:
             num_steps = self.num_steps
         task = _Task(client, rows, round_idx, state, client_control, num_steps)
+        # 1. Put the global adapter into the model and draw the steps' rows.
         plan = errors.run(lambda: self._plan(task, errors))
         if plan is None:  # this member failed, but still joins the lane's sums
             plan = TrainingPlan([[]] * num_steps, lambda step: 0.0, ("failed",), errors=errors)
+        # 2. Take the steps, with the lane's other members.
         stats = self.trainer.run(plan, self.objective, lane, on_step)
+        # 3. Compute the update.
         outcome = errors.run(lambda: self._outcome(task, plan.correction, stats, began))
         errors.check()
         assert outcome is not None

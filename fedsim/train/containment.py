@@ -67,10 +67,11 @@ def client_error(error: Exception) -> ClientError:
     """Return the error of a client's training with its reason, without frames."""
     if isinstance(error, ClientError):
         return ClientError(error.reason, error.message, error.trace)
-    text = " ".join(str(error).split())[:500]
+    text = " ".join(str(error).split())[:500]  # on one line
     if isinstance(error, FedsimError):
         return ClientError(NOT_FINITE if isinstance(error, NotFiniteError) else RAISED, text)
-    if user_code.place_of(error):
+    if user_code.place_of(error):  # in a user's rule or attack: name its file and line
         return ClientError(RAISED, user_code.in_words(error))
+    # An error that fedsim does not know: keep the traceback's text.
     trace = "".join(traceback.format_exception(error))
     return ClientError(RAISED, f"{type(error).__name__}: {text}", trace)

@@ -58,6 +58,7 @@ class KeyedDropout:
         Raises:
             ModelError: a layer sees only some of the tokens, for which nothing can be drawn.
         """
+        # Share the draws of layers that were replaced before.
         for module in model.modules():
             if isinstance(module, LoraDropout):
                 return module.draws
@@ -105,7 +106,7 @@ class KeyedDropout:
         counts = [part.num_tokens for _, part in self._parts]
         if num_tokens != sum(counts):
             return None
-        if runs_fused(self.device):
+        if runs_fused(self.device):  # the kernel computes the mask from the counters
             self._num_draws += 1
             return Counted(self._counters, self._num_draws, p)
         return self._masked(width, counts, p)
@@ -117,7 +118,7 @@ class KeyedDropout:
         """
         counts = [part.num_targets for _, part in self._parts]
         start = head_start()
-        chunk = slice(start, start + num_tokens)
+        chunk = slice(start, start + num_tokens)  # of the pass's tokens before targets
         if chunk.stop > sum(counts):
             return None
         if runs_fused(self.device):
@@ -128,6 +129,7 @@ class KeyedDropout:
 
     def _masked(self, width: int, counts: list[int], p: float) -> Masked:
         """Draw a mask for ``counts`` tokens of each micro-batch, from its own generator."""
+        # Each micro-batch's rows of the mask come from its own generator: bool [tokens, width].
         kept = torch.empty(sum(counts), width, dtype=torch.bool, device=self.device)
         for (generator, _), rows in zip(self._parts, kept.split(counts), strict=True):
             rows.bernoulli_(1 - p, generator=generator)
@@ -209,8 +211,10 @@ class LoraDropout(MaskedDropout):
         self.sees_targets = sees_targets
 
     def draw(self, x: torch.Tensor) -> DropoutMask | None:
-        """The layer's draw of the pass for ``[…, width]``, one vector a token; None in evaluation
-        mode.
+        """Draw the layer's mask for ``x``, one vector a token; None in evaluation mode.
+
+        Args:
+            x: ``[…, width]``.
 
         Raises:
             ModelError: ``x`` has other tokens than the pass.

@@ -1,4 +1,4 @@
-"""The one training loop: local steps of clients, guard fine-tuning and CAI all run here.
+"""Training loop of clients' local steps, guard fine-tuning and CAI.
 
 A batch is cut into micro-batches of nearly equal work, which are dealt to the members of a lane;
 gradients and losses are summed over the lane, and every member takes the same optimizer step on the
@@ -256,7 +256,7 @@ class Trainer:
         grad = self.adapter.grad
         grad.copy_(total_grad)
         plan.correction.on_loss_gradient(grad, self.adapter.values)
-        # Clip by the norm of the batch's gradient.
+        # Clip by the norm of the batch's gradient; the norm stays on the device.
         norm = torch.linalg.vector_norm(grad)
         if self.settings.max_grad_norm > 0:
             grad.mul_((self.settings.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
@@ -290,10 +290,12 @@ class Trainer:
         grad, gradients, stats = self.adapter.grad, [], []
         grad.zero_()
         for number, part in enumerate(self._passes(micro, plan, objective, lane)):
+            # Exact mode: each pass's gradient is a term of its own.
             if lane.summer.exact and number > 0:
                 gradients.append(Term(grad.clone()))
                 grad.zero_()
             self.draw(part, step, plan, objective)
+            # Sums over the pass's items, by the whole batch's normaliser; gradients accumulate.
             loss, sums = objective.sums(self.model, part.items)
             (loss / normaliser).backward()
             stats.append(Term(torch.cat([loss.detach()[None], sums]).double() / normaliser))
@@ -328,6 +330,7 @@ class Trainer:
         most = 0  # tokens of a pass; 0: one micro-batch
         if not lane.summer.exact:
             most = plan.pass_tokens or self.settings.micro_batch_size * plan.longest
+        # Micro-batches are dealt to the members in turn; a pass is filled in their order.
         passes: list[dict[int, Sequence[Item]]] = []
         room = 0  # tokens that the last pass still takes
         for number in range(lane.index, len(micro), lane.size):

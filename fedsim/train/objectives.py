@@ -69,9 +69,7 @@ class SftObjective:
     uses_dropout = True
 
     def normaliser(self, items: Sequence[TokenRow]) -> float:
-        """Target tokens of the batch by weight; 1 if nothing counts, so that loss and gradient are
-        0.
-        """
+        """Target tokens of the batch by weight; 1 where that is 0, for a loss of 0."""
         return math.fsum(r.weight * r.num_targets for r in items) or 1.0
 
     def num_tokens(self, item: TokenRow) -> int:
@@ -91,10 +89,10 @@ class SftObjective:
         model: torch.nn.Module,
         items: Sequence[TokenRow],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """−Σ w · log p(target)."""
+        """Return −Σ w · log p(target), and no statistics."""
         batch = collate(items, next(model.parameters()).device)
-        logprobs = target_logprobs(model, batch)
-        if any(r.weight != 1 for r in items):
+        logprobs = target_logprobs(model, batch)  # [targets]
+        if any(r.weight != 1 for r in items):  # w of each target's row
             weights = torch.tensor([r.weight for r in items], dtype=logprobs.dtype)
             logprobs = logprobs * to_device(weights, logprobs.device)[batch.target_rows]
         loss = -logprobs.sum()
@@ -110,8 +108,9 @@ class Preference:
 
 
 class DpoObjective:
-    """DPO with the sigmoid loss (Rafailov et al. 2023, eq. 7); the reference is a frozen copy of
-    the flat adapter.
+    """DPO with the sigmoid loss (Rafailov et al. 2023, eq. 7).
+
+    The reference is a frozen copy of the flat adapter.
 
     Args:
         adapter: the model's adapter; it holds the reference while reference log-probabilities are
@@ -154,20 +153,24 @@ class DpoObjective:
         model: torch.nn.Module,
         items: Sequence[Preference],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """−Σ log σ(margin), with margin = β[(log π − log π_ref)(chosen) − (log π − log
-        π_ref)(rejected)].
+        """Return −Σ log σ(margin), and sums of margins, right preferences and rewards.
+
+        margin = β[(log π − log π_ref)(chosen) − (log π − log π_ref)(rejected)].
         """
-        batch = collate(
-            [p.chosen for p in items] + [p.rejected for p in items],
-            next(model.parameters()).device,
-        )
+        # All chosen rows, then all rejected ones.
+        rows = [pair.chosen for pair in items] + [pair.rejected for pair in items]
+        batch = collate(rows, next(model.parameters()).device)
+
+        # log π_ref of each row, with the reference in the model: [2 · pairs].
         current = self.adapter.copy()
         self.adapter.load(self.reference)
         with torch.no_grad():
             reference = batch.row_sums(target_logprobs(model, batch))
         self.adapter.load(current)
+
+        # Rewards β(log π − log π_ref), with gradients: [2 · pairs].
         rewards = self.beta * (batch.row_sums(target_logprobs(model, batch)) - reference)
-        chosen, rejected = rewards.chunk(2)
+        chosen, rejected = rewards.chunk(2)  # [pairs] each
         margin = chosen - rejected
         stats = torch.stack([margin.sum(), (margin > 0).sum(), chosen.sum(), rejected.sum()])
         return -F.logsigmoid(margin).sum(), stats.detach().float()

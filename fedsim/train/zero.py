@@ -70,6 +70,7 @@ class ZeroTrainer(Trainer):
         """
         assert type(plan.correction) is Correction, "federated corrections have no place here"
         assert type(plan.errors) is RaiseErrors, "errors end the run here: there are no clients"
+        # A new engine for each run: the optimizer's state starts at zero.
         replica = _Replica(self.model, self.adapter, objective)
         with _deepspeed_engine(replica, self.config, lane) as self._engine:
             return super().run(plan, objective, lane, on_step)
@@ -203,6 +204,7 @@ def _deepspeed_engine(replica: _Replica, config: dict[str, Any], lane: Lane) -> 
                 warnings.filterwarnings("ignore", message=name, category=FutureWarning)
                 yield engine
         finally:
+            # DeepSpeed keeps global references that destroy() leaves behind.
             engine.destroy()
             deepspeed.utils.groups._release_process_group_references()
             deepspeed.comm.comm.cdb = None

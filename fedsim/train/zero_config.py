@@ -53,6 +53,7 @@ def zero_settings(config: Config, num_ranks: int) -> dict[str, Any]:
     settings = _read(path)
     decided = _decided(config, num_ranks)
     _check_names(path, settings, decided)
+    # Fill in what fedsim decides, and refuse other values in the file.
     for name, (wanted, source) in decided.items():
         *groups, leaf = name.split(".")
         place = settings
@@ -65,7 +66,7 @@ def zero_settings(config: Config, num_ranks: int) -> dict[str, Any]:
                 f"follows from {source}; remove {name} from the file",
             )
         place[leaf] = wanted
-    del settings["scheduler"]
+    del settings["scheduler"]  # the training loop sets the learning rate
     # DeepSpeed computes it as passes × rows × ranks, which is more where these do not divide.
     del settings["train_batch_size"]
     _check_zero(path, settings["zero_optimization"])
@@ -151,7 +152,8 @@ def _check_zero(path: str, values: Mapping[str, Any]) -> None:
 def _decided(config: Config, num_ranks: int) -> dict[str, tuple[Any, str]]:
     """Return DeepSpeed's keys that fedsim sets: value, and the setting that decides it."""
     rows, micro = config.guard.tune_batch_size, config.local.micro_batch_size
-    num_passes = math.ceil(math.ceil(rows / micro) / num_ranks)
+    num_passes = math.ceil(math.ceil(rows / micro) / num_ranks)  # of the busiest rank
+    # The sources, as messages name them.
     plain = "guard fine-tuning without DeepSpeed, which this must equal"
     fp32 = "the adapter, all that ZeRO holds, which is fp32 on a base of any model.dtype"
     sizes = f"guard.tune_batch_size={rows}, local.micro_batch_size={micro}"
