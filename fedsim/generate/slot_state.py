@@ -142,7 +142,7 @@ class State:
         """Read the first ``counts`` drawn tokens of each of ``slots``; waits for the device."""
         if not slots:
             return []
-        (lines) = put([np.array([self._line_of[slot] for slot in slots])], self._out.device)
+        (lines,) = put([np.array([self._line_of[slot] for slot in slots])], self._out.device)
         tokens = self._out[lines, : max(counts)].tolist()
         return [line[:count] for line, count in zip(tokens, counts, strict=True)]
 
