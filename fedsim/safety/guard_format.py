@@ -96,8 +96,8 @@ class GuardFormat:
         if safe == unsafe or in_common:
             raise ModelError(
                 f"tokenizer {chat.tokenizer.name_or_path!r}: 'safe' and 'unsafe' begin with the "
-                f"same token ({safe[num_lead - 1]}), so a first-token guard cannot tell them "
-                "apart: use another guard model",
+                f"same token ({safe[num_lead - 1]}), so a first-token guard cannot "
+                "distinguish them: use another guard model",
             )
         self._lead = safe[:num_lead]
         self.safe_id, self.unsafe_id = safe[num_lead], unsafe[num_lead]
@@ -110,7 +110,7 @@ class GuardFormat:
         if instruction > self._room:
             raise ConfigError(
                 f"guard.max_length={max_length}: the instruction and verdict of policy {policy!r} "
-                f"alone take {instruction + verdict} tokens; set a larger value",
+                f"take {instruction + verdict} tokens without a conversation; set a larger value",
             )
 
     def prompt(self, user: str, agent: str | None) -> tuple[np.ndarray, bool]:
