@@ -24,7 +24,7 @@ def unsound(name: str) -> RunError:
     """Return the error for non-finite logits of the rows called ``name``."""
     return RunError(
         f"{name}: the model's logits became NaN or infinite; lower the learning rates, or use "
-        "a model.dtype of a larger range (bfloat16 or float32)",
+        "a model.dtype of a larger range (bfloat16 or float32)"
     )
 
 

@@ -407,10 +407,8 @@ def agreed_checksums(state: ServerState, ranks: Ranks) -> dict[str, str]:
     for name in own:
         digests = [digest[name] for digest in found]
         if len(set(digests)) != 1:
-            texts = ", ".join(digests)
-            raise RunError(
-                f"ranks hold different vectors {name} (checksums {texts}); the run cannot go on",
-            )
+            what = f"different vectors {name} (checksums {', '.join(digests)})"
+            raise RunError(f"ranks hold {what}; the run cannot go on")
     return own
 
 

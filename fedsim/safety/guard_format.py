@@ -97,7 +97,7 @@ class GuardFormat:
             raise ModelError(
                 f"tokenizer {chat.tokenizer.name_or_path!r}: 'safe' and 'unsafe' begin with the "
                 f"same token ({safe[num_lead - 1]}), so a first-token guard cannot "
-                "distinguish them: use another guard model",
+                "distinguish them: use another guard model"
             )
         self._lead = safe[:num_lead]
         self.safe_id, self.unsafe_id = safe[num_lead], unsafe[num_lead]
@@ -110,7 +110,7 @@ class GuardFormat:
         if instruction > self._room:
             raise ConfigError(
                 f"guard.max_length={max_length}: the instruction and verdict of policy {policy!r} "
-                f"take {instruction + verdict} tokens without a conversation; set a larger value",
+                f"take {instruction + verdict} tokens without a conversation; set a larger value"
             )
 
     def prompt(self, user: str, agent: str | None) -> tuple[np.ndarray, bool]:
@@ -194,7 +194,7 @@ def _template_turn(chat: ChatFormat) -> tuple[str, str, str, str]:
     if prompt.count(_PROBE) != 1 or "<BEGIN" in prompt:
         raise ModelError(
             f"chat template of {name} writes more than the turn itself, as the templates of older "
-            "Llama Guards do: use a guard with Llama 3's header tokens or a plain chat template",
+            "Llama Guards do: use a guard with Llama 3's header tokens or a plain chat template"
         )
     chat.check(trains=True)
     # The same turn with the probe as its reply, to see the texts around the reply.

@@ -240,5 +240,5 @@ def _refused(path: str, why: str) -> ModelError:
     target = path.rpartition(".")[2]
     return ModelError(
         f"lora_targets: {target!r}: the layer {path} {why}, and dropout cannot be drawn for it; "
-        f"leave {target!r} out of lora_targets, or set lora_dropout=0",
+        f"leave {target!r} out of lora_targets, or set lora_dropout=0"
     )

@@ -197,7 +197,7 @@ class Trainer:
             first = bad[0] if bad else len(rows) - 1  # only the adapter, after the last step
             raise NotFiniteError(
                 f"{plan.what}: the loss or gradient became NaN or infinite in step {first + 1} "
-                f"of {len(rows)}; lower the learning rate, or clip with local.max_grad_norm",
+                f"of {len(rows)}; lower the learning rate, or clip with local.max_grad_norm"
             )
         losses, *columns = table[:, 1:].T.tolist()
         stats = dict(zip(objective.stat_names, columns, strict=True))

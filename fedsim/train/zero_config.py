@@ -63,7 +63,7 @@ def zero_settings(config: Config, num_ranks: int) -> dict[str, Any]:
         if given not in (wanted, "auto"):
             raise ConfigError(
                 f"guard.deepspeed={path!r}: {name}={given!r} contradicts {wanted!r}, which "
-                f"follows from {source}; remove {name} from the file",
+                f"follows from {source}; remove {name} from the file"
             )
         place[leaf] = wanted
     del settings["scheduler"]  # the training loop sets the learning rate
@@ -102,7 +102,7 @@ def _check_names(path: str, settings: Mapping[str, Any], decided: Mapping[str, A
         ConfigError: a key is unknown, or a group is no object.
     """
     known = [*decided, *sorted(FREE)]
-    groups = set()  # all prefixes of known names
+    groups: set[str] = set()  # all prefixes of known names
     for name in known:
         *parents, _ = name.split(".")
         groups.update(".".join(parents[: i + 1]) for i in range(len(parents)))
@@ -114,7 +114,7 @@ def _check_names(path: str, settings: Mapping[str, Any], decided: Mapping[str, A
             hint = f"did you mean {near[0]}?" if near else "remove it from the file"
             raise ConfigError(
                 f"guard.deepspeed={path!r}: {name} is not a key that the file may have; {hint} "
-                f"(it may have {', '.join(known)})",
+                f"(it may have {', '.join(known)})"
             )
 
 
@@ -197,7 +197,7 @@ def _read(path: str) -> dict[str, Any]:
         names = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.json")))
         raise ConfigError(
             f"{key}: cannot be read ({error.strerror}); give a DeepSpeed JSON file, or the name of "
-            f"one that ships with fedsim ({names})",
+            f"one that ships with fedsim ({names})"
         ) from error
     except ValueError as error:
         raise ConfigError(f"{key}: is not valid JSON ({error})") from error
