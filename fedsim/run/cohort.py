@@ -256,7 +256,7 @@ class CohortRunner:
         if not attacks:
             return work
         # Only clients that no rank saw fail can attack.
-        failed = set()
+        failed: set[int] = set()
         for rank_failures in self.world.ranks.gather(work.failures):
             failed.update(failure.client for failure in rank_failures)
         trained = sorted(work.tokens.keys() - failed)
