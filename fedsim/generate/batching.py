@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Final
 
 FEWEST: Final = 4
-"""Units of a call that has more batches: one for each of four ranks.
+"""Units of a call with at least as many batches: one for each of four ranks.
 
 Each unit ends with a tail, in which its last long rows keep few slots busy; a rank with two units
 has two tails.
@@ -51,7 +51,7 @@ def generation_units(
     most_new: Sequence[int],
     batch_size: int,
 ) -> list[list[int]]:
-    """Return the rows of each unit, in the order in which they are begun.
+    """Return the rows of each unit, in the order in which their decoding begins.
 
     Rows that may generate the most are begun first, so that few slots are idle at the end; of
     these the longest prompts, so that memory runs out at the beginning or not at all. The ordered

@@ -1,4 +1,4 @@
-"""Tensors beside the cache that a step of decoding reads and writes, at fixed addresses."""
+"""Per-slot tensors of decoding, other than the KV cache, at fixed addresses."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""The CAI conversations of a run: written once by the pretrained model, reused by runs that would
-write the same.
-"""
+"""CAI conversations of a run: generated once by the pretrained model, an artefact runs share."""
 
 from __future__ import annotations
 

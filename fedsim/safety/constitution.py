@@ -1,5 +1,4 @@
-"""Constitutions: pairs of a critique and a revision request, in the format of published CAI recipes
-(arXiv 2212.08073).
+"""Constitutions: pairs of critique and revision requests (arXiv 2212.08073).
 
 A file is ``{"constitutions": [{"critic": str, "revision": str}, …], "system_chat": [[message, …],
 …]}``. Each entry of ``system_chat`` is an example dialogue, a list of ``{"role", "content"}``,

@@ -33,7 +33,7 @@ class Guard(ABC):
     def prepare(self, rows: Sequence[SquareRow]) -> None:  # noqa: B027
         """Learn from the guard set's labelled rows; called once before :meth:`judge`, on all ranks.
 
-        A guard that does not learn leaves it as it is.
+        The default does nothing, for guards that do not learn.
         """
 
     @abstractmethod

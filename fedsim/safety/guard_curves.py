@@ -94,8 +94,7 @@ def calibration_bins(
     unsafe_prob: Sequence[float],
     num_bins: int = NUM_BINS,
 ) -> list[CalibrationBin]:
-    """Confidence against accuracy in equal-width bins (k/M, (k+1)/M] of 0 … 1 (Guo et al. 2017,
-    §2).
+    """Confidence against accuracy in bins (k/M, (k+1)/M] of 0 … 1 (Guo et al. 2017, §2).
 
     The confidence is the probability of the likelier verdict, max(p, 1 − p); the row is right if
     that verdict (unsafe from p = 0.5 on, which is greedy decoding) is its label. No bin below 0.5

@@ -1,5 +1,4 @@
-"""A guard's tables as tidy CSV files in the run directory: sweep, calibration, response categories,
-clients.
+"""Tables of a guard as tidy CSV files: threshold sweep, calibration, categories, clients.
 
 One line a threshold, bin, category or client, its ``point`` first (such as "untuned" or
 "fine-tuned"); rates are in percent, an undefined one is empty. No text of a row is written.

@@ -1,5 +1,6 @@
-"""Rows for fine-tuning a guard on labelled SQuARe responses (paper §4.1; the same prompt ids as in
-scoring).
+"""Rows for fine-tuning a guard on labelled SQuARe responses (paper §4.1).
+
+Their prompt ids are the same as in scoring.
 """
 
 from __future__ import annotations

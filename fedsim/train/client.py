@@ -202,7 +202,7 @@ class _Task:
 
     @cached_property
     def control(self) -> torch.Tensor | None:
-        """c_i on the adapter's device, copied there once; None without one."""
+        """Control variate c_i on the adapter's device, copied there once; None without one."""
         if self.client_control is None:
             return None
         return self.client_control.to(self.state.adapter.device)

@@ -31,19 +31,23 @@ class Objective(Protocol[Item_contra]):
     uses_dropout: bool
 
     def normaliser(self, items: Sequence[Item_contra]) -> float:
-        """Divisor of a batch's summed loss; it does not depend on the items' order."""
+        """Return the divisor of a batch's summed loss, independent of the items' order."""
+        ...
         ...
 
     def num_tokens(self, item: Item_contra) -> int:
-        """Tokens that an item puts through the model."""
+        """Count the tokens that an item puts through the model."""
+        ...
         ...
 
     def num_inputs(self, items: Sequence[Item_contra]) -> int:
-        """Tokens that one pass over items has."""
+        """Count the tokens of one pass over items."""
+        ...
         ...
 
     def num_targets(self, items: Sequence[Item_contra]) -> int:
-        """Those of them before a target: only they go through the LM head."""
+        """Count those of them before a target: only they go through the LM head."""
+        ...
         ...
 
     def sums(
@@ -58,11 +62,11 @@ class Objective(Protocol[Item_contra]):
 
 
 class SftObjective:
-    """Weighted mean negative log-likelihood of the batch's target tokens, Σ w · (−log p) / Σ w with
-    the row's weight.
+    """Weighted mean negative log-likelihood of the batch's target tokens.
 
-    With weights of 1 it is TRL's SFTTrainer: every token counts the same. A row of weight 0 counts
-    as if it were not in the batch.
+    Σ w · (−log p) / Σ w with the weight w of each target's row. With weights of 1 it is the loss of
+    TRL's SFTTrainer: every token counts the same. A row of weight 0 counts as if it were not in the
+    batch.
     """
 
     stat_names: tuple[str, ...] = ()
