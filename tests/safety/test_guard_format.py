@@ -61,7 +61,7 @@ def test_llama_guard_s_own_template_is_not_put_around_our_prompt(
 
 
 def test_the_embedded_model_s_template_writes_the_same_turn() -> None:
-    embedded = Path(fedsim.__file__).parent / "model" / "tiny"
+    embedded = Path(fedsim.__file__).parent / "world" / "tiny"
     chat = ChatFormat(AutoTokenizer.from_pretrained(embedded))
     for policy in ("llama_guard_3", "square"):
         for agent in (AGENT, None):
