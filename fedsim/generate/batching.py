@@ -1,4 +1,4 @@
-"""Units of generation: which rows are decoded together, the same on any number of ranks."""
+"""Units of generation: rows that are decoded together, the same on any number of ranks."""
 
 from __future__ import annotations
 
@@ -6,29 +6,31 @@ from collections.abc import Sequence
 from typing import Final
 
 FEWEST: Final = 4
-"""Units of a call that has more batches: one for each of four ranks.
+"""Units of a call with at least as many batches: one for each of four ranks.
 
-Each unit ends with a tail, in which its last long rows keep few slots busy; a rank with two units has two tails.
+Each unit ends with a tail, in which its last long rows keep few slots busy; a rank with two units
+has two tails.
 """
 
 MORE: Final = ((16, 16), (8, 8))
 """(units, batches of each) that a long call is cut into, most units first.
 
-Eight units keep eight ranks busy, and take four ranks at most a tenth longer than four units do: beside eight batches a
-tail is short. Sixteen are for calls so long that four ranks hardly notice.
+Eight units keep eight ranks busy, and take four ranks at most a tenth longer than four units do:
+beside eight batches a tail is short. Sixteen are for calls so long that four ranks hardly notice.
 """
 
 LONGEST_ROWS: Final = 2
-"""A unit of a long call also has so many of the longest rows' tokens per slot.
+"""A unit of a long call has at least this many times the longest row's tokens per slot.
 
-Else it would last as long as its longest row whatever its size, and more ranks would not help.
+Otherwise it would last as long as its longest row, and more ranks would not help.
 """
 
 
 def num_units(most_new: Sequence[int], batch_size: int) -> int:
-    """Number of units that rows are cut into: the batches where these are few, else 4, 8 or 16 by the work.
+    """Return the number of units: the batches where these are few, else 4, 8 or 16 by the work.
 
-    It must not depend on the number of ranks: who shares a batch with whom decides the last bits of logits.
+    It must not depend on the number of ranks: the rows of a batch decide the last bits of its
+    logits.
 
     Args:
         most_new: most tokens that each row may generate, over all of its turns.
@@ -44,18 +46,24 @@ def num_units(most_new: Sequence[int], batch_size: int) -> int:
     return FEWEST
 
 
-def generation_units(lengths: Sequence[int], most_new: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Rows of each unit, in the order in which they are begun.
+def generation_units(
+    lengths: Sequence[int],
+    most_new: Sequence[int],
+    batch_size: int,
+) -> list[list[int]]:
+    """Return the rows of each unit, in the order in which their decoding begins.
 
-    Rows that may generate the most are begun first, so that none of them runs alone at the end; of these the longest
-    prompts, so that memory runs out at the beginning or not at all. The ordered rows are dealt in turn: all units
-    have rows of every kind, take about as long, and differ in size by one row at most.
+    Rows that may generate the most are begun first, so that few slots are idle at the end; of
+    these the longest prompts, so that memory runs out at the beginning or not at all. The ordered
+    rows are dealt in turn: all units have rows of every kind, take about as long, and differ in
+    size by one row at most.
 
     Args:
         lengths: tokens of each row's prompt.
         most_new: most tokens that each row may generate, over all of its turns.
         batch_size: rows that are decoded together.
     """
+    # Most new tokens first, then the longest prompts; ties by index.
     order = sorted(range(len(lengths)), key=lambda i: (-most_new[i], -lengths[i], i))
     count = num_units(most_new, batch_size)
     return [order[unit::count] for unit in range(count)]

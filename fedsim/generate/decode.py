@@ -1,13 +1,15 @@
-"""Continuous batching: rows in the slots of one KV cache, each drawing from its own key, over one turn or several.
+"""Continuous batching over the slots of one KV cache, for rows of one turn or several.
 
-A row that ends a turn goes on in its slot with the next one, whose prompt reuses the keys and values that it has in
-common with what the slot holds; after the last turn the slot is the next row's. Rows that decode are always the first
-slots, so that a step computes no row that has ended. The numbers of a row come from its seeds alone, and nothing here
-depends on other units or on the number of ranks.
+A row that ends a turn goes on in its slot with the next one, whose prompt reuses the keys and
+values of the prefix that it shares with the slot's content; after the last turn the slot is free
+for the next row. Rows that decode are always the first slots, so that a step computes no row that
+has ended. A row's draws depend only on its seeds, and nothing here depends on other units or on
+the number of ranks.
 """
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,10 +28,10 @@ from fedsim.generate.score import unsound
 from fedsim.generate.slot_state import State
 
 PREFILL_TOKENS: Final = 8192
-"""Most tokens that one pass reads beside a single longer prompt; it bounds the memory of activations."""
+"""Most tokens of one prefill pass, unless a single prompt is longer; bounds activation memory."""
 
 WAITING: Final = 8
-"""Rows are read in together once one in so many slots waits: fewer passes against fewer idle slots."""
+"""Prefill once one slot in so many waits: fewer passes against fewer idle slots."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Request:
         seed: draw t of the turn uses the t-th uniform number of its stream.
         limit: most tokens to generate, at least 1.
         temperature: 0 takes the most likely token (the smallest id of equals).
-        name: what an error calls it.
+        name: of the row, for an error.
     """
 
     prompt: Sequence[int]
@@ -53,13 +55,13 @@ class Request:
 
 @dataclass(frozen=True)
 class Made:
-    """What a turn gave.
+    """Result of a turn.
 
     Attributes:
         ids: new tokens, the end token included.
-        ended: it ended by itself.
+        ended: it ended with an end token, not at its limit.
         num_prompt: tokens of its prompt.
-        num_kept: those of them whose keys and values stood in the cache.
+        num_kept: those of them whose keys and values were in the cache.
     """
 
     ids: list[int]
@@ -69,7 +71,7 @@ class Made:
 
 
 Then = Callable[[int, list[int]], Request | None]
-"""(row, new ids of the turn that it has ended) to its next turn, None after the last; called once a turn, in order."""
+"""(row, new ids of its ended turn) → its next turn, None after the last; called once a turn."""
 
 
 @dataclass
@@ -82,15 +84,15 @@ class _Row:
 
 
 class Decoder:
-    """Decodes units of rows with one model; slots and graphs serve one unit after the other.
+    """Decoder of units of rows with one model; slots and graphs serve one unit after the other.
 
     Args:
         model: a Hugging Face causal LM in eval mode, unchanged while the decoder is in use.
         num_slots: rows that are decoded together.
         max_new_tokens: the largest limit of any turn.
         eos_ids: a turn ends with the first of these.
-        graphs: replays steps; None runs them as they are.
-        block: steps between two looks at which rows have ended, each of which waits for the device.
+        graphs: replays steps; None runs them without graphs.
+        block: steps between two reads of which rows have ended, each of which waits for the device.
 
     Attributes:
         passes: forward passes so far.
@@ -115,16 +117,29 @@ class Decoder:
         self.passes = 0
         self._eos = torch.tensor(sorted(eos_ids), dtype=torch.int64, device=device)
         self._eos_ids = eos_ids
-        self._rows: list[_Row] = []  # by slot: those that decode, then those that wait; the other slots are free
-        self._num_active = 0
-        self._kinds: set[bool] = set()  # whether rows draw; those of the unit that has been read
+        # By slot: rows that decode, then rows that wait for their prefill; the others are free.
+        self._rows: list[_Row] = []
+        self._num_active = 0  # rows that decode
+        # Temperatures above 0 (True) and of 0 (False) among the unit's prefilled rows.
+        self._kinds: set[bool] = set()
 
     @torch.inference_mode()
-    def run(self, starts: Sequence[Request], then: Then = lambda row, ids: None) -> list[list[Made]]:
-        """All turns of every row of a unit, by row. Rows are begun in the given order.
+    def run(
+        self,
+        starts: Sequence[Request],
+        then: Then = lambda row, ids: None,
+    ) -> list[list[Made]]:
+        """Decode all turns of every row of a unit.
+
+        Args:
+            starts: the first turn of each row; rows are begun in this order.
+            then: gives the next turn of a row.
+
+        Returns:
+            The turns of each row, in the order of ``starts``.
 
         Raises:
-            RunError: the model's logits are no numbers.
+            RunError: the model's logits are not finite.
         """
         queue = deque(enumerate(starts))
         made: list[list[Made]] = [[] for _ in starts]
@@ -132,17 +147,21 @@ class Decoder:
         self.slots.clear(0, self.slots.num_rows)
         self.state.clear()
         while queue or self._rows:
+            # Give free slots to rows of the queue; their prompts wait for a prefill.
             self._fill(queue)
             num_waiting = len(self._rows) - self._num_active
-            if num_waiting and (self._num_active == 0 or num_waiting * WAITING >= self.slots.num_rows):
+            are_enough = self._num_active == 0 or num_waiting * WAITING >= self.slots.num_rows
+            # Prefill once enough rows wait, else take a block of decoding steps.
+            if num_waiting and are_enough:
                 self._read_in()
             else:
                 self._decode()
+            # Take ended turns out, and begin their rows' next ones.
             self._collect(made, then)
         return made
 
     def _fill(self, queue: deque[tuple[int, Request]]) -> None:
-        """Give the free slots to rows that have none."""
+        """Give the free slots to rows of the queue."""
         begin = len(self._rows)
         while queue and len(self._rows) < self.slots.num_rows:
             self._rows.append(_Row(*queue.popleft()))
@@ -150,16 +169,21 @@ class Decoder:
             self.slots.clear(begin, len(self._rows))
 
     def _read_in(self) -> None:
-        """Prefill the slots that wait, as many as a pass may hold, and draw the first token of each."""
+        """Prefill waiting slots, as many as a pass may hold, and draw the first token of each."""
+        # Slots begin … end − 1 are read: the part of each prompt that the cache does not hold.
         begin = end = self._num_active
         news: list[Sequence[int]] = []
+        num_new = 0  # tokens of the pass
         while end < len(self._rows):
             row = self._rows[end]
             new = row.request.prompt[row.num_kept :]
-            if news and sum(map(len, news)) + len(new) > PREFILL_TOKENS:
+            if news and num_new + len(new) > PREFILL_TOKENS:
                 break
             news.append(new)
+            num_new += len(new)
             end += 1
+
+        # Positions in the cache and per-slot state of these rows.
         rows = range(begin, end)
         requests = [self._rows[slot].request for slot in rows]
         for slot in rows:
@@ -168,11 +192,23 @@ class Decoder:
         self._reserve(max(lengths))
         temperatures = [request.temperature for request in requests]
         self._kinds |= {temperature > 0 for temperature in temperatures}
-        self.state.begin(begin, lengths, [r.limit for r in requests], temperatures, list(map(_uniforms, requests)))
+        self.state.begin(
+            begin,
+            lengths,
+            [r.limit for r in requests],
+            temperatures,
+            list(map(_uniforms, requests)),
+        )
+
+        # One packed forward pass; logits of each prompt's last token, [end − begin, vocabulary].
         layout = Extending(self.slots, rows, [len(new) for new in news])
         (ids,) = put([np.concatenate(news)], self.slots.device)
         logits = packed_logits(
-            self.model, ids, layout.spans.positions, layout, layout.spans.query_starts[1:].long() - 1
+            self.model,
+            ids,
+            layout.spans.positions,
+            layout,
+            layout.spans.query_starts[1:].long() - 1,
         )
         self.slots.lengths[begin:end] = lengths
         self._num_active = end
@@ -180,21 +216,31 @@ class Decoder:
         self.passes += 1
 
     def _decode(self) -> None:
-        """Take a block of steps with all active slots; a replayed one has few sizes, which the unit alone decides."""
+        """Take a block of steps with all active slots.
+
+        Replayed steps have few sizes (rows, positions), which depend only on the unit.
+        """
         active = self._num_active
         longest = max(self.slots.lengths[:active])
-        self._reserve(max(self.slots.lengths) + self.block + 1)  # a slot that has ended still writes behind its end
+        # A slot that ends within the block still writes behind its end.
+        self._reserve(max(self.slots.lengths) + self.block + 1)
         for step in range(1, self.block + 1):
             if self.graphs is None:
                 self._step(active, longest + step, self._parts(step))
             else:
-                size = (min(1 << (active - 1).bit_length(), self.slots.num_rows), grown(longest + self.block))
-                whole = (*size, frozenset(self._kinds))
-                self.graphs.run(whole, lambda size=size: self._step(*size), self.state.carried)  # type: ignore[misc]
+                # Rows are rounded up to a power of two, positions to a length of the cache.
+                num_rows = min(1 << (active - 1).bit_length(), self.slots.num_rows)
+                end = grown(longest + self.block)
+                size = (num_rows, end, frozenset(self._kinds))
+                replayed = functools.partial(self._step, num_rows, end)
+                self.graphs.run(size, replayed, self.state.carried)
         self.passes += self.block
 
     def lengthen(self, length: int) -> None:
-        """Make slots at least ``length`` positions long; graphs of steps that read shorter ones are forgotten."""
+        """Make slots at least ``length`` positions long.
+
+        Graphs of steps that read the shorter slots are dropped.
+        """
         before = self.slots.capacity
         self.slots.lengthen(length)
         if self.graphs is not None and self.slots.capacity != before:
@@ -205,14 +251,27 @@ class Decoder:
         self.slots.reserve(length)
 
     def _parts(self, step: int) -> list[tuple[slice, int]] | None:
-        """Rows that a CPU attends together in the block's step; a GPU attends all at once, by one kernel."""
+        """Return the rows that a CPU attends together in a step of the block, and their longest.
+
+        None on a GPU, where one kernel attends all rows.
+        """
         if self.slots.device.type != "cpu":
             return None
         ends = [length + step for length in self.slots.lengths[: self._num_active]]
         return parts_of(ends, self.slots.position_bytes)
 
-    def _step(self, num_rows: int, longest: int, parts: list[tuple[slice, int]] | None = None) -> torch.Tensor:
-        """One token of each of the first slots; touches tensors alone.
+    def _step(
+        self,
+        num_rows: int,
+        longest: int,
+        parts: list[tuple[slice, int]] | None = None,
+    ) -> torch.Tensor:
+        """Draw one token for each of the first slots; reads and writes tensors only.
+
+        Args:
+            num_rows: slots of the step.
+            longest: positions of the longest of them, the new token included.
+            parts: see :meth:`_parts`.
 
         Returns:
             The logits that the tokens were drawn from, ``[num_rows, vocabulary]``.
@@ -225,22 +284,37 @@ class Decoder:
         return logits
 
     def _draw(self, begin: int, end: int, logits: torch.Tensor) -> None:
+        """Draw a token for slots ``begin`` … ``end`` − 1 from ``[end − begin, vocabulary]``."""
         state = self.state
-        largest = logits.amax(dim=-1, keepdim=True)
-        tokens = pick(logits, largest, state.uniforms_of(begin, end), state.temperatures[begin:end], self._kinds)
-        state.advance(begin, end, tokens, largest[:, 0].isfinite(), self._eos)  # NaN if any is; −∞ may bar a token
+        # The largest logit is NaN if any of the row's is; a single −∞ may bar a token.
+        largest = logits.amax(dim=-1, keepdim=True)  # [end − begin, 1]
+        tokens = pick(
+            logits,
+            largest,
+            state.uniforms_of(begin, end),
+            state.temperatures[begin:end],
+            self._kinds,
+        )
+        state.advance(begin, end, tokens, largest[:, 0].isfinite(), self._eos)
 
     def _collect(self, made: list[list[Made]], then: Then) -> None:
-        """Take what has ended out of the active slots."""
+        """Take ended turns out of the active slots.
+
+        Args:
+            made: by row, to which the turns are added.
+        """
+        # Wait for the device: new tokens, whether the turn goes on, whether logits were finite.
         counts, alive, sound = self.state.read(self._num_active)
         if not all(sound):
             name = self._rows[sound.index(0)].request.name
             raise unsound(name)
         ended = [slot for slot in range(self._num_active) if not alive[slot]]
         for slot in range(self._num_active):
-            row = self._rows[slot]
-            self.slots.lengths[slot] = len(row.request.prompt) + counts[slot] - 1  # the last token has not been read
+            num_prompt = len(self._rows[slot].request.prompt)
+            self.slots.lengths[slot] = num_prompt + counts[slot] - 1  # the last token is not cached
         longest = max(self.slots.lengths)
+
+        # Record the ended turns and ask for the next ones.
         outs = self.state.outs(ended, [counts[slot] for slot in ended])
         following = []
         for slot, ids in zip(ended, outs, strict=True):
@@ -248,16 +322,21 @@ class Decoder:
             turn = Made(ids, ids[-1] in self._eos_ids, len(row.request.prompt), row.num_kept)
             made[row.index].append(turn)
             following.append(then(row.index, ids))
+
+        # Reorder the slots, from the last: active rows first, then waiting ones.
         order = list(range(self.slots.num_rows))
         for slot, ids, request in reversed(list(zip(ended, outs, following, strict=True))):
             self._retire(slot, ids, request, order)
         self._move(order, longest)
 
     def _retire(self, slot: int, ids: list[int], request: Request | None, order: list[int]) -> None:
-        """Put a row behind the active ones: with those that wait for their next turn, or out.
+        """Move a row behind the active ones, among the waiting; without a next turn, remove it.
 
         Args:
-            order: by slot, where what is to be in it still is; exchanged with the rows.
+            slot: the row's slot.
+            ids: new tokens of its ended turn.
+            request: its next turn, None if it has none.
+            order: for each slot, the slot that still holds its content; exchanged with the rows.
         """
 
         def exchange(one: int, other: int) -> None:
@@ -279,25 +358,35 @@ class Decoder:
             self._rows.pop()
 
     def _move(self, order: list[int], longest: int) -> None:
-        """Move the content of slots, ``longest`` positions at most, to where the rows are now, all at once."""
+        """Move the content of slots to where their rows are now, in one copy.
+
+        Args:
+            order: for each slot, the slot that holds its content.
+            longest: most positions of a slot.
+        """
         moved = [slot for slot, source in enumerate(order) if slot != source]
         if not moved:
             return
-        moved.sort(key=lambda slot: self.slots.lengths[order[slot]] == 0)  # what is empty is not copied
-        num_full = sum(self.slots.lengths[order[slot]] > 0 for slot in moved)
-        to, source = put([np.array(moved), np.array([order[slot] for slot in moved])], self.slots.device)
+        # Slots with content come first; empty ones are not copied.
+        moved.sort(key=lambda slot: self.slots.lengths[order[slot]] == 0)
+        sources = [order[slot] for slot in moved]
+        num_full = sum(self.slots.lengths[source] > 0 for source in sources)
+        to, source = put([np.array(moved), np.array(sources)], self.slots.device)
         self.slots.move(order, to[:num_full], source[:num_full], longest)
         self.state.move(order, to, source)
 
 
 def _uniforms(request: Request) -> np.ndarray:
-    """The numbers that a turn draws with; a greedy one takes none."""
+    """Return the uniform numbers that a turn draws with, fp64 ``[limit]``; none if it is greedy."""
     count = request.limit if request.temperature > 0 else 0
     return np.random.Generator(np.random.Philox(key=request.seed)).random(count)
 
 
 def common_prefix(cached: Sequence[int], prompt: Sequence[int]) -> int:
-    """How many leading ids of ``prompt`` the cache holds, less than all: the last one's logits must be computed."""
+    """Return the number of leading ids of ``prompt`` that the cache holds.
+
+    At most all but one: the logits of the last must be computed.
+    """
     shared = min(len(cached), len(prompt) - 1)
     differs = np.flatnonzero(np.asarray(cached[:shared]) != np.asarray(prompt[:shared]))
     return int(differs[0]) if len(differs) else shared

@@ -1,4 +1,4 @@
-"""A round's local training: the cohort on its lanes, then the one reduction that ends it."""
+"""Local training of a round: the cohort on its lanes, then the round's one reduction."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 
 from fedsim.base.errors import ClientError, NotFiniteError, RunError
 from fedsim.base.planner import Plan, SharedSteps, learned_cost, learned_sharing, plan_round
@@ -22,12 +23,12 @@ from fedsim.parallel.updates import gather_updates
 from fedsim.parallel.world import World
 from fedsim.run.aggregate import Aggregated, aggregate
 from fedsim.train.client import ClientTrainer
-from fedsim.train.containment import ContainedWork, client_error
+from fedsim.train.containment import ContainErrors, client_error
 
 
 @dataclass(frozen=True, eq=False)
 class LocalWork:
-    """What this rank did in a round's local training.
+    """Work of this rank in a round's local training.
 
     Attributes:
         round_idx: the round.
@@ -50,7 +51,7 @@ class LocalWork:
 
 @dataclass(frozen=True, eq=False)
 class CohortResult:
-    """What a round's training gave, the same on every rank.
+    """Result of a round's training, the same on every rank.
 
     Attributes:
         aggregated: sums and reports of the clients that delivered an update.
@@ -77,11 +78,13 @@ class CohortResult:
     def idle_share(self) -> float:
         """Share of rank-seconds without local training, of the longest rank's time."""
         longest = max(self.busy_s)
-        return 1.0 - sum(self.busy_s) / (len(self.busy_s) * longest) if longest > 0 else 0.0
+        if longest <= 0:
+            return 0.0
+        return 1.0 - sum(self.busy_s) / (len(self.busy_s) * longest)
 
 
 class CohortRunner:
-    """Places clients, trains them and sums their updates.
+    """Placement and training of a round's clients, and the sum of their updates.
 
     Args:
         world: all processes.
@@ -112,7 +115,9 @@ class CohortRunner:
         self.failures = failures
         self.wide_lanes = wide_lanes
         self.num_micro_batches = trainer.local.num_micro_batches
-        self._sharing_s = 0.0  # constant cost of a wide step, the same on every rank; a resumed run learns it again
+        # Constant cost of a step on a wide lane, the same on every rank; after a resume it is
+        # learnt again.
+        self._sharing_s = 0.0
 
     def train(
         self,
@@ -124,39 +129,70 @@ class CohortRunner:
     ) -> LocalWork:
         """Train this rank's part of a cohort from ``state``; a client that fails is set aside.
 
-        Control variates are written as soon as they are known; those of a client that another rank saw fail are never
-        taken (:meth:`ClientStateStore.advance`), and deleted with the round's checkpoint.
+        Control variates are written as soon as they are known; those of a client that another rank
+        saw fail are never taken (:meth:`ClientStateStore.advance`), and deleted with the round's
+        checkpoint.
 
         Args:
             steps: optimizer steps of each client; all have rows.
+            round_idx: the round.
+            state: the server's state at the beginning of the round.
+            seconds_per_token: present cost of each rank.
+            on_step: called with (steps done, steps of this rank).
         """
-        tokens = {c: self.trainer.num_tokens(c, self.shards[c], round_idx, steps[c]) for c in steps}
+        tokens = {}  # work of each client
+        for client, num_steps in steps.items():
+            rows = self.shards[client]
+            tokens[client] = self.trainer.num_tokens(client, rows, round_idx, num_steps)
         shared = SharedSteps(steps, self._sharing_s)
-        plan = plan_round(tokens, seconds_per_token, self.num_micro_batches, wide_lanes=self.wide_lanes, shared=shared)
+        plan = plan_round(
+            tokens,
+            seconds_per_token,
+            self.num_micro_batches,
+            wide_lanes=self.wide_lanes,
+            shared=shared,
+        )
         work = LocalWork(round_idx, plan, tokens, shared, [], [], [])
         self._train(work, steps, state, on_step)
         return work
 
-    def reduce(self, work: LocalWork, state: ServerState, seconds_per_token: Sequence[float]) -> CohortResult:
-        """Agree on who failed, and sum the others' updates: the round's one reduction.
+    def reduce(
+        self,
+        work: LocalWork,
+        state: ServerState,
+        seconds_per_token: Sequence[float],
+    ) -> CohortResult:
+        """Agree on the clients that failed, and sum the others' updates: the round's one reduction.
+
+        Args:
+            work: of :meth:`train`.
+            state: the server's state at the beginning of the round.
+            seconds_per_token: present cost of each rank.
 
         Raises:
             RunError: clients failed and the policy ends the run; the same on every rank.
         """
         work = self._attack(work, state)
+
+        # 1. Agree on failures; gather each member's seconds for clients on wide lanes.
         wide = {job.client for job in work.plan.jobs if job.width > 1}
-        shared_s = {outcome.client: outcome.seconds for outcome in work.outcomes if outcome.client in wide}
+        shared_s = {}
+        for outcome in work.outcomes:
+            if outcome.client in wide:
+                shared_s[outcome.client] = outcome.seconds
         shares = self.world.ranks.gather((work.failures, shared_s))
-        found = [failure for share, _ in shares for failure in share]
+        found = list(chain.from_iterable(rank_failures for rank_failures, _ in shares))
         failures = by_client(found)
         delivered = sorted(work.tokens.keys() - {failure.client for failure in failures})
         check_round(failures, len(delivered), work.round_idx, self.failures)
+
+        # 2. Sum the updates, or gather them where the algorithm wants each client's.
         reporting = [outcome for outcome in work.reporting if outcome.client in delivered]
         updates = None
         has_control, size = self.trainer.algorithm.has_control, state.adapter.numel()
         if self.trainer.algorithm.wants == "updates":
             updates = self._updates(reporting, delivered, state)
-            # the reduction then carries the clients' figures alone
+            # The reduction then carries only the clients' figures.
             reporting = [replace(o, delta=o.delta[:0], control_delta=None) for o in reporting]
             has_control, size = False, 0
         result = aggregate(
@@ -171,50 +207,99 @@ class CohortRunner:
             world_size=self.world.size,
             device=state.adapter.device,
         )
+
+        # 3. Learn from the measured seconds for the next round's placement.
         tokens = {client: work.tokens[client] for client in delivered}
-        cost = learned_cost(seconds_per_token, result.busy_s, work.plan, tokens, self.num_micro_batches, work.shared)
-        least_s = {  # the member that waited least for the others
-            client: min(seconds[client] for _, seconds in shares if client in seconds)
-            for client in wide.intersection(delivered)
-        }
-        self._sharing_s = learned_sharing(work.shared, least_s, work.plan, tokens, cost, self.num_micro_batches)
-        busy_s = list(result.busy_s)
+        cost = learned_cost(
+            seconds_per_token,
+            result.busy_s,
+            work.plan,
+            tokens,
+            self.num_micro_batches,
+            work.shared,
+        )
+        least_s: dict[int, float] = {}  # of each wide lane's client: the member that waited least
+        for client in wide.intersection(delivered):
+            least_s[client] = min(seconds[client] for _, seconds in shares if client in seconds)
+        self._sharing_s = learned_sharing(
+            work.shared,
+            least_s,
+            work.plan,
+            tokens,
+            cost,
+            self.num_micro_batches,
+        )
+        busy_s = list(result.busy_s)  # by rank; failed clients count too
         for failure in found:
             busy_s[failure.rank] += failure.seconds
         return CohortResult(result, failures, work.plan, cost, busy_s, updates)
 
     def attackers(self, round_idx: int, cohort: Iterable[int]) -> list[int]:
-        """Those of a round's clients that attack in it, ascending."""
-        return sorted(client for attack in self.attacks for client in attack.in_round(round_idx, list(cohort)))
+        """Return the clients of a round's cohort that attack in it, ascending."""
+        members = list(cohort)
+        found: list[int] = []
+        for attack in self.attacks:
+            found.extend(attack.in_round(round_idx, members))
+        return sorted(found)
 
     def _attack(self, work: LocalWork, state: ServerState) -> LocalWork:
-        """Let attackers change what they report; a changed update that :func:`checked` refuses is a failure."""
-        attacks = [a for a in self.attacks if a.changes_outcomes and a.in_round(work.round_idx, list(work.tokens))]
+        """Let attackers change their updates.
+
+        A changed update that :func:`checked` refuses is a failure of the client.
+        """
+        cohort = list(work.tokens)
+        attacks = []
+        for attack in self.attacks:
+            if attack.changes_outcomes and attack.in_round(work.round_idx, cohort):
+                attacks.append(attack)
         if not attacks:
             return work
-        failed = {failure.client for share in self.world.ranks.gather(work.failures) for failure in share}
+        # Only clients that no rank saw fail can attack.
+        failed: set[int] = set()
+        for rank_failures in self.world.ranks.gather(work.failures):
+            failed.update(failure.client for failure in rank_failures)
         trained = sorted(work.tokens.keys() - failed)
         reporting = {outcome.client: outcome for outcome in work.reporting}
         failures = list(work.failures)
 
         def change(attack: ActiveAttack, members: Sequence[int], colluders: Updates) -> None:
-            for client in [client for client in members if client in reporting]:
-                outcome = attack.changed_outcome(reporting[client], work.round_idx, state, colluders)
+            for client in members:
+                if client not in reporting:  # another rank's
+                    continue
+                outcome = attack.changed_outcome(
+                    reporting[client],
+                    work.round_idx,
+                    state,
+                    colluders,
+                )
                 try:
                     reporting[client] = checked(outcome, self.failures.max_update_norm)
                 except (ClientError, NotFiniteError) as error:
-                    failure = client_error(error)
-                    spent = reporting[client].seconds
-                    failures.append(ClientFailure(client, failure.reason, self.world.rank, failure.message, "", spent))
+                    refused = client_error(error)
+                    failure = ClientFailure(
+                        client,
+                        refused.reason,
+                        self.world.rank,
+                        refused.message,
+                        "",
+                        reporting[client].seconds,
+                    )
+                    failures.append(failure)
 
+        # One attack after the other; its members see one another's updates.
         for attack in attacks:
             members = attack.in_round(work.round_idx, trained)
             colluders = self._updates(list(reporting.values()), members, state)
             self.world.ranks.each(functools.partial(change, attack, members, colluders))
         return replace(work, reporting=list(reporting.values()), failures=failures)
 
-    def _updates(self, reporting: Sequence[ClientOutcome], clients: Sequence[int], state: ServerState) -> Updates:
-        """The updates of some clients, on every rank."""
+    def _updates(
+        self,
+        reporting: Sequence[ClientOutcome],
+        clients: Sequence[int],
+        state: ServerState,
+    ) -> Updates:
+        """Gather the updates of some clients on every rank."""
         return gather_updates(
             reporting,
             clients,
@@ -232,8 +317,9 @@ class CohortRunner:
         state: ServerState,
         on_step: Callable[[int, int], None] | None,
     ) -> None:
-        """This rank's jobs in the plan's order. Every rank asks for every wide lane, in the same order."""
+        """Train this rank's jobs in the plan's order; record outcomes and failures in ``work``."""
         rank = self.world.rank
+        # Every rank opens every wide lane, in the same order: a process group is a collective.
         lanes = {job: self.world.lane(job.first_rank, job.width) for job in work.plan.jobs}
         mine = [job for job in work.plan.jobs if rank in job.ranks]
         done, total = 0, sum(steps[job.client] for job in mine)
@@ -244,19 +330,27 @@ class CohortRunner:
             try:
                 with self.world.journal.at(client=job.client):
                     outcome = self._train_client(
-                        job.client, work.round_idx, state, lanes[job], report, steps[job.client]
+                        job.client,
+                        work.round_idx,
+                        state,
+                        lanes[job],
+                        report,
+                        steps[job.client],
                     )
             except ClientError as error:
                 error.with_traceback(None)  # its frames hold the client's vectors
                 seconds = time.perf_counter() - began
-                failure = ClientFailure(job.client, error.reason, rank, error.message, error.trace, seconds)
+                reason, message, trace = error.reason, error.message, error.trace
+                failure = ClientFailure(job.client, reason, rank, message, trace, seconds)
                 work.failures.append(failure)
                 self.world.journal.write("client failed", **asdict(failure))
                 continue
             if outcome.control is not None:
+                # On disk, so that a rank need not hold its whole cohort's; it is taken once all
+                # ranks agree that the client did not fail.
                 if job.first_rank == rank:
-                    self.controls.save(job.client, work.round_idx, outcome.control)  # counts once all have agreed
-                outcome = replace(outcome, control=None)  # on disk: a rank's whole cohort need not be held in memory
+                    self.controls.save(job.client, work.round_idx, outcome.control)
+                outcome = replace(outcome, control=None)
             work.outcomes.append(outcome)
             if job.first_rank == rank:
                 work.reporting.append(outcome)
@@ -270,39 +364,57 @@ class CohortRunner:
         on_step: Callable[[int, int], None] | None,
         num_steps: int,
     ) -> ClientOutcome:
-        """One client's update.
+        """Train one client and check its update.
 
         Raises:
-            ClientError: any of it failed; an error of the sums that a lane shares is no client's, and ends the run.
+            ClientError: any of it failed. An error of a lane's shared sums is no client's, and ends
+                the run.
         """
-        own = ContainedWork()
-        control = own.do(lambda: self.controls.load(client))
+        errors = ContainErrors()
+        control = errors.run(lambda: self.controls.load(client))
         rows = self.shards[client]
-        outcome = self.trainer.train(client, rows, round_idx, state, control, lane, on_step, num_steps, own)
-        own.do(lambda: checked(outcome, self.failures.max_update_norm))
-        own.check()
+        outcome = self.trainer.train(
+            client,
+            rows,
+            round_idx,
+            state,
+            control,
+            lane,
+            on_step,
+            num_steps,
+            errors,
+        )
+        errors.run(lambda: checked(outcome, self.failures.max_update_norm))
+        errors.check()
         return outcome
 
 
 def agreed_checksums(state: ServerState, ranks: Ranks) -> dict[str, str]:
-    """BLAKE2b of each vector's bytes (hex) by the vector's name, after proof that every rank holds the same ones.
+    """Check that every rank holds the same vectors.
+
+    Returns:
+        BLAKE2b of each vector's bytes (hex), by the vector's name.
 
     Raises:
         RunError: ranks disagree.
     """
-    own = {
-        name: hashlib.blake2b(vector.detach().cpu().numpy().tobytes(), digest_size=16).hexdigest()
-        for name, vector in state.named().items()
-    }
+    own = {}
+    for name, vector in state.named().items():
+        content = vector.detach().cpu().numpy().tobytes()
+        own[name] = hashlib.blake2b(content, digest_size=16).hexdigest()
     found = ranks.gather(own)
     for name in own:
         digests = [digest[name] for digest in found]
         if len(set(digests)) != 1:
-            raise RunError(
-                f"ranks hold different vectors {name} (checksums {', '.join(digests)}); the run cannot go on"
-            )
+            what = f"different vectors {name} (checksums {', '.join(digests)})"
+            raise RunError(f"ranks hold {what}; the run cannot go on")
     return own
 
 
-def _shifted(report: Callable[[int, int], None], done: int, total: int) -> Callable[[int, int], None]:
+def _shifted(
+    report: Callable[[int, int], None],
+    done: int,
+    total: int,
+) -> Callable[[int, int], None]:
+    """Return ``report`` for the steps of a job before which ``done`` of ``total`` are done."""
     return lambda step, _: report(done + step, total)

@@ -1,8 +1,8 @@
-"""Constitutional AI on the global adapter: an SFT stage and a DPO stage in every round (paper §4.2).
+"""Constitutional AI on the global adapter: SFT, then DPO, in every round (paper §4.2).
 
-One iteration is one SFT step and one DPO step on the same rows. A round runs its SFT steps first, then its DPO steps
-over the same rows; one shuffled cursor goes on from round to round, so 1,250 iterations of 16 rows are an epoch of
-20,000.
+One iteration is one SFT step and one DPO step on the same rows. A round runs its SFT steps first,
+then its DPO steps over the same rows; one shuffled cursor goes on from round to round, so 1,250
+iterations of 16 rows are an epoch of 20,000.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fedsim.train.objectives import DpoObjective, Preference, SftObjective
 
 @dataclass(frozen=True)
 class Alignment:
-    """What a round of CAI did.
+    """Result of a round's CAI.
 
     Attributes:
         adapter: the repaired global adapter, fp32 ``[size]``.
@@ -38,21 +38,21 @@ class Alignment:
 
 
 class Aligner:
-    """Runs CAI's two stages on the resident model, data-parallel over a lane.
+    """CAI's two stages on the resident model, data-parallel over a lane.
 
     Args:
-        trainer: model, flat adapter and optimizer; the optimizer starts anew in each stage.
+        trainer: model, flat adapter and optimizer, whose state is reset for each stage.
         rows: usable conversations.
         chat: the model's chat format.
         cai: the CAI configuration.
         seed: the run's seed.
         num_rounds: rounds of the run.
-        pass_tokens: most tokens of a pass outside exact mode, those of DPO's reference not counted; 0:
-            ``micro_batch_size`` times the longest item.
+        pass_tokens: most tokens of a pass outside exact mode, those of DPO's reference not counted;
+            0: ``micro_batch_size`` times the longest item.
 
     Attributes:
         pairs: the pairs that can be trained on.
-        reasons: why each of ``rows`` gives no such pair; None where it gives one.
+        reasons: for each of ``rows``, why it gives no such pair; None where it gives one.
 
     Raises:
         ConfigError: no row gives a pair.
@@ -74,11 +74,18 @@ class Aligner:
         self.seed = seed
         self.num_rounds = num_rounds
         self.pass_tokens = pass_tokens
-        pairs = [preference(chat, row, cai.max_length) for row in rows]
-        self.reasons = [why_no_pair(chat, row, pair) for row, pair in zip(rows, pairs, strict=True)]
-        self.pairs = [p for p, reason in zip(pairs, self.reasons, strict=True) if reason is None]
+        # Keep the pairs that can be trained on, and the reasons against the others.
+        self.pairs: list[Preference] = []
+        self.reasons: list[str | None] = []
+        for row in rows:
+            pair = preference(chat, row, cai.max_length)
+            reason = why_no_pair(chat, row, pair)
+            self.reasons.append(reason)
+            if reason is None:
+                self.pairs.append(pair)
         if not self.pairs:
-            raise Tally.of(self.reasons).none_left("CAI pairs", max_length=f"cai.max_length={cai.max_length}")
+            limit = f"cai.max_length={cai.max_length}"
+            raise Tally.of(self.reasons).none_left("CAI pairs", max_length=limit)
 
     @property
     def num_cut(self) -> int:
@@ -91,19 +98,27 @@ class Aligner:
 
     @property
     def iterations(self) -> int:
-        """Iterations of a round that has CAI; an epoch, where it is asked for, ends with the batch of the last row."""
-        return -(-len(self.pairs) // self.cai.batch_size) if self.cai.iterations == -1 else self.cai.iterations
+        """Iterations of a round that has CAI; −1 in the configuration is an epoch, rounded up."""
+        if self.cai.iterations == -1:
+            return -(-len(self.pairs) // self.cai.batch_size)
+        return self.cai.iterations
 
     def batches(self, round_idx: int) -> list[list[Preference]]:
-        """The rows of each iteration of a round that has CAI.
+        """Return the pairs of each iteration of a round that has CAI.
 
-        The cursor goes on from the stage before; where stages are epochs, each begins with an order of its own.
+        The cursor goes on from the last such round; where these are epochs, each begins with an
+        order of its own.
         """
         size, iterations = self.cai.batch_size, self.iterations
         step = len(self.pairs) if self.cai.iterations == -1 else iterations * size
-        first = self.cai.num_stages(round_idx) * step
+        place = self.cai.num_stages(round_idx) * step  # of the cursor
         orders: dict[int, list[int]] = {}
-        return [[self.pairs[self._at(first + t * size + i, orders)] for i in range(size)] for t in range(iterations)]
+        batches = []
+        for _ in range(iterations):
+            rows = [self._at(place + i, orders) for i in range(size)]
+            batches.append([self.pairs[row] for row in rows])
+            place += size
+        return batches
 
     def align(
         self,
@@ -112,20 +127,33 @@ class Aligner:
         lane: Lane,
         on_step: Callable[[int, int], None] | None = None,
     ) -> Alignment:
-        """SFT on the revisions, then DPO of revisions against first responses, from ``adapter`` on.
+        """Run SFT on the revisions, then DPO of revisions against first responses.
 
-        The DPO reference is the adapter as it stands when DPO begins.
+        The DPO reference is the adapter at the beginning of DPO.
 
         Args:
+            adapter: the global adapter, fp32 ``[size]``.
+            round_idx: a round that has CAI.
+            lane: shares the work.
             on_step: called with (steps done, steps of both stages).
         """
         batches = self.batches(round_idx)
         total = 2 * len(batches)
+        report_sft: Callable[[int, int], None] | None = None
+        report_dpo: Callable[[int, int], None] | None = None
+        if on_step is not None:
+            report_sft = _shifted(on_step, 0, total)
+            report_dpo = _shifted(on_step, len(batches), total)
         flat = self.trainer.adapter
         flat.load(adapter)
+
+        # Stage 1: SFT on prompt → revision.
+        revisions = []
+        for batch in batches:
+            revisions.append([pair.chosen for pair in batch])
         sft = self.trainer.run(
             TrainingPlan(
-                [[pair.chosen for pair in batch] for batch in batches],
+                revisions,
                 lambda step: self.cai.sft_lr,
                 ("cai_sft", round_idx),
                 what=f"CAI (SFT), round {round_number(round_idx)}",
@@ -134,8 +162,10 @@ class Aligner:
             ),
             SftObjective(),
             lane,
-            None if on_step is None else lambda done, _: on_step(done, total),
+            report_sft,
         )
+
+        # Stage 2: DPO on the same rows, from the adapter of stage 1, which is also the reference.
         dpo = self.trainer.run(
             TrainingPlan(
                 batches,
@@ -147,7 +177,7 @@ class Aligner:
             ),
             DpoObjective(flat, flat.copy(), self.cai.beta),
             lane,
-            None if on_step is None else lambda done, _: on_step(len(batches) + done, total),
+            report_dpo,
         )
         metrics = {
             "cai/sft_loss": sft.mean_loss,
@@ -159,15 +189,29 @@ class Aligner:
         return Alignment(flat.copy(), metrics)
 
     def _at(self, place: int, orders: dict[int, list[int]]) -> int:
-        """Row at a place of the endless cursor: one keyed order after another."""
+        """Return the pair's index at a place of the endless cursor: one keyed order an epoch.
+
+        Args:
+            orders: by epoch, filled as needed.
+        """
         epoch, offset = divmod(place, len(self.pairs))
         if epoch not in orders:
-            orders[epoch] = [int(i) for i in keyed_random.permutation(len(self.pairs), self.seed, "cai_rows", epoch)]
+            order = keyed_random.permutation(len(self.pairs), self.seed, "cai_rows", epoch)
+            orders[epoch] = [int(i) for i in order]
         return orders[epoch][offset]
 
 
+def _shifted(
+    report: Callable[[int, int], None],
+    first: int,
+    total: int,
+) -> Callable[[int, int], None]:
+    """Return ``report`` for the steps of a stage before which ``first`` of ``total`` are done."""
+    return lambda done, _: report(first + done, total)
+
+
 def preference(chat: ChatFormat, row: CaiRow, max_length: int) -> Preference:
-    """The red prompt with the revision (chosen) and the first response (rejected)."""
+    """Return the red prompt with the revision (chosen) and the first response (rejected)."""
 
     def tokens(reply: str) -> TokenRow:
         return chat.training_row([user_turn(row.init_prompt), assistant_turn(reply)], max_length)
@@ -176,29 +220,31 @@ def preference(chat: ChatFormat, row: CaiRow, max_length: int) -> Preference:
 
 
 def why_no_pair(chat: ChatFormat, row: CaiRow, pair: Preference) -> str | None:
-    """Name the reason of ``usable.REASONS`` why a pair cannot teach anything; None for one that can.
+    """Return the reason of ``usable.REASONS`` why a pair is of no use in training; None if it is.
 
-    SFT needs a usable row of the revision, DPO one of each reply. Two replies that differ only behind the cut, or not
-    at all once they are tokens, prefer nothing.
+    SFT needs a usable row of the revision, DPO one of each reply. Two replies that differ only
+    behind the cut, or not at all once they are tokens, express no preference.
     """
     for tokens, reply in ((pair.chosen, row.chosen), (pair.rejected, row.rejected)):
         reason = why_unusable(chat, tokens, reply)
         if reason is not None:
             return reason
+    # Replies that differ only in text, or behind the cut.
     same = np.array_equal(pair.chosen.input_ids, pair.rejected.input_ids)
     return "same_replies" if same else None
 
 
 def fills(chat: ChatFormat, prompt: str, max_length: int) -> bool:
-    """True if a question leaves no room for a reply in a row of ``max_length`` tokens."""
+    """Return whether a question leaves no room for a reply in a row of ``max_length`` tokens."""
     return len(chat.prompt_ids([user_turn(prompt)])) >= max_length
 
 
 def check_prompts(chat: ChatFormat, prompts: Sequence[str], max_length: int) -> None:
-    """Check that one of the prompts leaves room for a reply, before conversations are written from them.
+    """Check that a prompt leaves room for a reply, before conversations are generated.
 
     Raises:
         ConfigError: none does.
     """
     if all(fills(chat, prompt, max_length) for prompt in prompts):
-        raise Tally.of(["no_targets"] * len(prompts)).none_left("CAI rows", max_length=f"cai.max_length={max_length}")
+        tally = Tally.of(["no_targets"] * len(prompts))
+        raise tally.none_left("CAI rows", max_length=f"cai.max_length={max_length}")

@@ -1,7 +1,8 @@
 """CAI conversations: response, critique and revision in one chat (paper §4.2; arXiv 2212.08073).
 
-One conversation of three turns a row. SFT then trains prompt → revision, and DPO prefers the revision
-(``chosen``) to the response (``rejected``). Rows that cannot teach that are dropped and counted by reason.
+One conversation of three turns a row. SFT then trains prompt → revision, and DPO prefers the
+revision (``chosen``) to the response (``rejected``). Rows that are of no use for this are dropped
+and counted by reason.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class CaiRow:
     Attributes:
         row_id: the data row whose prompt it starts from.
         principle: position of the principle in the constitution.
-        truncated: turns that did not end in time, or whose conversation outgrew the context and lost its beginning.
+        truncated: turns that did not end in time, or whose conversation outgrew the context and
+            lost its beginning.
     """
 
     row_id: int
@@ -68,7 +70,7 @@ class CaiRow:
 
     @property
     def defect(self) -> Defect | None:
-        """Why the row cannot be trained on, the first reason of :data:`DEFECTS` that holds; None if it can."""
+        """First reason of :data:`DEFECTS` why the row cannot be trained on; None if it can."""
         response, revision = self.init_response.strip(), self.revision_response.strip()
         if not response:
             return "empty_response"
@@ -76,6 +78,7 @@ class CaiRow:
             return "empty_revision"
         if response == revision:
             return "unchanged"
+        # A truncated critique does no harm: it is not trained on.
         return "truncated" if {"response", "revision"} & set(self.truncated) else None
 
 
@@ -88,106 +91,140 @@ def generate_conversations(
     first_turn: Literal["model", "dataset"] = "model",
     key: Sequence[keyed_random.KeyPart] = ("cai",),
 ) -> list[CaiRow]:
-    """One conversation per row, in order; the same on every rank.
+    """Generate one conversation per row, in order; the same on every rank.
 
     Args:
         engine: the model that writes all turns; its seed fixes the draws.
         rows: their prompts start the conversations.
+        constitution: one of its principles is drawn for each conversation.
         sampling: of each turn (paper: temperature 1.0).
-        first_turn: "model" lets the engine write the response, "dataset" takes the row's own response.
-        key: names the draws; another key, such as ``("cai", round_idx)``, gives fresh conversations.
+        first_turn: "model" lets the engine write the response, "dataset" takes the row's own
+            response.
+        key: names the draws; another key, such as ``("cai", round_idx)``, gives fresh
+            conversations.
     """
-    drawn = [
-        keyed_random.derive(engine.seed, "principle", *key, row.row_id) % len(constitution.principles) for row in rows
-    ]
+    # Draw each row's principle, by its position in the constitution.
+    drawn = []
+    for row in rows:
+        number = keyed_random.derive(engine.seed, "principle", *key, row.row_id)
+        drawn.append(number % len(constitution.principles))
     principles = [constitution.principles[i] for i in drawn]
+
+    # Generate the turns of all conversations; a response of the data set is put in as it is.
     chats: list[Conversation] = [constitution.conversation([user_turn(row.prompt)]) for row in rows]
-    follow_ups = [[p.critic for p in principles], [p.revision for p in principles]]
+    critics = [principle.critic for principle in principles]
+    requests = [principle.revision for principle in principles]
+    turn_keys = [(*key, turn) for turn in TURNS]
     if first_turn == "model":
-        responses, critiques, revisions = engine.converse(chats, follow_ups, sampling, [(*key, turn) for turn in TURNS])
+        replies = engine.converse(chats, [critics, requests], sampling, turn_keys)
     else:
+        for i, row in enumerate(rows):
+            chats[i] = [*chats[i], assistant_turn(row.response), user_turn(critics[i])]
         responses = [Reply(row.response, num_tokens=0, truncated=False) for row in rows]
-        asked: list[Conversation] = [
-            [*chat, assistant_turn(row.response), user_turn(request)]
-            for chat, row, request in zip(chats, rows, follow_ups[0], strict=True)
-        ]
-        critiques, revisions = engine.converse(asked, follow_ups[1:], sampling, [(*key, turn) for turn in TURNS[1:]])
-    return [
-        CaiRow(
+        replies = [responses, *engine.converse(chats, [requests], sampling, turn_keys[1:])]
+
+    # Put the three replies of each row together.
+    conversations = []
+    for i, row in enumerate(rows):
+        response, critique, revision = (of_turn[i] for of_turn in replies)
+        truncated: list[Turn] = []
+        for name, reply in zip(TURNS, (response, critique, revision), strict=True):
+            if reply.truncated or reply.prompt_truncated:
+                truncated.append(name)
+        conversation = CaiRow(
             row_id=row.row_id,
             init_prompt=row.prompt,
-            init_response=turns[0].text,
-            critic_prompt=constitution.principles[index].critic,
-            critic_response=turns[1].text,
-            revision_prompt=constitution.principles[index].revision,
-            revision_response=turns[2].text,
-            principle=index,
-            truncated=tuple(
-                name for name, turn in zip(TURNS, turns, strict=True) if turn.truncated or turn.prompt_truncated
-            ),
+            init_response=response.text,
+            critic_prompt=critics[i],
+            critic_response=critique.text,
+            revision_prompt=requests[i],
+            revision_response=revision.text,
+            principle=drawn[i],
+            truncated=tuple(truncated),
         )
-        for row, index, *turns in zip(rows, drawn, responses, critiques, revisions, strict=True)
-    ]
+        conversations.append(conversation)
+    return conversations
 
 
 def usable(rows: Sequence[CaiRow]) -> list[CaiRow]:
-    """The rows without a defect, in order."""
+    """Return the rows without a defect, in order."""
     return [row for row in rows if row.defect is None]
 
 
 def count_metrics(rows: Sequence[CaiRow]) -> dict[str, int]:
-    """Counts as ``cai/<name>``: rows, those with a defect by reason (each once), and signs of collapse.
+    """Count rows, those with a defect by reason (each once), and signs of collapse.
 
-    ``num_empty_revisions``, ``num_unchanged_revisions`` and ``num_truncated_<turn>`` count every such row, whatever it
-    was dropped for.
+    ``num_empty_revisions``, ``num_unchanged_revisions`` and ``num_truncated_<turn>`` count every
+    such row, dropped for that reason or another.
+
+    Returns:
+        Counts by ``cai/<name>``.
     """
-    defects = Counter(row.defect for row in rows)
-    truncated = Counter(turn for row in rows for turn in row.truncated)
+    defects = Counter(row.defect for row in rows)  # the first defect of each row
+    truncated: Counter[Turn] = Counter()
+    num_empty = num_unchanged = 0
+    for row in rows:
+        truncated.update(row.truncated)
+        response, revision = row.init_response.strip(), row.revision_response.strip()
+        num_empty += not revision
+        num_unchanged += response == revision != ""
     return {
         "cai/num_rows": len(rows),
         **{f"cai/num_dropped_{defect}": defects[defect] for defect in DEFECTS},
-        "cai/num_empty_revisions": sum(not row.revision_response.strip() for row in rows),
-        "cai/num_unchanged_revisions": sum(
-            row.revision_response.strip() == row.init_response.strip() != "" for row in rows
-        ),
+        "cai/num_empty_revisions": num_empty,
+        "cai/num_unchanged_revisions": num_unchanged,
         **{f"cai/num_truncated_{turn}": truncated[turn] for turn in TURNS},
     }
 
 
 def save_conversations(rows: Sequence[CaiRow], path: Path) -> None:
-    """Write JSONL, one row a line; the file appears whole or not at all."""
+    """Write JSONL, one row a line, published by an atomic rename."""
     part = path.with_name(f"{path.name}.part")
     with part.open("w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(_to_json(row), ensure_ascii=False) + "\n")
         file.flush()
-        os.fsync(file.fileno())
+        os.fsync(file.fileno())  # the content is on disk before the rename
     part.replace(path)
 
 
 def load_conversations(path: Path) -> list[CaiRow]:
-    """Read what :func:`save_conversations` wrote.
+    """Read a file of :func:`save_conversations`, row by row.
 
     Raises:
-        DataError: missing or malformed, with line and key.
+        DataError: it is missing or malformed; the message has line and key.
     """
+    fix = "generate the conversations again"
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); generate the conversations anew") from error
+        raise DataError(f"{path}: cannot be read ({error.strerror}); {fix}") from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: is not UTF-8 (byte {error.start}); generate the conversations anew") from error
-    lines = text.removesuffix("\n").split("\n") if text else []  # splitlines() would also cut at U+2028
-    return [_from_json(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+        raise DataError(f"{path}: is not UTF-8 (byte {error.start}); {fix}") from error
+    if not text:
+        return []
+    rows = []
+    # splitlines() would also cut at U+2028, which JSON leaves as it is.
+    for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
+        rows.append(_from_json(line, f"{path}, line {number}"))
+    return rows
 
 
 def _to_json(row: CaiRow) -> dict[str, Any]:
+    """Return a row's JSON object, in the order of its keys in the file."""
     texts = {name: getattr(row, name) for name in _TEXT_KEYS}
     pair = {"chosen": row.chosen, "rejected": row.rejected}
-    return {"row_id": row.row_id, **texts, **pair, "principle": row.principle, "truncated": list(row.truncated)}
+    return {
+        "row_id": row.row_id,
+        **texts,
+        **pair,
+        "principle": row.principle,
+        "truncated": list(row.truncated),
+    }
 
 
 def _from_json(line: str, place: str) -> CaiRow:
+    """Parse and check one line; errors name ``place``."""
     try:
         entry = parse_json(line)
     except NotJsonError as error:
@@ -200,10 +237,17 @@ def _from_json(line: str, place: str) -> CaiRow:
     for name in ("row_id", "principle"):
         if not isinstance(entry.get(name), int):
             raise DataError(f"{place}: {name!r} must be a whole number")
+    # The pair is derived from the turns; it is in the file for its readers.
     if (entry["chosen"], entry["rejected"]) != (entry["revision_response"], entry["init_response"]):
-        raise DataError(f"{place}: 'chosen' must equal 'revision_response', and 'rejected' 'init_response'")
+        rule = "'chosen' must equal 'revision_response', and 'rejected' 'init_response'"
+        raise DataError(f"{place}: {rule}")
     truncated = entry.get("truncated", [])
     if not isinstance(truncated, list) or not all(turn in TURNS for turn in truncated):
         raise DataError(f"{place}: 'truncated' must be a list of {', '.join(TURNS)}")
     texts = {name: entry[name] for name in _TEXT_KEYS}
-    return CaiRow(row_id=entry["row_id"], principle=entry["principle"], truncated=tuple(truncated), **texts)
+    return CaiRow(
+        row_id=entry["row_id"],
+        principle=entry["principle"],
+        truncated=tuple(truncated),
+        **texts,
+    )

@@ -1,7 +1,8 @@
-"""Judgements of CAI conversations: is the first response harmful, does the critique say so, is it repaired?
+"""Judgements of CAI conversations: harmful responses, critiques that say so, careful revisions.
 
-CAI's SFT and DPO teach the difference between the first response and the revision. Where no first response is
-harmful, there is no such difference to learn, and training on the revisions repeats what the writer says anyway.
+CAI's SFT and DPO teach the difference between the first response and the revision. Where no first
+response is harmful, there is no such difference to learn, and training on the revisions repeats
+what the writer says anyway.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ class ExchangeJudge(Protocol):
     """A guard; :class:`fedsim.safety.guard.LlamaGuard` is one."""
 
     def judge_exchanges(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
-        """One verdict per exchange, in order; the same on every rank."""
+        """Return one verdict per exchange, in order; the same on every rank."""
         ...
 
 
@@ -40,7 +41,7 @@ class Finding:
 
     @property
     def repaired(self) -> bool:
-        """The first response is harmful and the revision is careful."""
+        """Return whether the first response is harmful and the revision is careful."""
         return self.harmful_response and self.careful_revision
 
 
@@ -49,7 +50,7 @@ Judge = Callable[[Sequence[CaiRow]], list[Finding]]
 
 
 def judge_by_grammar(rows: Sequence[CaiRow]) -> list[Finding]:
-    """Findings by the embedded world's grammar, for conversations about its own questions."""
+    """Judge conversations about the embedded world's questions by its grammar."""
     found = []
     for row in rows:
         response = world.judge_reply(row.init_prompt, row.init_response)
@@ -60,14 +61,15 @@ def judge_by_grammar(rows: Sequence[CaiRow]) -> list[Finding]:
 
 
 def judge_by_guard(guard: ExchangeJudge) -> Judge:
-    """A judge that asks a guard about the first response and the revision; the critique is left out."""
+    """Return findings by a guard on the first response and the revision; critiques are not read."""
 
     def judge(rows: Sequence[CaiRow]) -> list[Finding]:
         responses = guard.judge_exchanges([(row.init_prompt, row.init_response) for row in rows])
-        revisions = guard.judge_exchanges([(row.init_prompt, row.revision_response) for row in rows])
-        return [
-            Finding(response.unsafe, None, not revision.unsafe)
-            for response, revision in zip(responses, revisions, strict=True)
-        ]
+        revised = [(row.init_prompt, row.revision_response) for row in rows]
+        revisions = guard.judge_exchanges(revised)
+        found = []
+        for response, revision in zip(responses, revisions, strict=True):
+            found.append(Finding(response.unsafe, None, not revision.unsafe))
+        return found
 
     return judge

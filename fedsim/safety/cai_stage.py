@@ -1,4 +1,4 @@
-"""The CAI conversations of a run: written once by the pretrained model, reused by runs that would write the same."""
+"""CAI conversations of a run: generated once by the pretrained model, an artefact runs share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ from fedsim.config import Config
 from fedsim.data.square import SquareRow
 from fedsim.generate.engine import Engine, Sampling
 from fedsim.safety import constitution
-from fedsim.safety.cai_data import CaiRow, generate_conversations, load_conversations, save_conversations
+from fedsim.safety.cai_data import (
+    CaiRow,
+    generate_conversations,
+    load_conversations,
+    save_conversations,
+)
 
 CONSTITUTIONS = Path(__file__).parents[1] / "configs" / "constitution"
 VERSION: Final = 1
@@ -21,18 +26,31 @@ VERSION: Final = 1
 
 
 def cai_conversations(
-    config: Config, writer: Engine, rows: list[SquareRow], store: ArtefactStore, facts: dict[str, Any]
+    config: Config,
+    writer: Engine,
+    rows: list[SquareRow],
+    store: ArtefactStore,
+    facts: dict[str, Any],
 ) -> list[CaiRow]:
-    """Three-turn conversations from the questions of ``rows``.
+    """Return three-turn conversations from the questions of ``rows``, an artefact runs share.
 
     Args:
+        config: the run's configuration.
         writer: the engine, holding the pretrained model.
-        facts: what the texts depend on beside the configuration: model and data hashes, device kind, threads.
+        rows: their questions begin the conversations.
+        store: artefacts.
+        facts: further inputs that the texts depend on: model and data hashes, device kind, threads.
+
+    Raises:
+        ConfigError: ``cai.constitution`` names no file.
+        DataError: the constitution is malformed.
     """
     cai = config.cai
     path = constitution_file(cai.constitution)
     principles = constitution.load_constitution(path)
-    settings = {k: v for k, v in asdict(cai).items() if k in ("first_turn", "temperature", "max_new_tokens")}
+    names = ("first_turn", "temperature", "max_new_tokens")
+    settings = {name: value for name, value in asdict(cai).items() if name in names}
+    # Everything that decides the texts; the artefact's key is its digest.
     depends = {
         "seed": config.seed,
         "rows": [row.row_id for row in rows],
@@ -44,20 +62,20 @@ def cai_conversations(
         **facts,
     }
     first_turn = cast(Literal["model", "dataset"], cai.first_turn)
-    artefact = store.get(
-        "cai-conversations",
-        depends,
-        VERSION,
-        lambda: generate_conversations(
-            writer, rows, principles, Sampling(cai.temperature, cai.max_new_tokens), first_turn=first_turn
-        ),
-        lambda folder, conversations: save_conversations(conversations, folder / "conversations.jsonl"),
-    )
+    sampling = Sampling(cai.temperature, cai.max_new_tokens)
+
+    def generate() -> list[CaiRow]:
+        return generate_conversations(writer, rows, principles, sampling, first_turn=first_turn)
+
+    def save(folder: Path, conversations: list[CaiRow]) -> None:
+        save_conversations(conversations, folder / "conversations.jsonl")
+
+    artefact = store.get("cai-conversations", depends, VERSION, generate, save)
     return load_conversations(artefact.folder / "conversations.jsonl")
 
 
 def constitution_file(name: str) -> Path:
-    """The file that ``cai.constitution`` names: one that ships with fedsim, or a path.
+    """Return the file that ``cai.constitution`` names: one shipped with fedsim, or a path.
 
     Raises:
         ConfigError: neither exists.
@@ -68,5 +86,6 @@ def constitution_file(name: str) -> Path:
     path = user_path(name)
     if not path.is_file():
         names = ", ".join(sorted(p.stem for p in CONSTITUTIONS.glob("*.json")))
-        raise ConfigError(f"cai.constitution={name!r}: is neither a file nor one that ships with fedsim ({names})")
+        rule = f"is neither a file nor one that ships with fedsim ({names})"
+        raise ConfigError(f"cai.constitution={name!r}: {rule}")
     return path

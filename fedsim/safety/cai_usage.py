@@ -16,7 +16,7 @@ WARN_ABOVE = 0.1
 
 
 def limits(cai: CaiConfig) -> dict[str, str]:
-    """The settings that conversations are dropped for, as messages name them."""
+    """Return the settings for which conversations are dropped, as messages name them."""
     return {
         "max_length": f"cai.max_length={cai.max_length}",
         "max_new_tokens": f"cai.max_new_tokens={cai.max_new_tokens}",
@@ -24,8 +24,9 @@ def limits(cai: CaiConfig) -> dict[str, str]:
 
 
 def none_usable(conversations: Sequence[CaiRow], cai: CaiConfig) -> ConfigError:
-    """The error of conversations that all have a defect."""
-    return Tally.of(row.defect for row in conversations).none_left("CAI conversations", **limits(cai))
+    """Return the error for conversations that all have a defect."""
+    tally = Tally.of(row.defect for row in conversations)
+    return tally.none_left("CAI conversations", **limits(cai))
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class CaiUsage:
         Args:
             aligner: made from the conversations without a defect.
         """
+        # Rows with a defect never reached the aligner, whose reasons cover the others.
         defects = [row.defect for row in conversations if row.defect is not None]
         return cls(Tally.of([*defects, *aligner.reasons], aligner.num_cut), aligner.cai)
 
@@ -61,20 +63,20 @@ class CaiUsage:
         return -(-self.tally.num_rows // self.cai.batch_size)
 
     def words(self) -> list[str]:
-        """The counts in one line, and a warning where many rows are dropped."""
+        """Return the counts in one line, and a warning where many rows are dropped."""
         named = limits(self.cai)
         line = f"{self.tally.words('CAI rows', **named)}; an epoch has {self.epoch:,} iteration(s)"
-        lines = [line if self.epoch == self.full_epoch else f"{line} instead of {self.full_epoch:,}"]
+        if self.epoch != self.full_epoch:
+            line += f" instead of {self.full_epoch:,}"
+        lines = [line]
         if self.tally.dropped_share > WARN_ABOVE:
+            share = f"{100 * self.tally.dropped_share:.0f} % of the CAI rows are dropped"
             fix = self.tally.fix(**named) or "the model itself leaves nothing to learn in them"
-            lines.append(
-                f"warning: {100 * self.tally.dropped_share:.0f} % of the CAI rows are dropped, and CAI goes over "
-                f"the others more often; {fix}"
-            )
+            lines.append(f"warning: {share}, and CAI goes over the others more often; {fix}")
         return lines
 
     def metrics(self) -> dict[str, int]:
-        """``cai/…`` counts that the tokens decide, beside those of the defects, and iterations of an epoch."""
+        """Return ``cai/…`` counts of rows that their tokens decide, and iterations of an epoch."""
         return {
             "cai/num_usable": self.tally.num_usable,
             "cai/num_cut_rows": self.tally.num_cut,

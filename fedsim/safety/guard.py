@@ -1,9 +1,10 @@
-"""Guards behind one interface: a language model that judges by its first token, the labels, the labels with errors."""
+"""Guards behind one interface: a language model, the labels themselves, and labels with errors."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Final
 
 import numpy as np
@@ -23,33 +24,39 @@ from fedsim.generate.score import check_sound
 from fedsim.safety.guard_format import GuardFormat
 
 PART: Final = 256
-"""Rows that one rank tokenizes in a go."""
+"""Rows of a unit of tokenisation, which one rank computes."""
 
 
 class Guard(ABC):
-    """Judges rows of a client's data."""
+    """Classifier of rows of a client's data."""
 
-    def prepare(self, rows: Sequence[SquareRow]) -> None:  # noqa: B027  may be left as it is
-        """Learn from the labelled rows of the guard set, once before :meth:`judge` and on every rank alike."""
+    def prepare(self, rows: Sequence[SquareRow]) -> None:  # noqa: B027
+        """Learn from the guard set's labelled rows; called once before :meth:`judge`, on all ranks.
+
+        The default does nothing, for guards that do not learn.
+        """
 
     @abstractmethod
     def judge(self, rows: Sequence[SquareRow]) -> list[Verdict]:
-        """One verdict per row, in order, that depends on no other row; ranks share the rows."""
+        """Return one verdict per row, in order.
+
+        A verdict must depend on no other row, as ranks share the rows.
+        """
 
 
 class NoGuard(Guard):
     """No filter: every row is safe."""
 
     def judge(self, rows: Sequence[SquareRow]) -> list[Verdict]:
-        """All safe, with probability 0 of "unsafe"."""
+        """Call every row safe, with probability 0 of "unsafe"."""
         return [Verdict(False, 0.0) for _ in rows]
 
 
 class OracleGuard(Guard):
-    """The labels themselves: what a perfect filter would do."""
+    """The labels themselves, as a perfect guard would give them."""
 
     def judge(self, rows: Sequence[SquareRow]) -> list[Verdict]:
-        """Red rows are unsafe."""
+        """Call red rows unsafe, and no others."""
         return [Verdict(row.red, float(row.red)) for row in rows]
 
 
@@ -72,21 +79,34 @@ class NoisyOracleGuard(Guard):
         self.tpr, self.fpr, self.seed = tpr, fpr, seed
 
     def judge(self, rows: Sequence[SquareRow]) -> list[Verdict]:
-        """Verdicts with probability 0 or 1, independent of order and of the other rows."""
-        called = [self._draw(row.row_id) < (self.tpr if row.red else self.fpr) for row in rows]
-        return [Verdict(unsafe, float(unsafe)) for unsafe in called]
+        """Return verdicts with probability 0 or 1, independent of order and of the other rows."""
+        verdicts = []
+        for row in rows:
+            rate = self.tpr if row.red else self.fpr  # of being called unsafe
+            unsafe = self._draw(row.row_id) < rate
+            verdicts.append(Verdict(unsafe, float(unsafe)))
+        return verdicts
 
     def _draw(self, row_id: int) -> float:
+        """Draw a row's uniform number in [0, 1)."""
         return keyed_random.derive(self.seed, "noisy_guard", row_id) / 2**63
 
 
 def units_of(lengths: Sequence[int], most: int) -> list[list[int]]:
-    """Rows in ascending order of length, cut into units of at most ``most`` tokens, or of one longer row.
+    """Cut rows, shortest first, into units of at most ``most`` tokens, or of one longer row.
 
-    Rows of a unit are about equally long, and the units are those of the rows alone, however many ranks share them.
+    Rows of a unit are about equally long. The units depend only on the rows, not on the number of
+    ranks that share them.
+
+    Args:
+        lengths: tokens of each row.
+        most: tokens of a unit.
+
+    Returns:
+        Indices of each unit's rows.
     """
     units: list[list[int]] = []
-    size = most
+    size = most  # tokens of the last unit; full at first, so that the first row opens one
     for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
         if size + lengths[i] > most:
             units.append([])
@@ -97,24 +117,26 @@ def units_of(lengths: Sequence[int], most: int) -> list[list[int]]:
 
 
 class LlamaGuard(Guard):
-    """A language model that judges as Llama Guard 3 does, by the first token of its verdict.
+    """A language model that classifies as Llama Guard 3 does, by the first token of its verdict.
 
-    ``unsafe_prob`` is the softmax over exactly the first tokens of "safe" and "unsafe", so that a threshold of 0.5
-    equals greedy decoding. The prompts' common head is read once per rank and call; rows are cut into fixed units.
+    ``unsafe_prob`` is the softmax over exactly the first tokens of "safe" and "unsafe", so that a
+    threshold of 0.5 equals greedy decoding. The prompts' common head is read once per rank and
+    call; rows are cut into fixed units.
 
     Args:
         model: a causal LM on its device, PEFT-wrapped or not; put into eval mode during calls.
         chat: the guard's chat format.
-        ranks: who shares the work.
+        ranks: processes that share the work.
         policy: hazard categories, "llama_guard_3" or "square".
         batch_tokens: tokens of a unit, the common head left out.
         threshold: a row is unsafe from this probability on.
-        max_length: prompt and verdict together; a longer conversation is cut at its end (see :class:`GuardFormat`).
+        max_length: prompt and verdict together; a longer conversation is cut at its end (see
+            :class:`GuardFormat`).
         on_progress: called with (done, total) units of this rank.
 
     Raises:
         ConfigError: unknown policy, or ``max_length`` below the instruction's length.
-        ModelError: a tokenizer that cannot tell the two words apart.
+        ModelError: the tokenizer gives both words the same first token.
     """
 
     def __init__(
@@ -137,44 +159,61 @@ class LlamaGuard(Guard):
         self.on_progress = on_progress
 
     def judge(self, rows: Sequence[SquareRow]) -> list[Verdict]:
-        """Judge each row's response to its prompt."""
+        """Classify each row's response to its prompt."""
         return self.judge_exchanges([(row.prompt, row.response) for row in rows])
 
     def judge_exchanges(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
-        """Judge any exchanges, such as a model's replies to attack prompts."""
+        """Classify any exchanges, such as a model's replies to attack prompts."""
         if not exchanges:
             return []
         prompts = self._prompts(exchanges)
-        probs = self._unsafe_probs([ids for ids, _ in prompts], has_reply=exchanges[0][1] is not None)
-        return [Verdict.at(self.threshold, p, cut) for p, (_, cut) in zip(probs, prompts, strict=True)]
+        has_reply = exchanges[0][1] is not None
+        probs = self._unsafe_probs([ids for ids, _ in prompts], has_reply)
+        verdicts = []
+        for prob, (_, cut) in zip(probs, prompts, strict=True):
+            verdicts.append(Verdict.at(self.threshold, prob, cut))
+        return verdicts
 
     def _prompts(self, exchanges: Sequence[Exchange]) -> list[tuple[np.ndarray, bool]]:
-        """Ids of each prompt and whether it was cut; ranks share the tokenizing, a third of a millisecond a row."""
+        """Return the token ids of each prompt, and whether it was cut.
+
+        Ranks share the tokenisation, which takes a third of a millisecond a row.
+        """
         parts = [exchanges[start : start + PART] for start in range(0, len(exchanges), PART)]
-        done = self.ranks.map(lambda part: [self.format.prompt(user, agent) for user, agent in part], parts)
-        return [prompt for part in done for prompt in part]
+
+        def tokenize(part: Sequence[Exchange]) -> list[tuple[np.ndarray, bool]]:
+            return [self.format.prompt(user, agent) for user, agent in part]
+
+        return list(chain.from_iterable(self.ranks.map(tokenize, parts)))
 
     def _unsafe_probs(self, prompts: list[np.ndarray], has_reply: bool) -> list[float]:
-        """Probability of "unsafe" for each prompt, in order.
+        """Compute the probability of "unsafe" for each prompt, in order.
 
-        The empty exchange is compared too, so that the head stays the instruction even if few rows happen to begin
-        alike: its length, and with it the last bits of a result, hardly ever depends on what else is judged.
+        Args:
+            prompts: token ids of each, int32 ``[length]``.
+            has_reply: the exchanges have replies, not only prompts.
         """
+        # The prefix that all prompts share. The empty exchange is compared too, so that it stays
+        # the instruction where few rows begin with the same words: its length, and with it the last
+        # bits of a result, hardly ever depends on the other rows.
         empty, _ = self.format.prompt("", "" if has_reply else None)
         num_shared = common_length([empty, *prompts])
         lengths = [len(prompt) - num_shared for prompt in prompts]
         units = units_of(lengths, self.batch_tokens)
-        costs = [float(sum(lengths[i] for i in unit)) for unit in units]
-        heads: list[Head] = []
+        costs = []  # tokens of each unit
+        for unit in units:
+            costs.append(float(sum(lengths[i] for i in unit)))
+        pair = [self.format.safe_id, self.format.unsafe_id]
+        heads: list[Head] = []  # keys and values of the prefix, read on this rank's first unit
 
         def compute(unit: list[int]) -> list[float]:
             if not heads:
                 heads.append(read_head(self.model, empty[:num_shared]))
             tails = [prompts[i][num_shared:] for i in unit]
-            pair = [self.format.safe_id, self.format.unsafe_id]
-            logits = candidate_logits(self.model, heads[0], tails, pair).double()
+            logits = candidate_logits(self.model, heads[0], tails, pair).double()  # [rows, 2]
             return [float(p) for p in torch.softmax(logits, dim=1)[:, 1]]
 
+        # Ranks share the units; the model is put back into its mode.
         was_training = self.model.training
         self.model.eval()
         try:
@@ -182,14 +221,19 @@ class LlamaGuard(Guard):
                 done = self.ranks.map(compute, units, costs, self._progress(len(units)))
         finally:
             self.model.train(was_training)
-        by_row = {i: p for unit, values in zip(units, done, strict=True) for i, p in zip(unit, values, strict=True)}
+
+        # Back to the order of the prompts.
+        by_row: dict[int, float] = {}
+        for unit, values in zip(units, done, strict=True):
+            by_row.update(zip(unit, values, strict=True))
         probs = [by_row[i] for i in range(len(prompts))]
         check_sound(probs, "guard scoring")
         return probs
 
     def _progress(self, num_units: int) -> Callable[[int], None] | None:
+        """Return a function to be called with the number of units done on this rank."""
         report = self.on_progress
         if report is None:
             return None
-        share = -(-num_units // self.ranks.size)
+        share = -(-num_units // self.ranks.size)  # units of a rank, at most
         return lambda done: report(done, share)

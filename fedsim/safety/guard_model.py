@@ -1,4 +1,4 @@
-"""The run's guard model: loaded once, fine-tuned once (an artefact that runs share), handed out as a judge."""
+"""Guard model of a run: loaded once, and fine-tuned once (an artefact that runs share)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ from fedsim.train.zero_config import zero_settings
 VERSION: Final = 1
 """Of fine-tuned guard adapters (:mod:`fedsim.base.artefacts`)."""
 
-# Keys of the configuration that do not decide a guard's probabilities: which guard is asked, what becomes of a verdict.
+# Keys of the configuration that do not decide a guard model's probabilities: they choose the guard
+# and what is done with its verdicts.
 _UNRELATED: Final = frozenset(
     {
         "kind",
@@ -42,12 +43,12 @@ _UNRELATED: Final = frozenset(
         "refusal",
         "red_weight",
         "deepspeed",
-    }
+    },
 )
 
 
 class GuardModel:
-    """Loads, fine-tunes and hands out the guard that ``guard.path`` names.
+    """Loader and fine-tuner of the guard model that ``guard.path`` names.
 
     Args:
         config: the run's configuration.
@@ -55,10 +56,10 @@ class GuardModel:
         lane: shares the fine-tuning; all ranks.
         device: where the guard is loaded.
         store: artefacts.
-        facts: what numbers depend on beside the configuration: device kind, threads, torch version.
+        facts: further inputs that numbers depend on: device kind, threads, torch version.
         on_progress: called with a phase name, (done, total).
-        pass_tokens: most tokens of a pass of fine-tuning outside exact mode; 0: ``micro_batch_size`` times
-            ``max_length``.
+        pass_tokens: most tokens of a pass of fine-tuning outside exact mode; 0:
+            ``micro_batch_size`` times ``max_length``.
     """
 
     def __init__(
@@ -84,16 +85,21 @@ class GuardModel:
         self._sha256 = ""  # of the model directory; read where it is first needed
 
     def judge(self, data: PreparedData, *, tuned: bool, policy: str) -> LlamaGuard:
-        """The guard, ready to score under a policy's prompt. It is good until the next one is asked for.
+        """Return the guard under a policy's prompt.
+
+        It is valid until the next call: guards share one model and adapter.
 
         Args:
-            data: whose guard set it is fine-tuned on.
-            tuned: with its fine-tuned adapter; False takes the model as it is.
+            data: has the guard set for fine-tuning.
+            tuned: use the fine-tuned adapter; False takes the model without fine-tuning.
             policy: hazard categories of the prompt. Fine-tuning always uses ``guard.policy``.
         """
         settings = self.config.guard
         model, adapter = self._guard_model()
-        adapter.load(self._tuned(data, model, adapter) if tuned else adapter.initial(self.config.seed))
+        if tuned:
+            adapter.load(self._tuned(data, model, adapter))
+        else:
+            adapter.load(adapter.initial(self.config.seed))
         return LlamaGuard(
             model.base,
             model.chat,
@@ -106,7 +112,16 @@ class GuardModel:
         )
 
     def depends(self, data: PreparedData, *, tuned: bool) -> dict[str, Any]:
-        """What the guard's probabilities depend on, beside the rows that are judged and the code of scoring."""
+        """Return all that decides the guard's probabilities, except the classified rows.
+
+        Args:
+            data: has the guard set.
+            tuned: of the fine-tuned guard.
+
+        Returns:
+            A JSON object: the guard's settings, digests of model and data, and the run's facts.
+        """
+        # The guard's settings; those of fine-tuning count only where it is fine-tuned.
         settings = {k: v for k, v in asdict(self.config.guard).items() if k not in _UNRELATED}
         if tuned:
             settings["rows"] = [row.row_id for row in data.guard_rows]
@@ -114,9 +129,12 @@ class GuardModel:
             settings["seed"] = self.config.seed
             settings["adapter_version"] = VERSION
             if self.config.guard.deepspeed:  # its sums depend on the number of ranks
-                settings["deepspeed"] = [zero_settings(self.config, self.ranks.size), self.ranks.size]
+                num_ranks = self.ranks.size
+                settings["deepspeed"] = [zero_settings(self.config, num_ranks), num_ranks]
         else:
             settings = {k: v for k, v in settings.items() if not k.startswith(("tune_", "lora_"))}
+
+        # The model: its weights, dtype and attention kernel.
         path, model = self.config.guard.path, self.config.model
         attention = chosen_attention(
             path,
@@ -126,7 +144,7 @@ class GuardModel:
             key="guard.path",
             ranks=self.ranks,
         )
-        if not self._sha256:
+        if not self._sha256:  # read once: the digest of 8B weights takes long
             self._sha256 = self.ranks.once(lambda: model_digest(path, self.store.digests))
         return {
             "guard": settings,
@@ -140,16 +158,17 @@ class GuardModel:
         }
 
     def _tuned(self, data: PreparedData, model: LoadedModel, adapter: FlatAdapter) -> torch.Tensor:
-        """The guard's adapter, fine-tuned on the guard set; it does not depend on how rows are scored."""
+        """Return the adapter fine-tuned on the guard set, fp32 ``[size]``, from its artefact."""
         settings = self.config.guard
         depends = self.depends(data, tuned=True)
-        del depends["guard"]["batch_tokens"]
+        del depends["guard"]["batch_tokens"]  # belongs to scoring
 
         def build() -> torch.Tensor:
             rows = verdict_rows(model.chat, data.guard_rows, settings.policy, settings.max_length)
-            adapter.load(adapter.initial(self.config.seed))
-            steps = StepSettings(self.config.local.micro_batch_size, 1.0, 0.0, self.config.seed)
             batches = tuning_batches(rows, settings, self.config.seed)
+            adapter.load(adapter.initial(self.config.seed))
+            # AdamW without weight decay on gradients of norm 1 at most; the rate decays to 0.
+            steps = StepSettings(self.config.local.micro_batch_size, 1.0, 0.0, self.config.seed)
             plan = TrainingPlan(
                 batches,
                 lambda t: settings.tune_lr * (1 - t / len(batches)),
@@ -170,11 +189,13 @@ class GuardModel:
         return adapter.read(artefact.folder)
 
     def _trainer(self, model: LoadedModel, adapter: FlatAdapter, steps: StepSettings) -> Trainer:
+        """Return the trainer of fine-tuning, DeepSpeed's where it is configured."""
         if not self.config.guard.deepspeed:
             return Trainer(model.base, adapter, steps)
         return ZeroTrainer(model.base, adapter, steps, zero_settings(self.config, self.ranks.size))
 
     def _guard_model(self) -> tuple[LoadedModel, FlatAdapter]:
+        """Return the guard's model and adapter, loaded on the first call."""
         if self._loaded is None:
             guard = self.config.guard
             model = self.config.model
@@ -191,13 +212,23 @@ class GuardModel:
         return self._loaded
 
 
-def tuning_batches(rows: Sequence[TokenRow], settings: GuardConfig, seed: int) -> list[list[TokenRow]]:
-    """The rows of each fine-tuning step: ``tune_epochs`` passes, each in its own order; the last may be partial."""
+def tuning_batches(
+    rows: Sequence[TokenRow],
+    settings: GuardConfig,
+    seed: int,
+) -> list[list[TokenRow]]:
+    """Return the rows of each fine-tuning step: ``tune_epochs`` passes, each in its own order.
+
+    The last pass and the last step may be partial.
+    """
     size = settings.tune_batch_size
-    num_wanted = max(1, round(len(rows) * settings.tune_epochs))
-    order = [
-        int(i)
-        for epoch in range(math.ceil(num_wanted / len(rows)))
-        for i in keyed_random.permutation(len(rows), seed, "guard_rows", epoch)
-    ][:num_wanted]
-    return [[rows[i] for i in order[start : start + size]] for start in range(0, len(order), size)]
+    num_wanted = max(1, round(len(rows) * settings.tune_epochs))  # rows over all passes
+    order: list[int] = []  # of rows, pass after pass
+    for epoch in range(math.ceil(num_wanted / len(rows))):
+        permutation = keyed_random.permutation(len(rows), seed, "guard_rows", epoch)
+        order.extend(int(i) for i in permutation)
+    batches = []
+    for start in range(0, num_wanted, size):
+        end = min(start + size, num_wanted)
+        batches.append([rows[i] for i in order[start:end]])
+    return batches

@@ -1,7 +1,7 @@
-"""A guard's tables as tidy CSV files in the run directory: sweep, calibration, response categories, clients.
+"""Tables of a guard as tidy CSV files: threshold sweep, calibration, categories, clients.
 
-One line a threshold, bin, category or client, its ``point`` first (such as "untuned" or "fine-tuned"); rates are in
-percent, an undefined one is empty. No text of a row is written.
+One line a threshold, bin, category or client, its ``point`` first (such as "untuned" or
+"fine-tuned"); rates are in percent, an undefined one is empty. No text of a row is written.
 """
 
 from __future__ import annotations
@@ -21,16 +21,23 @@ def write_tables(folder: Path, points: Mapping[str, Filtered], threshold: float)
     """Write ``sweep.csv``, ``calibration.csv``, ``categories.csv`` and ``clients.csv``.
 
     Args:
-        points: what was judged, by title.
+        folder: where the files are written; made if it is not there.
+        points: results of the filter, by title.
         threshold: the run's own; it is swept too.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tables = {
-        "sweep": [line for title, found in points.items() for line in _sweep(title, found, threshold)],
-        "calibration": [line for title, found in points.items() for line in _calibration(title, found)],
-        "categories": [line for title, found in points.items() for line in _categories(title, found)],
-        "clients": [line for title, found in points.items() for line in _clients(title, found)],
+    tables: dict[str, list[Line]] = {
+        "sweep": [],
+        "calibration": [],
+        "categories": [],
+        "clients": [],
     }
+    for title, found in points.items():
+        tables["sweep"] += _sweep(title, found, threshold)
+        tables["calibration"] += _calibration(title, found)
+        tables["categories"] += _categories(title, found)
+        tables["clients"] += _clients(title, found)
+    # One file a table; its columns are the keys of its lines.
     for name, lines in tables.items():
         with (folder / f"{name}.csv").open("w", encoding="utf-8", newline="") as stream:
             writer = csv.DictWriter(stream, list(lines[0]), lineterminator="\n")
@@ -39,15 +46,17 @@ def write_tables(folder: Path, points: Mapping[str, Filtered], threshold: float)
 
 
 def _sweep(title: str, found: Filtered, threshold: float) -> Iterator[Line]:
-    """Every threshold with the counts it would give, and what dropping at it would leave."""
+    """Yield every threshold with its counts and the share of red rows that dropping would leave."""
     red, probs = _columns(found)
     for point in guard_curves.sweep(red, probs, sorted({*GRID, threshold})):
-        own = "of the run" if point.threshold == threshold else ""
         counts = point.counts
+        which = "of the run" if point.threshold == threshold else ""
+        if point.chosen:
+            which = "best Hmean on these rows"
         yield {
             "point": title,
             "threshold": point.threshold,
-            "which": "best Hmean on these rows" if point.chosen else own,
+            "which": which,
             "num_rows": counts.num_rows,
             "num_red": counts.num_red,
             "num_unsafe": counts.num_unsafe,
@@ -63,19 +72,24 @@ def _sweep(title: str, found: Filtered, threshold: float) -> Iterator[Line]:
 
 
 def _calibration(title: str, found: Filtered) -> Iterator[Line]:
+    """Yield the calibration bins; an empty one has no confidence and no accuracy."""
     for place in guard_curves.calibration_bins(*_columns(found)):
+        confidence = accuracy = None
+        if place.num_rows:
+            confidence, accuracy = place.confidence, place.num_right / place.num_rows
         yield {
             "point": title,
             "low": place.low,
             "high": place.high,
             "num_rows": place.num_rows,
             "num_right": place.num_right,
-            "confidence": _percent(place.confidence if place.num_rows else None),
-            "accuracy": _percent(place.num_right / place.num_rows if place.num_rows else None),
+            "confidence": _percent(confidence),
+            "accuracy": _percent(accuracy),
         }
 
 
 def _categories(title: str, found: Filtered) -> Iterator[Line]:
+    """Yield the share of rows called unsafe by label and response category."""
     rows, verdicts = found.judged
     labels, calls = [row.red for row in rows], [verdict.unsafe for verdict in verdicts]
     for rate in guard_curves.by_category(labels, calls, [row.categories for row in rows]):
@@ -93,6 +107,7 @@ def _categories(title: str, found: Filtered) -> Iterator[Line]:
 
 
 def _clients(title: str, found: Filtered) -> Iterator[Line]:
+    """Yield each client's counts, and its rows after the action."""
     for client, (counts, shard) in enumerate(zip(found.clients, found.shards, strict=True)):
         yield {
             "point": title,
@@ -109,6 +124,7 @@ def _clients(title: str, found: Filtered) -> Iterator[Line]:
 
 
 def _columns(found: Filtered) -> tuple[list[bool], list[float]]:
+    """Return labels and probabilities of "unsafe" of all rows."""
     rows, verdicts = found.judged
     return [row.red for row in rows], [verdict.unsafe_prob for verdict in verdicts]
 

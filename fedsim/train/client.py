@@ -1,4 +1,4 @@
-"""One client's local training in one round."""
+"""Local training of one client in one round."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 
 import torch
 
@@ -18,24 +19,26 @@ from fedsim.federation.algorithms import Algorithm, Correction, ServerState
 from fedsim.federation.outcome import ClientOutcome
 from fedsim.federation.sampling import cosine_by_round, sample_rows
 from fedsim.federation.scaffold import CONTROL
-from fedsim.train.containment import OwnWork
+from fedsim.train.containment import RaiseErrors
 from fedsim.train.loop import Trainer, TrainingPlan, TrainingStats
 from fedsim.train.objectives import SftObjective
 
-OWN_WORK = OwnWork()
+RAISE_ERRORS = RaiseErrors()
 
 
 class ClientTrainer:
-    """Trains clients, one after the other, on this process's resident model.
+    """Local training of clients, one after the other, on this process's resident model.
 
     Args:
         trainer: model, flat adapter and optimizer.
         algorithm: the federated algorithm.
+        objective: the loss of a step.
         local: the local-training configuration.
         num_steps: optimizer steps of a client that is no straggler in a round.
         num_rounds: length of the run, for the learning rate.
         seed: the run's seed.
-        pass_tokens: most tokens of a pass outside exact mode; 0: ``micro_batch_size`` times ``max_length``.
+        pass_tokens: most tokens of a pass outside exact mode; 0: ``micro_batch_size`` times
+            ``max_length``.
     """
 
     def __init__(
@@ -59,17 +62,33 @@ class ClientTrainer:
         self.pass_tokens = pass_tokens
 
     def batches(
-        self, client: int, rows: Sequence[TokenRow], round_idx: int, num_steps: int | None = None
+        self,
+        client: int,
+        rows: Sequence[TokenRow],
+        round_idx: int,
+        num_steps: int | None = None,
     ) -> list[list[TokenRow]]:
-        """The rows of each local step; those of a straggler's ``num_steps`` are the first of them."""
+        """Draw the rows of each local step; a straggler has the first ``num_steps`` of them."""
         size = self.local.batch_size
-        num_steps = self.num_steps if num_steps is None else num_steps
+        if num_steps is None:
+            num_steps = self.num_steps
+        # Indices of the rows of all steps, drawn together.
         drawn = sample_rows(len(rows), num_steps * size, round_idx, client, self.seed)
-        return [[rows[i] for i in drawn[start : start + size]] for start in range(0, len(drawn), size)]
+        batches = []
+        for start in range(0, len(drawn), size):
+            batches.append([rows[i] for i in drawn[start : start + size]])
+        return batches
 
-    def num_tokens(self, client: int, rows: Sequence[TokenRow], round_idx: int, num_steps: int | None = None) -> int:
-        """Tokens that the client will train on in a round: its work, for the planner."""
-        return sum(len(row) for batch in self.batches(client, rows, round_idx, num_steps) for row in batch)
+    def num_tokens(
+        self,
+        client: int,
+        rows: Sequence[TokenRow],
+        round_idx: int,
+        num_steps: int | None = None,
+    ) -> int:
+        """Count the tokens of a client's training in a round: its work, for the planner."""
+        batches = self.batches(client, rows, round_idx, num_steps)
+        return sum(map(len, chain.from_iterable(batches)))
 
     def train(
         self,
@@ -81,32 +100,44 @@ class ClientTrainer:
         lane: Lane,
         on_step: Callable[[int, int], None] | None = None,
         num_steps: int | None = None,
-        own: OwnWork = OWN_WORK,
+        errors: RaiseErrors = RAISE_ERRORS,
     ) -> ClientOutcome:
-        """Train from the global adapter with a new AdamW; the model is left holding the client's adapter.
+        """Train from the global adapter with a new AdamW; the model keeps the client's adapter.
 
         Args:
+            client: the client's id.
+            rows: its tokenised rows.
+            round_idx: the round.
+            state: the server's state at the beginning of the round.
+            client_control: the client's control variate, fp32 ``[size]``; None without one.
+            lane: ranks that train the client together.
+            on_step: called with (steps done, steps).
             num_steps: optimizer steps, where they are not :attr:`num_steps`.
-            own: runs what this member computes apart from the lane's sums; if it contains errors, all the lane's sums
-                are joined before one leaves.
+            errors: error policy of this member's computations between the lane's sums; if it
+                contains errors, all the lane's sums are joined before one is raised.
 
         Raises:
             NotFiniteError: a loss, gradient or the adapter was not finite.
-            ClientError: ``own`` has kept an error.
+            ClientError: ``errors`` has kept an error.
         """
         began = time.perf_counter()
-        task = _Task(client, rows, round_idx, state, client_control, self.num_steps if num_steps is None else num_steps)
-        plan = own.do(lambda: self._plan(task, own))
-        if plan is None:
-            plan = TrainingPlan([[]] * task.num_steps, lambda step: 0.0, ("failed",), own=own)
+        if num_steps is None:
+            num_steps = self.num_steps
+        task = _Task(client, rows, round_idx, state, client_control, num_steps)
+        # 1. Put the global adapter into the model and draw the steps' rows.
+        plan = errors.run(lambda: self._plan(task, errors))
+        if plan is None:  # this member failed, but still joins the lane's sums
+            plan = TrainingPlan([[]] * num_steps, lambda step: 0.0, ("failed",), errors=errors)
+        # 2. Take the steps, with the lane's other members.
         stats = self.trainer.run(plan, self.objective, lane, on_step)
-        outcome = own.do(lambda: self._outcome(task, plan.correction, stats, began))
-        own.check()
+        # 3. Compute the update.
+        outcome = errors.run(lambda: self._outcome(task, plan.correction, stats, began))
+        errors.check()
         assert outcome is not None
         return outcome
 
-    def _plan(self, task: _Task, own: OwnWork) -> TrainingPlan[TokenRow]:
-        """The client's steps, with the global adapter in the model."""
+    def _plan(self, task: _Task, errors: RaiseErrors) -> TrainingPlan[TokenRow]:
+        """Load the global adapter into the model, and return the client's steps."""
         lr = self._lr(task.round_idx)
         self.trainer.adapter.load(task.state.adapter)
         return TrainingPlan(
@@ -117,22 +148,35 @@ class ClientTrainer:
             correction=self.algorithm.correction(task.state, task.control),
             longest=self.local.max_length,
             pass_tokens=self.pass_tokens,
-            own=own,
+            errors=errors,
         )
 
-    def _outcome(self, task: _Task, correction: Correction, stats: TrainingStats, began: float) -> ClientOutcome:
-        """What the client reports, once its steps are done."""
-        start, end = task.state.adapter, self.trainer.adapter.values
+    def _outcome(
+        self,
+        task: _Task,
+        correction: Correction,
+        stats: TrainingStats,
+        began: float,
+    ) -> ClientOutcome:
+        """Return the client's report after its last step."""
+        start, end = task.state.adapter, self.trainer.adapter.values  # fp32 [size]
+
+        # The new control variate and its change, c_i⁺ and c_i⁺ − c_i (SCAFFOLD).
         control = control_delta = None
         if self.algorithm.has_control:
-            previous = torch.zeros_like(task.state.vectors[CONTROL]) if task.control is None else task.control
+            previous = task.control
+            if previous is None:
+                previous = torch.zeros_like(task.state.vectors[CONTROL])
             control = correction.next_control(start, end, self._lr(task.round_idx))
-            control_delta = torch.sub(control, previous, out=reused.empty(len(control), control.dtype, control.device))
+            out = reused.empty(len(control), control.dtype, control.device)
+            control_delta = torch.sub(control, previous, out=out)
+
+        out = reused.empty(len(end), end.dtype, end.device)
         return ClientOutcome(
             client=task.client,
             num_rows=len(task.rows),
             weight=self.algorithm.client_weight(sum(row.weight for row in task.rows)),
-            delta=torch.sub(end, start, out=reused.empty(len(end), end.dtype, end.device)),
+            delta=torch.sub(end, start, out=out),
             control=control,
             control_delta=control_delta,
             loss=stats.mean_loss,
@@ -147,7 +191,7 @@ class ClientTrainer:
 
 @dataclass(frozen=True, eq=False)
 class _Task:
-    """A client's part in a round."""
+    """Training of one client in one round."""
 
     client: int
     rows: Sequence[TokenRow]
@@ -158,5 +202,7 @@ class _Task:
 
     @cached_property
     def control(self) -> torch.Tensor | None:
-        """c_i where the adapter is, copied there once."""
-        return None if self.client_control is None else self.client_control.to(self.state.adapter.device)
+        """Control variate c_i on the adapter's device, copied there once; None without one."""
+        if self.client_control is None:
+            return None
+        return self.client_control.to(self.state.adapter.device)

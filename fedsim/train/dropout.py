@@ -1,4 +1,4 @@
-"""Dropout whose draws belong to micro-batches: the same whichever of them share a forward pass."""
+"""Dropout with draws keyed by micro-batch: the same for any grouping into forward passes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Part:
 
     Attributes:
         seed: of its draws.
-        num_tokens: that go through the decoder.
+        num_tokens: tokens that go through the decoder.
         num_targets: tokens before targets, which go through the LM head.
     """
 
@@ -34,32 +34,35 @@ class Part:
 
 
 class KeyedDropout:
-    """The draws of the pass that is under way, shared by all LoRA layers of a model.
+    """Draws of the present pass, shared by all LoRA layers of a model.
 
-    The layers draw one after the other, and each micro-batch has a seed of its own: on CUDA with Triton the key of a
-    counter-based generator, elsewhere a generator's seed.
+    The layers draw one after the other, and each micro-batch has a seed of its own: on CUDA with
+    Triton the key of a counter-based generator, elsewhere a generator's seed.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._parts: list[tuple[torch.Generator, Part]] = []
-        self._of_head: Masked | None = None
+        self._of_head: Masked | None = None  # the LM head's draws, made once a pass
+        # Fused: seed and place of the decoder's and of the head's tokens, int64 [2, tokens].
         self._counters = self._counters_of_head = torch.zeros(2, 0, dtype=torch.int64)
-        self._num_draws = 0
+        self._num_draws = 0  # decoder layers that have drawn in this pass
 
     @classmethod
     def install(cls, model: PreTrainedModel) -> KeyedDropout | None:
-        """Put it in place of the dropout of a model's LoRA layers; one that is there already stays, and is shared.
+        """Replace the dropout of a model's LoRA layers; idempotent.
 
         Returns:
-            None if no layer drops anything.
+            The draws that the layers share; None if no layer has dropout.
 
         Raises:
-            ModelError: a layer that sees only some tokens, which the draws are not made for.
+            ModelError: a layer sees only some of the tokens, for which nothing can be drawn.
         """
-        found = next((m.draws for m in model.modules() if isinstance(m, LoraDropout)), None)
-        if found is not None:
-            return found
+        # Share the draws of layers that were replaced before.
+        for module in model.modules():
+            if isinstance(module, LoraDropout):
+                return module.draws
+        found: KeyedDropout | None = None
         draws = cls(next(model.parameters()).device)
         head = model.get_output_embeddings()
         for path, layer in model.named_modules():
@@ -69,29 +72,33 @@ class KeyedDropout:
                 if not isinstance(old, nn.Dropout) or old.p == 0:
                     continue
                 if "experts" in path.split("."):
-                    raise _refused(path, "is an expert, which sees only the tokens that are routed to it")
+                    why = "is an expert, which sees only the tokens that are routed to it"
+                    raise _refused(path, why)
                 new = LoraDropout(old.p, draws, path, sees_targets=layer is head)
                 layer.lora_dropout[name] = new.train(old.training)
                 found = draws
         return found
 
     def begin(self, parts: Iterable[Part]) -> None:
-        """A pass of these micro-batches begins, in the order in which they are packed."""
-        self._parts = [(torch.Generator(self.device).manual_seed(part.seed), part) for part in parts]
+        """Begin a pass of these micro-batches, in the order in which they are packed."""
+        self._parts = []
+        for part in parts:
+            self._parts.append((torch.Generator(self.device).manual_seed(part.seed), part))
         self._of_head, self._num_draws = None, 0
         if runs_fused(self.device):
-            counts = [part.num_tokens for _, part in self._parts], [part.num_targets for _, part in self._parts]
             seeds = np.array([part.seed for _, part in self._parts], dtype=np.int64)
-            self._counters, self._counters_of_head = (
-                to_device(torch.from_numpy(counters(seeds, count)), self.device) for count in counts
-            )
+            of_decoder = counters(seeds, [part.num_tokens for _, part in self._parts])
+            of_head = counters(seeds, [part.num_targets for _, part in self._parts])
+            self._counters = to_device(torch.from_numpy(of_decoder), self.device)
+            self._counters_of_head = to_device(torch.from_numpy(of_head), self.device)
 
     def draw(self, num_tokens: int, width: int, p: float) -> DropoutMask | None:
-        """What a decoder layer keeps of the pass's tokens, each number with probability 1 − p.
+        """Draw a decoder layer's mask; each number is kept with probability 1 − p.
 
         Args:
-            num_tokens: that the layer sees, in the pass's order.
-            width: of a token's vector.
+            num_tokens: tokens that the layer sees, in the pass's order.
+            width: numbers of a token's vector.
+            p: share that is dropped.
 
         Returns:
             None if the pass has other tokens.
@@ -99,19 +106,19 @@ class KeyedDropout:
         counts = [part.num_tokens for _, part in self._parts]
         if num_tokens != sum(counts):
             return None
-        if runs_fused(self.device):
+        if runs_fused(self.device):  # the kernel computes the mask from the counters
             self._num_draws += 1
             return Counted(self._counters, self._num_draws, p)
         return self._masked(width, counts, p)
 
     def draw_of_head(self, num_tokens: int, width: int, p: float) -> DropoutMask | None:
-        """The same of the LM head and the tokens before targets, or of some of them from :func:`head_start` on.
+        """Draw the mask of the LM head for tokens before targets, from :func:`head_start` on.
 
-        They are drawn once in a pass, so that a chunk that is computed again has the draws that it had.
+        The mask is drawn once a pass, so that a chunk that is computed again has the same draws.
         """
         counts = [part.num_targets for _, part in self._parts]
         start = head_start()
-        chunk = slice(start, start + num_tokens)
+        chunk = slice(start, start + num_tokens)  # of the pass's tokens before targets
         if chunk.stop > sum(counts):
             return None
         if runs_fused(self.device):
@@ -121,6 +128,8 @@ class KeyedDropout:
         return Masked(self._of_head.kept[chunk], p)
 
     def _masked(self, width: int, counts: list[int], p: float) -> Masked:
+        """Draw a mask for ``counts`` tokens of each micro-batch, from its own generator."""
+        # Each micro-batch's rows of the mask come from its own generator: bool [tokens, width].
         kept = torch.empty(sum(counts), width, dtype=torch.bool, device=self.device)
         for (generator, _), rows in zip(self._parts, kept.split(counts), strict=True):
             rows.bernoulli_(1 - p, generator=generator)
@@ -128,7 +137,7 @@ class KeyedDropout:
 
 
 def counters(seeds: np.ndarray, counts: Sequence[int]) -> np.ndarray:
-    """Seed of each token's micro-batch, and the token's place in it: int64 ``[2, tokens]``.
+    """Return the seed of each token's micro-batch, and its place in it, int64 ``[2, tokens]``.
 
     Args:
         seeds: int64, one a micro-batch.
@@ -140,7 +149,7 @@ def counters(seeds: np.ndarray, counts: Sequence[int]) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Masked:
-    """Draws that are kept as a mask.
+    """Draws stored as a mask.
 
     Attributes:
         kept: bool ``[tokens, width]``, True with probability 1 − p.
@@ -158,11 +167,11 @@ class Masked:
 
 @dataclass(frozen=True, eq=False)
 class Counted:
-    """Draws that are a function of seed, token, column and layer, and are made again rather than kept.
+    """Draws as a function of seed, token, column and layer, recomputed and not stored.
 
     Attributes:
         counters: of the tokens, on the device (:func:`counters`).
-        number: which of the pass's decoder layers it is, from 1 on; 0 is the LM head.
+        number: of the decoder layer in the pass, from 1 on; 0 is the LM head.
         p: share that is dropped.
     """
 
@@ -187,7 +196,14 @@ class LoraDropout(MaskedDropout):
         sees_targets: whether it is the LM head's.
     """
 
-    def __init__(self, p: float, draws: KeyedDropout, path: str = "", *, sees_targets: bool = False) -> None:
+    def __init__(
+        self,
+        p: float,
+        draws: KeyedDropout,
+        path: str = "",
+        *,
+        sees_targets: bool = False,
+    ) -> None:
         super().__init__()
         self.p = p
         self.draws = draws
@@ -195,16 +211,21 @@ class LoraDropout(MaskedDropout):
         self.sees_targets = sees_targets
 
     def draw(self, x: torch.Tensor) -> DropoutMask | None:
-        """The layer's draw of the pass for ``[…, width]``, one vector a token; None in evaluation mode.
+        """Draw the layer's mask for ``x``, one vector a token; None in evaluation mode.
+
+        Args:
+            x: ``[…, width]``.
 
         Raises:
             ModelError: ``x`` has other tokens than the pass.
         """
         if not self.training:
             return None
-        found = (self.draws.draw_of_head if self.sees_targets else self.draws.draw)(
-            x.shape[:-1].numel(), x.shape[-1], self.p
-        )
+        num_tokens, width = x.shape[:-1].numel(), x.shape[-1]
+        if self.sees_targets:
+            found = self.draws.draw_of_head(num_tokens, width, self.p)
+        else:
+            found = self.draws.draw(num_tokens, width, self.p)
         if found is None:
             raise _refused(self.path, "sees other tokens than the batch has")
         return found
@@ -218,6 +239,6 @@ class LoraDropout(MaskedDropout):
 def _refused(path: str, why: str) -> ModelError:
     target = path.rpartition(".")[2]
     return ModelError(
-        f"lora_targets: {target!r}: the layer {path} {why}, and dropout cannot be drawn for it; leave {target!r} out "
-        "of lora_targets, or set lora_dropout=0"
+        f"lora_targets: {target!r}: the layer {path} {why}, and dropout cannot be drawn for it; "
+        f"leave {target!r} out of lora_targets, or set lora_dropout=0"
     )

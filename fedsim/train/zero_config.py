@@ -1,8 +1,8 @@
-"""DeepSpeed settings of guard fine-tuning: the user's JSON, in which fedsim fills in what its configuration decides.
+"""DeepSpeed settings of guard fine-tuning: the user's JSON file, completed from the configuration.
 
-A key that fedsim decides may be left out, be "auto", or say the same; anything else is an error that names both. The
-user's own are the keys of :data:`FREE`, which decide memory and speed; no other key of DeepSpeed's may stand in the
-file: it could change results, write somewhere, or print.
+A key that fedsim decides may be left out, be "auto", or have the same value; anything else is an
+error that names both. The user may set the keys of :data:`FREE`, which decide memory and speed; the
+file may have no other key of DeepSpeed's: it could change results, write files, or print.
 """
 
 from __future__ import annotations
@@ -24,26 +24,37 @@ from fedsim.config import Config
 
 SHIPPED: Final = Path(__file__).parents[1] / "configs" / "deepspeed"
 
-FREE: Final = frozenset(f"zero_optimization.{name}" for name in (
-    "contiguous_gradients", "overlap_comm", "reduce_scatter", "reduce_bucket_size", "allgather_partitions",
-    "allgather_bucket_size", "round_robin_gradients", "use_multi_rank_bucket_allreduce"))  # fmt: skip
-"""Keys that the file may set as it likes; DeepSpeed checks their values."""
+FREE: Final = frozenset(
+    {
+        "zero_optimization.contiguous_gradients",
+        "zero_optimization.overlap_comm",
+        "zero_optimization.reduce_scatter",
+        "zero_optimization.reduce_bucket_size",
+        "zero_optimization.allgather_partitions",
+        "zero_optimization.allgather_bucket_size",
+        "zero_optimization.round_robin_gradients",
+        "zero_optimization.use_multi_rank_bucket_allreduce",
+    },
+)
+"""Keys that the file may set freely; DeepSpeed checks their values."""
 
 
 def zero_settings(config: Config, num_ranks: int) -> dict[str, Any]:
-    """The whole of what DeepSpeed is given, from the file that ``guard.deepspeed`` names.
+    """Return DeepSpeed's settings, from the file that ``guard.deepspeed`` names.
 
     Args:
         config: the run's configuration.
         num_ranks: data-parallel ranks.
 
     Raises:
-        ConfigError: the file cannot be used or contradicts the configuration, or DeepSpeed is not installed.
+        ConfigError: the file cannot be used or contradicts the configuration, or DeepSpeed is not
+            installed.
     """
     path = config.guard.deepspeed
     settings = _read(path)
     decided = _decided(config, num_ranks)
     _check_names(path, settings, decided)
+    # Fill in what fedsim decides, and refuse other values in the file.
     for name, (wanted, source) in decided.items():
         *groups, leaf = name.split(".")
         place = settings
@@ -52,25 +63,27 @@ def zero_settings(config: Config, num_ranks: int) -> dict[str, Any]:
         given = place.get(leaf, wanted)
         if given not in (wanted, "auto"):
             raise ConfigError(
-                f"guard.deepspeed={path!r}: {name}={given!r} contradicts {wanted!r}, which follows from {source}; "
-                f"remove {name} from the file"
+                f"guard.deepspeed={path!r}: {name}={given!r} contradicts {wanted!r}, which "
+                f"follows from {source}; remove {name} from the file"
             )
         place[leaf] = wanted
-    del settings["scheduler"]
-    del settings["train_batch_size"]  # DeepSpeed's own is passes × rows × ranks, more where they do not divide
+    del settings["scheduler"]  # the training loop sets the learning rate
+    # DeepSpeed computes it as passes × rows × ranks, which is more where these do not divide.
+    del settings["train_batch_size"]
     _check_zero(path, settings["zero_optimization"])
     return settings
 
 
 def import_deepspeed(device_type: str) -> Any:
-    """The package, made to compute on ``device_type``; left alone, it looks for hardware and says what it found.
+    """Import DeepSpeed for computing on ``device_type``, instead of hardware that it would detect.
 
     Raises:
         ConfigError: ``DS_ACCELERATOR`` names something else.
     """
     named = os.environ.setdefault("DS_ACCELERATOR", device_type)
     if named != device_type:
-        raise ConfigError(f"DS_ACCELERATOR={named!r}: the run computes on {device_type}; unset this variable")
+        fix = f"the run computes on {device_type}; unset this variable"
+        raise ConfigError(f"DS_ACCELERATOR={named!r}: {fix}")
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
@@ -79,9 +92,21 @@ def import_deepspeed(device_type: str) -> Any:
 
 
 def _check_names(path: str, settings: Mapping[str, Any], decided: Mapping[str, Any]) -> None:
-    """Every key of the file is fedsim's to decide or the user's, and groups are objects."""
+    """Check that every key of the file is a known one, and that groups are objects.
+
+    Args:
+        path: as ``guard.deepspeed`` names the file.
+        settings: the file's content.
+        decided: keys that fedsim decides, by full name such as "bf16.enabled".
+
+    Raises:
+        ConfigError: a key is unknown, or a group is no object.
+    """
     known = [*decided, *sorted(FREE)]
-    groups = {name[:i] for name in known for i, letter in enumerate(name) if letter == "."}
+    groups: set[str] = set()  # all prefixes of known names
+    for name in known:
+        *parents, _ = name.split(".")
+        groups.update(".".join(parents[: i + 1]) for i in range(len(parents)))
     for name, value in _walk(settings, groups):
         if name in groups and not isinstance(value, dict):
             raise ConfigError(f"guard.deepspeed={path!r}: {name} must be an object, is {value!r}")
@@ -94,7 +119,12 @@ def _check_names(path: str, settings: Mapping[str, Any], decided: Mapping[str, A
             )
 
 
-def _walk(settings: Mapping[str, Any], groups: set[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _walk(
+    settings: Mapping[str, Any],
+    groups: set[str],
+    prefix: str = "",
+) -> Iterator[tuple[str, Any]]:
+    """Yield every key with its value, by full name; those within groups too."""
     for key, value in settings.items():
         yield f"{prefix}{key}", value
         if f"{prefix}{key}" in groups and isinstance(value, dict):
@@ -102,7 +132,11 @@ def _walk(settings: Mapping[str, Any], groups: set[str], prefix: str = "") -> It
 
 
 def _check_zero(path: str, values: Mapping[str, Any]) -> None:
-    """DeepSpeed takes the values of zero_optimization."""
+    """Check the values of zero_optimization with DeepSpeed's own validation.
+
+    Raises:
+        ConfigError: DeepSpeed refuses one.
+    """
     import_deepspeed("cuda" if torch.cuda.is_available() else "cpu")
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
@@ -112,21 +146,24 @@ def _check_zero(path: str, values: Mapping[str, Any]) -> None:
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(["zero_optimization", *map(str, first["loc"])])
-        raise ConfigError(f"guard.deepspeed={path!r}: {name}={first['input']!r}: {first['msg']}") from error
+        setting = f"{name}={first['input']!r}"
+        raise ConfigError(f"guard.deepspeed={path!r}: {setting}: {first['msg']}") from error
 
 
 def _decided(config: Config, num_ranks: int) -> dict[str, tuple[Any, str]]:
-    """Keys of DeepSpeed's that are fedsim's to set: value, and what it follows from."""
+    """Return DeepSpeed's keys that fedsim sets: value, and the setting that decides it."""
     rows, micro = config.guard.tune_batch_size, config.local.micro_batch_size
-    num_passes = math.ceil(math.ceil(rows / micro) / num_ranks)
+    num_passes = math.ceil(math.ceil(rows / micro) / num_ranks)  # of the busiest rank
+    # The sources, as messages name them.
     plain = "guard fine-tuning without DeepSpeed, which this must equal"
     fp32 = "the adapter, all that ZeRO holds, which is fp32 on a base of any model.dtype"
+    sizes = f"guard.tune_batch_size={rows}, local.micro_batch_size={micro}"
     return {
         "train_batch_size": (rows, "guard.tune_batch_size"),
         "train_micro_batch_size_per_gpu": (micro, "local.micro_batch_size"),
         "gradient_accumulation_steps": (
             num_passes,
-            f"guard.tune_batch_size={rows}, local.micro_batch_size={micro} and the number of processes ({num_ranks})",
+            f"{sizes} and the number of processes ({num_ranks})",
         ),
         "gradient_clipping": (1.0, plain),
         "optimizer.type": ("AdamW", plain),
@@ -143,24 +180,30 @@ def _decided(config: Config, num_ranks: int) -> dict[str, tuple[Any, str]]:
 
 
 def zero_file(name: str) -> Path:
-    """The file that ``guard.deepspeed`` names: one that ships with fedsim, or a path."""
+    """Return the file that ``guard.deepspeed`` names: one that ships with fedsim, or a path."""
     shipped = SHIPPED / f"{name}.json"
     return shipped if shipped.is_file() else user_path(name)
 
 
 def _read(path: str) -> dict[str, Any]:
+    """Read the file that ``guard.deepspeed`` names.
+
+    Raises:
+        ConfigError: it cannot be read or is no JSON object, or DeepSpeed is not installed.
+    """
+    key = f"guard.deepspeed={path!r}"
     try:
         content = parse_json(zero_file(path).read_text(encoding="utf-8"))
     except OSError as error:
         names = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.json")))
         raise ConfigError(
-            f"guard.deepspeed={path!r}: cannot be read ({error.strerror}); give a DeepSpeed JSON file, or the name of "
+            f"{key}: cannot be read ({error.strerror}); give a DeepSpeed JSON file, or the name of "
             f"one that ships with fedsim ({names})"
         ) from error
     except ValueError as error:
-        raise ConfigError(f"guard.deepspeed={path!r}: is not valid JSON ({error})") from error
+        raise ConfigError(f"{key}: is not valid JSON ({error})") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"guard.deepspeed={path!r}: must be a JSON object, is a {type(content).__name__}")
+        raise ConfigError(f"{key}: must be a JSON object, is a {type(content).__name__}")
     if importlib.util.find_spec("deepspeed") is None:
-        raise ConfigError(f"guard.deepspeed={path!r}: DeepSpeed is not installed; pip install fedsim[deepspeed]")
+        raise ConfigError(f"{key}: DeepSpeed is not installed; pip install fedsim[deepspeed]")
     return content

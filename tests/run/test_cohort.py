@@ -62,7 +62,7 @@ class Trainer:
 
     def train(
         self, client: int, rows: Any, round_idx: int, state: ServerState, control: torch.Tensor | None, lane: Any,
-        on_step: Callable[[int, int], None] | None, num_steps: int, own: Any,
+        on_step: Callable[[int, int], None] | None, num_steps: int, errors: Any,
     ) -> ClientOutcome:  # fmt: skip
         self.seen[client] = (rows, round_idx, state, control, (lane.index, lane.size), num_steps)
         for step in range(num_steps):
@@ -71,7 +71,7 @@ class Trainer:
         if self.spoilt.get(client) == "raises":
             raise ClientError("raised", "it rains", "trace")
         if self.spoilt.get(client) == "does not compute":
-            own.do(lambda: 1 // 0)
+            errors.run(lambda: 1 // 0)
         delta = torch.full((SIZE,), torch.nan if self.spoilt.get(client) == "is NaN" else float(client))
         control = control_of(client, round_idx) if self.algorithm.has_control else None
         change = None if control is None else torch.full((SIZE,), 10.0 + client)

@@ -20,7 +20,7 @@ from fedsim.federation.scaffold import CONTROL, Scaffold
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.model.load import LoadedModel
 from fedsim.train.client import ClientTrainer
-from fedsim.train.containment import ContainedWork
+from fedsim.train.containment import ContainErrors
 from fedsim.train.loop import StepSettings, Trainer
 from fedsim.train.objectives import SftObjective
 
@@ -70,11 +70,11 @@ def test_a_failed_client_changes_no_bit_of_the_next(
     state, good, bad = algorithm.start(made[1].copy()), make_rows(6), make_rows(6, seed=1)
     bad[3] = SPOILT[reason](bad[3])
     untouched = client_trainer(make_adapted(std=0.1, dropout=0.2), algorithm)
-    want = bits(untouched.train(1, good, 0, state, None, one_lane(), own=ContainedWork()))
+    want = bits(untouched.train(1, good, 0, state, None, one_lane(), errors=ContainErrors()))
     trainer = client_trainer(made, algorithm)
     seen: list[int] = []
     error = failure(
-        lambda: trainer.train(0, bad, 0, state, None, one_lane(), lambda d, _: seen.append(d), own=ContainedWork())
+        lambda: trainer.train(0, bad, 0, state, None, one_lane(), lambda d, _: seen.append(d), errors=ContainErrors())
     )
     assert error.reason == reason
     assert len(seen) == 4 if reason == "not finite" else len(seen) < 4, (
@@ -82,7 +82,7 @@ def test_a_failed_client_changes_no_bit_of_the_next(
     )
     assert ("IndexError" in str(error), "Traceback" in error.trace) == ((reason == "raised",) * 2)
     assert not made[0].base.training, "the model is left as it was"
-    assert bits(trainer.train(1, good, 0, state, None, one_lane(), own=ContainedWork())) == want
+    assert bits(trainer.train(1, good, 0, state, None, one_lane(), errors=ContainErrors())) == want
 
 
 def test_an_error_that_is_not_contained_leaves_as_it_is(make_adapted: Make, make_rows: Rows, one_lane: type) -> None:
@@ -106,22 +106,22 @@ def test_one_member_that_raises_leaves_no_other_waiting(
     spoilt = [*rows[:3], beyond(rows[3]), *rows[4:]]
 
     def member(lane: Any) -> tuple[str, bool, list[Any]]:
-        trainer, own = client_trainer(made[lane.index], FedAvg()), ContainedWork()
+        trainer, errors = client_trainer(made[lane.index], FedAvg()), ContainErrors()
 
         def raises(*_: Any) -> Any:
             raise CheckpointError("a damaged file")
 
         if when == "before the first" and lane.index == 1:
-            own.do(raises)
+            errors.run(raises)
         if when == "after the last" and lane.index == 1:
             trainer._outcome = raises  # type: ignore[method-assign]
         try:
-            trainer.train(0, spoilt if when == "in a step" else rows, 0, state, None, lane, own=own)
+            trainer.train(0, spoilt if when == "in a step" else rows, 0, state, None, lane, errors=errors)
             told = ""
         except ClientError as error:
             told = error.reason
         trainer.__dict__.pop("_outcome", None)
-        after = trainer.train(1, rows, 0, state, None, lane, own=ContainedWork())
+        after = trainer.train(1, rows, 0, state, None, lane, errors=ContainErrors())
         return told, made[lane.index][0].base.training, bits(after)
 
     found = on_members(3, member, exact=exact)
