@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from fedsim.base.errors import ConfigError, RunError
 from fedsim.config import load_config, to_flat
+from fedsim.study.command import ENTRY as ENTRY_WORDS
 from fedsim.study.runs import Cell, Launch, run_cells
 
 # Stands for `fedsim run`: takes the same words and leaves what a finished run leaves; its name says how it behaves.
@@ -134,6 +135,16 @@ def test_a_study_that_is_ended_leaves_no_run_behind(launch: Launch, tmp_path: Pa
     assert study.wait(timeout=30) != 0
     listed = subprocess.run(["pgrep", "-f", launch.entry[0]], capture_output=True, text=True, check=False).stdout
     assert listed.split() == []
+
+
+def test_a_run_is_started_as_a_user_would(launch: Launch) -> None:
+    """By the module, so that a study works from an installed wheel."""
+    cell = Cell("c", 0, {})
+    one = replace(launch, entry=ENTRY_WORDS)
+    assert one.command(cell)[:4] == [sys.executable, "-m", "fedsim", "run"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
+    wanted = [sys.executable, *torchrun, "-m", "fedsim", "run", str(launch.config), *launch.words(cell)]
+    assert replace(one, num_processes=3).command(cell) == wanted
 
 
 TEXTS = st.one_of(
