@@ -53,24 +53,39 @@ def committed(results: Path | None) -> dict[str, dict[str, StageResult]]:
         return {}
     found = {}
     for folder in sorted(path for path in results.glob("*") if path.is_dir()):
-        stages = {file.stem: StageResult.read(file) for file in sorted(folder.glob("*.json"))}
-        if stages:
+        if stages := _stages(folder):
             found[folder.name] = stages
     return dict(sorted(found.items(), key=lambda entry: not _of_gpu(entry[1])))
 
 
+def _stages(folder: Path) -> dict[str, StageResult]:
+    """Stages of one machine, by name.
+
+    Raises:
+        ConfigError: a file there is none of the benchmark's.
+    """
+    found = {}
+    for file in sorted(folder.glob("*.json")):
+        try:
+            found[file.stem] = StageResult.read(file)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{file}: holds no rows of the benchmark ({error!r}); give another folder") from error
+    return found
+
+
 def chosen(name: str | None, known: Mapping[str, dict[str, StageResult]]) -> dict[str, StageResult]:
-    """The rows of a folder, named alone or as a path.
+    """The rows of one machine.
+
+    Args:
+        name: a key of ``known``, or the path of a folder; None = the first that is known.
+        known: stages by folder name.
 
     Raises:
         ConfigError: there are none.
     """
-    if name is not None and Path(name).is_dir():
-        folder = Path(name).resolve()
-        known = committed(folder.parent)
-        key = folder.name
-    else:
-        key = next(iter(known), "") if name is None else name
+    if name is not None and name not in known and (stages := _stages(Path(name))):
+        return stages
+    key = next(iter(known), "") if name is None else name
     if key not in known:
         what = "not given, and this fedsim has no committed rows" if name is None else f"{name}: no rows of a machine"
         there = f"; known: {', '.join(known)}" if known else ""

@@ -16,7 +16,7 @@ from typing import Any, Final
 from fedsim.base.errors import ConfigError
 from fedsim.base.launching import Parser, launched
 from fedsim.evaluate.own import OWN
-from fedsim.extend import KINDS, Own, load
+from fedsim.extend import KINDS, Own, check_name, load
 
 WIDTH: Final = 80
 BENCHMARKS: Final = "eval.benchmarks.kind"
@@ -37,6 +37,7 @@ def text(key: str = "", name: str = "") -> str:
         hint = f"did you mean {close[0]}?" if close else f"give one of {', '.join(KINDS)}"
         raise ConfigError(f"{key[:200]}: is no key that names code; {hint}")
     if name:
+        check_name(key, name)
         return "\n".join(_entry(key, name)) + "\n"
     return "\n\n".join("\n".join(_group(one)) for one in ([key] if key else KINDS)) + "\n"
 

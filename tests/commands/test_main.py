@@ -63,6 +63,7 @@ def test_every_command_has_its_own_help(capsys: pytest.CaptureFixture[str]) -> N
         ([], "names no command; give one of run, check"),
         (["run", "federation.num_round=3"], "the nearest key is federation.num_rounds"),
         (["list", "guard.knid"], "did you mean guard.kind?"),
+        (["list", "guard.kind", "oracel"], "did you mean oracle?"),
         (["config", "--markdown", "seed=1"], "takes no 'seed=1'"),
         (["sweep"], "one sweep file, such as configs/sweeps/cai.yaml"),
     ],
