@@ -154,7 +154,7 @@ def test_an_installed_wheel_runs_studies_and_reports_outside_the_repository(whee
     assert Path(place.stdout.strip()).is_relative_to(home)
     assert "federation.algorithm\n" in fedsim("list")
     assert "num_rounds: 50" in fedsim("config", "configs/paper/base.yaml")
-    assert "plan" in fedsim("check", *SHORT).lower() and not (work / "runs" / "demo").exists()
+    assert "\nInputs\n" in fedsim("check", *SHORT) and not (work / "runs" / "demo").exists()
     fedsim("run", *SHORT)
     manifest = json.loads((work / "runs" / "demo" / "manifest.json").read_text(encoding="utf-8"))
     assert (manifest["git"], (work / "runs" / "demo" / "summary.md").is_file()) == (None, True)

@@ -90,7 +90,7 @@ def test_the_list_has_every_name_in_80_columns(capsys: pytest.CaptureFixture[str
     assert max(map(len, shown.splitlines())) <= 80
     assert re.findall(r"^(\S+)$", shown, flags=re.MULTILINE) == list(KINDS)
     names = [name for key, kind in KINDS.items() for name in kind.own]
-    entries = re.findall(r"^  ([a-z][\w.-]*)$", shown, flags=re.MULTILINE)
+    entries = re.findall(r"^  ([a-z][\w.-]*\w)$", shown, flags=re.MULTILINE)
     assert entries == [
         name for key, kind in KINDS.items()
         for name in [*kind.own, *(f"eval.{own}" for own in OWN if key == listing.BENCHMARKS)]
