@@ -40,6 +40,10 @@ ALLOWED: Final[dict[str, set[str]]] = {
     },
     "study": {"config", "data", "evaluate", "model", "parallel", "record", "report", "run", "world"},
     "api": {"config", "parallel", "record", "run"},
+    "commands": {
+        "config", "data", "evaluate", "generate", "parallel", "record", "report", "run", "safety", "study",
+    },
+    "__main__": {"commands"},
 }  # fmt: skip
 """Part → parts that it may import beside the base."""
 

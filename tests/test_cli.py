@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from fedsim.config import describe
 from fedsim.config.lora import LoraSettings
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.model.load import EMBEDDED, load_model
-from fedsim.record.metrics import read_rows
+from fedsim.record.metrics import decided_rows, read_rows
 from fedsim.world import square_rows
 
 ROOT = Path(__file__).parents[1]
@@ -43,11 +44,11 @@ class Ended:
         return [line for line in self.err.splitlines() if line.startswith("error:")]
 
 
-def launch(words: list[str], num_processes: int = 0) -> Ended:
-    """Run the entry point plainly, or under torchrun with ``num_processes``."""
+def launch(words: list[str], num_processes: int = 0, entry: Sequence[str] = ("launch/run.py",)) -> Ended:
+    """Run an entry point plainly, or under torchrun with ``num_processes``."""
     torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={num_processes}"] if num_processes else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, *torchrun, "launch/run.py", *words]
+    command = [sys.executable, *torchrun, *entry, *words]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180, check=False)
     return Ended(done.returncode, done.stdout, done.stderr)
 
@@ -204,6 +205,23 @@ def test_a_whole_run_writes_every_file(finished: Ended, run_folder: Path) -> Non
     assert {(0, "filter"), (0, "eval"), (0, "cai_data"), (1, "round"), (2, "round"), (2, "eval")} <= set(stages)
     manifest = json.loads((run_folder / "manifest.json").read_text(encoding="utf-8"))
     assert file_digest(Path(run_folder.parents[1] / "square.json")) in json.dumps(manifest)
+
+
+@pytest.mark.deep
+def test_the_command_under_torchrun_is_the_same_run(
+    finished: Ended, run_folder: Path, places: list[str], tmp_path: Path
+) -> None:
+    """``torchrun -m fedsim run`` and ``torchrun launch/run.py``: the same adapter and decided metrics, bit for bit."""
+    assert finished.code == 0
+    own = [f"record.dir={tmp_path}", f"record.artefacts={tmp_path / 'artefacts'}"]
+    ended = launch([SMALL, *places, *own], num_processes=2, entry=("-m", "fedsim", "run"))
+    assert ended.code == 0, ended.err[-2000:]
+    assert "Written:" in ended.out and "2 processes" in ended.out
+    adapters, rows = set(), []
+    for folder in (run_folder, tmp_path / "small"):
+        adapters.add(file_digest(folder / "adapter" / "adapter_model.safetensors"))
+        rows.append(decided_rows(read_rows(folder / "metrics.jsonl")))
+    assert len(adapters) == 1 and rows[0] == rows[1] and len(rows[0]) > 5
 
 
 def test_the_adapter_loads_with_peft(finished: Ended, run_folder: Path) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import configparser
+import json
+import os
 import re
 import subprocess
 import sys
+import sysconfig
 import tomllib
 import zipfile
 from pathlib import Path
@@ -29,6 +32,10 @@ def lines(text: str) -> list[str]:
 def test_every_package_is_listed(setup_cfg: configparser.ConfigParser) -> None:
     found = {".".join(file.parent.relative_to(ROOT).parts) for file in (ROOT / "fedsim").rglob("__init__.py")}
     assert set(lines(setup_cfg["options"]["packages"])) == found | {"fedsim.kernels", "fedsim.configs"}
+
+
+def test_the_command_is_the_main_module(setup_cfg: configparser.ConfigParser) -> None:
+    assert lines(setup_cfg["options.entry_points"]["console_scripts"]) == ["fedsim = fedsim.__main__:main"]
 
 
 @pytest.mark.parametrize("name", ["kernels", "configs"])
@@ -76,19 +83,26 @@ def test_pins_satisfy_the_lower_bounds(setup_cfg: configparser.ConfigParser) -> 
         assert pins[name.lower()] >= tuple(int(part) for part in bound.split(".")), line
 
 
-def test_a_wheel_holds_code_kernels_configs_the_tiny_model_and_the_template(tmp_path: Path) -> None:
-    """Builds with the builder at hand; the same names as in a clone, and nothing at the top level but fedsim."""
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built with the builder at hand."""
     build_system = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]
     assert build_system["build-backend"] == "setuptools.build_meta"
-    source = tmp_path / "source"
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
     source.mkdir()
     copied = ["setup.cfg", "pyproject.toml", "LICENSE", "fedsim", "kernels", "configs"]
     if (ROOT / "README.md").exists():
         copied.append("README.md")
     subprocess.run(["cp", "-a", *(str(ROOT / name) for name in copied), str(source)], check=True)
-    code = f"import setuptools.build_meta as b; b.build_wheel({str(tmp_path)!r})"
+    code = f"import setuptools.build_meta as b; b.build_wheel({str(folder)!r})"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=source)
-    (wheel,) = tmp_path.glob("*.whl")
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def test_a_wheel_holds_code_kernels_configs_and_the_tiny_model(wheel: Path) -> None:
+    """The same names as in a clone, and nothing at the top level but fedsim."""
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {name.partition("/")[0] for name in names if ".dist-info" not in name} == {"fedsim"}
     for folder in ("fedsim", "kernels"):
@@ -98,9 +112,60 @@ def test_a_wheel_holds_code_kernels_configs_the_tiny_model_and_the_template(tmp_
     for file in (ROOT / "configs").rglob("*"):
         if file.is_file():
             assert f"fedsim/configs/{file.relative_to(ROOT / 'configs').as_posix()}" in names
-    for file in (ROOT / "fedsim" / "world" / "tiny").iterdir():
-        assert f"fedsim/world/tiny/{file.name}" in names
     assert "fedsim/report/page.html.jinja" in names
+    shipped = [*(ROOT / "fedsim" / "world" / "tiny").iterdir(), *(ROOT / "fedsim" / "study").glob("*.json")]
+    assert len(shipped) > 5
+    for file in shipped:
+        assert file.relative_to(ROOT).as_posix() in names
+
+
+SHORT = [
+    "federation.num_rounds=1", "federation.num_clients=2", "federation.clients_per_round=1", "local.steps=1",
+    "data.federated_rows=40", "data.guard_rows=20", "data.cai_rows=12", "guard.measure_untuned=false",
+    "cai.iterations=1", "eval.limit=2", "eval.helpful=", "eval.guard_judge=none",
+]  # fmt: skip
+"""The embedded demo on a few rows, one round of one step."""
+
+
+@pytest.mark.deep
+def test_an_installed_wheel_runs_studies_and_reports_outside_the_repository(wheel: Path, tmp_path: Path) -> None:
+    """In an empty environment that borrows the dependencies of this one, whose own fedsim it cannot see."""
+    home, work = tmp_path / "env", tmp_path / "work"
+    work.mkdir()
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(home)], check=True)
+    pip = [sys.executable, "-m", "pip", "--python", str(home / "bin" / "python"), "--disable-pip-version-check"]
+    subprocess.run([*pip, "install", "--no-deps", "--no-index", "-q", str(wheel)], check=True)
+    (packages,) = home.glob("lib/python*/site-packages")
+    borrowed = dict.fromkeys(sysconfig.get_paths()[name] for name in ("purelib", "platlib"))
+    (packages / "dependencies.pth").write_text("\n".join(borrowed) + "\n", encoding="utf-8")
+    kept = {name: value for name, value in os.environ.items() if not re.match("PYTHON|RANK|WORLD_SIZE|LOCAL_", name)}
+    environment = {**kept, "OMP_NUM_THREADS": "1", "PATH": f"{home / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+
+    def fedsim(*words: str, status: int = 0) -> str:
+        done = subprocess.run(
+            ["fedsim", *words], cwd=work, env=environment, capture_output=True, text=True, timeout=600, check=False
+        )
+        assert done.returncode == status, done.stderr[-3000:]
+        return done.stdout if status == 0 else done.stderr
+
+    place = subprocess.run(
+        ["python", "-c", "import fedsim; print(fedsim.__file__)"],
+        cwd=work, env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert Path(place.stdout.strip()).is_relative_to(home)
+    assert "federation.algorithm\n" in fedsim("list")
+    assert "num_rounds: 50" in fedsim("config", "configs/paper/base.yaml")
+    assert "\nInputs\n" in fedsim("check", *SHORT) and not (work / "runs" / "demo").exists()
+    fedsim("run", *SHORT)
+    manifest = json.loads((work / "runs" / "demo" / "manifest.json").read_text(encoding="utf-8"))
+    assert (manifest["git"], (work / "runs" / "demo" / "summary.md").is_file()) == (None, True)
+    assert "FedAvg: (FL + CAI) − FL" in fedsim("table1", *SHORT, "--seeds", "0")
+    assert (work / "runs" / "table1" / "table1.md").is_file()
+    assert "guard, fine-tuned" in fedsim("table2", *SHORT, "--seeds", "0")
+    fedsim("report", "runs/demo", *(str(path) for path in (work / "runs" / "table1").glob("f*/")), "--out", "page")
+    assert (work / "page" / "report.html").stat().st_size > 10_000
+    assert "needs docs/results of a clone" in fedsim("table1", "--publish", status=2)
+    assert "--rows not given" in fedsim("costs", status=2)
 
 
 def test_the_oldest_versions_allowed_are_those_that_are_tested(setup_cfg: configparser.ConfigParser) -> None:

@@ -13,16 +13,12 @@ import pytest
 
 import tools.bench.page
 import tools.chaos.run
-import tools.config_page
-import tools.costs
 import tools.demo_page
 import tools.exact_cost
 import tools.rehearsal.__main__
 import tools.soak
 import tools.sources_page
-import tools.sweep
-import tools.table1
-import tools.table2
+from fedsim.commands import costs, sweep, table1, table2
 from fedsim.study.grid import read_sweep
 from fedsim.study.seed_rows import read_seed_rows
 from fedsim.study.table1 import TableOne
@@ -34,10 +30,10 @@ RESULTS = ROOT / "docs" / "results"
 SWEEPS = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))
 
 
-def costs() -> str:
+def costs_page() -> str:
     """The page of costs by the preferred rows, without runs."""
-    work = tools.costs.paper_work()
-    return tools.costs.page(tools.costs.projected_report(work), work, None)
+    work = costs.paper_work()
+    return costs.page(costs.projected_report(work), work, None)
 
 
 def chaos() -> str:
@@ -52,23 +48,23 @@ def rehearsal() -> str:
     return table.page(json.loads(tools.rehearsal.__main__.RESULT.read_text(encoding="utf-8")))
 
 
-def sweep(path: Path) -> Callable[[], str]:
+def sweep_page(path: Path) -> Callable[[], str]:
     """What makes a sweep's page."""
-    return lambda: tools.sweep.page(ROOT, read_sweep(path, "quick"))
+    return lambda: sweep.page(RESULTS, read_sweep(path, "quick"))
 
 
 PAGES: dict[str, tuple[Callable[[], str], str]] = {
-    "table1.md": (lambda: tools.table1.page(ROOT), "tools/table1.py --page"),
-    "table2.md": (lambda: tools.table2.page(ROOT), "tools/table2.py --page"),
-    "demo.md": (lambda: tools.demo_page.page(tools.demo_page.committed()), "tools/demo_page.py"),
-    "benchmark.md": (tools.bench.page.page, "tools/bench/page.py"),
-    "costs.md": (costs, "tools/costs.py --page"),
-    "exact-cost.md": (tools.exact_cost.page, "tools/exact_cost.py --page"),
-    "soak.md": (tools.soak.page, "tools/soak.py --page"),
-    "chaos.md": (chaos, "tools/chaos/run.py --publish"),
-    "rehearsal.md": (rehearsal, "-m tools.rehearsal --page"),
-    "sources.md": (sources, "tools/sources_page.py"),
-    **{f"sweep-{path.stem}.md": (sweep(path), f"tools/sweep.py {path.name} --page") for path in SWEEPS},
+    "table1.md": (lambda: table1.page(RESULTS), "fedsim table1 --page"),
+    "table2.md": (lambda: table2.page(RESULTS), "fedsim table2 --page"),
+    "demo.md": (lambda: tools.demo_page.page(tools.demo_page.committed()), "python tools/demo_page.py"),
+    "benchmark.md": (tools.bench.page.page, "python tools/bench/page.py"),
+    "costs.md": (costs_page, "fedsim costs --page"),
+    "exact-cost.md": (tools.exact_cost.page, "python tools/exact_cost.py --page"),
+    "soak.md": (tools.soak.page, "python tools/soak.py --page"),
+    "chaos.md": (chaos, "python tools/chaos/run.py --publish"),
+    "rehearsal.md": (rehearsal, "python -m tools.rehearsal --page"),
+    "sources.md": (sources, "python tools/sources_page.py"),
+    **{f"sweep-{path.stem}.md": (sweep_page(path), f"fedsim sweep {path.name} --page") for path in SWEEPS},
 }
 """What makes each page from the committed rows, and the command that writes it."""
 
@@ -76,14 +72,14 @@ PAGES: dict[str, tuple[Callable[[], str], str]] = {
 @pytest.mark.parametrize("name", PAGES)
 def test_a_result_page_is_that_of_the_committed_rows(name: str) -> None:
     make, command = PAGES[name]
-    assert (RESULTS / name).read_text(encoding="utf-8") == make(), f"run: python {command}"
+    assert (RESULTS / name).read_text(encoding="utf-8") == make(), f"run: {command}"
 
 
 def test_every_result_page_is_held_by_a_test() -> None:
     assert {path.name for path in RESULTS.glob("*.md")} == PAGES.keys()
 
 
-PAGE_TOOLS = [tools.bench.page, tools.config_page, tools.demo_page, tools.sources_page]
+PAGE_TOOLS = [tools.bench.page, tools.demo_page, tools.sources_page]
 
 
 @pytest.mark.parametrize("tool", PAGE_TOOLS, ids=lambda tool: tool.__name__)
@@ -118,7 +114,7 @@ def test_the_readmes_table_has_the_figures_of_the_committed_rows() -> None:
     """``| FedAvg, FL | 77.5 (72.5) | … |``: measured means, the paper's figures in brackets."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     shown = [line.strip("| ").split(" | ") for line in text.splitlines() if re.match(r"\| .*\d\.\d", line)]
-    rows = [*read_seed_rows(RESULTS / "table1.csv"), *read_seed_rows(RESULTS / tools.table1.CONTROL_ROWS)]
+    rows = [*read_seed_rows(RESULTS / "table1.csv"), *read_seed_rows(RESULTS / table1.CONTROL_ROWS)]
     table = arm_table(TableOne(rows))
     columns = [table.head.index(name) for name in ("AdvBench %", "MT-Bench", "XSTest: innocent refused %")]
     wanted: list[list[str]] = []
@@ -145,7 +141,7 @@ def test_the_readme_is_short() -> None:
 
 def test_the_replay_control_was_measured_with_the_patch() -> None:
     """The control is no configuration: rows of a commit without changes would be CAI's own."""
-    rows = read_seed_rows(RESULTS / tools.table1.CONTROL_ROWS)
+    rows = read_seed_rows(RESULTS / table1.CONTROL_ROWS)
     patch = (RESULTS / "replay-control.patch").read_text(encoding="utf-8")
     assert "+                [[pair.rejected for pair in batch] for batch in batches]," in patch
     assert {row.commit for row in rows} == {"883972f9a1 with changes"}, "the patch's own base, and the patch"

@@ -25,9 +25,9 @@ from fedsim.base.errors import ConfigError  # noqa: E402
 from fedsim.base.launching import Parser, launched  # noqa: E402
 from fedsim.base.tables import byte_size, number  # noqa: E402
 from fedsim.federation.client_state import ClientStateStore  # noqa: E402
+from fedsim.study.bench_rows import Row, StageResult  # noqa: E402
 from tools import running  # noqa: E402
 from tools.bench.measure import percentiles  # noqa: E402
-from tools.bench.rows import Row, StageResult  # noqa: E402
 
 NAME = "client_scale"
 

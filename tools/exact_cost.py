@@ -38,10 +38,10 @@ from fedsim.base.errors import ConfigError, RunError  # noqa: E402
 from fedsim.base.launching import Parser, launched  # noqa: E402
 from fedsim.base.tables import Table, duration, number  # noqa: E402
 from fedsim.record.metrics import read_rows  # noqa: E402
+from fedsim.study.bench_rows import Row, StageResult  # noqa: E402
 from fedsim.world.tiny_model import TINY_DIR  # noqa: E402
 from tools import running  # noqa: E402
 from tools.bench.models import CPU, ModelSize, build  # noqa: E402
-from tools.bench.rows import Row, StageResult  # noqa: E402
 
 NAME, LARGE_NAME = "exact_cost", "exact_cost_large"
 PAGE = running.PAGES / "exact-cost.md"

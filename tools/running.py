@@ -16,7 +16,7 @@ from fedsim.base.version import git_state
 from fedsim.config import load_config
 from fedsim.config.command_line import DEFAULT
 from fedsim.record.manifest import hardware, package_versions
-from tools.bench.rows import StageResult
+from fedsim.study.bench_rows import StageResult
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ROOT / "docs" / "results"

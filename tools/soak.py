@@ -25,8 +25,8 @@ from fedsim.base.errors import RunError  # noqa: E402
 from fedsim.base.launching import Parser, launched  # noqa: E402
 from fedsim.base.tables import Table, byte_size, number  # noqa: E402
 from fedsim.config import load_config  # noqa: E402
+from fedsim.study.bench_rows import Row, StageResult  # noqa: E402
 from tools import client_scale, running  # noqa: E402
-from tools.bench.rows import Row, StageResult  # noqa: E402
 from tools.growth import DISK, FILES, GROWS, HANDLES, MEMORY, SPAN, UNDECIDED, Soak, judge, limit  # noqa: E402
 from tools.watching import CORE, WORKER, watch  # noqa: E402
 

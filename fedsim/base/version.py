@@ -15,6 +15,12 @@ SIGNATURE = "fedsim.json"
 """File in a folder of results that says which fedsim made them."""
 
 
+def repository() -> Path | None:
+    """Root of the clone that this fedsim lies in; None for an installed one."""
+    root = Path(fedsim.__file__).resolve().parents[1]
+    return root if (root / "setup.cfg").is_file() and (root / "docs" / "results").is_dir() else None
+
+
 @functools.cache
 def made_by() -> Mapping[str, Any]:
     """Version and git state of this fedsim: ``{"fedsim": "0.1.0", "git": {…} or None}``.

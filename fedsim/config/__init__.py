@@ -4,9 +4,11 @@ from fedsim.config.attacks import AttackConfig
 from fedsim.config.failures import FailuresConfig
 from fedsim.config.loading import (
     LISTS,
+    SHIPPED,
     code_key,
     code_names,
     code_role,
+    config_file,
     describe,
     file_roles,
     flat_from_file,
@@ -31,6 +33,7 @@ from fedsim.config.training import (
 
 __all__ = [
     "LISTS",
+    "SHIPPED",
     "AttackConfig",
     "BenchmarkConfig",
     "CaiConfig",
@@ -50,6 +53,7 @@ __all__ = [
     "code_key",
     "code_names",
     "code_role",
+    "config_file",
     "describe",
     "file_roles",
     "flat_from_file",

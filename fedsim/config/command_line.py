@@ -1,4 +1,4 @@
-"""The command line of ``launch/run.py``: a config file, overrides, and what launchers add."""
+"""Command line of a run: a config file, overrides, and what launchers add."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from pathlib import Path
 
 from fedsim.base.errors import ConfigError
 from fedsim.base.launching import Parser
+from fedsim.config.loading import SHIPPED
 from fedsim.config.page import help_text
 
-DEFAULT = Path(__file__).parents[1] / "configs" / "demo.yaml"
+DEFAULT = SHIPPED / "demo.yaml"
 EPILOG = """Without CONFIG.yaml, configs/demo.yaml is used, which sets many of these keys.
 A file may name another that it builds on (base: OTHER.yaml).
 Configuration keys, with the values that they have when neither a file nor the command line sets them:
@@ -43,9 +44,11 @@ def parse_command(arguments: Sequence[str]) -> Command:
         ConfigError: a word that is neither a config file nor key=value, a second file, an unknown option.
     """
     parser = Parser(
-        prog="launch/run.py",
-        usage="[torchrun --nproc_per_node=N | deepspeed --num_gpus N] launch/run.py [--check] [CONFIG.yaml] "
-        "[key=value ...]",
+        prog="fedsim run",
+        usage="fedsim run [--check] [CONFIG.yaml] [key=value ...]\n"
+        "       torchrun --nproc_per_node=N -m fedsim run ...\n"
+        "       torchrun --nproc_per_node=N launch/run.py ...  (in a clone)\n"
+        "       deepspeed --num_gpus N launch/run.py ...  (in a clone)",
         description="Run one simulation of responsible federated LLM training (arXiv 2502.16691).",
         epilog=EPILOG + help_text(),
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -67,6 +67,9 @@ _DEEPEST = 8
 _SHOWN = 200
 """Characters of a value that an error shows."""
 
+SHIPPED = Path(__file__).parents[1] / "configs"
+"""Configuration files that fedsim ships."""
+
 
 @dataclasses.dataclass(frozen=True)
 class KeyInfo:
@@ -117,7 +120,16 @@ def flat_from_file(path: Path) -> Flat:
         ConfigError: a file cannot be read, or is no mapping.
     """
     kinds = _kinds()
-    return {name: _meant(value, is_text=kinds.get(name) is str) for name, value in _read_file(path, seen=()).items()}
+    found = _read_file(config_file(path), seen=())
+    return {name: _meant(value, is_text=kinds.get(name) is str) for name, value in found.items()}
+
+
+def config_file(path: Path) -> Path:
+    """A file as it was named; ``configs/...`` that is not in the working directory is the one that fedsim ships."""
+    if path.parts[:1] == ("configs",) and not path.exists():
+        shipped = SHIPPED.joinpath(*path.parts[1:])
+        return shipped if shipped.is_file() else path
+    return path
 
 
 @functools.cache
@@ -487,4 +499,4 @@ def _unknown(name: str, value: Any, known: Sequence[str]) -> str:
     if sections:
         return f"{name}={_quoted(value)}: is a group of keys, not a key; set one of {', '.join(sections)}"
     hint = f"the nearest key is {close[0]}" if close else "no key is close"
-    return f"{_plain(name)}={_quoted(value)}: is not a configuration key; {hint} (launch/run.py --help lists all keys)"
+    return f"{_plain(name)}={_quoted(value)}: is not a configuration key; {hint} (fedsim run --help lists all keys)"

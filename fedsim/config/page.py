@@ -1,4 +1,4 @@
-"""Reference of all configuration keys: the text of ``--help``, and docs/config.md (``python tools/config_page.py``)."""
+"""Reference of all configuration keys: the text of ``--help``, and docs/config.md (``fedsim config --markdown``)."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ Every key of a run, by section, with the value that it has when neither a file n
 line sets it. A key is set in a YAML file (`federation: {num_rounds: 8}`) or on the command line
 (`federation.num_rounds=8`); [Your own run](run.md) has files, overrides and `--check`.
 `configs/demo.yaml` and `configs/paper/*.yaml` set many of these keys. A value that breaks its rule
-is an error that names the key, the rule and the fix. Written by `python tools/config_page.py`;
-`python launch/run.py --help` prints the same."""
+is an error that names the key, the rule and the fix. Written by `fedsim config --markdown`;
+`fedsim run --help` prints the same."""
 
 KINDS: Final = {
     "bool": "true or false",

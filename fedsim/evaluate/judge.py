@@ -223,7 +223,7 @@ def _summary(
 
     cut_news = [
         f"{num_cut} judgments were cut off by length (judge.max_new_tokens={max_new_tokens}) and "
-        "count as unrated; raise it, and tools/judge.py asks for them again"
+        "count as unrated; raise it, and fedsim judge asks for them again"
     ]
     numbers = [question.question_id for question, _ in answered]
     return Judged(

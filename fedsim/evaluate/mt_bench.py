@@ -128,7 +128,7 @@ class MtBench(OwnBenchmark):
         _number(
             "mt_bench_judgments_cut",
             "MT-Bench answers among these, whose judgment was cut off by length (raise judge.max_new_tokens; python "
-            "tools/judge.py RUN_DIR asks for them again)",
+            "fedsim judge RUN_DIR asks for them again)",
             line="unless 0",
         ),
         _number(
@@ -138,7 +138,7 @@ class MtBench(OwnBenchmark):
         ),
         _number(
             "mt_bench_judge_failed",
-            "MT-Bench answers left unjudged, as the judge failed (python tools/judge.py RUN_DIR judges them)",
+            "MT-Bench answers left unjudged, as the judge failed (fedsim judge RUN_DIR judges them)",
             line="unless 0",
         ),
     )

@@ -172,7 +172,7 @@ class Algorithm(ABC):
 
 
 class FedAvg(Algorithm):
-    """x⁺ = x + Σ w_i · delta_i / Σ w_i (McMahan et al. 2017, arXiv 1602.05629)."""
+    """Weighted mean of the updates: x⁺ = x + Σ w_i · delta_i / Σ w_i (McMahan et al. 2017, arXiv 1602.05629)."""
 
     def server_step(self, state: ServerState, sums: RoundSums) -> ServerState:
         """Move by the weighted mean delta."""

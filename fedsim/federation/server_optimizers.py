@@ -104,7 +104,10 @@ class AdaptiveServer(ServerOptimizer):
 
 
 class FedAdagrad(AdaptiveServer):
-    """v = v + Δ². OpenFedLLM's has no momentum (its misspelt name there keeps it from running)."""
+    """Adagrad at the server: v = v + Δ² (Reddi et al. 2021, arXiv 2003.00295).
+
+    OpenFedLLM's has no momentum (its misspelt name there keeps it from running).
+    """
 
     def averaged(self, momentum: torch.Tensor, delta: torch.Tensor, is_first: bool) -> torch.Tensor:
         """Algorithm 2's momentum; Δ itself in OpenFedLLM."""
@@ -116,7 +119,10 @@ class FedAdagrad(AdaptiveServer):
 
 
 class FedYogi(AdaptiveServer):
-    """v = v − (1 − β2) Δ² sign(v − Δ²): v grows as fast as Adam's but falls by less."""
+    """Yogi at the server: v = v − (1 − β2) Δ² sign(v − Δ²) (Reddi et al. 2021).
+
+    v grows as fast as Adam's but falls by less.
+    """
 
     def second_moment(self, moment: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
         """A step of the squares' size towards them."""
@@ -124,7 +130,7 @@ class FedYogi(AdaptiveServer):
 
 
 class FedAdam(AdaptiveServer):
-    """v = β2 v + (1 − β2) Δ²."""
+    """Adam at the server: v = β2 v + (1 − β2) Δ² (Reddi et al. 2021, arXiv 2003.00295)."""
 
     def second_moment(self, moment: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
         """The exponential mean of the squares."""

@@ -239,7 +239,7 @@ def caveats(facts: RunFacts) -> list[str]:
         lines.append(f"MT-Bench is {scored}; the paper's by GPT-4.")
     elif facts.unrated:
         lines.append(
-            "MT-Bench answers were written and not rated, as judge.kind=none: python tools/judge.py RUN_DIR "
+            "MT-Bench answers were written and not rated, as judge.kind=none: fedsim judge RUN_DIR "
             "judge.kind=... judge.model=... rates them."
         )
     elif facts.mt_bench and facts.judge != "gpt-4":

@@ -1,7 +1,7 @@
 """Checks before training: every mistake that can be found without computing.
 
 Each check is cheap (of weights only names and shapes are read; an architecture is tried with a small random model),
-runs on every rank, and is made before the first expensive stage of every run; ``launch/run.py --check`` makes them,
+runs on every rank, and is made before the first expensive stage of every run; ``fedsim run --check`` makes them,
 prints the plan and stops. A check that finds a mistake does not keep the others from being made.
 """
 

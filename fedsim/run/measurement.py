@@ -117,6 +117,6 @@ class Measurement:
         for line in judged.news:
             self.record.say(line)
         if judged.error is not None:
-            finish = f"python tools/judge.py {self.record.folder}"
+            finish = f"fedsim judge {self.record.folder}"
             self.record.say(f"{judged.num_unjudged} turns stay unjudged: {judged.error}. To finish later: {finish}")
         return metrics

@@ -1,4 +1,4 @@
-"""Plan of a run in words and tables, printed by ``launch/run.py --check`` before anything is computed."""
+"""Plan of a run in words and tables, printed by ``fedsim run --check`` before anything is computed."""
 
 from __future__ import annotations
 

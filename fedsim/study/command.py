@@ -10,12 +10,13 @@ import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from fedsim.base.errors import ConfigError
 from fedsim.base.launching import Parser
+from fedsim.base.version import repository
 from fedsim.config import load_config
 from fedsim.config.command_line import split_words
 from fedsim.study.runs import Launch, words_of
@@ -26,10 +27,14 @@ PUBLISH = "--publish"
 PAGE = "--page"
 """Option that runs nothing and writes the page from the committed rows."""
 
+RESULTS: Final = Path("docs") / "results"
+"""Folder of committed rows and of the pages made from them, below the root of the repository."""
+
 HERE = re.compile(r"(?<![^=])~?/(?:[^/=]+/)*(?=[^/=]+/?$)")
 """The folders of an absolute path that is a word, or the value of one."""
 
-ENTRY = Path(__file__).resolve().parents[2] / "launch" / "run.py"
+ENTRY = ("-m", "fedsim", "run")
+"""Arguments of python, or of torchrun, that start a run."""
 
 
 def add_run_options(parser: argparse.ArgumentParser, default_seeds: str, first: str = "CONFIG.yaml") -> None:
@@ -52,8 +57,8 @@ def add_run_options(parser: argparse.ArgumentParser, default_seeds: str, first: 
     parser.add_argument("--jobs", type=int, help="runs at once (default: 1 on GPUs, else as many as fill the cores)")
 
 
-def parse_table(prog: str, description: str | None, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line of the tools that make the paper's tables.
+def parse_table(prog: str, description: str | None, argv: Sequence[str]) -> argparse.Namespace:
+    """The command line of the commands that make the paper's tables.
 
     Returns:
         The options of :func:`add_run_options`, ``paper`` (take the paper's schedule) and ``made_by``.
@@ -66,7 +71,8 @@ def parse_table(prog: str, description: str | None, argv: Sequence[str] | None) 
         help="the paper's schedule: 50 rounds of 5 x 25 steps, 50 CAI iterations a round",
     )
     args = parser.parse_intermixed_args(argv)
-    args.made_by = made_by(prog, sys.argv[1:] if argv is None else argv)
+    args.made_by = made_by(prog, argv)
+    check_publishing(args)
     return args
 
 
@@ -147,6 +153,38 @@ def write_csv(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
 
 
 def made_by(program: str, argv: Sequence[str]) -> str:
-    """The command as a reader would type it: without where this machine keeps things, and without publishing."""
+    """The command as a reader would type it: without where this machine keeps things, and without publishing.
+
+    Args:
+        program: such as ``fedsim table1``.
+    """
     words = [word for word in argv if word != PUBLISH and not word.startswith("record.")]
-    return f"`python {shlex.join([program, *(HERE.sub(r'…/', word) for word in words)])}`"
+    return f"`{shlex.join([*program.split(), *(HERE.sub(r'…/', word) for word in words)])}`"
+
+
+def results_folder(option: str) -> Path:
+    """``docs/results`` of the clone that fedsim runs from, where published rows and pages are.
+
+    Args:
+        option: what asks for it, for the error.
+
+    Raises:
+        ConfigError: fedsim is installed without a clone.
+    """
+    root = repository()
+    if root is None:
+        raise ConfigError(
+            f"{option}: needs docs/results of a clone of fedsim, and this fedsim is installed without one; leave it "
+            "out (a study's rows and tables are in its folder under record.dir), or run from a clone"
+        )
+    return root / RESULTS
+
+
+def check_publishing(args: argparse.Namespace) -> None:
+    """Check, before anything is run, that what is to be published has a place.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    if args.publish or args.page:
+        results_folder(PUBLISH if args.publish else PAGE)

@@ -13,9 +13,6 @@ from fedsim.config.measuring import EMBEDDED, HELD_OUT
 from fedsim.study.command import HERE
 from fedsim.world.questions import FRAMES, HELD_OUT_FRAMES
 
-RESULTS: Final = Path("docs") / "results"
-"""Folder of committed rows and of the pages made from them, below the root of the repository."""
-
 ORIGINS: Final = "measured.json"
 """File in it: study → :class:`Origin`."""
 

@@ -1,6 +1,6 @@
 """The runs of a study: which there are, which are finished, and the rest started, several at once where asked for.
 
-Every run is a command of its own, so that a study computes what ``launch/run.py`` computes, and a run that fails takes
+Every run is a command of its own, so that a study computes what ``fedsim run`` computes, and a run that fails takes
 no other with it. A study that is started again goes on where it was.
 """
 
@@ -58,7 +58,7 @@ class Launch:
         overrides: ``key=value`` words for all cells, in order.
         num_processes: of each run.
         num_jobs: runs at once.
-        entry: ``launch/run.py``.
+        entry: arguments of python, or of torchrun, that start a run: ``-m fedsim run``.
     """
 
     study: str
@@ -66,7 +66,7 @@ class Launch:
     overrides: Sequence[str]
     num_processes: int
     num_jobs: int
-    entry: Path
+    entry: Sequence[str]
 
     @property
     def folder(self) -> Path:
@@ -109,7 +109,7 @@ class Launch:
         launcher = [sys.executable]
         if self.num_processes > 1:
             launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.num_processes}"]
-        return [*launcher, str(self.entry), str(self.config), *self.words(cell)]
+        return [*launcher, *self.entry, str(self.config), *self.words(cell)]
 
 
 def words_of(settings: Mapping[str, Any]) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -13,7 +12,7 @@ import numpy as np
 from fedsim.base.errors import ConfigError, DataError
 from fedsim.base.figures import PERCENT
 from fedsim.base.version import commit_of
-from fedsim.config import Config, to_flat
+from fedsim.config import SHIPPED, Config, to_flat
 from fedsim.evaluate.own import DESCRIBED, chosen_figures
 from fedsim.report import paper
 from fedsim.report.cai_line import ACCURACY, FINDINGS, HARMFUL_RESPONSE, LAST_ROUND, MARGIN, is_replay
@@ -37,7 +36,7 @@ from fedsim.study.statistics import Effect, detectable, difference, estimate, ve
 STUDY: Final = "table1"
 """Name of the study."""
 
-CONFIG: Final = Path(__file__).resolve().parents[2] / "configs" / "table1.yaml"
+CONFIG: Final = SHIPPED / "table1.yaml"
 """Its configuration on the embedded default, with the quick schedule."""
 
 VARIED: Final = ("federation.algorithm",)
@@ -106,7 +105,7 @@ def cells(config: Config, seeds: Sequence[int]) -> list[Cell]:
                 if (own := paper.method_of({**to_flat(config), **settings})) != method:
                     raise ConfigError(
                         f"this configuration makes {own!r} where the paper's table has {method!r}: leave guard.kind, "
-                        "guard.action, guard.tune_epochs and cai.every at the paper's, or compare with tools/sweep.py"
+                        "guard.action, guard.tune_epochs and cai.every at the paper's, or compare with fedsim sweep"
                     )
                 labels = {"aggregation": paper.algorithm_name(aggregation), "method": method}
                 found.append(Cell(f"{aggregation}-{slug}-s{seed}", seed, labels, settings))

@@ -13,7 +13,7 @@ PAGE = ROOT / "docs" / "config.md"
 
 
 def test_the_committed_page_is_that_of_the_schema() -> None:
-    assert PAGE.read_text(encoding="utf-8") == page(), "run: python tools/config_page.py"
+    assert PAGE.read_text(encoding="utf-8") == page(), "run: fedsim config --markdown > docs/config.md"
 
 
 def test_every_key_has_one_row_and_one_line_of_help() -> None:

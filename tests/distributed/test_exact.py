@@ -247,7 +247,7 @@ def test_a_stopped_run_that_is_resumed_equals_one_that_was_not(
 def test_a_run_killed_in_mid_round_is_resumed(pool: Any, square_file: Path, tmp_path: Path, straight: Any) -> None:
     """SIGKILL to torchrun and all its processes while the second round trains; resumed on another number."""
     words = [*SCAFFOLD, *places(tmp_path, square_file)]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "launch/run.py", str(SMALL)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "fedsim", "run", str(SMALL)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     log = tmp_path / "log"
     with log.open("w") as stream:

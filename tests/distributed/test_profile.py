@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,11 @@ BRIEF = ["guard.kind=none", "cai.iterations=0", "eval.every=0", "eval.limit=1", 
 
 def profile(words: list[str]) -> str:
     """What this rank prints."""
-    spec = importlib.util.spec_from_file_location("profile_round", ROOT / "tools" / "profile_round.py")
-    assert spec is not None and spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    from fedsim.commands import profile as command
+
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        tool.profile(*tool.parse([str(Path(__file__).parent / "small.yaml"), *words, "--round", "1"]))
+        command.profile(*command.parse([str(Path(__file__).parent / "small.yaml"), *words, "--round", "1"]))
     return printed.getvalue()
 
 

@@ -317,7 +317,7 @@ def test_caveats_follow_the_model_and_the_data(facts: RunFacts) -> None:
         facts, embedded_model=False, real_files=("data.square", "eval.mt_bench"), fictional=(), mt_bench="q.jsonl"
     )
     assert caveats(real) == [
-        "MT-Bench answers were written and not rated, as judge.kind=none: python tools/judge.py RUN_DIR judge.kind=... "
+        "MT-Bench answers were written and not rated, as judge.kind=none: fedsim judge RUN_DIR judge.kind=... "
         "judge.model=... rates them."
     ]
     assert caveats(dataclasses.replace(real, mt_bench="")) == []
@@ -353,7 +353,7 @@ def test_what_a_judge_did_not_rate_is_said(make_run: MakeRun, facts: RunFacts) -
         assert "RUN_DIR asks for them again): after CAI 2 of 160." in text
         assert "Replies with thoughts, which are not part of an answer: after CAI 7 of 1,130, 1 of them " in text
         assert "do not fit into the judge's context, and left out of the means: after CAI 4 of 160." in text
-        assert "MT-Bench answers left unjudged, as the judge failed (python tools/judge.py RUN_DIR judges them)" in text
+        assert "MT-Bench answers left unjudged, as the judge failed (fedsim judge RUN_DIR judges them)" in text
         assert ": after CAI 12 of 160." in text
 
 

@@ -250,9 +250,7 @@ def test_a_judge_that_failed_is_reported_with_the_way_to_finish(make: Make, caps
     error = JudgeError("it rains")
     stage, _, row = judged(make, scores=[(None, None)] * 2, num_unjudged=4, complete=False, error=error)
     assert row["eval/mt_bench_judge_failed"] == 4 and "eval/mt_bench" not in row
-    assert stage.said == [
-        f"4 turns stay unjudged: it rains. To finish later: python tools/judge.py {stage.record.folder}"
-    ]
+    assert stage.said == [f"4 turns stay unjudged: it rains. To finish later: fedsim judge {stage.record.folder}"]
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "judge MT-Bench" in line]
     assert "MT-Bench 8" not in line and "1/4 turns" in line, "what was not judged is not shown as done"
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,6 +12,7 @@ import torch
 
 from fedsim.base.errors import CheckpointError, DataError
 from fedsim.base.ranks import OneRank
+from fedsim.commands.judge import main as judge
 from fedsim.config import load_config
 from fedsim.evaluate.fastchat import JudgmentFile
 from fedsim.parallel.world import World
@@ -29,21 +28,9 @@ BRIEF = ["guard.kind=none", "cai.iterations=0", "federation.num_rounds=1", "eval
 Make = Callable[..., Simulation]
 
 
-def _load_tool() -> ModuleType:
-    """tools/judge.py; ``tools`` is no package."""
-    spec = importlib.util.spec_from_file_location("judge_tool", ROOT / "tools" / "judge.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-judge_tool = _load_tool().main
-
-
 @pytest.fixture(autouse=True)
 def leave_torch_as_it_was() -> Iterator[None]:
-    """The tool makes torch deterministic for its process."""
+    """The command makes torch deterministic for its process."""
     before = torch.are_deterministic_algorithms_enabled()
     yield
     torch.use_deterministic_algorithms(before)
@@ -92,7 +79,7 @@ def test_the_score_is_the_judges(make: Make, endpoint: Any) -> None:
 
 
 def test_a_judge_that_fails_ends_no_run(make: Make, endpoint: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    """It dies within the second evaluation: the run ends well, and the tool judges what is left."""
+    """It dies within the second evaluation: the run ends well, and the command judges what is left."""
     endpoint.answer = lambda number, request: "Rating: [[7]]" if number < 10 else 503
     simulation = make("judge.workers=1")
     simulation.run()
@@ -103,12 +90,12 @@ def test_a_judge_that_fails_ends_no_run(make: Make, endpoint: Any, capsys: pytes
     said = [line for line in capsys.readouterr().err.splitlines() if "HTTP 503" in line]
     folder = simulation.record.folder
     assert len(said) == 1
-    assert "6 turns stay unjudged" in said[0] and f"python tools/judge.py {folder}" in said[0]
+    assert "6 turns stay unjudged" in said[0] and f"fedsim judge {folder}" in said[0]
     summary = (folder / "summary.md").read_text(encoding="utf-8")
     assert "left unjudged, as the judge failed" in summary and "after training 6 of 8." in summary
     endpoint.requests.clear()
     endpoint.answer = lambda number, request: "Rating: [[5]]"
-    assert judge_tool([str(folder)]) == 0
+    assert judge([str(folder)]) == 0
     assert len(endpoint.requests) == 6
     rows = JudgmentFile(folder / "answers" / "mt_bench", "kite-judge").rows()
     assert sorted(row["score"] for row in rows) == [5] * 6 + [7] * 10

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 
 from fedsim.base.errors import ConfigError, RunError
 from fedsim.config import load_config, to_flat
+from fedsim.study.command import ENTRY as ENTRY_WORDS
 from fedsim.study.runs import Cell, Launch, run_cells
 
-# In launch/run.py's place: takes the same words and leaves what a finished run leaves; its name says how it behaves.
+# Stands for `fedsim run`: takes the same words and leaves what a finished run leaves; its name says how it behaves.
 ENTRY = """
 import json, sys, time
 from pathlib import Path
@@ -45,7 +46,7 @@ def launch(tmp_path: Path) -> Launch:
     entry, config = tmp_path / "entry.py", tmp_path / "base.yaml"
     entry.write_text(ENTRY, encoding="utf-8")
     config.write_text("federation: {num_rounds: 3}\n", encoding="utf-8")
-    return Launch("trial", config, [f"record.dir={tmp_path / 'runs'}", "wandb.tags=[mine]"], 1, 2, entry)
+    return Launch("trial", config, [f"record.dir={tmp_path / 'runs'}", "wandb.tags=[mine]"], 1, 2, [str(entry)])
 
 
 def times(folder: Path) -> tuple[float, float]:
@@ -119,7 +120,7 @@ def test_a_study_that_is_ended_leaves_no_run_behind(launch: Launch, tmp_path: Pa
         "for number, act in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):\n"
         "    signal.signal(number, act)  # a shell's background jobs ignore the one, nohup the other\n"
         f"launch = Launch('trial', Path({str(launch.config)!r}), {list(launch.overrides)!r}, 1, 2, "
-        f"Path({str(launch.entry)!r}))\n"
+        f"{list(launch.entry)!r})\n"
         "run_cells([Cell('hang0', 0, {}), Cell('hang1', 1, {})], launch, print)\n",
         encoding="utf-8",
     )
@@ -132,8 +133,18 @@ def test_a_study_that_is_ended_leaves_no_run_behind(launch: Launch, tmp_path: Pa
         time.sleep(0.05)
     study.send_signal(ending)
     assert study.wait(timeout=30) != 0
-    listed = subprocess.run(["pgrep", "-f", str(launch.entry)], capture_output=True, text=True, check=False).stdout
+    listed = subprocess.run(["pgrep", "-f", launch.entry[0]], capture_output=True, text=True, check=False).stdout
     assert listed.split() == []
+
+
+def test_a_run_is_started_as_a_user_would(launch: Launch) -> None:
+    """By the module, so that a study works from an installed wheel."""
+    cell = Cell("c", 0, {})
+    one = replace(launch, entry=ENTRY_WORDS)
+    assert one.command(cell)[:4] == [sys.executable, "-m", "fedsim", "run"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
+    wanted = [sys.executable, *torchrun, "-m", "fedsim", "run", str(launch.config), *launch.words(cell)]
+    assert replace(one, num_processes=3).command(cell) == wanted
 
 
 TEXTS = st.one_of(
@@ -151,6 +162,6 @@ TEXTS = st.one_of(
 )
 def test_words_give_back_the_very_values(text: str, names: list[str], number: float, flag: bool) -> None:
     keys = {"guard.refusal": text, "model.lora_targets": names, "local.max_grad_norm": number, "data.fit": flag}
-    launch = Launch("s", Path(__file__).parents[2] / "configs" / "demo.yaml", [], 1, 1, Path("x"))
+    launch = Launch("s", Path(__file__).parents[2] / "configs" / "demo.yaml", [], 1, 1, ["x"])
     found = to_flat(launch.resolved(Cell("c", 0, {}, keys)))
     assert {key: found[key] for key in keys} == keys

@@ -180,7 +180,7 @@ def test_seeds_that_are_none_are_refused(text: str) -> None:
 
 def test_a_published_command_leaves_this_machine_out() -> None:
     argv = ["--seeds", "0-1", "record.dir=/home/me", "eval.advbench=a b", "--publish"]
-    assert made_by("tools/x.py", argv) == "`python tools/x.py --seeds 0-1 'eval.advbench=a b'`"
+    assert made_by("fedsim x", argv) == "`fedsim x --seeds 0-1 'eval.advbench=a b'`"
 
 
 def test_the_quick_table_is_the_papers_cohort() -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import tools.table2
 from fedsim.base.errors import DataError
+from fedsim.commands import table2 as command
 from fedsim.study.outcomes import Outcome
 from fedsim.study.published import Origin
 from fedsim.study.table2 import (
@@ -140,7 +140,7 @@ def test_the_papers_configuration_fills_both_rows(tmp_path: Path, capsys: pytest
     embedded += [f"eval.{name}=" for name in ("advbench", "hhh", "mt_bench", "xstest")]
     places = [f"record.dir={tmp_path}", f"record.artefacts={tmp_path}/artefacts", "wandb.mode=off"]
     config = str(Path(__file__).parents[2] / "configs" / "paper" / "base.yaml")
-    assert tools.table2.main([config, *sizes, *embedded, *places, "--seeds=0", "--nproc=1", "--jobs=1"]) == 0
+    assert command.main([config, *sizes, *embedded, *places, "--seeds=0", "--nproc=1", "--jobs=1"]) == 0
     shown = capsys.readouterr().out
     assert "not measured" not in shown
     for guard in ("untuned", "fine-tuned"):

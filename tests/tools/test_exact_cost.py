@@ -11,8 +11,8 @@ import pytest
 from safetensors.torch import load_file
 
 from fedsim.base.errors import RunError
+from fedsim.study.bench_rows import StageResult
 from tools import exact_cost, running
-from tools.bench.rows import StageResult
 from tools.exact_cost import Setting, phases, rows_of, take_turns
 
 FOUR = [Setting(count, exact) for count in (1, 4) for exact in (True, False)]

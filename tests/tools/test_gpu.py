@@ -27,10 +27,10 @@ if str(ROOT) not in sys.path:
 from fedsim.attention.backends import BACKENDS, Sdpa  # noqa: E402
 from fedsim.base.journal import Journal  # noqa: E402
 from fedsim.fused import ops  # noqa: E402
+from fedsim.study.bench_rows import Correctness, Percentiles, Row, StageResult  # noqa: E402
 from tools import costs  # noqa: E402
 from tools.bench import run as bench_run  # noqa: E402
 from tools.bench.models import GPU  # noqa: E402
-from tools.bench.rows import Correctness, Percentiles, Row, StageResult  # noqa: E402
 from tools.bench.stage import Bench  # noqa: E402
 from tools.gpu import __main__ as command  # noqa: E402
 from tools.gpu import bench, demo, fused, parity, session, shapes, take, whole  # noqa: E402
@@ -304,7 +304,7 @@ def test_taken_rows_are_what_costs_are_measured_by(tmp_path: Path, capsys: pytes
     assert files == ["rows/nvidia-h200/local_step.json", "results/nvidia-h200/bench.json"]
     measured = costs.read(costs.chosen(None, costs.committed(rows)))
     assert measured.projects and measured.pieces["local_step"].seconds == 0.1
-    assert "tools/costs.py --page" in capsys.readouterr().out
+    assert "fedsim costs --page" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("changed", "why"), [({"dry_run": True}, "dry run"), ({"commit": None}, "--commit")])

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from fedsim.base.errors import RunError
+from fedsim.study.bench_rows import Percentiles, Row, StageResult
 from tools import client_scale, running, soak
-from tools.bench.rows import Percentiles, Row, StageResult
 from tools.growth import DISK, FILES, FLAT, GROWS, HANDLES, MEMORY, UNDECIDED, judge
 from tools.watching import Sample, kind_of, watch
 

@@ -10,9 +10,9 @@ import torch
 
 from fedsim.federation.scaffold import ValueCorrection
 from fedsim.kernels import fixed_point
+from fedsim.study.bench_rows import Correctness, Row, Target
 from tools.bench.clients import ROWS, Clients, dict_loop, scaffold_callback
 from tools.bench.measure import launches, percentiles, take_turns
-from tools.bench.rows import Correctness, Row, Target
 from tools.bench.stage import Bench
 
 LOOP = "OpenFedLLM's loop over dicts"

@@ -13,10 +13,10 @@ from fedsim.attention.backends import BACKENDS, Scores
 from fedsim.attention.choice import problem
 from fedsim.attention.self_test import LIMITS, WIDE_LIMIT, Heads, distances
 from fedsim.attention.spans import Spans
+from fedsim.study.bench_rows import Correctness, Row
 from tools.bench.lengths import draw
 from tools.bench.measure import percentiles, take_turns
 from tools.bench.models import build
-from tools.bench.rows import Correctness, Row
 from tools.bench.stage import Bench
 
 WINDOW = 16

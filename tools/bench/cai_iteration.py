@@ -18,14 +18,14 @@ from fedsim.model.cost import Effort, ModelCost, rows_work
 from fedsim.parallel.sums import Summer
 from fedsim.parallel.world import Lane
 from fedsim.safety.alignment import Aligner
+from fedsim.study.bench_rows import FAST, Correctness, Row, Target
 from fedsim.train.loop import StepSettings, Trainer
 from fedsim.train.objectives import DpoObjective, Preference
 from tools.bench import plain_loop, trl_peer
 from tools.bench.gradients import against_fp32, of_trainer
 from tools.bench.lengths import END, draw, random_ids
-from tools.bench.local_step import CHECKPOINTED, EXACT, FAST
+from tools.bench.local_step import CHECKPOINTED, EXACT
 from tools.bench.plain_loop import PeerModel
-from tools.bench.rows import Correctness, Row, Target
 from tools.bench.stage import PAPER_LORA, Bench, give_memory_back, installed
 from tools.bench.stepwise import NO_ROOM, StepTimes, no_mark, runs_in_turns, step_row
 

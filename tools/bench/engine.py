@@ -33,7 +33,7 @@ from types import FrameType
 from typing import Any, Literal
 
 from fedsim.base.tables import Table
-from tools.bench.rows import Correctness, Row, Target
+from fedsim.study.bench_rows import Correctness, Row, Target
 from tools.bench.stage import Bench, LeftOut, installed
 
 ROOT = Path(__file__).parents[2]

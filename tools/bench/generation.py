@@ -24,11 +24,11 @@ from fedsim.generate.decode import Decoder, Request
 from fedsim.generate.engine import CUDA_BLOCK
 from fedsim.generate.graph import Capture, Graphs, capture_cuda
 from fedsim.model.cost import ModelCost, decode_work
+from fedsim.study.bench_rows import Correctness, Row, Target
 from tools.bench.attention import available
 from tools.bench.lengths import draw, random_ids
 from tools.bench.measure import deterministic, percentiles, seconds_of, take_turns
 from tools.bench.plain_loop import PeerModel
-from tools.bench.rows import Correctness, Row, Target
 from tools.bench.stage import Bench, give_memory_back
 
 TURNS = 3

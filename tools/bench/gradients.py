@@ -14,10 +14,10 @@ import torch
 
 from fedsim.base.ranks import Lane
 from fedsim.federation.algorithms import Correction
+from fedsim.study.bench_rows import Correctness
 from fedsim.train.loop import Trainer, TrainingPlan
 from fedsim.train.objectives import Objective
 from tools.bench.plain_loop import PeerModel
-from tools.bench.rows import Correctness
 from tools.bench.stage import Bench
 
 Item = TypeVar("Item")

@@ -18,11 +18,11 @@ from fedsim.config import GuardConfig
 from fedsim.config.lora import LoraSettings
 from fedsim.model.cost import Effort, ModelCost, Work
 from fedsim.safety.guard import units_of
+from fedsim.study.bench_rows import Correctness, Row, Target
 from tools.bench.generation import Limits
 from tools.bench.lengths import draw, random_ids
 from tools.bench.measure import percentiles, seconds_of, take_turns
 from tools.bench.plain_loop import PeerModel
-from tools.bench.rows import Correctness, Row, Target
 from tools.bench.stage import Bench
 
 SHARED = 190  # tokens of Llama Guard 3's task and categories …

@@ -18,6 +18,7 @@ from fedsim.federation.algorithms import FedAvg
 from fedsim.model.cost import Effort, ModelCost, rows_work
 from fedsim.parallel.sums import Summer
 from fedsim.parallel.world import Lane
+from fedsim.study.bench_rows import FAST, Correctness, Row, Target
 from fedsim.train.client import ClientTrainer
 from fedsim.train.loop import StepSettings, Trainer
 from fedsim.train.objectives import SftObjective
@@ -25,7 +26,6 @@ from tools.bench import plain_loop, trl_peer
 from tools.bench.gradients import against_fp32, of_trainer
 from tools.bench.lengths import training_rows
 from tools.bench.plain_loop import PeerModel
-from tools.bench.rows import Correctness, Row, Target
 from tools.bench.stage import PAPER_LORA, Bench, give_memory_back, installed
 from tools.bench.stepwise import NO_ROOM, StepTimes, no_mark, runs_in_turns, step_row
 
@@ -35,7 +35,7 @@ STEPS = 6  # of one run: competitors take turns every few steps
 DROPOUT = 0.05  # OpenFedLLM's and the paper's
 LIMIT = 1e-4
 GOAL_S = 0.108  # of a step of Llama-3.1-8B on a GPU
-FAST, EXACT = "fedsim, fast sums (configs/paper)", "fedsim, exact sums (default)"
+EXACT = "fedsim, exact sums (default)"
 CHECKPOINTED = "plain Hugging Face loop, gradient checkpointing"
 
 

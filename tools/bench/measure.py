@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from tools.bench.rows import Percentiles
+from fedsim.study.bench_rows import Percentiles
 
 
 def percentiles(seconds: Sequence[float]) -> Percentiles:

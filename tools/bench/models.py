@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from fedsim.study.bench_rows import LARGE
+
 
 @dataclass(frozen=True)
 class ModelSize:
@@ -46,7 +48,7 @@ CPU = ModelSize(
 )
 # The public config.json of Llama-3.1-8B-Instruct.
 GPU = ModelSize(
-    "Llama-3.1-8B",
+    LARGE,
     {
         "vocab_size": 128256,
         "hidden_size": 4096,

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:] = [str(ROOT), *(p for p in sys.path if Path(p).resolve() != Path(__file__).resolve().parent)]
 
 from fedsim.base.launching import Parser, launched  # noqa: E402
-from tools.bench.rows import StageResult  # noqa: E402
+from fedsim.study.bench_rows import StageResult  # noqa: E402
 from tools.bench.table import markdown_table, strongest_peers  # noqa: E402
 
 PAGE: Final = ROOT / "docs" / "results" / "benchmark.md"

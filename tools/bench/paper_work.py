@@ -1,12 +1,21 @@
-"""The paper's work at Llama-3.1-8B's shape, piece by piece: FLOPs and bytes of the rows that the stages time."""
+"""The paper's work at Llama-3.1-8B's shape, piece by piece: FLOPs and bytes of the rows that the stages time.
+
+``python -m tools.bench.paper_work`` writes them to fedsim/study/paper_work.json, from which ``fedsim costs`` works.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from fedsim.base.launching import Parser, launched
+from fedsim.commands.costs import WORK
 from fedsim.config.lora import LoraSettings
 from fedsim.model.cost import Effort, ModelCost, Work, decode_work, rows_work
 from fedsim.model.load import attach_lora
@@ -89,5 +98,25 @@ def _turns(rows: Conversations) -> Iterator[tuple[int, int, int]]:
             kept, length = length + reply - 1, length + reply + ASKED
 
 
+def written() -> str:
+    """The work as the file has it."""
+    return json.dumps({name: asdict(effort) for name, effort in paper_work().items()}, indent=1) + "\n"
+
+
+def write(_: argparse.Namespace) -> None:
+    """Write the file."""
+    WORK.write_text(written(), encoding="utf-8")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the file; returns the exit status."""
+    parser = Parser(prog="python -m tools.bench.paper_work", description=__doc__)
+    return launched(lambda: parser.parse_args(argv), write)
+
+
 def _share(effort: Effort, parts: float) -> Effort:
     return Effort(effort.flops / parts, effort.num_bytes / parts, round(effort.tokens / parts))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

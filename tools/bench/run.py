@@ -31,8 +31,8 @@ from fedsim.base.terminal import steady_terminal  # noqa: E402
 from fedsim.base.version import git_state  # noqa: E402
 from fedsim.parallel.host_memory import keep_freed_memory  # noqa: E402
 from fedsim.record.manifest import hardware, package_versions  # noqa: E402
+from fedsim.study.bench_rows import Row, StageResult  # noqa: E402
 from tools.bench import models  # noqa: E402
-from tools.bench.rows import Row, StageResult  # noqa: E402
 from tools.bench.stage import Bench, LeftOut, Stage, memory_given_back  # noqa: E402
 from tools.bench.table import table  # noqa: E402
 

@@ -20,8 +20,8 @@ from fedsim.fused.choice import fuse
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.model.load import attach_lora
 from fedsim.run.peak import Peak, device_peak
+from fedsim.study.bench_rows import Correctness, Row
 from tools.bench.models import ModelSize, build
-from tools.bench.rows import Correctness, Row
 
 PAPER_LORA = LoraSettings(r=32, alpha=64.0, dropout=0.0, targets=("q_proj", "v_proj"))
 

@@ -11,8 +11,8 @@ from statistics import median
 
 import torch
 
+from fedsim.study.bench_rows import Row
 from tools.bench.measure import percentiles, synchronise
-from tools.bench.rows import Row
 from tools.bench.stage import give_memory_back
 
 NO_ROOM = "no room on the GPU"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fedsim.base.tables import Table
-from tools.bench.rows import Row, StageResult, Target
+from fedsim.study.bench_rows import Row, StageResult, Target
 
 NONE = "–"
 HEAD = ("stage", "what", "peer", "ours p50", "peer p50", "ratio", "figures", "target", "floor", "of floor")

@@ -17,12 +17,12 @@ from fedsim.config import LocalConfig
 from fedsim.data.chat import TokenRow
 from fedsim.parallel.sums import Summer
 from fedsim.parallel.world import Lane
+from fedsim.study.bench_rows import Correctness, Row, Target
 from fedsim.train.objectives import SftObjective
 from tools.bench.gradients import of_trainer
 from tools.bench.lengths import training_rows
 from tools.bench.local_step import CLIENT_STEPS, STEPS, Client
 from tools.bench.measure import percentiles
-from tools.bench.rows import Correctness, Row, Target
 from tools.bench.stage import PAPER_LORA, Bench
 from tools.bench.stepwise import runs_in_turns
 

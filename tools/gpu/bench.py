@@ -9,8 +9,8 @@ from typing import Final
 
 import torch
 
+from fedsim.study.bench_rows import Row, StageResult
 from tools.bench import aggregation, generation, guard, models
-from tools.bench.rows import Row, StageResult
 from tools.bench.run import facts_of, load_stage, slug
 from tools.bench.stage import Bench, memory_given_back
 from tools.bench.table import table

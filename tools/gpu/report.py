@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tools.bench.rows import Correctness
+from fedsim.study.bench_rows import Correctness
 
 
 @dataclass(frozen=True)

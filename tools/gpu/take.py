@@ -13,7 +13,7 @@ from tools.bench.run import slug
 from tools.gpu.calls import CALLS
 
 RESULTS: Final = Path(__file__).with_name("results")
-NEXT: Final = "python tools/bench/page.py && python tools/costs.py --page"
+NEXT: Final = "python tools/bench/page.py && fedsim costs --page"
 
 
 def take(folder: Path, rows: Path = ROWS, results: Path = RESULTS) -> int:

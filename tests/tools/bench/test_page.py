@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from fedsim.study.bench_rows import Percentiles, Row, StageResult, Target
 from tools.bench.page import NONE, page
-from tools.bench.rows import Percentiles, Row, StageResult, Target
 
 FACTS = {
     "device": "A Processor",

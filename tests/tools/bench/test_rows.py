@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedsim.study.bench_rows import Correctness, Percentiles, Row, StageResult, Target
 from tools.bench.measure import percentiles, take_turns
-from tools.bench.rows import Correctness, Percentiles, Row, StageResult, Target
 from tools.bench.table import table
 
 ROW = Row(

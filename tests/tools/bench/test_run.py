@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedsim.study.bench_rows import Correctness, Percentiles, Row, StageResult
 from tools.bench import run
 from tools.bench.models import CPU, GPU, MICRO, build
-from tools.bench.rows import Correctness, Percentiles, Row, StageResult
 from tools.bench.stage import Bench, LeftOut
 
 

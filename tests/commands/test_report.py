@@ -13,10 +13,10 @@ import pytest
 import yaml
 from matplotlib.image import imread
 
+from fedsim.commands.report import main
 from fedsim.config import load_config
 from fedsim.config.loading import to_nested
 from fedsim.report.runs import load_runs
-from tools.report import main
 
 BROWSER = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None

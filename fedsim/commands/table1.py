@@ -1,4 +1,4 @@
-"""The paper's Table 1 in one command: ``tools/table1.py [CONFIG.yaml] [key=value …] [--seeds 0-2] [--paper]``.
+"""The paper's Table 1 in one command: ``fedsim table1 [CONFIG.yaml] [key=value …] [--seeds 0-2] [--paper]``.
 
 Runs what is not finished yet (four methods under FedAvg and SCAFFOLD, every seed), then writes one row per arm, seed
 and figure, the table beside the published one, and what the paper's differences come to, with 95 % intervals.
@@ -10,19 +10,17 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from fedsim.base.launching import launched
 from fedsim.config import load_config
 from fedsim.report.provenance import measured_on
-from fedsim.study import table1, table1_words
-from fedsim.study.command import launch_of, parse_seeds, parse_table, say
+from fedsim.study import command, table1, table1_words
+from fedsim.study.command import launch_of, parse_seeds, parse_table, results_folder, say
 from fedsim.study.outcomes import Outcome
 from fedsim.study.published import (
     ORIGINS,
-    RESULTS,
     Origin,
     origin_of,
     read_origin,
@@ -31,16 +29,14 @@ from fedsim.study.published import (
 from fedsim.study.runs import Launch, run_cells
 from fedsim.study.seed_rows import SeedRow, read_seed_rows, write_seed_rows
 
-ROOT = Path(__file__).resolve().parents[1]
-
-PAGE = RESULTS / "table1.md"
+PAGE = "table1.md"
 
 ROWS, CONTROL_ROWS = "table1.csv", "table1-replay.csv"
 """Files of rows; the second is the replay control's, of which there is no configuration yet."""
 
 INTRODUCTION = (
     "The paper's eight arms on the tiny model and the fictional corpus that ship with fedsim. [What such figures "
-    "can and cannot show](../embedded-world.md). Everything here is computed by `python tools/table1.py --page` "
+    "can and cannot show](../embedded-world.md). Everything here is computed by `fedsim table1 --page` "
     f"from [{ROWS}]({ROWS}), which has one row per arm, seed and figure with the outcome of every item. The bits "
     "are those of one machine, torch version and number of threads: on another CPU a figure may differ by a prompt."
 )
@@ -70,7 +66,8 @@ def run(args: argparse.Namespace) -> None:
     if not args.page:
         _measure(args)
     if args.publish or args.page:
-        (ROOT / PAGE).write_text(page(ROOT), encoding="utf-8")
+        results = results_folder(command.PAGE)
+        (results / PAGE).write_text(page(results), encoding="utf-8")
 
 
 def _measure(args: argparse.Namespace) -> None:
@@ -88,15 +85,13 @@ def _measure(args: argparse.Namespace) -> None:
     (folder / "table1.md").write_text("\n\n".join(["# Table 1", *table1_words.page(table, origin)]) + "\n", "utf-8")
     print("", *table1_words.shown(table, origin), f"Written: {folder}/table1.md, {ROWS}", sep="\n\n", flush=True)
     if args.publish:
-        results = ROOT / RESULTS
-        results.mkdir(exist_ok=True)
+        results = results_folder(command.PUBLISH)
         shutil.copyfile(folder / ROWS, results / ROWS)
         write_origin(results / ORIGINS, table1.STUDY, origin)
 
 
-def page(root: Path) -> str:
+def page(results: Path) -> str:
     """The result page, made from the committed rows alone."""
-    results = root / RESULTS
     origin = read_origin(results / ORIGINS, table1.STUDY)
     rows, control = read_seed_rows(results / ROWS), _control(results, origin)
     table = table1.TableOne([*rows, *control])
@@ -113,10 +108,6 @@ def _control(results: Path, origin: Origin) -> list[SeedRow]:
     return rows if sorted({row.seed for row in rows}) == sorted(origin.seeds) else []
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the tool; returns the exit status."""
-    return launched(lambda: parse_table("tools/table1.py", __doc__, argv), run)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def main(argv: Sequence[str]) -> int:
+    """Run the command; returns the exit status."""
+    return launched(lambda: parse_table("fedsim table1", __doc__, argv), run)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import json
 import os
 import re
@@ -16,20 +15,11 @@ from typing import Any
 import pytest
 
 from fedsim.base.errors import ConfigError, RunError
+from fedsim.commands import profile
 from fedsim.record.metrics import read_rows
 
 ROOT = Path(__file__).parents[2]
 SMALL = "tests/distributed/small.yaml"
-
-
-@pytest.fixture(scope="module")
-def tool() -> Any:
-    """The tool as a module."""
-    spec = importlib.util.spec_from_file_location("profile_round", ROOT / "tools" / "profile_round.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +31,7 @@ def profiled(square_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
              "eval.limit=1", "eval.advbench=", "eval.mt_bench=", "eval.xstest=", "eval.helpful="]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "tools/profile_round.py", SMALL, *words], cwd=ROOT, env=environment, capture_output=True,
+        [sys.executable, "-m", "fedsim", "profile", SMALL, *words], cwd=ROOT, env=environment, capture_output=True,
         text=True, timeout=180, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -91,67 +81,70 @@ def test_the_trace_holds_the_rounds_phases(profiled: tuple[list[str], str, Path]
     assert any("mm" in e["name"] for e in spans)
 
 
-def test_a_round_that_does_not_exist_is_an_error(tool: Any) -> None:
+def test_a_round_that_does_not_exist_is_an_error() -> None:
     with pytest.raises(ConfigError, match=r"--round 4: must be >= 1 and <= federation\.num_rounds \(now 3\)"):
-        tool.parse([str(ROOT / SMALL), "--round", "4"])
+        profile.parse([str(ROOT / SMALL), "--round", "4"])
 
 
-def test_a_directory_that_is_no_profiles_is_left_alone(tool: Any, tmp_path: Path) -> None:
+def test_a_directory_that_is_no_profiles_is_left_alone(tmp_path: Path) -> None:
     kept = tmp_path / "small-profile" / "summary.md"
     kept.parent.mkdir()
     kept.write_text("a user's run")
-    with pytest.raises(ConfigError, match="was not made by a profile"), tool.own_directory(kept.parent):
+    with pytest.raises(ConfigError, match="was not made by a profile"), profile.own_directory(kept.parent):
         pass
     assert kept.read_text() == "a user's run"
 
 
-def test_one_profile_at_a_time_and_the_next_one_clears(tool: Any, tmp_path: Path) -> None:
+def test_one_profile_at_a_time_and_the_next_one_clears(tmp_path: Path) -> None:
     folder = tmp_path / "small-profile"
-    with tool.own_directory(folder):
+    with profile.own_directory(folder):
         (folder / ".lock").touch()
         (folder / "checkpoints").mkdir()
-        with pytest.raises(ConfigError, match="another process is profiling this very run"), tool.own_directory(folder):
+        with (
+            pytest.raises(ConfigError, match="another process is profiling this very run"),
+            profile.own_directory(folder),
+        ):
             pass
         assert sorted(p.name for p in folder.iterdir()) == [".lock", ".profile", "checkpoints"]
-    with tool.own_directory(folder):
+    with profile.own_directory(folder):
         assert [p.name for p in folder.iterdir()] == [".profile"]
 
 
-def test_a_trace_that_cannot_be_written_is_an_error_before_the_run(tool: Any, tmp_path: Path) -> None:
+def test_a_trace_that_cannot_be_written_is_an_error_before_the_run(tmp_path: Path) -> None:
     for wrong in ("trace", "trace.gz", "trace.json.zip"):
         with pytest.raises(ConfigError, match=rf"--trace {wrong}: must end in"):
-            tool.parse([str(ROOT / SMALL), "--trace", wrong])
+            profile.parse([str(ROOT / SMALL), "--trace", wrong])
     (tmp_path / "file").touch()
     (tmp_path / "t.json").mkdir()
     for place in (tmp_path / "file" / "t.json", tmp_path / "t.json", Path("/proc/none/t.json")):
         with pytest.raises(ConfigError, match=rf"--trace {place}: cannot be written"):
-            tool.check_trace(place)
-    tool.check_trace(tmp_path / "made" / "t.json")
+            profile.check_trace(place)
+    profile.check_trace(tmp_path / "made" / "t.json")
     assert list((tmp_path / "made").iterdir()) == []
 
 
 @pytest.mark.parametrize("writes", [lambda path: None, lambda path: Path(path).touch()], ids=["no file", "empty"])
-def test_a_trace_that_was_not_written_is_not_claimed(tool: Any, tmp_path: Path, writes: Any) -> None:
+def test_a_trace_that_was_not_written_is_not_claimed(tmp_path: Path, writes: Any) -> None:
     (tmp_path / "t.json").write_text("an earlier one")
     simulation = SimpleNamespace(trace=tmp_path / "t.json")
     with pytest.raises(RunError, match="nothing was written"):
-        tool.ProfiledSimulation._export(simulation, SimpleNamespace(export_chrome_trace=writes))
+        profile.ProfiledSimulation._export(simulation, SimpleNamespace(export_chrome_trace=writes))
     assert (tmp_path / "t.json").read_text() == "an earlier one"
 
 
-def test_options_may_stand_anywhere_and_launchers_may_add_theirs(tool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_may_stand_anywhere_and_launchers_may_add_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
     for spelling in ("--local_rank=1", "--local-rank=1"):
         monkeypatch.setattr(os, "environ", {k: v for k, v in os.environ.items() if k != "LOCAL_RANK"})
-        config, chosen, _ = tool.parse([spelling, str(ROOT / SMALL), "--round", "2", "seed=3"])
+        config, chosen, _ = profile.parse([spelling, str(ROOT / SMALL), "--round", "2", "seed=3"])
         assert (config.seed, chosen, os.environ["LOCAL_RANK"]) == (3, 1, "1")
     with pytest.raises(ConfigError, match=r"command line: .*--rond"):
-        tool.parse([str(ROOT / SMALL), "--rond=2"])
+        profile.parse([str(ROOT / SMALL), "--rond=2"])
 
 
-def test_the_form_names_no_python_after_torchrun(tool: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_form_names_no_python_after_torchrun(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        tool.parse(["--help"])
-    assert "[torchrun --nproc_per_node=N] tools/profile_round.py" in " ".join(capsys.readouterr().out.split())
+        profile.parse(["--help"])
+    assert "[torchrun --nproc_per_node=N -m] fedsim profile" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.deep
@@ -159,7 +152,7 @@ def test_of_two_processes_one_tells_a_users_error_and_torchrun_ends_with_it() ->
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
     done = subprocess.run(
-        [sys.executable, *torchrun, "tools/profile_round.py", SMALL, "--round", "9"], cwd=ROOT, env=environment,
+        [sys.executable, *torchrun, "-m", "fedsim", "profile", SMALL, "--round", "9"], cwd=ROOT, env=environment,
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     said = [line for line in done.stderr.splitlines() if line.startswith("error:")]
@@ -167,14 +160,14 @@ def test_of_two_processes_one_tells_a_users_error_and_torchrun_ends_with_it() ->
     assert "Root Cause" in done.stderr and done.stderr.count("--round 9: must be") >= 2
 
 
-def test_the_profile_has_a_name_of_its_own_and_is_not_streamed(tool: Any, tmp_path: Path) -> None:
+def test_the_profile_has_a_name_of_its_own_and_is_not_streamed(tmp_path: Path) -> None:
     words = [str(ROOT / SMALL), "seed=3", "wandb.mode=online", "--round", "3", "--trace", str(tmp_path / "t.json")]
-    config, chosen, trace = tool.parse(words)
+    config, chosen, trace = profile.parse(words)
     assert (config.name, config.seed, config.wandb.mode) == ("small-profile", 3, "off")
     assert (chosen, trace) == (2, tmp_path / "t.json")
 
 
-def test_a_row_of_a_gpu_run_is_laid_out(tool: Any) -> None:
+def test_a_row_of_a_gpu_run_is_laid_out() -> None:
     """A round without CAI or clients' traffic, with GPU memory and figures of a large model."""
     row = {
         "round": 4, "time/train_s": 2.0, "time/aggregate_s": 2.0, "perf/round_s": 4.5, "parallel/makespan_s": 3.0,
@@ -184,15 +177,15 @@ def test_a_row_of_a_gpu_run_is_laid_out(tool: Any) -> None:
         "perf/peak_rss_bytes": 2**35, "perf/peak_gpu_bytes": 3 * 2**34, "parallel/comm_bytes": 10**9,
         "parallel/idle_share": 0.04, "parallel/planned_idle_share": 0.02, "perf/peak_spread": 0.0,
     }  # fmt: skip
-    lines = tool.phase_table(row).plain().splitlines()
+    lines = profile.phase_table(row).plain().splitlines()
     assert cells(lines, "local training")[1:] == ["3.000", "66.7 %", "220,000", "73,333", "2.13 PFLOP/s", "27.0 %",
                                                   "compute"]  # fmt: skip
     assert cells(lines, "aggregation")[1:] == ["1.000", "22.2 %", "–", "–", "–", "0.0 %", "memory"]
-    found = tool.totals(row, 8)
+    found = profile.totals(row, 8)
     assert found["peak GPU memory"].startswith("48.00 GiB") and found["communicated"].startswith("1,000.00 MB")
     assert found["idle while training"] == "4.0 % of 8 processes, 2.0 % planned"
     assert "MFU, constitutional AI" not in found and found["peak of all devices"].endswith("(8 x H100)")
     shaky = row | {"perf/peak_spread": 0.25}
-    lines = tool.phase_table(shaky).plain().splitlines()
+    lines = profile.phase_table(shaky).plain().splitlines()
     assert cells(lines, "local training")[-1] == cells(lines, "aggregation")[-1] == "–"
-    assert tool.totals(shaky, 8)["peak of all devices"].endswith("(8 x H100, two measurements 25 % apart)")
+    assert profile.totals(shaky, 8)["peak of all devices"].endswith("(8 x H100, two measurements 25 % apart)")

@@ -1,4 +1,4 @@
-"""Cost of CAI on this machine: ``tools/cai_cost.py [CONFIG.yaml] [key=value …]`` under plain python or torchrun.
+"""Cost of CAI on this machine: ``fedsim profile --cai [CONFIG.yaml] [key=value …]`` under plain python or torchrun.
 
 A CAI iteration is an SFT step and a DPO step on the same rows. Some are timed with the configuration's own model,
 lengths, batch and conversations (``--iterations``, after one that does not count), data-parallel over the processes as
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -165,8 +164,8 @@ def _synchronise(world: World) -> None:
 def parse(arguments: Sequence[str]) -> Asked:
     """The command line, without the program's name."""
     parser = Parser(
-        prog="tools/cai_cost.py",
-        usage="[torchrun --nproc_per_node=N] tools/cai_cost.py [--iterations N] [--full-epoch] [--json FILE] "
+        prog="fedsim profile --cai",
+        usage="[torchrun --nproc_per_node=N -m] fedsim profile --cai [--iterations N] [--full-epoch] [--json FILE] "
         "[CONFIG.yaml] [key=value ...]",
         description=(__doc__ or "").partition("\n\n")[2],
     )
@@ -236,10 +235,6 @@ def _tell(asked: Asked, cost: Cost, world: World) -> None:
             ) from error
 
 
-def main() -> int:
+def main(argv: Sequence[str]) -> int:
     """Cost CAI; a user's error is one line, from rank 0."""
-    return launched(lambda: parse(sys.argv[1:]), cost_of)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return launched(lambda: parse(argv), cost_of)

@@ -1,9 +1,8 @@
-"""One self-contained HTML page and its pictures from finished runs: ``tools/report.py RUN... [--out DIR]``."""
+"""One self-contained HTML page and its pictures from finished runs: ``fedsim report RUN... [--out DIR]``."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,9 +12,9 @@ from fedsim.report.build import report
 from fedsim.report.runs import load_runs
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """Command-line arguments."""
-    parser = Parser(prog="tools/report.py", description=__doc__)
+    parser = Parser(prog="fedsim report", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="directory of a finished run")
     parser.add_argument("--out", type=Path, default=Path("report"), help="where report.html and the PNGs go")
     return parser.parse_args(argv)
@@ -34,10 +33,6 @@ def write(args: argparse.Namespace) -> None:
     print(args.out / "report.html")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the tool; returns the exit status."""
+def main(argv: Sequence[str]) -> int:
+    """Run the command; returns the exit status."""
     return launched(lambda: parse_args(argv), write)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

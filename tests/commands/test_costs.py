@@ -1,24 +1,30 @@
-"""tools/costs.py on the committed rows: the paper's work at 8B, labels, files and mistakes."""
+"""``fedsim costs`` on the committed rows: the paper's work at 8B, labels, files and mistakes."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
 from fedsim.base.errors import ConfigError
-from tools import costs
-from tools.bench.paper_work import paper_work
-from tools.bench.rows import StageResult
+from fedsim.commands import costs
+from fedsim.study.bench_rows import StageResult
+from tools.bench.paper_work import paper_work, written
 
+ROWS = Path(__file__).parents[2] / "tools" / "bench" / "results"
 CPU = "intel-r-xeon-r-processor-2-threads"
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["costs.py", *arguments])
-    return costs.main()
+@pytest.fixture
+def pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in the place of docs/results."""
+    monkeypatch.setattr(costs, "results_folder", lambda _: tmp_path)
+    return tmp_path
+
+
+def test_the_committed_work_is_what_the_benchmark_counts() -> None:
+    assert costs.WORK.read_text(encoding="utf-8") == written(), "run: python -m tools.bench.paper_work"
 
 
 def test_the_papers_work_at_8b() -> None:
@@ -40,7 +46,7 @@ def test_the_papers_work_at_8b() -> None:
 
 
 def test_pieces_of_the_committed_rows() -> None:
-    stages = costs.committed()[CPU]
+    stages = costs.committed(ROWS)[CPU]
     measured = costs.read(stages)
     assert set(measured.pieces) == set(costs.PIECES) and measured.device == "CPU" and not measured.projects
     rows = {row.name: row for row in stages["local_step"].rows}
@@ -55,7 +61,7 @@ def test_pieces_of_the_committed_rows() -> None:
 
 
 def test_a_gpu_comes_first_and_missing_stages_are_left_out(tmp_path: Path) -> None:
-    source = costs.committed()[CPU]["guard"]
+    source = costs.committed(ROWS)[CPU]["guard"]
     for name, device, model in (("a-cpu", "A CPU", "tiny"), ("z-gpu", "NVIDIA H200", "Llama-3.1-8B")):
         facts = {**source.facts, "device": device, "model": model}
         StageResult("guard", facts, [], source.rows).write(tmp_path / name / "guard.json")
@@ -68,16 +74,13 @@ def test_a_gpu_comes_first_and_missing_stages_are_left_out(tmp_path: Path) -> No
         costs.chosen("other", known)
 
 
-def test_terminal_json_and_page(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    page = tmp_path / "costs.md"
-    monkeypatch.setattr(costs, "PAGE", page)
+def test_terminal_json_and_page(pages: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = pages / "costs.md"
     folder = tmp_path / "mine"
     folder.mkdir()
     (folder / "metrics.jsonl").write_text('{"round": 1, "stage": "round", "time/train_s": 7.0}\n')
     file = tmp_path / "costs.json"
-    assert run(monkeypatch, str(folder), "--rows", CPU, "--json", str(file), "--page") == 0
+    assert costs.main([str(folder), "--rows", CPU, "--json", str(file), "--page"]) == 0
     shown, text = capsys.readouterr().out, page.read_text()
     assert "36 h 40 min (follows from the paper's figures)" in shown and "mine" in shown and "7 s" in shown
     assert text.startswith("# ") and "| seconds of a run | mine |" in text
@@ -107,9 +110,17 @@ def test_runs_of_one_name_have_a_column_each(tmp_path: Path) -> None:
         (["--json", "/nowhere/costs.json"], "cannot be written"),
     ],
 )
-def test_mistakes_are_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
-) -> None:
-    assert run(monkeypatch, *arguments) == 2
+def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
+    assert costs.main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and said in error and error.count("\n") == 1
+
+
+def test_outside_a_clone_rows_are_asked_for_and_taken_by_path(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(costs, "repository", lambda: None)
+    assert costs.main([]) == 2
+    assert "--rows not given, and this fedsim has no committed rows" in capsys.readouterr().err
+    assert costs.main(["--rows", str(ROWS / CPU)]) == 0
+    assert "no GPU row is committed" in capsys.readouterr().out

@@ -1,38 +1,35 @@
-"""The paper's Table 2 in one command: ``tools/table2.py [CONFIG.yaml] [key=value …] [--seeds 0-2]``.
+"""The paper's Table 2 in one command: ``fedsim table2 [CONFIG.yaml] [key=value …] [--seeds 0-2]``.
 
 The guard before and after fine-tuning on the clients' rows, and the red share before and after filtering, beside the
 published figures. The runs are Table 1's own (FedAvg, FL + filter): after that table, this one takes no further run.
-``--publish`` and ``--page`` are as in ``tools/table1.py``.
+``--publish`` and ``--page`` are as in ``fedsim table1``.
 """
 
 from __future__ import annotations
 
 import argparse
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from fedsim.base.launching import launched
 from fedsim.config import load_config
 from fedsim.report.provenance import measured_on
-from fedsim.study import table1, table2
-from fedsim.study.command import launch_of, parse_seeds, parse_table, say
+from fedsim.study import command, table1, table2
+from fedsim.study.command import launch_of, parse_seeds, parse_table, results_folder, say
 from fedsim.study.outcomes import Outcome
 from fedsim.study.paper_claims import FILTER
-from fedsim.study.published import ORIGINS, RESULTS, origin_of, read_origin, write_origin
+from fedsim.study.published import ORIGINS, origin_of, read_origin, write_origin
 from fedsim.study.runs import run_cells
 
-ROOT = Path(__file__).resolve().parents[1]
-
-PAGE = RESULTS / "table2.md"
+PAGE = "table2.md"
 
 ROWS = "table2.csv"
 """File of the counts by seed."""
 
 INTRODUCTION = (
     "The guard before and after fine-tuning, on the rows of all clients, and the red share that it leaves. [What "
-    "such figures can and cannot show](../embedded-world.md). Computed by `python tools/table2.py --page` from the "
+    "such figures can and cannot show](../embedded-world.md). Computed by `fedsim table2 --page` from the "
     f"counts by seed in [{ROWS}]({ROWS})."
 )
 
@@ -42,7 +39,8 @@ def run(args: argparse.Namespace) -> None:
     if not args.page:
         _measure(args)
     if args.publish or args.page:
-        (ROOT / PAGE).write_text(page(ROOT), encoding="utf-8")
+        results = results_folder(command.PAGE)
+        (results / PAGE).write_text(page(results), encoding="utf-8")
 
 
 def _measure(args: argparse.Namespace) -> None:
@@ -61,25 +59,19 @@ def _measure(args: argparse.Namespace) -> None:
     (launch.folder / "table2.md").write_text(f"# Table 2\n\n{table.markdown()}\n\n{note}\n", encoding="utf-8")
     print(f"\n{table.plain()}\n\n{note}\n\nWritten: {launch.folder}/table2.md, {ROWS}", flush=True)
     if args.publish:
-        results = ROOT / RESULTS
-        results.mkdir(exist_ok=True)
+        results = results_folder(command.PUBLISH)
         shutil.copyfile(launch.folder / ROWS, results / ROWS)
         write_origin(results / ORIGINS, table2.STUDY, origin)
 
 
-def page(root: Path) -> str:
+def page(results: Path) -> str:
     """The result page, made from the committed counts alone."""
-    results = root / RESULTS
     origin, rows = read_origin(results / ORIGINS, table2.STUDY), table2.read_count_rows(results / ROWS)
     title = "# Table 2 in the embedded world"
     parts = [title, INTRODUCTION, table2.guard_table(rows).markdown(), table2.note(origin, rows)]
     return "\n\n".join([*parts, f"Made by {origin.made_by}."]) + "\n"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the tool; returns the exit status."""
-    return launched(lambda: parse_table("tools/table2.py", __doc__, argv), run)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def main(argv: Sequence[str]) -> int:
+    """Run the command; returns the exit status."""
+    return launched(lambda: parse_table("fedsim table2", __doc__, argv), run)

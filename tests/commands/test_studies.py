@@ -11,16 +11,14 @@ from types import ModuleType
 
 import pytest
 
-import tools.sweep
-import tools.table1
-import tools.table2
+from fedsim.commands import sweep, table1, table2
 from fedsim.study import command
 from fedsim.study.seed_rows import read_seed_rows
 from tests.study.conftest import MANIFEST
 
 ROOT = Path(__file__).parents[2]
 
-# In launch/run.py's place: leaves what a finished run leaves, with figures that follow from its configuration.
+# Stands for `fedsim run`: leaves what a finished run leaves, with figures that follow from its configuration.
 ENTRY = f"""
 import json, sys
 from pathlib import Path
@@ -56,7 +54,7 @@ Shown = Callable[[], str]
 def _pretended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     entry = tmp_path / "entry.py"
     entry.write_text(ENTRY, encoding="utf-8")
-    monkeypatch.setattr(command, "ENTRY", entry)
+    monkeypatch.setattr(command, "ENTRY", (str(entry),))
 
 
 @pytest.fixture
@@ -64,17 +62,16 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of docs/results that the commands may write."""
     place = tmp_path / "pages"
     shutil.copytree(ROOT / "docs" / "results", place / "docs" / "results")
-    for tool in (tools.sweep, tools.table1, tools.table2):
-        monkeypatch.setattr(tool, "ROOT", place)
+    monkeypatch.setattr(command, "repository", lambda: place)
     return place / "docs" / "results"
 
 
 def test_both_tables_from_the_same_runs(tmp_path: Path, results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [f"record.dir={tmp_path / 'runs'}", "--seeds", "3-4", "--jobs", "2", "--publish"]
-    assert tools.table1.main(words) == 0
+    assert table1.main(words) == 0
     shown, told = capsys.readouterr()
     assert "16/16 " in told and "FedAvg: (FL + CAI) − FL" in shown
-    assert tools.table2.main(words) == 0
+    assert table2.main(words) == 0
     shown, told = capsys.readouterr()
     assert "2 of 2 runs are finished already" in told and "guard, fine-tuned" in shown
     folder = tmp_path / "runs" / "table1"
@@ -83,16 +80,16 @@ def test_both_tables_from_the_same_runs(tmp_path: Path, results: Path, capsys: p
     assert found["fedavg", "FL + filter + CAI", "hhh_likelihood", 4] == 90.0
     for name in ("table1", "table2"):
         page = (results / f"{name}.md").read_text(encoding="utf-8")
-        assert f"Made by `python tools/{name}.py --seeds 3-4 --jobs 2`." in page and str(tmp_path) not in page
+        assert f"Made by `fedsim {name} --seeds 3-4 --jobs 2`." in page and str(tmp_path) not in page
     assert str(tmp_path) not in (results / "measured.json").read_text(encoding="utf-8")
     for name in ("table1.csv", "table2.csv"):
         assert (results / name).read_bytes() == (folder / name).read_bytes()
 
 
-@pytest.mark.parametrize("tool", [tools.table1, tools.table2], ids=["table1", "table2"])
+@pytest.mark.parametrize("tool", [table1, table2], ids=["table1", "table2"])
 def test_a_page_alone_is_made_from_the_committed_rows(results: Path, tool: ModuleType) -> None:
     """No run is started, and a wrong page is put right."""
-    page = results / tool.PAGE.name
+    page = results / tool.PAGE
     right = page.read_text(encoding="utf-8")
     page.write_text("99.9", encoding="utf-8")
     assert tool.main(["--page"]) == 0
@@ -103,23 +100,23 @@ def test_a_sweep_writes_its_finding_and_its_page(
     tmp_path: Path, results: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "base.yaml").write_text("eval: {advbench_phrases: gcg}\n", encoding="utf-8")
-    sweep = tmp_path / "mine.yaml"
-    sweep.write_text(
+    file = tmp_path / "mine.yaml"
+    file.write_text(
         "{what: a question, about: Some words., config: base.yaml, x: cai.iterations, figures: [mt_bench], quick: "
         "{seeds: 0-1, "
         "settings: {guard.kind: none, eval.xstest: ''}, grids: [{cai.iterations: [2, 4]}], findings: [{figure: "
         "mt_bench, treated: {cai.iterations: 4}, control: {cai.iterations: 2}}]}}",
         encoding="utf-8",
     )
-    words = [str(sweep), f"record.dir={tmp_path / 'runs'}", "eval.helpful=", "--publish"]
-    assert tools.sweep.main(words) == 0
+    words = [str(file), f"record.dir={tmp_path / 'runs'}", "eval.helpful=", "--publish"]
+    assert sweep.main(words) == 0
     shown, _ = capsys.readouterr()
     finding = "MT-Bench"
     folder = tmp_path / "runs" / "sweep-mine-quick"
     assert finding in shown and finding in (folder / "finding.md").read_text(encoding="utf-8")
     page = (results / "sweep-mine.md").read_text(encoding="utf-8")
     assert page.startswith("# Sweep: a question\n\nSome words.\n\n")
-    assert "Made by `python tools/sweep.py '…/mine.yaml' eval.helpful=`" in page and str(tmp_path) not in page
+    assert "Made by `fedsim sweep '…/mine.yaml' eval.helpful=`" in page and str(tmp_path) not in page
     assert (results / "sweep-mine.png").read_bytes().startswith(b"\x89PNG")
     assert (folder / "iterations-2-s0" / "config.yaml").read_text(encoding="utf-8").count("xstest: ''") == 1
 
@@ -135,15 +132,15 @@ def test_a_sweep_writes_its_finding_and_its_page(
     ],
 )
 def test_what_a_table_varies_cannot_be_set(word: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert tools.table1.main([word]) == 2
+    assert table1.main([word]) == 2
     told = capsys.readouterr().err
     assert told.count("\n") == 1 and re.search(message, told)
 
 
 def test_a_sweeps_own_keys_cannot_be_set_but_its_settings_can(capsys: pytest.CaptureFixture[str]) -> None:
     path = str(ROOT / "configs" / "sweeps" / "filter-threshold.yaml")
-    assert tools.sweep.main([path, "guard.threshold=0.5"]) == 2
+    assert sweep.main([path, "guard.threshold=0.5"]) == 2
     assert "guard.threshold=0.5: every run of sweep-filter-threshold-quick has its own" in capsys.readouterr().err
-    args, sweep = tools.sweep.parse_args([path, "eval.xstest=embedded"])
-    launch = command.launch_of(args, "s", sweep.config, sweep.settings)
-    assert launch.resolved(sweep.cells([0])[0]).eval.xstest == "embedded"
+    args, grid = sweep.parse_args([path, "eval.xstest=embedded"])
+    launch = command.launch_of(args, "s", grid.config, grid.settings)
+    assert launch.resolved(grid.cells([0])[0]).eval.xstest == "embedded"

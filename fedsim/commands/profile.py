@@ -1,4 +1,4 @@
-"""Profile of a round: ``tools/profile_round.py CONFIG.yaml [key=value …]`` under plain python or torchrun.
+"""Profile of a round: ``fedsim profile CONFIG.yaml [key=value …]`` under plain python or torchrun.
 
 The run is simulated up to the chosen round (``--round``, 2 by default: the first after warm-up) in a directory of its
 own, ``NAME-profile`` under ``record.dir``, which the next profile of that run clears. The table's figures are that
@@ -15,7 +15,6 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's own notes on st
 
 import fcntl
 import shutil
-import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -208,9 +207,9 @@ def page(simulation: ProfiledSimulation, row: Row) -> str:
 def parse(arguments: Sequence[str]) -> tuple[Config, int, Path | None]:
     """The configuration, the index of the chosen round, and the trace's path if one is given."""
     parser = Parser(
-        prog="tools/profile_round.py",
-        usage="[torchrun --nproc_per_node=N] tools/profile_round.py [--round N] [--trace FILE] CONFIG.yaml "
-        "[key=value ...]",
+        prog="fedsim profile",
+        usage="[torchrun --nproc_per_node=N -m] fedsim profile [--round N] [--trace FILE] CONFIG.yaml [key=value ...]\n"
+        "       [torchrun --nproc_per_node=N -m] fedsim profile --cai ...  (--cai --help: cost of CAI)",
         description=(__doc__ or "").partition("\n\n")[2],
     )
     parser.add_argument("config", type=Path, metavar="CONFIG.yaml")
@@ -304,10 +303,10 @@ def profile(config: Config, chosen: int, trace: Path | None) -> None:
                 print(f"\n{page(simulation, row)}", flush=True)
 
 
-def main() -> int:
+def main(argv: Sequence[str]) -> int:
     """Profile one round; a user's error is one line, from rank 0 or from the only rank that it concerns."""
-    return launched(lambda: parse(sys.argv[1:]), lambda given: profile(*given))
+    if "--cai" in argv:
+        from fedsim.commands import cai_cost
 
-
-if __name__ == "__main__":
-    sys.exit(main())
+        return cai_cost.main([word for word in argv if word != "--cai"])
+    return launched(lambda: parse(argv), lambda given: profile(*given))

@@ -1,4 +1,4 @@
-"""A grid over configuration keys: ``tools/sweep.py SWEEP.yaml [--form quick|full] [key=value …] [--seeds 0-2]``.
+"""A grid over configuration keys: ``fedsim sweep SWEEP.yaml [--form quick|full] [key=value …] [--seeds 0-2]``.
 
 Runs what is not finished yet, then writes a tidy CSV, a plot and findings that follow from intervals over seeds.
 ``--publish`` also copies the CSV to ``docs/results`` and writes plot and page there; ``--page`` runs nothing and writes
@@ -10,35 +10,44 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from fedsim.base.errors import ConfigError
 from fedsim.base.launching import Parser, launched
+from fedsim.config import config_file
 from fedsim.report.provenance import measured_on
-from fedsim.study.command import add_run_options, launch_of, made_by, parse_seeds, say, write_csv
+from fedsim.study.command import (
+    PAGE,
+    PUBLISH,
+    add_run_options,
+    check_publishing,
+    launch_of,
+    made_by,
+    parse_seeds,
+    results_folder,
+    say,
+    write_csv,
+)
 from fedsim.study.grid import FORMS, Sweep, point_name, read_sweep
 from fedsim.study.outcomes import Outcome, check_paired
-from fedsim.study.published import ORIGINS, RESULTS, origin_of, read_origin, write_origin
+from fedsim.study.published import ORIGINS, origin_of, read_origin, write_origin
 from fedsim.study.runs import run_cells
 from fedsim.study.sweep import finding, read_records, tidy_rows
 from fedsim.study.sweep_plot import write_plot
 
-ROOT = Path(__file__).resolve().parents[1]
-
 INTERVALS = "Intervals are over seeds, paired; the prompts are one fixed set."
 
 INTRODUCTION = (
-    "Findings are computed by `python tools/sweep.py FILE --page` from {csv}, by 95 % intervals over paired "
+    "Findings are computed by `fedsim sweep FILE --page` from {csv}, by 95 % intervals over paired "
     "seeds; means stand in brackets. The cells are those of the quick form of `configs/sweeps/{file}.yaml`. "
     "[What such figures can and cannot show](../embedded-world.md)."
 )
 
 
-def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Sweep]:
+def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, Sweep]:
     """The command line and the sweep that it names."""
-    parser = Parser(prog="tools/sweep.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="fedsim sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_run_options(parser, default_seeds="", first="SWEEP.yaml")
     parser.add_argument("--form", choices=FORMS, default="quick", help="how much of the grid (default quick)")
     args = parser.parse_intermixed_args(argv)
@@ -46,8 +55,9 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Sweep]:
     if len(files) != 1:
         raise ConfigError(f"command line: one sweep file, such as configs/sweeps/cai.yaml, not {len(files)}")
     args.words.remove(files[0])
-    args.made_by = made_by("tools/sweep.py", sys.argv[1:] if argv is None else argv)
-    return args, read_sweep(Path(files[0]), args.form)
+    args.made_by = made_by("fedsim sweep", argv)
+    check_publishing(args)
+    return args, read_sweep(config_file(Path(files[0])), args.form)
 
 
 def run(args: argparse.Namespace, sweep: Sweep) -> None:
@@ -55,13 +65,14 @@ def run(args: argparse.Namespace, sweep: Sweep) -> None:
     if not args.page:
         _measure(args, sweep)
     if args.publish or args.page:
-        write_plot(sweep, read_records(_published(ROOT, sweep, "csv")), _published(ROOT, sweep, "png"))
-        _published(ROOT, sweep, "md").write_text(page(ROOT, sweep), encoding="utf-8")
+        results = results_folder(PAGE)
+        write_plot(sweep, read_records(_published(results, sweep, "csv")), _published(results, sweep, "png"))
+        _published(results, sweep, "md").write_text(page(results, sweep), encoding="utf-8")
 
 
-def _published(root: Path, sweep: Sweep, suffix: str) -> Path:
+def _published(results: Path, sweep: Sweep, suffix: str) -> Path:
     """A sweep's committed file: ``csv``, ``png`` or ``md``."""
-    return root / RESULTS / f"sweep-{sweep.name}.{suffix}"
+    return results / f"sweep-{sweep.name}.{suffix}"
 
 
 def _measure(args: argparse.Namespace, sweep: Sweep) -> None:
@@ -89,15 +100,16 @@ def _measure(args: argparse.Namespace, sweep: Sweep) -> None:
     (folder / "finding.md").write_text("\n".join([*lines, "", note, ""]), encoding="utf-8")
     print("\n".join(["", *lines, "", note, f"Written: {folder}/sweep.csv, sweep.png, finding.md"]), flush=True)
     if args.publish:
-        shutil.copyfile(folder / "sweep.csv", _published(ROOT, sweep, "csv"))
-        write_origin(ROOT / RESULTS / ORIGINS, f"sweep-{sweep.name}", origin)
+        results = results_folder(PUBLISH)
+        shutil.copyfile(folder / "sweep.csv", _published(results, sweep, "csv"))
+        write_origin(results / ORIGINS, f"sweep-{sweep.name}", origin)
 
 
-def page(root: Path, sweep: Sweep) -> str:
+def page(results: Path, sweep: Sweep) -> str:
     """The result page, made from the committed records alone."""
     name = f"sweep-{sweep.name}"
-    records = read_records(_published(root, sweep, "csv"))
-    origin = read_origin(root / RESULTS / ORIGINS, name)
+    records = read_records(_published(results, sweep, "csv"))
+    origin = read_origin(results / ORIGINS, name)
     parts = [
         f"# Sweep: {sweep.what}",
         *([sweep.about] if sweep.about else []),
@@ -110,10 +122,6 @@ def page(root: Path, sweep: Sweep) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the tool; returns the exit status."""
+def main(argv: Sequence[str]) -> int:
+    """Run the command; returns the exit status."""
     return launched(lambda: parse_args(argv), lambda asked: run(*asked))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

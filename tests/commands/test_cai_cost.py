@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,6 +11,7 @@ import torch
 
 from fedsim.base.errors import ConfigError
 from fedsim.base.ranks import OneRank
+from fedsim.commands import cai_cost
 from fedsim.config import CaiConfig
 from fedsim.parallel.world import World
 from fedsim.report import paper
@@ -22,16 +20,6 @@ from fedsim.study.cai_cost import table
 ROOT = Path(__file__).parents[2]
 SMALL = ROOT / "tests" / "distributed" / "small.yaml"
 BRIEF = ["cai.max_new_tokens=32", "eval.batch_size=16", "cai.batch_size=2", "cai.iterations=2"]
-
-
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("cai_cost", ROOT / "tools" / "cai_cost.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["cai_cost"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +47,10 @@ class FakeAligner:
             on_step(done + 1, total)
 
 
-def cost(tool: ModuleType, **changes: Any) -> Any:
+def cost(**changes: Any) -> Any:
     """1 s an SFT step and 2 s a DPO step; 100 rows in batches of 16."""
     given = {
-        "steps": tool.Steps([1.0] * 3, [2.0] * 3),
+        "steps": cai_cost.Steps([1.0] * 3, [2.0] * 3),
         "extrapolated_from": 3,
         "full_epoch": False,
         "num_rows": 100,
@@ -73,39 +61,39 @@ def cost(tool: ModuleType, **changes: Any) -> Any:
         "written_s": 5.0,
         "asked_rows": 120,
     }
-    return tool.Cost(**given | changes)
+    return cai_cost.Cost(**given | changes)
 
 
-def test_steps_are_timed_apart_and_the_first_does_not_count(tool: ModuleType) -> None:
+def test_steps_are_timed_apart_and_the_first_does_not_count() -> None:
     fake = FakeAligner()
-    steps = tool.timed_steps(fake, torch.zeros(1), None, 3, clock=lambda: fake.now)
+    steps = cai_cost.timed_steps(fake, torch.zeros(1), None, 3, clock=lambda: fake.now)
     assert fake.calls == [1, 3]
-    assert steps == tool.Steps([1.0, 1.0, 1.0], [2.0, 2.0, 2.0])
+    assert steps == cai_cost.Steps([1.0, 1.0, 1.0], [2.0, 2.0, 2.0])
     assert steps.iteration_s == 3.0
 
 
-def test_the_device_is_waited_for_before_every_look_at_the_clock(tool: ModuleType) -> None:
+def test_the_device_is_waited_for_before_every_look_at_the_clock() -> None:
     fake, waited = FakeAligner(), []
-    tool.timed_steps(fake, torch.zeros(1), None, 2, clock=lambda: fake.now, wait=lambda: waited.append(fake.now))
+    cai_cost.timed_steps(fake, torch.zeros(1), None, 2, clock=lambda: fake.now, wait=lambda: waited.append(fake.now))
     assert len(waited) == (1 + 2) + (1 + 4)
 
 
 @pytest.mark.parametrize(("rows", "size", "want"), [(20_000, 16, 1250), (100, 16, 7), (96, 16, 6), (1, 16, 1)])
-def test_iterations_of_an_epoch(tool: ModuleType, rows: int, size: int, want: int) -> None:
-    assert tool.epoch_iterations(rows, size) == want
+def test_iterations_of_an_epoch(rows: int, size: int, want: int) -> None:
+    assert cai_cost.epoch_iterations(rows, size) == want
 
 
-def test_what_follows_from_an_iteration(tool: ModuleType) -> None:
-    found = cost(tool)
+def test_what_follows_from_an_iteration() -> None:
+    found = cost()
     assert (found.epoch_iterations, found.epoch_s, found.writing_s) == (7, 21.0, 60.0)
-    whole = cost(tool, full_epoch=True, steps=tool.Steps([1.0] * 3 + [3.0] * 4, [2.0] * 7))
+    whole = cost(full_epoch=True, steps=cai_cost.Steps([1.0] * 3 + [3.0] * 4, [2.0] * 7))
     assert whole.epoch_s == 29.0, "measured, not extrapolated"
     assert whole.extrapolated_s == 21.0, "by its first three iterations"
 
 
-def test_the_papers_table(tool: ModuleType) -> None:
+def test_the_papers_table() -> None:
     assert paper.CAI_EPOCH_ITERATIONS == 1250
-    lines = {line[0]: [cell.strip() for cell in line[1:]] for line in table(cost(tool)).rows}
+    lines = {line[0]: [cell.strip() for cell in line[1:]] for line in table(cost()).rows}
     assert lines["iterations of an epoch"] == ["1,250", "1,250", "7"]
     assert lines["one iteration (SFT + DPO step)"] == ["3.84 s", "3 s", "3 s"]
     assert lines["a round with a whole epoch"] == ["1 h 20 min", "1 h 02 min", "21 s"]
@@ -116,12 +104,12 @@ def test_the_papers_table(tool: ModuleType) -> None:
     assert lines["writing them"] == ["not stated", "2 h 46 min", "1 min 00 s"]
 
 
-def run(tool: ModuleType, words: list[str]) -> Any:
-    return tool.measure(tool.parse(words), World(OneRank(), torch.device("cpu"), exact=True))
+def run(words: list[str]) -> Any:
+    return cai_cost.measure(cai_cost.parse(words), World(OneRank(), torch.device("cpu"), exact=True))
 
 
-def test_an_epoch_is_extrapolated_from_three_iterations(tool: ModuleType, places: list[str]) -> None:
-    found = run(tool, [*places, "--iterations", "3", "cai.every=2"])
+def test_an_epoch_is_extrapolated_from_three_iterations(places: list[str]) -> None:
+    found = run([*places, "--iterations", "3", "cai.every=2"])
     assert (found.round_iterations, found.num_rounds) == (2, 2), "of three rounds the second and the last have CAI"
     assert len(found.steps.sft_s) == len(found.steps.dpo_s) == found.extrapolated_from == 3
     assert all(seconds > 0 for seconds in found.steps.sft_s + found.steps.dpo_s)
@@ -131,11 +119,11 @@ def test_an_epoch_is_extrapolated_from_three_iterations(tool: ModuleType, places
 
 
 def test_the_whole_epoch_is_run_and_written_down(
-    tool: ModuleType, places: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    places: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "row.json"
     words = [*places, "cai.batch_size=5", "--full-epoch", "--iterations", "1", "--json", str(file)]
-    tool.cost_of(tool.parse(words))
+    cai_cost.cost_of(cai_cost.parse(words))
     entry = json.loads(file.read_text())
     assert len(entry["steps"]["sft_s"]) == entry["epoch_iterations"] == -(-entry["num_rows"] // 5)
     assert entry["epoch_s"] == pytest.approx(sum(entry["steps"]["sft_s"]) + sum(entry["steps"]["dpo_s"]))
@@ -154,14 +142,14 @@ def test_the_whole_epoch_is_run_and_written_down(
         (["--nonsense"], "command line"),
     ],
 )
-def test_mistakes_are_one_line(tool: ModuleType, words: list[str], message: str) -> None:
+def test_mistakes_are_one_line(words: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
-        tool.parse(words)
+        cai_cost.parse(words)
     assert "\n" not in str(caught.value)
 
 
-def test_guard_benchmarks_and_judge_need_not_be_there(tool: ModuleType) -> None:
+def test_guard_benchmarks_and_judge_need_not_be_there() -> None:
     words = ["guard.path=/nowhere", "eval.advbench=/nowhere.csv", "judge.kind=openai", "eval.guard_judge=tuned"]
-    config = tool.parse(words).config
+    config = cai_cost.parse(words).config
     assert config.guard.kind == "none" and config.eval.advbench == "" and config.judge.kind == "none"
-    assert config.cai == tool.load_config(tool.DEFAULT, []).cai
+    assert config.cai == cai_cost.load_config(cai_cost.DEFAULT, []).cai

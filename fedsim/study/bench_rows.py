@@ -7,7 +7,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+
+LARGE: Final = "Llama-3.1-8B"
+"""Name of the model that GPUs are timed with."""
+
+FAST: Final = "fedsim, fast sums (configs/paper)"
+"""Name of the row of a step, or CAI iteration, as configs/paper runs it."""
 
 
 @dataclass(frozen=True)

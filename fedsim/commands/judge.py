@@ -1,6 +1,6 @@
 """Let a judge rate the MT-Bench answers of a run, or finish what a judge that failed has left.
 
-Usage: python tools/judge.py RUN_DIR [--only MODEL_ID ...] [judge.kind=openai judge.model=... judge.base_url=... ...]
+Usage: fedsim judge RUN_DIR [--only MODEL_ID ...] [judge.kind=openai judge.model=... judge.base_url=... ...]
 
 The run may be finished or under way. Its config.yaml says which judge rates and where question file, prompts and
 references are; overrides of judge.*, eval.mt_bench and eval.mt_bench_references come after it. Judgments that are there
@@ -38,13 +38,13 @@ NOT_ASKED, UNJUDGED = "turns too long for the judge", "turns that the judge fail
 FREE = ("judge.", "eval.mt_bench=", "eval.mt_bench_references=", "eval.batch_size=", "model.dtype=", "model.attention=")
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """Command-line arguments.
 
     Raises:
         ConfigError: they are not of the form.
     """
-    parser = Parser(prog="tools/judge.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="fedsim judge", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN_DIR", help="a run's directory")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the run's configuration")
     parser.add_argument(
@@ -150,7 +150,7 @@ def _cell(mean: Mean | None) -> str:
     return f"{mean.value:.2f}" + (f" [{low:.2f}, {high:.2f}]" if mean.count > 1 else "") + f" of {mean.count}"
 
 
-def run_tool(config: Config, world: World, run: Path, only: Sequence[str] | None) -> None:
+def run(config: Config, world: World, run: Path, only: Sequence[str] | None) -> None:
     """Judge and show.
 
     Raises:
@@ -171,8 +171,8 @@ def run_tool(config: Config, world: World, run: Path, only: Sequence[str] | None
         )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the tool; returns the exit status."""
+def main(argv: Sequence[str]) -> int:
+    """Run the command; returns the exit status."""
 
     def read() -> tuple[argparse.Namespace, Config]:
         args = parse_args(argv)
@@ -184,10 +184,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         with process_world(
             exact=parallel.exact, threads=parallel.threads, timeout_s=parallel.timeout_s, device=parallel.device
         ) as world:
-            run_tool(config, world, args.run, args.only)
+            run(config, world, args.run, args.only)
 
     return launched(read, work)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

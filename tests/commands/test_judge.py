@@ -1,19 +1,18 @@
-"""The tool as a user meets it: exit codes, one line for an error, what a second call asks, and the table."""
+"""``fedsim judge`` as a user meets it: exit codes, one line for an error, what a second call asks, and the table."""
 
 from __future__ import annotations
 
 import errno
-import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 import yaml
 
+from fedsim.commands.judge import main
 from fedsim.config import load_config, to_nested
 from fedsim.data.evaluation_sets import load_mt_bench
 from fedsim.evaluate.fastchat import JudgmentFile, write_answers
@@ -23,21 +22,9 @@ from fedsim.generate.engine import Reply
 ROOT = Path(__file__).parents[2]
 
 
-def _load_tool() -> ModuleType:
-    """tools/judge.py; ``tools`` is no package."""
-    spec = importlib.util.spec_from_file_location("judge_tool", ROOT / "tools" / "judge.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-main = _load_tool().main
-
-
 @pytest.fixture(autouse=True)
 def leave_torch_as_it_was() -> Iterator[None]:
-    """The tool makes torch deterministic for its process."""
+    """The command makes torch deterministic for its process."""
     before = torch.are_deterministic_algorithms_enabled()
     yield
     torch.use_deterministic_algorithms(before)

@@ -1,36 +1,31 @@
-"""The paper's elapsed times beside measured rows and their projection: ``python tools/costs.py [RUN …] [--page]``.
+"""The paper's elapsed times beside measured rows and their projection: ``fedsim costs [RUN …] [--page]``.
 
-Arithmetic alone: nothing is run. ``--rows`` is a machine's folder of committed benchmark rows (by default a GPU's, if
-there is one), ``--target`` a machine to project to, such as 4xH200 (may be repeated). RUN directories add the seconds
-of their phases. ``--json FILE`` writes all figures, ``--page`` ``docs/results/costs.md``.
+Arithmetic alone: nothing is run. ``--rows`` is a folder of a machine's benchmark rows; in a clone it may be left out,
+or be one of tools/bench/results by name (by default a GPU's, if there is one). ``--target`` is a machine to project to,
+such as 4xH200 (may be repeated). RUN directories add the seconds of their phases. ``--json FILE`` writes all figures,
+``--page`` docs/results/costs.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from fedsim.base.errors import ConfigError
+from fedsim.base.launching import Parser, launched
+from fedsim.base.version import repository
+from fedsim.record.groups import short_names
+from fedsim.record.metrics import MetricLog
+from fedsim.record.metrics import Row as MetricRow
+from fedsim.study.bench_rows import FAST, LARGE, Row, StageResult
+from fedsim.study.command import PAGE, results_folder
+from fedsim.study.costs import Effort, Measured, Piece, Report, machine, report, run_table
 
-from fedsim.base.errors import ConfigError  # noqa: E402
-from fedsim.base.launching import Parser, launched  # noqa: E402
-from fedsim.record.groups import short_names  # noqa: E402
-from fedsim.record.metrics import MetricLog  # noqa: E402
-from fedsim.record.metrics import Row as MetricRow  # noqa: E402
-from fedsim.study.costs import Effort, Measured, Piece, Report, machine, report, run_table  # noqa: E402
-from tools.bench.local_step import FAST  # noqa: E402
-from tools.bench.models import GPU  # noqa: E402
-from tools.bench.paper_work import paper_work  # noqa: E402
-from tools.bench.rows import Row, StageResult  # noqa: E402
-
-PAGE = ROOT / "docs" / "results" / "costs.md"
-RESULTS = ROOT / "tools" / "bench" / "results"
+WORK = Path(__file__).parents[1] / "study" / "paper_work.json"  # written by tools/bench/paper_work.py
 TARGETS = ("4xA100-SXM4-80GB", "4xH200")
 # Stage and beginning of the row's name, the best first, and the entry of its shapes that a unit is one of.
 PIECES: dict[str, tuple[str, Sequence[str], str]] = {
@@ -43,26 +38,58 @@ PIECES: dict[str, tuple[str, Sequence[str], str]] = {
 }
 
 
-def committed(results: Path = RESULTS) -> dict[str, dict[str, StageResult]]:
-    """Stages by folder name, GPUs first."""
+def paper_work() -> dict[str, Effort]:
+    """Effort of one unit of each piece of the paper's work, by name."""
+    return {name: Effort(**effort) for name, effort in json.loads(WORK.read_text(encoding="utf-8")).items()}
+
+
+def committed(results: Path | None) -> dict[str, dict[str, StageResult]]:
+    """Stages by folder name, GPUs first.
+
+    Args:
+        results: folder of the folders; None = there is none.
+    """
+    if results is None:
+        return {}
     found = {}
     for folder in sorted(path for path in results.glob("*") if path.is_dir()):
-        stages = {file.stem: StageResult.read(file) for file in sorted(folder.glob("*.json"))}
-        if stages:
+        if stages := _stages(folder):
             found[folder.name] = stages
     return dict(sorted(found.items(), key=lambda entry: not _of_gpu(entry[1])))
 
 
+def _stages(folder: Path) -> dict[str, StageResult]:
+    """Stages of one machine, by name.
+
+    Raises:
+        ConfigError: a file there is none of the benchmark's.
+    """
+    found = {}
+    for file in sorted(folder.glob("*.json")):
+        try:
+            found[file.stem] = StageResult.read(file)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{file}: holds no rows of the benchmark ({error!r}); give another folder") from error
+    return found
+
+
 def chosen(name: str | None, known: Mapping[str, dict[str, StageResult]]) -> dict[str, StageResult]:
-    """The rows of a folder, named alone or as a path.
+    """The rows of one machine.
+
+    Args:
+        name: a key of ``known``, or the path of a folder; None = the first that is known.
+        known: stages by folder name.
 
     Raises:
         ConfigError: there are none.
     """
-    key = next(iter(known), "") if name is None else Path(name).name
+    if name is not None and name not in known and (stages := _stages(Path(name))):
+        return stages
+    key = next(iter(known), "") if name is None else name
     if key not in known:
-        there = ", ".join(known) or "none; run tools/bench/run.py"
-        raise ConfigError(f"--rows {name or RESULTS}: no committed rows of that machine; known: {there}")
+        what = "not given, and this fedsim has no committed rows" if name is None else f"{name}: no rows of a machine"
+        there = f"; known: {', '.join(known)}" if known else ""
+        raise ConfigError(f"--rows {what}; give a folder that tools/bench/run.py of a clone has written{there}")
     return known[key]
 
 
@@ -81,7 +108,7 @@ def read(stages: Mapping[str, StageResult]) -> Measured:
     place = facts["device"] if gpu else f"{facts['device']}, {facts['threads']} thread(s), no GPU"
     stamp = f"{place}, {facts['model']}, {dates}, commit {commits}"
     return Measured(
-        facts["device"] if gpu else "CPU", facts["model"], gpu and facts["model"] == GPU.name, stamp, pieces, lane
+        facts["device"] if gpu else "CPU", facts["model"], gpu and facts["model"] == LARGE, stamp, pieces, lane
     )
 
 
@@ -116,12 +143,12 @@ def run_rows(folders: Sequence[Path]) -> dict[str, list[MetricRow]]:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = Parser(prog="tools/costs.py", description=(__doc__ or "").partition("\n\n")[2])
+    parser = Parser(prog="fedsim costs", description=(__doc__ or "").partition("\n\n")[2])
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="directories of finished runs")
-    parser.add_argument("--rows", help="folder of committed rows, by name or path")
+    parser.add_argument("--rows", help="folder of rows: a path, or a name in a clone's tools/bench/results")
     parser.add_argument("--target", action="append", help=f"a machine to project to; {' and '.join(TARGETS)}")
     parser.add_argument("--json", type=Path, help="write the figures as JSON to this file")
-    parser.add_argument("--page", action="store_true", help="write docs/results/costs.md")
+    parser.add_argument(PAGE, action="store_true", help="write docs/results/costs.md")
     return parser.parse_args(arguments)
 
 
@@ -136,7 +163,7 @@ def work(asked: argparse.Namespace) -> None:
         content = {"work": {name: asdict(effort) for name, effort in efforts.items()}, **asdict(found)}
         _write(asked.json, json.dumps({**content, "runs": [seconds.head, *seconds.rows] if runs else []}) + "\n")
     if asked.page:
-        _write(PAGE, page(found, efforts, seconds if runs else None))
+        _write(results_folder(PAGE) / "costs.md", page(found, efforts, seconds if runs else None))
 
 
 def projected_report(
@@ -148,7 +175,8 @@ def projected_report(
         rows: folder of the rows, by name or path; by default the one that is preferred.
         targets: machines to project to, by name.
     """
-    known = committed()
+    root = repository()
+    known = committed(None if root is None else root / "tools" / "bench" / "results")
     why = "these rows are of a CPU" if any(map(_of_gpu, known.values())) else "no GPU row is committed"
     return report(read(chosen(rows, known)), work, [machine(text) for text in targets or TARGETS], why)
 
@@ -158,7 +186,7 @@ def page(found: Report, work: Mapping[str, Any], runs: Any) -> str:
     first, *others = found.formulas(work)
     parts = [
         "# What the paper's runs cost",
-        "Written by `python tools/costs.py --page`; nothing below is typed in.",
+        "Written by `fedsim costs --page`; nothing below is typed in.",
         found.table().markdown(),
         found.caption,
         "## Formulas",
@@ -175,10 +203,6 @@ def _write(path: Path, text: str) -> None:
         raise ConfigError(f"{path}: cannot be written ({error.strerror}); give another path") from error
 
 
-def main() -> int:
-    """Show the costs; a mistake is one line."""
-    return launched(lambda: parse(sys.argv[1:]), work)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def main(argv: Sequence[str]) -> int:
+    """Run the command; returns the exit status."""
+    return launched(lambda: parse(argv), work)

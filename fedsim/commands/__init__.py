@@ -1,0 +1,1 @@
+"""Commands of ``fedsim``, one module each; ``main`` takes the words behind the command's name."""
