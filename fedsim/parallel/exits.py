@@ -26,7 +26,7 @@ from fedsim.base.exit_file import Reason, write_ending
 from fedsim.base.journal import Journal, Place, in_words
 from fedsim.base.launching import line_of, unforeseen
 from fedsim.base.out_of_memory import explained, is_out_of_memory
-from fedsim.parallel.post_mortem import Blame, blame, cause_of
+from fedsim.parallel.blame import Blame, blame, cause_of
 from fedsim.parallel.signals import GRACE_S, signal_name
 
 GRANT_S: Final = 3.0
