@@ -40,11 +40,11 @@ def attend(
         able: those of them that have rows.
         num_steps: steps of a client that is no straggler.
     """
-    reporting = [c for c in able if not happens(settings.dropout_rate, seed, "drop out", round_idx, c)]
+    reporting = [c for c in able if not bernoulli(settings.dropout_rate, seed, "drop out", round_idx, c)]
     stragglers = {
         client: straggler_steps(num_steps, round_idx, client, seed)
         for client in reporting
-        if happens(settings.straggler_rate, seed, "straggle", round_idx, client)
+        if bernoulli(settings.straggler_rate, seed, "straggle", round_idx, client)
     }
     steps = {client: stragglers.get(client, num_steps) for client in reporting}
     if settings.stragglers == "drop":
@@ -53,7 +53,7 @@ def attend(
     return Attendance(steps, [client for client in drawn if client not in able], gone, stragglers)
 
 
-def happens(rate: float, seed: int, what: str, round_idx: int, client: int) -> bool:
+def bernoulli(rate: float, seed: int, what: str, round_idx: int, client: int) -> bool:
     """Return whether an event of probability ``rate`` befalls a client in a round."""
     return rate > 0 and float(keyed_random.generator(seed, what, round_idx, client).random()) < rate
 

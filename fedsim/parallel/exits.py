@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import Enum
 from typing import Final
 
 import torch.distributed as dist
@@ -32,13 +33,16 @@ from fedsim.parallel.signals import GRACE_S, signal_name
 GRANT_S: Final = 3.0
 """Seconds that ranks give rank 0 to fail too, and so to speak for all."""
 
+QUIET_EXIT_S: Final = 1.0
+"""Seconds that a quiet rank waits before it exits: launchers end every rank when one exits."""
+
 LAST_S: Final = 30.0
 """Seconds that taking the process group down may take; then the process ends itself, whatever holds it."""
 
 GOES_ON: Final = "start the same command again: it goes on after the last finished round"
 
 
-def portable(error: Exception, journal: Journal) -> FedsimError:
+def to_picklable(error: Exception, journal: Journal) -> FedsimError:
     """An error that can travel to other ranks: fedsim's own as it is, any other with its traceback as text."""
     if isinstance(error, FedsimError):
         found: FedsimError = error
@@ -56,7 +60,7 @@ def portable(error: Exception, journal: Journal) -> FedsimError:
 
 
 @contextmanager
-def in_time(seconds: float) -> Iterator[None]:
+def kill_after(seconds: float) -> Iterator[None]:
     """End the process if the block takes longer."""
     last = threading.Timer(seconds, os._exit, (2,))
     last.daemon = True
@@ -68,20 +72,20 @@ def in_time(seconds: float) -> Iterator[None]:
 
 
 @contextmanager
-def alone(journal: Journal) -> Iterator[None]:
+def single_process(journal: Journal) -> Iterator[None]:
     """The block of a run of one process: an error is also left in its log and in ``exit.json``."""
     try:
         yield
     except Exception as error:
-        _log(error, journal)
-        _leave_word(error, journal)
+        _log_error(error, journal)
+        _write_exit_file(error, journal)
         raise
     finally:
         journal.close()
 
 
 @contextmanager
-def together(store: dist.Store, journal: Journal, size: int, timeout_s: float) -> Iterator[None]:
+def multi_process(store: dist.Store, journal: Journal, size: int, timeout_s: float) -> Iterator[None]:
     """The block of one rank of several: its error leaves as it is on the rank that speaks; the others exit.
 
     Args:
@@ -97,25 +101,50 @@ def together(store: dist.Store, journal: Journal, size: int, timeout_s: float) -
     except Exception as error:
         cause = cause_of(error)
         if cause is None:
-            _log(error, journal)
+            _log_error(error, journal)
         else:
             journal.write(cause, message=str(error))
-        speaks = _speaks(store, journal, size)
-        if speaks is not False:
-            spoken = error if cause is None else _lost(error, journal, size, timeout_s)
-            was_first = _leave_word(spoken, journal)
-            speaks = was_first if speaks is None or cause is not None else True
-        if not speaks:
-            time.sleep(1.0)  # launchers end every rank when one exits: let the one that speaks be the first
-            raise SystemExit(error.status if cause is None and isinstance(error, FedsimError) else 2) from error
-        if spoken is error:
+        reported = _report(error, cause, store, journal, size, timeout_s)
+        if reported is None:
+            time.sleep(QUIET_EXIT_S)
+            status = 2
+            if cause is None and isinstance(error, FedsimError):
+                status = error.status
+            raise SystemExit(status) from error
+        if reported is error:
             raise
-        raise spoken from None
+        raise reported from None
     finally:
         journal.close()
 
 
-def stop_here(journal: Journal, number: int, size: int, at_once: bool = False) -> None:
+def _report(
+    error: Exception, cause: str | None, store: dist.Store, journal: Journal, size: int, timeout_s: float
+) -> Exception | None:
+    """Write this rank's error to ``exit.json``, if it is the rank that reports.
+
+    Args:
+        error: as it was raised on this rank.
+        cause: of a failed collective (:func:`cause_of`); None for another error.
+
+    Returns:
+        The error to raise; None where another rank reports.
+    """
+    report = _should_report(store, journal, size)
+    if report is Report.NO:
+        return None
+    reported = error
+    if cause is not None:
+        reported = _lost_rank_error(error, journal, size, timeout_s)
+    was_first = _write_exit_file(reported, journal)
+    # For a lost rank, or without the store's answer, several ranks may come here: the first one reports.
+    must_be_first = report is Report.UNKNOWN or cause is not None
+    if must_be_first and not was_first:
+        return None
+    return reported
+
+
+def exit_now(journal: Journal, number: int, size: int, at_once: bool = False) -> None:
     """Say that a signal ends this process in mid-round: the first to write ``exit.json`` tells it.
 
     A launcher also signals the ranks that are left when one has died: then that is the cause.
@@ -137,7 +166,7 @@ def stop_here(journal: Journal, number: int, size: int, at_once: bool = False) -
         print(message, file=sys.stderr, flush=True)
 
 
-def say_signal(journal: Journal, number: int) -> None:
+def log_signal(journal: Journal, number: int) -> None:
     """Note a signal in the log, and tell who presses Ctrl-C what follows; SIGTERM may be a launcher's own."""
     journal.write("signal", name=signal_name(number))
     if journal.rank == 0 and number == signal.SIGINT:
@@ -145,7 +174,7 @@ def say_signal(journal: Journal, number: int) -> None:
         print(f"{signal_name(number)}: {told}", file=sys.stderr, flush=True)
 
 
-def _log(error: Exception, journal: Journal) -> None:
+def _log_error(error: Exception, journal: Journal) -> None:
     """The error in this rank's log, with its place and, where it is a bug, its traceback."""
     _set_place(error, journal, error)
     if isinstance(error, FedsimError):
@@ -155,7 +184,7 @@ def _log(error: Exception, journal: Journal) -> None:
         journal.write("error", message=line_of(unforeseen(error)), trace=trace)
 
 
-def _leave_word(error: Exception, journal: Journal) -> bool:
+def _write_exit_file(error: Exception, journal: Journal) -> bool:
     """Write ``exit.json``; False if another rank was the first to."""
     if journal.folder is None:
         return True
@@ -180,7 +209,7 @@ def _set_place(error: Exception, journal: Journal, raised: Exception) -> None:
         vars(error)["place"] = {"rank": journal.rank, **where}
 
 
-def _lost(error: Exception, journal: Journal, size: int, timeout_s: float) -> LostRankError:
+def _lost_rank_error(error: Exception, journal: Journal, size: int, timeout_s: float) -> LostRankError:
     """The collective's error in fedsim's words, with the rank to blame."""
     blamed = _blamed(journal, size, timeout_s)
     if blamed is None:
@@ -195,37 +224,58 @@ def _blamed(journal: Journal, size: int, timeout_s: float | None) -> Blame | Non
     return None if journal.folder is None else blame(journal.folder, others, timeout_s)
 
 
-def _speaks(store: dist.Store, journal: Journal, size: int) -> bool | None:
-    """Return whether this failed rank reports its error: rank 0 where it fails too, else the first rank that failed.
+class Report(Enum):
+    """Answer to whether a failed rank reports its error."""
 
-    None where the store does not answer, since the rank that holds it may be the one that is gone.
+    YES = "yes"
+    NO = "no"
+    UNKNOWN = "unknown"
+    """The store does not answer: the rank that holds it may be the one that is gone."""
+
+
+def _should_report(store: dist.Store, journal: Journal, size: int) -> Report:
+    """Decide whether this failed rank reports: rank 0 if it fails too, else the first that failed.
+
+    A store that does not answer may block for long, so a thread of its own asks it.
     """
-    answers: list[bool | None] = []
-    asking = threading.Thread(target=lambda: answers.append(_ask(store, journal.rank)), daemon=True)
+    answers: list[Report] = []
+    asking = threading.Thread(
+        target=lambda: answers.append(_ask_store(store, journal.rank)), daemon=True
+    )
     asking.start()
     asking.join(2 * GRANT_S)
-    if journal.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        atexit.register(_outlast, store, size)  # the store is in this process, and the others have yet to ask it
-    return answers[0] if answers else None
+    holds_store = journal.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    if holds_store:
+        atexit.register(_keep_store_alive, store, size)
+    if not answers:
+        return Report.UNKNOWN
+    return answers[0]
 
 
-def _ask(store: dist.Store, rank: int) -> bool | None:
+def _ask_store(store: dist.Store, rank: int) -> Report:
+    """Count this rank's failure in the store, and learn from it whether to report.
+
+    A rank other than 0 waits up to :data:`GRANT_S` for rank 0 to fail, which then reports.
+    """
     deadline = time.monotonic() + GRANT_S
     try:
         if rank == 0:
             store.add("fedsim/rank_0_failed", 1)
-        while rank != 0 and store.add("fedsim/rank_0_failed", 0) == 0 and time.monotonic() < deadline:
+        while rank != 0 and store.add("fedsim/rank_0_failed", 0) == 0:
+            if time.monotonic() >= deadline:
+                break
             time.sleep(0.02)
-        may_speak = rank == 0 or store.add("fedsim/rank_0_failed", 0) == 0
-        speaks = may_speak and store.add("fedsim/spoken", 1) == 1
+        may_report = rank == 0 or store.add("fedsim/rank_0_failed", 0) == 0
+        # Only the first rank to raise the counter from 0 reports.
+        reports = may_report and store.add("fedsim/reporting", 1) == 1
         store.add("fedsim/failures", 1)
-        return speaks
     except RuntimeError:
-        return None
+        return Report.UNKNOWN
+    return Report.YES if reports else Report.NO
 
 
-def _outlast(store: dist.Store, size: int, patience_s: float = 10.0) -> None:
-    """Stay until every rank has asked who speaks, or for ``patience_s``."""
+def _keep_store_alive(store: dist.Store, size: int, patience_s: float = 10.0) -> None:
+    """Stay until every rank has asked the store of this process, or for ``patience_s`` seconds."""
     deadline = time.monotonic() + patience_s
     while time.monotonic() < deadline and int(store.add("fedsim/failures", 0)) < size:
         time.sleep(0.05)

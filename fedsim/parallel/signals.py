@@ -66,14 +66,14 @@ class StopRequest:
         try:
             yield
         finally:
-            self.obeyed()
+            self.mark_done()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             signal.set_wakeup_fd(wakeup)
             os.close(write)  # ends the watcher
             watcher.join(1.0)
 
-    def obeyed(self) -> None:
+    def mark_done(self) -> None:
         """The process is on its way out, or done: nothing needs to end it any more."""
         with self._lock:
             self._is_over = True

@@ -22,7 +22,7 @@ from fedsim.base.journal import Journal
 from fedsim.base.planner import deal_units
 from fedsim.base.ranks import OneRank, Ranks
 from fedsim.parallel.device import NCCL, Placement, Seat, choose_device, exchange_seats, seat_of, set_allocator
-from fedsim.parallel.exits import LAST_S, alone, in_time, portable, say_signal, stop_here, together
+from fedsim.parallel.exits import LAST_S, exit_now, kill_after, log_signal, multi_process, single_process, to_picklable
 from fedsim.parallel.host_memory import keep_freed_memory
 from fedsim.parallel.signals import StopRequest
 from fedsim.parallel.sums import Summer, Traffic
@@ -97,7 +97,7 @@ class World:
         summer = Summer(group, exact=self.exact, device=self.device, traffic=self.traffic, heartbeat=over_nccl)
         return Lane(self.rank - first_rank, width, summer)
 
-    def when_leaving(self, act: Callable[[], None]) -> None:
+    def on_exit(self, act: Callable[[], None]) -> None:
         """Do something when this process leaves the world: after exit.json is written."""
         if self.leaving is None:
             act()
@@ -139,7 +139,7 @@ class GroupRanks:
             try:
                 done[unit] = compute(units[unit])
             except Exception as error:
-                failure = portable(error, self.journal)
+                failure = to_picklable(error, self.journal)
                 break
             if on_done is not None:
                 on_done(len(done))
@@ -159,7 +159,7 @@ class GroupRanks:
             try:
                 result = compute()
             except Exception as error:
-                failure = portable(error, self.journal)
+                failure = to_picklable(error, self.journal)
             box[0] = self._pickled((result, failure))
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         if not self.is_main:
@@ -175,7 +175,7 @@ class GroupRanks:
         try:
             result = compute()
         except Exception as error:
-            failure = portable(error, self.journal)
+            failure = to_picklable(error, self.journal)
         shares = self.gather((result, failure))
         for _, failed in shares:
             if failed is not None:
@@ -231,12 +231,12 @@ def process_world(
     if size == 1 and isinstance(seat, Exception):
         raise seat
     stop, journal = StopRequest(), Journal(_rank())
-    stop.on_signal = lambda number: say_signal(journal, number)
-    stop.on_deadline = lambda number, at_once: stop_here(journal, number, size, at_once)
+    stop.on_signal = lambda number: log_signal(journal, number)
+    stop.on_deadline = lambda number, at_once: exit_now(journal, number, size, at_once)
     with stop.listening() if signals else nullcontext():
         if size == 1:
             assert isinstance(seat, Seat)
-            with ExitStack() as leaving, alone(journal):
+            with ExitStack() as leaving, single_process(journal):
                 yield World(
                     OneRank(), own, exact, journal=journal, stop=stop, leaving=leaving, placement=Placement((seat,))
                 )
@@ -249,12 +249,12 @@ def process_world(
         placement = exchange_seats(store, rank, size, seat, timeout)
         dist.init_process_group(placement.backend, store=store, rank=rank, world_size=size, timeout=timeout)
         try:
-            with ExitStack() as leaving, together(store, journal, size, timeout_s):
+            with ExitStack() as leaving, multi_process(store, journal, size, timeout_s):
                 traffic = Traffic()
                 ranks = GroupRanks(traffic, journal)
                 yield World(ranks, own, exact, timeout, traffic, journal, stop, leaving, placement)
         finally:
-            with in_time(LAST_S):
+            with kill_after(LAST_S):
                 dist.destroy_process_group()
 
 

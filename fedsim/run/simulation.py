@@ -105,11 +105,11 @@ class Simulation:
                 else:
                     self._run()
                 self.record.finished()
-                self.world.stop.obeyed()
+                self.world.stop.mark_done()
             finally:
                 gc.unfreeze()
                 self.record.stream.close()
-                self.world.when_leaving(self.record.release)
+                self.world.on_exit(self.record.release)
 
     @contextmanager
     def _explaining(self) -> Iterator[None]:
@@ -297,7 +297,7 @@ class Simulation:
         num_rounds = self.config.federation.num_rounds
         asked = max(self.ranks.gather(self.world.stop.signal))
         if asked and num_done < num_rounds:
-            self.world.stop.obeyed()
+            self.world.stop.mark_done()
             raise Stopped(
                 f"{signal_name(asked)} came; {num_done} of {num_rounds} rounds are done, and the same command goes on "
                 "from there",
