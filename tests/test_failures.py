@@ -20,7 +20,7 @@ from fedsim.config import load_config
 from fedsim.federation.algorithms import ADAPTER
 from fedsim.federation.attendance import bernoulli, straggler_steps
 from fedsim.federation.failures import ClientFailure
-from fedsim.federation.sampling import sample_cohort
+from fedsim.federation.participation import sample_cohort
 from fedsim.federation.scaffold import CONTROL
 from fedsim.parallel.world import World
 from fedsim.record.metrics import Row, read_rows

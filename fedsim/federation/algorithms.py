@@ -1,9 +1,9 @@
-"""Base class of federated algorithms, and FedAvg, as pure functions on flat vectors.
+"""Base class of federated algorithms, FedAvg and the two baselines, as pure functions on flat vectors.
 
-An algorithm says who takes part, what happens in a local step (:class:`Correction`), what a client counts in the
+An algorithm decides who takes part, what happens in a local step (:class:`Correction`), what a client counts in the
 round's sums, what it reports beside its delta, and how the server turns sums or updates into the next state. Vectors
-are fp32 ``[size]``; sums arrive in fp64 (exact mode) or fp32 (fast mode). The others are in ``proximal``, ``scaffold``,
-``server_optimizers`` and ``baselines``; :mod:`fedsim.extend` has their names.
+are fp32 ``[size]``; sums arrive in fp64 (exact mode) or fp32 (fast mode). The other algorithms are in ``proximal``,
+``scaffold`` and ``server_optimizers``; :mod:`fedsim.extend` lists their names.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fedsim.base import reused
 from fedsim.base.errors import CheckpointError
 from fedsim.config import FederationConfig
 from fedsim.federation.elementwise import piece_size, pieces
-from fedsim.federation.participation import Participation, SampledCohort
+from fedsim.federation.participation import OneClient, Participation, Pooled, SampledCohort
 
 ADAPTER = "adapter"
 
@@ -47,6 +47,35 @@ class ServerState:
         """The same state on ``device``."""
         vectors = {name: vector.to(device) for name, vector in self.vectors.items()}
         return ServerState(self.adapter.to(device), vectors, self.num_steps)
+
+
+@dataclass(frozen=True, eq=False)
+class ClientOutcome:
+    """What a client reports; the same on every member of its lane.
+
+    Attributes:
+        client: its id.
+        num_rows: rows it holds after the filter.
+        weight: what it counts in the mean of the deltas (:meth:`Algorithm.client_weight`).
+        delta: client adapter − global adapter, fp32 ``[size]``.
+        control: c_i⁺, or None.
+        control_delta: c_i⁺ − c_i, or None.
+        loss: mean loss over the local steps.
+        first_loss: loss of the first step.
+        num_tokens: tokens trained on.
+        seconds: wall-clock time of the training.
+    """
+
+    client: int
+    num_rows: int
+    weight: float
+    delta: torch.Tensor
+    control: torch.Tensor | None
+    control_delta: torch.Tensor | None
+    loss: float
+    first_loss: float
+    num_tokens: int
+    seconds: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,6 +206,25 @@ class FedAvg(Algorithm):
     def server_step(self, state: ServerState, sums: RoundSums) -> ServerState:
         """Move by the weighted mean delta."""
         return ServerState(moved(state.adapter, sums.weighted_delta, sums.weight), num_steps=state.num_steps + 1)
+
+
+class LocalOnly(FedAvg):
+    """Baseline: only client ``federation.local_client`` trains, in every round (OpenFedLLM's ``local{i}``).
+
+    FedAvg with one participant: its adapter is the next global adapter.
+    """
+
+    def participation(self, federation: FederationConfig, seed: int) -> Participation:
+        """The one client."""
+        return OneClient(federation.local_client)
+
+
+class Centralised(FedAvg):
+    """Baseline: one trainer has the kept rows of all clients, as if there were nothing to keep apart."""
+
+    def participation(self, federation: FederationConfig, seed: int) -> Participation:
+        """One trainer with all rows and a whole cohort's steps."""
+        return Pooled(federation.num_clients, federation.clients_per_round)
 
 
 def moved(vector: torch.Tensor, total: torch.Tensor, weight: float) -> torch.Tensor:

@@ -18,8 +18,7 @@ from fedsim.base.errors import ConfigError
 from fedsim.base.user_code import calling
 from fedsim.config import AttackConfig
 from fedsim.extend import build, title
-from fedsim.federation.algorithms import ServerState, Updates
-from fedsim.federation.outcome import ClientOutcome
+from fedsim.federation.algorithms import ClientOutcome, ServerState, Updates
 
 if TYPE_CHECKING:
     from fedsim.data.square import SquareRow

@@ -10,8 +10,8 @@ import torch
 from fedsim.base.errors import ClientError, NotFiniteError, RunError
 from fedsim.base.rounds import round_number
 from fedsim.config import FailuresConfig
+from fedsim.federation.algorithms import ClientOutcome
 from fedsim.federation.elementwise import all_finite
-from fedsim.federation.outcome import ClientOutcome
 
 RAISED, NOT_FINITE, NORM = "raised", "not finite", "norm"
 

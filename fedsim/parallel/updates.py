@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from fedsim.federation.algorithms import Updates
-from fedsim.federation.outcome import ClientOutcome
+from fedsim.federation.algorithms import ClientOutcome, Updates
 from fedsim.parallel.sums import Summer
 
 

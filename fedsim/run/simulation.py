@@ -20,7 +20,7 @@ from fedsim.base.rounds import PRETRAINED, round_number
 from fedsim.config import Config, to_flat
 from fedsim.evaluate.suite import Suite
 from fedsim.federation.algorithms import ADAPTER, ServerState
-from fedsim.federation.sampling import cosine_by_round
+from fedsim.federation.participation import cosine_by_round
 from fedsim.model.cost import ModelCost
 from fedsim.parallel.signals import signal_name
 from fedsim.parallel.world import World

@@ -13,7 +13,7 @@ from fedsim.base.artefacts import file_digest
 from fedsim.config import load_config
 from fedsim.data.chat import TokenRow, assistant_turn, user_turn
 from fedsim.data.square import load_square
-from fedsim.federation.sampling import sample_cohort
+from fedsim.federation.participation import sample_cohort
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.model.load import LoraSettings, load_model
 from fedsim.parallel.world import process_world

@@ -29,8 +29,8 @@ from fedsim.evaluate.suite import Suite
 from fedsim.federation.algorithms import RoundSums, ServerState
 from fedsim.federation.client_state import ClientStateStore
 from fedsim.federation.failures import ClientFailure
+from fedsim.federation.participation import cosine_by_round
 from fedsim.federation.registry import build_algorithm
-from fedsim.federation.sampling import cosine_by_round
 from fedsim.federation.scaffold import CONTROL
 from fedsim.model.cost import ModelCost
 from fedsim.parallel.world import World
