@@ -1,4 +1,4 @@
-"""Participants of a round and their rows: a drawn cohort, a single client, or all rows in one place.
+"""Participants of a round and their rows: a cohort, a single client, or all rows in one place.
 
 The budget of a round is counted in optimizer steps of ``local.batch_size`` rows:
 
@@ -63,7 +63,7 @@ class SampledCohort:
         """Each client's own rows; a client without rows sits out when it is drawn."""
         if not any(shards):
             raise DataError(
-                "no client has rows left to train on after the filter; weaken or drop the guard"
+                "no client has rows left to train on after the filter; weaken or drop the guard",
             )
         return [list(shard) for shard in shards]
 
@@ -89,6 +89,7 @@ class OneClient:
     def shards(self, shards: Sequence[Sequence[Row]]) -> list[list[Row]]:
         """Each client's own rows; this one must have some."""
         if not shards[self.client]:
+            # Name the clients that could take its place.
             others = [client for client, shard in enumerate(shards) if shard]
             fix = "no client has, so weaken or drop the guard"
             if others:
@@ -146,12 +147,17 @@ class Pooled:
 
 def sample_cohort(num_clients: int, clients_per_round: int, round_idx: int, seed: int) -> list[int]:
     """Draw the clients of a round without replacement; ascending."""
+    # The first clients of a random order, so that a smaller cohort is part of a larger one.
     order = keyed_random.permutation(num_clients, seed, "cohort", round_idx)
     return sorted(int(client) for client in order[:clients_per_round])
 
 
 def sample_rows(
-    num_rows: int, num_wanted: int, round_idx: int, client: int, seed: int
+    num_rows: int,
+    num_wanted: int,
+    round_idx: int,
+    client: int,
+    seed: int,
 ) -> list[int]:
     """Draw the positions of the rows that a client trains on in a round, in order.
 
@@ -167,7 +173,7 @@ def sample_rows(
 
 
 def cosine_by_round(round_idx: int, num_rounds: int, lr: float, lr_min: float) -> float:
-    """Learning rate of a round, constant within it: cosine from ``lr`` to ``lr_min`` (OpenFedLLM)."""
+    """Learning rate of a round: cosine from ``lr`` towards ``lr_min`` (OpenFedLLM)."""
     return lr_min + 0.5 * (lr - lr_min) * (1.0 + math.cos(math.pi * round_idx / num_rounds))
 
 

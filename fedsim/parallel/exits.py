@@ -1,7 +1,8 @@
-"""Exit of the processes of a run that cannot go on: one names the cause and the place, the others end quietly.
+"""Exit of a run's processes after a failure: one reports its cause and place, the others exit.
 
-An error that all ranks share leaves on rank 0, any other on the rank that raised it. A rank that dies, or stands still,
-says nothing: those that miss it find out from the ranks' logs who it was and where.
+Rank 0 reports an error that all ranks share, and the rank that raised it any other. A rank that
+died or is stopped cannot report: the ranks that miss it look it up in the ranks' logs
+(:mod:`fedsim.parallel.blame`).
 """
 
 from __future__ import annotations
@@ -31,19 +32,22 @@ from fedsim.parallel.blame import Blame, blame, cause_of
 from fedsim.parallel.signals import GRACE_S, signal_name
 
 GRANT_S: Final = 3.0
-"""Seconds that ranks give rank 0 to fail too, and so to speak for all."""
+"""Seconds that ranks wait for rank 0 to fail too, which then reports for all."""
 
 QUIET_EXIT_S: Final = 1.0
 """Seconds that a quiet rank waits before it exits: launchers end every rank when one exits."""
 
 LAST_S: Final = 30.0
-"""Seconds that taking the process group down may take; then the process ends itself, whatever holds it."""
+"""Seconds that the process group's teardown may take before the process is killed."""
 
 GOES_ON: Final = "start the same command again: it goes on after the last finished round"
 
 
 def to_picklable(error: Exception, journal: Journal) -> FedsimError:
-    """An error that can travel to other ranks: fedsim's own as it is, any other with its traceback as text."""
+    """Turn an error into one that other ranks can unpickle.
+
+    fedsim's own are returned unchanged; others carry their traceback as text.
+    """
     if isinstance(error, FedsimError):
         found: FedsimError = error
     elif is_disk_full(error):
@@ -61,7 +65,7 @@ def to_picklable(error: Exception, journal: Journal) -> FedsimError:
 
 @contextmanager
 def kill_after(seconds: float) -> Iterator[None]:
-    """End the process if the block takes longer."""
+    """Kill this process, with status 2, if the block takes longer than ``seconds``."""
     last = threading.Timer(seconds, os._exit, (2,))
     last.daemon = True
     last.start()
@@ -73,7 +77,7 @@ def kill_after(seconds: float) -> Iterator[None]:
 
 @contextmanager
 def single_process(journal: Journal) -> Iterator[None]:
-    """The block of a run of one process: an error is also left in its log and in ``exit.json``."""
+    """Context of a run with one process: an error also goes to its log and to ``exit.json``."""
     try:
         yield
     except Exception as error:
@@ -85,16 +89,21 @@ def single_process(journal: Journal) -> Iterator[None]:
 
 
 @contextmanager
-def multi_process(store: dist.Store, journal: Journal, size: int, timeout_s: float) -> Iterator[None]:
-    """The block of one rank of several: its error leaves as it is on the rank that speaks; the others exit.
+def multi_process(
+    store: dist.Store,
+    journal: Journal,
+    size: int,
+    timeout_s: float,
+) -> Iterator[None]:
+    """Context of one rank of several: the rank that reports raises its error, the others exit.
 
     Args:
         store: shared by all ranks.
-        timeout_s: how long a collective waits.
+        timeout_s: seconds that a collective waits.
 
     Raises:
-        LostRankError: in the place of a collective's error.
-        SystemExit: another rank speaks.
+        LostRankError: in place of a failed collective's error.
+        SystemExit: another rank reports.
     """
     try:
         yield
@@ -104,6 +113,7 @@ def multi_process(store: dist.Store, journal: Journal, size: int, timeout_s: flo
             _log_error(error, journal)
         else:
             journal.write(cause, message=str(error))
+        # One rank raises the error, all others exit with a status only.
         reported = _report(error, cause, store, journal, size, timeout_s)
         if reported is None:
             time.sleep(QUIET_EXIT_S)
@@ -119,7 +129,12 @@ def multi_process(store: dist.Store, journal: Journal, size: int, timeout_s: flo
 
 
 def _report(
-    error: Exception, cause: str | None, store: dist.Store, journal: Journal, size: int, timeout_s: float
+    error: Exception,
+    cause: str | None,
+    store: dist.Store,
+    journal: Journal,
+    size: int,
+    timeout_s: float,
 ) -> Exception | None:
     """Write this rank's error to ``exit.json``, if it is the rank that reports.
 
@@ -133,11 +148,12 @@ def _report(
     report = _should_report(store, journal, size)
     if report is Report.NO:
         return None
+    # A failed collective's own message says little: name the rank to blame instead.
     reported = error
     if cause is not None:
         reported = _lost_rank_error(error, journal, size, timeout_s)
     was_first = _write_exit_file(reported, journal)
-    # For a lost rank, or without the store's answer, several ranks may come here: the first one reports.
+    # For a lost rank, or without the store's answer, several ranks may get here: the first reports.
     must_be_first = report is Report.UNKNOWN or cause is not None
     if must_be_first and not was_first:
         return None
@@ -145,37 +161,44 @@ def _report(
 
 
 def exit_now(journal: Journal, number: int, size: int, at_once: bool = False) -> None:
-    """Say that a signal ends this process in mid-round: the first to write ``exit.json`` tells it.
+    """Report that a signal ends this process in mid-round, if no rank has written ``exit.json``.
 
-    A launcher also signals the ranks that are left when one has died: then that is the cause.
+    A launcher also signals the remaining ranks when one has died: then the dead rank is the cause.
 
     Args:
         at_once: do not wait for what other ranks may still write.
     """
     where = in_words(journal.place) or "the preparation"
     message = (
-        f"stopped: {signal_name(number)} came in {where}: what was begun there is done again when the same command is "
-        "started"
+        f"stopped: {signal_name(number)} came in {where}: what was begun there is done again when "
+        "the same command is started"
     )
     journal.write("stopped", message=message)
     reason: Reason = "stopped"
     place: Place = {"rank": journal.rank, **journal.place}
-    if size > 1 and not at_once and (blamed := _blamed(journal, size, None)) is not None:
-        reason, place, message = "lost rank", blamed.place, f"error: {blamed.text}; {GOES_ON}"
+    # A dead rank, if there is one, is the cause and not the signal.
+    if size > 1 and not at_once:
+        blamed = _blamed(journal, size, None)
+        if blamed is not None:
+            reason, place = "lost rank", blamed.place
+            message = f"error: {blamed.text}; {GOES_ON}"
     if journal.folder is None or write_ending(journal.folder, reason, 128 + number, message, place):
         print(message, file=sys.stderr, flush=True)
 
 
 def log_signal(journal: Journal, number: int) -> None:
-    """Note a signal in the log, and tell who presses Ctrl-C what follows; SIGTERM may be a launcher's own."""
+    """Log a signal; for Ctrl-C also print what follows (SIGTERM may be the launcher's own)."""
     journal.write("signal", name=signal_name(number))
     if journal.rank == 0 and number == signal.SIGINT:
-        told = f"the run ends after this round, or where it is in {GRACE_S:g} s; press Ctrl-C again to end it now"
-        print(f"{signal_name(number)}: {told}", file=sys.stderr, flush=True)
+        message = (
+            f"{signal_name(number)}: the run ends after this round, or where it is in {GRACE_S:g} "
+            "s; press Ctrl-C again to end it now"
+        )
+        print(message, file=sys.stderr, flush=True)
 
 
 def _log_error(error: Exception, journal: Journal) -> None:
-    """The error in this rank's log, with its place and, where it is a bug, its traceback."""
+    """Log an error with its place, and an error that is not fedsim's own with its traceback."""
     _set_place(error, journal, error)
     if isinstance(error, FedsimError):
         journal.write("error", message=line_of(error))
@@ -185,43 +208,57 @@ def _log_error(error: Exception, journal: Journal) -> None:
 
 
 def _write_exit_file(error: Exception, journal: Journal) -> bool:
-    """Write ``exit.json``; False if another rank was the first to."""
+    """Write ``exit.json``; False if another rank wrote it first."""
     if journal.folder is None:
         return True
-    known = error if isinstance(error, FedsimError) else unforeseen(error)
-    status = error.status if isinstance(error, FedsimError) else 1
-    reason: Reason = (
-        "stopped" if isinstance(error, Stopped) else "lost rank" if isinstance(error, LostRankError) else "error"
-    )
+    if isinstance(error, FedsimError):
+        known, status = error, error.status
+    else:
+        known, status = unforeseen(error), 1
+    reason: Reason = "error"
+    if isinstance(error, Stopped):
+        reason = "stopped"
+    elif isinstance(error, LostRankError):
+        reason = "lost rank"
     place = known.place or {"rank": journal.rank, **journal.place_of(error)}
     return write_ending(journal.folder, reason, status, line_of(known), place)
 
 
 def _set_place(error: Exception, journal: Journal, raised: Exception) -> None:
-    """Note rank, stage, round and client, unless they are known, or it is an error that names what it is about.
+    """Add rank, stage, round and client to an error that neither has them nor names its subject.
 
     Args:
-        raised: what was raised where this rank was.
+        raised: the error as it was raised on this rank; the journal knows its place.
     """
     names_its_own = isinstance(error, FedsimError) and not isinstance(error, RunError)
     where = journal.place_of(raised)
+    # Configuration and data errors name a key or a file, which a place would not help.
     if where and not names_its_own and not getattr(error, "place", None):
         vars(error)["place"] = {"rank": journal.rank, **where}
 
 
-def _lost_rank_error(error: Exception, journal: Journal, size: int, timeout_s: float) -> LostRankError:
-    """The collective's error in fedsim's words, with the rank to blame."""
+def _lost_rank_error(
+    error: Exception,
+    journal: Journal,
+    size: int,
+    timeout_s: float,
+) -> LostRankError:
+    """Error that replaces a failed collective's and names the rank to blame."""
     blamed = _blamed(journal, size, timeout_s)
     if blamed is None:
-        return LostRankError(f"another rank has left ({' '.join(str(error).split())[:200]}); {GOES_ON}")
+        said = " ".join(str(error).split())[:200]
+        return LostRankError(f"another rank has left ({said}); {GOES_ON}")
     found = LostRankError(f"{blamed.text}; {GOES_ON}")
     found.place = blamed.place
     return found
 
 
 def _blamed(journal: Journal, size: int, timeout_s: float | None) -> Blame | None:
+    """The ranks to blame among the others; None without a run directory, and so without logs."""
+    if journal.folder is None:
+        return None
     others = [rank for rank in range(size) if rank != journal.rank]
-    return None if journal.folder is None else blame(journal.folder, others, timeout_s)
+    return blame(journal.folder, others, timeout_s)
 
 
 class Report(Enum):
@@ -238,14 +275,16 @@ def _should_report(store: dist.Store, journal: Journal, size: int) -> Report:
 
     A store that does not answer may block for long, so a thread of its own asks it.
     """
+    # Stays empty where the store blocks.
     answers: list[Report] = []
     asking = threading.Thread(
-        target=lambda: answers.append(_ask_store(store, journal.rank)), daemon=True
+        target=lambda: answers.append(_ask_store(store, journal.rank)),
+        daemon=True,
     )
     asking.start()
     asking.join(2 * GRANT_S)
     holds_store = journal.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    if holds_store:
+    if holds_store:  # the others have yet to ask it
         atexit.register(_keep_store_alive, store, size)
     if not answers:
         return Report.UNKNOWN
@@ -271,7 +310,9 @@ def _ask_store(store: dist.Store, rank: int) -> Report:
         store.add("fedsim/failures", 1)
     except RuntimeError:
         return Report.UNKNOWN
-    return Report.YES if reports else Report.NO
+    if reports:
+        return Report.YES
+    return Report.NO
 
 
 def _keep_store_alive(store: dist.Store, size: int, patience_s: float = 10.0) -> None:
