@@ -98,7 +98,7 @@ def test_a_wheel_holds_code_kernels_configs_and_the_tiny_model(tmp_path: Path) -
     for file in (ROOT / "configs").rglob("*"):
         if file.is_file():
             assert f"fedsim/configs/{file.relative_to(ROOT / 'configs').as_posix()}" in names
-    for file in (ROOT / "fedsim" / "model" / "tiny").iterdir():
+    for file in (ROOT / "fedsim" / "world" / "tiny").iterdir():
         assert f"fedsim/world/tiny/{file.name}" in names
 
 
