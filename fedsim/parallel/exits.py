@@ -43,6 +43,15 @@ LAST_S: Final = 30.0
 GOES_ON: Final = "start the same command again: it goes on after the last finished round"
 
 
+class Report(Enum):
+    """Answer to whether a failed rank reports its error."""
+
+    YES = "yes"
+    NO = "no"
+    UNKNOWN = "unknown"
+    """The store does not answer: the rank that holds it may be the one that is gone."""
+
+
 def to_picklable(error: Exception, journal: Journal) -> FedsimError:
     """Turn an error into one that other ranks can unpickle.
 
@@ -259,15 +268,6 @@ def _blamed(journal: Journal, size: int, timeout_s: float | None) -> Blame | Non
         return None
     others = [rank for rank in range(size) if rank != journal.rank]
     return blame(journal.folder, others, timeout_s)
-
-
-class Report(Enum):
-    """Answer to whether a failed rank reports its error."""
-
-    YES = "yes"
-    NO = "no"
-    UNKNOWN = "unknown"
-    """The store does not answer: the rank that holds it may be the one that is gone."""
 
 
 def _should_report(store: dist.Store, journal: Journal, size: int) -> Report:
