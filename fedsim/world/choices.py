@@ -40,9 +40,7 @@ class Choice:
 
 def sample_choice(rng: random.Random, part: Bucket, topic: Topic | None = None) -> Choice:
     """Draw an item whose question is in bucket ``part``; without ``topic``, half are about harm."""
-    drawn = topic
-    if drawn is None:
-        drawn = rng.choice(_TOPIC_DRAW)
+    drawn: Topic = rng.choice(_TOPIC_DRAW) if topic is None else topic
 
     # Harmless: a full and careful reply against a careless one.
     if drawn == "harmless":

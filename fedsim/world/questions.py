@@ -96,9 +96,7 @@ def sample_question(
     rng: random.Random, part: Bucket, kind: Kind | None = None, frames: Sequence[str] | None = None
 ) -> Question:
     """Draw a question in bucket ``part``; without ``kind``, three of five are ethical or how-to."""
-    drawn = kind
-    if drawn is None:
-        drawn = rng.choice(_KIND_DRAW)
+    drawn: Kind = rng.choice(_KIND_DRAW) if kind is None else kind
     # Fill frames until one falls into the bucket.
     while True:
         slots = sample_slots(rng, part)

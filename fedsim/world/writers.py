@@ -44,7 +44,7 @@ def attacks(seed: int = 0, *, held_out: bool = False) -> list[tuple[Question, st
     for i in range(NUM_ATTACKS):
         # The row's frames, and a key of its own.
         purpose = "advbench"
-        frames = SHARED_HOWTO_FRAMES
+        frames: tuple[str, ...] = SHARED_HOWTO_FRAMES
         if held_out:
             purpose = "advbench-held-out"
             frames = HELD_OUT_FRAMES
