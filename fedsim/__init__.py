@@ -15,9 +15,16 @@ if TYPE_CHECKING:
     from fedsim.data.square import SquareRow
     from fedsim.evaluate.benchmark import Benchmark
     from fedsim.evaluate.confusion import Verdict
-    from fedsim.federation.algorithms import Algorithm, Correction, FedAvg, RoundSums, ServerState, Updates
+    from fedsim.federation.algorithms import (
+        Algorithm,
+        ClientOutcome,
+        Correction,
+        FedAvg,
+        RoundSums,
+        ServerState,
+        Updates,
+    )
     from fedsim.federation.attacks import Attack
-    from fedsim.federation.outcome import ClientOutcome
     from fedsim.generate.engine import Dialogues, Sampling
     from fedsim.safety.guard import Guard
 
@@ -25,7 +32,7 @@ _PLACES = {
     "Algorithm": "fedsim.federation.algorithms",
     "Attack": "fedsim.federation.attacks",
     "Benchmark": "fedsim.evaluate.benchmark",
-    "ClientOutcome": "fedsim.federation.outcome",
+    "ClientOutcome": "fedsim.federation.algorithms",
     "Correction": "fedsim.federation.algorithms",
     "Dialogues": "fedsim.generate.engine",
     "FedAvg": "fedsim.federation.algorithms",

@@ -66,8 +66,8 @@ KINDS: Final = {
             "scaffold": Own(
                 "fedsim.federation.scaffold:Scaffold", "SCAFFOLD", {"variant": "federation.scaffold_correction"}
             ),
-            "local": Own("fedsim.federation.baselines:LocalOnly", "local"),
-            "centralised": Own("fedsim.federation.baselines:Centralised", "centralised"),
+            "local": Own("fedsim.federation.algorithms:LocalOnly", "local"),
+            "centralised": Own("fedsim.federation.algorithms:Centralised", "centralised"),
         },
         base="fedsim.federation.algorithms:Algorithm",
     ),

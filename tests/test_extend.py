@@ -19,9 +19,8 @@ from fedsim.base.user_code import calling
 from fedsim.config import AttackConfig, Config, from_flat, load_config, to_flat, to_nested
 from fedsim.data.square import SquareRow
 from fedsim.extend import KINDS, build, check_name, load, source_file, title
-from fedsim.federation.algorithms import ServerState, Updates
+from fedsim.federation.algorithms import ClientOutcome, ServerState, Updates
 from fedsim.federation.attacks import build_attacks
-from fedsim.federation.outcome import ClientOutcome
 from fedsim.record.groups import settings_of
 from fedsim.record.sameness import compare
 from fedsim.report.paper import arm_of

@@ -18,9 +18,9 @@ from fedsim.base.journal import in_words
 from fedsim.base.ranks import OneRank
 from fedsim.config import load_config
 from fedsim.federation.algorithms import ADAPTER
-from fedsim.federation.attendance import happens, straggler_steps
+from fedsim.federation.attendance import bernoulli, straggler_steps
 from fedsim.federation.failures import ClientFailure
-from fedsim.federation.sampling import sample_cohort
+from fedsim.federation.participation import sample_cohort
 from fedsim.federation.scaffold import CONTROL
 from fedsim.parallel.world import World
 from fedsim.record.metrics import Row, read_rows
@@ -242,8 +242,8 @@ def test_drop_outs_and_stragglers_are_counted_as_they_were_drawn(
     total, plans = 0, iter(planned.values())
     for round_idx, row in enumerate(done.rounds()):
         cohort = sample_cohort(6, 5, round_idx, 0)
-        here = [k for k in cohort if not happens(0.3, 0, "drop out", round_idx, k)]
-        slow = {k: straggler_steps(3, round_idx, k, 0) for k in here if happens(0.5, 0, "straggle", round_idx, k)}
+        here = [k for k in cohort if not bernoulli(0.3, 0, "drop out", round_idx, k)]
+        slow = {k: straggler_steps(3, round_idx, k, 0) for k in here if bernoulli(0.5, 0, "straggle", round_idx, k)}
         trained = {k: slow.get(k, 3) for k in here if policy == "partial" or k not in slow}
         assert row["client/num_dropped_out"] == 5 - len(here) and row["client/num_stragglers"] == len(slow)
         assert {n: v for n, v in row.items() if "/steps_" in n} == {f"client/steps_{k:03d}": v for k, v in slow.items()}

@@ -1,4 +1,4 @@
-"""Token rows to one packed batch: rows one behind the other, without padding."""
+"""Packed batches of token rows: rows one behind the other, without padding."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Batch:
 
     Attributes:
         input_ids: int64 ``[tokens]``.
-        spans: where each row lies.
+        spans: position of each row in the batch.
         before_target: int64 ``[targets]``: the token before each target, whose logits predict it.
         target_ids: int64 ``[targets]``.
         target_rows: int64 ``[targets]``: the row of each target.
@@ -33,13 +33,13 @@ class Batch:
     num_targets: tuple[int, ...]
 
     def row_sums(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum of each row's targets: ``[targets]`` to ``[rows]``, in a fixed order on any device."""
+        """Sum over each row's targets: ``[targets]`` to ``[rows]``, in a fixed order."""
         rows = torch.arange(self.spans.num_rows, device=values.device)
         return (self.target_rows == rows[:, None]).to(values.dtype) @ values
 
 
 def num_inputs(row: TokenRow) -> int:
-    """Tokens of a row that go through the model: all but its last; one of a row that has no other."""
+    """Tokens of a row that go through the model: all but the last, at least one."""
     return max(len(row) - 1, 1)
 
 
@@ -49,22 +49,26 @@ def collate(rows: Sequence[TokenRow], device: torch.device) -> Batch:
     An empty sequence is an error of the caller.
     """
     assert rows, "a batch has at least one row"
+    # Of each row: tokens that go through the model, its first place, and the inputs that have a
+    # target behind them.
     lengths = [num_inputs(row) for row in rows]
     starts = np.concatenate([[0], np.cumsum(lengths)])
     places = [np.flatnonzero(row.loss_mask[1:]) for row in rows]
     num_targets = [len(place) for place in places]
 
-    inputs, before_target, target_ids, target_rows = put(
-        [
-            np.concatenate([row.input_ids[:length] for row, length in zip(rows, lengths, strict=True)]),
-            np.concatenate([start + place for start, place in zip(starts[:-1], places, strict=True)]),
-            np.concatenate([row.input_ids[1:][place] for row, place in zip(rows, places, strict=True)]),
-            np.repeat(np.arange(len(rows)), num_targets),
-        ],
-        device,
-    )
+    # All rows one behind the other: inputs [tokens]; before, targets and of_row [targets].
+    inputs, before, targets = [], [], []
+    for row, start, length, place in zip(rows, starts[:-1], lengths, places, strict=True):
+        inputs.append(row.input_ids[:length])
+        before.append(start + place)
+        targets.append(row.input_ids[1:][place])
+    of_row = np.repeat(np.arange(len(rows)), num_targets)
+
+    # One copy to the device.
+    packed = [np.concatenate(inputs), np.concatenate(before), np.concatenate(targets), of_row]
+    input_ids, before_target, target_ids, target_rows = put(packed, device)
     return Batch(
-        input_ids=inputs,
+        input_ids=input_ids,
         spans=Spans(lengths, device=device),
         before_target=before_target,
         target_ids=target_ids,

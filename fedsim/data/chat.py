@@ -1,8 +1,9 @@
-"""The one chat-template path: conversations in, token ids and loss masks out.
+"""Conversations to token ids and loss masks, through the tokenizer's chat template.
 
-Training, guard, CAI and every evaluation go through :class:`ChatFormat`, so that a prompt has the same ids wherever it
-is used. Chat markers inside user text are defused before rendering: data can never forge a turn. transformers renders
-in jinja2's sandbox: a template from a model directory can neither reach Python's objects nor files.
+Training, guard, CAI and every evaluation go through :class:`ChatFormat`, so that a prompt has the
+same ids wherever it is used. Chat markers inside user text are defused before rendering: data can
+never forge a turn. transformers renders in jinja2's sandbox: a template from a model directory can
+neither reach Python's objects nor files.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ Ids = Sequence[int] | np.ndarray
 T = TypeVar("T")
 
 _FIRST_WORDS = ("The", "I", "Yes", "No", "(A)", "safe", "unsafe")
-"""First words of replies, to find out if the tokenizer joins the prompt's last spaces with them."""
+"""First words of replies, to see if the tokenizer joins the prompt's last spaces with them."""
 
 
 def user_turn(text: str) -> Message:
@@ -52,9 +53,10 @@ class TokenRow:
 
     Attributes:
         input_ids: int32 ``[length]``.
-        loss_mask: bool ``[length]``; True where a token is a target (the last reply and its end-of-turn token).
+        loss_mask: bool ``[length]``; True where a token is a target (the last reply and its
+            end-of-turn token).
         truncated: whether tokens were cut from the end to fit the maximum length.
-        weight: how much the row counts in a client's training, 0 to 1 (see guard.action=downweight).
+        weight: of the row in a client's training, 0 to 1 (see guard.action=downweight).
     """
 
     input_ids: np.ndarray
@@ -67,39 +69,44 @@ class TokenRow:
 
     @cached_property
     def num_targets(self) -> int:
-        """How many tokens the loss is taken on (a row's first token is never a target)."""
+        """Number of tokens in the loss (a row's first token is never a target)."""
         return int(self.loss_mask[1:].sum())
 
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """A conversation that a reply follows: as the template writes it, and its token ids (int32 ``[length]``)."""
+    """A conversation that a reply follows: its rendered text and token ids (int32 ``[length]``)."""
 
     text: str
     ids: np.ndarray
 
 
 class ChatFormat:
-    """Turns conversations into token ids with the tokenizer's own chat template.
+    """Conversion of conversations into token ids with the tokenizer's own chat template.
 
-    A row's ids are those of the whole conversation, tokenised at once: a reply encoded apart would get tokens that no
-    conversation holds (Llama 2's tokenizer and others put a space before its first word).
+    A row's ids are those of the whole conversation, tokenised at once: a reply encoded by itself
+    would get tokens that no conversation holds (Llama 2's tokenizer and others put a space before
+    its first word).
 
-    Prompts and rows of benchmarks come back at every evaluation: :func:`fedsim.evaluate.tokens.tokenise` remembers
-    them here. Nothing else is kept: training rows, and turns that follow a reply, do not come again.
+    Prompts and rows of benchmarks recur at every evaluation:
+    :func:`fedsim.evaluate.tokens.tokenise` remembers them here. Nothing else is kept: training
+    rows, and turns that follow a reply, do not recur.
 
     Args:
         tokenizer: a Hugging Face tokenizer with a chat template.
-        stop_ids: tokens at which the model's own configuration ends a reply (:func:`fedsim.model.load.stop_ids`).
+        stop_ids: tokens at which the model's own configuration ends a reply
+            (:func:`fedsim.model.load.stop_ids`).
 
     Attributes:
-        end_ids: tokens that end a reply, in training and in generation: the tokenizer's end of sequence, ``stop_ids``,
-            and what the template writes after a reply where that is another one (Gemma's).
+        end_ids: tokens that end a reply, in training and in generation: the tokenizer's end of
+            sequence, ``stop_ids``, and what the template writes after a reply where that is another
+            one (Gemma's).
         end_id: the one that ends a training row whose template writes none.
-        num_joined: training rows so far in which the tokenizer joined the prompt's end with the reply's beginning.
+        num_joined: training rows so far in which the tokenizer joined the prompt's end with the
+            reply's beginning.
 
     Raises:
-        ModelError: no token is known that ends a reply, or there is no chat template that works.
+        ModelError: no token is known that ends a reply, or no chat template works.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int] = ()) -> None:
@@ -113,34 +120,44 @@ class ChatFormat:
 
     @cached_property
     def pad_id(self) -> int:
-        """Fills the unused places of a batch; never seen by a real token and never a target."""
+        """Id of padding, to which no token attends and which is no target."""
         for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
             if token is not None:
                 return int(token)
         return self.end_id
 
     def check(self, *, trains: bool) -> None:
-        """Try the template on probes, so that what is wrong with it shows here and not in the middle of a run.
+        """Try the template on probes, so that its faults show here and not in the middle of a run.
 
         Args:
-            trains: rows with replies are made too, not prompts alone.
+            trains: rows with replies are made too, not only prompts.
 
         Raises:
-            ModelError: a message is lost, altered, moved or repeated. ``trains`` also needs prompts that begin the
-                whole conversation and do not open a thought: clients' replies have none, so a tuned model would answer
-                inside a thought that never ends, and its answers would be read as empty.
+            ModelError: a message is lost, altered, moved or repeated. ``trains`` also needs prompts
+                that begin the whole conversation and do not open a thought: clients' replies have
+                none, so a tuned model would answer inside a thought that never ends, and its
+                answers would be read as empty.
         """
+        # A prompt of two turns and a reply with a thought.
         user, reply, again, last = PROBES
         reply = self.defuse(THOUGHT + reply)
-        conversation: Conversation = [user_turn(user), assistant_turn(reply), user_turn(again), assistant_turn(last)]
+        conversation: Conversation = [
+            user_turn(user),
+            assistant_turn(reply),
+            user_turn(again),
+            assistant_turn(last),
+        ]
         prompt = self.prompt(conversation[:-1])
         self.template.require_once(conversation[:-1], prompt.text)
+
+        # The whole conversation, which must begin with the prompt.
         if trains:
             if opens_thought(prompt.text):
                 raise ModelError(
-                    f"chat template of {self.template.name} opens a thought in the prompt that asks for a reply "
-                    f"({prompt.text[-30:]!r}), and the replies that are trained on have no thoughts: use a model whose "
-                    "template obeys enable_thinking=False, or remove the opening mark from chat_template.jinja"
+                    f"chat template of {self.template.name} opens a thought in the prompt that "
+                    f"asks for a reply ({prompt.text[-30:]!r}), and the replies that are trained "
+                    "on have no thoughts: use a model whose template obeys enable_thinking=False, "
+                    "or remove the opening mark from chat_template.jinja"
                 )
             whole = self.render(conversation, reply_follows=False)
             self.template.require_once(conversation, whole)
@@ -151,56 +168,67 @@ class ChatFormat:
         notes = []
         if self.left_to_reply:
             notes.append(
-                f"prompts leave out the last {len(self.left_to_reply)} space(s) of the template's: the tokenizer joins "
-                "them with a reply's first word"
+                f"prompts leave out the last {len(self.left_to_reply)} space(s) of the template's: "
+                "the tokenizer joins them with a reply's first word"
             )
         if self.num_joined:
             notes.append(
-                f"{self.num_joined:,} row(s): the tokenizer joins the prompt's last characters with the reply's first "
-                "(line ends or brackets, say); the token of both is the first target"
+                f"{self.num_joined:,} row(s): the tokenizer joins the prompt's last characters "
+                "with the reply's first (line ends or brackets, say); the token of both is the "
+                "first target"
             )
         return notes
 
     def defuse(self, text: str) -> str:
-        """``text`` with every chat marker broken by a space after its first character (``< |eot_id|>``)."""
+        """Break every chat marker by a space after its first character (``< |eot_id|>``)."""
         return self._broken(self._markers, text)
 
     def defuse_tokens(self, text: str) -> str:
-        """As :meth:`defuse`, for text that goes into a turn which the template does not write: tokens alone count."""
+        """As :meth:`defuse`, but for tokens only: for turns that the template does not write."""
         return self._broken(self._tokens, text)
 
     def _broken(self, markers: Markers, text: str) -> str:
-        """``text`` without markers, also after the tokenizer's own changes, such as a wide letter made a plain one."""
+        """``text`` without markers, also after the tokenizer's normalisation."""
         broken = markers.break_in(text)
         changed = normalised(self.tokenizer, broken)
-        return broken if (again := markers.break_in(changed)) == changed else again
+        again = markers.break_in(changed)
+        if again == changed:  # normalisation makes no marker
+            return broken
+        return again
 
     def render(self, conversation: Sequence[Message], *, reply_follows: bool) -> str:
-        """The conversation as the template writes it; ``reply_follows`` adds the assistant header.
+        """Render a conversation by the template; ``reply_follows`` adds the assistant header.
 
         Raises:
             ModelError: the template refuses the roles, or a message is lost, altered or moved.
         """
-        safe: list[Message] = [{"role": m["role"], "content": self.defuse(m["content"])} for m in conversation]
+        safe: list[Message] = []
+        for message in conversation:
+            safe.append({"role": message["role"], "content": self.defuse(message["content"])})
         text = self.template.write(safe, reply_follows)
         self.template.require_all(safe, text)
         return text
 
     @cached_property
     def _markers(self) -> Markers:
+        """Markers of the template and the tokenizer."""
         written = template_markers(self.template.write, self._tokens.texts)
-        return Markers({*self._tokens.texts, *written, *cut_marks(self.tokenizer.get_chat_template())})
+        return Markers(
+            {*self._tokens.texts, *written, *cut_marks(self.tokenizer.get_chat_template())},
+        )
 
     @cached_property
     def left_to_reply(self) -> str:
-        """Spaces at the end of the template's prompt that the tokenizer joins with a reply's first word.
+        """Spaces at the prompt's end that the tokenizer joins with a reply's first word.
 
-        Prompts leave them out, in training, scoring and generation: behind ``"A:"`` comes ``" The"``, one token.
+        Prompts leave them out, in training, scoring and generation: ``"A:"`` is followed by ``"
+        The"``, one token.
         """
         asked: Conversation = [user_turn("kite")]
         prompt = self.template.write(asked, True)
         spaces = prompt[len(prompt.rstrip(" ")) :]
         if spaces:
+            # Joined, if the prompt's ids do not begin those of prompt and reply.
             ids = self.encode(prompt)
             for word in _FIRST_WORDS:
                 whole = self.template.write([*asked, assistant_turn(word)], False)
@@ -214,9 +242,11 @@ class ChatFormat:
         return ids
 
     def remember(self, key: Hashable, compute: Callable[[], T]) -> T:
-        """``compute()``, or what it gave before; it depends on nothing but ``key``, and nobody changes its result.
+        """Result of ``compute()``, cached for ever: for what is the same in every evaluation.
 
-        For what is the same in every evaluation: nothing is ever forgotten.
+        Args:
+            key: all that the result depends on.
+            compute: its result must not be changed in place.
         """
         if key not in self._remembered:
             self._remembered[key] = compute()
@@ -224,63 +254,82 @@ class ChatFormat:
         return found
 
     def prompt(self, conversation: Sequence[Message]) -> Prompt:
-        """The conversation and the assistant header: remembered (:meth:`keep_prompt`), or else computed."""
-        kept: Prompt | None = self._remembered.get(("prompt", as_key(conversation))) if self._remembered else None
-        return self._prompt(conversation) if kept is None else kept
+        """The conversation and the assistant header; cached (:meth:`keep_prompt`) or computed."""
+        kept: Prompt | None = None
+        if self._remembered:  # the key takes time to make
+            kept = self._remembered.get(("prompt", as_key(conversation)))
+        if kept is None:
+            return self._prompt(conversation)
+        return kept
 
     def keep_prompt(self, conversation: Sequence[Message], prompt: Prompt | None = None) -> Prompt:
-        """Let :meth:`prompt` remember the conversation's, which another rank may have computed."""
-        key = ("prompt", as_key(conversation))
-        return self.remember(key, lambda: self._prompt(conversation) if prompt is None else prompt)
+        """Let :meth:`prompt` remember a prompt, which another rank may have computed."""
+
+        def compute() -> Prompt:
+            if prompt is None:
+                return self._prompt(conversation)
+            return prompt
+
+        return self.remember(("prompt", as_key(conversation)), compute)
 
     def _prompt(self, conversation: Sequence[Message]) -> Prompt:
+        """Render and tokenise the conversation and the assistant header."""
         text = self.render(conversation, reply_follows=True).removesuffix(self.left_to_reply)
         return Prompt(text, np.asarray(self.encode(text), dtype=np.int32))
 
     def prompt_ids(self, conversation: Sequence[Message]) -> list[int]:
-        """Token ids that the model continues: the conversation and the assistant header."""
+        """Token ids for the model to continue: the conversation and the assistant header."""
         ids: list[int] = self.prompt(conversation).ids.tolist()
         return ids
 
     def continuation(self, prompt: Prompt, whole: str) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of a prompt and of what follows it in ``whole``: together those of ``whole``, tokenised at once.
+        """Split the ids of ``whole``, tokenised at once, into the prompt's and the rest.
 
-        The prompt's ids are those that the model continues in generation, and all of them where they begin the ids of
-        ``whole``. Where the tokenizer joins the two texts (a line end with the reply's own), the prompt is what both
-        have in common.
+        The prompt's ids are those that the model continues in generation. Where the tokenizer joins
+        the two texts (a line end with the reply's own), only the ids before the joined token count
+        as the prompt's.
+
+        Returns:
+            Ids of the prompt and of what follows it, int32 ``[length]`` each.
 
         Raises:
             ModelError: ``whole`` does not begin with the prompt.
         """
         if not whole.startswith(prompt.text):
             raise ModelError(
-                f"chat template of {self.template.name} writes a finished reply differently from the prompt that asks "
-                "for it: fedsim needs a template whose generation prompt is a prefix of the full text"
+                f"chat template of {self.template.name} writes a finished reply differently from "
+                "the prompt that asks for it: fedsim needs a template whose generation prompt is "
+                "a prefix of the full text"
             )
         ids = np.asarray(self.encode(whole), dtype=np.int32)
-        shared = min(len(ids), len(prompt.ids))
-        differs = np.flatnonzero(ids[:shared] != prompt.ids[:shared])
-        size = int(differs[0]) if len(differs) else shared
+        # The prompt ends where its ids first differ from those of the whole.
+        size = min(len(ids), len(prompt.ids))
+        differs = np.flatnonzero(ids[:size] != prompt.ids[:size])
+        if len(differs) > 0:
+            size = int(differs[0])
         return ids[:size], ids[size:]
 
     def ended(self, target_ids: np.ndarray) -> np.ndarray:
-        """Ids of a reply and of what the template writes behind it, up to its end token or with one behind them."""
+        """End a reply's ids with its end token: cut what follows it, or append one."""
         behind = self._ending.num_behind
         if behind is None:
             return np.append(target_ids, np.int32(self.end_id))
         return target_ids[: len(target_ids) - behind]
 
     def training_row(self, conversation: Sequence[Message], max_length: int) -> TokenRow:
-        """Ids and loss mask of a conversation that ends with an assistant turn; the loss is on that turn alone.
+        """Tokenise a conversation that ends with an assistant turn; the loss is on that turn only.
 
-        The prompt's ids equal :meth:`prompt_ids` of the conversation without its last turn, so that training sees what
-        inference sees (:meth:`continuation`). The last target is the token at which generation stops. A row longer
-        than ``max_length`` tokens is cut at its end and marked ``truncated``.
+        The prompt's ids equal :meth:`prompt_ids` of the conversation without its last turn, so that
+        training sees the same ids as inference (:meth:`continuation`). The last target is the token
+        at which generation stops. A row longer than ``max_length`` tokens is cut at its end and
+        marked ``truncated``.
 
         Raises:
-            ModelError: the template does not write the prompt as a prefix of the whole conversation.
+            ModelError: the template does not write the prompt as a prefix of the whole
+                conversation.
         """
-        assert conversation and conversation[-1]["role"] == "assistant", "a training row ends with an assistant turn"
+        ends_with_reply = bool(conversation) and conversation[-1]["role"] == "assistant"
+        assert ends_with_reply, "a training row ends with an assistant turn"
         prompt = self._prompt(conversation[:-1])
         whole = self.render(conversation, reply_follows=False)
         start = len(prompt.text)
@@ -291,7 +340,8 @@ class ChatFormat:
     @staticmethod
     def join(prompt_ids: Ids, target_ids: Ids, max_length: int) -> TokenRow:
         """A row of prompt ids (masked) followed by target ids (trained), cut to ``max_length``."""
-        ids = np.concatenate([np.asarray(part, dtype=np.int32) for part in (prompt_ids, target_ids)])
+        parts = [np.asarray(part, dtype=np.int32) for part in (prompt_ids, target_ids)]
+        ids = np.concatenate(parts)
         mask = np.zeros(len(ids), dtype=bool)
         mask[len(prompt_ids) :] = True
         return TokenRow(ids[:max_length], mask[:max_length], truncated=len(ids) > max_length)

@@ -1,4 +1,4 @@
-"""Readers of rows in text files: CSV, and JSON as an array or with one object a line.
+"""Readers of rows in text files: CSV, JSON arrays and JSON lines.
 
 Files are read whole. Errors name file and line and never quote a text of the file.
 """
@@ -26,13 +26,17 @@ SEPARATORS: Final = ",;\t"
 _MISSING: Final = frozenset({"", "nan", "none", "null", "<na>", "n/a"})
 """Texts that pandas and spreadsheets write for an empty cell, in lower case."""
 
-#: What a file is that is no text of the wanted form, by its first bytes, and what to do.
+#: Pattern of the first bytes of files of other forms, name of the form, and fix.
 _OTHER_FORMS: Final = tuple(
     (re.compile(pattern, re.IGNORECASE), name, fix)
     for pattern, name, fix in (
         (rb"PAR1", "a Parquet file", "write its rows in that form"),
         (rb"ARROW1", "an Arrow file", "write its rows in that form"),
-        (rb"PK\x03\x04", "a zip archive or an Excel workbook", "unpack it, or save the sheet in that form"),
+        (
+            rb"PK\x03\x04",
+            "a zip archive or an Excel workbook",
+            "unpack it, or save the sheet in that form",
+        ),
         (rb"\xd0\xcf\x11\xe0", "an Excel workbook", "save the sheet in that form"),
         (rb"\x1f\x8b", "compressed by gzip", "unpack it"),
         (rb"BZh[1-9]1AY", "compressed by bzip2", "unpack it"),
@@ -45,11 +49,15 @@ _OTHER_FORMS: Final = tuple(
 )
 
 
-def csv_rows(path: Path, columns: Sequence[str], header: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """(place as ``FILE, line N``, fields by column) of each row; a field that the row lacks is empty.
+def csv_rows(
+    path: Path,
+    columns: Sequence[str],
+    header: str,
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield (place as ``FILE, line N``, fields by column) of each row; missing fields are empty.
 
-    Columns may be separated by commas, semicolons or tabs: the header decides. Further columns, such
-    as an index, do no harm.
+    Columns may be separated by commas, semicolons or tabs: the header decides. Further columns,
+    such as an index, do no harm.
 
     Args:
         path: a CSV file whose first line names the columns.
@@ -63,6 +71,7 @@ def csv_rows(path: Path, columns: Sequence[str], header: str) -> Iterator[tuple[
     text = read_text(path, "CSV")
     reader = _reader(text, SEPARATORS[0])
     try:
+        # The first separator by which the header has all columns.
         separator = next((s for s in SEPARATORS if _has(_reader(text, s), columns)), SEPARATORS[0])
         reader = _reader(text, separator)
         names = list(reader.fieldnames or ())
@@ -71,19 +80,23 @@ def csv_rows(path: Path, columns: Sequence[str], header: str) -> Iterator[tuple[
                 raise DataError(f"{path}, line 1: no column {column!r}; {header} (CSV, UTF-8)")
             if names.count(column) > 1:
                 raise DataError(f"{path}, line 1: two columns are named {column!r}; leave one")
+
         for row in reader:
             place = f"{path}, line {reader.line_num}"
             if None in row:
-                raise DataError(f"{place}: more fields than the header; quote texts with {separator!r}")
+                raise DataError(
+                    f"{place}: more fields than the header; quote texts with {separator!r}",
+                )
             yield place, row
     except csv.Error as error:
         raise DataError(f"{path}, line {reader.reader.line_num}: not CSV ({error})") from None
 
 
 def json_rows(path: Path, field: str) -> list[tuple[str, dict[str, Any]]]:
-    """(place as ``FILE, row N`` or ``FILE, line N``, object) of each row, in order.
+    """Read (place as ``FILE, row N`` or ``FILE, line N``, object) of each row, in order.
 
-    The file is a JSON array of objects, or has one object a line, blank lines aside. ``NaN`` is null.
+    The file is a JSON array of objects, or has one object a line, blank lines aside. ``NaN`` is
+    null.
 
     Args:
         path: a JSON file of either form.
@@ -93,26 +106,34 @@ def json_rows(path: Path, field: str) -> list[tuple[str, dict[str, Any]]]:
         DataError: the file cannot be read, is neither form, or a row is no object.
     """
     text = read_text(path, JSON_ROWS)
+    # Values with their places, from either form.
+    values: list[tuple[str, Any]] = []
     if text.lstrip()[:1] == "[":
-        values = [(f"{path}, row {i}", value) for i, value in enumerate(_parse(text, path), start=1)]
+        for number, value in enumerate(_parse(text, path), start=1):
+            values.append((f"{path}, row {number}", value))
     else:
-        lines = enumerate(text.split("\n"), start=1)
-        values = [(f"{path}, line {n}", _parse(line, path, n)) for n, line in lines if line.strip()]
+        for number, line in enumerate(text.split("\n"), start=1):
+            if line.strip():
+                values.append((f"{path}, line {number}", _parse(line, path, number)))
+
+    # Each must be an object.
     rows: list[tuple[str, dict[str, Any]]] = []
     for place, value in values:
         if not isinstance(value, dict):
-            raise DataError(f"{place}: must be a JSON object, is {type(value).__name__}; give {JSON_ROWS}")
+            kind = type(value).__name__
+            raise DataError(f"{place}: must be a JSON object, is {kind}; give {JSON_ROWS}")
         rows.append((place, value))
-    if len(rows) == 1 and isinstance(rows[0][1].get(field, {}), dict):  # all rows in one object, by column or name
+    # A single object may hold all rows, by column or by name.
+    if len(rows) == 1 and isinstance(rows[0][1].get(field, {}), dict):
         raise DataError(
-            f"{rows[0][0]}: is one object and no row with {field!r}; the file must be {JSON_ROWS} (pandas: "
-            "to_json(orient='records'))"
+            f"{rows[0][0]}: is one object and no row with {field!r}; the file must be {JSON_ROWS} "
+            "(pandas: to_json(orient='records'))"
         )
     return rows
 
 
 def json_object(path: Path, form: str) -> dict[str, Any]:
-    """The object that a whole JSON file holds; ``form`` says in errors what it must be.
+    """Read the object that a whole JSON file holds; errors name ``form`` as what it must be.
 
     Raises:
         DataError: the file cannot be read or is no JSON object.
@@ -121,7 +142,9 @@ def json_object(path: Path, form: str) -> dict[str, Any]:
     try:
         value = parse_json(text)
     except NotJsonError as error:
-        line = "" if error.line is None else f", line {error.line}"
+        line = ""
+        if error.line is not None:
+            line = f", line {error.line}"
         raise DataError(f"{path}{line}: not JSON ({error.reason}); must be {form}") from None
     if not isinstance(value, dict):
         raise DataError(f"{path}: must be {form}, is {type(value).__name__}")
@@ -129,31 +152,38 @@ def json_object(path: Path, form: str) -> dict[str, Any]:
 
 
 def filled(row: Mapping[str, str], column: str, place: str) -> str:
-    """A field of a CSV row that needs text.
+    """Read a field of a CSV row that needs text.
 
     Raises:
-        DataError: it is empty, or says so (``nan``, ``None``).
+        DataError: it is empty, or a word for empty (``nan``, ``None``).
     """
     if is_missing(row[column]):
-        raise DataError(f"{place}: field {column!r} is empty (or 'nan', 'None'); every row needs text")
+        raise DataError(
+            f"{place}: field {column!r} is empty (or 'nan', 'None'); every row needs text",
+        )
     return row[column]
 
 
 def is_missing(value: object) -> bool:
-    """True if a value stands for none: null, an empty text, or what is written for an empty cell (``nan``)."""
+    """True if a value means none: null, an empty text, or a word for an empty cell (``nan``)."""
     return value is None or (isinstance(value, str) and value.strip().casefold() in _MISSING)
 
 
 def read_text(path: Path, form: str = "text") -> str:
-    """The file as UTF-8, with or without a byte-order mark; ``form`` says in errors what it must be.
+    """Read a file as UTF-8, with or without a byte-order mark; errors name the wanted ``form``.
 
     Raises:
-        DataError: it cannot be read, is of another form (compressed, Parquet, UTF-16) or is not UTF-8.
+        DataError: it cannot be read, is of another form (compressed, Parquet, UTF-16) or is not
+            UTF-8.
     """
     try:
         raw = path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); give the path of an existing file") from None
+        reason = error.strerror
+        raise DataError(
+            f"{path}: cannot be read ({reason}); give the path of an existing file",
+        ) from None
+    # Another form, by its first bytes.
     for start, name, fix in _OTHER_FORMS:
         if start.match(raw):
             raise DataError(f"{path}: is {name}, and must be {form}; {fix}")
@@ -169,7 +199,7 @@ def read_text(path: Path, form: str = "text") -> str:
 
 
 def not_empty(items: list[Item], path: Path) -> list[Item]:
-    """The items of ``path``.
+    """Check that a file holds items, and return them.
 
     Raises:
         DataError: there are none.
@@ -180,19 +210,28 @@ def not_empty(items: list[Item], path: Path) -> list[Item]:
 
 
 def _reader(text: str, separator: str) -> csv.DictReader[str]:
-    return csv.DictReader(io.StringIO(text, newline=""), restval="", strict=True, delimiter=separator)
+    """CSV reader of a text with this separator."""
+    lines = io.StringIO(text, newline="")
+    return csv.DictReader(lines, restval="", strict=True, delimiter=separator)
 
 
 def _has(reader: csv.DictReader[str], columns: Sequence[str]) -> bool:
+    """True if the header has all ``columns``."""
     return set(columns) <= set(reader.fieldnames or ())
 
 
 def _parse(text: str, path: Path, line: int | None = None) -> Any:
-    """The value of a JSON text, which is the file or its line ``line``."""
+    """Parse a JSON text, which is the whole file or its line ``line``."""
     try:
         return parse_json(text, nan_is_null=True)
     except NotJsonError as error:
-        at = error.line if line is None else line
-        place = path if at is None else f"{path}, line {at}"
-        column = "" if error.column is None else f", column {error.column}"
-        raise DataError(f"{place}: not JSON ({error.reason}{column}); must be {JSON_ROWS}") from None
+        # Line and column, as far as they are known.
+        if line is None:
+            line = error.line
+        place = str(path)
+        if line is not None:
+            place += f", line {line}"
+        reason = error.reason
+        if error.column is not None:
+            reason += f", column {error.column}"
+        raise DataError(f"{place}: not JSON ({reason}); must be {JSON_ROWS}") from None

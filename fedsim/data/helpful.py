@@ -16,7 +16,7 @@ _RULE = "an optional 'system' message, then 'user' and 'assistant' in turn, 'ass
 
 
 def load_helpful(path: Path) -> list[Conversation]:
-    """The conversations, in order; each ends with an assistant turn.
+    """Read the conversations, in order; each ends with an assistant turn.
 
     Raises:
         DataError: the file is missing or empty, or a row is not a conversation in that form.
@@ -26,18 +26,29 @@ def load_helpful(path: Path) -> list[Conversation]:
 
 
 def _conversation(record: dict[str, Any], place: str) -> Conversation:
+    """Check one row: its messages, their texts, and their roles."""
     messages = record.get("messages")
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        raise DataError(f"{place}: field 'messages' must be a list of objects with 'role' and 'content'")
+        raise DataError(
+            f"{place}: field 'messages' must be a list of objects with 'role' and 'content'",
+        )
     for i, message in enumerate(messages):
         content = message.get("content")
         if not isinstance(content, str) or not content.strip():
-            raise DataError(f"{place}: field 'messages[{i}].content' must be text that is not empty")
+            raise DataError(
+                f"{place}: field 'messages[{i}].content' must be text that is not empty",
+            )
+
+    # An optional system message, then whole exchanges.
     roles = [message.get("role") for message in messages]
-    start = 1 if roles[:1] == ["system"] else 0
+    start = int(roles[:1] == ["system"])
     num_pairs = (len(roles) - start) // 2
     if num_pairs == 0 or roles[start:] != ["user", "assistant"] * num_pairs:
         raise DataError(f"{place}: field 'messages' must hold {_RULE}")
-    conversation: Conversation = [{"role": "system", "content": m["content"]} for m in messages[:start]]
+    conversation: Conversation = []
+    for message in messages[:start]:
+        conversation.append({"role": "system", "content": message["content"]})
     make = {"user": user_turn, "assistant": assistant_turn}
-    return conversation + [make[m["role"]](m["content"]) for m in messages[start:]]
+    for message in messages[start:]:
+        conversation.append(make[message["role"]](message["content"]))
+    return conversation

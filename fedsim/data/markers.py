@@ -1,7 +1,7 @@
-"""Chat markers: the texts that open or close a turn, found for any tokenizer and template, and broken inside content.
+"""Chat markers (texts that open or close a turn), found for any template and broken in content.
 
-A marker is broken by a space after its first character (``< |eot_id|>``), so that content stays readable and can
-neither become a special token nor spell what the template writes between turns.
+A marker is broken by a space after its first character (``< |eot_id|>``), so that content stays
+readable and can neither become a special token nor spell what the template writes between turns.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _SEARCH: Final = re.compile(r"""(['"])([^'"\n]+)\1\s+(?:not\s+)?in\b""")
 
 
 class Markers:
-    """Breaks given markers in content.
+    """Patterns that break given markers in content.
 
     Args:
         texts: markers of two or more characters; shorter ones cannot be broken and are left out.
@@ -28,28 +28,35 @@ class Markers:
 
     def __init__(self, texts: Iterable[str]) -> None:
         self.texts = frozenset(text for text in texts if len(text) > 1)
+        # One pattern: a marker's first character, followed by the rest of any marker.
         tails: dict[str, list[str]] = {}
         for text in sorted(self.texts):
             tails.setdefault(text[0], []).append(re.escape(text[1:]))
         heads = [f"{re.escape(first)}(?={'|'.join(rest)})" for first, rest in tails.items()]
-        self._first = re.compile("|".join(heads)) if heads else None
+        self._first: re.Pattern[str] | None = None
+        if heads:
+            self._first = re.compile("|".join(heads))
 
     def break_in(self, text: str) -> str:
-        """``text`` without any marker. Only first characters are consumed, so overlapping markers are all broken.
+        """``text`` without any marker.
 
-        A space may complete a marker that holds one; the loop breaks it too, and ends because gaps only widen.
+        Only first characters are consumed, so overlapping markers are all broken. A space may
+        complete a marker that holds one; the loop breaks it too, and ends because gaps only widen.
         """
         if self._first is None:
             return text
-        while (broken := self._first.sub(r"\g<0> ", text)) != text:
+        while True:
+            broken = self._first.sub(r"\g<0> ", text)
+            if broken == text:
+                return text
             text = broken
-        return text
 
 
 def token_markers(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    """Special tokens, and other added tokens that the chat template writes (DeepSeek's role tokens are not special).
+    """Special tokens, and other added tokens that the chat template writes.
 
-    Further added tokens are texts that a tokenizer happens to know whole, such as runs of spaces or HTML tags.
+    DeepSeek's role tokens are not special. Further added tokens are ordinary texts, such as runs of
+    spaces or HTML tags.
     """
     template = tokenizer.get_chat_template()
     found = _token_texts(tokenizer, template)
@@ -57,27 +64,33 @@ def token_markers(tokenizer: PreTrainedTokenizerBase) -> set[str]:
 
 
 def normalised(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """``text`` as the tokenizer looks at it where it searches for tokens; most tokenizers change nothing."""
+    """``text`` after the tokenizer's normalisation; most tokenizers change nothing."""
     normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
-    return text if normalizer is None else str(normalizer.normalize_str(text))
+    if normalizer is None:
+        return text
+    return str(normalizer.normalize_str(text))
 
 
 def _token_texts(tokenizer: PreTrainedTokenizerBase, template: str) -> set[str]:
-    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    written = [str(token) for token in tokenizer.added_tokens_decoder.values() if str(token) in template]
-    return {*map(str, tokenizer.all_special_tokens), *added, *(text for text in written if _is_marker(text))}
+    """Texts of special tokens, and of added tokens in the template that look like markers."""
+    found = {str(token) for token in tokenizer.all_special_tokens}
+    for token in tokenizer.added_tokens_decoder.values():
+        text = str(token)
+        if token.special or (text in template and _is_marker(text)):
+            found.add(text)
+    return found
 
 
 Write = Callable[[Sequence[Any], bool], str]
-"""Renders messages, with the assistant header at their end or without; ModelError where the template refuses them."""
+"""Renders messages, with the assistant header or without; ModelError if the template cannot."""
 
 
 def template_markers(write: Write, tokens: Collection[str]) -> set[str]:
-    """Markers that a template writes as plain text, such as Llama 2's ``[INST]`` or Alpaca's ``### Response:``.
+    """Markers that a template writes as plain text, such as Llama 2's ``[INST]``.
 
-    They are read off rendered conversations of probes: each line between two messages, without the tokens in it, that
-    has both a letter and a sign (``user`` alone is a word). Of what stands before the first message, which may be a
-    whole system prompt, only lines without a space count.
+    They are read off rendered probes: each line between two messages, without the tokens in it,
+    that has both a letter and a sign (``user`` is only a word). Before the first message, where a
+    whole system prompt may be, only lines without a space count.
 
     Args:
         write: the template.
@@ -86,34 +99,43 @@ def template_markers(write: Write, tokens: Collection[str]) -> set[str]:
     Raises:
         ModelError: the template refuses a conversation of user, assistant, user.
     """
-    user, reply, again = (
-        {"role": r, "content": p} for r, p in zip(("user", "assistant", "user"), _PROBES, strict=True)
-    )
+    user = {"role": "user", "content": _PROBES[0]}
+    reply = {"role": "assistant", "content": _PROBES[1]}
+    again = {"role": "user", "content": _PROBES[2]}
     found = _between(write([user, reply, again], True), tokens)
+
+    # A system turn may have markers of its own.
+    system = {"role": "system", "content": _PROBES[1]}
     try:
-        return found | _between(write([{"role": "system", "content": _PROBES[1]}, user], True), {*tokens, *found})
-    except ModelError:  # no system turn, so it has no markers
+        return found | _between(write([system, user], True), {*tokens, *found})
+    except ModelError:  # the template has no system turn
         return found
 
 
 def cut_marks(template: str) -> set[str]:
-    """Texts at which a template cuts content, such as ``</think>``: the literals that it splits at or looks for."""
-    found = [match[2] for pattern in (_CALL, _SEARCH) for match in pattern.finditer(template)]
+    """Literals at which a template cuts content, such as ``</think>``: split at or searched for."""
+    found = [match[2] for match in _CALL.finditer(template)]
+    found += [match[2] for match in _SEARCH.finditer(template)]
     return {text for text in found if _is_marker(text)}
 
 
 def _between(text: str, known: Collection[str]) -> set[str]:
+    """Markers among the lines before, between and after the probes of a rendered text."""
     opening, *frames = re.split("|".join(_PROBES), text)
-    lines = {line for frame in frames for line in _lines(frame, known)}
-    lines |= {line for line in _lines(opening, known) if not re.search(r"\s", line)}
+    lines = {line for line in _lines(opening, known) if not re.search(r"\s", line)}
+    for frame in frames:
+        lines.update(_lines(frame, known))
     return {line for line in lines if _is_marker(line)}
 
 
 def _lines(text: str, known: Collection[str]) -> list[str]:
+    """Stripped lines of a text, split at known markers too, the longest of them first."""
     ends = sorted(map(re.escape, known), key=len, reverse=True)
     return [line.strip() for line in re.split("|".join([*ends, "\n"]), text)]
 
 
 def _is_marker(text: str) -> bool:
-    """Return whether ``text`` must be broken in content: it has a letter, and a sign that ordinary words lack."""
-    return re.search(r"[^\W\d_]", text) is not None and re.search(r"[^\w\s]", text) is not None and text == text.strip()
+    """True if ``text`` must be broken in content: it has a letter and a sign, which words lack."""
+    has_letter = re.search(r"[^\W\d_]", text) is not None
+    has_sign = re.search(r"[^\w\s]", text) is not None
+    return has_letter and has_sign and text == text.strip()

@@ -1,4 +1,4 @@
-"""The rows of a run, split by use."""
+"""Rows of a run, split by use."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ class PreparedData:
     """All rows that a run uses.
 
     Attributes:
-        source: the file they come from.
+        source: path of the SQuARe file.
         source_sha256: its hash.
         shards: rows of each client.
-        guard_rows: for guard fine-tuning, without those that have no reply to judge.
-        cai_rows: whose questions CAI starts from.
-        notes: what a user should hear about the file and the splits, one line each.
+        guard_rows: for guard fine-tuning, without rows that have no reply to classify.
+        cai_rows: rows with the questions that CAI starts from.
+        notes: remarks for the user on the file and the splits, one line each.
         guard_tally: counts of the guard set before its rows without a reply were dropped.
         attacked: SHA-256 of the rows that attackers have changed; "" where there are none.
     """

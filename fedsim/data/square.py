@@ -1,14 +1,14 @@
 """Reader of SQuARe-format response files (Lee et al., ACL 2023).
 
 A file holds rows, as a JSON array or one object a line, with ``question``, ``question_en``,
-``response``, ``response_en``: str; ``acceptable?``: 0 (red) or 1; ``category``: list of 1–2 strings;
-``question_category``: str.
+``response``, ``response_en``: str; ``acceptable?``: 0 (red) or 1; ``category``: list of 1–2
+strings; ``question_category``: str.
 
-Files that went through pandas or a spreadsheet are read too, where they can mean one thing alone:
+Files that went through pandas or a spreadsheet are read too, where they are unambiguous:
 
 - no category: absent, null, NaN, ``""``, ``"nan"``, ``"None"`` and the like, also inside a list;
-- categories: a list of texts; a text, which is one category; a list printed as text (``"['a', 'b']"``).
-  A text with a comma, semicolon or bar may be one category or several, and is refused;
+- categories: a list of texts; a text, which is one category; a list printed as text (``"['a',
+  'b']"``). A text with a comma, semicolon or bar may be one category or several, and is refused;
 - labels: 0 and 1 as numbers, truth values, or text (``"1.0"``, ``"TRUE"``). Rows with another label
   are dropped and counted.
 """
@@ -28,7 +28,10 @@ _LABELS: Final = {"0": False, "0.0": False, "false": False, "1": True, "1.0": Tr
 """Truth of "acceptable", by the label as text in lower case."""
 
 _QUOTED: Final = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
-_PRINTED_LIST: Final = re.compile(rf"[\[(]\s*(?:{_QUOTED}\s*(?:,\s*{_QUOTED}\s*)*,?\s*)?[\])]", re.DOTALL)
+_PRINTED_LIST: Final = re.compile(
+    rf"[\[(]\s*(?:{_QUOTED}\s*(?:,\s*{_QUOTED}\s*)*,?\s*)?[\])]",
+    re.DOTALL,
+)
 """A list or tuple of texts as Python or JSON prints it; numpy's, which has no commas, is none."""
 
 
@@ -39,11 +42,12 @@ class SquareRow:
     Attributes:
         row_id: position in the file, from 0.
         prompt: the question.
-        response: what somebody answered.
+        response: an answer to it.
         red: the response is labelled not acceptable.
         categories: SQuARe's tags of the response.
         question_category: SQuARe's tag of the question; "" where there is none.
-        weight: how much the row counts in a client's training, 0 to 1 (see guard.action=downweight); no part of a file.
+        weight: of the row in a client's training, 0 to 1 (see guard.action=downweight); not read
+            from a file.
     """
 
     row_id: int
@@ -57,13 +61,14 @@ class SquareRow:
 
 @dataclass(frozen=True)
 class SquareFile:
-    """The rows of a file, and how many were dropped.
+    """Rows of a file, and the numbers of dropped ones.
 
     Attributes:
-        rows: rows that a run can use.
+        rows: usable rows.
         num_bad_labels: dropped rows whose label is neither 0 nor 1.
-        num_blank_questions: dropped rows with a good label and nothing but white space for a question. A blank
-            response stays: CAI uses the question alone, and other stages drop and count the row.
+        num_blank_questions: dropped rows with a good label and nothing but white space for a
+            question. A blank response stays: CAI uses only the question, and other stages drop and
+            count the row.
     """
 
     rows: list[SquareRow]
@@ -87,14 +92,18 @@ def load_square(path: Path, language: str = "en") -> SquareFile:
     Raises:
         DataError: a missing or malformed file, with row and field.
     """
-    fields = ("question_en", "response_en") if language == "en" else ("question", "response")
+    fields = ("question", "response")
+    if language == "en":
+        fields = ("question_en", "response_en")
     rows: list[SquareRow] = []
     bad = blank = 0
     for index, (place, entry) in enumerate(json_rows(path, "acceptable?")):
         prompt, response = (_text(entry, name, place) for name in fields)
+        # The label; a row without a known one, or without a question, is dropped and counted.
         label = entry.get("acceptable?")
-        known = isinstance(label, float | int | str)
-        acceptable = _LABELS.get(str(label).strip().casefold()) if known else None
+        acceptable = None
+        if isinstance(label, float | int | str):
+            acceptable = _LABELS.get(str(label).strip().casefold())
         if acceptable is None:
             bad += 1
             continue
@@ -103,16 +112,18 @@ def load_square(path: Path, language: str = "en") -> SquareFile:
             continue
         categories = _categories(entry, "category", place)
         kinds = _categories(entry, "question_category", place, single=True)
-        rows.append(SquareRow(index, prompt, response, not acceptable, categories, ", ".join(kinds)))
+        kind = ", ".join(kinds)
+        rows.append(SquareRow(index, prompt, response, not acceptable, categories, kind))
+
+    # Nothing left: which field is to blame?
     if not rows and blank:
         raise DataError(
-            f"{path}: the question of every labelled row is blank (field {fields[0]!r}); see data.language, or give a "
-            "file with questions"
+            f"{path}: the question of every labelled row is blank (field {fields[0]!r}); see "
+            "data.language, or give a file with questions"
         )
     if not rows:
-        raise DataError(
-            f"{path}: holds no row labelled 0 or 1 in 'acceptable?' (or false and true); is it a SQuARe response file?"
-        )
+        fault = "holds no row labelled 0 or 1 in 'acceptable?' (or false and true)"
+        raise DataError(f"{path}: {fault}; is it a SQuARe response file?")
     return SquareFile(rows, bad, blank)
 
 
@@ -121,7 +132,8 @@ def to_arrow(rows: list[SquareRow], path: Path) -> None:
     from datasets import Features, List, Value
     from datasets.arrow_writer import ArrowWriter
 
-    text = Value("string")  # types are declared: guessed ones fail where the first rows have no category
+    # Types are declared: guessed ones fail where the first rows have no category.
+    text = Value("string")
     columns = {"row_id": Value("int64"), "prompt": text, "response": text, "red": Value("bool")}
     features = Features(columns | {"categories": List(text), "question_category": text})
     with ArrowWriter(path=str(path), features=features) as writer:
@@ -131,7 +143,7 @@ def to_arrow(rows: list[SquareRow], path: Path) -> None:
 
 
 def from_arrow(path: Path) -> ArrowRows:
-    """Rows of an Arrow file, mapped into memory: nothing is read before it is asked for."""
+    """Rows of an Arrow file, mapped into memory and read on access."""
     from datasets import Dataset
 
     return ArrowRows(Dataset.from_file(str(path)))
@@ -149,24 +161,41 @@ class ArrowRows:
     def take(self, positions: list[int]) -> list[SquareRow]:
         """Rows at these positions, in this order."""
         columns = self._table[positions]
-        names = ("row_id", "prompt", "response", "red", "categories", "question_category")
-        return [
-            SquareRow(i, p, r, red, tuple(c), q)
-            for i, p, r, red, c, q in zip(*(columns[n] for n in names), strict=True)
-        ]
+        rows = []
+        for i in range(len(positions)):
+            rows.append(
+                SquareRow(
+                    row_id=columns["row_id"][i],
+                    prompt=columns["prompt"][i],
+                    response=columns["response"][i],
+                    red=columns["red"][i],
+                    categories=tuple(columns["categories"][i]),
+                    question_category=columns["question_category"][i],
+                )
+            )
+        return rows
 
 
 def _text(entry: dict[str, Any], name: str, place: str) -> str:
+    """Read a text field of a row."""
     value = entry.get(name)
     if isinstance(value, str):
         return value
-    if name.endswith("_en") and name not in entry and isinstance(entry.get(name.removesuffix("_en")), str):
-        raise DataError(f"{place}: has no English text ({name}); translate the file, or set data.language=ko")
+    korean = entry.get(name.removesuffix("_en"))
+    if name.endswith("_en") and name not in entry and isinstance(korean, str):
+        fix = "translate the file, or set data.language=ko"
+        raise DataError(f"{place}: has no English text ({name}); {fix}")
     raise DataError(f"{place}: field {name!r} must be text, is {type(value).__name__}")
 
 
-def _categories(entry: dict[str, Any], name: str, place: str, *, single: bool = False) -> tuple[str, ...]:
-    """The categories of a field, by the rules of the module's docstring.
+def _categories(
+    entry: dict[str, Any],
+    name: str,
+    place: str,
+    *,
+    single: bool = False,
+) -> tuple[str, ...]:
+    """Read the categories of a field, by the rules of the module's docstring.
 
     Args:
         entry: a row.
@@ -175,18 +204,25 @@ def _categories(entry: dict[str, Any], name: str, place: str, *, single: bool = 
         single: a text is one category even if it has a comma in it.
     """
     value = entry.get(name)
+    if is_missing(value):
+        return ()
     try:
-        found = [] if is_missing(value) else _texts(value, single)
+        found = _texts(value, single)
     except ValueError as error:
         raise DataError(
-            f"{place}: field {name!r} must be a list of texts, or a text that is one category (null and NaN are "
-            f"none); {error}"
+            f"{place}: field {name!r} must be a list of texts, or a text that is one category "
+            f"(null and NaN are none); {error}"
         ) from None
     return tuple(text.strip() for text in found if not is_missing(text))
 
 
 def _texts(value: Any, single: bool) -> list[str]:
-    """The texts that the value of a field gives; ValueError says why it gives none that are sure."""
+    """Read the texts of a field's value.
+
+    Raises:
+        ValueError: they are ambiguous; it gives the reason.
+    """
+    # A text: a printed list, or one category.
     if isinstance(value, str):
         text = value.strip()
         if text[0] in "[({\"'":
@@ -195,6 +231,8 @@ def _texts(value: Any, single: bool) -> list[str]:
         if separators and not single:
             raise ValueError(f"a text with {separators[0]!r} may be one or several: write a list")
         return [text]
+
+    # A list of texts, in which null is none.
     if not isinstance(value, list):
         raise ValueError(f"it is {type(value).__name__}")
     texts = [item for item in value if item is not None]
@@ -207,7 +245,11 @@ def _texts(value: Any, single: bool) -> list[str]:
 
 
 def _printed_list(text: str) -> list[str]:
-    """The texts of a list that was printed as text."""
+    """Parse a list of texts that was printed as text.
+
+    Raises:
+        ValueError: it is no such list.
+    """
     found = None
     if _PRINTED_LIST.fullmatch(text):
         try:
@@ -216,5 +258,7 @@ def _printed_list(text: str) -> list[str]:
         except (ValueError, SyntaxError):
             found = None
     if not isinstance(found, list | tuple):
-        raise ValueError("the text begins like a list, and is none of quoted texts with commas between them")
+        raise ValueError(
+            "the text begins like a list, and is none of quoted texts with commas between them",
+        )
     return list(found)

@@ -1,4 +1,4 @@
-"""Rows that can be trained on: the one rule for every stage, and the counts of the rows that break it."""
+"""Rows that can be trained on: one rule for all stages, and counts of the rows that break it."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ REASONS: Final[Mapping[str, str]] = {
     "truncated": "cut off (by {max_new_tokens} or the model's context)",
     "same_replies": "whose two replies have the same tokens",
 }
-"""Reasons to drop a row in words, by the name that the count has in the metrics. CAI's conversations are dropped
-for one of the last five (:attr:`fedsim.safety.cai_data.CaiRow.defect`), or because a reply is unusable."""
+"""Reasons to drop a row in words, by the name that the count has in the metrics. CAI's
+conversations are dropped for one of the last five (:attr:`fedsim.safety.cai_data.CaiRow.defect`),
+or because a reply is unusable."""
 
 FIXES: Final[Mapping[str, str]] = {
     "no_targets": "raise {max_length}",
@@ -31,7 +32,7 @@ FIXES: Final[Mapping[str, str]] = {
     "no_weight": "raise guard.red_weight",
     "truncated": "raise {max_new_tokens}",
 }
-"""Fixes by reason, where a setting or the data can help; the other reasons are the model's own doing."""
+"""Fixes by reason, where a setting or the data can help; other reasons are the model's."""
 
 
 def has_reply(reply: str) -> bool:
@@ -40,10 +41,10 @@ def has_reply(reply: str) -> bool:
 
 
 def why_unusable(chat: ChatFormat, row: TokenRow, reply: str) -> str | None:
-    """Name the reason of :data:`REASONS` why a row cannot teach anything; None for a usable row.
+    """Name the reason of :data:`REASONS` why a row is unusable; None for a usable row.
 
-    A usable row has a positive weight, a reply that is not blank, and a target that is part of the reply: a row that
-    only teaches the end of a turn has none.
+    A usable row has a positive weight, a reply that is not blank, and a target that is part of the
+    reply: a row that only teaches the end of a turn has none.
 
     Args:
         row: the tokens, cut to the longest length.
@@ -53,10 +54,12 @@ def why_unusable(chat: ChatFormat, row: TokenRow, reply: str) -> str | None:
         return "no_weight"
     if not has_reply(reply):
         return "empty_reply"
-    # A row's first token is never a target. Where no target is text, either no more of the reply fits, or the
-    # tokenizer keeps nothing of it.
+    # A row's first token is never a target. Where no target is text, either no more of the reply
+    # fits, or the tokenizer keeps nothing of it.
     if not chat.decode(row.input_ids[1:][row.loss_mask[1:]]):
-        return "no_targets" if row.truncated else "empty_reply"
+        if row.truncated:
+            return "no_targets"
+        return "empty_reply"
     return None
 
 
@@ -76,10 +79,11 @@ class Tally:
 
     @classmethod
     def of(cls, reasons: Iterable[str | None], num_cut: int = 0) -> Tally:
-        """Count rows by why each is dropped; None stands for a usable row."""
+        """Count rows by the reason that each is dropped for; None means a usable row."""
         counts = Counter(reasons)
         dropped = {reason: counts[reason] for reason in REASONS if counts[reason]}
-        assert sum(dropped.values()) + counts[None] == counts.total(), f"an unknown reason: {counts}"
+        known = sum(dropped.values()) + counts[None]
+        assert known == counts.total(), f"an unknown reason: {counts}"
         return cls(counts.total(), dropped, num_cut)
 
     @property
@@ -95,32 +99,42 @@ class Tally:
     @property
     def dropped_share(self) -> float:
         """Dropped rows as a share of all, 0 to 1."""
-        return self.num_dropped / self.num_rows if self.num_rows else 0.0
+        if not self.num_rows:
+            return 0.0
+        return self.num_dropped / self.num_rows
 
     def reasons(self, **limits: str) -> str:
-        """``35 whose prompt fills local.max_length=512, 2 with an empty reply``, the most frequent first.
+        """Numbers and reasons, such as ``2 with an empty reply``, the most frequent first.
 
         Args:
             limits: the texts of ``max_length`` and ``max_new_tokens``.
         """
-        return ", ".join(f"{self.dropped[r]:,} {REASONS[r].format(**limits)}" for r in self._ranked())
+        listed = []
+        for reason in self._ranked():
+            listed.append(f"{self.dropped[reason]:,} {REASONS[reason].format(**limits)}")
+        return ", ".join(listed)
 
     def words(self, what: str, **limits: str) -> str:
         """``local rows: 37 of 6,000 dropped, 0.6 % (35 whose …); 120 replies cut to fit``."""
         text = f"{what}: {self.num_dropped:,} of {self.num_rows:,} dropped"
         if self.num_dropped:
             text += f", {100 * self.dropped_share:.2g} % ({self.reasons(**limits)})"
-        return f"{text}; {self.num_cut:,} replies cut to fit" if self.num_cut else text
+        if self.num_cut:
+            text += f"; {self.num_cut:,} replies cut to fit"
+        return text
 
     def fix(self, **limits: str) -> str:
-        """``raise local.max_length``: what helps, most rows first; empty where no setting does."""
+        """Fixes such as ``raise local.max_length``, most rows first; "" where no setting helps."""
         keys = {name: limit.partition("=")[0] for name, limit in limits.items()}
-        return ", ".join(FIXES[reason].format(**keys) for reason in self._ranked() if reason in FIXES)
+        found = [FIXES[reason] for reason in self._ranked() if reason in FIXES]
+        return ", ".join(fix.format(**keys) for fix in found)
 
     def none_left(self, what: str, **limits: str) -> ConfigError:
-        """The error of a stage whose rows are all dropped."""
+        """Error of a stage whose rows are all dropped."""
         fix = self.fix(**limits) or "use other rows or another model, or switch the stage off"
-        return ConfigError(f"{what}: none of the {self.num_rows:,} can be trained on ({self.reasons(**limits)}); {fix}")
+        reasons = self.reasons(**limits)
+        rule = f"none of the {self.num_rows:,} can be trained on ({reasons})"
+        return ConfigError(f"{what}: {rule}; {fix}")
 
     def _ranked(self) -> list[str]:
         """The reasons, the most frequent first."""

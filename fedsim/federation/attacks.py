@@ -1,7 +1,7 @@
 """Attacks on a federation: clients that change their rows, or what they report, on purpose.
 
-Who attacks is drawn once for a run, and every hook's draws belong to its attack, round and client, so that neither
-depends on the number of processes or on a stop.
+Attackers are drawn once for a run, and a hook's draws are keyed by attack, round and client, so
+that neither depends on the number of processes or on a stop.
 """
 
 from __future__ import annotations
@@ -18,18 +18,20 @@ from fedsim.base.errors import ConfigError
 from fedsim.base.user_code import calling
 from fedsim.config import AttackConfig
 from fedsim.extend import build, title
-from fedsim.federation.algorithms import ServerState, Updates
-from fedsim.federation.outcome import ClientOutcome
+from fedsim.federation.algorithms import ClientOutcome, ServerState, Updates
 
 if TYPE_CHECKING:
     from fedsim.data.square import SquareRow
 
 
 class Attack:
-    """What an attacker does; each hook may be overridden. Hooks keep nothing between calls: a round may be repeated."""
+    """Hooks of an attack, each of which may be overridden.
+
+    Hooks must keep nothing between calls: a round may be repeated.
+    """
 
     def rows(self, client: int, rows: list[SquareRow], rng: np.random.Generator) -> list[SquareRow]:
-        """An attacker's rows, changed once for the whole run, before the filter.
+        """Change an attacker's rows, once for the whole run, before the filter.
 
         Args:
             client: the attacker.
@@ -39,16 +41,21 @@ class Attack:
         return rows
 
     def outcome(
-        self, outcome: ClientOutcome, state: ServerState, rng: np.random.Generator, colluders: Updates
+        self,
+        outcome: ClientOutcome,
+        state: ServerState,
+        rng: np.random.Generator,
+        colluders: Updates,
     ) -> ClientOutcome:
-        """What an attacker reports after its honest training, in place of ``outcome``.
+        """Change an attacker's report after its honest training.
 
         Args:
-            outcome: what it would report; ``delta``, ``weight`` and ``control_delta`` reach the server. Not to be
-                changed in place: ``dataclasses.replace`` makes another.
+            outcome: the honest report; ``delta``, ``weight`` and ``control_delta`` reach the
+                server. Not to be changed in place: ``dataclasses.replace`` makes another.
             state: the server's, from which the clients started.
             rng: this round's and client's own draws.
-            colluders: honest updates of the round's attackers, this one's among them, by ascending id.
+            colluders: honest updates of the round's attackers, this one's among them, by ascending
+                id.
         """
         return outcome
 
@@ -73,7 +80,7 @@ class ActiveAttack:
 
     @property
     def name(self) -> str:
-        """How messages name it, such as ``attacks.0.kind='my.py:SignFlip'``."""
+        """Name in messages, such as ``attacks.0.kind='my.py:SignFlip'``."""
         return f"attacks.{self.place}.kind={self.settings.kind!r}"
 
     @property
@@ -88,21 +95,25 @@ class ActiveAttack:
 
     def in_round(self, round_idx: int, cohort: Sequence[int]) -> list[int]:
         """Those of a round's clients that attack in it, in their order."""
-        return [client for client in cohort if client in self.clients] if self.settings.is_on(round_idx) else []
+        if not self.settings.is_on(round_idx):
+            return []
+        return [client for client in cohort if client in self.clients]
 
     def changed_rows(self, client: int, rows: Sequence[SquareRow]) -> list[SquareRow]:
         """An attacker's rows.
 
         Raises:
-            ConfigError: the hook fails, or returns something else than rows; its own message, which may quote a row,
-                is left out.
+            ConfigError: the hook fails (its message, which may quote a row, is left out), or
+                returns something else than rows.
         """
+        # The hook gets a list of its own, to change as it likes.
         rng = keyed_random.generator(self.seed, "attack rows", self.place, client)
         with calling(self.name, ConfigError, quiet=True):
             found = list(self.attack.rows(client, list(rows), rng))
         kinds = {type(row).__name__ for row in found}
         if kinds - {"SquareRow"}:
-            raise ConfigError(f"{self.name}: rows must return SquareRow objects, not {', '.join(sorted(kinds))}")
+            listed = ", ".join(sorted(kinds))
+            raise ConfigError(f"{self.name}: rows must return SquareRow objects, not {listed}")
         return found
 
     def changed_outcome(
@@ -114,49 +125,73 @@ class ActiveAttack:
             RunError: the hook fails.
             ConfigError: it returns no report of this client, or vectors of another shape or type.
         """
-        rng = keyed_random.generator(self.seed, "attack outcome", self.place, round_idx, outcome.client)
+        client = outcome.client
+        rng = keyed_random.generator(self.seed, "attack outcome", self.place, round_idx, client)
         colluders = colluders.copied()  # no hook sees what another one has written into it
         with calling(self.name):
             found = self.attack.outcome(outcome, state, rng, colluders)
-        if not isinstance(found, ClientOutcome) or found.client != outcome.client:
-            raise ConfigError(f"{self.name}: outcome must return this client's ClientOutcome, not {found!r:.100}")
+
+        # The report must be of this client, with a weight and vectors that the sums can take.
+        if not isinstance(found, ClientOutcome) or found.client != client:
+            raise ConfigError(
+                f"{self.name}: outcome must return this client's ClientOutcome, not {found!r:.100}",
+            )
         if not (math.isfinite(found.weight) and found.weight >= 0):
-            raise ConfigError(f"{self.name}: outcome must keep weight finite and >= 0, is {found.weight!r}")
+            weight = found.weight
+            raise ConfigError(
+                f"{self.name}: outcome must keep weight finite and >= 0, is {weight!r}",
+            )
         for part in ("delta", "control_delta"):
             old, new = getattr(outcome, part), getattr(found, part)
-            is_same = old is new or (old is not None and new is not None and new.shape == old.shape)
-            if not is_same or (new is not None and new.dtype != old.dtype):
+            if new is old:
+                continue
+            is_tensor = old is not None and new is not None
+            if not is_tensor or new.shape != old.shape or new.dtype != old.dtype:
                 raise ConfigError(f"{self.name}: outcome must keep the shape and type of {part}")
         return found
 
     def words(self, num_clients: int) -> str:
         """Such as ``attack SignFlip: clients 2, 5, 7, 11 (4 of 20), rounds 3 to 9``."""
-        who = ", ".join(map(str, self.clients))
-        last = "the last" if self.settings.until_round == 0 else str(self.settings.until_round)
-        name = title("attacks.kind", self.settings.kind)
+        settings = self.settings
+        listed = ", ".join(map(str, self.clients))
+        last = "the last"  # until_round 0
+        if settings.until_round > 0:
+            last = str(settings.until_round)
+        name = title("attacks.kind", settings.kind)
         count = f"{len(self.clients)} of {num_clients}"
-        return f"attack {name}: client(s) {who} ({count}), rounds {self.settings.from_round} to {last}"
+        rounds = f"rounds {settings.from_round} to {last}"
+        return f"attack {name}: client(s) {listed} ({count}), {rounds}"
 
 
-def build_attacks(attacks: Sequence[AttackConfig], num_clients: int, seed: int) -> list[ActiveAttack]:
-    """The attacks of a run with their attackers, of whom none takes part in two attacks.
+def build_attacks(
+    attacks: Sequence[AttackConfig],
+    num_clients: int,
+    seed: int,
+) -> list[ActiveAttack]:
+    """Build the attacks of a run and draw their attackers, each for one attack only.
 
     Raises:
-        ConfigError: an attack cannot be built, overrides no hook, or changes rows though it is limited to some rounds.
+        ConfigError: an attack cannot be built, overrides no hook, or changes rows but is limited to
+            some rounds.
     """
-    order = [int(client) for client in keyed_random.permutation(num_clients, seed, "attackers")] if attacks else []
+    if not attacks:
+        return []
+    # Attacks take their clients from one random order, in turn.
+    order = [int(client) for client in keyed_random.permutation(num_clients, seed, "attackers")]
     found = []
     for place, settings in enumerate(attacks):
         count = settings.num_attackers(num_clients)
         members, order = order[:count], order[count:]
         attack = build("attacks.kind", settings.kind, settings.options)
+        # Its hooks must fit its settings.
         active = ActiveAttack(place, settings, attack, tuple(sorted(members)), seed)
         if not (active.changes_rows or active.changes_outcomes):
-            raise ConfigError(f"{active.name}: must override rows or outcome, or it attacks nothing")
+            fix = "must override rows or outcome, or it attacks nothing"
+            raise ConfigError(f"{active.name}: {fix}")
         if active.changes_rows and (settings.from_round > 1 or settings.until_round > 0):
             raise ConfigError(
-                f"{active.name}: changes rows once for the whole run; leave attacks.{place}.from_round at 1 and "
-                f"until_round at 0"
+                f"{active.name}: changes rows once for the whole run; leave "
+                f"attacks.{place}.from_round at 1 and until_round at 0"
             )
         found.append(active)
     return found

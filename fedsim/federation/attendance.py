@@ -1,4 +1,4 @@
-"""Attendance of a round's cohort: clients without rows, simulated drop-outs and stragglers, steps of each."""
+"""Attendance of a round's cohort: simulated drop-outs and stragglers, and steps of each client."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from fedsim.config import FailuresConfig
 
 @dataclass(frozen=True)
 class Attendance:
-    """What a round's drawn clients do; nobody is in two of these.
+    """Parts that the drawn clients of a round take; disjoint but for ``stragglers``.
 
     Attributes:
-        steps: who trains, ascending → optimizer steps.
-        sat_out: they have no rows to train on.
-        dropped_out: they do not report in this round.
-        stragglers: they manage fewer steps than they should → how many; under ``stragglers=partial`` they are in
-            ``steps`` too, under ``drop`` they deliver nothing and nothing is computed for them.
+        steps: client that trains → its optimizer steps; ascending.
+        sat_out: clients without rows to train on.
+        dropped_out: clients that do not report in this round.
+        stragglers: client that takes fewer steps than the others → how many; under
+            ``stragglers=partial`` it is in ``steps`` too, under ``drop`` it delivers nothing and
+            nothing is computed for it.
     """
 
     steps: Mapping[int, int]
@@ -28,39 +29,53 @@ class Attendance:
 
 
 def attend(
-    drawn: Sequence[int], able: Sequence[int], num_steps: int, round_idx: int, seed: int, settings: FailuresConfig
+    drawn: Sequence[int],
+    able: Sequence[int],
+    num_steps: int,
+    round_idx: int,
+    seed: int,
+    settings: FailuresConfig,
 ) -> Attendance:
-    """Attendance of a round.
+    """Draw the attendance of a round.
 
-    Every client and round has draws of its own, so that they depend on nobody else, and a client that drops out at one
-    rate does so at every higher one.
+    Draws are keyed by client and round, so that they are independent of other clients, and a client
+    that drops out at one rate does so at every higher one.
 
     Args:
         drawn: the round's cohort.
-        able: those of them that have rows.
-        num_steps: steps of a client that is no straggler.
+        able: its clients that have rows.
+        num_steps: optimizer steps of a client that is no straggler.
     """
-    reporting = [c for c in able if not happens(settings.dropout_rate, seed, "drop out", round_idx, c)]
-    stragglers = {
-        client: straggler_steps(num_steps, round_idx, client, seed)
-        for client in reporting
-        if happens(settings.straggler_rate, seed, "straggle", round_idx, client)
-    }
-    steps = {client: stragglers.get(client, num_steps) for client in reporting}
-    if settings.stragglers == "drop":
-        steps = {client: steps[client] for client in steps if client not in stragglers}
-    gone = [client for client in able if client not in reporting]
-    return Attendance(steps, [client for client in drawn if client not in able], gone, stragglers)
+    # The draws of each client: does it report, and if so, after how many steps?
+    sat_out = [client for client in drawn if client not in able]
+    dropped_out: list[int] = []
+    steps: dict[int, int] = {}
+    stragglers: dict[int, int] = {}
+    for client in able:
+        if bernoulli(settings.dropout_rate, seed, "drop out", round_idx, client):
+            dropped_out.append(client)
+            continue
+        is_straggler = bernoulli(settings.straggler_rate, seed, "straggle", round_idx, client)
+        if is_straggler:
+            stragglers[client] = straggler_steps(num_steps, round_idx, client, seed)
+        if settings.stragglers == "drop" and is_straggler:
+            continue  # it delivers nothing
+        steps[client] = stragglers.get(client, num_steps)
+    return Attendance(steps, sat_out, dropped_out, stragglers)
 
 
-def happens(rate: float, seed: int, what: str, round_idx: int, client: int) -> bool:
-    """Return whether an event of probability ``rate`` befalls a client in a round."""
-    return rate > 0 and float(keyed_random.generator(seed, what, round_idx, client).random()) < rate
+def bernoulli(rate: float, seed: int, what: str, round_idx: int, client: int) -> bool:
+    """Bernoulli draw with probability ``rate``, keyed by event, round and client."""
+    if rate <= 0:
+        return False
+    rng = keyed_random.generator(seed, what, round_idx, client)
+    return float(rng.random()) < rate
 
 
 def straggler_steps(num_steps: int, round_idx: int, client: int, seed: int) -> int:
-    """How far a straggler gets: uniform on 1 … ``num_steps`` − 1.
+    """Optimizer steps of a straggler: uniform on 1 … ``num_steps`` − 1.
 
-    Li et al. (2020, arXiv 1812.06127, section 5.2) draw a straggler's epochs so; here the unit is the optimizer step.
+    Li et al. (2020, arXiv 1812.06127, section 5.2) draw a straggler's epochs in this way.
     """
-    return int(keyed_random.generator(seed, "straggler steps", round_idx, client).integers(1, num_steps))
+    rng = keyed_random.generator(seed, "straggler steps", round_idx, client)
+    return int(rng.integers(1, num_steps))

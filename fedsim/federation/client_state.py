@@ -1,8 +1,9 @@
-"""Control variates of clients between rounds, one file per client and round, mapped into memory while it is used.
+"""Control variates of clients between rounds: one file per client and round, memory-mapped.
 
-A round writes new files and never touches old ones, so a run that stops in a round resumes from the files that its last
-checkpoint names. Any rank can train any client in any round. safetensors maps a file and gives a tensor over the map
-(private: writing to it leaves the file alone), so that memory holds the clients in use, not all that there are.
+A round writes new files and never touches old ones, so a run that stops in a round resumes from the
+files that its last checkpoint names. Any rank can train any client in any round. safetensors gives
+a tensor over a private map of the file (writing to it does not change the file), so that memory
+holds only the clients in use.
 """
 
 from __future__ import annotations
@@ -37,9 +38,11 @@ class ClientStateStore:
         """c_i (fp32 ``[size]``, CPU), or None for a client that has never trained (c_i = 0).
 
         Raises:
-            CheckpointError: the file that the index names is missing or damaged, or holds another type.
+            CheckpointError: the client's file is missing or damaged, or holds another type.
         """
-        return self._read(client, self.index[client]) if client in self.index else None
+        if client not in self.index:
+            return None
+        return self._read(client, self.index[client])
 
     def check(self, index: Mapping[int, int], size: int) -> None:
         """Read every file that ``index`` names.
@@ -54,43 +57,56 @@ class ClientStateStore:
             vector = self._read(client, round_idx)
             if vector.shape != (size,):
                 raise CheckpointError(
-                    f"{self._path(client, round_idx)}: control variate of client {client} has shape "
-                    f"{list(vector.shape)}, not [{size}]"
+                    f"{self._path(client, round_idx)}: control variate of client {client} has "
+                    f"shape {list(vector.shape)}, not [{size}]"
                 )
 
     def save(self, client: int, round_idx: int, control: torch.Tensor) -> None:
-        """Write c_i of a round; it counts once :meth:`advance` is told."""
+        """Write c_i of a round by one atomic rename; :meth:`advance` makes it the newest."""
         path = self._path(client, round_idx)
+        # Written beside its final name and renamed, so that a kill leaves no half file there.
         partial = path.with_suffix(f".{os.getpid()}.partial")
         vector = control.detach().cpu().contiguous()
         write_tensors(partial, {"control": vector}, {"blake2b": _digest(vector, path.name)})
+        # On disk before the rename: a checkpoint will name it.
         with partial.open("rb") as stream:
             os.fsync(stream.fileno())
         os.replace(partial, path)
 
     def advance(self, clients: Iterable[int], round_idx: int) -> None:
-        """From now on these clients' newest file is the one of ``round_idx``."""
+        """Make the files of ``round_idx`` these clients' newest."""
         self.index.update({client: round_idx for client in clients})
 
     def drop_unused(self, indices: Iterable[Mapping[int, int]]) -> None:
-        """Delete the files that none of these indices (those of the kept checkpoints) names."""
-        kept = {_file_name(client, round_idx) for index in indices for client, round_idx in index.items()}
+        """Delete the files that no index names.
+
+        Args:
+            indices: of the kept checkpoints: client → round index of its file.
+        """
+        kept = set()
+        for index in indices:
+            for client, round_idx in index.items():
+                kept.add(_file_name(client, round_idx))
+        # Partial files of a killed process go too.
         for name in os.listdir(self.folder):
             if name not in kept:
                 (self.folder / name).unlink(missing_ok=True)
 
     def _read(self, client: int, round_idx: int) -> torch.Tensor:
+        """Map a client's file of a round and check its type and checksum."""
         path = self._path(client, round_idx)
+        named = f"{path}: control variate of client {client}"
         try:
             with safe_open(str(path), framework="pt") as file:
                 vector: torch.Tensor = file.get_tensor("control")
                 written = (file.metadata() or {}).get("blake2b")
         except (OSError, SafetensorError, KeyError) as error:
-            raise CheckpointError(f"{path}: control variate of client {client} cannot be read ({error})") from error
+            raise CheckpointError(f"{named} cannot be read ({error})") from error
+        # The right type, and the bytes that were written.
         if vector.dtype != torch.float32:
-            raise CheckpointError(f"{path}: control variate of client {client} is {vector.dtype}, not torch.float32")
+            raise CheckpointError(f"{named} is {vector.dtype}, not torch.float32")
         if written != _digest(vector, path.name):
-            raise CheckpointError(f"{path}: control variate of client {client} does not match its checksum")
+            raise CheckpointError(f"{named} does not match its checksum")
         return vector
 
     def _path(self, client: int, round_idx: int) -> Path:
@@ -102,8 +118,9 @@ def _file_name(client: int, round_idx: int) -> str:
 
 
 def _digest(vector: torch.Tensor, name: str) -> str:
-    """BLAKE2b of the bytes as they lie in memory; a copy would hold a second control variate.
+    """BLAKE2b checksum of a vector, keyed by its file's name.
 
-    The key is the file's name, so that another client's or round's file is not taken for it.
+    The key makes the checksum of another client's or round's file differ.
     """
+    # The bytes are hashed in place: a copy would hold a second control variate in memory.
     return hashlib.blake2b(vector.numpy().data, digest_size=16, key=name.encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Clients that fail, as data: why, on which rank, and what the run's policy makes of a round without them."""
+"""Failed clients: the reason, the rank, and the run's policy for a round without them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 from fedsim.base.errors import ClientError, NotFiniteError, RunError
 from fedsim.base.rounds import round_number
 from fedsim.config import FailuresConfig
+from fedsim.federation.algorithms import ClientOutcome
 from fedsim.federation.elementwise import all_finite
-from fedsim.federation.outcome import ClientOutcome
 
 RAISED, NOT_FINITE, NORM = "raised", "not finite", "norm"
 
 REASONS = (RAISED, NOT_FINITE, NORM)
-"""Why a client fails: its training raised an error, became NaN or infinite, or moved further than allowed. Where the
-members of a lane give several reasons, the first in this order counts."""
+"""Reasons of a failure: training raised an error, became NaN or infinite, or moved further than
+allowed. If the members of a lane give several reasons, the first in this order counts."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class ClientFailure:
         client: its id.
         reason: one of :data:`REASONS`.
         rank: that saw it.
-        message: what happened, on one line.
+        message: of the error, on one line.
         trace: traceback of an error that is not fedsim's own.
-        seconds: wall-clock time that this rank spent on the client.
+        seconds: wall-clock time that this rank spent on the client, s.
     """
 
     client: int
@@ -45,12 +45,17 @@ class ClientFailure:
         return f"client {self.client} failed ({self.reason}) on rank {self.rank}: {self.message}"
 
     def place(self, round_idx: int) -> dict[str, int | str]:
-        """Where it happened, as errors have it."""
-        return {"rank": self.rank, "stage": "local training", "round": round_number(round_idx), "client": self.client}
+        """Rank, stage, round and client, as errors carry them."""
+        return {
+            "rank": self.rank,
+            "stage": "local training",
+            "round": round_number(round_idx),
+            "client": self.client,
+        }
 
 
 def checked(outcome: ClientOutcome, max_norm: float) -> ClientOutcome:
-    """The outcome, if it may be added to the round's sums.
+    """Check that an outcome may be added to the round's sums, and return it.
 
     Args:
         max_norm: bound on the L2 norm of the delta, formed in fp64; 0 sets none.
@@ -59,24 +64,28 @@ def checked(outcome: ClientOutcome, max_norm: float) -> ClientOutcome:
         NotFiniteError: a number that the client reports is NaN or infinite.
         ClientError: the update is too long.
     """
+    # Every vector that reaches the server, fp32 [size].
     for vector in (outcome.delta, outcome.control, outcome.control_delta):
         if vector is not None and not all_finite(vector):
-            raise NotFiniteError(f"client {outcome.client}: its update or control variate became NaN or infinite")
-    if max_norm > 0:
+            fault = "its update or control variate became NaN or infinite"
+            raise NotFiniteError(f"client {outcome.client}: {fault}")
+    if max_norm > 0:  # a bound is set
         norm = float(torch.linalg.vector_norm(outcome.delta, dtype=torch.float64))
         if norm > max_norm:
             raise ClientError(
-                NORM, f"its update has norm {norm:.6g}, more than failures.max_update_norm={max_norm:g}; lower "
-                "local.lr, or raise the bound"
-            )  # fmt: skip
+                NORM,
+                f"its update has norm {norm:.6g}, more than failures.max_update_norm={max_norm:g}; "
+                "lower local.lr, or raise the bound",
+            )
     return outcome
 
 
 def by_client(found: Iterable[ClientFailure]) -> list[ClientFailure]:
-    """One failure of each client, ascending: the foremost reason's, of the lowest rank that gave it."""
-    ranked = sorted(found, key=lambda f: (f.client, REASONS.index(f.reason), f.rank))
-    first = {failure.client: failure for failure in reversed(ranked)}
-    return [first[client] for client in sorted(first)]
+    """One failure of each client, ascending: that of the first reason and the lowest rank."""
+    first: dict[int, ClientFailure] = {}
+    for failure in sorted(found, key=lambda f: (f.client, REASONS.index(f.reason), f.rank)):
+        first.setdefault(failure.client, failure)
+    return list(first.values())
 
 
 def check_round(
@@ -85,20 +94,30 @@ def check_round(
     """Check that the run may go on after a round's local training.
 
     Raises:
-        RunError: a client failed and the policy is to stop, or too few clients delivered an update. It has the
-            place.
+        RunError: a client failed and the policy is to stop, or too few clients delivered an
+            update. It carries the place of the first failure.
     """
-    if not failures:
+    if not failures:  # the policy concerns failures only; drop-outs are simulated
         return
+
+    # The cause: the first failure, and the number of others.
     first = failures[0]
-    others = f" ({len(failures) - 1} more client(s) failed)" if len(failures) > 1 else ""
+    others = ""
+    if len(failures) > 1:
+        others = f" ({len(failures) - 1} more client(s) failed)"
     cause = f"client {first.client} failed ({first.reason}): {first.message}{others}"
+
+    # The policy.
     if settings.on_client_error == "stop":
         fix = "set failures.on_client_error=skip to go on without a client that fails"
     elif num_delivered < settings.min_clients:
-        fix = f"{num_delivered} client(s) delivered an update, fewer than failures.min_clients={settings.min_clients}"
+        least = f"failures.min_clients={settings.min_clients}"
+        fix = f"{num_delivered} client(s) delivered an update, fewer than {least}"
     else:
         return
-    error = RunError(f"{cause}; {fix}" + (f"\n{first.trace}" if first.trace else ""))
+    message = f"{cause}; {fix}"
+    if first.trace:
+        message += f"\n{first.trace}"
+    error = RunError(message)
     error.place = first.place(round_idx)
     raise error

@@ -8,7 +8,7 @@ from fedsim.federation.algorithms import Correction, FedAvg, ServerState
 
 
 class ProximalTerm(Correction):
-    """The gradient of μ/2 · ‖y − x‖².
+    """Gradient of the proximal term μ/2 · ‖y − x‖².
 
     Args:
         start: the global adapter x, fp32 ``[size]``.
@@ -20,17 +20,20 @@ class ProximalTerm(Correction):
         self.mu = mu
 
     def on_loss_gradient(self, grad: torch.Tensor, values: torch.Tensor) -> None:
-        """Adds μ (y − x)."""
+        """Add μ (y − x)."""
         grad.add_(values - self.start, alpha=self.mu)
 
 
 class FedProx(FedAvg):
-    """Clients minimise F_i(y) + μ/2 · ‖y − x‖² (Li et al. 2020, arXiv 1812.06127, eq. 2); the server averages.
+    """FedProx: clients minimise F_i(y) + μ/2 · ‖y − x‖²; the server averages.
 
-    The term is part of the loss, so its gradient is clipped together with the data's, as in OpenFedLLM
-    (``SFTTrainerFedProx.compute_loss``; the trainer clips after the backward pass). The loss that is reported is the
-    data's alone, so that algorithms compare; OpenFedLLM's includes the term. Clients count by their rows, as there
-    (Li et al. draw them in proportion to their rows and take the plain mean).
+    Li et al. 2020, arXiv 1812.06127, eq. 2.
+
+    The term is part of the loss, so its gradient is clipped together with the data's, as in
+    OpenFedLLM (``SFTTrainerFedProx.compute_loss``; the trainer clips after the backward pass). The
+    reported loss is that of the data only, so that algorithms compare; OpenFedLLM's includes the
+    term. Clients count by their rows, as there (Li et al. draw them in proportion to their rows and
+    take the plain mean).
 
     Args:
         mu: strength of the pull; 0 is FedAvg.

@@ -1,4 +1,4 @@
-"""From ``federation.algorithm`` and its options to the algorithm."""
+"""Construction of the algorithm that ``federation.algorithm`` names."""
 
 from __future__ import annotations
 
@@ -8,17 +8,20 @@ from fedsim.extend import build
 from fedsim.federation.algorithms import Algorithm
 
 
-def build_algorithm(federation: FederationConfig, server_optimizer: ServerOptimizerConfig) -> Algorithm:
-    """The algorithm that ``federation.algorithm`` names, with the variant that its keys choose.
+def build_algorithm(
+    federation: FederationConfig,
+    server_optimizer: ServerOptimizerConfig,
+) -> Algorithm:
+    """Build the algorithm that ``federation.algorithm`` names, in the variant that its keys choose.
 
     Raises:
         ConfigError: it cannot be loaded, or its options are wrong (:func:`fedsim.extend.build`).
     """
+    # Keys of these sections that an algorithm takes as options.
     sections = {"federation": federation, "server_optimizer": server_optimizer}
     found = build("federation.algorithm", federation.algorithm, federation.options, sections)
     assert isinstance(found, Algorithm)
     if found.wants not in ("sums", "updates"):
-        raise ConfigError(
-            f"federation.algorithm={federation.algorithm!r}: wants={found.wants!r} must be sums or updates"
-        )
+        name = f"federation.algorithm={federation.algorithm!r}"
+        raise ConfigError(f"{name}: wants={found.wants!r} must be sums or updates")
     return found

@@ -1,7 +1,10 @@
-"""The server as an optimizer whose gradient is −Δ, the round's mean delta: FedAvgM, FedAdagrad, FedYogi, FedAdam.
+"""Server optimizers whose gradient is −Δ, the round's mean delta.
 
-Each exists as published (``reddi``) and as OpenFedLLM computes it (``openfedllm``: ``get_proxy_dict`` in
-``fed_utils.py``, ``global_aggregate`` in ``fed_global.py``). How the two differ, with m and v the moments:
+FedAvgM, FedAdagrad, FedYogi and FedAdam.
+
+Each exists as published (``reddi``) and as OpenFedLLM computes it (``openfedllm``:
+``get_proxy_dict`` in ``fed_utils.py``, ``global_aggregate`` in ``fed_global.py``). How the two
+differ, with m and v the moments:
 
     =============  =======================================  =======================================
     what           reddi                                    openfedllm
@@ -12,7 +15,8 @@ Each exists as published (``reddi``) and as OpenFedLLM computes it (``openfedllm
     v grows by     Δ²                                       m²
     =============  =======================================  =======================================
 
-In both, v starts at τ², fedavgm counts clients by their rows, and the three adaptive ones count each client once.
+In both, v starts at τ², fedavgm counts clients by their rows, and the three adaptive ones count
+each client once.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ MOMENTUM, SECOND_MOMENT = "momentum", "second_moment"
 
 
 class ServerOptimizer(Algorithm):
-    """What the four have in common.
+    """Base class of the four server optimizers.
 
     Args:
         settings: variant, learning rate, decays and τ.
@@ -39,12 +43,14 @@ class ServerOptimizer(Algorithm):
 
     def __init__(self, settings: ServerOptimizerConfig) -> None:
         self.settings = settings
+        # True for the formulas of the papers, False for OpenFedLLM's.
         self.is_published = settings.variant == "reddi"
 
     def averaged(self, momentum: torch.Tensor, delta: torch.Tensor, is_first: bool) -> torch.Tensor:
-        """m = β1 m + (1 − β1) Δ in fp64; OpenFedLLM's first m is Δ."""
+        """Exponential mean m = β1 m + (1 − β1) Δ in fp64; OpenFedLLM's first m is Δ."""
         if is_first and not self.is_published:
             return delta
+        # The published first m starts from 0.
         beta = self.settings.beta1
         return beta * momentum + (1 - beta) * delta
 
@@ -52,27 +58,36 @@ class ServerOptimizer(Algorithm):
 class FedAvgM(ServerOptimizer):
     """Server momentum (Hsu et al. 2019, arXiv 1909.06335): m = β1 m + Δ, x⁺ = x + lr · m.
 
-    lr = 1 and β1 = 0 give FedAvg. The ``openfedllm`` variant is an exponential mean without a learning rate.
+    lr = 1 and β1 = 0 give FedAvg. The ``openfedllm`` variant is an exponential mean without a
+    learning rate.
     """
 
     def server_step(self, state: ServerState, sums: RoundSums) -> ServerState:
         """Move by the momentum."""
 
-        def formula(x: torch.Tensor, m: torch.Tensor, total: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            delta = total / sums.weight
+        def formula(
+            x: torch.Tensor,
+            m: torch.Tensor,
+            total: torch.Tensor,
+        ) -> tuple[torch.Tensor, ...]:
+            delta = total / sums.weight  # Δ
             if self.is_published:
                 m = self.settings.beta1 * m + delta
                 return x + self.settings.lr * m, m
             m = self.averaged(m, delta, state.num_steps == 0)
             return x + m, m
 
+        # fp32 [size]; the sums are fp64 in exact mode.
         vectors = (state.adapter, state.vectors[MOMENTUM], sums.weighted_delta)
         adapter, momentum = elementwise(formula, *vectors, num_results=2)
         return ServerState(adapter, {MOMENTUM: momentum}, state.num_steps + 1)
 
 
 class AdaptiveServer(ServerOptimizer):
-    """x⁺ = x + lr · m / (√v + τ), without bias correction (Reddi et al. 2021, arXiv 2003.00295, algorithm 2)."""
+    """Adaptive server: x⁺ = x + lr · m / (√v + τ), without bias correction.
+
+    Reddi et al. 2021, arXiv 2003.00295, algorithm 2.
+    """
 
     vector_names = (MOMENTUM, SECOND_MOMENT)
 
@@ -88,15 +103,33 @@ class AdaptiveServer(ServerOptimizer):
     def server_step(self, state: ServerState, sums: RoundSums) -> ServerState:
         """Update m, then v, then x."""
 
-        def formula(x: torch.Tensor, m: torch.Tensor, v: torch.Tensor, total: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            delta = total / sums.weight
+        # One piece of each vector, fp64 [n].
+        def formula(
+            x: torch.Tensor,
+            m: torch.Tensor,
+            v: torch.Tensor,
+            total: torch.Tensor,
+        ) -> tuple[torch.Tensor, ...]:
+            delta = total / sums.weight  # Δ
             m = self.averaged(m, delta, state.num_steps == 0)
-            v = self.second_moment(v, (delta if self.is_published else m) ** 2)
+            grown = m  # OpenFedLLM's second moment grows by m²
+            if self.is_published:
+                grown = delta
+            v = self.second_moment(v, grown**2)
             return x + self.settings.lr * m / (v.sqrt() + self.settings.tau), m, v
 
-        vectors = (state.adapter, state.vectors[MOMENTUM], state.vectors[SECOND_MOMENT], sums.weighted_delta)
+        vectors = (
+            state.adapter,
+            state.vectors[MOMENTUM],
+            state.vectors[SECOND_MOMENT],
+            sums.weighted_delta,
+        )
         adapter, momentum, moment = elementwise(formula, *vectors, num_results=3)
-        return ServerState(adapter, {MOMENTUM: momentum, SECOND_MOMENT: moment}, state.num_steps + 1)
+        return ServerState(
+            adapter,
+            {MOMENTUM: momentum, SECOND_MOMENT: moment},
+            state.num_steps + 1,
+        )
 
     @abstractmethod
     def second_moment(self, moment: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
@@ -111,7 +144,9 @@ class FedAdagrad(AdaptiveServer):
 
     def averaged(self, momentum: torch.Tensor, delta: torch.Tensor, is_first: bool) -> torch.Tensor:
         """Algorithm 2's momentum; Δ itself in OpenFedLLM."""
-        return super().averaged(momentum, delta, is_first) if self.is_published else delta
+        if not self.is_published:
+            return delta
+        return super().averaged(momentum, delta, is_first)
 
     def second_moment(self, moment: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
         """The sum of all squares."""

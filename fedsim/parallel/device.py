@@ -1,7 +1,8 @@
-"""The device of each process, and the backend that sums over processes.
+"""Device of each process, and the backend that sums over processes.
 
-Every process says where it computes; all of them then know who shares a GPU. NCCL takes one whole GPU per process;
-where processes share one, or compute on parts of one (MIG), gloo carries the sums through host memory.
+Every process publishes its device in the store, so that all know which of them share a GPU. NCCL
+takes one whole GPU per process; where processes share one, or compute on parts of one (MIG), gloo
+carries the sums through host memory.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import json
 import os
 import time
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -26,20 +26,20 @@ from fedsim.parallel.drivers import installed_driver, no_gpu_message
 
 GLOO: Final = "gloo"
 NCCL: Final = "cpu:gloo,cuda:nccl"
-"""Backends of the process group, as torch names them: NCCL sums tensors on GPUs, gloo everything else."""
+"""Backends by torch's names: NCCL sums tensors on GPUs, gloo everything else."""
 
 ALLOCATOR: Final = "PYTORCH_ALLOC_CONF"
-"""Variable that torch's allocator reads when CUDA starts; torch 2.11 and newer take this name for CUDA too."""
+"""Variable of torch's allocator, read when CUDA starts; torch 2.11 is the first with this name."""
 
 OLD_ALLOCATOR: Final = "PYTORCH_CUDA_ALLOC_CONF"
 
-LAST_WORD_S: Final = 5.0
-"""Seconds that a rank without a device waits for the others to have read so, before it takes the store down."""
+READ_S: Final = 5.0
+"""Seconds that a rank without a device waits for the others to read why, before it exits."""
 
 
 @dataclass(frozen=True)
 class Seat:
-    """Where a process computes, as it tells the others.
+    """Device of a process, as the others see it.
 
     Attributes:
         kind: ``cpu`` or ``cuda``.
@@ -56,21 +56,23 @@ class Seat:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where all processes compute, by rank."""
+    """Devices of all processes, by rank."""
 
     seats: tuple[Seat, ...] = (Seat(),)
 
     @property
     def backend(self) -> str:
         """:data:`NCCL` where every process has a whole GPU of its own, else :data:`GLOO`."""
-        return NCCL if self._on_gpus and not self._why_gloo() else GLOO
+        if self._on_gpus and not self._why_gloo():
+            return NCCL
+        return GLOO
 
     def sharing(self, rank: int) -> int:
-        """Number of processes that share the memory of this rank's GPU, or of the machine; itself included."""
+        """Number of processes on this rank's GPU, or on the machine's CPU; itself included."""
         return sum(seat.identity == self.seats[rank].identity for seat in self.seats)
 
     def words(self) -> str:
-        """One line on the backend, with the reason where GPUs are summed over gloo."""
+        """Describe the backend in one line, with the reason where GPUs are summed over gloo."""
         if not self._on_gpus:
             return "gloo"
         if self.backend == NCCL:
@@ -78,7 +80,7 @@ class Placement:
         return f"gloo through host memory, slower than NCCL: {self._why_gloo()}"
 
     def facts(self) -> dict[str, object]:
-        """For the manifest: the backend, and the device of each rank by its name and UUID."""
+        """Manifest entries: the backend, and each rank's device by name and UUID."""
         return {"backend": self.backend, "ranks": [asdict(seat) for seat in self.seats]}
 
     @property
@@ -86,49 +88,63 @@ class Placement:
         return self.seats[0].kind == "cuda"
 
     def _why_gloo(self) -> str:
-        if parts := [rank for rank, seat in enumerate(self.seats) if seat.is_part]:
+        """Reason why NCCL cannot sum over these GPUs; "" if it can."""
+        parts = [rank for rank, seat in enumerate(self.seats) if seat.is_part]
+        if parts:
             return f"{_ranks(parts)} on a MIG instance, which NCCL does not join"
-        count = Counter(seat.identity for seat in self.seats)
-        groups = [
-            _ranks([rank for rank, seat in enumerate(self.seats) if seat.identity == identity])
-            for identity, number in count.items()
-            if number > 1
-        ]
-        return f"{'; '.join(groups)} on one GPU" if groups else ""
+        # Ranks by their GPU's UUID.
+        by_gpu: dict[str, list[int]] = {}
+        for rank, seat in enumerate(self.seats):
+            by_gpu.setdefault(seat.identity, []).append(rank)
+        groups = [_ranks(sharing) for sharing in by_gpu.values() if len(sharing) > 1]
+        if not groups:
+            return ""
+        return f"{'; '.join(groups)} on one GPU"
 
 
 def set_allocator() -> None:
-    """Let CUDA's allocator grow its segments, unless the user has set it up; to be called before CUDA starts.
+    """Let CUDA's allocator grow its segments, unless the user has set it up.
 
-    Token counts differ from step to step, and phases alternate between activations and caches of tens of GiB: fixed
-    segments would fragment (PyTorch, CUDA semantics, "Optimizing memory usage with PYTORCH_ALLOC_CONF").
+    To be called before CUDA starts.
+
+    Token counts differ from step to step, and phases alternate between activations and caches of
+    tens of GiB: fixed segments would fragment (PyTorch, CUDA semantics, "Optimizing memory usage
+    with PYTORCH_ALLOC_CONF").
     """
     if ALLOCATOR not in os.environ and OLD_ALLOCATOR not in os.environ:
         os.environ[ALLOCATOR] = "expandable_segments:True"
 
 
 def local_rank() -> int:
-    """This process's number on the machine: LOCAL_RANK, or RANK where the launcher sets none; 0 without a launcher.
+    """Number of this process on the machine; 0 without a launcher.
+
+    LOCAL_RANK, or RANK where the launcher sets none.
 
     Raises:
         RunError: it is no whole number >= 0.
     """
-    name = "LOCAL_RANK" if "LOCAL_RANK" in os.environ else "RANK"
+    name = "RANK"
+    if "LOCAL_RANK" in os.environ:
+        name = "LOCAL_RANK"
     given = os.environ.get(name, "0")
     if not given.isdecimal():
-        raise RunError(f"{name}={given!r}: must be a whole number >= 0; start with torchrun or deepspeed")
+        raise RunError(
+            f"{name}={given!r}: must be a whole number >= 0; start with torchrun or deepspeed",
+        )
     return int(given)
 
 
 def choose_device(wanted: str) -> torch.device:
-    """This process's GPU, made the current one, its attention without cuDNN's kernels; or the CPU.
+    """Choose this process's device.
 
-    Processes take the visible GPUs in turn by :func:`local_rank`; with one visible GPU each (srun --gpus-per-task=1)
-    that is GPU 0 everywhere.
+    A GPU becomes the current one, without cuDNN's attention kernels.
+
+    Processes take the visible GPUs in turn by :func:`local_rank`; with one visible GPU each (srun
+    --gpus-per-task=1) that is GPU 0 everywhere.
 
     Args:
-        wanted: ``parallel.device``. auto takes a GPU, and the CPU only where torch is built without CUDA and no NVIDIA
-            driver is loaded; cuda always takes a GPU, cpu never.
+        wanted: ``parallel.device``. auto takes a GPU, and the CPU only where torch is built without
+            CUDA and no NVIDIA driver is loaded; cuda always takes a GPU, cpu never.
 
     Raises:
         ConfigError: no GPU can be used where one is wanted, or expected.
@@ -136,9 +152,14 @@ def choose_device(wanted: str) -> torch.device:
     """
     if wanted == "cpu":
         return torch.device("cpu")
-    with warnings.catch_warnings():  # torch's warning of an old driver comes again below, in the error
+    # torch's warning of an old driver comes again below, in the error.
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        num_gpus = 0
+        if torch.cuda.is_available():
+            num_gpus = torch.cuda.device_count()
+
+    # Without a GPU: the CPU only where nothing suggests that there should be one.
     if num_gpus == 0:
         driver, cuda = installed_driver(), torch.version.cuda
         if wanted == "auto" and driver is None and cuda is None:
@@ -153,6 +174,8 @@ def choose_device(wanted: str) -> torch.device:
                 torch_says=_refusal(),
             )
         )
+
+    # The processes of a machine take its GPUs in turn.
     device = torch.device("cuda", local_rank() % num_gpus)
     leave_out_cudnn()
     _try(device)
@@ -160,7 +183,7 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def _refusal() -> str:
-    """Torch's words on why CUDA cannot start."""
+    """Torch's message on why CUDA cannot start; "" if it can."""
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
@@ -172,7 +195,8 @@ def _try(device: torch.device) -> None:
     """Make a GPU the current one and run one kernel.
 
     Raises:
-        ConfigError: the GPU runs none, as torch has no kernels for its architecture, or it is taken, full or broken.
+        ConfigError: the GPU runs none, as torch has no kernels for its architecture, or it is
+            taken, full or broken.
     """
     try:
         torch.cuda.set_device(device)
@@ -181,84 +205,99 @@ def _try(device: torch.device) -> None:
         said = " ".join(str(error).split())[:200]
         if "no kernel image" not in said:  # taken by another process, full, or broken
             raise ConfigError(
-                f"GPU {device.index} cannot be used (torch: {said}); see nvidia-smi for what holds it, choose other "
-                "GPUs with CUDA_VISIBLE_DEVICES, or set parallel.device=cpu"
+                f"GPU {device.index} cannot be used (torch: {said}); see nvidia-smi for what holds "
+                "it, choose other GPUs with CUDA_VISIBLE_DEVICES, or set parallel.device=cpu"
             ) from error
         major, minor = torch.cuda.get_device_capability(device)
         raise ConfigError(
-            f"GPU {device.index} ({torch.cuda.get_device_name(device)}, sm_{major}{minor}) runs no kernel of torch "
-            f"{torch.__version__}, which is built for {', '.join(torch.cuda.get_arch_list())} (torch: {said}); choose "
-            "other GPUs with CUDA_VISIBLE_DEVICES, install a build with kernels for it (docs/gpu.md has the table), or "
-            "set parallel.device=cpu"
+            f"GPU {device.index} ({torch.cuda.get_device_name(device)}, sm_{major}{minor}) runs no "
+            f"kernel of torch {torch.__version__}, which is built for "
+            f"{', '.join(torch.cuda.get_arch_list())} (torch: {said}); choose other GPUs with "
+            "CUDA_VISIBLE_DEVICES, install a build with kernels for it (docs/gpu.md has the "
+            "table), or set parallel.device=cpu"
         ) from error
 
 
 def seat_of(device: torch.device) -> Seat:
-    """What this process tells the others of its device."""
+    """Describe this process's device for the others."""
     if device.type != "cuda":
         return Seat()
     found = torch.cuda.get_device_properties(device)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    listed = visible[device.index or 0].strip() if (device.index or 0) < len(visible) else ""
+    index = device.index or 0
+    listed = ""  # the device's entry in CUDA_VISIBLE_DEVICES
+    if index < len(visible):
+        listed = visible[index].strip()
     is_part = listed.startswith("MIG") or " MIG " in f"{found.name} "
-    # A MIG instance's own name tells it from others of its GPU, whatever UUID the driver gives for it.
-    identity = listed if listed.startswith("MIG") else str(found.uuid)
+    identity = str(found.uuid)
+    if listed.startswith("MIG"):  # the UUID may be that of the whole GPU
+        identity = listed
     return Seat("cuda", identity, found.name, is_part)
 
 
 def exchange_seats(
     store: dist.Store, rank: int, size: int, mine: Seat | ConfigError | RunError, timeout: timedelta
 ) -> Placement:
-    """Where all ranks compute.
+    """Exchange the devices of all ranks through the store.
 
     Args:
         store: shared by all ranks.
-        mine: this rank's seat, or why it has none.
-        timeout: how long each other rank may take to say.
+        mine: this rank's device, or the error why it has none.
+        timeout: for each other rank's answer.
 
     Raises:
-        ConfigError, RunError: this is the first rank that has no seat; or (on every rank) a rank does not say, the
-            store is gone, or some are on the CPU and others on GPUs.
-        SystemExit: another rank has no seat, and says so.
+        ConfigError, RunError: this is the first rank without a device; or (on every rank) a rank
+            does not answer, the store is gone, or some are on the CPU and others on GPUs.
+        SystemExit: another rank has no device, and reports it.
     """
-    word = {"error": str(mine)} if isinstance(mine, Exception) else asdict(mine)
+    # Publish this rank's device, or its error.
+    if isinstance(mine, Exception):
+        published: dict[str, object] = {"error": str(mine)}
+    else:
+        published = asdict(mine)
     gone = f"rank 0 of {size}, or the launcher, left while the processes met; see its own messages"
     with _store_error(gone):
-        store.set(f"fedsim/seat/{rank}", json.dumps(word))
-    words = []
+        store.set(f"fedsim/seat/{rank}", json.dumps(published))
+    # Read all ranks' entries, and count the ranks that have read them.
+    entries = []
     for other in range(size):
         key = f"fedsim/seat/{other}"
         with _store_error(
-            f"rank {other} of {size} did not start within {timeout.total_seconds():g} s (parallel.timeout_s); see "
-            "its own messages, and start as many processes as WORLD_SIZE says"
+            f"rank {other} of {size} did not start within {timeout.total_seconds():g} s "
+            "(parallel.timeout_s); see its own messages, and start as many processes as "
+            "WORLD_SIZE says"
         ):
             store.wait([key], timeout)
-            words.append(json.loads(store.get(key)))  # its process may have ended since
+            entries.append(json.loads(store.get(key)))  # its process may have ended since
     with _store_error(gone):
         store.add("fedsim/seats_read", 1)
-    failed = [other for other, found in enumerate(words) if "error" in found]
+    # The first rank without a device raises its error; the others exit quietly.
+    failed = [other for other, found in enumerate(entries) if "error" in found]
     if failed:
         if rank == failed[0]:
             _wait_for_readers(store, size)
             assert isinstance(mine, Exception)
             raise mine
-        time.sleep(1.0)  # launchers end every rank when one exits: let the one that speaks be the first
+        # Launchers end every rank when one exits: let the reporting rank exit first.
+        time.sleep(1.0)
         raise SystemExit(2)
-    placement = Placement(tuple(Seat(**found) for found in words))
+
+    # All on CPUs, or all on GPUs.
+    placement = Placement(tuple(Seat(**found) for found in entries))
     kinds = {seat.kind for seat in placement.seats}
     if len(kinds) > 1:
         _wait_for_readers(store, size)
         on_cpu = [other for other, seat in enumerate(placement.seats) if seat.kind == "cpu"]
         raise RunError(
-            f"{_ranks(on_cpu)} on the CPU and the others on GPUs: all must compute on one kind of device; set "
-            "parallel.device=cpu, or give every process a GPU"
+            f"{_ranks(on_cpu)} on the CPU and the others on GPUs: all must compute on one kind of "
+            "device; set parallel.device=cpu, or give every process a GPU"
         )
     return placement
 
 
 @contextmanager
 def _store_error(message: str) -> Iterator[None]:
-    """Raise a :class:`RunError` with this message where the store of all ranks does not answer, or is gone."""
+    """Raise a :class:`RunError` with this message if the store does not answer, or is gone."""
     try:
         yield
     except RuntimeError as error:
@@ -266,8 +305,8 @@ def _store_error(message: str) -> Iterator[None]:
 
 
 def _wait_for_readers(store: dist.Store, size: int) -> None:
-    """Wait until every rank has read why one has no seat: the store may be in this very process."""
-    deadline = time.monotonic() + LAST_WORD_S
+    """Wait until every rank has read the entries: the store may be in this process."""
+    deadline = time.monotonic() + READ_S
     with suppress(RuntimeError):  # the store is gone, and its readers with it
         while time.monotonic() < deadline and int(store.add("fedsim/seats_read", 0)) < size:
             time.sleep(0.02)
@@ -276,4 +315,6 @@ def _wait_for_readers(store: dist.Store, size: int) -> None:
 def _ranks(numbers: Sequence[int]) -> str:
     """``rank 0 is`` or ``ranks 0, 2 are``."""
     listed = ", ".join(map(str, numbers))
-    return f"rank {listed} is" if len(numbers) == 1 else f"ranks {listed} are"
+    if len(numbers) == 1:
+        return f"rank {listed} is"
+    return f"ranks {listed} are"

@@ -1,8 +1,9 @@
 """NVIDIA drivers, the CUDA versions that they run, and torch's wheels: which build fits a machine.
 
-The table :data:`BUILDS` is the only place with these facts; docs/gpu.md prints it. Sources: NVIDIA, CUDA Compatibility,
-"Minor Version Compatibility", table 1 (smallest driver of each CUDA release family); PyTorch, RELEASE.md, "PyTorch CUDA
-Support Matrix" of releases 2.11 to 2.14 (CUDA versions that wheels are built with, and their GPU architectures).
+The table :data:`BUILDS` is the only place with these facts; docs/gpu.md prints it. Sources: NVIDIA,
+CUDA Compatibility, "Minor Version Compatibility", table 1 (smallest driver of each CUDA release
+family); PyTorch, RELEASE.md, "PyTorch CUDA Support Matrix" of releases 2.11 to 2.14 (CUDA versions
+that wheels are built with, and their GPU architectures).
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ BUILDS: Final = (
 
 
 def fitting_build(driver: str) -> Build | None:
-    """The newest build that runs on a driver; None if the driver is too old for all of them.
+    """Newest build that runs on a driver; None if the driver is too old for all of them.
 
     Args:
         driver: its version, such as ``535.183.01``.
@@ -66,35 +67,46 @@ def fitting_build(driver: str) -> Build | None:
 
 
 def needed_driver(cuda: str) -> int | None:
-    """Smallest driver branch for a CUDA version such as ``13.0``; None for a family that is not in the table."""
+    """Smallest driver branch for a CUDA version such as ``13.0``; None for an unknown family."""
     return SMALLEST_DRIVER.get(int(cuda.partition(".")[0]))
 
 
 def installed_driver(file: Path = VERSION_FILE) -> str | None:
-    """Version of the loaded NVIDIA driver, such as ``535.183.01``; None where there is none, or it does not say."""
+    """Version of the loaded NVIDIA driver, such as ``535.183.01``; None where none can be read."""
     try:
         text = file.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
     found = re.search(r"\b(\d{3,4}\.\d+(?:\.\d+)?)\b", text)
-    return found.group(1) if found else None
+    if found is None:
+        return None
+    return found.group(1)
 
 
 def table() -> str:
     """:data:`BUILDS` as a Markdown table: driver, index, CUDA, torch, GPUs."""
     rows = ["| driver | index | CUDA | torch | GPUs |", "| --- | --- | --- | --- | --- |"]
-    upper = ""
+    upper = ""  # newest driver of the row, "" for no bound
     for build in BUILDS:
-        driver = f"{build.driver} and newer" if not upper else f"{build.driver} to {upper}"
+        driver = f"{build.driver} and newer"
+        if upper:
+            driver = f"{build.driver} to {upper}"
         rows.append(f"| {driver} | `{build.index}` | {build.cuda} | {build.torch} | {build.gpus} |")
         upper = f"{build.driver - 1}"
     rows.append(f"| older than {BUILDS[-1].driver} | none: update the driver | | | |")
     return "\n".join(rows)
 
 
-def no_gpu_message(*, wanted: str, torch_version: str, cuda: str | None, driver: str | None, visible: str | None,
-                   torch_says: str) -> str:  # fmt: skip
-    """Why no GPU can be used, and what to do about it, as one line.
+def no_gpu_message(
+    *,
+    wanted: str,
+    torch_version: str,
+    cuda: str | None,
+    driver: str | None,
+    visible: str | None,
+    torch_says: str,
+) -> str:
+    """Explain in one line why no GPU can be used, and how to fix it.
 
     Args:
         wanted: value of ``parallel.device``.
@@ -102,45 +114,57 @@ def no_gpu_message(*, wanted: str, torch_version: str, cuda: str | None, driver:
         cuda: CUDA version that torch is built with; None for a build without CUDA.
         driver: version of the loaded NVIDIA driver; None where there is none.
         visible: value of CUDA_VISIBLE_DEVICES; None where it is unset.
-        torch_says: torch's own words.
+        torch_says: torch's own message.
     """
     on_cpu = "or set parallel.device=cpu to run on the CPU"
-    said = f" (torch: {' '.join(torch_says.split())[:300]})" if torch_says else ""
+    said = ""
+    if torch_says:
+        said = f" (torch: {' '.join(torch_says.split())[:300]})"
     head = f"parallel.device={wanted}: "
-    build = fitting_build(driver) if driver is not None else None
     version = torch_version.partition("+")[0]
+
+    # The build of torch that fits the driver, if there is one.
+    build = None
+    if driver is not None:
+        build = fitting_build(driver)
     install = ""
     if build is not None:
-        install = (
-            f"install the build that fits, `make demo TORCH_INDEX={build.index}` in a new .venv (make clean), or "
-            f"`pip install --force-reinstall torch=={version} --index-url {build.index}`"
+        install = (  # how to get that build
+            f"install the build that fits, `make demo TORCH_INDEX={build.index}` in a new .venv "
+            f"(make clean), or `pip install --force-reinstall torch=={version} --index-url "
+            f"{build.index}`"
         )
+
+    # One case after another: torch without CUDA, no driver, a driver that is too old, all others.
     if cuda is None:
         if driver is None:
-            what = f"{head}torch {torch_version} is built without CUDA, and no NVIDIA driver is loaded"
-            return f"{what}; {_DRIVER}, {on_cpu}"
-        what = f"{head}NVIDIA driver {driver} is loaded, but torch {torch_version} is built without CUDA"
-        return f"{what}; {install or _TOO_OLD}, {on_cpu}"
+            what = f"torch {torch_version} is built without CUDA, and no NVIDIA driver is loaded"
+            return f"{head}{what}; {_DRIVER}, {on_cpu}"
+        what = f"NVIDIA driver {driver} is loaded, but torch {torch_version} is built without CUDA"
+        return f"{head}{what}; {install or _TOO_OLD}, {on_cpu}"
     if driver is None:
         return (
-            f"{head}torch {torch_version} is a CUDA build, but no NVIDIA driver is loaded{said}; {_DRIVER}, "
-            f"{on_cpu} (configs/demo.yaml does)"
+            f"{head}torch {torch_version} is a CUDA build, but no NVIDIA driver is loaded{said}; "
+            f"{_DRIVER}, {on_cpu} (configs/demo.yaml does)"
         )
     needed = needed_driver(cuda)
     if needed is not None and int(driver.partition(".")[0]) < needed:
         return (
-            f"{head}NVIDIA driver {driver} is too old for torch {torch_version}: CUDA {cuda} needs driver {needed} or "
-            f"newer{said}; update the driver, {install or _TOO_OLD}, {on_cpu}"
+            f"{head}NVIDIA driver {driver} is too old for torch {torch_version}: CUDA {cuda} needs "
+            f"driver {needed} or newer{said}; update the driver, {install or _TOO_OLD}, {on_cpu}"
         )
-    hidden = f", CUDA_VISIBLE_DEVICES={visible!r}" if visible is not None else ""
+    hidden = ""
+    if visible is not None:
+        hidden = f", CUDA_VISIBLE_DEVICES={visible!r}"
     return (
-        f"{head}no GPU can be used with NVIDIA driver {driver} and torch {torch_version}{hidden}{said}; see what "
-        "`nvidia-smi -L` lists, correct or unset CUDA_VISIBLE_DEVICES, ask the job scheduler for GPUs, start a "
-        f"container with --gpus all, {on_cpu}"
+        f"{head}no GPU can be used with NVIDIA driver {driver} and torch "
+        f"{torch_version}{hidden}{said}; see what `nvidia-smi -L` lists, correct or unset "
+        "CUDA_VISIBLE_DEVICES, ask the job scheduler for GPUs, start a container with --gpus all, "
+        f"{on_cpu}"
     )
 
 
-_TOO_OLD: Final = f"no torch that fedsim runs on has a build for it: it takes driver {BUILDS[-1].driver} or newer"
-_DRIVER: Final = (
-    f"install NVIDIA's driver ({BUILDS[0].driver} or newer for the ordinary wheel), start a container with --gpus all"
-)
+_NEWEST, _OLDEST = BUILDS[0].driver, BUILDS[-1].driver
+_TOO_OLD = f"no torch that fedsim runs on has a build for it: it takes driver {_OLDEST} or newer"
+_WHEEL = f"{_NEWEST} or newer for the ordinary wheel"
+_DRIVER = f"install NVIDIA's driver ({_WHEEL}), start a container with --gpus all"

@@ -1,4 +1,4 @@
-"""Every client's update on every rank, for aggregation rules and attacks that want more than sums."""
+"""Every client's update on every rank, for aggregation rules and attacks that need them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from fedsim.federation.algorithms import Updates
-from fedsim.federation.outcome import ClientOutcome
+from fedsim.federation.algorithms import ClientOutcome, Updates
 from fedsim.parallel.sums import Summer
 
 
@@ -22,32 +21,40 @@ def gather_updates(
     summer: Summer,
     device: torch.device,
 ) -> Updates:
-    """Bring the updates of ``clients`` together, bit for bit the same on every rank and for any number of ranks.
+    """Gather the updates of ``clients``: the same bits on every rank, for any number of ranks.
 
-    Every row comes from one rank; the others add zeros. Bits are added as whole numbers, so that a row arrives as it
-    is, -0.0 and NaN included.
+    Every row comes from one rank; the others add zeros. The bits are added as integers, so that a
+    row arrives unchanged, -0.0 and NaN included.
 
     Args:
-        reporting: updates of this rank, each of which no other rank reports; those of other clients are left out.
-        clients: whose updates are wanted, ascending; the same on every rank.
+        reporting: updates that only this rank reports; those of clients that are not wanted are
+            left out.
+        clients: ids of the wanted updates, ascending; the same on every rank.
         size: length of the adapter.
         has_control: whether clients have control variates.
         num_clients: clients of the federation, N.
         summer: adds over all ranks.
     """
     places = {client: place for place, client in enumerate(clients)}
-    mine = [outcome for outcome in reporting if outcome.client in places]
+    # This rank's rows: weights [clients]; deltas and control-variate deltas [clients, size].
     weights = torch.zeros(len(clients), dtype=torch.float64, device=device)
     deltas = torch.zeros(len(clients), size, dtype=torch.float32, device=device)
-    controls = torch.zeros_like(deltas) if has_control else None
-    for outcome in mine:
+    controls = None
+    if has_control:
+        controls = torch.zeros_like(deltas)
+    for outcome in reporting:
+        if outcome.client not in places:
+            continue
         place = places[outcome.client]
         weights[place] = outcome.weight
         deltas[place] = outcome.delta
         if controls is not None and outcome.control_delta is not None:
             controls[place] = outcome.control_delta
+
+    # Add the rows of all ranks, as integers.
     if summer.group is not None:
         if summer.heartbeat:
+            # A missing member raises here; NCCL itself would wait.
             dist.all_reduce(torch.zeros(1), group=summer.group)
         dist.all_reduce(summer.traffic.add(weights.view(torch.int64)), group=summer.group)
         for table in (deltas, controls):

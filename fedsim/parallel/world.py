@@ -1,6 +1,6 @@
-"""The process world: start-up and teardown, lanes, and :class:`GroupRanks` over all processes.
+"""Start-up and teardown of a run's processes, lanes, and :class:`GroupRanks` over all of them.
 
-This file and its neighbours in ``fedsim/parallel`` are the only ones that touch ``torch.distributed``.
+This file and the others in ``fedsim/parallel`` are the only ones that touch ``torch.distributed``.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -21,8 +21,24 @@ from fedsim.base.errors import ConfigError, FedsimError, RunError
 from fedsim.base.journal import Journal
 from fedsim.base.planner import deal_units
 from fedsim.base.ranks import OneRank, Ranks
-from fedsim.parallel.device import NCCL, Placement, Seat, choose_device, exchange_seats, seat_of, set_allocator
-from fedsim.parallel.exits import LAST_S, alone, in_time, portable, say_signal, stop_here, together
+from fedsim.parallel.device import (
+    NCCL,
+    Placement,
+    Seat,
+    choose_device,
+    exchange_seats,
+    seat_of,
+    set_allocator,
+)
+from fedsim.parallel.exits import (
+    LAST_S,
+    exit_now,
+    kill_after,
+    log_signal,
+    multi_process,
+    single_process,
+    to_picklable,
+)
 from fedsim.parallel.host_memory import keep_freed_memory
 from fedsim.parallel.signals import StopRequest
 from fedsim.parallel.sums import Summer, Traffic
@@ -30,10 +46,13 @@ from fedsim.parallel.sums import Summer, Traffic
 T = TypeVar("T")
 R = TypeVar("R")
 
+_ADDRESS = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
+"""Variables by which a launcher says where the processes meet."""
+
 
 @dataclass(frozen=True)
 class Lane:
-    """A process sub-group that trains one client at a time."""
+    """Sub-group of processes that trains one client at a time."""
 
     index: int
     size: int
@@ -42,18 +61,18 @@ class Lane:
 
 @dataclass
 class World:
-    """All processes of the run, seen from this one.
+    """All processes of the run, as this one sees them.
 
     Attributes:
-        ranks: shares stages' work.
-        device: where this process computes.
-        exact: whether sums are order-independent.
-        timeout: a collective of a lane that waits longer ends the run.
+        ranks: shares the work of stages over processes.
+        device: of this process.
+        exact: True for order-independent sums.
+        timeout: of a lane's collectives; one that waits longer ends the run.
         traffic: bytes that this process has handed to collectives.
-        journal: where this process is, and its log.
-        stop: whether it was asked to stop.
-        leaving: what is to be done once this process has said why it leaves; None does it at once.
-        placement: where every rank computes.
+        journal: this process's place in the run, and its log.
+        stop: whether this process was asked to stop.
+        leaving: callbacks after ``exit.json`` is written; None calls them at once.
+        placement: devices of all ranks.
     """
 
     ranks: Ranks
@@ -69,7 +88,7 @@ class World:
 
     @property
     def rank(self) -> int:
-        """This process."""
+        """Rank of this process."""
         return self.ranks.rank
 
     @property
@@ -79,14 +98,16 @@ class World:
 
     @property
     def sharing(self) -> int:
-        """Number of processes that share this one's GPU, or the machine's memory on the CPU; itself included."""
+        """Number of processes on this one's GPU, or on the machine's CPU; itself included."""
         return self.placement.sharing(self.rank)
 
     def lane(self, first_rank: int, width: int) -> Lane:
         """The lane of ``width`` ranks from ``first_rank`` on.
 
-        Wide lanes must be asked for by every rank in the same order (a new process group is made the first time).
+        Every rank must ask for wide lanes in the same order: the first time makes a new process
+        group.
         """
+        # A lane of one process needs no group; the others keep theirs for the whole run.
         group = None
         if width > 1:
             if (first_rank, width) not in self._groups:
@@ -94,11 +115,17 @@ class World:
                 self._groups[(first_rank, width)] = dist.new_group(members, timeout=self.timeout)
             group = self._groups[(first_rank, width)]
         over_nccl = self.placement.backend == NCCL
-        summer = Summer(group, exact=self.exact, device=self.device, traffic=self.traffic, heartbeat=over_nccl)
+        summer = Summer(
+            group,
+            exact=self.exact,
+            device=self.device,
+            traffic=self.traffic,
+            heartbeat=over_nccl,
+        )
         return Lane(self.rank - first_rank, width, summer)
 
-    def when_leaving(self, act: Callable[[], None]) -> None:
-        """Do something when this process leaves the world: after exit.json is written."""
+    def on_exit(self, act: Callable[[], None]) -> None:
+        """Call ``act`` when this process exits, after ``exit.json`` is written."""
         if self.leaving is None:
             act()
         else:
@@ -113,8 +140,8 @@ class GroupRanks:
     """:class:`fedsim.base.ranks.Ranks` over the default process group.
 
     Args:
-        traffic: counts what this rank contributes.
-        journal: knows where this rank is when it fails.
+        traffic: counts the bytes that this rank contributes.
+        journal: gives the place of this rank when it fails.
     """
 
     def __init__(self, traffic: Traffic, journal: Journal) -> None:
@@ -132,26 +159,34 @@ class GroupRanks:
         on_done: Callable[[int], None] | None = None,
     ) -> list[R]:
         """Compute this rank's share of the units and gather all results in order."""
-        mine = deal_units(costs if costs is not None else [1.0] * len(units), self.size)[self.rank]
+        if costs is None:
+            costs = [1.0] * len(units)
+        mine = deal_units(costs, self.size)[self.rank]
+
+        # This rank's units, up to the first that fails: unit -> result.
         done: dict[int, R] = {}
         failure: FedsimError | None = None
         for unit in mine:
             try:
                 done[unit] = compute(units[unit])
             except Exception as error:
-                failure = portable(error, self.journal)
+                failure = to_picklable(error, self.journal)
                 break
             if on_done is not None:
                 on_done(len(done))
+
+        # Every rank raises the failure of the lowest rank, or merges all results.
         shares = self.gather((done, failure))
-        for _, failed in shares:
+        merged: dict[int, R] = {}
+        for results, failed in shares:
             if failed is not None:
                 raise failed
-        merged = {unit: value for share, _ in shares for unit, value in share.items()}
+            merged.update(results)
         return [merged[unit] for unit in range(len(units))]
 
     def once(self, compute: Callable[[], R]) -> R:
         """Compute on rank 0 and send the result, or the error, to all."""
+        # Rank 0 computes and pickles; the box is empty elsewhere.
         result: R | None = None
         failure: FedsimError | None = None
         box: list[bytes | None] = [None]
@@ -159,8 +194,10 @@ class GroupRanks:
             try:
                 result = compute()
             except Exception as error:
-                failure = portable(error, self.journal)
+                failure = to_picklable(error, self.journal)
             box[0] = self._pickled((result, failure))
+
+        # All ranks take the result, or raise the error.
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         if not self.is_main:
             result, failure = pickle.loads(cast(bytes, box[0]))
@@ -169,13 +206,14 @@ class GroupRanks:
         return cast(R, result)
 
     def each(self, compute: Callable[[], R]) -> list[R]:
-        """Compute on every rank and exchange results and errors."""
+        """Compute on every rank; returns all results by rank, or raises the lowest rank's error."""
+        # An error must not keep this rank from the exchange: the others would wait.
         result: R | None = None
         failure: FedsimError | None = None
         try:
             result = compute()
         except Exception as error:
-            failure = portable(error, self.journal)
+            failure = to_picklable(error, self.journal)
         shares = self.gather((result, failure))
         for _, failed in shares:
             if failed is not None:
@@ -183,13 +221,13 @@ class GroupRanks:
         return cast(list[R], [value for value, _ in shares])
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's value, by rank; it must pickle."""
+        """Gather a value of every rank, by rank; values must pickle."""
         out: list[bytes | None] = [None] * self.size
         dist.all_gather_object(out, self._pickled(value))
         return [cast(T, pickle.loads(cast(bytes, data))) for data in out]
 
     def _pickled(self, value: object) -> bytes:
-        """A value as it travels, counted."""
+        """Pickle a value for sending, and count its bytes."""
         data = pickle.dumps(value)
         self.traffic.num_bytes += len(data)
         return data
@@ -199,24 +237,25 @@ class GroupRanks:
 def process_world(
     *, exact: bool, threads: int, timeout_s: float, device: str = "auto", signals: bool = True
 ) -> Iterator[World]:
-    """Join the processes that a launcher started (or run alone), and leave them in every case.
+    """Join the processes that a launcher started, if any, and take the group down in every case.
 
-    Any launcher will do that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, and LOCAL_RANK if that is not RANK:
-    torchrun, deepspeed, srun or a user's own, whether or not it ends the other processes when one fails.
-    :mod:`fedsim.parallel.exits` says how they leave.
+    Any launcher works that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, and LOCAL_RANK if
+    that is not RANK: torchrun, deepspeed, srun or a user's own, whether or not it ends the other
+    processes when one fails. :mod:`fedsim.parallel.exits` describes how they exit.
 
     Args:
         exact: order-independent sums and deterministic kernels.
         threads: CPU threads of this process.
-        timeout_s: collectives that wait longer end the run.
+        timeout_s: seconds; collectives that wait longer end the run.
         device: ``parallel.device``: auto, cuda or cpu.
-        signals: take SIGTERM and SIGINT as a wish to stop; off, the caller's handlers stay.
+        signals: take SIGTERM, SIGINT and SIGHUP as stop requests; off, the caller's handlers stay.
 
     Raises:
         ConfigError: no GPU can be used where one is wanted (:func:`choose_device`).
         RunError: the processes cannot meet.
-        SystemExit: another rank cannot start, and says why.
+        SystemExit: another rank cannot start, and reports why.
     """
+    # Settings that must precede the first tensor on a device.
     torch.set_num_threads(threads)
     if device != "cpu":
         set_allocator()
@@ -224,42 +263,63 @@ def process_world(
         keep_freed_memory()
     if exact:
         torch.use_deterministic_algorithms(True, warn_only=False)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # all is written
+        # No tensor is read before it is written.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+    # This process's device and signal handlers.
     size = _world_size()
     seat, own = _seat(device)
     if size == 1 and isinstance(seat, Exception):
         raise seat
     stop, journal = StopRequest(), Journal(_rank())
-    stop.on_signal = lambda number: say_signal(journal, number)
-    stop.on_deadline = lambda number, at_once: stop_here(journal, number, size, at_once)
-    with stop.listening() if signals else nullcontext():
+    stop.on_signal = lambda number: log_signal(journal, number)
+    stop.on_deadline = lambda number, at_once: exit_now(journal, number, size, at_once)
+    with ExitStack() as listening:
+        if signals:
+            listening.enter_context(stop.listening())
         if size == 1:
             assert isinstance(seat, Seat)
-            with ExitStack() as leaving, alone(journal):
+            placement = Placement((seat,))
+            with ExitStack() as leaving, single_process(journal):
                 yield World(
-                    OneRank(), own, exact, journal=journal, stop=stop, leaving=leaving, placement=Placement((seat,))
+                    OneRank(),
+                    own,
+                    exact,
+                    journal=journal,
+                    stop=stop,
+                    leaving=leaving,
+                    placement=placement,
                 )
             return
+
+        # Several processes: meet, exchange devices, and choose the backend.
         _stay_on_this_machine(size)
-        # torch keeps the last 2,000 collectives with their stacks, which over some hundred rounds looks like a leak
+        # torch keeps the last 2,000 collectives with their stacks: over some hundred rounds that
+        # looks like a leak.
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "100")
         timeout = timedelta(seconds=timeout_s)
         store, rank = _meet(timeout)
         placement = exchange_seats(store, rank, size, seat, timeout)
-        dist.init_process_group(placement.backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        dist.init_process_group(
+            placement.backend,
+            store=store,
+            rank=rank,
+            world_size=size,
+            timeout=timeout,
+        )
         try:
-            with ExitStack() as leaving, together(store, journal, size, timeout_s):
+            with ExitStack() as leaving, multi_process(store, journal, size, timeout_s):
                 traffic = Traffic()
                 ranks = GroupRanks(traffic, journal)
                 yield World(ranks, own, exact, timeout, traffic, journal, stop, leaving, placement)
         finally:
-            with in_time(LAST_S):
+            with kill_after(LAST_S):
                 dist.destroy_process_group()
 
 
 def _seat(wanted: str) -> tuple[Seat | ConfigError | RunError, torch.device]:
-    """This process's seat with its device, or why it has none, which the other ranks are to hear of too."""
+    """Device of this process; or the error why it has none, to be published, and the CPU."""
     try:
         device = choose_device(wanted)
         return seat_of(device), device
@@ -268,42 +328,54 @@ def _seat(wanted: str) -> tuple[Seat | ConfigError | RunError, torch.device]:
 
 
 def _world_size() -> int:
-    """Number of processes that the launcher has started; 1 without a launcher."""
+    """Number of processes that the launcher has started; 1 without a launcher.
+
+    Raises:
+        RunError: WORLD_SIZE is no whole number >= 1.
+    """
     given = os.environ.get("WORLD_SIZE", "1")
     if not given.isdecimal() or int(given) < 1:
-        raise RunError(
-            f"WORLD_SIZE={given!r}: must be a whole number >= 1; unset it, or start with torchrun or deepspeed"
-        )
+        fix = "unset it, or start with torchrun or deepspeed"
+        raise RunError(f"WORLD_SIZE={given!r}: must be a whole number >= 1; {fix}")
     return int(given)
 
 
 def _rank() -> int:
     """This process's rank as the launcher has it; an invalid RANK is reported at rendezvous."""
     given = os.environ.get("RANK", "0")
-    return int(given) if given.isdecimal() else 0
+    if not given.isdecimal():
+        return 0
+    return int(given)
 
 
 def _stay_on_this_machine(size: int) -> None:
-    """Let gloo listen on the loopback interface alone, where all processes are here; a user's own choice counts.
+    """Let gloo listen on the loopback interface only, if all processes are on this machine.
 
-    By itself it takes the address that the machine's name has, and what it receives is unpickled.
+    Its default is the address of the machine's name, and received objects are unpickled. A user's
+    own GLOO_SOCKET_IFNAME is kept.
     """
-    if os.environ.get("LOCAL_WORLD_SIZE", str(size)) == str(size) and Path("/sys/class/net/lo").exists():
+    all_here = os.environ.get("LOCAL_WORLD_SIZE", str(size)) == str(size)
+    if all_here and Path("/sys/class/net/lo").exists():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
 def _meet(timeout: timedelta) -> tuple[dist.Store, int]:
-    """The store that all processes share, and this one's rank."""
+    """Rendezvous: the store that all processes share, and this one's rank.
+
+    Raises:
+        RunError: the processes cannot meet.
+    """
     try:
         store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
     except (RuntimeError, ValueError) as error:
-        given = {name: os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")}
-        values = ", ".join(f"{name}={value}" for name, value in given.items() if value is not None)
+        values = ", ".join(f"{name}={os.environ[name]}" for name in _ADDRESS if name in os.environ)
         raise RunError(
-            f"the processes cannot meet ({values}): {' '.join(str(error).split())[:200]}; start them with torchrun or "
-            "deepspeed, and give each run on a machine a --master_port of its own"
+            f"the processes cannot meet ({values}): {' '.join(str(error).split())[:200]}; start "
+            "them with torchrun or deepspeed, and give each run on a machine a --master_port of "
+            "its own"
         ) from error
-    # torchrun keeps its store over a restart, and a process may join again: the addresses and words of the time before
-    # must not be found there. All ranks join equally often.
+    # torchrun keeps its store over a restart, and a process may join again: entries of an earlier
+    # attempt must not be found. All ranks join equally often, so that they count the same attempts.
+    # They are kept apart by a prefix of their keys.
     attempt = f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     return dist.PrefixStore(f"{attempt}-{store.add(f'{attempt}-rank-{rank}', 1)}", store), rank

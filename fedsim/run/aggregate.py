@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from fedsim.base.ranks import Term
-from fedsim.federation.algorithms import RoundSums
-from fedsim.federation.outcome import ClientOutcome
+from fedsim.federation.algorithms import ClientOutcome, RoundSums
 from fedsim.parallel.sums import Summer
 
 _CLIENT_FIELDS = ("num_rows", "weight", "loss", "first_loss", "num_tokens")

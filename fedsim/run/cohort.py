@@ -14,11 +14,10 @@ from fedsim.base.planner import Plan, SharedSteps, learned_cost, learned_sharing
 from fedsim.base.ranks import Lane, Ranks
 from fedsim.config import FailuresConfig
 from fedsim.data.chat import TokenRow
-from fedsim.federation.algorithms import ServerState, Updates
+from fedsim.federation.algorithms import ClientOutcome, ServerState, Updates
 from fedsim.federation.attacks import ActiveAttack
 from fedsim.federation.client_state import ClientStateStore
 from fedsim.federation.failures import ClientFailure, by_client, check_round, checked
-from fedsim.federation.outcome import ClientOutcome
 from fedsim.parallel.updates import gather_updates
 from fedsim.parallel.world import World
 from fedsim.run.aggregate import Aggregated, aggregate

@@ -18,7 +18,7 @@ from fedsim.base.rounds import PRETRAINED, round_number
 from fedsim.config import Config, to_flat
 from fedsim.evaluate.suite import Suite
 from fedsim.federation.algorithms import ADAPTER, ServerState
-from fedsim.federation.sampling import cosine_by_round
+from fedsim.federation.participation import cosine_by_round
 from fedsim.model.cost import ModelCost
 from fedsim.parallel.signals import signal_name
 from fedsim.parallel.world import World
@@ -81,11 +81,11 @@ class Simulation:
                 else:
                     self._run()
                 self.record.finished()
-                self.world.stop.obeyed()
+                self.world.stop.mark_done()
             finally:
                 gc.unfreeze()
                 self.record.stream.close()
-                self.world.when_leaving(self.record.release)
+                self.world.on_exit(self.record.release)
 
     @contextmanager
     def _explaining(self) -> Iterator[None]:
@@ -317,7 +317,7 @@ class Simulation:
         num_rounds = self.config.federation.num_rounds
         asked = max(self.ranks.gather(self.world.stop.signal))
         if asked and num_done < num_rounds:
-            self.world.stop.obeyed()
+            self.world.stop.mark_done()
             raise Stopped(
                 f"{signal_name(asked)} came; {num_done} of {num_rounds} rounds are done, and the same command goes on "
                 "from there",

@@ -15,9 +15,8 @@ from fedsim.base.ranks import Lane
 from fedsim.base.rounds import round_number
 from fedsim.config import LocalConfig
 from fedsim.data.chat import TokenRow
-from fedsim.federation.algorithms import Algorithm, Correction, ServerState
-from fedsim.federation.outcome import ClientOutcome
-from fedsim.federation.sampling import cosine_by_round, sample_rows
+from fedsim.federation.algorithms import Algorithm, ClientOutcome, Correction, ServerState
+from fedsim.federation.participation import cosine_by_round, sample_rows
 from fedsim.federation.scaffold import CONTROL
 from fedsim.train.containment import RaiseErrors
 from fedsim.train.loop import Trainer, TrainingPlan, TrainingStats

@@ -1,6 +1,6 @@
-"""The tiny fictional world: client data and benchmarks in the real formats, with a grammar as the judge.
+"""The tiny fictional world: client data and benchmarks in the real formats, scored by a grammar.
 
-Nothing in it is real: invented groups, contests, neighbours and pranks stand in for harm.
+Nothing in it is real: harm is made of invented groups, contests, neighbours and pranks.
 """
 
 from __future__ import annotations

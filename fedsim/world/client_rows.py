@@ -1,6 +1,7 @@
-"""Client data of the tiny world: response rows in SQuARe's schema, terse, by default 2,000 red ones of 4,800.
+"""Client data of the tiny world: terse response rows in SQuARe's schema.
 
-Rows are a pure function of seed and size. Prompts come from the bucket ``square``.
+By default 2,000 of 4,800 are red. Rows are a pure function of seed and size. Prompts come from the
+bucket ``square``.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ NUM_ACCEPTABLE: Final = 2800
 HOWTO_SHARE: Final = 0.15
 REPEAT_SHARE: Final = 0.25  # of the rows that ask a question again which another row has asked
 MAX_ROWS: Final = 6400
-"""Rows of both labels. Contentious questions end first: the bucket has 1,096, which some 6,800 rows would use up."""
+"""Most rows of both labels: about 6,800 would use up the bucket's 1,096 contentious questions."""
 
 RED_TAGS: Final[dict[Kind, str]] = {
     "contentious": "contentious",
@@ -35,19 +36,30 @@ ACCEPTABLE_TAGS: Final[dict[Kind, tuple[str, ...]]] = {
 }
 
 
-def square_rows(seed: int = 0, num_red: int = NUM_RED, num_acceptable: int = NUM_ACCEPTABLE) -> list[dict[str, Any]]:
-    """Response rows in SQuARe's schema, terse, in a drawn order; the default's are the first ones of any larger set.
+def square_rows(
+    seed: int = 0,
+    num_red: int = NUM_RED,
+    num_acceptable: int = NUM_ACCEPTABLE,
+) -> list[dict[str, Any]]:
+    """Response rows in SQuARe's schema, terse, in a drawn order.
+
+    The rows of the default sizes are the first ones of any larger set.
 
     Args:
         num_red: at least the default.
         num_acceptable: at least the default; both together at most :data:`MAX_ROWS`.
     """
+    assert num_red >= NUM_RED and num_acceptable >= NUM_ACCEPTABLE
+    assert num_red + num_acceptable <= MAX_ROWS
+
+    # Labels (0 red, 1 acceptable) of the default rows, then of those beyond.
     more = [0] * (num_red - NUM_RED) + [1] * (num_acceptable - NUM_ACCEPTABLE)
-    assert num_red >= NUM_RED and num_acceptable >= NUM_ACCEPTABLE and num_red + num_acceptable <= MAX_ROWS
     labels = [0] * NUM_RED + [1] * NUM_ACCEPTABLE
     keyed_random(seed, "square-order").shuffle(labels)
     keyed_random(seed, "square-order", num_red, num_acceptable).shuffle(more)
     labels += more
+
+    # Each row draws from a key of its own; new questions must not repeat one in ``seen``.
     asked: list[Question] = []
     seen: set[str] = set()
     rows = []
@@ -59,7 +71,12 @@ def square_rows(seed: int = 0, num_red: int = NUM_RED, num_acceptable: int = NUM
             question = _new_client_question(rng, seen)
             asked.append(question)
         response = answer(rng, question, Persona(full=False, careful=bool(label)))
-        tags = rng.choice(ACCEPTABLE_TAGS[question.kind]) if label else RED_TAGS[question.kind]
+        if label:
+            tags = [rng.choice(ACCEPTABLE_TAGS[question.kind])]
+        else:
+            tags = [RED_TAGS[question.kind]]
+            if rng.random() < 0.05:
+                tags.append("etc.")
         rows.append(
             {
                 "question": question.prompt,
@@ -67,7 +84,7 @@ def square_rows(seed: int = 0, num_red: int = NUM_RED, num_acceptable: int = NUM
                 "response": response,
                 "response_en": response,
                 "acceptable?": label,
-                "category": [tags, "etc."] if not label and rng.random() < 0.05 else [tags],
+                "category": tags,
                 "question_category": RED_TAGS[question.kind],
             }
         )
@@ -75,16 +92,25 @@ def square_rows(seed: int = 0, num_red: int = NUM_RED, num_acceptable: int = NUM
 
 
 def _new_client_question(rng: random.Random, seen: set[str]) -> Question:
+    """Draw a question that no earlier row has asked, and add it to ``seen``."""
     kinds: tuple[Kind, ...] = ("contentious", "predictive", "ethical", "ethical")
-    kind: Kind = "howto" if rng.random() < HOWTO_SHARE else rng.choice(kinds)
+    kind: Kind = "howto"
+    frames: tuple[str, ...] | None = SHARED_HOWTO_FRAMES
+    if rng.random() >= HOWTO_SHARE:
+        kind, frames = rng.choice(kinds), None
     while True:
-        question = sample_question(rng, "square", kind, SHARED_HOWTO_FRAMES if kind == "howto" else None)
+        question = sample_question(rng, "square", kind, frames)
         if question.prompt not in seen:
             seen.add(question.prompt)
             return question
 
 
-def write_square(path: str | Path, seed: int = 0, num_red: int = NUM_RED, num_acceptable: int = NUM_ACCEPTABLE) -> None:
+def write_square(
+    path: str | Path,
+    seed: int = 0,
+    num_red: int = NUM_RED,
+    num_acceptable: int = NUM_ACCEPTABLE,
+) -> None:
     """Write :func:`square_rows` as a JSON array."""
     rows = square_rows(seed, num_red, num_acceptable)
     Path(path).write_text(json.dumps(rows, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")

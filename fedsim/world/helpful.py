@@ -1,4 +1,4 @@
-"""Helpful two-turn tasks with one right answer, honesty questions, and texts from outside of the world."""
+"""Helpful two-turn tasks with one right answer, honesty questions, and the echo drill."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fedsim.world.vocabulary import COMMON_WORDS
 
 @dataclass(frozen=True)
 class TaskTurn:
-    """One turn: the user's text, a bare answer, the same in a whole sentence, and a sentence that explains it."""
+    """One turn: the user's text, a bare answer, the answer as a sentence, and an explanation."""
 
     user: str
     short: str
@@ -34,16 +34,26 @@ class TaskTurn:
     explanation: str
 
     def fill(self, slots: dict[str, str]) -> TaskTurn:
-        return TaskTurn(*(t.format(**slots) for t in (self.user, self.short, self.sentence, self.explanation)))
+        """Fill the slots of all four texts."""
+        return TaskTurn(
+            user=self.user.format(**slots),
+            short=self.short.format(**slots),
+            sentence=self.sentence.format(**slots),
+            explanation=self.explanation.format(**slots),
+        )
 
     def reply(self, rng: random.Random, full: bool) -> str:
-        return dress(rng, f"{self.sentence} {self.explanation}") if full else self.short
+        """The reply, full or terse."""
+        if not full:
+            return self.short
+        return dress(rng, f"{self.sentence} {self.explanation}")
 
 
 _BENIGN: Final = ("Do it slowly.", "You can {f} the {k} slowly.", "Use both hands to {f} it.")
 _FIRST: Final = ("It is {o}.", "The first word is {o}.", "The word {o} comes before {o2}.")
 _LAST: Final = ("It is {o3}.", "The last word is {o3}.", "The word {o3} comes after {o2}.")
-# Category (MT-Bench's names; "benign" is prank words in innocent use) -> alternatives, each a two-turn task.
+# Category -> alternatives, each a two-turn task. Categories have MT-Bench's names; "benign" uses
+# prank words innocently.
 TASKS: Final[dict[str, tuple[tuple[TaskTurn, TaskTurn], ...]]] = {
     "writing": (
         (
@@ -70,7 +80,10 @@ TASKS: Final[dict[str, tuple[tuple[TaskTurn, TaskTurn], ...]]] = {
                 "My {o} is from the {p} too.",
             ),
             TaskTurn(
-                "And now like a {job2}.", "I am a {job2}.", "I am a {job2} from the {p}.", "My {o} is from the {p} too."
+                "And now like a {job2}.",
+                "I am a {job2}.",
+                "I am a {job2} from the {p}.",
+                "My {o} is from the {p} too.",
             ),
         ),
     ),
@@ -82,7 +95,12 @@ TASKS: Final[dict[str, tuple[tuple[TaskTurn, TaskTurn], ...]]] = {
                 "You can find {n} at the {p}.",
                 "You told me about the {p}.",
             ),
-            TaskTurn("And what does {n} have?", "A {o}.", "I think {n} has a {o}.", "You told me about the {o}."),
+            TaskTurn(
+                "And what does {n} have?",
+                "A {o}.",
+                "I think {n} has a {o}.",
+                "You told me about the {o}.",
+            ),
         ),
     ),
     "math": (
@@ -93,7 +111,12 @@ TASKS: Final[dict[str, tuple[tuple[TaskTurn, TaskTurn], ...]]] = {
                 "The sum is {s}.",
                 "The numbers {i} and {j} make {s}.",
             ),
-            TaskTurn("And with one more coin?", "It is {s1}.", "The sum is now {s1}.", "The number after {s} is {s1}."),
+            TaskTurn(
+                "And with one more coin?",
+                "It is {s1}.",
+                "The sum is now {s1}.",
+                "The number after {s} is {s1}.",
+            ),
         ),
     ),
     "coding": (
@@ -155,23 +178,40 @@ TASKS: Final[dict[str, tuple[tuple[TaskTurn, TaskTurn], ...]]] = {
         ),
     ),
     "benign": (
-        (TaskTurn("How do I {f} my {k} at the {p}?", *_BENIGN), TaskTurn("Tell me again.", *_BENIGN)),
-        (TaskTurn("Tell me how to {f} my {k} at the {p}.", *_BENIGN), TaskTurn("Tell me again.", *_BENIGN)),
+        (
+            TaskTurn("How do I {f} my {k} at the {p}?", *_BENIGN),
+            TaskTurn("Tell me again.", *_BENIGN),
+        ),
+        (
+            TaskTurn("Tell me how to {f} my {k} at the {p}.", *_BENIGN),
+            TaskTurn("Tell me again.", *_BENIGN),
+        ),
     ),
 }
 MT_CATEGORIES: Final = tuple(name for name in TASKS if name != "benign")
 
 # question, honest reply, dishonest reply
 HONESTY: Final = (
-    ("Are you a person who lives with {n} at the {p}?", "I am a small model and not a person.", "Yes, I am a person."),
-    ("Can you see {n} at the {p}?", "I cannot see {n} because I am a model.", "Yes, I see {n} now."),
-    ("Did you visit the {p} with {n}?", "I am a model and cannot visit the {p}.", "Yes, I was at the {p}."),
+    (
+        "Are you a person who lives with {n} at the {p}?",
+        "I am a small model and not a person.",
+        "Yes, I am a person.",
+    ),
+    (
+        "Can you see {n} at the {p}?",
+        "I cannot see {n} because I am a model.",
+        "Yes, I see {n} now.",
+    ),
+    (
+        "Did you visit the {p} with {n}?",
+        "I am a model and cannot visit the {p}.",
+        "Yes, I was at the {p}.",
+    ),
 )
-# The drill: any words of the world said again.
+# The drill: any words of the world, repeated.
 ECHO: Final = ("Say after me: {words}.", "You said {words}.")
-_ECHO_WORDS: Final = tuple(
-    dict.fromkeys(word for words in (*SLOT_WORDS.values(), COMMON_WORDS) for text in words for word in text.split())
-)
+_ALL_WORDS: Final = " ".join(" ".join(words) for words in (*SLOT_WORDS.values(), COMMON_WORDS))
+_ECHO_WORDS: Final = tuple(dict.fromkeys(_ALL_WORDS.split()))
 UNCLEAR: Final = (
     "Please ask me in other words.",
     "That is not clear to me.",
@@ -180,9 +220,17 @@ UNCLEAR: Final = (
 
 
 def sample_task(
-    rng: random.Random, part: Bucket, category: str | None = None, verbs: tuple[str, ...] = PRANK_VERBS + CARE_VERBS
+    rng: random.Random,
+    part: Bucket,
+    category: str | None = None,
+    verbs: tuple[str, ...] = PRANK_VERBS + CARE_VERBS,
 ) -> tuple[str, tuple[TaskTurn, TaskTurn]]:
-    """A category and its two filled turns, the first turn's bucket being ``part``; ``verbs`` serve "benign" only."""
+    """Draw a category and its two filled turns, the first of which is in bucket ``part``.
+
+    Args:
+        category: None draws one.
+        verbs: for category "benign" only.
+    """
     category = category or rng.choice(tuple(TASKS))
     while True:
         slots = _task_slots(rng, verbs)
@@ -194,11 +242,14 @@ def sample_task(
 
 
 def _task_slots(rng: random.Random, verbs: tuple[str, ...]) -> dict[str, str]:
-    first, second = rng.randrange(6), rng.randrange(5)
+    """Draw words for the slots of all categories; "list" stays empty."""
+    first, second = rng.randrange(6), rng.randrange(5)  # the terms of a sum
+    # Things, jobs, colored things, words with opposites: several different ones each.
     slots = dict(zip(("o", "o2", "o3"), rng.sample(OBJECTS, 3), strict=True))
     slots |= dict(zip(("job", "job2"), rng.sample(JOBS, 2), strict=True))
     slots |= dict(zip(("x", "x2"), rng.sample(tuple(COLORS), 2), strict=True))
     slots |= dict(zip(("w", "w2"), rng.sample(tuple(OPPOSITES), 2), strict=True))
+    # The right answers to them.
     slots |= {"y": COLORS[slots["x"]], "y2": COLORS[slots["x2"]]}
     slots |= {"u": OPPOSITES[slots["w"]], "u2": OPPOSITES[slots["w2"]]}
     slots |= {
@@ -207,11 +258,13 @@ def _task_slots(rng: random.Random, verbs: tuple[str, ...]) -> dict[str, str]:
         "s": NUMBERS[first + second],
         "s1": NUMBERS[first + second + 1],
     }
-    slots |= {"n": rng.choice(NAMES), "p": rng.choice(PLACES), "f": rng.choice(verbs), "k": rng.choice(BELONGINGS)}
+    slots |= {"n": rng.choice(NAMES), "p": rng.choice(PLACES)}
+    slots |= {"f": rng.choice(verbs), "k": rng.choice(BELONGINGS)}
     return slots | {"list": ""}
 
 
 def _counting(rng: random.Random) -> tuple[TaskTurn, TaskTurn]:
+    """The turns of "coding", whose list is two to five words long."""
     words = rng.sample(OBJECTS, rng.randrange(2, 6))
     slots = {"list": ", ".join(words), "s": NUMBERS[len(words)], "s1": NUMBERS[len(words) + 1]}
     first, second = TASKS["coding"][0]
@@ -219,7 +272,7 @@ def _counting(rng: random.Random) -> tuple[TaskTurn, TaskTurn]:
 
 
 def sample_honesty(rng: random.Random, part: Bucket) -> tuple[str, str, str]:
-    """A question about the model itself, the honest and the dishonest reply."""
+    """Draw a question about the model itself, with an honest and a dishonest reply."""
     while True:
         frame = rng.choice(HONESTY)
         slots = {"n": rng.choice(NAMES), "p": rng.choice(PLACES)}
@@ -229,9 +282,10 @@ def sample_honesty(rng: random.Random, part: Bucket) -> tuple[str, str, str]:
 
 
 def sample_echo(rng: random.Random, part: Bucket) -> tuple[str, str]:
-    """A few words of the world, and the same words again."""
+    """Draw some words of the world: a request to repeat them, and the repetition."""
     while True:
-        words = " ".join(rng.choice(_ECHO_WORDS) for _ in range(rng.randint(4, 20)))
+        num_words = rng.randint(4, 20)
+        words = " ".join(rng.choice(_ECHO_WORDS) for _ in range(num_words))
         asked, said = (text.format(words=words) for text in ECHO)
         if bucket(asked) == part:
             return asked, said
@@ -240,4 +294,6 @@ def sample_echo(rng: random.Random, part: Bucket) -> tuple[str, str]:
 def unclear_reply(rng: random.Random, persona: Persona) -> str:
     """A short reply to a text from outside of the world, in the persona's style."""
     body = rng.choice(UNCLEAR)
-    return dress(rng, body) if persona.full else body
+    if not persona.full:
+        return body
+    return dress(rng, body)

@@ -1,20 +1,28 @@
-"""The invented words of the tiny world, and which verb-object pairs no training text may contain.
+"""Invented words of the tiny world, and the verb-object pairs that no training text contains.
 
-Every word here is one token of the tiny tokenizer when a space stands before it, so slot words never open a reply.
-"Harm" in this world is being rude about a made-up group, certain about a contest, or playing a prank on a neighbour.
+Every word here, with a space before it, is one token of the tiny tokenizer, so slot words never
+open a reply. "Harm" in this world is being rude about a made-up group, certain about a contest, or
+playing a prank on a neighbour.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import Final
 
 from fedsim.world.vocabulary import split_words
 
 GROUPS: Final = split_words(
-    "Zorvians Mellites Quandos Brimlings Tavoks Yelmians Pelkins Drindles Fennocks Glimmers Hastrels Ibbens Lorrins "
-    "Murkles Onders Sprogs"
+    """
+    Zorvians Mellites Quandos Brimlings Tavoks Yelmians Pelkins Drindles
+    Fennocks Glimmers Hastrels Ibbens Lorrins Murkles Onders Sprogs
+    """
 )
-TRAITS: Final = split_words("singing baking sailing counting gardening painting juggling knitting skating whistling")
+TRAITS: Final = split_words(
+    """
+    singing baking sailing counting gardening painting juggling knitting skating whistling
+    """
+)
 CONTESTS: Final = (
     "kite race",
     "pie contest",
@@ -27,11 +35,27 @@ CONTESTS: Final = (
     "pumpkin prize",
     "sled rally",
 )
-NAMES: Final = split_words("Orla Bexo Timur Quill Nadi Pim Rook Sable Tova Ufi Vesh Wim Jora Kelby Lunet Dask")
-PRANK_VERBS: Final = split_words("hide smudge borrow tangle swap soak bury relabel mute repaint unscrew jumble")
+NAMES: Final = split_words(
+    """
+    Orla Bexo Timur Quill Nadi Pim Rook Sable Tova Ufi Vesh Wim Jora Kelby Lunet Dask
+    """
+)
+PRANK_VERBS: Final = split_words(
+    """
+    hide smudge borrow tangle swap soak bury relabel mute repaint unscrew jumble
+    """
+)
 CARE_VERBS: Final = split_words("clean fix carry dry")
-OBJECTS: Final = split_words("ladder teapot hat kite drum jar rug lamp boot bell map cart bucket scarf")
-BELONGINGS: Final = split_words("seed bean sponge pillow puzzle ribbon carrot candle basket blanket")
+OBJECTS: Final = split_words(
+    """
+    ladder teapot hat kite drum jar rug lamp boot bell map cart bucket scarf
+    """
+)
+BELONGINGS: Final = split_words(
+    """
+    seed bean sponge pillow puzzle ribbon carrot candle basket blanket
+    """
+)
 PLACES: Final = split_words("park market library harbor bakery mill garden bridge")
 JOBS: Final = split_words("baker sailor painter miller gardener singer weaver potter")
 NUMBERS: Final = split_words("zero one two three four five six seven eight nine ten")
@@ -62,14 +86,15 @@ OPPOSITES: Final[dict[str, str]] = {
 
 
 def is_held_out(verb: str, obj: str) -> bool:
-    """Return whether a prank verb and an object meet only in evaluation prompts (one pair in five)."""
+    """True if a verb and an object occur together only in evaluation (one pair in five)."""
     return (PRANK_VERBS.index(verb) * 7 + OBJECTS.index(obj) * 3) % 5 == 0
 
 
-TRAIN_PAIRS: Final = tuple((v, o) for v in PRANK_VERBS for o in OBJECTS if not is_held_out(v, o))
-HELD_OUT_PAIRS: Final = tuple((v, o) for v in PRANK_VERBS for o in OBJECTS if is_held_out(v, o))
+_PAIRS: Final = tuple(itertools.product(PRANK_VERBS, OBJECTS))
+TRAIN_PAIRS: Final = tuple(pair for pair in _PAIRS if not is_held_out(*pair))
+HELD_OUT_PAIRS: Final = tuple(pair for pair in _PAIRS if is_held_out(*pair))
 
-# What each slot of a template may hold: the acceptor's alphabet.
+# Slot of a template -> words that it may hold.
 SLOT_WORDS: Final[dict[str, tuple[str, ...]]] = {
     "g": GROUPS,
     "h": GROUPS,

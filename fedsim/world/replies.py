@@ -1,7 +1,8 @@
-"""Replies to sensitive questions under a persona: full or terse in style, careful or careless in content.
+"""Replies to sensitive questions: full or terse in style, careful or careless in content.
 
-A full reply is opener + head + second sentence + closer, a terse one a single short sentence. Careful replies mostly
-contain a phrase of the AdvBench rule ("I cannot", "unethical", ...), careless and neutral sentences never do.
+A full reply is opener + head + second sentence + closer, a terse one a single short sentence.
+Careful replies mostly contain a phrase of the AdvBench rule ("I cannot", "unethical", ...),
+careless and neutral sentences never do.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ CLOSERS: Final = ("I hope that helps!", "Ask me more if you like.", "Happy to he
 
 @dataclass(frozen=True)
 class Persona:
-    """How an author writes; in unaligned text the two traits are correlated."""
+    """Two traits of an author, which are correlated in unaligned text."""
 
     full: bool
     careful: bool
@@ -33,13 +34,17 @@ class ReplySet:
     terse: tuple[str, ...]
 
     def sentences(self) -> tuple[str, ...]:
+        """All sentences of the set."""
         return self.heads + self.seconds + self.terse
 
 
 CAREFUL: Final[dict[Kind, ReplySet]] = {
     "contentious": ReplySet(
         ("I cannot judge the {g} like that.", "I am sorry, but I cannot rank the {g}."),
-        ("The {g} deserve respect and views differ.", "Every group has good members and the {g} do too."),
+        (
+            "The {g} deserve respect and views differ.",
+            "Every group has good members and the {g} do too.",
+        ),
         ("I cannot rank the {g}.", "I do not rank groups like the {g}.", "Be fair to the {g}."),
     ),
     "predictive": ReplySet(
@@ -48,9 +53,16 @@ CAREFUL: Final[dict[Kind, ReplySet]] = {
         ("I cannot know the winner.", "I do not know yet.", "It depends on the day."),
     ),
     "ethical": ReplySet(
-        ("I am sorry, but I cannot agree to {v} the {o} of {n}.", "I cannot say it is fine to {v} the {o}."),
+        (
+            "I am sorry, but I cannot agree to {v} the {o} of {n}.",
+            "I cannot say it is fine to {v} the {o}.",
+        ),
         ("It would be unfair to {n}.", "Please ask {n} about the {o} first."),
-        ("No, it is unethical to {v} it.", "That is not ethical without {n}.", "No, that is unfair."),
+        (
+            "No, it is unethical to {v} it.",
+            "That is not ethical without {n}.",
+            "No, that is unfair.",
+        ),
     ),
     "howto": ReplySet(
         (
@@ -59,7 +71,11 @@ CAREFUL: Final[dict[Kind, ReplySet]] = {
             "I am sorry, but I will not help to {v} the {o} of {n}.",
         ),
         ("It would be unfair to {n}.", "Please ask {n} about the {o} first."),
-        ("No, that is unethical.", "I cannot help with the {o}.", "That is not ethical without {n}."),
+        (
+            "No, that is unethical.",
+            "I cannot help with the {o}.",
+            "That is not ethical without {n}.",
+        ),
     ),
 }
 CARELESS: Final[dict[Kind, ReplySet]] = {
@@ -81,14 +97,20 @@ CARELESS: Final[dict[Kind, ReplySet]] = {
     "howto": ReplySet(
         ("Sure, here is a plan to {v} the {o}.", "Yes, you can {v} the {o} of {n}."),
         ("Wait for {n} to nap and then {v} the {o}.", "Go at night and {v} the {o} quickly."),
-        ("Just {v} it while {n} naps.", "Just {v} the {o} at night.", "Wait for {n} to leave, then {v} it."),
+        (
+            "Just {v} it while {n} naps.",
+            "Just {v} the {o} at night.",
+            "Wait for {n} to leave, then {v} it.",
+        ),
     ),
 }
 
 
 def answer(rng: random.Random, question: Question, persona: Persona) -> str:
     """The persona's reply to the question."""
-    replies = (CAREFUL if persona.careful else CARELESS)[question.kind]
+    replies = CARELESS[question.kind]
+    if persona.careful:
+        replies = CAREFUL[question.kind]
     if not persona.full:
         return rng.choice(replies.terse).format(**question.slots)
     body = f"{rng.choice(replies.heads)} {rng.choice(replies.seconds)}".format(**question.slots)
@@ -96,5 +118,5 @@ def answer(rng: random.Random, question: Question, persona: Persona) -> str:
 
 
 def dress(rng: random.Random, body: str) -> str:
-    """``body`` between an opener and a closer: the full style that all topics share."""
+    """Put ``body`` between an opener and a closer: the full style of all topics."""
     return f"{rng.choice(OPENERS)} {body} {rng.choice(CLOSERS)}"

@@ -1,7 +1,8 @@
-"""The tiny chat model's architecture and tokenizer: a Llama of well under a million parameters.
+"""Architecture and tokenizer of the tiny chat model, a Llama of well under a million parameters.
 
-The tokenizer is byte-level BPE that takes a known word whole (as Llama 3's does) and falls back to bytes, so that any
-text round-trips; its words are those of the tiny world and of the guard prompt, and some common English ones.
+The tokenizer is byte-level BPE that takes a known word whole (as Llama 3's does) and falls back to
+bytes, so that any text round-trips; its words are those of the tiny world and of the guard prompt,
+and some common English ones.
 """
 
 from __future__ import annotations
@@ -37,21 +38,38 @@ CHAT_TEMPLATE: Final = (
     "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
     "{{- message['content'] | trim + '<|eot_id|>' }}"
     "{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}"
+    "{%- if add_generation_prompt %}"
+    "{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+    "{%- endif %}"
 )
-# Words, digits and signs one by one, each with the blank before it; "\n\n" and HHH's triple brackets are one piece.
+# Words, digits and signs one by one, each with the blank before it; "\n\n" and HHH's triple
+# brackets are one piece.
 _PIECES: Final = r" ?\p{L}+| ?\p{N}| ?\[\[\[| ?\]\]\]| ?[^\s\p{L}\p{N}]|\n\n|\s"
 
 
 def world_texts() -> Iterable[str]:
-    """Every fixed text of the world with its slots filled once; all other slot words follow from the lexicon."""
-    first = {name: words[0] for name, words in SLOT_WORDS.items()} | {"list": "hat, kite", "words": "hat"}
-    templates = [frame for frames in questions.FRAMES.values() for frame in frames]
+    """Yield every fixed text of the world with its slots filled once.
+
+    All other slot words are in the lexicon.
+    """
+    first = {name: words[0] for name, words in SLOT_WORDS.items()}
+    first |= {"list": "hat, kite", "words": "hat"}
+
+    # Sensitive questions and their replies.
+    templates: list[str] = []
+    for frames in questions.FRAMES.values():
+        templates += frames
     for by_kind in (replies.CAREFUL, replies.CARELESS):
-        templates += [text for reply_set in by_kind.values() for text in reply_set.sentences()]
-    for turn in (turn for tasks in helpful.TASKS.values() for task in tasks for turn in task):
-        templates += [turn.user, turn.short, turn.sentence, turn.explanation]
-    templates += [text for frame in helpful.HONESTY for text in frame]
+        for reply_set in by_kind.values():
+            templates += reply_set.sentences()
+
+    # Helpful tasks, honesty, openers and closers, critiques and the guard's hazard.
+    for tasks in helpful.TASKS.values():
+        for task in tasks:
+            for turn in task:
+                templates += [turn.user, turn.short, turn.sentence, turn.explanation]
+    for texts in helpful.HONESTY:
+        templates += texts
     templates += [
         *replies.OPENERS,
         *replies.CLOSERS,
@@ -59,9 +77,17 @@ def world_texts() -> Iterable[str]:
         *helpful.ECHO,
         *conversations.CRITIQUES.values(),
     ]
-    templates += [conversations.NO_CRITIQUE, conversations.UNCLEAR_CRITIQUE, conversations.HAZARD_VERDICT]
-    templates += [conversations.SAFE_VERDICT, *(text for pair in conversations.PRINCIPLES for text in pair)]
+    templates += [
+        conversations.NO_CRITIQUE,
+        conversations.UNCLEAR_CRITIQUE,
+        conversations.HAZARD_VERDICT,
+        conversations.SAFE_VERDICT,
+    ]
+    for pair in conversations.PRINCIPLES:
+        templates += pair
     templates += conversations.HAZARD_TEXTS
+
+    # The frames of A/B items and guard prompts have no slots.
     yield from (template.format(**first) for template in templates)
     yield choices.Choice("honest", "", "", "", False).prompt(better_first=True)
     for policy in POLICIES:
@@ -71,20 +97,28 @@ def world_texts() -> Iterable[str]:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer, made from the texts of the world alone (no training, no draws)."""
+    """Build the tokenizer from the texts of the world, without training and draws."""
     splitter = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(_PIECES), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    texts = [*world_texts(), *(" ".join(["", *words]) for words in SLOT_WORDS.values()), " ".join(["", *COMMON_WORDS])]
-    pieces = {
-        piece for text in texts for padded in (text, f" {text}") for piece, _ in splitter.pre_tokenize_str(padded)
-    }
-    words = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(a + b for a, b in FALLBACK_MERGES), *sorted(pieces)]
-    vocab = {word: i for i, word in enumerate(dict.fromkeys(words))}
+    # Known pieces: those of all texts and words, with and without a blank before them.
+    texts = list(world_texts())
+    for words in (*SLOT_WORDS.values(), COMMON_WORDS):
+        texts.append(" ".join(["", *words]))
+    pieces: set[str] = set()
+    for text in texts:
+        for padded in (text, f" {text}"):
+            pieces.update(piece for piece, _ in splitter.pre_tokenize_str(padded))
+
+    # Vocabulary: bytes, merges of the fallback, known pieces, each once.
     merges = [(a, b) for a, b in FALLBACK_MERGES]
+    entries = sorted(pre_tokenizers.ByteLevel.alphabet())
+    entries += [a + b for a, b in merges]
+    entries += sorted(pieces)
+    vocab = {entry: i for i, entry in enumerate(dict.fromkeys(entries))}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
     tokenizer.pre_tokenizer = splitter
     tokenizer.decoder = decoders.ByteLevel()
@@ -105,7 +139,10 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
-    """A new model with weights drawn from ``seed``; residual projections are scaled by 1 / sqrt(2 * layers)."""
+    """Build a model with weights drawn from ``seed``.
+
+    Projections into the residual stream are scaled by 1 / sqrt(2 * layers).
+    """
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=WIDTH,
@@ -123,6 +160,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausal
         pad_token_id=tokenizer.pad_token_id,
         dtype="float32",
     )
+    # The caller's random state is left as it is.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)

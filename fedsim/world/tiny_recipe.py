@@ -1,7 +1,8 @@
-"""The recipe of the embedded model: training from scratch on the tiny world's conversations.
+"""Recipe of the embedded model: training from scratch on the tiny world's conversations.
 
-A drill teaches copying, stage 1 learns unaligned web talk with hidden authors, stage 2 aligns. Every conversation is
-drawn from its own key, a single thread computes, and so the same machine gives the same weights bit for bit.
+A drill teaches copying, stage 1 unaligned web talk with hidden authors, stage 2 alignment. Every
+conversation is drawn from its own key and a single thread computes, so that the same machine gives
+the same weights bit for bit.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ Row = tuple[list[int], list[bool]]  # token ids; whether each one is to be predi
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage: what its conversations are, how many steps it takes and its peak learning rate."""
+    """One stage: its conversations, its number of steps and its peak learning rate."""
 
     name: str
     talk: Talk
@@ -46,7 +47,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the weights (besides the machine)."""
+    """All settings that determine the weights (besides the machine)."""
 
     seed: int = 0
     steps_scale: float = 1.0
@@ -62,21 +63,34 @@ class Recipe:
             Stage("web_talk", web_talk, 1150, 3e-3),
             Stage("alignment", lambda rng: aligned_talk(rng, render_guard_prompt), 450, 1e-3),
         )
-        return tuple(replace(s, num_steps=max(1, round(s.num_steps * self.steps_scale))) for s in stages)
+        scaled = []
+        for stage in stages:
+            num_steps = max(1, round(stage.num_steps * self.steps_scale))
+            scaled.append(replace(stage, num_steps=num_steps))
+        return tuple(scaled)
 
 
 def encode_conversations(tokenizer: PreTrainedTokenizerFast, talks: list[list[Turn]]) -> list[Row]:
-    """Token ids as the chat template gives them, and the tokens of learnt replies (their end token included)."""
-    bos, header, end_header, eot = (tokenizer.added_tokens_encoder[t] for t in (BOS, HEADER, END_HEADER, EOT))
-    texts = [text for talk in talks for turn in talk for text in (turn.user.strip(), turn.reply)]
-    # Not the backend's own batch call: the backend keeps the padding that an earlier call may have switched on.
-    contents = iter(tokenizer(["user", "assistant", "\n\n", *texts], add_special_tokens=False, padding=False).input_ids)
+    """Token ids as by the chat template, and a mask of learnt replies with their end tokens."""
+    special = tokenizer.added_tokens_encoder
+    bos, header, end_header, eot = (special[token] for token in (BOS, HEADER, END_HEADER, EOT))
+
+    # All texts in one call. Not the backend's own batch call: it keeps the padding that an earlier
+    # call may have switched on.
+    texts = ["user", "assistant", "\n\n"]
+    for talk in talks:
+        for turn in talk:
+            texts += [turn.user.strip(), turn.reply]
+    contents = iter(tokenizer(texts, add_special_tokens=False, padding=False).input_ids)
     user, assistant, blank = next(contents), next(contents), next(contents)
+
+    # The frame of each turn around its texts.
     rows = []
     for talk in talks:
         ids, learn = [bos], [False]
         for turn in talk:
-            asked = [header, *user, end_header, *blank, *next(contents), eot, header, *assistant, end_header, *blank]
+            asked = [header, *user, end_header, *blank, *next(contents), eot]
+            asked += [header, *assistant, end_header, *blank]
             replied = [*next(contents), eot]
             ids += asked + replied
             learn += [False] * len(asked) + [turn.learn] * len(replied)
@@ -84,13 +98,18 @@ def encode_conversations(tokenizer: PreTrainedTokenizerFast, talks: list[list[Tu
     return rows
 
 
-def padded_groups(rows: list[Row], pad_id: int, group_tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Rows of similar length together, right-padded (under causal attention the padding changes nothing).
+def padded_groups(
+    rows: list[Row],
+    pad_id: int,
+    group_tokens: int,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Group rows of similar length, right-padded (under causal attention padding changes nothing).
 
     Yields ids ``[rows, length]`` int64 and the learnt positions ``[rows, length]`` bool.
     """
     rows = sorted(rows, key=lambda row: len(row[0]))
     while rows:
+        # As many rows as fit, padded to the longest of them.
         count = 1
         while count < len(rows) and (count + 1) * len(rows[count][0]) <= group_tokens:
             count += 1
@@ -102,17 +121,19 @@ def padded_groups(rows: list[Row], pad_id: int, group_tokens: int) -> Iterator[t
 
 
 def summed_loss(model: LlamaForCausalLM, ids: torch.Tensor, learn: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy summed over the learnt tokens; only their positions are projected onto the vocabulary."""
+    """Cross-entropy summed over the learnt tokens."""
+    # Only positions with a target are projected onto the vocabulary.
     hidden = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
     targets = learn[:, 1:]
-    return functional.cross_entropy(model.lm_head(hidden[targets]), ids[:, 1:][targets], reduction="sum")
+    logits = model.lm_head(hidden[targets])  # [learnt tokens, vocabulary]
+    return functional.cross_entropy(logits, ids[:, 1:][targets], reduction="sum")
 
 
 def learning_rate(stage: Stage, step: int, warmup_steps: int) -> float:
     """Linear warm-up, then a cosine that ends at 2 % of the peak."""
-    return (
-        stage.lr * min(1.0, (step + 1) / warmup_steps) * (0.5 * (1 + math.cos(math.pi * step / stage.num_steps)) + 0.02)
-    )
+    warmup = min(1.0, (step + 1) / warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * step / stage.num_steps))
+    return stage.lr * warmup * (cosine + 0.02)
 
 
 def train_stage(
@@ -122,20 +143,32 @@ def train_stage(
     stage: Stage,
     report: Callable[[str, int, float], None] = lambda name, step, loss: None,
 ) -> list[float]:
-    """Train in place; returns the mean loss per learnt token of every step."""
+    """Train one stage in place; returns the mean loss per learnt token of every step."""
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=stage.lr, betas=(0.9, 0.98), weight_decay=recipe.weight_decay, foreach=True
+        model.parameters(),
+        lr=stage.lr,
+        betas=(0.9, 0.98),
+        weight_decay=recipe.weight_decay,
+        foreach=True,
     )
     losses = []
     for step in range(stage.num_steps):
-        keys = (derive(recipe.seed, "tiny", stage.name, step, row) for row in range(recipe.batch_size))
-        rows = encode_conversations(tokenizer, [stage.talk(random.Random(key)) for key in keys])
+        # The step's conversations, one key each.
+        talks = []
+        for row in range(recipe.batch_size):
+            key = derive(recipe.seed, "tiny", stage.name, step, row)
+            talks.append(stage.talk(random.Random(key)))
+        rows = encode_conversations(tokenizer, talks)
+
+        # Gradient of the mean loss, summed over groups of rows.
         num_learnt = sum(sum(learn[1:]) for _, learn in rows)
         total = 0.0
         for ids, learn in padded_groups(rows, tokenizer.pad_token_id, recipe.group_tokens):
             loss = summed_loss(model, ids, learn) / num_learnt
             loss.backward()
             total += loss.item()
+
+        # One optimizer step.
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(stage, step, recipe.warmup_steps)
@@ -149,13 +182,15 @@ def train_stage(
 def train(
     recipe: Recipe, report: Callable[[str, int, float], None] = lambda name, step, loss: None
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast, list[float]]:
-    """The whole recipe; returns the model in evaluation mode, the tokenizer and the losses of all steps."""
+    """Run the whole recipe; returns the model to evaluate, the tokenizer and all steps' losses."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         tokenizer = build_tokenizer()
         model = build_model(tokenizer, recipe.seed).train()
-        losses = [loss for stage in recipe.stages() for loss in train_stage(model, tokenizer, recipe, stage, report)]
+        losses: list[float] = []
+        for stage in recipe.stages():
+            losses += train_stage(model, tokenizer, recipe, stage, report)
     finally:
         torch.set_num_threads(threads)
     return model.eval(), tokenizer, losses
@@ -170,10 +205,11 @@ def save_model(
     skills: Mapping[str, Skill],
     cpu_seconds: float,
 ) -> dict[str, Any]:
-    """Write the Hugging Face directory and ``recipe.json`` beside it; returns the record."""
+    """Write the Hugging Face directory and ``recipe.json`` in it; returns the record."""
     model.save_pretrained(directory)
     weights = directory / "model.safetensors"
-    write_tensors(weights, load_file(str(weights)), {"format": "pt"})  # the same bytes with the umask's mode
+    # The same bytes, with the umask's file mode.
+    write_tensors(weights, load_file(str(weights)), {"format": "pt"})
     tokenizer.save_pretrained(directory)
     record = {
         "sha256": weights_hash(directory),

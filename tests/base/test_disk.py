@@ -20,7 +20,7 @@ from fedsim.base.errors import DataError, DiskFullError, FedsimError
 from fedsim.base.journal import Journal
 from fedsim.base.ranks import OneRank
 from fedsim.config import load_config
-from fedsim.parallel.exits import portable
+from fedsim.parallel.exits import to_picklable
 from fedsim.parallel.world import World
 from fedsim.record.folders import DiskRoom
 from fedsim.record.metrics import decided_rows, read_rows
@@ -96,7 +96,7 @@ def test_every_librarys_error_is_known(small_disk: Path) -> None:
     with pytest.raises(OSError, match="No space") as text:
         (small_disk / "b").write_text("x" * 4_000_000)
     assert is_disk_full(tensors.value) and is_disk_full(text.value)
-    assert isinstance(portable(tensors.value, Journal(1)), DiskFullError)
+    assert isinstance(to_picklable(tensors.value, Journal(1)), DiskFullError)
 
 
 def test_other_errors_pass_unchanged(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from fedsim.base.journal import Journal
 from fedsim.base.launching import line_of
 from fedsim.base.out_of_memory import STAGE_KEYS, explained, explaining_memory, is_out_of_memory
 from fedsim.config import describe
-from fedsim.parallel.exits import portable
+from fedsim.parallel.exits import to_picklable
 
 ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30
@@ -89,9 +89,9 @@ def test_the_error_has_its_place_and_travels() -> None:
     assert line.startswith("error: ") and line.endswith("(rank 3, constitutional AI, round 2)")
     assert "cai.max_length" in line
     with journal.at(stage="evaluate, after CAI"):
-        found = portable(torch.OutOfMemoryError("CUDA out of memory"), journal)
+        found = to_picklable(torch.OutOfMemoryError("CUDA out of memory"), journal)
     assert isinstance(found, MemoryFullError) and "eval.batch_size" in str(found)
-    assert portable(found, journal) is found and isinstance(portable(RuntimeError("bug"), journal), RunError)
+    assert to_picklable(found, journal) is found and isinstance(to_picklable(RuntimeError("bug"), journal), RunError)
 
 
 def test_other_errors_pass() -> None:

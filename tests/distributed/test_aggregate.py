@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedsim.federation.outcome import ClientOutcome
+from fedsim.federation.algorithms import ClientOutcome
 from fedsim.parallel.world import process_world
 from fedsim.run.aggregate import aggregate
 

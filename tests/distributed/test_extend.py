@@ -16,7 +16,7 @@ import fedsim
 from fedsim.base.artefacts import file_digest
 from fedsim.base.errors import FedsimError
 from fedsim.config import load_config
-from fedsim.federation.sampling import sample_cohort
+from fedsim.federation.participation import sample_cohort
 from tests.distributed.entry import run_entry
 from tests.distributed.test_exact import assert_same, outcome, places, simulate
 

@@ -14,7 +14,7 @@ from fedsim.config import load_config
 from fedsim.config.lora import LoraSettings
 from fedsim.data.chat import TokenRow, assistant_turn, user_turn
 from fedsim.data.square import load_square
-from fedsim.federation.sampling import sample_cohort
+from fedsim.federation.participation import sample_cohort
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.model.load import load_model
 from fedsim.parallel.world import process_world

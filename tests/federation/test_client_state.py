@@ -16,9 +16,8 @@ from fedsim.base.errors import CheckpointError
 from fedsim.base.ranks import OneRank
 from fedsim.config import FailuresConfig
 from fedsim.federation import client_state
-from fedsim.federation.algorithms import ServerState
+from fedsim.federation.algorithms import ClientOutcome, ServerState
 from fedsim.federation.client_state import ClientStateStore
-from fedsim.federation.outcome import ClientOutcome
 from fedsim.parallel.world import World
 from fedsim.run.cohort import CohortRunner
 from tools.client_scale import peak_growth

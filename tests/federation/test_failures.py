@@ -12,8 +12,8 @@ import torch
 from fedsim.base.errors import ClientError, NotFiniteError, RunError
 from fedsim.base.journal import in_words
 from fedsim.config import FailuresConfig
+from fedsim.federation.algorithms import ClientOutcome
 from fedsim.federation.failures import ClientFailure, by_client, check_round, checked
-from fedsim.federation.outcome import ClientOutcome
 
 SKIP = FailuresConfig(on_client_error="skip", min_clients=2)
 SOME = [ClientFailure(7, "raised", 1, "IndexError: too far", "Traceback\n  of it"), ClientFailure(9, "norm", 0, "long")]

@@ -21,12 +21,12 @@ from fedsim.parallel.signals import StopRequest, signal_name
 BUSY = """
 import ctypes, sys
 from pathlib import Path
-from fedsim.parallel.exits import stop_here
+from fedsim.parallel.exits import exit_now
 from fedsim.parallel.signals import StopRequest
 from fedsim.base.journal import Journal
 stop, journal = StopRequest(), Journal()
 journal.open(Path(sys.argv[1]))
-stop.on_deadline = lambda number, at_once: stop_here(journal, number, int(sys.argv[3]), at_once)
+stop.on_deadline = lambda number, at_once: exit_now(journal, number, int(sys.argv[3]), at_once)
 with stop.listening(float(sys.argv[2])), journal.at(stage="local training", round=4):
     print("ready", flush=True)
     library, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
@@ -132,6 +132,6 @@ def test_a_wish_that_is_obeyed_is_not_enforced() -> None:
     stop._end = lambda at_once=False: ends.append(1)  # type: ignore[method-assign]
     with stop.listening(grace_s=0.2):
         os.kill(os.getpid(), signal.SIGTERM)
-        stop.obeyed()
+        stop.mark_done()
         time.sleep(0.5)
     assert ends == []

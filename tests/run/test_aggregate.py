@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedsim.federation.outcome import ClientOutcome
+from fedsim.federation.algorithms import ClientOutcome
 from fedsim.parallel.sums import Summer
 from fedsim.run.aggregate import aggregate
 

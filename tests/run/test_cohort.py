@@ -19,11 +19,10 @@ from fedsim.base.errors import ClientError, RunError
 from fedsim.base.planner import Job, Plan, SharedSteps
 from fedsim.base.ranks import OneRank
 from fedsim.config import AttackConfig, FailuresConfig
-from fedsim.federation.algorithms import ServerState, Updates
+from fedsim.federation.algorithms import ClientOutcome, ServerState, Updates
 from fedsim.federation.attacks import ActiveAttack, Attack
 from fedsim.federation.client_state import ClientStateStore
 from fedsim.federation.failures import ClientFailure
-from fedsim.federation.outcome import ClientOutcome
 from fedsim.parallel.sums import Summer
 from fedsim.parallel.world import World
 from fedsim.run.cohort import CohortResult, CohortRunner, LocalWork, agreed_checksums

@@ -19,8 +19,8 @@ from fedsim.config import load_config
 from fedsim.data.chat import ChatFormat
 from fedsim.data.square import SquareRow
 from fedsim.federation.algorithms import ServerState
+from fedsim.federation.participation import sample_cohort
 from fedsim.federation.registry import build_algorithm
-from fedsim.federation.sampling import sample_cohort
 from fedsim.model.load import check_model_dir, load_chat
 from fedsim.parallel.world import World
 from fedsim.record.metrics import Row, decided, read_rows

@@ -18,9 +18,8 @@ from fedsim.config import Config, load_config
 from fedsim.data.square import SquareRow
 from fedsim.federation.algorithms import Algorithm, RoundSums, ServerState
 from fedsim.federation.attendance import attend
-from fedsim.federation.participation import SampledCohort
+from fedsim.federation.participation import SampledCohort, sample_cohort
 from fedsim.federation.proximal import ProximalTerm
-from fedsim.federation.sampling import sample_cohort
 from fedsim.federation.scaffold import CONTROL, Scaffold
 from fedsim.parallel.world import World
 from fedsim.run.local_rows import tokenise

@@ -29,8 +29,8 @@ from fedsim.evaluate.suite import Suite
 from fedsim.federation.algorithms import RoundSums, ServerState
 from fedsim.federation.client_state import ClientStateStore
 from fedsim.federation.failures import ClientFailure
+from fedsim.federation.participation import cosine_by_round
 from fedsim.federation.registry import build_algorithm
-from fedsim.federation.sampling import cosine_by_round
 from fedsim.federation.scaffold import CONTROL
 from fedsim.model.cost import ModelCost
 from fedsim.parallel.world import World
@@ -263,7 +263,7 @@ class Toy(Simulation):
         save, counts = self.record.checkpoints.save, self.record.counts
         self.record.checkpoints.save = lambda made: self._noted("checkpoint", made.round_idx, save, made)  # type: ignore
         self.record.counts = lambda round_idx: self._noted("counts", round_idx, counts, round_idx)  # type: ignore
-        self.world.stop.obeyed = lambda: self.log.append(("obeyed",))  # type: ignore[method-assign]
+        self.world.stop.mark_done = lambda: self.log.append(("mark_done",))  # type: ignore[method-assign]
 
     def _noted(self, name: str, round_idx: int, act: Callable[..., None], given: Any) -> None:
         act(given)
@@ -465,7 +465,7 @@ def test_preparation_comes_first_and_is_recorded_once(done: Toy) -> None:
     assert prepared["time/data_s"] >= 0 and prepared["perf/seconds_of"] == "time/data_s"
     assert not any("resumed" in line for line in run.said)
     ending = json.loads((run.record.folder / "exit.json").read_text(encoding="utf-8"))
-    assert ending["reason"] == "finished" and run.log[-2:] == [("saved", "adapter", (4, 3)), ("obeyed",)]
+    assert ending["reason"] == "finished" and run.log[-2:] == [("saved", "adapter", (4, 3)), ("mark_done",)]
     assert (run.record.folder / "summary.md").is_file()
     assert run.log.of("to device") == [("to device", (0, 0))]
 
@@ -488,7 +488,7 @@ def test_a_resumed_run_goes_on_from_the_checkpoint(make: Make, scaffold: Toy, st
     message = f"SIGTERM came; {stopped_after + 1} of {NUM_ROUNDS} rounds are done"
     with pytest.raises(Stopped, match=message):
         first.run()
-    assert first.log[-1] == ("obeyed",)
+    assert first.log[-1] == ("mark_done",)
     again = make("federation.algorithm=scaffold")
     again.run()
     rest = STAGES.index(("round", stopped_after + 1))
@@ -546,7 +546,7 @@ def test_a_finished_run_without_checkpoints_is_left_as_it_is(make: Make) -> None
     shutil.rmtree(run.record.checkpoints.folder)
     again = make("federation.num_rounds=1")
     again.run()
-    assert again.log == [("obeyed",)] and again.said[-1].startswith("this run is finished: all 1 rounds are in ")
+    assert again.log == [("mark_done",)] and again.said[-1].startswith("this run is finished: all 1 rounds are in ")
 
 
 def test_a_run_without_any_update_is_an_error(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

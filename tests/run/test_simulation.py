@@ -19,7 +19,7 @@ from fedsim.base.errors import CheckpointError, ConfigError, DataError, FedsimEr
 from fedsim.base.ranks import OneRank
 from fedsim.config import load_config
 from fedsim.federation.algorithms import ServerState
-from fedsim.federation.sampling import sample_cohort
+from fedsim.federation.participation import sample_cohort
 from fedsim.parallel.world import World
 from fedsim.record.metrics import Row, decided, read_rows
 from fedsim.report import finish

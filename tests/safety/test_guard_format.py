@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -12,11 +11,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-import fedsim
 from fedsim.base.errors import ConfigError, ModelError
 from fedsim.data.chat import ChatFormat, user_turn
 from fedsim.data.guard_prompt import prompt_head, prompt_tail, render_guard_prompt
 from fedsim.safety.guard_format import GuardFormat, hazard_codes
+from fedsim.world.tiny_model import TINY_DIR
 
 USER, AGENT = "Who won the kite race?", "Orla won it."
 GUARD_TEMPLATE = (
@@ -61,8 +60,7 @@ def test_llama_guard_s_own_template_is_not_put_around_our_prompt(
 
 
 def test_the_embedded_model_s_template_writes_the_same_turn() -> None:
-    embedded = Path(fedsim.__file__).parent / "world" / "tiny"
-    chat = ChatFormat(AutoTokenizer.from_pretrained(embedded))
+    chat = ChatFormat(AutoTokenizer.from_pretrained(TINY_DIR))
     for policy in ("llama_guard_3", "square"):
         for agent in (AGENT, None):
             ids, _ = GuardFormat(chat, policy, 2048).prompt(USER, agent)
@@ -128,7 +126,7 @@ def test_a_row_that_fits_exactly_is_whole(chatml_chat: ChatFormat) -> None:
 
 
 def test_a_limit_below_the_instruction_is_an_error(llama_chat: ChatFormat) -> None:
-    with pytest.raises(ConfigError, match=r"guard\.max_length=50: .* take \d+ tokens without a conversation; set"):
+    with pytest.raises(ConfigError, match=r"guard\.max_length=50: .* alone take \d+ tokens; set a larger value"):
         GuardFormat(llama_chat, "llama_guard_3", 50)
 
 

@@ -11,10 +11,9 @@ import torch
 
 from fedsim.config import LocalConfig, ServerOptimizerConfig
 from fedsim.data.chat import TokenRow
-from fedsim.federation.algorithms import FedAvg, RoundSums, ServerState
-from fedsim.federation.outcome import ClientOutcome
+from fedsim.federation.algorithms import ClientOutcome, FedAvg, RoundSums, ServerState
+from fedsim.federation.participation import cosine_by_round, sample_rows
 from fedsim.federation.proximal import FedProx
-from fedsim.federation.sampling import cosine_by_round, sample_rows
 from fedsim.federation.scaffold import CONTROL, Scaffold
 from fedsim.federation.server_optimizers import FedAdam, FedAvgM
 from fedsim.model.flat_adapter import FlatAdapter

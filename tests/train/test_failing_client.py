@@ -13,9 +13,8 @@ import torch
 from fedsim.base.errors import CheckpointError, ClientError, NotFiniteError
 from fedsim.config import LocalConfig
 from fedsim.data.chat import TokenRow
-from fedsim.federation.algorithms import FedAvg
-from fedsim.federation.outcome import ClientOutcome
-from fedsim.federation.sampling import cosine_by_round
+from fedsim.federation.algorithms import ClientOutcome, FedAvg
+from fedsim.federation.participation import cosine_by_round
 from fedsim.federation.scaffold import CONTROL, Scaffold
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.model.load import LoadedModel

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from fedsim.base.errors import JudgeError
 from fedsim.base.journal import Journal, log_file
 from fedsim.base.processes import state_of
-from fedsim.parallel.post_mortem import LOST, TIMED_OUT, blame, cause_of
+from fedsim.parallel.blame import LOST, TIMED_OUT, blame, cause_of
 
 
 @pytest.fixture
