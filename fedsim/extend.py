@@ -26,12 +26,14 @@ class Own:
     Attributes:
         target: ``module:Name``.
         title: as tables show it; "" = Name.
+        title_key: configuration key whose value is the title instead; "" = none.
         given: arguments that configuration keys give, argument → key; the others are options.
     """
 
     target: str
     title: str = ""
     given: Mapping[str, str] = field(default_factory=dict)
+    title_key: str = ""
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,23 @@ KINDS: Final = {
         },
         takes=("reply",),
     ),
+    "judge.kind": Kind(
+        "judge.options",
+        {
+            "none": Own("fedsim.evaluate.judge_contract:NoJudge", "no"),
+            "openai": Own(
+                "fedsim.evaluate.judge_openai:OpenAiJudge",
+                given={"settings": "judge", "timeout_s": "parallel.timeout_s"},
+                title_key="judge.model",
+            ),
+            "local": Own(
+                "fedsim.evaluate.judge_local:LocalJudge",
+                given={"settings": "judge", "model": "model", "batch_size": "eval.batch_size", "seed": "seed"},
+                title_key="judge.path",
+            ),
+        },
+        base="fedsim.evaluate.judge_contract:Judge",
+    ),
 }
 """The configuration keys whose value is looked up here."""
 
@@ -143,9 +162,15 @@ def is_own(key: str, name: str) -> bool:
     return name in KINDS[key].own
 
 
-def title(key: str, name: str) -> str:
-    """A name as tables show it, such as ``FedAvg``; nothing is loaded."""
+def title(key: str, name: str, config: Mapping[str, Any] | None = None) -> str:
+    """A name as tables show it, such as ``FedAvg``; nothing is loaded.
+
+    Args:
+        config: dotted key → value, from which a judge of fedsim's own has its title.
+    """
     own = KINDS[key].own.get(name)
+    if own is not None and own.title_key and config is not None:
+        return str(config[own.title_key])
     return (own.title if own is not None else "") or (own.target if own is not None else name).rpartition(":")[2]
 
 

@@ -65,7 +65,7 @@ class Config:
                 "eval.guard_judge=tuned needs a guard that is fine-tuned: set guard.tune_epochs and data.guard_rows, "
                 "or eval.guard_judge=untuned"
             )
-        if self.judge.kind != "none" and not self.eval.mt_bench:
+        if self.judge.is_on and not self.eval.mt_bench:
             raise ConfigError(
                 f"judge.kind={self.judge.kind}: there is nothing to judge, as eval.mt_bench='' leaves MT-Bench out; "
                 "set eval.mt_bench, or judge.kind=none"

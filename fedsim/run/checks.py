@@ -20,7 +20,7 @@ from fedsim.base.errors import ConfigError, FolderError, Gathered
 from fedsim.base.planner import useful_ranks
 from fedsim.base.tables import byte_size
 from fedsim.config import Config
-from fedsim.evaluate.judge_inputs import check_judge
+from fedsim.evaluate.judge_inputs import build_judge, check_judge
 from fedsim.evaluate.phrases import users_rules
 from fedsim.extend import build
 from fedsim.federation.attacks import build_attacks
@@ -118,6 +118,7 @@ def check_code(config: Config) -> None:
     mistakes.attempt(lambda: build_attacks(config.attacks, federation.num_clients, config.seed))
     mistakes.attempt(lambda: users_rules(config.eval.advbench_phrases, config.eval.advbench_options))
     mistakes.attempt(lambda: users_benchmarks(config.eval))
+    mistakes.attempt(lambda: build_judge(config))
     if guard.kind != "llama_guard":
         mistakes.attempt(lambda: build("guard.kind", guard.kind, guard.options, {"guard": guard, "seed": config.seed}))
     elif guard.options:

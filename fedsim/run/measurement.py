@@ -61,7 +61,7 @@ class Measurement:
         self.federation = federation
         self.meter = meter
         self.judge: MtJudge | None = None
-        if config.judge.kind != "none" and suite.part("mt_bench") is not None:
+        if config.judge.is_on and suite.part("mt_bench") is not None:
             self.judge = MtJudge(config, world.ranks, world.device)
         self.suite = suite
         self.ranks.once(lambda: write_benchmarks(record.folder, suite.described))

@@ -75,7 +75,7 @@ def work(config: Config, data: PreparedData, suite: Suite) -> dict[str, str]:
     points = 1 + sum(2 if cai.is_due(number - 1, rounds) else 1 for number in measured)
     items = ", ".join(f"{count:,} {name}" for name, count in suite.counts().items()) or "nothing"
     facts["evaluation"] = f"{points} times {items}"
-    if is_unrated(config.eval.mt_bench, judged=config.judge.kind != "none"):
+    if is_unrated(config.eval.mt_bench, judged=config.judge.is_on):
         facts["MT-Bench"] = "answers are written and not rated, as judge.kind=none; set judge.* for scores"
     return facts
 

@@ -125,9 +125,7 @@ class Preparation:
         mistakes = Gathered()
         with self.record.phase("data", "data"):
             data = mistakes.attempt(lambda: self._attacked(prepare_data(self.config, self.store, self.ranks)))
-            found = mistakes.attempt(
-                lambda: load_suite(self.config.eval, self.store, judged=self.config.judge.kind != "none")
-            )
+            found = mistakes.attempt(lambda: load_suite(self.config.eval, self.store, judged=self.config.judge.is_on))
             of_judge = mistakes.attempt(lambda: judge_files(self.config))
             users = mistakes.attempt(self._users_files)
         mistakes.raise_all()
