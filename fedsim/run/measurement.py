@@ -92,8 +92,8 @@ class Measurement:
         self.ranks.once(lambda: write_texts(found, suite, folder, model_id, attacks=self.config.record.texts))
         self.ranks.once(lambda: write_outcomes(found, items))
         judged = self._judge(found, model_id, point)
-        origin = {} if found.artefact is None else {"artefact": found.artefact, "perf/reused": found.reused}
-        self.record.append(round_idx, "eval", {"point": point, **origin, **found.metrics, **judged})
+        origin = stage_metrics.of_origin(found.artefact, found.reused)
+        self.record.append(round_idx, "eval", {**stage_metrics.of_point(point), **origin, **found.metrics, **judged})
 
     def _evaluate(self, point: str) -> Evaluation:
         def compute() -> Evaluation:

@@ -265,15 +265,15 @@ class Preparation:
         """Record how right the guard was, what its filter left, and how many rows can be trained on."""
         guard = self.config.guard
         for point, found in guarded.compared.items():
-            self.record.append(PRETRAINED, "guard", {"point": point, **stage_metrics.of_verdicts(found)})
+            self.record.append(PRETRAINED, "guard", stage_metrics.of_point(point) | stage_metrics.of_verdicts(found))
         point = title("guard.kind", guard.kind)
         metrics = stage_metrics.of_guard(guarded.filtered, guard.kind)
         if guard.kind == "llama_guard":
-            point = metrics["point"] = "fine-tuned" if guard.tune_epochs > 0 else "untuned"
+            point = "fine-tuned" if guard.tune_epochs > 0 else "untuned"
+            metrics |= stage_metrics.of_point(point)
         metrics |= federation.rows.metrics()
         if guarded.tuning is not None:
-            metrics["guard/tuning_num_rows"] = guarded.tuning.num_rows
-            metrics |= guarded.tuning.metrics("guard/tuning_", ("empty_reply",))
+            metrics |= stage_metrics.of_tuning(guarded.tuning)
         self.record.append(PRETRAINED, "filter", metrics)
         if guard.kind != "none":
             points = {**guarded.compared, point: guarded.filtered}
