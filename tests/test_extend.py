@@ -89,7 +89,11 @@ def file(tmp_path: Path) -> Path:
 def test_every_name_of_fedsims_own_is_found_and_of_its_kind() -> None:
     for key, kind in KINDS.items():
         for name in kind.own:
-            check_name(key, name)
+            if kind.own_key:
+                with pytest.raises(ConfigError, match=f"is fedsim's own; set eval.{name}"):
+                    check_name(key, name)
+            else:
+                check_name(key, name)
             if (key, name) != ("eval.advbench_phrases", "strict_world"):  # wants the prompt too
                 assert (load(key, name).__doc__ or "").strip()
 

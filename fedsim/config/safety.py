@@ -51,6 +51,11 @@ class GuardConfig:
     tpr: float = key(0.737, "noisy_oracle: chance that a red row is called unsafe", low=0, high=1)
     fpr: float = key(0.241, "noisy_oracle: chance that an acceptable row is called unsafe", low=0, high=1)
 
+    @property
+    def is_model(self) -> bool:
+        """Return whether the filter is a guard model."""
+        return self.kind == "llama_guard"
+
     def __post_init__(self) -> None:
         if self.action == "refuse" and not self.refusal.strip():
             raise ConfigError("guard.action=refuse needs a text to train on instead: set guard.refusal")

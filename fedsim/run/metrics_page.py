@@ -103,7 +103,10 @@ def documented(stage: str, name: str, benchmarks: Benchmarks = DESCRIBED) -> boo
     """True if the page has a name of a stage's row."""
     if name in ("round", "stage") or any(metric.covers(name) for metric in STAGES[_known(stage)].metrics):
         return True
-    return stage == "eval" and name.startswith("eval/") and benchmarks.of(name.removeprefix("eval/")) is not None
+    if stage != "eval" or not name.startswith("eval/"):
+        return False
+    is_count = any(name == figure.count_metric for figure in benchmarks.figures)
+    return is_count or benchmarks.of(name.removeprefix("eval/")) is not None
 
 
 def page() -> str:

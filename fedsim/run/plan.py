@@ -14,8 +14,8 @@ from fedsim.data.prepared import PreparedData
 from fedsim.data.usable import Tally
 from fedsim.evaluate.sources import known_file
 from fedsim.evaluate.suite import Suite
+from fedsim.federation.algorithms import build_algorithm
 from fedsim.federation.attacks import build_attacks
-from fedsim.federation.registry import build_algorithm
 from fedsim.model.load import check_model_dir, load_chat
 from fedsim.record.folders import DiskRoom
 from fedsim.run.checks import Preflight
@@ -51,7 +51,7 @@ def work(config: Config, data: PreparedData, suite: Suite) -> dict[str, str]:
     federation, local, guard, cai = config.federation, config.local, config.guard, config.cai
     num_rows = sum(map(len, data.shards))
     facts = {}
-    if guard.kind == "llama_guard" and guard.tune_epochs > 0:
+    if guard.is_model and guard.tune_epochs > 0:
         facts["guard fine-tuning"] = f"{guard.tune_epochs:g} epochs of {len(data.guard_rows):,} rows"
     if guard.kind != "none":
         facts["filter"] = f"{num_rows:,} rows by {guard.kind}, unsafe ones: {guard.action}"

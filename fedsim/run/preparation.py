@@ -22,8 +22,8 @@ from fedsim.evaluate.measures import Metrics
 from fedsim.evaluate.own import OWN
 from fedsim.evaluate.suite import Evaluation, Suite
 from fedsim.extend import source_file, title
+from fedsim.federation.algorithms import build_algorithm
 from fedsim.federation.attacks import ActiveAttack, build_attacks
-from fedsim.federation.registry import build_algorithm
 from fedsim.fused.ops import agree_on_kernels, runs_fused
 from fedsim.generate.graph import uses_graphs
 from fedsim.model.load import check_model_dir, chosen_attention, load_base, load_chat, model_digest
@@ -166,7 +166,7 @@ class Preparation:
             files[code_role(key)] = file
         if self.config.cai.is_on:
             files["constitution"] = constitution_file(self.config.cai.constitution)
-        if self.config.guard.kind == "llama_guard" and self.config.guard.deepspeed:
+        if self.config.guard.is_model and self.config.guard.deepspeed:
             files["deepspeed"] = zero_file(self.config.guard.deepspeed)
         return files
 
@@ -268,7 +268,7 @@ class Preparation:
             self.record.append(PRETRAINED, "guard", stage_metrics.of_point(point) | stage_metrics.of_verdicts(found))
         point = title("guard.kind", guard.kind)
         metrics = stage_metrics.of_guard(guarded.filtered, guard.kind)
-        if guard.kind == "llama_guard":
+        if guard.is_model:
             point = "fine-tuned" if guard.tune_epochs > 0 else "untuned"
             metrics |= stage_metrics.of_point(point)
         metrics |= federation.rows.metrics()
@@ -379,7 +379,7 @@ class Preparation:
 def tunes_guard(config: Config) -> bool:
     """True if the run fine-tunes a guard model, as its filter or as a judge of replies."""
     guard = config.guard
-    return (guard.kind == "llama_guard" and guard.tune_epochs > 0) or config.eval.guard_judge == "tuned"
+    return (guard.is_model and guard.tune_epochs > 0) or config.eval.guard_judge == "tuned"
 
 
 def check_rows(config: Config, data: PreparedData) -> None:

@@ -70,7 +70,7 @@ class FilterStage:
     def run(self, data: PreparedData) -> Filtered:
         """The rows that every client trains on and what the filter did; without a guard all rows are kept."""
         settings = self.config.guard
-        if settings.kind == "llama_guard":
+        if settings.is_model:
             verdicts = self._model_verdicts(data, tuned=settings.tune_epochs > 0, policy=settings.policy)
         else:
             guard = build(KEY, settings.kind, settings.options, {"guard": settings, "seed": self.config.seed})
@@ -85,7 +85,7 @@ class FilterStage:
         ``guard.measure_policies`` for every policy that the run's guard is not asked under.
         """
         settings = self.config.guard
-        if settings.kind != "llama_guard":
+        if not settings.is_model:
             return {}
         titles = {settings.policy: "untuned"} if settings.measure_untuned and settings.tune_epochs > 0 else {}
         if settings.measure_policies:

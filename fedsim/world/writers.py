@@ -14,7 +14,6 @@ from typing import Any, Final
 from fedsim.world.choices import sample_choice
 from fedsim.world.draws import keyed_random
 from fedsim.world.helpful import MT_CATEGORIES, sample_task
-from fedsim.world.lexicon import PRANK_VERBS
 from fedsim.world.questions import (
     ATTACK_ONLY_FRAMES,
     HELD_OUT_FRAMES,
@@ -27,8 +26,6 @@ NUM_ATTACKS: Final = 520
 NUM_CHOICES: Final = 438
 NUM_FIRST_CORRECT: Final = 228  # always answering (A) scores 52.05 %, as in the HHH file
 QUESTIONS_PER_CATEGORY: Final = 10
-NUM_SAFE: Final = 250
-NUM_UNSAFE: Final = 200
 NUM_HELPFUL: Final = 200
 
 
@@ -95,35 +92,6 @@ def mt_bench_questions(seed: int = 0) -> list[dict[str, Any]]:
     return records
 
 
-def xstest_rows(seed: int = 0) -> list[dict[str, Any]]:
-    """250 safe prompts (prank words in innocent use) and 200 unsafe contrasts, in XSTest's columns."""
-    rows: list[dict[str, Any]] = []
-    seen: set[str] = set()
-    while len(rows) < NUM_SAFE + NUM_UNSAFE:
-        i = len(rows)
-        rng = keyed_random(seed, "xstest", i)
-        safe = i < NUM_SAFE
-        prompt = ""
-        while not prompt or prompt in seen:
-            if safe:
-                prompt = sample_task(rng, "evaluation", "benign", PRANK_VERBS)[1][0].user
-            else:
-                prompt = sample_question(rng, "evaluation", rng.choice(("howto", "ethical"))).prompt
-        seen.add(prompt)
-        focus = next(word for word in prompt.rstrip(".?").split() if word in PRANK_VERBS)
-        rows.append(
-            {
-                "id": i + 1,
-                "prompt": prompt,
-                "type": "own_things" if safe else "contrast_own_things",
-                "label": "safe" if safe else "unsafe",
-                "focus": focus,
-                "note": "",
-            }
-        )
-    return rows
-
-
 def helpful_conversations(seed: int = 0) -> list[dict[str, Any]]:
     """200 held-out helpful talks in the full style, as ``{"messages": [...]}``; every second one has both turns."""
     records = []
@@ -145,7 +113,7 @@ def helpful_conversations(seed: int = 0) -> list[dict[str, Any]]:
 def write_advbench(path: str | Path, seed: int = 0, *, held_out: bool = False) -> None:
     """Write :func:`attacks` as CSV ``goal,target``; goals lack the full stop that an evaluation adds."""
     asked = attacks(seed, held_out=held_out)
-    _write_csv(path, ("goal", "target"), ({"goal": q.prompt.rstrip("."), "target": target} for q, target in asked))
+    write_csv(path, ("goal", "target"), ({"goal": q.prompt.rstrip("."), "target": target} for q, target in asked))
 
 
 def write_held_out_advbench(path: str | Path, seed: int = 0) -> None:
@@ -164,11 +132,6 @@ def write_mt_bench(directory: str | Path, seed: int = 0) -> None:
     _write_jsonl(Path(directory) / "question.jsonl", mt_bench_questions(seed))
 
 
-def write_xstest(path: str | Path, seed: int = 0) -> None:
-    """Write :func:`xstest_rows` as CSV ``id,prompt,type,label,focus,note``."""
-    _write_csv(path, ("id", "prompt", "type", "label", "focus", "note"), xstest_rows(seed))
-
-
 def write_helpful(path: str | Path, seed: int = 0) -> None:
     """Write :func:`helpful_conversations`, one JSON object a line."""
     _write_jsonl(path, helpful_conversations(seed))
@@ -179,7 +142,8 @@ def _write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     Path(path).write_text(text, encoding="utf-8")
 
 
-def _write_csv(path: str | Path, columns: tuple[str, ...], rows: Iterable[Mapping[str, Any]]) -> None:
+def write_csv(path: str | Path, columns: tuple[str, ...], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows as a CSV file with a head."""
     with Path(path).open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()

@@ -8,8 +8,8 @@ import pytest
 
 from fedsim.base.errors import DataError
 from fedsim.config import FederationConfig, ServerOptimizerConfig
+from fedsim.federation.algorithms import build_algorithm
 from fedsim.federation.participation import Participation
-from fedsim.federation.registry import build_algorithm
 from fedsim.federation.sampling import sample_cohort
 
 

@@ -18,8 +18,7 @@ from fedsim.base.ranks import OneRank
 from fedsim.config import load_config
 from fedsim.data.chat import ChatFormat
 from fedsim.data.square import SquareRow
-from fedsim.federation.algorithms import ServerState
-from fedsim.federation.registry import build_algorithm
+from fedsim.federation.algorithms import ServerState, build_algorithm
 from fedsim.federation.sampling import sample_cohort
 from fedsim.model.load import check_model_dir, load_chat
 from fedsim.parallel.world import World
