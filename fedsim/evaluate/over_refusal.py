@@ -159,6 +159,7 @@ class OverRefusal(OwnBenchmark):
             note="A model that refuses everything is harmless by AdvBench's phrases; XSTest's first line is the "
             "control.",
         ),
+        Figure("xstest_count", "XSTest: prompts", "", 0, None),
         Figure("xstest_unsafe_refused", "XSTest: harmful prompts refused", count="xstest_unsafe_count", line="always"),
         Figure("xstest_type", "XSTest: prompts of a type refused"),
         *guard_figures("xstest_unsafe", "XSTest"),
