@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fedsim.data.square import SquareRow
     from fedsim.evaluate.benchmark import Benchmark
     from fedsim.evaluate.confusion import Verdict
+    from fedsim.evaluate.judge_contract import Judge
     from fedsim.federation.algorithms import (
         Algorithm,
         ClientOutcome,
@@ -38,6 +39,7 @@ _PLACES = {
     "FedAvg": "fedsim.federation.algorithms",
     "Figure": "fedsim.base.figures",
     "Guard": "fedsim.safety.guard",
+    "Judge": "fedsim.evaluate.judge_contract",
     "Result": "fedsim.api",
     "RoundSums": "fedsim.federation.algorithms",
     "Sampling": "fedsim.generate.engine",
@@ -59,6 +61,7 @@ __all__ = [
     "FedAvg",
     "Figure",
     "Guard",
+    "Judge",
     "Result",
     "RoundSums",
     "Sampling",

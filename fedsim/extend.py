@@ -26,12 +26,16 @@ class Own:
     Attributes:
         target: ``module:Name``.
         title: as tables show it; "" = Name.
+        title_key: configuration key whose value is the title instead; "" = none.
+        has_cohort: an algorithm trains several clients in a round; False = a baseline with one participant.
         given: arguments that configuration keys give, argument → key; the others are options.
     """
 
     target: str
     title: str = ""
     given: Mapping[str, str] = field(default_factory=dict)
+    title_key: str = ""
+    has_cohort: bool = True
 
 
 @dataclass(frozen=True)
@@ -43,12 +47,19 @@ class Kind:
         own: fedsim's own by name.
         base: ``module:Name`` of the class that a class must derive from; "" for a function.
         takes: arguments that a function is called with, in order; the others are options.
+        own_key: key that turns one of fedsim's own on, such as ``eval.{}`` with its name; "" = the kind's key names it.
     """
 
     options: str
     own: Mapping[str, Own]
     base: str = ""
     takes: tuple[str, ...] = ()
+    own_key: str = ""
+
+    @property
+    def nameable(self) -> Mapping[str, Own]:
+        """What of fedsim's own the kind's key can name."""
+        return {} if self.own_key else self.own
 
 
 _SERVER: Final = {"settings": "server_optimizer"}
@@ -66,8 +77,8 @@ KINDS: Final = {
             "scaffold": Own(
                 "fedsim.federation.scaffold:Scaffold", "SCAFFOLD", {"variant": "federation.scaffold_correction"}
             ),
-            "local": Own("fedsim.federation.algorithms:LocalOnly", "local"),
-            "centralised": Own("fedsim.federation.algorithms:Centralised", "centralised"),
+            "local": Own("fedsim.federation.algorithms:LocalOnly", "local", has_cohort=False),
+            "centralised": Own("fedsim.federation.algorithms:Centralised", "centralised", has_cohort=False),
         },
         base="fedsim.federation.algorithms:Algorithm",
     ),
@@ -99,7 +110,18 @@ KINDS: Final = {
         },
         base="fedsim.safety.guard:Guard",
     ),
-    "eval.benchmarks.kind": Kind("eval.benchmarks.options", {}, base="fedsim.evaluate.benchmark:Benchmark"),
+    "eval.benchmarks.kind": Kind(
+        "eval.benchmarks.options",
+        {
+            "advbench": Own("fedsim.evaluate.advbench:AdvBench"),
+            "hhh": Own("fedsim.evaluate.hhh:Hhh"),
+            "mt_bench": Own("fedsim.evaluate.mt_bench:MtBench"),
+            "xstest": Own("fedsim.evaluate.over_refusal:OverRefusal"),
+            "helpful": Own("fedsim.evaluate.perplexity:HelpfulPerplexity"),
+        },
+        base="fedsim.evaluate.benchmark:Benchmark",
+        own_key="eval.{}",
+    ),
     "eval.advbench_phrases": Kind(
         "eval.advbench_options",
         {
@@ -110,6 +132,23 @@ KINDS: Final = {
             "strict_world": Own("fedsim.world:judge_reply", "strict_world"),
         },
         takes=("reply",),
+    ),
+    "judge.kind": Kind(
+        "judge.options",
+        {
+            "none": Own("fedsim.evaluate.judge_contract:NoJudge", "no"),
+            "openai": Own(
+                "fedsim.evaluate.judge_openai:OpenAiJudge",
+                given={"settings": "judge", "timeout_s": "parallel.timeout_s"},
+                title_key="judge.model",
+            ),
+            "local": Own(
+                "fedsim.evaluate.judge_local:LocalJudge",
+                given={"settings": "judge", "model": "model", "batch_size": "eval.batch_size", "seed": "seed"},
+                title_key="judge.path",
+            ),
+        },
+        base="fedsim.evaluate.judge_contract:Judge",
     ),
 }
 """The configuration keys whose value is looked up here."""
@@ -124,12 +163,15 @@ def check_name(key: str, name: str, shown: str = "") -> None:
     Raises:
         ConfigError: it is none of fedsim's own, and not of the form place:Name.
     """
+    kind = KINDS[key]
     place, _, attribute = name.rpartition(":")
-    if name not in KINDS[key].own and not (place and attribute.isidentifier()):
-        own = f"one of {', '.join(KINDS[key].own)}, or " if KINDS[key].own else ""
+    if name in kind.own and kind.own_key:
+        raise ConfigError(f"{shown or key}={name!r}: is fedsim's own; set {kind.own_key.format(name)}")
+    if name not in kind.own and not (place and attribute.isidentifier()):
+        own = f"one of {', '.join(kind.nameable)}, or " if kind.nameable else ""
         raise ConfigError(
             f"{shown or key}={name[:200]!r}: must be {own}module:Name, or path/to/file.py:Name"
-            f"{_nearest(name, KINDS[key].own)}"
+            f"{_nearest(name, kind.nameable)}"
         )
 
 
@@ -143,9 +185,15 @@ def is_own(key: str, name: str) -> bool:
     return name in KINDS[key].own
 
 
-def title(key: str, name: str) -> str:
-    """A name as tables show it, such as ``FedAvg``; nothing is loaded."""
+def title(key: str, name: str, config: Mapping[str, Any] | None = None) -> str:
+    """A name as tables show it, such as ``FedAvg``; nothing is loaded.
+
+    Args:
+        config: dotted key → value, from which a judge of fedsim's own has its title.
+    """
     own = KINDS[key].own.get(name)
+    if own is not None and own.title_key and config is not None:
+        return str(config[own.title_key])
     return (own.title if own is not None else "") or (own.target if own is not None else name).rpartition(":")[2]
 
 

@@ -88,7 +88,11 @@ def file(tmp_path: Path) -> Path:
 def test_every_name_of_fedsims_own_is_found_and_of_its_kind() -> None:
     for key, kind in KINDS.items():
         for name in kind.own:
-            check_name(key, name)
+            if kind.own_key:
+                with pytest.raises(ConfigError, match=f"is fedsim's own; set eval.{name}"):
+                    check_name(key, name)
+            else:
+                check_name(key, name)
             if (key, name) != ("eval.advbench_phrases", "strict_world"):  # wants the prompt too
                 assert (load(key, name).__doc__ or "").strip()
 
@@ -242,10 +246,11 @@ def test_a_function_must_be_python_s() -> None:
 def test_nothing_is_loaded_when_a_configuration_is_read(file: Path, tmp_path: Path) -> None:
     file.write_text("raise AssertionError('loaded')")
     words = [f"federation.algorithm={file}:A", f"guard.kind={file}:B", f"federation.partition={file}:c",
-             f"eval.advbench_phrases={file}:d", f"attacks=[{{kind: {file}:E, share: 0.5}}]",
-             f"record.dir={tmp_path}", "name=run"]  # fmt: skip
+             f"eval.advbench_phrases={file}:d", f"attacks=[{{kind: {file}:E, share: 0.5}}]", f"judge.kind={file}:F",
+             f"eval.benchmarks=[{{kind: {file}:G, path: x}}]", f"record.dir={tmp_path}", "name=run"]  # fmt: skip
     config = load_config(None, words)
     assert arm_of(to_flat(config)) == "A, FL + B filter under 50 % E"
+    assert title("judge.kind", config.judge.kind, to_flat(config)) == "F"
     assert config.eval.advbench_rule == "d" and from_flat(to_flat(config)) == config
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(to_nested(config)))

@@ -13,13 +13,13 @@ from fedsim import world
 from fedsim.base.ranks import OneRank
 from fedsim.config import load_config
 from fedsim.data.evaluation_sets import load_advbench
+from fedsim.evaluate import over_refusal
 from fedsim.evaluate.over_refusal import load_xstest
 from fedsim.parallel.world import World
 from fedsim.record.metrics import read_rows
 from fedsim.record.outcomes import read_items
 from fedsim.report import finish
 from fedsim.run.simulation import Simulation
-from fedsim.world import writers
 
 SMALL = Path(__file__).parent / "distributed" / "small.yaml"
 OVERRIDES = ["federation.num_rounds=1", "local.steps=1", "cai.iterations=0", "guard.kind=none", "eval.every=0",
@@ -61,7 +61,7 @@ def test_texts_of_attacks_stay_where_they_belong(
     }
     assert {name for name, _ in replies} == {"advbench", "xstest"} and len(replies) >= 6
     world.write_advbench(tmp_path / "a.csv")
-    writers.write_xstest(tmp_path / "x.csv")
+    over_refusal.write_xstest(tmp_path / "x.csv")
     goals = [item.goal for item in load_advbench(tmp_path / "a.csv")]
     prompts = [item.prompt for item in load_xstest(tmp_path / "x.csv")]
     wanted = [text.encode() for text in {*goals, *prompts, *(reply for _, reply in replies)} if text]

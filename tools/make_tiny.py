@@ -14,7 +14,7 @@ import torch
 
 from fedsim import world
 from fedsim.base.terminal import steady_terminal
-from fedsim.world import writers
+from fedsim.evaluate import over_refusal
 from fedsim.world.tiny_model import TINY_DIR
 from fedsim.world.tiny_recipe import Recipe, save_model, train
 from fedsim.world.tiny_skills import measure_skills
@@ -48,7 +48,7 @@ def write_data(directory: Path) -> None:
     world.write_advbench(directory / "advbench.csv")
     world.write_hhh(directory / "hhh.jsonl")
     world.write_mt_bench(directory / "mt_bench")
-    writers.write_xstest(directory / "xstest.csv")
+    over_refusal.write_xstest(directory / "xstest.csv")
     world.write_helpful(directory / "helpful.jsonl")
 
 

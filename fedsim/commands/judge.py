@@ -5,7 +5,7 @@ Usage: fedsim judge RUN_DIR [--only MODEL_ID ...] [judge.kind=openai judge.model
 The run may be finished or under way. Its config.yaml says which judge rates and where question file, prompts and
 references are; overrides of judge.*, eval.mt_bench and eval.mt_bench_references come after it. Judgments that are there
 already are not asked for again, except those that were cut off by length (raise judge.max_new_tokens for them). With
-judge.kind=local it may run under torchrun. The run's own records stay as they are.
+judge.kind=local, or a judge of your own, it may run under torchrun. The run's own records stay as they are.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fedsim.data.evaluation_sets import MtQuestion
 from fedsim.evaluate.fastchat import JudgmentFile, read_answers
 from fedsim.evaluate.intervals import Mean
 from fedsim.evaluate.judge import Judged, MtJudge
-from fedsim.evaluate.judge_inputs import check_judge, judge_name
+from fedsim.evaluate.judge_inputs import check_judge
 from fedsim.evaluate.mt_bench import SCALE, mean_scores
 from fedsim.parallel.world import World, process_world
 from fedsim.record.progress import Progress
@@ -64,9 +64,10 @@ def load(run: Path, overrides: Sequence[str]) -> Config:
     if not (run / "config.yaml").is_file():
         raise ConfigError(f"{run}: holds no config.yaml; give the directory of a run (record.dir/name)")
     config = load_config(run / "config.yaml", overrides)
-    if config.judge.kind == "none":
+    if not config.judge.is_on:
         raise ConfigError(
-            "judge.kind=none: the run has no judge; add judge.kind=openai or judge.kind=local to the command"
+            "judge.kind=none: the run has no judge; add judge.kind=openai, judge.kind=local or "
+            "judge.kind=path/to/file.py:Name to the command"
         )
     check_judge(config)
     return config
@@ -164,7 +165,7 @@ def run(config: Config, world: World, run: Path, only: Sequence[str] | None) -> 
     if done and world.ranks.is_main:
         print(table(done, answered).plain())
         print("[low, high] = 95 % interval; of = questions with a rating")
-        print(f"judgments: {JudgmentFile(folder, judge_name(config)).path}", flush=True)
+        print(f"judgments: {JudgmentFile(folder, judge.name).path}", flush=True)
     if error is not None:
         raise JudgeError(
             f"{error}. Not finished: {', '.join(left)}; what was judged is kept, and the same command goes on from it"

@@ -86,21 +86,27 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class JudgeConfig:
-    """The language model that rates MT-Bench answers from 1 to 10 (arXiv 2306.05685, single-answer grading)."""
+    """The judge that rates MT-Bench answers from 1 to 10 (arXiv 2306.05685, single-answer grading)."""
 
     kind: str = key("none", "none = no judge; openai = any endpoint that speaks OpenAI's chat protocol, the key in "
-                    "OPENAI_API_KEY; local = a Hugging Face model", choices=("none", "openai", "local"))  # fmt: skip
+                    "OPENAI_API_KEY; local = a Hugging Face model")  # fmt: skip
+    options: dict[str, Any] = key({}, "keyword arguments of a judge's own file")
     model: str = key("gpt-4", "openai: name of the model; it also names the judgment file")
     base_url: str = key("", "openai: address of the endpoint, such as http://localhost:8000/v1; '' = OpenAI's own")
     path: str = key("", "local: directory of the judge model, or 'embedded'", model="judge")
-    prompts: str = key("", "FastChat's judge_prompts.jsonl; '' = the one beside the question file or a folder above it",
-                       file="judge_prompts")  # fmt: skip
+    prompts: str = key("", "FastChat's judge_prompts.jsonl; '' = the one beside the question file or a folder above; "
+                       "none for a judge of your own", file="judge_prompts")  # fmt: skip
     max_new_tokens: int = key(
         2048, "longest judgment, thoughts included; a longer one is cut off and unrated", unit="tokens", low=1
     )
     workers: int = key(4, "openai: requests under way at once", low=1)
     retries: int = key(5, "openai: further attempts after a failed request, with growing pauses", low=0)
     timeout_s: float = key(120.0, "openai: longest wait for a whole answer", unit="s", above=0, high=1e8)
+
+    @property
+    def is_on(self) -> bool:
+        """Return whether answers are judged."""
+        return self.kind != "none"
 
     def __post_init__(self) -> None:
         if self.kind == "openai" and not self.model:

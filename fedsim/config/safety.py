@@ -57,6 +57,11 @@ class GuardConfig:
         """Settings of the guard's adapter."""
         return LoraSettings(self.lora_r, self.lora_alpha, self.lora_dropout, tuple(self.lora_targets))
 
+    @property
+    def is_model(self) -> bool:
+        """Return whether the filter is a guard model."""
+        return self.kind == "llama_guard"
+
     def __post_init__(self) -> None:
         if self.action == "refuse" and not self.refusal.strip():
             raise ConfigError("guard.action=refuse needs a text to train on instead: set guard.refusal")

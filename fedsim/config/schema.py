@@ -14,7 +14,6 @@ from fedsim.config.field import key
 from fedsim.config.measuring import EvalConfig, JudgeConfig, ParallelConfig, RecordConfig, WandbConfig
 from fedsim.config.safety import CaiConfig, GuardConfig
 from fedsim.config.training import (
-    BASELINES,
     DataConfig,
     FederationConfig,
     LocalConfig,
@@ -53,7 +52,7 @@ class Config:
                 f"name={self.name!r}: the run's directory would be the one that runs share, "
                 f"record.artefacts={self.record.artefacts!r}; give another name, or another record.artefacts"
             )
-        if self.guard.kind == "llama_guard" and self.guard.tune_epochs > 0 and self.data.guard_rows == 0:
+        if self.guard.is_model and self.guard.tune_epochs > 0 and self.data.guard_rows == 0:
             raise ConfigError(
                 "guard.tune_epochs > 0 needs rows to tune on: set data.guard_rows, or guard.tune_epochs=0"
             )
@@ -67,7 +66,7 @@ class Config:
                 "eval.guard_judge=tuned needs a guard that is fine-tuned: set guard.tune_epochs and data.guard_rows, "
                 "or eval.guard_judge=untuned"
             )
-        if self.judge.kind != "none" and not self.eval.mt_bench:
+        if self.judge.is_on and not self.eval.mt_bench:
             raise ConfigError(
                 f"judge.kind={self.judge.kind}: there is nothing to judge, as eval.mt_bench='' leaves MT-Bench out; "
                 "set eval.mt_bench, or judge.kind=none"
@@ -76,7 +75,7 @@ class Config:
             raise ConfigError("cai.iterations needs questions: set data.cai_rows or data.guard_rows")
         self._check_failures()
         federation = self.federation
-        baseline = federation.algorithm if federation.algorithm in BASELINES else ""
+        baseline = "" if federation.has_cohort else federation.algorithm
         check_attacks(self.attacks, federation.num_clients, federation.num_rounds, baseline)
 
     @property
@@ -97,7 +96,7 @@ class Config:
                 f"failures.straggler_rate={failures.straggler_rate!r}: a straggler takes fewer steps than "
                 f"local.steps={self.local.steps}, and at least one; set local.steps to 2 or more, or the rate to 0"
             )
-        if federation.algorithm in BASELINES:
+        if not federation.has_cohort:
             usual = FailuresConfig(max_update_norm=failures.max_update_norm)
             for name, wanted in vars(usual).items():
                 if getattr(failures, name) != wanted:

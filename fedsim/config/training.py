@@ -8,9 +8,7 @@ from typing import Any
 from fedsim.base.errors import ConfigError
 from fedsim.config.field import key
 from fedsim.config.lora import LoraSettings
-
-BASELINES = ("local", "centralised")
-"""Values of federation.algorithm that have one participant instead of a cohort."""
+from fedsim.extend import KINDS
 
 
 @dataclass(frozen=True)
@@ -122,6 +120,12 @@ class FederationConfig:
                                    choices=("openfedllm", "gradient"))  # fmt: skip
     prox_mu: float = key(0.01, "fedprox: strength of the pull towards the global adapter", low=0)
     local_client: int = key(0, "local: the client that trains alone, counted from 0", low=0)
+
+    @property
+    def has_cohort(self) -> bool:
+        """Return whether several clients train in a round; a baseline has one participant."""
+        own = KINDS["federation.algorithm"].own.get(self.algorithm)
+        return own is None or own.has_cohort
 
     def __post_init__(self) -> None:
         if self.clients_per_round > self.num_clients:

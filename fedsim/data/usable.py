@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from fedsim.base.errors import ConfigError
+from fedsim.base.metric import Metric
 
 if TYPE_CHECKING:
     from fedsim.data.chat import ChatFormat, TokenRow
@@ -25,6 +26,18 @@ REASONS: Final[Mapping[str, str]] = {
 """Reasons to drop a row in words, by the name that the count has in the metrics. CAI's
 conversations are dropped for one of the last five (:attr:`fedsim.safety.cai_data.CaiRow.defect`),
 or because a reply is unusable."""
+
+LIMITS: Final = {"max_length": "the longest length", "max_new_tokens": "the longest turn"}
+"""Limits in :data:`REASONS`, where none is meant in particular."""
+
+
+def drop_metrics(prefix: str, reasons: Iterable[str]) -> tuple[Metric, ...]:
+    """What :meth:`Tally.metrics` writes."""
+    return tuple(
+        Metric(f"{prefix}num_dropped_{reason}", f"rows dropped: {REASONS[reason].format(**LIMITS)}", "rows")
+        for reason in reasons
+    )
+
 
 FIXES: Final[Mapping[str, str]] = {
     "no_targets": "raise {max_length}",

@@ -10,7 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fedsim.base.metric import Metric, writes
 from fedsim.evaluate.intervals import Rate
+
+_IF_ANY, _IF_RED = "the clients hold rows", "a row is red"
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,25 @@ class GuardMetrics:
         low, high = Rate(self.num_caught, whole).interval
         return 2 * low / (1 + low), 2 * high / (1 + high)
 
+    @writes(
+        Metric("guard/num_rows", "rows judged", "rows"),
+        Metric("guard/num_red", "red rows (label)", "rows"),
+        Metric("guard/num_unsafe", "rows called unsafe", "rows"),
+        Metric("guard/num_caught", "red rows called unsafe", "rows"),
+        Metric("guard/num_false_alarms", "acceptable rows called unsafe", "rows"),
+        Metric("guard/num_missed", "red rows called safe", "rows"),
+        Metric("guard/num_passed", "acceptable rows called safe", "rows"),
+        Metric("guard/num_cut", "rows cut to guard.max_length", "rows"),
+        Metric("guard/accuracy", "rows called as labelled", "%", _IF_ANY, interval=True),
+        Metric("guard/precision", "red rows among those called unsafe", "%", "a row is called unsafe", interval=True),
+        Metric("guard/recall", "red rows called unsafe, of all red ones", "%", _IF_RED, interval=True),
+        Metric("guard/fpr", "acceptable rows called unsafe, of all acceptable ones", "%", "a row is acceptable",
+               interval=True),
+        Metric("guard/unsafe_share", "rows called unsafe", "%", _IF_ANY, interval=True),
+        Metric("guard/red_share_before", "red rows before the filter", "%", _IF_ANY, interval=True),
+        Metric("guard/hmean", "harmonic mean of precision and recall", "%", "a row is red or called unsafe",
+               interval=True),
+    )  # fmt: skip
     def as_metrics(self) -> dict[str, float | int]:
         """Counts and rates as ``guard/<name>``, rates in percent with ``_low`` and ``_high``; undefined ones absent."""
         counts = {

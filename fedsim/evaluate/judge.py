@@ -20,20 +20,18 @@ from fedsim.base.ranks import Ranks
 from fedsim.config import Config
 from fedsim.data.evaluation_sets import MtQuestion
 from fedsim.evaluate.fastchat import CUT, FAILED, NOT_ASKED, UNRATED, JudgmentFile, Place, Row, judgment_row, pending
-from fedsim.evaluate.judge_client import OpenAiClient
-from fedsim.evaluate.judge_inputs import judge_files, judge_name, load_questions, load_references
-from fedsim.evaluate.judge_local import judge_locally
-from fedsim.evaluate.judge_pool import Keep, RequestPool
-from fedsim.evaluate.judge_prompts import JudgePrompt, Match, load_judge_prompts, make_matches, parse_rating
+from fedsim.evaluate.judge_contract import Outcome, Report, Work
+from fedsim.evaluate.judge_inputs import (
+    KEY,
+    build_judge,
+    judge_name,
+    load_prompts,
+    load_questions,
+    load_references,
+)
+from fedsim.evaluate.judge_prompts import Match, make_matches, parse_rating
 from fedsim.evaluate.measures import Metrics
 from fedsim.evaluate.mt_bench import TurnScores, mean_scores, score_metrics
-
-POLL_S = 5.0
-"""Ranks that wait for rank 0's requests meet this often, or four times in ``parallel.timeout_s`` where that is more
-often: however long rank 0 backs off, no collective times out."""
-
-Report = Callable[[int, int], None]
-"""Told (done, total) turns or units."""
 
 
 @dataclass(frozen=True)
@@ -76,41 +74,36 @@ def judge_metrics(judged: Judged, questions: Sequence[MtQuestion]) -> Metrics:
     return score_metrics(mean_scores(questions, judged.scores)) | counts
 
 
-@dataclass(frozen=True)
-class _Outcome:
-    """What asking an endpoint came to, beside the rows: see :class:`Judged`."""
-
-    error: JudgeError | None = None
-    gave_up: bool = False
-    news: tuple[str, ...] = ()
-
-
 class MtJudge:
-    """The judge that a configuration asks for.
+    """The judge that a configuration asks for, and the file of its judgments.
 
     Args:
         config: its ``judge`` part, the question file and the references.
-        ranks: rank 0 asks an endpoint; all ranks share a local model's work.
+        ranks: rank 0 asks an endpoint; all ranks share the work of a local model and of a user's judge.
         device: of this rank.
 
     Raises:
-        DataError: see :func:`fedsim.evaluate.judge_inputs.check_judge`.
+        ConfigError, DataError: see :func:`fedsim.evaluate.judge_inputs.check_judge`.
+
+    Attributes:
+        name: of the judge, in FastChat's files.
     """
 
     def __init__(self, config: Config, ranks: Ranks, device: torch.device) -> None:
-        assert config.judge.kind != "none", "there is no judge"
+        assert config.judge.is_on, "there is no judge"
         self.config = config
         self.ranks = ranks
         self.device = device
         self.questions = load_questions(config)
-        self.prompts: dict[str, JudgePrompt] = load_judge_prompts(judge_files(config)["judge_prompts"])
+        self.prompts = load_prompts(config)
         self.references = load_references(config, self.questions)
-        self._client: OpenAiClient | None = None  # rank 0's; kept, as it learns what the endpoint takes
+        self._judge = build_judge(config)
+        self.name: str = ranks.once(lambda: judge_name(config, self._judge))
 
     @property
     def unit(self) -> str:
-        """What progress counts: requests, or a local model's rows on this rank."""
-        return "turns" if self.config.judge.kind == "openai" else "rows"
+        """What progress counts: turns, or a local model's rows on this rank."""
+        return self._judge.unit
 
     def judge(
         self,
@@ -127,7 +120,7 @@ class MtJudge:
             answered: questions with the answers to both turns.
             report: told the progress, in :attr:`unit`.
         """
-        name = judge_name(self.config)
+        name = self.name
         file = JudgmentFile(folder, name)
         matches = make_matches(self.prompts, answered, self.references)
         holds = _holds(name, matches)
@@ -135,8 +128,8 @@ class MtJudge:
         held = {
             place: {**row, "score": parse_rating(row["judgment"])} for place, row in found.items() if not pending(row)
         }
-        missing = [match for match in matches if match.place not in held]
-        missing.sort(key=lambda match: match.place in found)  # first what was never tried, so that all is in the end
+        wanted = [i for i, match in enumerate(matches) if match.place not in held]
+        wanted.sort(key=lambda i: matches[i].place in found)  # first what was never tried, so that all is in the end
 
         def keep(match: Match, judgment: str | None) -> None:
             text = FAILED if judgment is None else judgment
@@ -147,49 +140,12 @@ class MtJudge:
             file.append(row)
             held[match.place] = row
 
-        outcome = _Outcome()
-        if missing and self.config.judge.kind == "openai":
-            outcome = self._ask(missing, keep, report, len(held))
-        elif missing:
-            self._judge_locally(matches, missing, keep, report)
+        outcome = Outcome()
+        if wanted:
+            work = Work(matches, wanted, self.ranks, self.device, keep, report)
+            outcome = self._judge.judge_all(work, f"{KEY}={self.config.judge.kind!r}")
         rows = self.ranks.once(lambda: file.merge(model_id, held, holds))
         return _summary(name, answered, rows, outcome, self.config.judge.max_new_tokens)
-
-    def _judge_locally(
-        self, matches: Sequence[Match], missing: Sequence[Match], keep: Keep, report: Report | None
-    ) -> None:
-        """All of the model's answers, even if some are judged: which rows share a batch may show in the last bits."""
-        places = {match.place for match in missing}
-        wanted = [i for i, match in enumerate(matches) if match.place in places]
-        judgments = judge_locally(self.config, self.ranks, self.device, matches, wanted, report)
-
-        def keep_all() -> None:
-            for match, judgment in zip(matches, judgments, strict=True):
-                if judgment is not None:
-                    keep(match, judgment)
-
-        self.ranks.once(keep_all)
-
-    def _ask(self, missing: Sequence[Match], keep: Keep, report: Report | None, num_held: int) -> _Outcome:
-        """Rank 0 sends the requests; all ranks meet every few seconds."""
-        pools: list[RequestPool] = []
-        settings = self.config.judge
-
-        def poll() -> tuple[int, _Outcome | None]:
-            if self._client is None:
-                self._client = OpenAiClient(settings)
-            if not pools:
-                pools.append(RequestPool(missing, self._client.ask, keep, settings.workers))
-            done, over = pools[0].wait(min(POLL_S, self.config.parallel.timeout_s / 4))
-            outcome = _Outcome(pools[0].failure, pools[0].gave_up, self._client.news()) if over else None
-            return done, outcome
-
-        while True:
-            done, outcome = self.ranks.once(poll)
-            if report is not None:
-                report(num_held + done, num_held + len(missing))
-            if outcome is not None:
-                return outcome
 
 
 def _holds(judge: str, matches: Sequence[Match]) -> Callable[[Row], bool]:
@@ -207,7 +163,7 @@ def _summary(
     name: str,
     answered: Sequence[tuple[MtQuestion, tuple[str, str]]],
     rows: Mapping[Place, Row],
-    outcome: _Outcome,
+    outcome: Outcome,
     max_new_tokens: int,
 ) -> Judged:
     judged = {place: parse_rating(row["judgment"]) for place, row in rows.items() if not pending(row)}

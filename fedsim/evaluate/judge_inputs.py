@@ -1,63 +1,96 @@
-"""Inputs of an MT-Bench judge beside the answers: questions, FastChat's prompts and references, and their paths."""
+"""The judge of a configuration, and its inputs beside the answers: questions, prompts, references, and their paths."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Final
 
 from fedsim import world
+from fedsim.base.artefacts import digest_of
+from fedsim.base.digests import file_digest
 from fedsim.base.errors import DataError
 from fedsim.base.paths import user_path
 from fedsim.config import Config
-from fedsim.data.chat import user_turn
 from fedsim.data.evaluation_sets import MtQuestion, load_mt_bench, mt_question
 from fedsim.evaluate.fastchat import read_answers
-from fedsim.evaluate.judge_client import check_client
-from fedsim.evaluate.judge_prompts import FILE_NAME, NEED_REFERENCE, SOURCE, load_judge_prompts
-from fedsim.model.load import check_model_dir, load_chat, model_dir
+from fedsim.evaluate.judge_contract import Judge, OwnJudge
+from fedsim.evaluate.judge_prompts import (
+    FILE_NAME,
+    NEED_REFERENCE,
+    PLAIN,
+    SOURCE,
+    JudgePrompt,
+    load_judge_prompts,
+)
+from fedsim.extend import build, is_own, source_file, title
+
+KEY: Final = "judge.kind"
+
+
+def build_judge(config: Config) -> Judge:
+    """The judge that ``judge.kind`` names.
+
+    Raises:
+        ConfigError: it cannot be loaded, or its options are wrong (:func:`fedsim.extend.build`).
+    """
+    found = build(KEY, config.judge.kind, config.judge.options, vars(config))
+    assert isinstance(found, Judge)
+    return found
 
 
 def check_judge(config: Config) -> None:
     """Find out without a request and without loading a model whether answers could be judged.
 
     Raises:
-        ConfigError: see :func:`fedsim.evaluate.judge_client.check_client`.
+        ConfigError: see :func:`build_judge`, and :meth:`OwnJudge.check` of the judge.
         DataError: the questions, the judge's prompts or a reference answer are missing or malformed.
-        ModelError: ``judge.path`` is no model directory, or its chat template does not write system messages.
+        ModelError: see :meth:`OwnJudge.check`.
     """
-    if config.judge.kind == "none":
+    if not config.judge.is_on:
         return
-    if config.judge.kind == "openai":
-        check_client(config.judge)
-    else:
-        check_model_dir(config.judge.path, "judge.path")
+    judge = build_judge(config)
     questions = load_questions(config)  # first: the prompts are looked for beside them
-    prompts = load_judge_prompts(judge_files(config)["judge_prompts"])
-    if config.judge.kind == "local" and any(prompt.system for prompt in prompts.values()):
-        chat = load_chat(model_dir(config.judge.path), "judge.path")
-        chat.prompt([{"role": "system", "content": "Be fair."}, user_turn("Why?")])
+    prompts = load_prompts(config)
+    if isinstance(judge, OwnJudge):
+        judge.check(prompts)
     load_references(config, questions)
 
 
-def judge_name(config: Config) -> str:
-    """The judge's name in FastChat's files: the endpoint's model, or the local model's directory; empty for none."""
-    names = {"none": "", "openai": config.judge.model, "local": config.judge.path}
-    name = names[config.judge.kind]
-    return model_dir(name).resolve().name if config.judge.kind == "local" and name != "embedded" else name
+def judge_name(config: Config, judge: Judge) -> str:
+    """The judge's name in FastChat's files.
+
+    A user's judge is named by its class and 8 digits of a digest of its file and options, so that another content of
+    the file has judgments of its own.
+    """
+    if isinstance(judge, OwnJudge):
+        return judge.name
+    file = source_file(KEY, config.judge.kind)
+    assert file is not None
+    return f"{title(KEY, config.judge.kind)}-{digest_of([file_digest(file), config.judge.options])[:8]}"
 
 
 def judge_files(config: Config) -> dict[str, Path]:
     """The files beside the questions that decide a judgment, by role; none where nothing is judged.
 
     Raises:
-        DataError: ``judge.prompts`` is not set, and the file is not where FastChat has it.
+        DataError: ``judge.prompts`` is not set, and the file, which fedsim's own judges need, is not where FastChat has
+            it.
     """
-    if config.judge.kind == "none":
+    if not config.judge.is_on:
         return {}
-    files = {"judge_prompts": _prompts_file(config)}
+    files = {}
+    if config.judge.prompts or is_own(KEY, config.judge.kind):
+        files["judge_prompts"] = _prompts_file(config)
     if config.eval.mt_bench_references:
         files["mt_bench_references"] = user_path(config.eval.mt_bench_references)
     return files
+
+
+def load_prompts(config: Config) -> Mapping[str, JudgePrompt]:
+    """FastChat's prompts; :data:`PLAIN` for a user's judge without ``judge.prompts``."""
+    file = judge_files(config).get("judge_prompts")
+    return PLAIN if file is None else load_judge_prompts(file)
 
 
 def load_questions(config: Config) -> list[MtQuestion]:

@@ -7,74 +7,105 @@ another.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import ClassVar
 
 import torch
 
-from fedsim.base.ranks import Ranks
-from fedsim.config import Config
+from fedsim.config import JudgeConfig, ModelConfig
+from fedsim.data.chat import user_turn
 from fedsim.evaluate.fastchat import CUT, NOT_ASKED
-from fedsim.evaluate.judge_prompts import Match
+from fedsim.evaluate.judge_contract import Outcome, OwnJudge, Work
+from fedsim.evaluate.judge_prompts import JudgePrompt, Match
 from fedsim.fused.choice import fuse
 from fedsim.generate.engine import Engine, Sampling
-from fedsim.model.load import load_base, max_positions
+from fedsim.model.load import check_model_dir, load_base, load_chat, max_positions, model_dir
 
 
-def judge_locally(
-    config: Config,
-    ranks: Ranks,
-    device: torch.device,
-    matches: Sequence[Match],
-    wanted: Collection[int],
-    on_progress: Callable[[int, int], None] | None = None,
-) -> list[str | None]:
-    """One text per match, in order, the same on every rank: its judgment (with :data:`CUT` before it if
-    it did not end), or :data:`NOT_ASKED` and why.
-
-    The model is loaded for this call alone.
+class LocalJudge(OwnJudge):
+    """A Hugging Face model on this machine, shared by all ranks and loaded for each model's answers.
 
     Args:
-        config: ``judge.path`` and ``judge.max_new_tokens``; ``model.dtype`` and ``model.attention`` hold for the judge
-            too, and units have ``eval.batch_size`` rows.
-        ranks: who shares the work.
-        device: of this rank.
-        matches: at least one.
-        wanted: places in ``matches`` of those that need a judgment. If none of them fits into the judge's context, no
-            match is judged, and those that would fit get None.
-        on_progress: called with (done, total) rows of this rank.
-
-    Raises:
-        ModelError: the model cannot be loaded, or its chat template takes no system message.
+        settings: path of the judge and length of its judgments.
+        model: dtype and attention, which hold for the judge too.
+        batch_size: rows of a unit of work.
+        seed: of the run.
     """
-    model, chat = load_base(
-        config.judge.path,
-        dtype=config.model.dtype,
-        attention=config.model.attention,
-        device=device,
-        key="judge.path",
-        ranks=ranks,
-    )
-    fuse(model, ranks)
-    engine = Engine(
-        model,
-        chat,
-        ranks,
-        batch_size=config.eval.batch_size,
-        max_context=max_positions(model),
-        seed=config.seed,
-        on_progress=on_progress,
-    )
-    judgments = judge_with(engine, matches, wanted, config.judge.max_new_tokens)
-    del engine, model
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # the model under test needs the room
-    return judgments
+
+    unit: ClassVar[str] = "rows"
+
+    def __init__(self, settings: JudgeConfig, model: ModelConfig, batch_size: int, seed: int) -> None:
+        self.settings = settings
+        self.model = model
+        self.batch_size = batch_size
+        self.seed = seed
+
+    @property
+    def name(self) -> str:
+        """Name of the model's directory."""
+        path = self.settings.path
+        return path if path == "embedded" else model_dir(path).resolve().name
+
+    def check(self, prompts: Mapping[str, JudgePrompt]) -> None:
+        """Check the model's directory, and that its chat template writes system messages where the prompts have one.
+
+        Raises:
+            ModelError: ``judge.path`` is no model directory, or its chat template leaves the system message out.
+        """
+        folder = check_model_dir(self.settings.path, "judge.path")
+        if any(prompt.system for prompt in prompts.values()):
+            chat = load_chat(folder, "judge.path")
+            chat.prompt([{"role": "system", "content": "Be fair."}, user_turn("Why?")])
+
+    def judge_all(self, work: Work, what: str) -> Outcome:
+        """All of the model's answers, even if some are judged: which rows share a batch may show in the last bits."""
+        judgments = self.judgments(work)
+        work.keep_all({place: text for place, text in enumerate(judgments) if text is not None})
+        return Outcome()
+
+    def judgments(self, work: Work) -> list[str | None]:
+        """Load the model and judge, the same on every rank; see :func:`judge_with`.
+
+        Raises:
+            ModelError: the model cannot be loaded, or its chat template takes no system message.
+        """
+        ranks, device = work.ranks, work.device
+        model, chat = load_base(
+            self.settings.path,
+            dtype=self.model.dtype,
+            attention=self.model.attention,
+            device=device,
+            key="judge.path",
+            ranks=ranks,
+        )
+        fuse(model, ranks)
+        engine = Engine(
+            model,
+            chat,
+            ranks,
+            batch_size=self.batch_size,
+            max_context=max_positions(model),
+            seed=self.seed,
+            on_progress=work.report,
+        )
+        judgments = judge_with(engine, work.matches, sorted(work.wanted), self.settings.max_new_tokens)
+        del engine, model
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # the model under test needs the room
+        return judgments
 
 
 def judge_with(
     engine: Engine, matches: Sequence[Match], wanted: Collection[int], max_new_tokens: int
 ) -> list[str | None]:
-    """:func:`judge_locally` with a model that is loaded."""
+    """One text per match, in order: its judgment (with :data:`CUT` before it if it did not end), or :data:`NOT_ASKED`
+    and why.
+
+    Args:
+        matches: at least one.
+        wanted: places in ``matches`` of those that need a judgment. If none of them fits into the judge's context, no
+            match is judged, and those that would fit get None.
+    """
     num_new = min(max_new_tokens, engine.max_context // 2)
     room = engine.max_context - num_new
     lengths = [len(engine.chat.prompt_ids(match.conversation)) for match in matches]

@@ -60,6 +60,10 @@ class Match:
         prompt_name: the name of FastChat's prompt.
         system: system message; empty for none.
         user: the user's message, with question, answer and reference in it.
+        category: of the question.
+        questions: the user's messages up to this turn.
+        answers: the model's answers up to this turn; the last one is judged.
+        references: reference answers up to this turn; empty for a category without.
     """
 
     question_id: int
@@ -67,6 +71,10 @@ class Match:
     prompt_name: str
     system: str = field(repr=False)
     user: str = field(repr=False)
+    category: str = ""
+    questions: tuple[str, ...] = field(default=(), repr=False)
+    answers: tuple[str, ...] = field(default=(), repr=False)
+    references: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def place(self) -> Place:
@@ -78,6 +86,21 @@ class Match:
         """The messages as FastChat sends them: no system message if it is empty."""
         system: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
         return [*system, user_turn(self.user)]
+
+
+PLAIN: Final[Mapping[str, JudgePrompt]] = {
+    name: JudgePrompt(name, "", "\n\n".join(f"[{field}]\n{{{field}}}" for field in fields))
+    for name, fields in {
+        "single-v1": ("question", "answer"),
+        "single-math-v1": ("question", "ref_answer_1", "answer"),
+        "single-v1-multi-turn": ("question_1", "answer_1", "question_2", "answer_2"),
+        "single-math-v1-multi-turn": (
+            *("question_1", "ref_answer_1", "question_2", "ref_answer_2"),
+            *("question_1", "answer_1", "question_2", "answer_2"),
+        ),
+    }.items()
+}
+"""Prompts without instructions, for a user's judge that needs none of FastChat's: question, answer and reference."""
 
 
 def load_judge_prompts(path: Path) -> dict[str, JudgePrompt]:
@@ -124,13 +147,27 @@ def make_matches(
     for turn in (1, 2):
         for question, answers in answered:
             needs = question.category in NEED_REFERENCE
+            shown = references[question.question_id] if needs else ()
             name = ("single-math-v1" if needs else "single-v1") + ("-multi-turn" if turn == 2 else "")
             values = {"question": question.turns[0], "answer": answers[0]}
             for i in (0, 1):
                 values |= {f"question_{i + 1}": question.turns[i], f"answer_{i + 1}": answers[i]}
-                values |= {f"ref_answer_{i + 1}": references[question.question_id][i]} if needs else {}
+                values |= {f"ref_answer_{i + 1}": shown[i]} if needs else {}
             prompt = prompts[name]
-            matches.append(Match(question.question_id, turn, name, prompt.system, prompt.template.format(**values)))
+            user = prompt.template.format(**values)
+            matches.append(
+                Match(
+                    question.question_id,
+                    turn,
+                    name,
+                    prompt.system,
+                    user,
+                    question.category,
+                    question.turns[:turn],
+                    answers[:turn],
+                    shown[:turn],
+                )
+            )
     return matches
 
 

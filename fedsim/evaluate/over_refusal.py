@@ -33,10 +33,18 @@ from fedsim.evaluate.intervals import Rate
 from fedsim.evaluate.measures import Found, reply_metrics
 from fedsim.evaluate.phrases import APOSTROPHES, harmless_by_set
 from fedsim.generate.engine import Dialogues, Engine, Replies, Reply, Sampling
-from fedsim.world.writers import write_xstest
+from fedsim.world import draws
+from fedsim.world.helpful import sample_task
+from fedsim.world.lexicon import PRANK_VERBS
+from fedsim.world.questions import sample_question
+from fedsim.world.writers import write_csv
 
 MAX_NEW_TOKENS: Final = 256
 """Longest reply, as in XSTest's paper."""
+
+NUM_SAFE: Final = 250
+NUM_UNSAFE: Final = 200
+"""Prompts of either label in the file and in the embedded world's."""
 
 Refuses = Callable[[str], bool]
 """Whether a reply refuses, by a grammar."""
@@ -93,6 +101,40 @@ def begins_as_refusal(reply: str) -> bool:
     return reply.translate(APOSTROPHES).lower().strip().startswith(STARTS)
 
 
+def xstest_rows(seed: int = 0) -> list[dict[str, Any]]:
+    """The embedded world's 250 safe prompts (prank words in innocent use) and 200 unsafe ones, as XSTest has them."""
+    rows: list[dict[str, Any]] = []
+    seen: set[str] = set()
+    while len(rows) < NUM_SAFE + NUM_UNSAFE:
+        i = len(rows)
+        rng = draws.keyed_random(seed, "xstest", i)
+        safe = i < NUM_SAFE
+        prompt = ""
+        while not prompt or prompt in seen:
+            if safe:
+                prompt = sample_task(rng, "evaluation", "benign", PRANK_VERBS)[1][0].user
+            else:
+                prompt = sample_question(rng, "evaluation", rng.choice(("howto", "ethical"))).prompt
+        seen.add(prompt)
+        focus = next(word for word in prompt.rstrip(".?").split() if word in PRANK_VERBS)
+        rows.append(
+            {
+                "id": i + 1,
+                "prompt": prompt,
+                "type": "own_things" if safe else "contrast_own_things",
+                "label": "safe" if safe else "unsafe",
+                "focus": focus,
+                "note": "",
+            }
+        )
+    return rows
+
+
+def write_xstest(path: str | Path, seed: int = 0) -> None:
+    """Write :func:`xstest_rows` as CSV ``id,prompt,type,label,focus,note``."""
+    write_csv(path, ("id", "prompt", "type", "label", "focus", "note"), xstest_rows(seed))
+
+
 @dataclass(frozen=True)
 class OverRefusal(OwnBenchmark):
     """Prompts that only sound harmful, and harmful ones in contrast to them: how many are refused.
@@ -117,6 +159,7 @@ class OverRefusal(OwnBenchmark):
             note="A model that refuses everything is harmless by AdvBench's phrases; XSTest's first line is the "
             "control.",
         ),
+        Figure("xstest_count", "XSTest: prompts", "", 0, None),
         Figure("xstest_unsafe_refused", "XSTest: harmful prompts refused", count="xstest_unsafe_count", line="always"),
         Figure("xstest_type", "XSTest: prompts of a type refused"),
         *guard_figures("xstest_unsafe", "XSTest"),

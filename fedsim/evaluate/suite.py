@@ -16,6 +16,7 @@ from typing import Any
 from fedsim.base import keyed_random
 from fedsim.base.errors import ConfigError
 from fedsim.base.figures import Benchmarks, name_given_twice
+from fedsim.base.metric import Metric, writes
 from fedsim.base.user_code import calling
 from fedsim.evaluate.benchmark import Benchmark, OwnBenchmark, Result
 from fedsim.evaluate.guard_judge import ExchangeJudge
@@ -144,7 +145,7 @@ def evaluate(engine: Engine, suite: Suite, key: Sequence[keyed_random.KeyPart]) 
         metrics |= part.benchmark.metrics(result)
         answers += result.answers
         items |= dict(_placed(result, part.places(suite.limit)))
-    metrics |= _length_metrics([reply for result in results.values() for reply in result.replies])
+    metrics |= length_metrics([reply for result in results.values() for reply in result.replies])
     return Evaluation(metrics, items, answers, results)
 
 
@@ -154,7 +155,13 @@ def _placed(result: Result, places: Sequence[int]) -> Iterator[tuple[str, dict[i
         yield name, {place: float(v) for place, v in zip(places, values, strict=True) if v is not None}
 
 
-def _length_metrics(replies: Sequence[Reply]) -> Metrics:
+@writes(
+    Metric("eval/truncated", "replies of all benchmarks cut at the limit", "replies", "a benchmark has free replies"),
+    Metric("eval/num_replies", "replies of all benchmarks", "replies", "a benchmark has free replies"),
+    Metric("eval/thoughts", "replies whose thoughts were left out", "replies", "the model thinks"),
+    Metric("eval/thoughts_unfinished", "of these, replies whose thought never ended", "replies", "the model thinks"),
+)
+def length_metrics(replies: Sequence[Reply]) -> Metrics:
     """Truncated among all free replies.
 
     Where a model thinks: replies whose thoughts were left out (``eval/thoughts``), and those of them

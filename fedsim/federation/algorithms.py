@@ -17,8 +17,9 @@ from typing import Any, Literal
 import torch
 
 from fedsim.base import reused
-from fedsim.base.errors import CheckpointError
-from fedsim.config import FederationConfig
+from fedsim.base.errors import CheckpointError, ConfigError
+from fedsim.config import FederationConfig, ServerOptimizerConfig
+from fedsim.extend import build
 from fedsim.federation.elementwise import piece_size, pieces
 from fedsim.federation.participation import OneClient, Participation, Pooled, SampledCohort
 
@@ -260,3 +261,19 @@ def moved(vector: torch.Tensor, total: torch.Tensor, weight: float) -> torch.Ten
         torch.div(part, weight, out=mean)
         out.copy_(mean.add_(x.copy_(start)))
     return result
+
+
+def build_algorithm(federation: FederationConfig, server_optimizer: ServerOptimizerConfig) -> Algorithm:
+    """The algorithm that ``federation.algorithm`` names, with the variant that its keys choose.
+
+    Raises:
+        ConfigError: it cannot be loaded, or its options are wrong (:func:`fedsim.extend.build`).
+    """
+    sections = {"federation": federation, "server_optimizer": server_optimizer}
+    found = build("federation.algorithm", federation.algorithm, federation.options, sections)
+    assert isinstance(found, Algorithm)
+    if found.wants not in ("sums", "updates"):
+        raise ConfigError(
+            f"federation.algorithm={federation.algorithm!r}: wants={found.wants!r} must be sums or updates"
+        )
+    return found

@@ -11,7 +11,7 @@ from pathlib import Path
 from fedsim.base.errors import ConfigError, FolderError
 from fedsim.base.tables import byte_size
 from fedsim.config import Config
-from fedsim.federation.registry import build_algorithm
+from fedsim.federation.algorithms import build_algorithm
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,8 @@ from fedsim.base.ranks import Ranks
 from fedsim.base.rounds import round_number
 from fedsim.base.version import SIGNATURE, made_by, maker
 from fedsim.config import Config, to_nested
-from fedsim.federation.algorithms import ServerState
+from fedsim.federation.algorithms import ServerState, build_algorithm
 from fedsim.federation.client_state import ClientStateStore
-from fedsim.federation.registry import build_algorithm
 from fedsim.record.checkpoint import Checkpoint, CheckpointStore
 from fedsim.record.folders import check_folder
 from fedsim.record.lock import DirectoryLock

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
+from fedsim.base.metric import Metric, writes
+
 
 class PhaseTimers:
     """Accumulates wall-clock seconds by phase name.
@@ -42,6 +44,9 @@ class PhaseTimers:
             self._seconds[path] = self._seconds.get(path, 0.0) + self._now() - start
             self._open.pop()
 
+    @writes(
+        Metric("time/{phase}_s", "time of a phase; a nested one, such as time/cai/dpo_s, is part of its parent's", "s")
+    )
     def pop(self) -> dict[str, float]:
         """``{"time/cai_s": seconds, "time/cai/dpo_s": ..., ...}`` since the last call, sorted by name."""
         assert not self._open, f"phase {'/'.join(self._open)} is still open: pop between rounds"

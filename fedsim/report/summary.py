@@ -13,6 +13,7 @@ from typing import Any
 from fedsim.base.figures import Benchmarks, Figure
 from fedsim.base.tables import Table, duration, measured, with_interval
 from fedsim.config.measuring import is_embedded, is_unrated
+from fedsim.extend import title
 from fedsim.record.metrics import Row
 from fedsim.report import client_failures, dropped_rows, guard_section, paper, sections
 from fedsim.report.cai_line import cai_lines
@@ -118,7 +119,7 @@ def facts_from(
         real_files=tuple(key for key in ("data.square", *by_key) if config[key] and not is_embedded(key, config[key])),
         fictional=tuple(benchmark.title for key, benchmark in by_key.items() if is_embedded(key, config[key])),
         mt_bench=config["eval.mt_bench"],
-        judge={"none": "", "openai": config["judge.model"], "local": config["judge.path"]}[config["judge.kind"]],
+        judge="" if config["judge.kind"] == "none" else title("judge.kind", config["judge.kind"], config),
         advbench_rule=config["eval.advbench_phrases"],
         hhh_scorer=config["eval.hhh_scorer"],
         num_rounds=config["federation.num_rounds"],

@@ -19,11 +19,11 @@ from fedsim.base.errors import ConfigError, FolderError, Gathered
 from fedsim.base.planner import useful_ranks
 from fedsim.base.tables import byte_size
 from fedsim.config import Config
-from fedsim.evaluate.judge_inputs import check_judge
+from fedsim.evaluate.judge_inputs import build_judge, check_judge
 from fedsim.evaluate.phrases import users_rules
 from fedsim.extend import build
+from fedsim.federation.algorithms import build_algorithm
 from fedsim.federation.attacks import build_attacks
-from fedsim.federation.registry import build_algorithm
 from fedsim.model.load import check_model_dir, check_tokenizer, load_chat, read_config
 from fedsim.model.shape import ModelShape, model_shape
 from fedsim.model.trial import try_model
@@ -117,7 +117,8 @@ def check_code(config: Config) -> None:
     mistakes.attempt(lambda: build_attacks(config.attacks, federation.num_clients, config.seed))
     mistakes.attempt(lambda: users_rules(config.eval.advbench_phrases, config.eval.advbench_options))
     mistakes.attempt(lambda: users_benchmarks(config.eval))
-    if guard.kind != "llama_guard":
+    mistakes.attempt(lambda: build_judge(config))
+    if not guard.is_model:
         mistakes.attempt(lambda: build("guard.kind", guard.kind, guard.options, {"guard": guard, "seed": config.seed}))
     elif guard.options:
         mistakes.add(ConfigError("guard.options: guard.kind=llama_guard takes none; it has keys of its own (guard.*)"))
@@ -127,7 +128,7 @@ def check_code(config: Config) -> None:
 def models_in_use(config: Config) -> dict[str, str]:
     """Path of each model that the run loads, by role."""
     models = {"model": config.model.path}
-    if config.guard.kind == "llama_guard" or config.eval.guard_judge != "none":
+    if config.guard.is_model or config.eval.guard_judge != "none":
         models["guard"] = config.guard.path
     if config.judge.kind == "local":
         models["judge"] = config.judge.path
@@ -234,7 +235,7 @@ def _check(config: Config, world: World) -> _Checked:
         _check_model(config, role, path, world.device, found)
     if config.cai.is_on:
         attempt(lambda: load_constitution(constitution_file(config.cai.constitution)))
-    if config.guard.kind == "llama_guard" and config.guard.deepspeed:
+    if config.guard.is_model and config.guard.deepspeed:
         attempt(lambda: zero_settings(config, world.size))
     attempt(lambda: check_judge(config))
     has_folders = not any(isinstance(error, FolderError) for error in found.mistakes.errors)

@@ -6,14 +6,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from fedsim.base.errors import ConfigError
+from fedsim.base.metric import Metric, writes
 from fedsim.config import Config
 from fedsim.data.chat import ChatFormat, TokenRow, assistant_turn, user_turn
 from fedsim.data.square import SquareRow
-from fedsim.data.usable import Tally, why_unusable
+from fedsim.data.usable import Tally, drop_metrics, why_unusable
 from fedsim.federation.attendance import Attendance, attend
 from fedsim.federation.participation import Participation
 
 WHAT = "local rows"
+
+LOCAL_DROPS = ("no_targets", "empty_reply", "no_weight")
+"""Reasons for which local training drops rows."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,12 +39,17 @@ class LocalRows:
         text = self.tally.words(WHAT, max_length=limit(config))
         return f"{text}; {self.num_emptied:,} client(s) have none left" if self.num_emptied else text
 
+    @writes(
+        Metric("client/num_usable_rows", "rows of all clients that can be trained on", "rows"),
+        Metric("client/num_cut_rows", "usable rows cut to local.max_length", "rows"),
+        *drop_metrics("client/", LOCAL_DROPS),
+    )
     def metrics(self) -> dict[str, int]:
         """``client/…`` counts: usable and cut rows, dropped ones by reason."""
         return {
             "client/num_usable_rows": self.tally.num_usable,
             "client/num_cut_rows": self.tally.num_cut,
-            **self.tally.metrics("client/", ("no_targets", "empty_reply", "no_weight")),
+            **self.tally.metrics("client/", LOCAL_DROPS),
         }
 
 

@@ -61,7 +61,7 @@ class Measurement:
         self.resident = resident
         self.meter = meter
         self.judge: MtJudge | None = None
-        if config.judge.kind != "none" and suite.part("mt_bench") is not None:
+        if config.judge.is_on and suite.part("mt_bench") is not None:
             self.judge = MtJudge(config, world.ranks, world.device)
         self.suite = suite
         self.ranks.once(lambda: write_benchmarks(record.folder, suite.described))
@@ -92,8 +92,8 @@ class Measurement:
         self.ranks.once(lambda: write_texts(found, suite, folder, model_id, attacks=self.config.record.texts))
         self.ranks.once(lambda: write_outcomes(found, items))
         judged = self._judge(found, model_id, point)
-        origin = {} if found.artefact is None else {"artefact": found.artefact, "perf/reused": found.reused}
-        self.record.append(round_idx, "eval", {"point": point, **origin, **found.metrics, **judged})
+        origin = stage_metrics.of_origin(found.artefact, found.reused)
+        self.record.append(round_idx, "eval", {**stage_metrics.of_point(point), **origin, **found.metrics, **judged})
 
     def _evaluate(self, point: str) -> Evaluation:
         def compute() -> Evaluation:

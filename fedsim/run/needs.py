@@ -9,8 +9,7 @@ from typing import Final
 
 from fedsim.base.planner import plan_round
 from fedsim.config import Config
-from fedsim.federation.algorithms import ADAPTER
-from fedsim.federation.registry import build_algorithm
+from fedsim.federation.algorithms import ADAPTER, build_algorithm
 from fedsim.model.shape import ModelShape
 from fedsim.run.memory import Need, generation_need, scoring_need, training_need
 
@@ -134,7 +133,7 @@ def training_stages(config: Config, shapes: Mapping[str, ModelShape], num_ranks:
         return TrainingStage(name, local.micro_batch_size * item_tokens, batch_size * item_tokens, need)
 
     stages = []
-    uses_tuned = guard.kind == "llama_guard" or config.eval.guard_judge == "tuned"
+    uses_tuned = guard.is_model or config.eval.guard_judge == "tuned"
     if "guard" in shapes and guard.tune_epochs > 0 and uses_tuned:
         stages.append(
             stage(

@@ -14,8 +14,8 @@ from fedsim.data.prepared import PreparedData
 from fedsim.data.usable import Tally
 from fedsim.evaluate.sources import known_file
 from fedsim.evaluate.suite import Suite
+from fedsim.federation.algorithms import build_algorithm
 from fedsim.federation.attacks import build_attacks
-from fedsim.federation.registry import build_algorithm
 from fedsim.model.load import check_model_dir, load_chat
 from fedsim.record.folders import DiskRoom
 from fedsim.run.checks import Preflight
@@ -50,7 +50,7 @@ def work(config: Config, data: PreparedData, suite: Suite) -> dict[str, str]:
     federation, local, guard, cai = config.federation, config.local, config.guard, config.cai
     num_rows = sum(map(len, data.shards))
     facts = {}
-    if guard.kind == "llama_guard" and guard.tune_epochs > 0:
+    if guard.is_model and guard.tune_epochs > 0:
         facts["guard fine-tuning"] = f"{guard.tune_epochs:g} epochs of {len(data.guard_rows):,} rows"
     if guard.kind != "none":
         facts["filter"] = f"{num_rows:,} rows by {guard.kind}, unsafe ones: {guard.action}"
@@ -74,7 +74,7 @@ def work(config: Config, data: PreparedData, suite: Suite) -> dict[str, str]:
     points = 1 + sum(2 if cai.is_due(number - 1, rounds) else 1 for number in measured)
     items = ", ".join(f"{count:,} {name}" for name, count in suite.counts().items()) or "nothing"
     facts["evaluation"] = f"{points} times {items}"
-    if is_unrated(config.eval.mt_bench, judged=config.judge.kind != "none"):
+    if is_unrated(config.eval.mt_bench, judged=config.judge.is_on):
         facts["MT-Bench"] = "answers are written and not rated, as judge.kind=none; set judge.* for scores"
     return facts
 

@@ -23,8 +23,8 @@ from fedsim.evaluate.measures import Metrics
 from fedsim.evaluate.own import OWN
 from fedsim.evaluate.suite import Evaluation, Suite
 from fedsim.extend import source_file, title
+from fedsim.federation.algorithms import build_algorithm
 from fedsim.federation.attacks import ActiveAttack, build_attacks
-from fedsim.federation.registry import build_algorithm
 from fedsim.fused.ops import agree_on_kernels, runs_fused
 from fedsim.generate.graph import uses_graphs
 from fedsim.model.load import check_model_dir, chosen_attention, load_base, load_chat, model_digest
@@ -126,9 +126,7 @@ class Preparation:
         mistakes = Gathered()
         with self.record.phase("data", "data"):
             data = mistakes.attempt(lambda: self._attacked(prepare_data(self.config, self.store, self.ranks)))
-            found = mistakes.attempt(
-                lambda: load_suite(self.config.eval, self.store, judged=self.config.judge.kind != "none")
-            )
+            found = mistakes.attempt(lambda: load_suite(self.config.eval, self.store, judged=self.config.judge.is_on))
             of_judge = mistakes.attempt(lambda: judge_files(self.config))
             users = mistakes.attempt(self._users_files)
         mistakes.raise_all()
@@ -168,7 +166,7 @@ class Preparation:
             files[code_role(key)] = file
         if self.config.cai.is_on:
             files["constitution"] = constitution_file(self.config.cai.constitution)
-        if self.config.guard.kind == "llama_guard" and self.config.guard.deepspeed:
+        if self.config.guard.is_model and self.config.guard.deepspeed:
             files["deepspeed"] = zero_file(self.config.guard.deepspeed)
         return files
 
@@ -267,15 +265,15 @@ class Preparation:
         """Record how right the guard was, what its filter left, and how many rows can be trained on."""
         guard = self.config.guard
         for point, found in guarded.compared.items():
-            self.record.append(PRETRAINED, "guard", {"point": point, **stage_metrics.of_verdicts(found)})
+            self.record.append(PRETRAINED, "guard", stage_metrics.of_point(point) | stage_metrics.of_verdicts(found))
         point = title("guard.kind", guard.kind)
         metrics = stage_metrics.of_guard(guarded.filtered, guard.kind)
-        if guard.kind == "llama_guard":
-            point = metrics["point"] = "fine-tuned" if guard.tune_epochs > 0 else "untuned"
+        if guard.is_model:
+            point = "fine-tuned" if guard.tune_epochs > 0 else "untuned"
+            metrics |= stage_metrics.of_point(point)
         metrics |= resident.rows.metrics()
         if guarded.tuning is not None:
-            metrics["guard/tuning_num_rows"] = guarded.tuning.num_rows
-            metrics |= guarded.tuning.metrics("guard/tuning_", ("empty_reply",))
+            metrics |= stage_metrics.of_tuning(guarded.tuning)
         self.record.append(PRETRAINED, "filter", metrics)
         if guard.kind != "none":
             points = {**guarded.compared, point: guarded.filtered}
@@ -390,7 +388,7 @@ def _changed_rows(attack: ActiveAttack, shards: Sequence[list[SquareRow]]) -> di
 def tunes_guard(config: Config) -> bool:
     """True if the run fine-tunes a guard model, as its filter or as a judge of replies."""
     guard = config.guard
-    return (guard.kind == "llama_guard" and guard.tune_epochs > 0) or config.eval.guard_judge == "tuned"
+    return (guard.is_model and guard.tune_epochs > 0) or config.eval.guard_judge == "tuned"
 
 
 def check_rows(config: Config, data: PreparedData) -> None:

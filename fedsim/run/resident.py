@@ -10,13 +10,12 @@ from fedsim.base.errors import CheckpointError, RunError
 from fedsim.config import Config
 from fedsim.data.chat import ChatFormat, TokenRow
 from fedsim.data.square import SquareRow
-from fedsim.federation.algorithms import Algorithm, RoundSums, ServerState, Updates
+from fedsim.federation.algorithms import Algorithm, RoundSums, ServerState, Updates, build_algorithm
 from fedsim.federation.attacks import build_attacks
 from fedsim.federation.attendance import Attendance, attend
 from fedsim.federation.client_state import ClientStateStore
 from fedsim.federation.elementwise import all_finite
 from fedsim.federation.participation import Participation
-from fedsim.federation.registry import build_algorithm
 from fedsim.generate.engine import Engine
 from fedsim.model.flat_adapter import FlatAdapter
 from fedsim.model.load import LoadedModel, load_model

@@ -17,7 +17,7 @@ from fedsim.base.out_of_memory import explaining_memory
 from fedsim.base.rounds import PRETRAINED, round_number
 from fedsim.config import Config, to_flat
 from fedsim.evaluate.suite import Suite
-from fedsim.federation.algorithms import ADAPTER, ServerState
+from fedsim.federation.algorithms import ServerState
 from fedsim.federation.participation import cosine_by_round
 from fedsim.model.cost import ModelCost
 from fedsim.parallel.signals import signal_name
@@ -276,15 +276,15 @@ class Simulation:
                 record.say(failure.words())
             cost = result.seconds_per_token
             local, num_rounds = self.config.local, self.config.federation.num_rounds
-            metrics["client/lr"] = cosine_by_round(round_idx, num_rounds, local.lr, local.lr_min)
+            metrics |= stage_metrics.of_rate(cosine_by_round(round_idx, num_rounds, local.lr, local.lr_min))
             metrics |= stage_metrics.of_failures(result.failures, cohorts.failures) | stage_metrics.of_training(result)
             self.meter.trained(cohorts, attendance.steps, round_idx, result)
             resident.controls.advance(delivered if resident.algorithm.has_control else (), round_idx)
         if cohorts.attacks:
-            metrics["client/num_attackers"] = len(cohorts.attackers(round_idx, attendance.steps))
+            metrics |= stage_metrics.of_attackers(cohorts.attackers(round_idx, attendance.steps))
         if not delivered:
             record.say("no client delivered an update: the global adapter stays as it is")
-        return state, cost, {"client/num_trained": len(delivered)} | metrics
+        return state, cost, stage_metrics.of_delivered(delivered) | metrics
 
     def _cost(self, before: Checkpoint) -> tuple[float, ...]:
         """Return the learned seconds per token of each rank, or equal ones where nothing is known yet."""
@@ -295,9 +295,7 @@ class Simulation:
 
     def _close_round(self, resident: Resident, after: Checkpoint, metrics: dict[str, Any]) -> None:
         """Check that the ranks agree, write the round's row, then the checkpoint that makes the round count."""
-        checksums = agreed_checksums(after.state, self.ranks)
-        metrics["global/checksum"] = checksums.pop(ADAPTER)
-        metrics |= {f"global/{name}_checksum": digest for name, digest in checksums.items()}
+        metrics |= stage_metrics.of_state(agreed_checksums(after.state, self.ranks))
         seconds = self.record.timers.pop()
         self.record.append(after.round_idx, "round", metrics | seconds | self.meter.pop(seconds))
         with self.record.journal.at(stage="saving"):

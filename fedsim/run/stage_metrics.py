@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Final
 
-from fedsim.base.figures import Benchmarks
+from fedsim.base.figures import Benchmarks, collapse_figures
+from fedsim.base.metric import Metric, declared, writes
 from fedsim.config import FailuresConfig
+from fedsim.data.usable import Tally, drop_metrics
 from fedsim.evaluate.collapse import measure_collapse
+from fedsim.evaluate.confusion import GuardMetrics
 from fedsim.evaluate.intervals import Rate
 from fedsim.evaluate.measures import Metrics, collapse_metrics, rate_metrics
+from fedsim.federation.algorithms import ADAPTER
 from fedsim.federation.attendance import Attendance
 from fedsim.federation.failures import REASONS, ClientFailure
-from fedsim.report.cai_line import CRITIQUE_FINDS_HARM, HARMFUL_RESPONSE, REPAIRED_REVISION
+from fedsim.report.cai_line import CRITIQUE_FINDS_HARM, FINDINGS, HARMFUL_RESPONSE, REPAIRED_REVISION
 from fedsim.report.client_failures import FAILED
 from fedsim.run.cohort import CohortResult
 from fedsim.safety.cai_data import CaiRow
@@ -20,7 +26,67 @@ from fedsim.safety.cai_findings import Finding
 from fedsim.safety.filtering import COUNTS, Filtered
 from fedsim.safety.guard_curves import curve_metrics
 
+GUARD_DROPS: Final = ("empty_reply",)
+"""Reasons for which the guard's fine-tuning drops rows."""
 
+# Conditions of metrics.
+_TRAINED: Final = "a client was trained"
+_DELIVERED: Final = "a client delivered an update"
+_VECTORS: Final = "the rule has such a vector"
+_SKIPS: Final = "failures.on_client_error=skip"
+_TUNED: Final = "a guard model is fine-tuned"
+_JUDGED: Final = "the grammar or a guard judges the conversations"
+
+
+@writes(Metric("point", "what was measured: the guard, or the point of an evaluation", when="the stage has points"))
+def of_point(point: str) -> dict[str, str]:
+    """``point``."""
+    return {"point": point}
+
+
+@writes(
+    Metric("artefact", "name of the artefact that holds the evaluation", when="runs can share the evaluation"),
+    Metric("perf/reused", "true: the evaluation was read from there", when="runs can share the evaluation"),
+)
+def of_origin(artefact: str | None, reused: bool) -> dict[str, str | bool]:
+    """Where an evaluation comes from, if runs can share it."""
+    return {} if artefact is None else {"artefact": artefact, "perf/reused": reused}
+
+
+@writes(Metric("client/num_trained", "clients that delivered an update", "clients"))
+def of_delivered(delivered: Sequence[int]) -> Metrics:
+    """``client/num_trained``."""
+    return {"client/num_trained": len(delivered)}
+
+
+@writes(Metric("client/lr", "learning rate of the round", when=_TRAINED))
+def of_rate(rate: float) -> Metrics:
+    """``client/lr``."""
+    return {"client/lr": rate}
+
+
+@writes(Metric("client/num_attackers", "attackers of the round's cohort", "clients", "attacks are set"))
+def of_attackers(attackers: Collection[int]) -> Metrics:
+    """``client/num_attackers``."""
+    return {"client/num_attackers": len(attackers)}
+
+
+@writes(
+    Metric("global/checksum", "BLAKE2b of the global adapter after the round"),
+    Metric("global/{vector}_checksum", "the same of the server's other vectors, such as control", when=_VECTORS),
+)
+def of_state(checksums: Mapping[str, str]) -> dict[str, str]:
+    """Checksums of the server's vectors by name, the adapter's first."""
+    others = {f"global/{name}_checksum": digest for name, digest in checksums.items() if name != ADAPTER}
+    return {"global/checksum": checksums[ADAPTER]} | others
+
+
+@writes(
+    Metric("client/num_sat_out", "clients of the cohort without rows", "clients"),
+    Metric("client/num_dropped_out", "clients that dropped out", "clients", "failures.dropout_rate > 0"),
+    Metric("client/num_stragglers", "clients that took fewer steps", "clients", "failures.straggler_rate > 0"),
+    Metric("client/steps_{client}", "steps of a straggler", "steps", "the client is a straggler"),
+)
 def of_attendance(attendance: Attendance, settings: FailuresConfig) -> Metrics:
     """How many were drawn and did not train, and what each straggler managed; only what the settings make happen."""
     metrics: Metrics = {"client/num_sat_out": len(attendance.sat_out)}
@@ -31,6 +97,14 @@ def of_attendance(attendance: Attendance, settings: FailuresConfig) -> Metrics:
     return metrics | {f"client/steps_{client:03d}": steps for client, steps in attendance.stragglers.items()}
 
 
+@writes(
+    Metric("client/num_failed", "clients that failed", "clients", _SKIPS),
+    *(
+        Metric(f"client/num_failed_{reason.replace(' ', '_')}", f"clients that failed: {reason}", "clients", _SKIPS)
+        for reason in REASONS
+    ),
+    Metric(f"{FAILED}{{client}}", "reason of a client's failure", when="the client failed"),
+)
 def of_failures(failures: Sequence[ClientFailure], settings: FailuresConfig) -> dict[str, float | int | str]:
     """``client/num_failed``, by reason, and the reason of each client that failed; nothing where a failure stops."""
     if settings.on_client_error == "stop":
@@ -41,6 +115,17 @@ def of_failures(failures: Sequence[ClientFailure], settings: FailuresConfig) -> 
     return metrics | {f"{FAILED}{failure.client:03d}": failure.reason for failure in failures}
 
 
+@writes(
+    Metric("client/loss", "mean local loss, weighted by rows", "nats per token", _DELIVERED),
+    Metric("client/first_loss", "mean loss of the first local step, weighted by rows", "nats per token", _DELIVERED),
+    Metric("client/num_rows", "rows that the round's clients hold", "rows", _DELIVERED),
+    Metric("client/num_tokens", "tokens of the local steps", "tokens", _DELIVERED),
+    Metric("client/loss_{client}", "local loss of a client", "nats per token", "the client delivered an update"),
+    Metric("parallel/idle_share", "idle time of the ranks in local training", "share, 0 to 1", _TRAINED),
+    Metric("parallel/planned_idle_share", "the same as planned", "share, 0 to 1", _TRAINED),
+    Metric("parallel/planned_makespan_s", "planned time of the slowest rank", "s", _TRAINED),
+    Metric("parallel/makespan_s", "time of the slowest rank", "s", _TRAINED),
+)
 def of_training(result: CohortResult) -> Metrics:
     """``client/…`` means over the clients that delivered an update (weighted by rows where it says so), and the lanes'
     use."""
@@ -70,16 +155,14 @@ def mean_loss(result: CohortResult) -> float:
     return sum(c.loss * c.num_rows for c in clients) / sum(c.num_rows for c in clients)
 
 
-def of_guard(filtered: Filtered, kind: str) -> dict[str, float | int | str]:
-    """``guard/…`` rates in percent and counts; without a guard only what the clients hold."""
-    metrics: dict[str, float | int | str] = {"client/num_kept_rows": sum(filtered.num_kept)}
-    if kind == "none":
-        return metrics
-    if filtered.action.name == "downweight":
-        metrics["client/kept_weight"] = sum(row.weight for shard in filtered.shards for row in shard)
-    return metrics | of_verdicts(filtered) | {"guard/num_empty_clients": len(filtered.empty_clients)}
-
-
+@writes(
+    Metric("guard/num_dropped", "rows dropped as unsafe", "rows", "guard.action=drop"),
+    Metric("guard/num_refused", "unsafe rows answered with a refusal", "rows", "guard.action=refuse"),
+    Metric("guard/num_downweighted", "unsafe rows that count less", "rows", "guard.action=downweight"),
+    *declared(GuardMetrics.as_metrics),
+    *declared(curve_metrics),
+    Metric("guard/red_share_after", "red rows after the filter", "%", "guard.action leaves rows out"),
+)
 def of_verdicts(filtered: Filtered) -> Metrics:
     """How right the guard was, and what the run's action makes of it."""
     rows, verdicts = filtered.judged
@@ -90,6 +173,38 @@ def of_verdicts(filtered: Filtered) -> Metrics:
     return metrics if after is None else metrics | {"guard/red_share_after": 100.0 * after}
 
 
+@writes(
+    Metric("client/num_kept_rows", "rows of all clients that the filter keeps", "rows"),
+    Metric("client/kept_weight", "sum of the rows' weights", when="guard.action=downweight"),
+    *(replace(metric, when=f"there is a guard{metric.when and f', and {metric.when}'}")
+      for metric in declared(of_verdicts)),
+    Metric("guard/num_empty_clients", "clients that the filter leaves without rows", "clients", "there is a guard"),
+)  # fmt: skip
+def of_guard(filtered: Filtered, kind: str) -> dict[str, float | int | str]:
+    """``guard/…`` rates in percent and counts; without a guard only what the clients hold."""
+    metrics: dict[str, float | int | str] = {"client/num_kept_rows": sum(filtered.num_kept)}
+    if kind == "none":
+        return metrics
+    if filtered.action.name == "downweight":
+        metrics["client/kept_weight"] = sum(row.weight for shard in filtered.shards for row in shard)
+    return metrics | of_verdicts(filtered) | {"guard/num_empty_clients": len(filtered.empty_clients)}
+
+
+@writes(
+    Metric("guard/tuning_num_rows", "rows of the guard's fine-tuning", "rows", _TUNED),
+    *(replace(metric, when=_TUNED) for metric in drop_metrics("guard/tuning_", GUARD_DROPS)),
+)
+def of_tuning(tally: Tally) -> Metrics:
+    """Rows of the guard's fine-tuning, and why some were dropped."""
+    return {"guard/tuning_num_rows": tally.num_rows, **tally.metrics("guard/tuning_", GUARD_DROPS)}
+
+
+@writes(
+    *(
+        Metric(f"cai/{figure.name}", figure.title, figure.unit)
+        for figure in (*collapse_figures("response", "first responses"), *collapse_figures("revision", "revisions"))
+    )
+)
 def of_cai_texts(conversations: Sequence[CaiRow]) -> Metrics:
     """``cai/response_…`` and ``cai/revision_…``: signs of collapse in DPO's rejected and chosen texts, in percent.
 
@@ -100,6 +215,7 @@ def of_cai_texts(conversations: Sequence[CaiRow]) -> Metrics:
     return collapse_metrics("cai/response", responses) | collapse_metrics("cai/revision", revisions)
 
 
+@writes(*(Metric(name, title, "%", _JUDGED, interval=True, count=True) for name, title in FINDINGS.items()))
 def of_cai_findings(found: Sequence[Finding]) -> Metrics:
     """Shares of all conversations in percent, each with interval and ``_count``; nothing where none was judged."""
     flags = {

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 
 import torch
 
+from fedsim.base.metric import Metric, writes
 from fedsim.generate.engine import Engine
 from fedsim.model.cost import Effort, ModelCost, rows_work
 from fedsim.parallel.world import World
@@ -23,6 +24,23 @@ from fedsim.run.peak import Peak
 from fedsim.safety.alignment import Aligner
 
 Metrics = dict[str, float | int | str]
+
+_LOCAL = "a client was trained"
+_OTHERS = "the phase computed something"
+
+
+def _rates_of(prefix: str, title: str, when: str) -> tuple[Metric, ...]:
+    """Metrics of the work of one phase, or of several."""
+    has_flops = f"{when}, by matrix products"
+    return (
+        Metric(f"{prefix}roofline", f"{title}: least time that its FLOPs or memory traffic allow ÷ its time",
+               "share, 0 to 1", when),
+        Metric(f"{prefix}bytes", f"{title}: memory traffic", "bytes", when),
+        Metric(f"{prefix}flops", f"{title}: floating-point operations of the model", "FLOPs", has_flops),
+        Metric(f"{prefix}mfu", f"{title}: FLOPs ÷ (time × peak of all devices)", "share, 0 to 1", has_flops),
+        Metric(f"{prefix}tokens", f"{title}: tokens", "tokens", has_flops),
+        Metric(f"{prefix}tokens_per_s", f"{title}: tokens ÷ time", "tokens/s", has_flops),
+    )  # fmt: skip
 
 
 class Meter:
@@ -77,6 +95,20 @@ class Meter:
         """What the engine has generated and scored in a phase."""
         self._add(phase, self.cost.forward(engine.pop_work()))
 
+    @writes(
+        Metric("perf/round_s", "wall-clock time of the round", "s", "in a round"),
+        *_rates_of("perf/", "local training", _LOCAL),
+        *_rates_of("perf/{phase}_", "a phase (aggregate, cai, cai_generate, evaluate)", _OTHERS),
+        Metric("perf/peak_rss_bytes", "peak resident memory of all processes", "bytes"),
+        Metric("parallel/comm_bytes", "handed to collectives by all processes", "bytes"),
+        Metric("perf/peak_gpu_bytes", "peak memory of the fullest GPU", "bytes", "on GPUs"),
+        Metric("perf/peak_flops_per_s", "peak of all devices", "FLOP/s"),
+        Metric("perf/peak_memory_bytes_per_s", "peak memory bandwidth of all devices", "bytes/s"),
+        Metric("perf/peak_source", "origin of the two peaks"),
+        Metric(
+            "perf/peak_spread", "1 − worse ÷ better of two measurements of the peaks; 0 if published", "share, 0 to 1"
+        ),
+    )
     def pop(self, seconds: Mapping[str, float]) -> Metrics:
         """``perf/…`` and ``parallel/comm_bytes`` since the last call; all ranks must call it.
 

@@ -14,14 +14,36 @@ import numpy as np
 import torch
 
 from fedsim.base import keyed_random
+from fedsim.base.metric import Metric, writes
 from fedsim.base.ranks import Lane
 from fedsim.base.rounds import round_number
 from fedsim.config import CaiConfig
 from fedsim.data.chat import ChatFormat, TokenRow, assistant_turn, user_turn
 from fedsim.data.usable import Tally, why_unusable
 from fedsim.safety.cai_data import CaiRow
-from fedsim.train.loop import Trainer, TrainingPlan
+from fedsim.train.loop import Trainer, TrainingPlan, TrainingStats
 from fedsim.train.objectives import DpoObjective, Preference, SftObjective
+
+
+@writes(
+    Metric("cai/sft_loss", "mean loss of the SFT steps", "nats per token"),
+    Metric("cai/dpo_loss", "mean loss of the DPO steps", "nats per pair"),
+    Metric("cai/reward_margin", "chosen minus rejected reward, mean over the pairs", "nats"),
+    Metric("cai/reward_accuracy", "pairs with a positive margin", "share, 0 to 1"),
+    Metric("cai/chosen_reward", "reward of the revisions, mean over the pairs", "nats"),
+    Metric("cai/rejected_reward", "reward of the first responses, mean over the pairs", "nats"),
+    Metric("cai/num_iterations", "CAI iterations of the round", "iterations"),
+    Metric("cai/num_tokens", "tokens of both kinds of steps, DPO's reference included", "tokens"),
+)
+def step_metrics(sft: TrainingStats, dpo: TrainingStats, num_iterations: int) -> dict[str, float]:
+    """Losses and rewards of a round's SFT and DPO steps."""
+    return {
+        "cai/sft_loss": sft.mean_loss,
+        "cai/dpo_loss": dpo.mean_loss,
+        **{f"cai/{name}": dpo.mean(name) for name in dpo.stats},
+        "cai/num_iterations": num_iterations,
+        "cai/num_tokens": sft.num_tokens + dpo.num_tokens,
+    }
 
 
 @dataclass(frozen=True)
@@ -179,14 +201,7 @@ class Aligner:
             lane,
             report_dpo,
         )
-        metrics = {
-            "cai/sft_loss": sft.mean_loss,
-            "cai/dpo_loss": dpo.mean_loss,
-            **{f"cai/{name}": dpo.mean(name) for name in dpo.stats},
-            "cai/num_iterations": len(batches),
-            "cai/num_tokens": sft.num_tokens + dpo.num_tokens,
-        }
-        return Alignment(flat.copy(), metrics)
+        return Alignment(flat.copy(), step_metrics(sft, dpo, len(batches)))
 
     def _at(self, place: int, orders: dict[int, list[int]]) -> int:
         """Return the pair's index at a place of the endless cursor: one keyed order an epoch.

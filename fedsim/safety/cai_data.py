@@ -18,8 +18,10 @@ from typing import Any, Final, Literal
 from fedsim.base import keyed_random
 from fedsim.base.errors import DataError
 from fedsim.base.json_text import NotJsonError, parse_json
+from fedsim.base.metric import Metric, writes
 from fedsim.data.chat import Conversation, assistant_turn, user_turn
 from fedsim.data.square import SquareRow
+from fedsim.data.usable import drop_metrics
 from fedsim.generate.engine import Engine, Reply, Sampling
 from fedsim.safety.constitution import Constitution
 
@@ -151,6 +153,13 @@ def usable(rows: Sequence[CaiRow]) -> list[CaiRow]:
     return [row for row in rows if row.defect is None]
 
 
+@writes(
+    Metric("cai/num_rows", "conversations", "rows"),
+    *drop_metrics("cai/", DEFECTS),
+    Metric("cai/num_empty_revisions", "rows with an empty revision, whatever they were dropped for", "rows"),
+    Metric("cai/num_unchanged_revisions", "rows with an unchanged revision, likewise", "rows"),
+    *(Metric(f"cai/num_truncated_{turn}", f"rows whose {turn} is cut off, likewise", "rows") for turn in TURNS),
+)
 def count_metrics(rows: Sequence[CaiRow]) -> dict[str, int]:
     """Count rows, those with a defect by reason (each once), and signs of collapse.
 

@@ -6,10 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedsim.base.errors import ConfigError
+from fedsim.base.metric import Metric, writes
 from fedsim.config import CaiConfig
-from fedsim.data.usable import Tally
+from fedsim.data.usable import Tally, drop_metrics
 from fedsim.safety.alignment import Aligner
 from fedsim.safety.cai_data import CaiRow
+
+TOKEN_DROPS = ("no_targets", "empty_reply", "same_replies")
+"""Reasons that the tokens of a conversation decide."""
 
 WARN_ABOVE = 0.1
 """Share of dropped conversations above which a run warns."""
@@ -75,12 +79,19 @@ class CaiUsage:
             lines.append(f"warning: {share}, and CAI goes over the others more often; {fix}")
         return lines
 
+    @writes(
+        Metric("cai/num_usable", "conversations that CAI trains on", "rows"),
+        Metric("cai/num_cut_rows", "usable rows cut to cai.max_length", "rows"),
+        *drop_metrics("cai/", TOKEN_DROPS),
+        Metric("cai/num_epoch_iterations", "iterations of an epoch over the usable rows", "iterations"),
+        Metric("cai/num_epoch_iterations_of_all_rows", "the same if every row were usable", "iterations"),
+    )
     def metrics(self) -> dict[str, int]:
         """Return ``cai/…`` counts of rows that their tokens decide, and iterations of an epoch."""
         return {
             "cai/num_usable": self.tally.num_usable,
             "cai/num_cut_rows": self.tally.num_cut,
-            **self.tally.metrics("cai/", ("no_targets", "empty_reply", "same_replies")),
+            **self.tally.metrics("cai/", TOKEN_DROPS),
             "cai/num_epoch_iterations": self.epoch,
             "cai/num_epoch_iterations_of_all_rows": self.full_epoch,
         }

@@ -75,7 +75,7 @@ class FilterStage:
         """
         settings = self.config.guard
         # A guard model, by its artefact.
-        if settings.kind == "llama_guard":
+        if settings.is_model:
             is_tuned = settings.tune_epochs > 0
             verdicts = self._model_verdicts(data, tuned=is_tuned, policy=settings.policy)
             return self._filter(data, verdicts)
@@ -97,7 +97,7 @@ class FilterStage:
             The filter's result by title.
         """
         settings = self.config.guard
-        if settings.kind != "llama_guard":
+        if not settings.is_model:
             return {}
         titles = {}  # by policy
         if settings.measure_untuned and settings.tune_epochs > 0:

@@ -13,6 +13,7 @@ from typing import Final
 
 import numpy as np
 
+from fedsim.base.metric import Metric, writes
 from fedsim.evaluate.confusion import GuardMetrics
 from fedsim.evaluate.intervals import Z_95, Rate
 
@@ -209,6 +210,12 @@ def by_category(
     return [CategoryRate(name, label, Rate.of(calls[label, name])) for label, name in ordered]
 
 
+@writes(
+    Metric("guard/auprc", "area under precision over recall", "%", "a row is red", interval=True),
+    Metric("guard/auroc", "area under recall over false-positive rate", "%", "rows of both labels", interval=True),
+    Metric("guard/ece", f"expected calibration error over {NUM_BINS} bins", "%", "the clients hold rows"),
+    Metric("guard/brier", "mean squared distance of probability and label", "0 to 1", "the clients hold rows"),
+)
 def curve_metrics(red: Sequence[bool], unsafe_prob: Sequence[float]) -> dict[str, float]:
     """Return ``guard/auprc``, ``auroc`` and ``ece`` in percent, ``guard/brier`` in 0 … 1.
 

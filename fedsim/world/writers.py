@@ -14,7 +14,6 @@ from typing import Any, Final
 from fedsim.world.choices import sample_choice
 from fedsim.world.draws import keyed_random
 from fedsim.world.helpful import MT_CATEGORIES, sample_task
-from fedsim.world.lexicon import PRANK_VERBS
 from fedsim.world.questions import (
     ATTACK_ONLY_FRAMES,
     HELD_OUT_FRAMES,
@@ -27,8 +26,6 @@ NUM_ATTACKS: Final = 520
 NUM_CHOICES: Final = 438
 NUM_FIRST_CORRECT: Final = 228  # always answering (A) scores 52.05 %, as in the HHH file
 QUESTIONS_PER_CATEGORY: Final = 10
-NUM_SAFE: Final = 250
-NUM_UNSAFE: Final = 200
 NUM_HELPFUL: Final = 200
 
 
@@ -108,40 +105,6 @@ def mt_bench_questions(seed: int = 0) -> list[dict[str, Any]]:
     return records
 
 
-def xstest_rows(seed: int = 0) -> list[dict[str, Any]]:
-    """250 safe prompts (prank words used innocently) and 200 unsafe ones, in XSTest's columns."""
-    rows: list[dict[str, Any]] = []
-    seen: set[str] = set()
-    while len(rows) < NUM_SAFE + NUM_UNSAFE:
-        i = len(rows)
-        rng = keyed_random(seed, "xstest", i)
-        safe = i < NUM_SAFE
-
-        # The first prompt that no earlier row has.
-        prompt = ""
-        while not prompt or prompt in seen:
-            if safe:
-                prompt = sample_task(rng, "evaluation", "benign", PRANK_VERBS)[1][0].user
-            else:
-                prompt = sample_question(rng, "evaluation", rng.choice(("howto", "ethical"))).prompt
-        seen.add(prompt)
-        focus = next(word for word in prompt.rstrip(".?").split() if word in PRANK_VERBS)
-        kind, label = "contrast_own_things", "unsafe"
-        if safe:
-            kind, label = "own_things", "safe"
-        rows.append(
-            {
-                "id": i + 1,
-                "prompt": prompt,
-                "type": kind,
-                "label": label,
-                "focus": focus,
-                "note": "",
-            }
-        )
-    return rows
-
-
 def helpful_conversations(seed: int = 0) -> list[dict[str, Any]]:
     """200 held-out helpful conversations in the full style, as ``{"messages": [...]}``.
 
@@ -170,7 +133,7 @@ def write_advbench(path: str | Path, seed: int = 0, *, held_out: bool = False) -
     rows = []
     for question, target in attacks(seed, held_out=held_out):
         rows.append({"goal": question.prompt.rstrip("."), "target": target})
-    _write_csv(path, ("goal", "target"), rows)
+    write_csv(path, ("goal", "target"), rows)
 
 
 def write_held_out_advbench(path: str | Path, seed: int = 0) -> None:
@@ -189,11 +152,6 @@ def write_mt_bench(directory: str | Path, seed: int = 0) -> None:
     _write_jsonl(Path(directory) / "question.jsonl", mt_bench_questions(seed))
 
 
-def write_xstest(path: str | Path, seed: int = 0) -> None:
-    """Write :func:`xstest_rows` as CSV ``id,prompt,type,label,focus,note``."""
-    _write_csv(path, ("id", "prompt", "type", "label", "focus", "note"), xstest_rows(seed))
-
-
 def write_helpful(path: str | Path, seed: int = 0) -> None:
     """Write :func:`helpful_conversations`, one JSON object a line."""
     _write_jsonl(path, helpful_conversations(seed))
@@ -205,7 +163,7 @@ def _write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     Path(path).write_text(text, encoding="utf-8")
 
 
-def _write_csv(
+def write_csv(
     path: str | Path,
     columns: tuple[str, ...],
     rows: Iterable[Mapping[str, Any]],

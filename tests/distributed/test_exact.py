@@ -21,10 +21,13 @@ import pytest
 from fedsim.base.errors import RunError
 from fedsim.base.processes import family, kill
 from fedsim.config import load_config
+from fedsim.evaluate.own import DESCRIBED
 from fedsim.parallel.world import process_world
 from fedsim.record.checkpoint import Checkpoint
+from fedsim.record.metrics import read_rows
 from fedsim.report import finish
 from fedsim.run import cohort
+from fedsim.run.metrics_page import STAGES, documented
 from fedsim.run.simulation import Simulation
 from tools.chaos.outcome import different, outcome
 
@@ -136,10 +139,25 @@ def straight(
             folders = {size: tmp_path_factory.mktemp(f"straight{size}") for size in sizes}
             jobs = [(n, simulate, [*overrides, *places(f, square_file)], None) for n, f in folders.items()]
             widths = dict(zip(folders, pool.run_all(jobs), strict=True))
-            known[key] = {n: outcome(f / "small", f / "artefacts") | {"widths": widths[n]} for n, f in folders.items()}
+            known[key] = {n: outcome(f / "small", f / "artefacts") | {"widths": widths[n], "folder": f / "small"}
+                          for n, f in folders.items()}  # fmt: skip
         return known[key]
 
     return run
+
+
+def test_docs_metrics_has_every_metric_of_a_run(straight: Any) -> None:
+    """And every metric that it has without a condition is there."""
+    rows = read_rows(straight(SCAFFOLD)[1]["folder"] / "metrics.jsonl")
+    found: dict[str, set[str]] = {}
+    for row in rows:
+        found.setdefault(row["stage"], set()).update(row)
+    assert found.keys() == STAGES.keys() - {"guard"}
+    for stage, names in found.items():
+        assert [name for name in sorted(names) if not documented(stage, name)] == []
+        for metric in STAGES[stage].metrics:
+            assert metric.when or any(metric.covers(name) for name in names), f"{stage}: no {metric.name}"
+    assert {figure.metric for figure in DESCRIBED.headlines} <= found["eval"]
 
 
 @pytest.mark.parametrize(

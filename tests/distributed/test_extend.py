@@ -107,7 +107,7 @@ def rows(run: dict[str, Any], stage: str) -> list[dict[str, Any]]:
 def test_every_command_of_the_page_is_a_configuration_and_every_file_is_used(folder: Path) -> None:
     found = commands()
     used = {name for name in examples() if any(f"{name}:" in word for words in found for word in words)}
-    assert used == set(examples()) and len(used) == 7
+    assert used == set(examples()) and len(used) == 8
     for words in found:
         load_config(ROOT / "configs" / "demo.yaml", [located(word, folder) for word in words])
 
@@ -120,11 +120,13 @@ def together(pool: Any, folder: Path, square_file: Path) -> dict[int, dict[str, 
     attacks = [word for word in given if word.startswith("attacks=")]
     joined = ", ".join(word.removeprefix("attacks=[").removesuffix("]") for word in attacks)
     joined = joined.replace("from_round: 3", "from_round: 2").replace("share: 0.2", "share: 0.5")
+    words.append("eval.mt_bench=embedded")  # for the judge
     return runs(pool, folder, square_file, (1, 2), *words, f"attacks=[{joined.replace('share: 0.1', 'share: 0.2')}]")
 
 
 def test_the_page_s_examples_are_the_same_on_1_and_2_processes(together: dict[int, dict[str, Any]]) -> None:
     assert_same(together[2], together[1], "2 processes against 1")
+    assert judgments(together[2]) == judgments(together[1]) and len(judgments(together[1])) == 8
 
 
 def test_every_example_of_the_page_did_something(together: dict[int, dict[str, Any]], folder: Path) -> None:
@@ -137,6 +139,7 @@ def test_every_example_of_the_page_did_something(together: dict[int, dict[str, A
         "guard.kind": "words.py",
         "eval.advbench_phrases": "polite.py",
         "eval.benchmarks.0.kind": "brevity.py",
+        "judge.kind": "concise.py",
         "attacks.0.kind": "sign_flip.py",
         "attacks.1.kind": "relabel.py",
     }
@@ -154,11 +157,22 @@ def test_every_example_of_the_page_did_something(together: dict[int, dict[str, A
     for row in rows(run, "eval"):
         assert (row["eval/brevity_short_count"], row["eval/brevity_words_count"]) == (2, 2)
         assert 0 <= row["eval/brevity_short"] <= 100 and row["eval/brevity_words"] > 0
+    for row in rows(run, "eval"):
+        found = [judged["score"] for judged in judgments(run) if judged["model"].endswith(str(row["point"]))]
+        assert len(found) == 4 and row["eval/mt_bench_unrated"] == found.count(-1)
+        rated = [score for score in found if score != -1]
+        assert row["eval/mt_bench"] == pytest.approx(sum(rated) / len(rated)) and all(1 <= s <= 10 for s in rated)
     assert manifest["inputs"]["brevity"]["sha256"] == file_digest(folder / "questions.txt")
     assert any(name.startswith("users-guard-verdicts-") for name in run["artefacts"])
     summary = (run["folder"] / "summary.md").read_text(encoding="utf-8")
     assert "Krum, FL + Words filter under 50 % SignFlip and 20 % OneAnswer" in summary
     assert re.search(r"attack SignFlip: client\(s\) [\d, ]+ \(3 of 6\), rounds 2 to the last", summary)
+
+
+def judgments(run: dict[str, Any]) -> list[dict[str, Any]]:
+    """The judgments of the page's judge, without times."""
+    (file,) = (run["folder"] / "answers" / "mt_bench" / "model_judgment").glob("Concise-*_single.jsonl")
+    return [json.loads(line) | {"tstamp": 0} for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def robust(folder: Path, name: str, *words: str) -> list[str]:

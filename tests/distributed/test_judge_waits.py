@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from fedsim.config import load_config
-from fedsim.evaluate.judge import POLL_S, MtJudge
+from fedsim.evaluate.judge import MtJudge
 from fedsim.evaluate.judge_inputs import load_questions
+from fedsim.evaluate.judge_openai import POLL_S
 from fedsim.parallel.world import process_world
 
 TIMEOUT_S = 4.0

@@ -309,8 +309,8 @@ def test_a_local_judge_is_all_or_nothing(
     assert judged.num_cut == sum(row["judgment"].startswith(CUT) for row in file.rows()) > 0, "four tokens are few"
     asked: list[int] = []
     monkeypatch.setattr(
-        "fedsim.evaluate.judge.judge_locally",
-        lambda config, ranks, device, matches, wanted, report: asked.append(len(wanted)) or ["[[5]]"] * len(matches),
+        "fedsim.evaluate.judge_local.LocalJudge.judgments",
+        lambda self, work: asked.append(len(work.wanted)) or ["[[5]]"] * len(work.matches),
     )
     assert judge(config, tmp_path, answered).scores == [(5.0, 5.0)] * 4
     assert asked == [judged.num_cut], "what was cut off is asked again"
@@ -333,8 +333,8 @@ def test_what_does_not_fit_a_local_judge_is_counted_and_looked_at_again(
         ["[[5]]"] * 7 + ["[[9]]"],
     ]
     monkeypatch.setattr(
-        "fedsim.evaluate.judge.judge_locally",
-        lambda config, ranks, device, matches, asked, report: wanted.append(asked) or texts[len(wanted) - 1],
+        "fedsim.evaluate.judge_local.LocalJudge.judgments",
+        lambda self, work: wanted.append(sorted(work.wanted)) or texts[len(wanted) - 1],
     )
     for _ in range(2):
         judged = judge(config, tmp_path, answered)

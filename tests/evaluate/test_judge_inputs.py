@@ -11,7 +11,14 @@ import pytest
 from fedsim.base.errors import ConfigError, DataError, ModelError
 from fedsim.config import Config, load_config
 from fedsim.data.evaluation_sets import load_mt_bench
-from fedsim.evaluate.judge_inputs import check_judge, judge_files, judge_name, load_questions, load_references
+from fedsim.evaluate.judge_inputs import (
+    build_judge,
+    check_judge,
+    judge_files,
+    judge_name,
+    load_questions,
+    load_references,
+)
 from fedsim.world import write_mt_bench
 
 
@@ -136,10 +143,14 @@ def test_an_endpoint_without_a_key_is_found_out(mt_folder: Path) -> None:
 
 
 def test_names(mt_folder: Path, llama_dir: Path) -> None:
-    assert judge_name(configured(mt_folder, "judge.kind=none")) == ""
-    assert judge_name(configured(mt_folder, "judge.model=kites/judge")) == "kites/judge"
-    assert judge_name(configured(mt_folder, "judge.kind=local", f"judge.path={llama_dir}/")) == llama_dir.name
-    assert judge_name(configured(mt_folder, "judge.kind=local", "judge.path=embedded")) == "embedded"
+    def name(*words: str) -> str:
+        config = configured(mt_folder, *words)
+        return judge_name(config, build_judge(config))
+
+    assert name("judge.kind=none") == ""
+    assert name("judge.model=kites/judge") == "kites/judge"
+    assert name("judge.kind=local", f"judge.path={llama_dir}/") == llama_dir.name
+    assert name("judge.kind=local", "judge.path=embedded") == "embedded"
 
 
 def test_real_files(real_data: Path) -> None:

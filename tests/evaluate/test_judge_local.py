@@ -10,10 +10,12 @@ import torch
 
 from fedsim.base.errors import ModelError
 from fedsim.base.ranks import OneRank
-from fedsim.config import load_config
+from fedsim.config import Config, load_config
 from fedsim.data.chat import ChatFormat, Conversation
 from fedsim.evaluate.fastchat import CUT, NOT_ASKED
-from fedsim.evaluate.judge_local import judge_locally, judge_with
+from fedsim.evaluate.judge_contract import Work
+from fedsim.evaluate.judge_inputs import build_judge
+from fedsim.evaluate.judge_local import LocalJudge, judge_with
 from fedsim.evaluate.judge_prompts import Match, parse_rating
 
 
@@ -75,10 +77,16 @@ def test_a_model_from_its_directory(llama_dir: Path) -> None:
     config = load_config(None, words)
     matches = [match(81 + i, "Rate this kite. " * i) for i in range(4)]
     seen: list[tuple[int, int]] = []
-    cpu = torch.device("cpu")
-    judgments = judge_locally(config, OneRank(), cpu, matches, range(4), lambda done, total: seen.append((done, total)))
+
+    def judged(config: Config) -> list[str | None]:
+        judge = build_judge(config)
+        assert isinstance(judge, LocalJudge)
+        work = Work(matches, range(4), OneRank(), torch.device("cpu"), lambda match, judgment: None,
+                    lambda done, total: seen.append((done, total)))  # fmt: skip
+        return judge.judgments(work)
+
+    judgments = judged(config)
     assert len(judgments) == 4 and seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
-    assert judge_locally(config, OneRank(), cpu, matches, range(4)) == judgments
+    assert judged(config) == judgments
     with pytest.raises(ModelError, match=r"judge\.path='absent': "):
-        absent = load_config(None, [*words, "judge.path=absent"])
-        judge_locally(absent, OneRank(), cpu, matches, range(4))
+        judged(load_config(None, [*words, "judge.path=absent"]))

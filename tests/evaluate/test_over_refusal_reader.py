@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from fedsim.base.errors import DataError
+from fedsim.evaluate import over_refusal
 from fedsim.evaluate.over_refusal import XsTestItem, load_xstest
-from fedsim.world import writers
 
 SECRET = "hush-hush"
 HEAD = "id,prompt,type,label,focus,note\n"
@@ -71,7 +71,7 @@ def test_a_prompt_does_not_show_in_representations() -> None:
 
 
 def test_embedded_world_in_the_same_reader(tmp_path: Path) -> None:
-    writers.write_xstest(tmp_path / "xstest.csv")
+    over_refusal.write_xstest(tmp_path / "xstest.csv")
     items = load_xstest(tmp_path / "xstest.csv")
     assert Counter(item.safe for item in items) == {True: 250, False: 200}
 

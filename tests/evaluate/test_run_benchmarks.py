@@ -15,10 +15,10 @@ from fedsim.base.errors import DataError
 from fedsim.base.ranks import OneRank
 from fedsim.config import EvalConfig
 from fedsim.data.chat import ChatFormat
+from fedsim.evaluate import over_refusal
 from fedsim.evaluate.suite import evaluate
 from fedsim.record.outcomes import read_items
 from fedsim.run.benchmarks import load_suite, write_outcomes, write_texts
-from fedsim.world import writers
 
 LEFT_OUT = {"advbench": "", "hhh": "", "mt_bench": "", "xstest": "", "helpful": ""}
 
@@ -47,7 +47,7 @@ def test_the_embedded_world_brings_its_own_judges(store: ArtefactStore) -> None:
 
 
 def test_files_of_a_user_have_no_grammar(store: ArtefactStore, tmp_path: Path) -> None:
-    writers.write_xstest(tmp_path / "x.csv")
+    over_refusal.write_xstest(tmp_path / "x.csv")
     world.write_helpful(tmp_path / "h.jsonl")
     settings = EvalConfig(**{**LEFT_OUT, "xstest": str(tmp_path / "x.csv"), "helpful": str(tmp_path / "h.jsonl")})
     suite, files = load_suite(settings, store)

@@ -10,6 +10,7 @@ import pytest
 from fedsim import world
 from fedsim.base.ranks import OneRank
 from fedsim.data.chat import ChatFormat, as_key
+from fedsim.evaluate import over_refusal
 from fedsim.evaluate.advbench import AdvBench
 from fedsim.evaluate.hhh import Hhh
 from fedsim.evaluate.mt_bench import MtBench
@@ -18,7 +19,6 @@ from fedsim.evaluate.scoring import reply_row
 from fedsim.evaluate.suite import Part, Suite
 from fedsim.evaluate.tokens import requests, tokenise
 from fedsim.model.load import EMBEDDED, load_chat
-from fedsim.world import writers
 
 
 class TwoRanks(OneRank):
@@ -40,7 +40,7 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Suite:
     world.write_advbench(folder / "a.csv")
     world.write_hhh(folder / "h.jsonl")
     world.write_mt_bench(folder)
-    writers.write_xstest(folder / "x.csv")
+    over_refusal.write_xstest(folder / "x.csv")
     files = ((AdvBench(), "a.csv"), (Hhh(), "h.jsonl"), (MtBench(), "question.jsonl"), (OverRefusal(), "x.csv"))
     return Suite([Part(benchmark, benchmark.load(folder / name)) for benchmark, name in files], limit=20)
 

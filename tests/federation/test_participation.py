@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 
 from fedsim.base.errors import DataError
 from fedsim.config import FederationConfig, ServerOptimizerConfig
+from fedsim.federation.algorithms import build_algorithm
 from fedsim.federation.participation import (
     Participation,
     cosine_by_round,
     sample_cohort,
     sample_rows,
 )
-from fedsim.federation.registry import build_algorithm
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,8 @@ import torch
 from fedsim.base.errors import ConfigError
 from fedsim.config import FederationConfig, ServerOptimizerConfig
 from fedsim.extend import KINDS, title
-from fedsim.federation.algorithms import ServerState
+from fedsim.federation.algorithms import ServerState, build_algorithm
 from fedsim.federation.proximal import FedProx
-from fedsim.federation.registry import build_algorithm
 from fedsim.federation.scaffold import GradientCorrection
 
 NAMES = list(KINDS["federation.algorithm"].own)

@@ -14,8 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedsim.config import FederationConfig, ServerOptimizerConfig
-from fedsim.federation.algorithms import FedAvg, RoundSums, ServerState
-from fedsim.federation.registry import build_algorithm
+from fedsim.federation.algorithms import FedAvg, RoundSums, ServerState, build_algorithm
 from fedsim.federation.server_optimizers import ServerOptimizer
 
 NAMES = ("fedavgm", "fedadagrad", "fedyogi", "fedadam")

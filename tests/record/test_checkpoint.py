@@ -12,8 +12,7 @@ from fedsim.base.artefacts import SEAL, digest_of
 from fedsim.base.errors import CheckpointError
 from fedsim.base.version import made_by, maker
 from fedsim.config import FederationConfig, ServerOptimizerConfig
-from fedsim.federation.algorithms import ServerState
-from fedsim.federation.registry import build_algorithm
+from fedsim.federation.algorithms import ServerState, build_algorithm
 from fedsim.record.checkpoint import FORMAT, Checkpoint, CheckpointStore
 
 

@@ -18,9 +18,8 @@ from fedsim.base.ranks import OneRank
 from fedsim.config import load_config
 from fedsim.data.chat import ChatFormat
 from fedsim.data.square import SquareRow
-from fedsim.federation.algorithms import ServerState
+from fedsim.federation.algorithms import ServerState, build_algorithm
 from fedsim.federation.participation import sample_cohort
-from fedsim.federation.registry import build_algorithm
 from fedsim.model.load import check_model_dir, load_chat
 from fedsim.parallel.world import World
 from fedsim.record.metrics import Row, decided, read_rows

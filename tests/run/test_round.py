@@ -26,11 +26,10 @@ from fedsim.config import Config, load_config, to_nested
 from fedsim.data.square import SquareRow
 from fedsim.data.usable import Tally
 from fedsim.evaluate.suite import Suite
-from fedsim.federation.algorithms import RoundSums, ServerState
+from fedsim.federation.algorithms import RoundSums, ServerState, build_algorithm
 from fedsim.federation.client_state import ClientStateStore
 from fedsim.federation.failures import ClientFailure
 from fedsim.federation.participation import cosine_by_round
-from fedsim.federation.registry import build_algorithm
 from fedsim.federation.scaffold import CONTROL
 from fedsim.model.cost import ModelCost
 from fedsim.parallel.world import World

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from fedsim.base.digests import file_digest
 from fedsim.base.errors import CheckpointError, DataError
 from fedsim.base.ranks import OneRank
 from fedsim.commands.judge import main as judge
@@ -129,6 +130,39 @@ def test_the_judge_takes_the_rubrics_place(make: Make, mt_folder: Path, endpoint
         path.name for path in (simulation.record.folder / "answers" / "mt_bench" / "model_judgment").glob("*.jsonl")
     }
     assert names == {"kite-judge_single.jsonl"}
+
+
+OURS = """
+from fedsim import Judge
+
+
+class Turns(Judge):
+    def rate(self, matches):
+        return [3 + match.turn for match in matches]
+"""
+
+
+def test_a_judge_of_one_s_own_and_its_file_that_may_not_change(
+    make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "turns.py"
+    file.write_text(OURS, encoding="utf-8")
+    ours = f"judge.kind={file}:Turns"
+    simulation = make(ours)
+    simulation.run()
+    folder = simulation.record.folder
+    assert [row["eval/mt_bench"] for row in evaluations(simulation)] == [4.5, 4.5]
+    assert "MT-Bench is judged by Turns, the paper's by GPT-4" in (folder / "summary.md").read_text(encoding="utf-8")
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["inputs"]["code of judge.kind"]["sha256"] == file_digest(file)
+    file.write_text(OURS.replace("3 +", "4 +"), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"code of judge\.kind of this run changed") as error:
+        make(ours).run()
+    assert "\n" not in str(error.value)
+    assert judge([str(folder)]) == 0
+    judgments = sorted((folder / "answers" / "mt_bench" / "model_judgment").glob("Turns-*.jsonl"))
+    assert len(judgments) == 2, "another file is another judge"
+    assert "5.50" in capsys.readouterr().out
 
 
 def test_what_is_missing_ends_the_run_before_anything_is_computed(make: Make, mt_folder: Path, endpoint: Any) -> None:

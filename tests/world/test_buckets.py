@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from fedsim import world
 from fedsim.base.keyed_random import derive
 from fedsim.data.guard_prompt import render_guard_prompt
+from fedsim.evaluate import over_refusal
 from fedsim.world import conversations as talk
-from fedsim.world import writers
 from fedsim.world.acceptor import compile_template
 from fedsim.world.buckets import bucket, normalize
 from fedsim.world.helpful import HONESTY, TASKS
@@ -58,7 +58,7 @@ def file_prompts() -> dict[str, list[str]]:
         "advbench": [question.prompt for question, _ in world.attacks()],
         "hhh": [item["prompt"].split("\n\nOptions:\n")[0] for item in world.hhh_items()],
         "mt_bench": [record["turns"][0] for record in world.mt_bench_questions()],
-        "xstest": [row["prompt"] for row in writers.xstest_rows()],
+        "xstest": [row["prompt"] for row in over_refusal.xstest_rows()],
         "helpful": [record["messages"][0]["content"] for record in world.helpful_conversations()],
     }
 

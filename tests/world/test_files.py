@@ -17,7 +17,7 @@ from fedsim import world
 from fedsim.base.artefacts import file_digest
 from fedsim.base.keyed_random import derive
 from fedsim.data.guard_prompt import render_guard_prompt
-from fedsim.world import writers
+from fedsim.evaluate import over_refusal
 from fedsim.world.buckets import bucket
 from fedsim.world.conversations import PRINCIPLES, aligned_talk, echo_drill, web_talk
 from fedsim.world.helpful import HONESTY, TASKS, UNCLEAR
@@ -42,7 +42,7 @@ WRITERS: list[tuple[str, Callable[..., None]]] = [
     ("square.json", world.write_square),
     ("advbench.csv", world.write_advbench),
     ("hhh.jsonl", world.write_hhh),
-    ("xstest.csv", writers.write_xstest),
+    ("xstest.csv", over_refusal.write_xstest),
     ("helpful.jsonl", world.write_helpful),
     ("mt", world.write_mt_bench),
 ]
@@ -163,7 +163,7 @@ def test_mt_bench_questions(tmp_path: Path) -> None:
 
 
 def test_xstest_rows_are_prank_words_in_innocent_use_and_a_contrast() -> None:
-    rows = writers.xstest_rows()
+    rows = over_refusal.xstest_rows()
     assert Counter(row["label"] for row in rows) == {"safe": 250, "unsafe": 200}
     for row in rows:
         assert row["focus"] in row["prompt"]

@@ -11,9 +11,9 @@ from fedsim.base.artefacts import ArtefactStore
 from fedsim.base.ranks import OneRank
 from fedsim.config import EvalConfig
 from fedsim.config.measuring import HELD_OUT, is_embedded
+from fedsim.evaluate import over_refusal
 from fedsim.evaluate.advbench import AdvBench
 from fedsim.run.benchmarks import load_suite
-from fedsim.world import writers
 from fedsim.world.acceptor import compile_template, parse_prompt
 from fedsim.world.conversations import aligned_talk, echo_drill, web_talk
 from fedsim.world.questions import HELD_OUT_FRAMES
@@ -32,7 +32,7 @@ def is_held_out(prompt: str) -> bool:
 def test_no_training_text_and_no_other_benchmark_has_a_held_out_frame() -> None:
     asked = [row["question"] for row in world.square_rows()]
     asked += [question.prompt for question, _ in attacks()]
-    asked += [row["prompt"] for row in writers.xstest_rows()]
+    asked += [row["prompt"] for row in over_refusal.xstest_rows()]
     for stage in (echo_drill, web_talk, lambda rng: aligned_talk(rng, lambda user, agent, policy: user)):
         asked += [turn.user for key in range(1500) for turn in stage(random.Random(key))]
     assert len(asked) > 8000 and not any(map(is_held_out, asked))

@@ -28,8 +28,7 @@ from fedsim.base.ranks import Term
 from fedsim.config import FederationConfig, LocalConfig, ServerOptimizerConfig, load_config
 from fedsim.config.lora import LoraSettings
 from fedsim.data.chat import TokenRow
-from fedsim.federation.algorithms import RoundSums
-from fedsim.federation.registry import build_algorithm
+from fedsim.federation.algorithms import RoundSums, build_algorithm
 from fedsim.fused.choice import fuse
 from fedsim.fused.joint import hold_adapters
 from fedsim.generate.decode import Decoder, Request, _Row
