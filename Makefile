@@ -1,6 +1,6 @@
 # make demo      run the embedded default on 4 processes (makes .venv first where needed)
 # make test      lint, types and every test that is not marked deep, in two processes
-# make test-deep the tests that are marked deep, then test-oldest
+# make test-deep the tests that are marked deep, then test-oldest and docs
 # make test-oldest  a part of the tests with the oldest torch and transformers allowed (downloads them to .venv-oldest)
 # make bench     time every stage beside its peers, about 12 minutes; the rows go to tools/bench/results/
 # make rehearse  count the CUDA path's steps at 8B shapes without a GPU, about 5 minutes; needs g++ and a CPU build of
@@ -44,7 +44,7 @@ test: lint
 
 test-deep: $(VENV)/installed-test
 	$(BIN)/pytest $(SHARED_OUT) -m deep $(PYTEST_ARGS)
-	$(MAKE) test-oldest
+	$(MAKE) test-oldest docs
 
 # What depends on torch and transformers: devices, sums, attention, models, training, decoding, and whole small runs.
 OLDEST_TESTS := tests/attention tests/generate tests/kernels tests/model tests/parallel tests/train \

@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from fedsim.api import Result, simulate
+    from fedsim.base.errors import DataError, JudgeError
     from fedsim.base.figures import Figure
     from fedsim.data.square import SquareRow
     from fedsim.evaluate.benchmark import Benchmark
@@ -35,11 +36,13 @@ _PLACES = {
     "Benchmark": "fedsim.evaluate.benchmark",
     "ClientOutcome": "fedsim.federation.algorithms",
     "Correction": "fedsim.federation.algorithms",
+    "DataError": "fedsim.base.errors",
     "Dialogues": "fedsim.generate.engine",
     "FedAvg": "fedsim.federation.algorithms",
     "Figure": "fedsim.base.figures",
     "Guard": "fedsim.safety.guard",
     "Judge": "fedsim.evaluate.judge_contract",
+    "JudgeError": "fedsim.base.errors",
     "Result": "fedsim.api",
     "RoundSums": "fedsim.federation.algorithms",
     "Sampling": "fedsim.generate.engine",
@@ -57,11 +60,13 @@ __all__ = [
     "Benchmark",
     "ClientOutcome",
     "Correction",
+    "DataError",
     "Dialogues",
     "FedAvg",
     "Figure",
     "Guard",
     "Judge",
+    "JudgeError",
     "Result",
     "RoundSums",
     "Sampling",

@@ -91,9 +91,9 @@ class WandbStream:
                 self._write({"limit_s": self._limit_s, "run": run, "config": config_to_send(self.config)})
             self._write(message)
         except OSError as error:  # no process can be made; or it has ended, or hangs and its pipe is full
-            if self._process is None:
-                self._fail(str(error))
             self._end(limit_s=1.0)
+            if self._enabled:  # the child has not said why
+                self._fail(str(error))
 
     def _start(self) -> subprocess.Popen[bytes]:
         environment = {name: v for name, v in os.environ.items() if name in LOGIN or not name.startswith("WANDB_")}
@@ -114,7 +114,9 @@ class WandbStream:
         assert self._process is not None and self._process.stdin is not None
         pipe = self._process.stdin.fileno()
         os.set_blocking(pipe, False)
-        os.write(pipe, json.dumps(message).encode() + b"\n")
+        line = json.dumps(message).encode() + b"\n"
+        if os.write(pipe, line) < len(line):
+            raise BlockingIOError("its process takes nothing more")
 
     def _end(self, limit_s: float) -> None:
         """Wait for the end of the child, and say why it failed."""
@@ -137,5 +139,16 @@ class WandbStream:
 
 
 def config_to_send(config: Config) -> dict[str, Any]:
-    """The configuration without options of attacks, which may hold texts of replies."""
-    return to_nested(replace(config, attacks=[replace(attack, options={}) for attack in config.attacks]))
+    """Return the configuration without options of user code, which may hold texts of prompts or replies."""
+    attacks = [replace(attack, options={}) for attack in config.attacks]
+    benchmarks = [replace(benchmark, options={}) for benchmark in config.eval.benchmarks]
+    return to_nested(
+        replace(
+            config,
+            attacks=attacks,
+            federation=replace(config.federation, options={}, partition_options={}),
+            guard=replace(config.guard, options={}),
+            eval=replace(config.eval, benchmarks=benchmarks, advbench_options={}),
+            judge=replace(config.judge, options={}),
+        )
+    )

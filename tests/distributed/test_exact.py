@@ -29,6 +29,7 @@ from fedsim.report import finish
 from fedsim.run import cohort
 from fedsim.run.metrics_page import STAGES, documented
 from fedsim.run.simulation import Simulation
+from tests.distributed.golden import RECORD, digests, platform, record, recorded
 from tools.chaos.outcome import different, outcome
 
 ROOT = Path(__file__).parents[2]
@@ -203,6 +204,16 @@ def test_rows_that_are_dropped_are_the_same_on_1_and_2_processes(straight: Any) 
     (kept,) = [row for row in rows if row["stage"] == "filter"]
     assert (kept["client/num_usable_rows"], kept["client/num_dropped_no_targets"]) == (11, 49)
     assert any(row["client/num_sat_out"] for row in rows if row["stage"] == "round")
+
+
+def test_a_run_has_the_recorded_bits(straight: Any) -> None:
+    found = digests(straight(SCAFFOLD)[1]["adapter"], straight(SCAFFOLD)[1]["rows"])
+    if os.environ.get(RECORD):
+        record({"scaffold": found})
+    wanted = recorded("scaffold")
+    if wanted is None:
+        pytest.skip(f"no digests are recorded for {platform()}")
+    assert found == wanted
 
 
 def test_the_runs_that_are_compared_did_something(straight: Any) -> None:

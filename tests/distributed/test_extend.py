@@ -74,7 +74,7 @@ def examples() -> dict[str, str]:
 def commands() -> list[list[str]]:
     """The ``key=value`` words of the page's commands."""
     found = [shlex.split(line) for line in re.findall(r"```sh\n(.*?)\n```", PAGE, re.DOTALL)]
-    assert all(words[:3] == ["python", "launch/run.py", "configs/demo.yaml"] for words in found)
+    assert all(words[:3] == ["fedsim", "run", "configs/demo.yaml"] for words in found)
     return [words[3:] for words in found]
 
 
