@@ -67,6 +67,22 @@ def test_options_of_attacks_are_not_sent() -> None:
     assert sent["kind"] == "relabel.py:OneAnswer" and sent["share"] == 0.5 and "a reply" not in str(sent)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["judge.kind=mine.py:X", "judge.options={text: a reply}"],
+        ["guard.kind=mine.py:X", "guard.options={text: a reply}"],
+        ["federation.algorithm=mine.py:X", "federation.options={text: a reply}"],
+        ["federation.partition=mine.py:X", "federation.partition_options={text: a reply}"],
+        ["eval.advbench_phrases=mine.py:X", "eval.advbench_options={text: a reply}"],
+        ["eval.benchmarks=[{kind: mine.py:X, path: x, options: {text: a reply}}]"],
+    ],
+)
+def test_options_of_user_code_are_not_sent(words: list[str]) -> None:
+    sent = str(wandb_stream.config_to_send(made_config(*words)))
+    assert "mine.py:X" in sent and "a reply" not in sent
+
+
 def begin(folder: Path) -> MetricLog:
     """A run directory with its manifest, and the rows of the preparation."""
     folder.mkdir(exist_ok=True)
