@@ -135,6 +135,6 @@ def test_leaks_are_noticed(places: list[str], tmp_path: Path) -> None:
 
         def leak(_: int) -> None:
             files.enter_context((tmp_path / "leak").open("w"))
-            kept.extend([b"\1" * 32 * MIB, torch.zeros(1)])  # more than earlier tests have given back
+            kept.extend([b"\1" * 128 * MIB, torch.zeros(1)])  # more than earlier tests have given back
 
         assert grown(places, 2, 7, leak) == {"resident", "files", "tensors"}

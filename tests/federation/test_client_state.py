@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from safetensors.torch import save_file
 
 from fedsim.base.errors import CheckpointError
 from fedsim.base.ranks import OneRank
-from fedsim.config import FailuresConfig
+from fedsim.config import FailuresConfig, LocalConfig
 from fedsim.federation import client_state
 from fedsim.federation.algorithms import ClientOutcome, ServerState
 from fedsim.federation.client_state import ClientStateStore
@@ -129,7 +128,7 @@ class Recruit:
     """A trainer whose clients do nothing but get a control variate each."""
 
     num_steps = 1
-    local = SimpleNamespace(batch_size=4, micro_batch_size=2)
+    local = LocalConfig(batch_size=4, micro_batch_size=2)
 
     def num_tokens(self, client: int, rows: Any, round_idx: int, num_steps: int) -> int:
         return 10

@@ -18,7 +18,7 @@ import torch
 from fedsim.base.errors import ClientError, RunError
 from fedsim.base.planner import Job, Plan, SharedSteps
 from fedsim.base.ranks import OneRank
-from fedsim.config import AttackConfig, FailuresConfig
+from fedsim.config import AttackConfig, FailuresConfig, LocalConfig
 from fedsim.federation.algorithms import ClientOutcome, ServerState, Updates
 from fedsim.federation.attacks import ActiveAttack, Attack
 from fedsim.federation.client_state import ClientStateStore
@@ -50,7 +50,7 @@ class Trainer:
     """
 
     def __init__(self, has_control: bool) -> None:
-        self.local = SimpleNamespace(batch_size=7, micro_batch_size=2)
+        self.local = LocalConfig(batch_size=7, micro_batch_size=2)
         self.algorithm = SimpleNamespace(has_control=has_control, wants="sums")
         self.seen: dict[int, tuple[Any, ...]] = {}
         self.spoilt: dict[int, str] = {}

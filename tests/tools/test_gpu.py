@@ -26,9 +26,9 @@ if str(ROOT) not in sys.path:
 
 from fedsim.attention.backends import BACKENDS, Sdpa  # noqa: E402
 from fedsim.base.journal import Journal  # noqa: E402
+from fedsim.commands import costs  # noqa: E402
 from fedsim.fused import ops  # noqa: E402
 from fedsim.study.bench_rows import Correctness, Percentiles, Row, StageResult  # noqa: E402
-from tools import costs  # noqa: E402
 from tools.bench import run as bench_run  # noqa: E402
 from tools.bench.models import GPU  # noqa: E402
 from tools.bench.stage import Bench  # noqa: E402
