@@ -123,6 +123,7 @@ def grown(places: list[str], first: int, last: int, after: Callable[[int], objec
     return before.grown(later, last - first)
 
 
+@pytest.mark.deep
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
 def test_fifty_rounds_need_no_more_than_ten(places: list[str]) -> None:
     assert grown(places, 10, 50) == set()

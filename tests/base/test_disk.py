@@ -59,6 +59,7 @@ def outcome(made: Simulation) -> list[object]:
     ]
 
 
+@pytest.mark.deep
 def test_a_run_whose_disk_fills_up_goes_on_once_there_is_space(
     small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -154,6 +154,7 @@ def test_streams_are_wrapped_once_and_given_back() -> None:
     assert (sys.stdout, sys.stderr) == before
 
 
+@pytest.mark.deep
 def test_a_run_of_two_processes_outlasts_its_terminal(tmp_path: Path) -> None:
     """Encoding, reader and all: the run ends as finished, and so does the launcher."""
     brief = ["guard.kind=none", "cai.iterations=0", "federation.num_rounds=1", "local.steps=1", "eval.limit=1",

@@ -66,6 +66,7 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return place / "docs" / "results"
 
 
+@pytest.mark.deep
 def test_both_tables_from_the_same_runs(tmp_path: Path, results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [f"record.dir={tmp_path / 'runs'}", "--seeds", "3-4", "--jobs", "2", "--publish"]
     assert table1.main(words) == 0

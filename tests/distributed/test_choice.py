@@ -131,6 +131,7 @@ def whole_run(overrides: list[str], attention_fails_on: int | None, graphs_fail_
     return num_captures
 
 
+@pytest.mark.deep
 def test_a_run_falls_back_says_so_and_keeps_its_bits(pool: Any, square_file: Path, tmp_path: Path) -> None:
     """Graphs that fail on one rank change no bit; attention that fails on one rank gives what all can take."""
 

@@ -253,7 +253,7 @@ def deep(*values: Any) -> Any:
     ("overrides", "stop", "sizes"),
     [
         deep(SCAFFOLD, ("after", 0), (2, 3)),  # the checkpoint is there: the next round follows, on other ranks
-        (SCAFFOLD, ("before", 1), (4, 1)),  # rows and control variates of a round without a checkpoint: done anew
+        deep(SCAFFOLD, ("before", 1), (4, 1)),  # rows and control variates of a round without a checkpoint: done anew
         deep(FEDAVG, ("before", 0), (1, 4)),  # nothing is finished: the pretrained model is measured anew
         deep(FEDADAM, ("after", 0), (4, 1)),  # the moments and the count of server steps come from the checkpoint
         (DROPPED, ("after", 0), (2, 1)),  # the same rows are dropped in each session

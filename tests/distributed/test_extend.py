@@ -269,6 +269,7 @@ def twice(folder: str, square: str) -> list[str]:
     return found
 
 
+@pytest.mark.deep
 def test_a_script_under_a_launcher_may_simulate_twice(pool: Any, folder: Path, square_file: Path) -> None:
     few, (one, other) = (pool.run(size, twice, str(folder / f"twice{size}"), str(square_file)) for size in (1, 2))
     assert one == other == few[0]

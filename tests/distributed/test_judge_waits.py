@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from fedsim.config import load_config
@@ -29,6 +30,7 @@ def judge(words: list[str], folder: str) -> tuple[list[Any], int, float]:
     return found.scores, found.num_unjudged, time.monotonic() - began
 
 
+@pytest.mark.deep
 def test_a_long_pause_ends_no_other_rank(pool: Any, endpoint: Any, mt_folder: Path, tmp_path: Path) -> None:
     assert TIMEOUT_S < POLL_S
     busy = endpoint.Answer(b"{}", 429, {"retry-after": str(3 * TIMEOUT_S)})

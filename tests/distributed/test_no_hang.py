@@ -49,7 +49,7 @@ def errors(text: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith("error:")]
 
 
-@pytest.mark.parametrize(("how", "bad"), [("raise", 0), ("raise", 2), ("stall", 0)])
+@pytest.mark.parametrize(("how", "bad"), [("raise", 0), ("raise", 2), pytest.param("stall", 0, marks=pytest.mark.deep)])
 def test_the_others_end_and_the_cause_is_said_once(
     pool: Any, square_file: Path, tmp_path: Path, how: str, bad: int
 ) -> None:
@@ -112,7 +112,8 @@ def stall_in_lane(words: list[str], rank: int) -> Ended:
         world.NCCL = NCCL  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("exact", ["true", pytest.param("false", marks=pytest.mark.deep)])
+@pytest.mark.deep
+@pytest.mark.parametrize("exact", ["true", "false"])
 def test_a_rank_that_stands_still_over_nccl_is_named(pool: Any, square_file: Path, tmp_path: Path, exact: str) -> None:
     words = [str(SMALL), *CLIENT_WORDS, "parallel.wide_lanes=true", "federation.clients_per_round=1",
              f"parallel.exact={exact}", f"parallel.timeout_s={TIMEOUT_S}", f"data.square={square_file}",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from fedsim.config import load_config
 from fedsim.parallel.world import process_world
 from fedsim.record.metrics import decided_rows, read_rows
@@ -24,6 +26,7 @@ def simulate(overrides: list[str]) -> None:
         Simulation(config, world).run()
 
 
+@pytest.mark.deep
 def test_two_ranks_read_what_one_has_measured_as_they_would(pool: Any, square_file: Path, tmp_path: Path) -> None:
     def rows(size: int, run: str, artefacts: str) -> list[dict[str, Any]]:
         places = [f"data.square={square_file}", f"record.dir={tmp_path / run}"]

@@ -107,6 +107,7 @@ def test_torchrun_restarts_after_a_rank_was_killed(tmp_path: Path, straight: dic
     assert different(outcome(launch.run, tmp_path / "artefacts"), straight) == []
 
 
+@pytest.mark.deep
 def test_a_rank_that_is_stopped_is_found_out(tmp_path: Path) -> None:
     launch = Launch(tmp_path, TORCHRUN, "parallel.timeout_s=5")
     launch.until(lambda: launch.in_round(1))

@@ -50,6 +50,7 @@ def test_with_the_values_every_stage_fits(size: int, exact: bool, judge: str) ->
     assert all(0 < value < old[key] for key, value in fit.changes.items())
 
 
+@pytest.mark.deep
 def test_more_memory_never_asks_for_lower_values() -> None:
     config, before = paper(), None
     for size in range(90, 16, -2):

@@ -205,6 +205,7 @@ def test_a_run_counts_what_it_drops(make: Make, capsys: pytest.CaptureFixture[st
     assert f"| clients' rows, after the filter | {why} | 30 | 6 | 20.0 | 0 |" in summary
 
 
+@pytest.mark.deep
 def test_a_run_that_drops_rows_is_resumed_to_the_same_end(make: Make) -> None:
     straight = make("name=straight")
     straight.run()

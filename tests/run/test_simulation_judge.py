@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 SMALL = ROOT / "tests" / "distributed" / "small.yaml"
 BRIEF = ["guard.kind=none", "cai.iterations=0", "federation.num_rounds=1", "eval.every=0", "eval.advbench=",
          "eval.hhh=", "data.federated_rows=40", "data.guard_rows=0", "data.cai_rows=0", "eval.xstest=", "eval.helpful=",
-         "eval.guard_judge=none"]  # fmt: skip
+         "eval.guard_judge=none", "local.steps=1", "local.batch_size=4"]  # fmt: skip
 Make = Callable[..., Simulation]
 
 

@@ -126,9 +126,7 @@ def test_a_row_that_fits_exactly_is_whole(chatml_chat: ChatFormat) -> None:
 
 
 def test_a_limit_below_the_instruction_is_an_error(llama_chat: ChatFormat) -> None:
-    with pytest.raises(
-        ConfigError, match=r"guard\.max_length=50: .* take \d+ tokens without a conversation"
-    ):
+    with pytest.raises(ConfigError, match=r"guard\.max_length=50: .* take \d+ tokens without a conversation"):
         GuardFormat(llama_chat, "llama_guard_3", 50)
 
 

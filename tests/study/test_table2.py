@@ -132,6 +132,7 @@ def test_the_embedded_guards_row_is_called_chosen() -> None:
     assert CHOSEN in note(tiny, []) and CHOSEN not in note(replace(tiny, embedded=False), [])
 
 
+@pytest.mark.deep
 def test_the_papers_configuration_fills_both_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A whole run of configs/paper/base.yaml at micro size: the guard is measured before and after fine-tuning."""
     sizes = ["data.federated_rows=40", "data.guard_rows=20", "guard.tune_epochs=1", "local.steps=1"]

@@ -36,6 +36,7 @@ def test_the_record_is_of_the_full_recipe_as_it_stands() -> None:
     assert RECORD["stages"] == [{"name": s.name, "num_steps": s.num_steps, "lr": s.lr} for s in recipe.stages()]
 
 
+@pytest.mark.deep
 def test_measured_skills_agree_with_the_record(skills: dict[str, Skill]) -> None:
     assert set(skills) == set(RECORD["skills"])
     for name, skill in skills.items():

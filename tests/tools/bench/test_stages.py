@@ -177,6 +177,7 @@ def test_a_run_without_room_on_the_gpu_is_left_out() -> None:
     assert list(found) == ["fine"] and len(found["fine"].steps) == 2
 
 
+@pytest.mark.deep
 def test_neither_fedsim_nor_the_benchmark_needs_trl_deepspeed_datasets_or_wandb() -> None:
     code = f"""
 import sys
