@@ -15,11 +15,9 @@ from typing import Any, Final
 
 from fedsim.base.errors import ConfigError
 from fedsim.base.launching import Parser, launched
-from fedsim.evaluate.own import OWN
 from fedsim.extend import KINDS, Own, check_name, load
 
 WIDTH: Final = 80
-BENCHMARKS: Final = "eval.benchmarks.kind"
 
 
 def text(key: str = "", name: str = "") -> str:
@@ -51,13 +49,13 @@ def _group(key: str) -> Iterator[str]:
         wanted = f"a function of ({', '.join(kind.takes)})"
     yield key
     yield from _wrapped(f"Your own: module:Name or path/to/file.py:Name, {wanted}. Options: {kind.options}.", "  ")
-    for name in kind.own:
+    for name in kind.nameable:
         yield from _entry(key, name)
-    if key == BENCHMARKS:
+    if kind.own_key:
         yield "  fedsim's own have a key each:"
-        for name, benchmark in OWN.items():
-            yield f"  eval.{name}"
-            yield from _wrapped(first_line(benchmark), "      ")
+        for name in kind.own:
+            yield f"  {kind.own_key.format(name)}"
+            yield from _wrapped(first_line(load(key, name)), "      ")
     elif not kind.own:
         yield "  fedsim has none of its own."
 
