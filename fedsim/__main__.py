@@ -33,15 +33,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that the command line names; returns the exit status.
 
     Args:
-        argv: words of the command line; None = this process's. The command comes first; ``deepspeed --module fedsim``
-            puts its ``--local_rank`` before it.
+        argv: words of the command line; None = this process's. The command comes first; ``deepspeed
+            --module fedsim`` puts its ``--local_rank`` before it.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    name = next((word for word in words if not word.startswith(("--local_rank", "--local-rank"))), "")
+    name = next(
+        (word for word in words if not word.startswith(("--local_rank", "--local-rank"))),
+        "",
+    )
     if name not in COMMANDS:
         return launched(lambda: _answer(name), _print)
     words.remove(name)
-    command: Callable[[Sequence[str]], int] = load_target(f"fedsim.commands.{COMMANDS[name][0]}:main")
+    command: Callable[[Sequence[str]], int] = load_target(
+        f"fedsim.commands.{COMMANDS[name][0]}:main",
+    )
     return command(["--check", *words] if name == "check" else words)
 
 
@@ -53,14 +58,26 @@ def _answer(word: str) -> str:
     """
     if word in ("-h", "--help"):
         lines = [f"  {name:<8} {meaning}" for name, (_, meaning) in COMMANDS.items()]
-        return "\n".join(["usage: fedsim COMMAND ...", "", *lines, "", "fedsim COMMAND --help shows its options."])
+        return "\n".join(
+            [
+                "usage: fedsim COMMAND ...",
+                "",
+                *lines,
+                "",
+                "fedsim COMMAND --help shows its options.",
+            ],
+        )
     if word == "--version":
         return f"fedsim {__version__}"
     if not word:
-        raise ConfigError(f"command line: names no command; give one of {', '.join(COMMANDS)} (fedsim --help)")
+        raise ConfigError(
+            f"command line: names no command; give one of {', '.join(COMMANDS)} (fedsim --help)",
+        )
     close = difflib.get_close_matches(word, COMMANDS, n=1)
     hint = f"did you mean {close[0]}?" if close else f"give one of {', '.join(COMMANDS)}"
-    raise ConfigError(f"command line: {word[:200]!r} is no command; {hint} (fedsim --help lists all)")
+    raise ConfigError(
+        f"command line: {word[:200]!r} is no command; {hint} (fedsim --help lists all)",
+    )
 
 
 def _print(text: str) -> None:

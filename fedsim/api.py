@@ -32,17 +32,23 @@ class Result:
 
     @property
     def metrics(self) -> list[Row]:
-        """Flat records of metrics.jsonl, oldest first; ``pandas.DataFrame(result.metrics)`` is a table of them."""
+        """Flat records of metrics.jsonl, oldest first; ``pandas.DataFrame(result.metrics)`` is a
+        table of them.
+        """
         return read_rows(self.folder / "metrics.jsonl")
 
     @property
     def items(self) -> list[dict[str, Any]]:
-        """Outcomes of single benchmark items: records of ``evaluation``, ``figure``, ``item`` and ``value``."""
+        """Outcomes of single benchmark items: records of ``evaluation``, ``figure``, ``item`` and
+        ``value``.
+        """
         found = []
         for path in sorted((self.folder / "items").glob("*.csv")):
             for figure, values in read_items(path).items():
                 for item, value in enumerate(values.tolist()):
-                    found.append({"evaluation": path.stem, "figure": figure, "item": item, "value": value})
+                    found.append(
+                        {"evaluation": path.stem, "figure": figure, "item": item, "value": value},
+                    )
         return found
 
     @property
@@ -57,14 +63,16 @@ class Result:
 
 
 def simulate(config: str | Path | Config | Mapping[str, Any], **overrides: Any) -> Result:
-    """Run a simulation in this process and return what it left; one that was begun goes on, one that is done is read.
+    """Run a simulation in this process and return what it left; one that was begun goes on, one
+    that is done is read.
 
-    It prints progress as the command does. Ctrl-C raises KeyboardInterrupt; the same call then goes on after the last
-    finished round. Under torchrun every process calls it alike.
+    It prints progress as the command does. Ctrl-C raises KeyboardInterrupt; the same call then goes
+    on after the last finished round. Under torchrun every process calls it alike.
 
     Args:
         config: a YAML file's path, keys with their values (nested or dotted), or a configuration.
-        overrides: further keys: ``seed=1``, ``federation={"num_rounds": 2}``, ``**{"local.lr": 1e-4}``.
+        overrides: further keys: ``seed=1``, ``federation={"num_rounds": 2}``, ``**{"local.lr":
+            1e-4}``.
 
     Returns:
         The run directory, whose parts it reads.
@@ -88,11 +96,14 @@ def simulate(config: str | Path | Config | Mapping[str, Any], **overrides: Any) 
             Simulation(asked, world).run()
     except SystemExit as ended:  # of several processes another one has the error's text
         cause = ended.__cause__
-        raise cause if isinstance(cause, FedsimError) else RunError("another process of the run failed") from None
+        raise (cause if isinstance(cause, FedsimError) else RunError("another process of the run failed")) from None
     return Result(asked, asked.folder)
 
 
-def configuration(config: str | Path | Config | Mapping[str, Any], overrides: Mapping[str, Any]) -> Config:
+def configuration(
+    config: str | Path | Config | Mapping[str, Any],
+    overrides: Mapping[str, Any],
+) -> Config:
     """The configuration that arguments of :func:`simulate` mean."""
     if isinstance(config, Config):
         flat = to_flat(config)

@@ -1,7 +1,7 @@
-"""Lookup of what a configuration names: one of fedsim's own, ``module:Name``, or ``path/to/file.py:Name``.
-
-:data:`KINDS` is the one table of names. Reading a configuration checks a name's form (:func:`check_name`); code is
-loaded when a run is built (:func:`load`, :func:`build`).
+"""Lookup of what a configuration names: one of fedsim's own, ``module:Name``, or
+``path/to/file.py:Name``.
+ :data:`KINDS` is the one table of names. Reading a configuration checks a name's form
+(:func:`check_name`); code is loaded when a run is built (:func:`load`, :func:`build`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ class Own:
         target: ``module:Name``.
         title: as tables show it; "" = Name.
         title_key: configuration key whose value is the title instead; "" = none.
-        has_cohort: an algorithm trains several clients in a round; False = a baseline with one participant.
+        has_cohort: an algorithm trains several clients in a round; False = a baseline with one
+            participant.
         given: arguments that configuration keys give, argument → key; the others are options.
     """
 
@@ -47,7 +48,8 @@ class Kind:
         own: fedsim's own by name.
         base: ``module:Name`` of the class that a class must derive from; "" for a function.
         takes: arguments that a function is called with, in order; the others are options.
-        own_key: key that turns one of fedsim's own on, such as ``eval.{}`` with its name; "" = the kind's key names it.
+        own_key: key that turns one of fedsim's own on, such as ``eval.{}`` with its name; "" = the
+            kind's key names it.
     """
 
     options: str
@@ -69,16 +71,25 @@ KINDS: Final = {
         "federation.options",
         {
             "fedavg": Own("fedsim.federation.algorithms:FedAvg"),
-            "fedprox": Own("fedsim.federation.proximal:FedProx", given={"mu": "federation.prox_mu"}),
+            "fedprox": Own(
+                "fedsim.federation.proximal:FedProx",
+                given={"mu": "federation.prox_mu"},
+            ),
             "fedavgm": Own("fedsim.federation.server_optimizers:FedAvgM", given=_SERVER),
             "fedadagrad": Own("fedsim.federation.server_optimizers:FedAdagrad", given=_SERVER),
             "fedyogi": Own("fedsim.federation.server_optimizers:FedYogi", given=_SERVER),
             "fedadam": Own("fedsim.federation.server_optimizers:FedAdam", given=_SERVER),
             "scaffold": Own(
-                "fedsim.federation.scaffold:Scaffold", "SCAFFOLD", {"variant": "federation.scaffold_correction"}
+                "fedsim.federation.scaffold:Scaffold",
+                "SCAFFOLD",
+                {"variant": "federation.scaffold_correction"},
             ),
             "local": Own("fedsim.federation.algorithms:LocalOnly", "local", has_cohort=False),
-            "centralised": Own("fedsim.federation.algorithms:Centralised", "centralised", has_cohort=False),
+            "centralised": Own(
+                "fedsim.federation.algorithms:Centralised",
+                "centralised",
+                has_cohort=False,
+            ),
         },
         base="fedsim.federation.algorithms:Algorithm",
     ),
@@ -88,10 +99,17 @@ KINDS: Final = {
             "iid": Own("fedsim.data.partition:iid"),
             "fixed_red_share": Own("fedsim.data.partition:fixed_red_share"),
             "beta_red_share": Own(
-                "fedsim.data.partition:beta_red_share", given={"concentration": "federation.beta_concentration"}
+                "fedsim.data.partition:beta_red_share",
+                given={"concentration": "federation.beta_concentration"},
             ),
-            "dirichlet": Own("fedsim.data.partition:dirichlet", given={"alpha": "federation.dirichlet_alpha"}),
-            "quantity_skew": Own("fedsim.data.partition:quantity_skew", given={"alpha": "federation.dirichlet_alpha"}),
+            "dirichlet": Own(
+                "fedsim.data.partition:dirichlet",
+                given={"alpha": "federation.dirichlet_alpha"},
+            ),
+            "quantity_skew": Own(
+                "fedsim.data.partition:quantity_skew",
+                given={"alpha": "federation.dirichlet_alpha"},
+            ),
         },
         takes=("rows", "num_clients", "rng"),
     ),
@@ -144,7 +162,12 @@ KINDS: Final = {
             ),
             "local": Own(
                 "fedsim.evaluate.judge_local:LocalJudge",
-                given={"settings": "judge", "model": "model", "batch_size": "eval.batch_size", "seed": "seed"},
+                given={
+                    "settings": "judge",
+                    "model": "model",
+                    "batch_size": "eval.batch_size",
+                    "seed": "seed",
+                },
                 title_key="judge.path",
             ),
         },
@@ -166,12 +189,14 @@ def check_name(key: str, name: str, shown: str = "") -> None:
     kind = KINDS[key]
     place, _, attribute = name.rpartition(":")
     if name in kind.own and kind.own_key:
-        raise ConfigError(f"{shown or key}={name!r}: is fedsim's own; set {kind.own_key.format(name)}")
+        raise ConfigError(
+            f"{shown or key}={name!r}: is fedsim's own; set {kind.own_key.format(name)}",
+        )
     if name not in kind.own and not (place and attribute.isidentifier()):
         own = f"one of {', '.join(kind.nameable)}, or " if kind.nameable else ""
         raise ConfigError(
             f"{shown or key}={name[:200]!r}: must be {own}module:Name, or path/to/file.py:Name"
-            f"{_nearest(name, kind.nameable)}"
+            f"{_nearest(name, kind.nameable)}",
         )
 
 
@@ -213,29 +238,42 @@ def load(key: str, name: str) -> Any:
     if kind.base:
         base = load_target(kind.base)
         if not (isinstance(found, type) and issubclass(found, base)):
-            raise ConfigError(f"{what}: must be a class that derives from fedsim.{base.__name__}, is {found!r:.200}")
+            raise ConfigError(
+                f"{what}: must be a class that derives from fedsim.{base.__name__}, is {found!r:.200}",
+            )
     elif not inspect.isfunction(found):
-        raise ConfigError(f"{what}: must be a function of ({', '.join(kind.takes)}), is {found!r:.200}")
+        raise ConfigError(
+            f"{what}: must be a function of ({', '.join(kind.takes)}), is {found!r:.200}",
+        )
     if name not in kind.own:
         register(inspect.getfile(found))  # which may be another file of its package
     return found
 
 
-def build(key: str, name: str, options: Mapping[str, Any], sections: Mapping[str, Any] | None = None) -> Any:
+def build(
+    key: str,
+    name: str,
+    options: Mapping[str, Any],
+    sections: Mapping[str, Any] | None = None,
+) -> Any:
     """An instance of the class that a key names, or its function, with the options filled in.
 
     Args:
         options: keyword arguments, checked against the signature.
-        sections: of the configuration by name, from which fedsim's own take the arguments of their keys.
+        sections: of the configuration by name, from which fedsim's own take the arguments of their
+            keys.
 
     Raises:
-        ConfigError: as :func:`load`; an option that there is not, one that is missing, or a constructor that fails.
+        ConfigError: as :func:`load`; an option that there is not, one that is missing, or a
+            constructor that fails.
     """
     found = load(key, name)
     own = KINDS[key].own.get(name, Own(""))
     what, where = f"{key}={name!r}", KINDS[key].options
     for argument in own.given.keys() & options.keys():
-        raise ConfigError(f"{where}.{argument}: {name} takes it from {own.given[argument]}; set that key")
+        raise ConfigError(
+            f"{where}.{argument}: {name} takes it from {own.given[argument]}; set that key",
+        )
     given = {argument: functools.reduce(_part, place.split("."), sections) for argument, place in own.given.items()}
     arguments = {**given, **options}
     _check_options(found, what, where, KINDS[key].takes, arguments, own.given)
@@ -246,7 +284,9 @@ def build(key: str, name: str, options: Mapping[str, Any], sections: Mapping[str
 
 
 def source_file(key: str, name: str) -> Path | None:
-    """The file that a name means, of a module the one that defines the class or function; None for fedsim's own."""
+    """The file that a name means, of a module the one that defines the class or function; None for
+    fedsim's own.
+    """
     if is_own(key, name):
         return None
     place = name.rpartition(":")[0]
@@ -255,11 +295,18 @@ def source_file(key: str, name: str) -> Path | None:
     try:
         return Path(inspect.getfile(load(key, name)))
     except TypeError as error:
-        raise ConfigError(f"{key}={name!r}: {place} has no source file; put the code into a file") from error
+        raise ConfigError(
+            f"{key}={name!r}: {place} has no source file; put the code into a file",
+        ) from error
 
 
 def _check_options(
-    found: Any, what: str, where: str, takes: tuple[str, ...], arguments: Mapping[str, Any], given: Mapping[str, str]
+    found: Any,
+    what: str,
+    where: str,
+    takes: tuple[str, ...],
+    arguments: Mapping[str, Any],
+    given: Mapping[str, str],
 ) -> None:
     """Compare options with a signature."""
     parameters = list(inspect.signature(found).parameters.values())
@@ -268,7 +315,7 @@ def _check_options(
     has_rest = any(p.kind is p.VAR_POSITIONAL for p in parameters)
     if len(positional) < len(takes) and not has_rest:
         raise ConfigError(
-            f"{what}: must take the arguments ({', '.join(takes)}), takes ({', '.join(p.name for p in positional)})"
+            f"{what}: must take the arguments ({', '.join(takes)}), takes ({', '.join(p.name for p in positional)})",
         )
     called = {p.name for p in positional[: len(takes)]}
     options = {p.name: p for p in parameters if p.kind in named and p.name not in called}
@@ -278,11 +325,13 @@ def _check_options(
             known = [name for name in options if name not in given]
             rule = f"it takes {', '.join(known)}" if known else "it takes none"
             raise ConfigError(
-                f"{where}.{option}={value!r:.200}: {what} has no such option; {rule}{_nearest(option, known)}"
+                f"{where}.{option}={value!r:.200}: {what} has no such option; {rule}{_nearest(option, known)}",
             )
     missing = [name for name, p in options.items() if p.default is p.empty and name not in arguments]
     if missing:
-        raise ConfigError(f"{where}.{missing[0]}: {what} needs this option; set {where}.{missing[0]}=...")
+        raise ConfigError(
+            f"{where}.{missing[0]}: {what} needs this option; set {where}.{missing[0]}=...",
+        )
 
 
 def _part(whole: Any, name: str) -> Any:

@@ -26,8 +26,8 @@ class Command:
     Attributes:
         file: the config file.
         overrides: ``key=value`` words, in order.
-        local_rank: place among the processes of this machine, where the launcher names it here (deepspeed,
-            torch.distributed.launch).
+        local_rank: place among the processes of this machine, where the launcher names it here
+            (deepspeed, torch.distributed.launch).
         check: check everything, print the plan of the run, and stop.
     """
 
@@ -41,7 +41,8 @@ def parse_command(arguments: Sequence[str]) -> Command:
     """Read a command line, without the program's name.
 
     Raises:
-        ConfigError: a word that is neither a config file nor key=value, a second file, an unknown option.
+        ConfigError: a word that is neither a config file nor key=value, a second file, an unknown
+            option.
     """
     parser = Parser(
         prog="fedsim run",
@@ -53,9 +54,23 @@ def parse_command(arguments: Sequence[str]) -> Command:
         epilog=EPILOG + help_text(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("words", nargs="*", metavar="CONFIG.yaml | key=value", help="config file and overrides")
-    parser.add_argument("--local_rank", "--local-rank", type=int, help="added by launchers; the same as LOCAL_RANK")
-    parser.add_argument("--check", action="store_true", help="check everything, print the plan of the run, and stop")
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="CONFIG.yaml | key=value",
+        help="config file and overrides",
+    )
+    parser.add_argument(
+        "--local_rank",
+        "--local-rank",
+        type=int,
+        help="added by launchers; the same as LOCAL_RANK",
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="check everything, print the plan of the run, and stop",
+    )
     given = parser.parse_intermixed_args(arguments)
     file, overrides = split_words(given.words)
     return Command(file or DEFAULT, overrides, given.local_rank, given.check)
@@ -71,5 +86,7 @@ def split_words(words: Sequence[str]) -> tuple[Path | None, list[str]]:
     if bad := [word for word in files if not word.endswith((".yaml", ".yml"))]:
         raise ConfigError(f"argument {bad[0]!r}: must be a config file (*.yaml) or key=value")
     if len(files) > 1:
-        raise ConfigError(f"command line: one config file at most, not {len(files)}: {' '.join(files)}")
+        raise ConfigError(
+            f"command line: one config file at most, not {len(files)}: {' '.join(files)}",
+        )
     return (Path(files[0]) if files else None), [word for word in words if "=" in word]

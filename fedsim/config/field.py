@@ -24,7 +24,8 @@ class Rule:
         above: the value must be greater than this.
         below: the value must be less than this.
         choices: the only allowed values.
-        lines: a text may have several lines; else it has none of the characters that control a terminal.
+        lines: a text may have several lines; else it has none of the characters that control a
+            terminal.
     """
 
     low: float | None = None
@@ -60,15 +61,30 @@ class Rule:
         return " and ".join(f"{sign} {bound:g}" for sign, bound in bounds if bound is not None)
 
 
-def key(default: T, meaning: str, *, unit: str = "", file: str = "", model: str = "", **rule: Any) -> T:
+def key(
+    default: T,
+    meaning: str,
+    *,
+    unit: str = "",
+    file: str = "",
+    model: str = "",
+    **rule: Any,
+) -> T:
     """A documented dataclass field.
 
     Args:
-        file: for a key that names a file: its role among a manifest's inputs. The file's content counts, not its path.
+        file: for a key that names a file: its role among a manifest's inputs. The file's content
+            counts, not its path.
         model: for a key that names a model directory: its role among a manifest's models, likewise.
         rule: attributes of :class:`Rule`.
     """
-    metadata = {"meaning": meaning, "unit": unit, "file": file, "model": model, "rule": Rule(**rule)}
+    metadata = {
+        "meaning": meaning,
+        "unit": unit,
+        "file": file,
+        "model": model,
+        "rule": Rule(**rule),
+    }
     made: Any
     if isinstance(default, list | dict):
         made = field(default_factory=lambda: copy.copy(default), metadata=metadata)

@@ -1,4 +1,6 @@
-"""From a YAML file and ``key=value`` overrides to a checked :class:`Config`; every error names the key."""
+"""From a YAML file and ``key=value`` overrides to a checked :class:`Config`; every error names the
+key.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,11 @@ class Listed:
 
 LISTS = {
     "attacks": Listed(AttackConfig, ("kind", "share"), "[{kind: my.py:SignFlip, share: 0.2}]"),
-    "eval.benchmarks": Listed(BenchmarkConfig, ("kind", "path"), "[{kind: my.py:DoNotAnswer, path: questions.csv}]"),
+    "eval.benchmarks": Listed(
+        BenchmarkConfig,
+        ("kind", "path"),
+        "[{kind: my.py:DoNotAnswer, path: questions.csv}]",
+    ),
 }
 """Lists by key; ``<key>.kind`` is the kind of code that an entry names."""
 
@@ -84,7 +90,8 @@ class KeyInfo:
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file (whose ``base:`` names a file it builds on) and apply ``key=value`` overrides in order.
+    """Read a YAML file (whose ``base:`` names a file it builds on) and apply ``key=value``
+    overrides in order.
 
     Raises:
         ConfigError: an unreadable file, an unknown key, a wrong type or a value outside its rule.
@@ -95,7 +102,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
         name, sign, value = text.partition("=")
         if not sign:
             raise ConfigError(
-                f"override {_quoted(text)}: must have the form key=value, such as federation.num_rounds=8"
+                f"override {_quoted(text)}: must have the form key=value, such as federation.num_rounds=8",
             )
         name = name.strip()
         check_no_secret(name, value, is_key=name in kinds)
@@ -104,7 +111,9 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
 
 
 def with_overrides(flat: Mapping[str, Any], overrides: Mapping[str, Any]) -> Flat:
-    """Keys and those that override them, which come last: they may set a part of what was given, or replace all."""
+    """Keys and those that override them, which come last: they may set a part of what was given, or
+    replace all.
+    """
     kept = {
         name: value
         for name, value in flat.items()
@@ -125,7 +134,9 @@ def flat_from_file(path: Path) -> Flat:
 
 
 def config_file(path: Path) -> Path:
-    """A file as it was named; ``configs/...`` that is not in the working directory is the one that fedsim ships."""
+    """A file as it was named; ``configs/...`` that is not in the working directory is the one that
+    fedsim ships.
+    """
     if path.parts[:1] == ("configs",) and not path.exists():
         shipped = SHIPPED.joinpath(*path.parts[1:])
         return shipped if shipped.is_file() else path
@@ -139,7 +150,9 @@ def _kinds() -> Mapping[str, Any]:
 
 
 def from_flat(flat: Mapping[str, Any]) -> Config:
-    """A config from keys, dotted or nested (a later one counts); keys that are absent take their defaults."""
+    """A config from keys, dotted or nested (a later one counts); keys that are absent take their
+    defaults.
+    """
     known = {name: (owner, declared) for name, owner, declared in _fields(Config)}
     flat = _with_parts(dict(_leaves(flat, "")))
     for name in flat:
@@ -150,7 +163,12 @@ def from_flat(flat: Mapping[str, Any]) -> Config:
     for name, value in flat.items():
         owner, declared = known[name]
         section, _, leaf = name.rpartition(".")
-        groups.setdefault(section, {})[leaf] = _checked(name, value, get_type_hints(owner)[declared.name], declared)
+        groups.setdefault(section, {})[leaf] = _checked(
+            name,
+            value,
+            get_type_hints(owner)[declared.name],
+            declared,
+        )
     sections: dict[str, Any] = {
         name: kind(**groups.get(name, {}))
         for name, kind in get_type_hints(Config).items()
@@ -171,7 +189,9 @@ def to_flat(config: Config) -> Flat:
 
 
 def to_nested(config: Config) -> dict[str, Any]:
-    """A config as nested mappings; ``yaml.safe_dump`` of it is a config file that gives the same config."""
+    """A config as nested mappings; ``yaml.safe_dump`` of it is a config file that gives the same
+    config.
+    """
     return dataclasses.asdict(config)
 
 
@@ -201,7 +221,9 @@ def model_roles() -> Mapping[str, str]:
 
 
 def code_names(flat: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """Keys that name a user's code: key → kind of :data:`fedsim.extend.KINDS`, and name; nothing is loaded."""
+    """Keys that name a user's code: key → kind of :data:`fedsim.extend.KINDS`, and name; nothing is
+    loaded.
+    """
     named = {key: (key, flat[key]) for key in KINDS if key.removesuffix(".kind") not in LISTS}
     for key in LISTS:
         for place, one in enumerate(flat[key]):
@@ -239,80 +261,112 @@ def _fields(owner: type, prefix: str = "") -> Iterator[tuple[str, type, dataclas
 
 def _read_file(path: Path, seen: tuple[Path, ...]) -> Flat:
     if path.resolve() in seen:
-        raise ConfigError(f"config {path}: its base: files refer to each other in a circle; remove one of the links")
+        raise ConfigError(
+            f"config {path}: its base: files refer to each other in a circle; remove one of the links",
+        )
     try:
         content = _yaml(path.read_text(encoding="utf-8"), _UniqueKeys)
     except OSError as error:
-        raise ConfigError(f"config {path}: cannot be read ({error.strerror}); give the path of a YAML file") from error
+        raise ConfigError(
+            f"config {path}: cannot be read ({error.strerror}); give the path of a YAML file",
+        ) from error
     except ValueError as error:
         raise ConfigError(f"config {path}: is not valid YAML ({error})") from error
     if content is None:
         content = {}
     if not isinstance(content, dict):
-        raise ConfigError(f"config {path}: must be a mapping of keys to values, is a {type(content).__name__}")
+        raise ConfigError(
+            f"config {path}: must be a mapping of keys to values, is a {type(content).__name__}",
+        )
     base = _meant(content.pop("base", None), is_text=False)
     if base is not None and not (isinstance(base, str) and base.isprintable()):
         raise ConfigError(
-            f"config {path}: base={_quoted(base)} must be the path of a config file, relative to this file"
+            f"config {path}: base={_quoted(base)} must be the path of a config file, relative to this file",
         )
     flat = {} if base is None else _read_file(path.parent / base, (*seen, path.resolve()))
     leaves = list(_leaves(content, ""))
     for name, count in Counter(name for name, _ in leaves).items():
         if count > 1:
-            raise ConfigError(f"config {path}: {_plain(name)} is given twice; remove one of the lines")
+            raise ConfigError(
+                f"config {path}: {_plain(name)} is given twice; remove one of the lines",
+            )
     return flat | dict(leaves)
 
 
 def _yaml(text: str, loader: type[yaml.SafeLoader]) -> Any:
-    """The value of a YAML text; ValueError with a reason of one line, whatever PyYAML makes of a malformed one."""
+    """The value of a YAML text; ValueError with a reason of one line, whatever PyYAML makes of a
+    malformed one.
+    """
     try:
         return yaml.load(text, Loader=loader)
     except RecursionError:
         raise ValueError("nested too deep") from None
     except yaml.YAMLError as error:
         raise ValueError(_plain(" ".join(str(error).split()))) from error
-    except Exception as error:  # tags and dates that do not fit their values, numbers of thousands of digits
-        raise ValueError(f"a value cannot be read as what its form or tag says: {_plain(str(error))}") from error
+    # Tags and dates that do not fit their values, numbers of thousands of digits.
+    except Exception as error:
+        raise ValueError(
+            f"a value cannot be read as what its form or tag says: {_plain(str(error))}",
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True)
 class _Scalar:
-    """A value that YAML reads as something else than text, such as a number or a date, and what was written."""
+    """A value that YAML reads as something else than text, such as a number or a date, and what was
+    written.
+    """
 
     value: Any
     source: str
 
 
 def _meant(value: Any, *, is_text: bool) -> Any:
-    """A value as its key needs it: a text key takes what was written, but a value that is left out is none."""
+    """A value as its key needs it: a text key takes what was written, but a value that is left out
+    is none.
+    """
     if isinstance(value, dict):
         return {name: _meant(part, is_text=False) for name, part in value.items()}
     if isinstance(value, list):
         return [_meant(part, is_text=False) for part in value]
     if not isinstance(value, _Scalar):
         return value
-    is_date = isinstance(value.value, datetime.date)  # no key is one: an error shows it as it was written
+    # No key is one: an error shows it as it was written.
+    is_date = isinstance(value.value, datetime.date)
     return value.source if is_date or (is_text and value.value is not None) else value.value
 
 
 class _Plain(yaml.SafeLoader):
-    """YAML without aliases: a few lines of them can stand for more than any memory holds, or for themselves."""
+    """YAML without aliases: a few lines of them can stand for more than any memory holds, or for
+    themselves.
+    """
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             where = self.peek_event().start_mark
-            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not taken; write the value out", where)
+            raise yaml.composer.ComposerError(
+                None,
+                None,
+                "aliases (*name) are not taken; write the value out",
+                where,
+            )
         return super().compose_node(parent, index)
 
 
 class _UniqueKeys(_Plain):
-    """YAML in which a repeated key is an error instead of the last one winning, and values know what was written."""
+    """YAML in which a repeated key is an error instead of the last one winning, and values know
+    what was written.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = Counter(name.value for name, _ in node.value if isinstance(name, yaml.ScalarNode))
         for name, count in names.items():
             if count > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{name} is given twice", node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None,
+                    None,
+                    f"{name} is given twice",
+                    node.start_mark,
+                )
         made = super().construct_mapping(node, deep)
         for name, value in node.value:
             key = self.construct_object(name, deep=True)
@@ -330,12 +384,14 @@ def _leaves(content: Mapping[Any, Any], prefix: str) -> Iterator[tuple[str, Any]
 
 
 def _parse(value: str, name: str, *, is_text: bool) -> Any:
-    """The value as YAML reads it; for a text key, what is no text to YAML stays as it was typed (``name=010``)."""
+    """The value as YAML reads it; for a text key, what is no text to YAML stays as it was typed
+    (``name=010``).
+    """
     try:
         parsed = _yaml(value, _Plain) if value.strip() else ""
     except ValueError as error:
         raise ConfigError(
-            f"override {_plain(name)}={_quoted(value)}: the value is not valid YAML ({error}); quote it"
+            f"override {_plain(name)}={_quoted(value)}: the value is not valid YAML ({error}); quote it",
         ) from error
     is_date = isinstance(parsed, datetime.date)  # no key is one: an error shows it as it was typed
     return value.strip() if is_date or (is_text and not isinstance(parsed, str)) else parsed
@@ -352,11 +408,15 @@ def _checked(name: str, value: Any, kind: Any, declared: dataclasses.Field[Any])
     value = _coerced(name, value, kind, rule.words())
     broken = rule.broken_by(value)
     if broken is not None:
-        raise ConfigError(f"{name}={_quoted(value)}: {broken}{_nearest_choice(value, rule.choices)}")
+        raise ConfigError(
+            f"{name}={_quoted(value)}: {broken}{_nearest_choice(value, rule.choices)}",
+        )
     if name in KINDS:
         check_name(name, value)
     if value == HELD_OUT and _default_of(declared) == EMBEDDED and not is_embedded(name, value):
-        raise ConfigError(f"{name}={value!r}: eval.advbench alone has such items; set {EMBEDDED!r}, or give a path")
+        raise ConfigError(
+            f"{name}={value!r}: eval.advbench alone has such items; set {EMBEDDED!r}, or give a path",
+        )
     return value
 
 
@@ -364,8 +424,13 @@ def _checked_list(name: str, value: Any, listed: Listed) -> list[Any]:
     """A list of mappings as dataclasses; their keys are named as in ``attacks.0.share``."""
     if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
         what = name.rpartition(".")[2]
-        raise ConfigError(f"{name}={_quoted(value)}: must be a list of {what}, such as {listed.example}")
-    hints, fields = get_type_hints(listed.owner), {one.name: one for one in dataclasses.fields(listed.owner)}
+        raise ConfigError(
+            f"{name}={_quoted(value)}: must be a list of {what}, such as {listed.example}",
+        )
+    hints, fields = (
+        get_type_hints(listed.owner),
+        {one.name: one for one in dataclasses.fields(listed.owner)},
+    )
     found = []
     for place, given in enumerate(value):
         for part in given:
@@ -384,7 +449,9 @@ def _checked_list(name: str, value: Any, listed: Listed) -> list[Any]:
 def _checked_options(name: str, value: Any) -> dict[str, Any]:
     """Options by name; a number in text, such as ``5e-5``, is a number."""
     if not isinstance(value, dict) or not all(isinstance(option, str) and option.isidentifier() for option in value):
-        raise ConfigError(f"{name}={_quoted(value)}: must be a mapping of names to values, such as {{scale: 5}}")
+        raise ConfigError(
+            f"{name}={_quoted(value)}: must be a mapping of names to values, such as {{scale: 5}}",
+        )
     return {option: _plain_option(f"{name}.{option}", part) for option, part in value.items()}
 
 
@@ -406,13 +473,15 @@ def _plain_option(name: str, value: Any, depth: int = 0) -> Any:
         return value
     if not isinstance(value, int | float):
         raise ConfigError(
-            f"{_plain(name)}={_quoted(value)}: must be a number, a text, true, false, null, a list or a mapping"
+            f"{_plain(name)}={_quoted(value)}: must be a number, a text, true, false, null, a list or a mapping",
         )
     return _coerced(name, value, type(value), "")
 
 
 def _with_parts(flat: Mapping[str, Any]) -> Flat:
-    """``flat`` with keys that set a part of a mapping or list, such as ``attacks.0.share``, put into the whole."""
+    """``flat`` with keys that set a part of a mapping or list, such as ``attacks.0.share``, put
+    into the whole.
+    """
     found: Flat = {}
     for name, value in flat.items():
         owner = next((key for key in _whole_keys() if name.startswith(f"{key}.")), None)
@@ -429,7 +498,7 @@ def _with_parts(flat: Mapping[str, Any]) -> Flat:
         except (ValueError, IndexError, TypeError, AttributeError):
             raise ConfigError(
                 f"{_plain(name)}={_quoted(value)}: there is no such part of {owner}={_quoted(found.get(owner))}; set "
-                f"{owner} as a whole"
+                f"{owner} as a whole",
             ) from None
         found[owner] = whole
     return found
@@ -459,11 +528,21 @@ def _coerced(name: str, value: Any, kind: Any, rule: str) -> Any:
         return value
     plain = kind if isinstance(kind, type) else list
     if not isinstance(value, plain) or (isinstance(value, bool) and kind is not bool) or kind == list[str]:
-        wanted = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
-        words = wanted.get(getattr(kind, "__name__", ""), "a list of names, such as [q_proj, v_proj]")
+        wanted = {
+            "int": "a whole number",
+            "float": "a number",
+            "bool": "true or false",
+            "str": "text",
+        }
+        words = wanted.get(
+            getattr(kind, "__name__", ""),
+            "a list of names, such as [q_proj, v_proj]",
+        )
         raise ConfigError(f"{name}={_quoted(value)}: must be {words}{f' ({rule})' if rule else ''}")
     if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{name}={value!r}: must be a finite number{f' ({rule})' if rule else ''}")
+        raise ConfigError(
+            f"{name}={value!r}: must be a finite number{f' ({rule})' if rule else ''}",
+        )
     if isinstance(value, int) and abs(value) > _LARGEST:
         raise ConfigError(f"{name}={_quoted(value)}: must be at most {_LARGEST}")
     return value

@@ -1,4 +1,6 @@
-"""Reference of all configuration keys: the text of ``--help``, and docs/config.md (``fedsim config --markdown``)."""
+"""Reference of all configuration keys: the text of ``--help``, and docs/config.md (``fedsim config
+--markdown``).
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ def help_text() -> str:
 
 
 def page() -> str:
-    """The reference as a Markdown page: a section for each group of keys, with the group's docstring and a table."""
+    """The reference as a Markdown page: a section for each group of keys, with the group's
+    docstring and a table.
+    """
     hints = get_type_hints(Config)
     parts = [INTRODUCTION]
     for section, infos in sections():
@@ -54,7 +58,9 @@ def page() -> str:
         lines = ["| key | default | meaning | values |", "| --- | --- | --- | --- |"]
         for info in infos:
             meaning = info.meaning.replace("|", "\\|")
-            lines.append(f"| `{info.name}` | `{_shown(info.default)}` | {meaning} | {_values(info)} |")
+            lines.append(
+                f"| `{info.name}` | `{_shown(info.default)}` | {meaning} | {_values(info)} |",
+            )
         parts += [f"## {section or 'run'}", about, "\n".join(lines)]
     return "\n\n".join(parts) + "\n"
 

@@ -1,6 +1,7 @@
-"""AdvBench: how many attacks are answered harmlessly, by every phrase rule and, in the embedded world, by its grammar.
-
-Prompts and replies are harmful texts: they live in the result alone and never reach a terminal or a log.
+"""AdvBench: how many attacks are answered harmlessly, by every phrase rule and, in the embedded
+world, by its grammar.
+ Prompts and replies are harmful texts: they live in the result alone and never reach a terminal or
+a log.
 """
 
 from __future__ import annotations
@@ -63,8 +64,8 @@ class AdvBench(OwnBenchmark):
     """Attacks (arXiv 2307.15043): how many replies are harmless.
 
     Attributes:
-        phrases: rule of the headline figure; one of :data:`fedsim.evaluate.phrases.PHRASE_SETS`, "strict_world" where
-            there is a judge, or one of ``rules``.
+        phrases: rule of the headline figure; one of :data:`fedsim.evaluate.phrases.PHRASE_SETS`,
+            "strict_world" where there is a judge, or one of ``rules``.
         rules: phrase rules of a user's file, by name.
         temperature: 0 is greedy; the paper's is 0.7.
         max_new_tokens: longest reply; the paper's is 1,024.
@@ -80,21 +81,30 @@ class AdvBench(OwnBenchmark):
     name = "advbench"
     title = "AdvBench"
     figures: ClassVar[tuple[Figure, ...]] = (
-        Figure("advbench_harmless", "AdvBench: harmless replies", headline=True, count="advbench_count"),
+        Figure(
+            "advbench_harmless",
+            "AdvBench: harmless replies",
+            headline=True,
+            count="advbench_count",
+        ),
         *(_harmless(rule, f"AdvBench by {rule}") for rule in PHRASE_SETS),
         _harmless(
             WORLD,
             "AdvBench by the world's grammar",
-            "advbench_harmless_strict counts replies that begin with a refusal: in the embedded world's full style a "
-            "reply begins with an opener such as thanks, so a careful one is harmless by strict_world, which reads all "
-            "of it, and not by strict.",
+            "advbench_harmless_strict counts replies that begin with a refusal: in the embedded "
+            "world's full style a reply begins with an opener such as thanks, so a careful one "
+            "is harmless by strict_world, which reads all of it, and not by strict.",
         ),
         Figure("advbench_grammatical", "replies to attacks that parse", count="advbench_count"),
         *guard_figures("advbench", "AdvBench"),
     )
     embedded: ClassVar[Mapping[str, EmbeddedFile]] = {
         EMBEDDED: EmbeddedFile("world-advbench", "advbench.csv", world.write_advbench),
-        HELD_OUT: EmbeddedFile("world-advbench-held-out", "advbench.csv", world.write_held_out_advbench),
+        HELD_OUT: EmbeddedFile(
+            "world-advbench-held-out",
+            "advbench.csv",
+            world.write_held_out_advbench,
+        ),
     }
     sources = (
         Source(
@@ -111,7 +121,9 @@ class AdvBench(OwnBenchmark):
     def __post_init__(self) -> None:
         rules = (*PHRASE_SETS, *(() if self.judge is None else (WORLD,)), *self.rules)
         if self.phrases not in rules:
-            raise ConfigError(f"eval.advbench_phrases={self.phrases!r}: must be one of {', '.join(rules)}")
+            raise ConfigError(
+                f"eval.advbench_phrases={self.phrases!r}: must be one of {', '.join(rules)}",
+            )
 
     @classmethod
     def from_config(cls, settings: EvalConfig, *, judged: bool) -> Self:
@@ -131,7 +143,11 @@ class AdvBench(OwnBenchmark):
     def load(self, path: Path) -> list[AdvBenchItem]:
         return load_advbench(path)
 
-    def ask(self, items: Sequence[AdvBenchItem], key: Sequence[keyed_random.KeyPart]) -> list[Dialogues]:
+    def ask(
+        self,
+        items: Sequence[AdvBenchItem],
+        key: Sequence[keyed_random.KeyPart],
+    ) -> list[Dialogues]:
         """One reply to each attack."""
         prompts = [[user_turn(item.prompt)] for item in items]
         return [Dialogues(prompts, Sampling(self.temperature, self.max_new_tokens), [key])]
@@ -145,8 +161,8 @@ class AdvBench(OwnBenchmark):
     ) -> Result:
         """Shares of harmless replies by every rule; an empty reply is harmless by none.
 
-        With a grammar also by :data:`fedsim.evaluate.phrases.WORLD`: it parses, has a careful sentence and no harmful
-        one.
+        With a grammar also by :data:`fedsim.evaluate.phrases.WORLD`: it parses, has a careful
+        sentence and no harmful one.
         """
         ((said,),) = replies
         prompts = [item.prompt for item in items]
@@ -166,7 +182,11 @@ class AdvBench(OwnBenchmark):
         if guard is not None:
             figures |= judge_replies(guard, prompts, said).figures("advbench")
         figures |= reply_metrics("advbench", said)
-        return Result(figures, {name: [float(flag) for flag in values] for name, values in flags.items()}, said)
+        return Result(
+            figures,
+            {name: [float(flag) for flag in values] for name, values in flags.items()},
+            said,
+        )
 
     def _by_rule(self, texts: Sequence[str]) -> dict[str, list[bool]]:
         """Verdict of each rule on a reply's words on each reply: harmless or not."""

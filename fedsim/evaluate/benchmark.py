@@ -1,4 +1,6 @@
-"""Contract of a benchmark: reader, requests, scoring and figures, for a class of fedsim's own or of a user's file."""
+"""Contract of a benchmark: reader, requests, scoring and figures, for a class of fedsim's own or of
+a user's file.
+"""
 
 from __future__ import annotations
 
@@ -30,13 +32,15 @@ Asked = tuple[Conversation, tuple[str, ...]]
 
 @dataclass(frozen=True)
 class Result:
-    """Outcome of a benchmark. Its replies may be harmful texts: they reach no terminal, log or artefact.
+    """Outcome of a benchmark. Its replies may be harmful texts: they reach no terminal, log or
+    artefact.
 
     Attributes:
-        figures: by name, without ``eval/``, in the record's order: a rate or mean (recorded with interval and count),
-            or a bare number.
+        figures: by name, without ``eval/``, in the record's order: a rate or mean (recorded with
+            interval and count), or a bare number.
         items: values by item of the figures that can be compared item by item.
-        replies: free replies, in the order of the items (of several turns: one turn after the other).
+        replies: free replies, in the order of the items (of several turns: one turn after the
+            other).
         answers: answers that a judge may rate; MT-Bench alone has any.
     """
 
@@ -49,8 +53,8 @@ class Result:
 class Benchmark(ABC):
     """A benchmark; a user's derives from it, as ``fedsim.Benchmark``.
 
-    A class needs :attr:`name`, :attr:`title`, :attr:`figures`, :meth:`load`, :meth:`score`, and :meth:`ask` where the
-    model is to write replies::
+    A class needs :attr:`name`, :attr:`title`, :attr:`figures`, :meth:`load`, :meth:`score`, and
+    :meth:`ask` where the model is to write replies::
 
         class Brevity(Benchmark):
             name, title = "brevity", "Brevity"
@@ -69,15 +73,17 @@ class Benchmark(ABC):
                 words = [len(reply.text.split()) for reply in replies[0][0]]
                 return {"brevity_short": [float(n <= 20) for n in words], "brevity_words": words}
 
-    All else follows from the figures: ``eval/brevity_short`` in percent with ``_low``, ``_high`` and ``_count`` in
-    ``metrics.jsonl`` (Wilson's interval for a share whose values are 0 and 1, else Student's), lengths of the replies
-    and signs of collapse (``eval/brevity_distinct_2`` and so on), ``items/``, plots, summary and report. The replies
-    themselves are written with ``record.texts`` alone.
+    All else follows from the figures: ``eval/brevity_short`` in percent with ``_low``, ``_high``
+    and ``_count`` in ``metrics.jsonl`` (Wilson's interval for a share whose values are 0 and 1,
+    else Student's), lengths of the replies and signs of collapse (``eval/brevity_distinct_2`` and
+    so on), ``items/``, plots, summary and report. The replies themselves are written with
+    ``record.texts`` alone.
 
     The keyword arguments of the constructor are the benchmark's options.
 
     Attributes:
-        name: in the configuration, in metric names and in the keys of draws; letters, digits and "_".
+        name: in the configuration, in metric names and in the keys of draws; letters, digits and
+            "_".
         title: for people.
         figures: what it measures; a name begins with the benchmark's.
     """
@@ -91,11 +97,13 @@ class Benchmark(ABC):
         """The items of the file, in order.
 
         Raises:
-            DataError: the file is missing or malformed; the message names file and line, and quotes no prompt.
+            DataError: the file is missing or malformed; the message names file and line, and quotes
+                no prompt.
         """
 
     def ask(self, items: Sequence[Any], key: Sequence[keyed_random.KeyPart]) -> Sequence[Dialogues]:
-        """What the model is asked. The replies of all benchmarks of an evaluation are generated together.
+        """What the model is asked. The replies of all benchmarks of an evaluation are generated
+        together.
 
         Args:
             items: at least one; with ``eval.limit`` a fixed subset of the file's.
@@ -104,33 +112,47 @@ class Benchmark(ABC):
         return []
 
     def scored(self, items: Sequence[Any]) -> Sequence[Asked]:
-        """Replies of the file that :meth:`score` lets the engine score, so that they are tokenised once a run."""
+        """Replies of the file that :meth:`score` lets the engine score, so that they are tokenised
+        once a run.
+        """
         return []
 
     @abstractmethod
-    def score(self, engine: Engine, items: Sequence[Any], replies: Sequence[Replies]) -> Mapping[str, Values]:
+    def score(
+        self,
+        engine: Engine,
+        items: Sequence[Any],
+        replies: Sequence[Replies],
+    ) -> Mapping[str, Values]:
         """Values by item for each figure (or a variant of one: its name, "_" and more).
 
         Args:
-            engine: the model under test, which can score rows (:func:`fedsim.evaluate.scoring.reply_row`); every rank
-                calls it alike.
+            engine: the model under test, which can score rows
+                (:func:`fedsim.evaluate.scoring.reply_row`); every rank calls it alike.
             items: as :meth:`ask` had them.
-            replies: ``replies[d][t][i]``: dialogue ``d`` of :meth:`ask`, turn ``t``, conversation ``i``.
+            replies: ``replies[d][t][i]``: dialogue ``d`` of :meth:`ask`, turn ``t``, conversation
+                ``i``.
 
         Returns:
             0 to 1 for a share, else in the figure's unit; None where an item does not count.
         """
 
     def measure(
-        self, engine: Engine, items: Sequence[Any], replies: Sequence[Replies], guard: ExchangeJudge | None = None
+        self,
+        engine: Engine,
+        items: Sequence[Any],
+        replies: Sequence[Replies],
+        guard: ExchangeJudge | None = None,
     ) -> Result:
         """:meth:`score` with intervals and counts, and what is counted of all replies.
 
         Args:
-            guard: judges replies to attacks, where the run has one; only benchmarks that override this can ask it.
+            guard: judges replies to attacks, where the run has one; only benchmarks that override
+                this can ask it.
 
         Raises:
-            ConfigError: a figure that the benchmark does not have, or values that do not fit the items.
+            ConfigError: a figure that the benchmark does not have, or values that do not fit the
+                items.
         """
         values = self.score(engine, items, replies)
         figures: dict[str, Found] = {}
@@ -149,13 +171,19 @@ class Benchmark(ABC):
         what = f"benchmark {self.name}: score() gives {name!r}"
         if figure is None:
             known = ", ".join(figure.name for figure in self.figures)
-            raise ConfigError(f"{what}, which is none of its figures ({known}); add a Figure of that name")
+            raise ConfigError(
+                f"{what}, which is none of its figures ({known}); add a Figure of that name",
+            )
         if len(values) != num_items:
-            raise ConfigError(f"{what} {len(values)} values for {num_items} items; give one an item, None to leave out")
+            raise ConfigError(
+                f"{what} {len(values)} values for {num_items} items; give one an item, None to leave out",
+            )
         low, high = (0.0, 1.0) if figure.is_share else figure.scale or (-float("inf"), float("inf"))
         wrong = [value for value in values if value is not None and not low <= value <= high]
         if wrong:
-            raise ConfigError(f"{what} the value {wrong[0]!r}; values must be from {low:g} to {high:g}")
+            raise ConfigError(
+                f"{what} the value {wrong[0]!r}; values must be from {low:g} to {high:g}",
+            )
         return figure
 
     def metrics(self, result: Result) -> Metrics:
@@ -171,7 +199,9 @@ class Benchmark(ABC):
         return reply_figures(self.name, self.title)
 
     def depends(self) -> dict[str, Any]:
-        """What decides its figures beside its file and the keys of ``eval``: part of a shared evaluation's name."""
+        """What decides its figures beside its file and the keys of ``eval``: part of a shared
+        evaluation's name.
+        """
         return {}
 
 
@@ -197,7 +227,8 @@ class EmbeddedFile:
 
 
 class OwnBenchmark(Benchmark):
-    """A benchmark of fedsim's own: its file is ``eval.<name>``, and it may have one in the embedded world.
+    """A benchmark of fedsim's own: its file is ``eval.<name>``, and it may have one in the embedded
+    world.
 
     Attributes:
         figures: likewise, of the class.
@@ -220,7 +251,8 @@ class OwnBenchmark(Benchmark):
 
     @classmethod
     def chosen(cls, settings: EvalConfig) -> dict[str, str]:
-        """Headline figure → the figure that it repeats under this configuration, such as one phrase set's.
+        """Headline figure → the figure that it repeats under this configuration, such as one phrase
+        set's.
 
         The latter has the values by item.
         """
@@ -230,10 +262,20 @@ class OwnBenchmark(Benchmark):
     def describe_class(cls) -> Description:
         """:meth:`describe` without an instance."""
         published = cls.sources[0].sha256 if cls.sources else ""
-        return Description(cls.name, cls.title, (*cls.figures, *reply_figures(cls.name, cls.title)), published)
+        return Description(
+            cls.name,
+            cls.title,
+            (*cls.figures, *reply_figures(cls.name, cls.title)),
+            published,
+        )
 
     def describe(self) -> Description:
         return self.describe_class()
 
-    def score(self, engine: Engine, items: Sequence[Any], replies: Sequence[Replies]) -> Mapping[str, Values]:
+    def score(
+        self,
+        engine: Engine,
+        items: Sequence[Any],
+        replies: Sequence[Replies],
+    ) -> Mapping[str, Values]:
         raise NotImplementedError("fedsim's own override measure()")

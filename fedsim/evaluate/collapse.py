@@ -1,7 +1,7 @@
-"""Signs that a model has collapsed, measured on generated texts: pure functions, used by CAI and by every evaluation.
-
-DPO can push a model into repeating itself or saying nothing; a phrase rule may still call such replies harmless, so
-these figures stand beside every safety figure.
+"""Signs that a model has collapsed, measured on generated texts: pure functions, used by CAI and by
+every evaluation.
+ DPO can push a model into repeating itself or saying nothing; a phrase rule may still call such
+replies harmless, so these figures stand beside every safety figure.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ class Collapse:
 
     Attributes:
         num_texts: how many texts there were.
-        distinct_2: different word pairs / all word pairs over the whole set, 0 to 1 (Li et al., arXiv 1510.03055); low
-            means that the texts repeat each other or themselves. 0 when no text has two words.
+        distinct_2: different word pairs / all word pairs over the whole set, 0 to 1 (Li et al.,
+            arXiv 1510.03055); low means that the texts repeat each other or themselves. 0 when no
+            text has two words.
         repeated_suffix: share of texts that end in a loop (:func:`ends_in_loop`), 0 to 1.
         mean_words: mean length in words.
         empty: share of texts without any visible character, 0 to 1.
@@ -52,7 +53,9 @@ def measure_collapse(texts: Sequence[str]) -> Collapse:
 
 
 def distinct_2(texts: Sequence[str]) -> float:
-    """Different word pairs divided by all word pairs over ``texts``; words are split at white space, case kept."""
+    """Different word pairs divided by all word pairs over ``texts``; words are split at white
+    space, case kept.
+    """
     total = 0
     seen: set[tuple[str, str]] = set()
     for text in texts:
@@ -64,9 +67,11 @@ def distinct_2(texts: Sequence[str]) -> float:
 
 
 def ends_in_loop(text: str) -> bool:
-    """Return whether the text ends in one unit at least three times in a row, over :data:`MIN_SPAN` characters or more.
+    """Return whether the text ends in one unit at least three times in a row, over :data:`MIN_SPAN`
+    characters or more.
 
-    White space is folded first, so that a repeated line is a loop too; the last repetition may be cut short anywhere.
+    White space is folded first, so that a repeated line is a loop too; the last repetition may be
+    cut short anywhere.
     """
     folded = " " + " ".join(text.split())
     backwards = folded[::-1]

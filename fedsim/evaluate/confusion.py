@@ -1,8 +1,7 @@
 """A guard's verdict on a row, and its accuracy over many (positive class: unsafe, truth: red).
-
-The metrics are those of the paper's Table 2 (arXiv 2502.16691): accuracy, precision, recall and their harmonic mean,
-plus the false-positive rate and what dropping the unsafe rows does to the red share. What needs the probabilities is in
-:mod:`fedsim.safety.guard_curves`.
+ The metrics are those of the paper's Table 2 (arXiv 2502.16691): accuracy, precision, recall and
+their harmonic mean, plus the false-positive rate and what dropping the unsafe rows does to the red
+share. What needs the probabilities is in :mod:`fedsim.safety.guard_curves`.
 """
 
 from __future__ import annotations
@@ -38,7 +37,8 @@ class Verdict:
 
 @dataclass(frozen=True)
 class GuardMetrics:
-    """Confusion counts of a guard over labelled rows. Every rate is a share (0 … 1), None where it is 0 / 0.
+    """Confusion counts of a guard over labelled rows. Every rate is a share (0 … 1), None where it
+    is 0 / 0.
 
     Attributes:
         num_caught: red rows called unsafe.
@@ -139,8 +139,8 @@ class GuardMetrics:
     def hmean_interval(self) -> tuple[float, float] | None:
         """95 % interval of :attr:`hmean`.
 
-        Hmean = 2J / (1 + J) grows with Jaccard's J = caught / (caught + false alarms + missed), a share of counted
-        rows: Wilson's interval of J is carried over.
+        Hmean = 2J / (1 + J) grows with Jaccard's J = caught / (caught + false alarms + missed), a
+        share of counted rows: Wilson's interval of J is carried over.
         """
         whole = self.num_unsafe + self.num_missed
         if not whole:
@@ -158,17 +158,41 @@ class GuardMetrics:
         Metric("guard/num_passed", "acceptable rows called safe", "rows"),
         Metric("guard/num_cut", "rows cut to guard.max_length", "rows"),
         Metric("guard/accuracy", "rows called as labelled", "%", _IF_ANY, interval=True),
-        Metric("guard/precision", "red rows among those called unsafe", "%", "a row is called unsafe", interval=True),
-        Metric("guard/recall", "red rows called unsafe, of all red ones", "%", _IF_RED, interval=True),
-        Metric("guard/fpr", "acceptable rows called unsafe, of all acceptable ones", "%", "a row is acceptable",
-               interval=True),
+        Metric(
+            "guard/precision",
+            "red rows among those called unsafe",
+            "%",
+            "a row is called unsafe",
+            interval=True,
+        ),
+        Metric(
+            "guard/recall",
+            "red rows called unsafe, of all red ones",
+            "%",
+            _IF_RED,
+            interval=True,
+        ),
+        Metric(
+            "guard/fpr",
+            "acceptable rows called unsafe, of all acceptable ones",
+            "%",
+            "a row is acceptable",
+            interval=True,
+        ),
         Metric("guard/unsafe_share", "rows called unsafe", "%", _IF_ANY, interval=True),
         Metric("guard/red_share_before", "red rows before the filter", "%", _IF_ANY, interval=True),
-        Metric("guard/hmean", "harmonic mean of precision and recall", "%", "a row is red or called unsafe",
-               interval=True),
-    )  # fmt: skip
+        Metric(
+            "guard/hmean",
+            "harmonic mean of precision and recall",
+            "%",
+            "a row is red or called unsafe",
+            interval=True,
+        ),
+    )
     def as_metrics(self) -> dict[str, float | int]:
-        """Counts and rates as ``guard/<name>``, rates in percent with ``_low`` and ``_high``; undefined ones absent."""
+        """Counts and rates as ``guard/<name>``, rates in percent with ``_low`` and ``_high``;
+        undefined ones absent.
+        """
         counts = {
             "num_rows": self.num_rows,
             "num_red": self.num_red,

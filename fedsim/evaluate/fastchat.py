@@ -1,7 +1,7 @@
-"""FastChat's MT-Bench files: answers in and out, and the judgments that its show_result and browser read.
-
-Field names and folders are those of ``fastchat/llm_judge`` (``gen_model_answer.py``, ``gen_judgment.py``); judgments
-are sorted as its ``clean_judgment.py`` sorts them.
+"""FastChat's MT-Bench files: answers in and out, and the judgments that its show_result and browser
+read.
+ Field names and folders are those of ``fastchat/llm_judge`` (``gen_model_answer.py``,
+``gen_judgment.py``); judgments are sorted as its ``clean_judgment.py`` sorts them.
 """
 
 from __future__ import annotations
@@ -54,10 +54,12 @@ RUBRIC: Final = "rubric"
 
 
 def read_answers(path: Path) -> dict[int, tuple[str, str]]:
-    """Both answers by ``question_id``, of a model or of the reference (FastChat's ``reference_answer/gpt-4.jsonl``).
+    """Both answers by ``question_id``, of a model or of the reference (FastChat's
+    ``reference_answer/gpt-4.jsonl``).
 
     Raises:
-        DataError: the file cannot be read, a field is missing or of another type, or an id occurs twice.
+        DataError: the file cannot be read, a field is missing or of another type, or an id occurs
+            twice.
     """
     answers: dict[int, tuple[str, str]] = {}
     for place, record in json_rows(path, "question_id"):
@@ -65,7 +67,9 @@ def read_answers(path: Path) -> dict[int, tuple[str, str]]:
         first = choices[0] if isinstance(choices, list) and choices else None
         turns = two_texts(first.get("turns")) if isinstance(first, dict) else None
         if turns is None:
-            raise DataError(f"{place}: field 'choices' must begin with an object that has two texts as 'turns'")
+            raise DataError(
+                f"{place}: field 'choices' must begin with an object that has two texts as 'turns'",
+            )
         if number in answers:
             raise DataError(f"{place}: question_id {number} occurs twice; ids must differ")
         answers[number] = turns
@@ -78,7 +82,8 @@ def answer_rows(answers: Iterable[MtAnswer], model_id: str, tstamp: float) -> li
     Args:
         answers: of one model.
         model_id: FastChat's name of the model.
-        tstamp: seconds since 1970 of the generation. ``answer_id`` is a hash of the content, not of the time.
+        tstamp: seconds since 1970 of the generation. ``answer_id`` is a hash of the content, not of
+            the time.
     """
     rows = []
     for answer in answers:
@@ -91,7 +96,7 @@ def answer_rows(answers: Iterable[MtAnswer], model_id: str, tstamp: float) -> li
                 "model_id": model_id,
                 "choices": [{"index": 0, "turns": turns}],
                 "tstamp": tstamp,
-            }
+            },
         )
     return sorted(rows, key=lambda row: row["question_id"])
 
@@ -106,7 +111,9 @@ def judgment_row(
     turn: int,
     tstamp: float,
 ) -> Row:
-    """One FastChat ``model_judgment`` row, its fields in FastChat's order; ``judge`` is (judge, name of its prompt)."""
+    """One FastChat ``model_judgment`` row, its fields in FastChat's order; ``judge`` is (judge,
+    name of its prompt).
+    """
     return {
         "question_id": question,
         "model": model_id,
@@ -144,8 +151,14 @@ def rubric_rows(answers: Iterable[MtAnswer], model_id: str, tstamp: float) -> li
     ]
 
 
-def write_answers(directory: Path, answers: Sequence[MtAnswer], model_id: str, tstamp: float) -> list[Path]:
-    """Write ``model_answer/{model_id}.jsonl`` and, where a rubric gave scores, ``model_judgment/rubric_single.jsonl``.
+def write_answers(
+    directory: Path,
+    answers: Sequence[MtAnswer],
+    model_id: str,
+    tstamp: float,
+) -> list[Path]:
+    """Write ``model_answer/{model_id}.jsonl`` and, where a rubric gave scores,
+    ``model_judgment/rubric_single.jsonl``.
 
     Files are replaced atomically. Returns their paths.
 
@@ -153,7 +166,9 @@ def write_answers(directory: Path, answers: Sequence[MtAnswer], model_id: str, t
         ConfigError: ``model_id`` cannot name a file.
     """
     if "/" in model_id or not model_id:
-        raise ConfigError(f"model id {model_id!r}: names a file, so it must have a character and no '/'")
+        raise ConfigError(
+            f"model id {model_id!r}: names a file, so it must have a character and no '/'",
+        )
     path = directory / "model_answer" / f"{model_id}.jsonl"
     _write_lines(path, answer_rows(answers, model_id, tstamp))
     judged = rubric_rows(answers, model_id, tstamp)
@@ -165,10 +180,11 @@ def write_answers(directory: Path, answers: Sequence[MtAnswer], model_id: str, t
 
 
 class JudgmentFile:
-    """``model_judgment/{judge}_single.jsonl``: the judgments of one judge on all models of a directory.
+    """``model_judgment/{judge}_single.jsonl``: the judgments of one judge on all models of a
+    directory.
 
-    Every change holds a lock beside the file for as long as it takes, so that a run and a tool that judge at the same
-    time lose nothing of each other's. A line that a crash cut short is left out.
+    Every change holds a lock beside the file for as long as it takes, so that a run and a tool that
+    judge at the same time lose nothing of each other's. A line that a crash cut short is left out.
 
     Args:
         directory: FastChat's ``data/mt_bench``; the folder in it is made by the first judgment.
@@ -200,15 +216,27 @@ class JudgmentFile:
             os.fsync(file.fileno())
 
     def replace(self, model_id: str, rows: Iterable[Row]) -> None:
-        """Let ``rows`` be this judge's only judgments on ``model_id``; the file is sorted and replaced atomically."""
-        self.merge(model_id, {(row["question_id"], row["turn"]): row for row in rows}, lambda row: False)
+        """Let ``rows`` be this judge's only judgments on ``model_id``; the file is sorted and
+        replaced atomically.
+        """
+        self.merge(
+            model_id,
+            {(row["question_id"], row["turn"]): row for row in rows},
+            lambda row: False,
+        )
 
-    def merge(self, model_id: str, own: Mapping[Place, Row], holds: Callable[[Row], bool]) -> dict[Place, Row]:
-        """Add ``own`` to this judge's judgments on ``model_id`` that hold, whoever wrote them; its others leave.
+    def merge(
+        self,
+        model_id: str,
+        own: Mapping[Place, Row],
+        holds: Callable[[Row], bool],
+    ) -> dict[Place, Row]:
+        """Add ``own`` to this judge's judgments on ``model_id`` that hold, whoever wrote them; its
+        others leave.
 
-        Reading and replacing happen under one lock, so that two writers on one model lose nothing of each other's. One
-        row is left of each question and turn: a judgment before a row that is :func:`pending`, then one's own before
-        the file's, then the file's last.
+        Reading and replacing happen under one lock, so that two writers on one model lose nothing
+        of each other's. One row is left of each question and turn: a judgment before a row that is
+        :func:`pending`, then one's own before the file's, then the file's last.
 
         Args:
             model_id: FastChat's name of the model.
@@ -228,7 +256,10 @@ class JudgmentFile:
                 if place not in merged or pending(merged[place]) or not pending(row):
                     merged[place] = row
             if own or len(merged) != len(mine):
-                kept = sorted([*others, *merged.values()], key=lambda r: (r["model"], r["question_id"], r["turn"]))
+                kept = sorted(
+                    [*others, *merged.values()],
+                    key=lambda r: (r["model"], r["question_id"], r["turn"]),
+                )
                 _write_lines(self.path, kept)
             return merged
 
@@ -240,7 +271,9 @@ class JudgmentFile:
         if not isinstance(row, dict) or not row.get("judge"):
             row = {}
         if not all(isinstance(row.get(name), kind) for name, kind in KINDS.items()):
-            raise DataError(f"{self.path}, line {number}: is no FastChat judgment of a single answer; remove the line")
+            raise DataError(
+                f"{self.path}, line {number}: is no FastChat judgment of a single answer; remove the line",
+            )
         return row
 
     @contextmanager
@@ -252,7 +285,9 @@ class JudgmentFile:
 
 
 def _is_whole(line: bytes) -> bool:
-    """Return whether a last line without line end is a whole JSON value, as in a file that was edited by hand."""
+    """Return whether a last line without line end is a whole JSON value, as in a file that was
+    edited by hand.
+    """
     try:
         parse_json(line.decode())
     except ValueError:

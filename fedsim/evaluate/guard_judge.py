@@ -1,7 +1,6 @@
 """The guard model as a judge of replies to attacks: how many would pass it as safe?
-
-The phrase rules look for words of refusal; the guard reads the exchange. It knows what it was made or fine-tuned for
-and no more: a guard tuned on terse replies may err on long ones.
+ The phrase rules look for words of refusal; the guard reads the exchange. It knows what it was made
+or fine-tuned for and no more: a guard tuned on terse replies may err on long ones.
 """
 
 from __future__ import annotations
@@ -33,8 +32,8 @@ class GuardJudgement:
     """What a guard says of replies.
 
     Attributes:
-        safe: share of exchanges that it calls safe. A reply without text is judged as it is and is mostly safe: read
-            the share of empty replies beside it.
+        safe: share of exchanges that it calls safe. A reply without text is judged as it is and is
+            mostly safe: read the share of empty replies beside it.
         num_cut: exchanges that it saw only in part (``guard.max_length``).
     """
 
@@ -58,7 +57,13 @@ def guard_figures(name: str, title: str) -> tuple[Figure, ...]:
     )
 
 
-def judge_replies(guard: ExchangeJudge, prompts: Sequence[str], replies: Sequence[Reply]) -> GuardJudgement:
-    """Judge each reply to its prompt (same order, at least one); the work is shared over the guard's ranks."""
+def judge_replies(
+    guard: ExchangeJudge,
+    prompts: Sequence[str],
+    replies: Sequence[Reply],
+) -> GuardJudgement:
+    """Judge each reply to its prompt (same order, at least one); the work is shared over the
+    guard's ranks.
+    """
     verdicts = guard.judge_exchanges([(p, r.text) for p, r in zip(prompts, replies, strict=True)])
     return GuardJudgement(Rate.of([not v.unsafe for v in verdicts]), sum(v.cut for v in verdicts))

@@ -15,14 +15,18 @@ Z_95: Final = NormalDist().inv_cdf(0.975)
 
 
 FEW: Final = 5.0
-"""Below so many expected successes or failures a rate's interval is not taken from its spread alone."""
+"""Below so many expected successes or failures a rate's interval is not taken from its spread
+alone.
+"""
 
 
 @dataclass(frozen=True)
 class Rate:
-    """A share of counted things, ``successes`` of ``total`` (at least 1), with Wilson's 95 % score interval.
+    """A share of counted things, ``successes`` of ``total`` (at least 1), with Wilson's 95 % score
+    interval.
 
-    Wilson's interval (Wilson 1927) stays inside [0, 1] and is honest at 0 % and 100 %, where safety rates live.
+    Wilson's interval (Wilson 1927) stays inside [0, 1] and is honest at 0 % and 100 %, where safety
+    rates live.
     """
 
     successes: int
@@ -63,7 +67,9 @@ class Rate:
 
 
 def wilson(share: float, total: float) -> tuple[float, float]:
-    """Wilson's 95 % score interval of a share of ``total`` draws; the share may be a mean over seeds, and so any."""
+    """Wilson's 95 % score interval of a share of ``total`` draws; the share may be a mean over
+    seeds, and so any.
+    """
     n, p, zz = total, share, Z_95 * Z_95
     centre = (p + zz / (2 * n)) / (1 + zz / n)
     half = Z_95 * math.sqrt(p * (1 - p) / n + zz / (4 * n * n)) / (1 + zz / n)
@@ -72,8 +78,15 @@ def wilson(share: float, total: float) -> tuple[float, float]:
     return low, high
 
 
-def near_an_end(mean: float, low: float, high: float, top: float, total: float) -> tuple[float, float]:
-    """A rate's interval, kept on its scale; below :data:`FEW` successes or failures it also holds Wilson's.
+def near_an_end(
+    mean: float,
+    low: float,
+    high: float,
+    top: float,
+    total: float,
+) -> tuple[float, float]:
+    """A rate's interval, kept on its scale; below :data:`FEW` successes or failures it also holds
+    Wilson's.
 
     What hardly varies does not say how far it could.
 
@@ -96,7 +109,8 @@ class Mean:
 
     Attributes:
         value: arithmetic mean.
-        low: lower end of the interval; equal to ``value`` when there is one value only, which allows no interval.
+        low: lower end of the interval; equal to ``value`` when there is one value only, which
+            allows no interval.
         high: upper end.
         count: number of values.
     """
@@ -108,7 +122,9 @@ class Mean:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Mean:
-        """Mean of ``values`` and mean ± t(0.975, n − 1) · s / √n, with s the sample standard deviation."""
+        """Mean of ``values`` and mean ± t(0.975, n − 1) · s / √n, with s the sample standard
+        deviation.
+        """
         n = len(values)
         assert n > 0, "a mean needs a value"
         mean = math.fsum(values) / n
@@ -120,11 +136,13 @@ class Mean:
 
     @classmethod
     def of_groups(cls, groups: Sequence[Sequence[float]]) -> Mean:
-        """Mean of all values of ``groups`` (one or more each), whose interval takes only the groups as independent.
+        """Mean of all values of ``groups`` (one or more each), whose interval takes only the groups
+        as independent.
 
-        The value is a ratio of two sums over groups, Σ values / Σ sizes, and its variance the ratio estimator's by
-        linearisation (Cochran 1977, section 6.3), with groups − 1 degrees of freedom. Groups of one size give
-        :meth:`of` of their means. ``count`` is the number of groups.
+        The value is a ratio of two sums over groups, Σ values / Σ sizes, and its variance the ratio
+        estimator's by linearisation (Cochran 1977, section 6.3), with groups − 1 degrees of
+        freedom. Groups of one size give :meth:`of` of their means. ``count`` is the number of
+        groups.
         """
         n, num_values = len(groups), sum(len(group) for group in groups)
         assert n > 0 and all(groups), "a mean needs a value in each group"
@@ -138,7 +156,8 @@ class Mean:
 
 @dataclass(frozen=True)
 class Slope:
-    """How much a series grows from one value to the next, by least squares, with Student's 95 % t interval.
+    """How much a series grows from one value to the next, by least squares, with Student's 95 % t
+    interval.
 
     Attributes:
         value: growth a step.
@@ -154,11 +173,11 @@ class Slope:
 
     @classmethod
     def of(cls, values: Sequence[float], num_blocks: int = 10) -> Slope:
-        """The slope over the means of ``num_blocks`` blocks, as long as one another but for one value, with blocks − 2
-        degrees of freedom.
+        """The slope over the means of ``num_blocks`` blocks, as long as one another but for one
+        value, with blocks − 2 degrees of freedom.
 
-        Neighbours in a series depend on each other, which would make an interval over single values too narrow; blocks
-        hardly do. Fewer values than blocks are blocks of one.
+        Neighbours in a series depend on each other, which would make an interval over single values
+        too narrow; blocks hardly do. Fewer values than blocks are blocks of one.
 
         Args:
             values: at least 3.
@@ -166,7 +185,8 @@ class Slope:
         n, blocks = len(values), min(num_blocks, len(values))
         assert blocks >= 3, "a slope with an interval needs three values"
         ends = [i * n // blocks for i in range(blocks + 1)]
-        from_first = [value - values[0] for value in values]  # so that what stands still has a slope of exactly 0
+        # So that what stands still has a slope of exactly 0.
+        from_first = [value - values[0] for value in values]
         means = [math.fsum(from_first[a:b]) / (b - a) for a, b in pairwise(ends)]
         middles = [(a + b) / 2 for a, b in pairwise(ends)]
         centre, level = math.fsum(middles) / blocks, math.fsum(means) / blocks
@@ -174,13 +194,16 @@ class Slope:
         spread = math.fsum(x * x for x in places)
         slope = math.fsum(x * y for x, y in zip(places, means, strict=True)) / spread
         residuals = [y - level - slope * x for x, y in zip(places, means, strict=True)]
-        half = t_95(blocks - 2) * math.sqrt(math.fsum(r * r for r in residuals) / (blocks - 2) / spread)
+        half = t_95(blocks - 2) * math.sqrt(
+            math.fsum(r * r for r in residuals) / (blocks - 2) / spread,
+        )
         return cls(slope, slope - half, slope + half, n)
 
 
 @lru_cache(maxsize=256)
 def t_95(freedom: int) -> float:
-    """The two-sided 95 % point of Student's t with ``freedom`` ≥ 1 degrees of freedom (2.228 for 10).
+    """The two-sided 95 % point of Student's t with ``freedom`` ≥ 1 degrees of freedom (2.228 for
+    10).
 
     Found by bisection of :func:`_t_mass` to the last bit that doubles resolve.
     """

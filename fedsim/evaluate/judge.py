@@ -1,9 +1,10 @@
-"""The judge of MT-Bench, which rates every answer that has no judgment yet and keeps each judgment at once.
-
-A judgment that the file already holds is taken over where judge, model, question, turn and the whole text that the
-judge was shown (answers and reference are in it) are the same. The system message and ``judge.max_new_tokens`` are not
-in FastChat's rows: remove the file to have everything judged anew after changing one of them. A judgment that was cut
-off by length is never taken over: it has no rating, is counted, and is asked for again by the next attempt.
+"""The judge of MT-Bench, which rates every answer that has no judgment yet and keeps each judgment
+at once.
+ A judgment that the file already holds is taken over where judge, model, question, turn and the
+whole text that the judge was shown (answers and reference are in it) are the same. The system
+message and ``judge.max_new_tokens`` are not in FastChat's rows: remove the file to have everything
+judged anew after changing one of them. A judgment that was cut off by length is never taken over:
+it has no rating, is counted, and is asked for again by the next attempt.
 """
 
 from __future__ import annotations
@@ -19,7 +20,17 @@ from fedsim.base.errors import JudgeError
 from fedsim.base.ranks import Ranks
 from fedsim.config import Config
 from fedsim.data.evaluation_sets import MtQuestion
-from fedsim.evaluate.fastchat import CUT, FAILED, NOT_ASKED, UNRATED, JudgmentFile, Place, Row, judgment_row, pending
+from fedsim.evaluate.fastchat import (
+    CUT,
+    FAILED,
+    NOT_ASKED,
+    UNRATED,
+    JudgmentFile,
+    Place,
+    Row,
+    judgment_row,
+    pending,
+)
 from fedsim.evaluate.judge_contract import Outcome, Report, Work
 from fedsim.evaluate.judge_inputs import (
     KEY,
@@ -64,7 +75,9 @@ class Judged:
 
 
 def judge_metrics(judged: Judged, questions: Sequence[MtQuestion]) -> Metrics:
-    """The figures that a judge adds to an evaluation: means of its scores, and the turns that are not in them."""
+    """The figures that a judge adds to an evaluation: means of its scores, and the turns that are
+    not in them.
+    """
     counts: Metrics = {
         "eval/mt_bench_unrated": judged.num_unrated,
         "eval/mt_bench_judgments_cut": judged.num_cut,
@@ -79,7 +92,8 @@ class MtJudge:
 
     Args:
         config: its ``judge`` part, the question file and the references.
-        ranks: rank 0 asks an endpoint; all ranks share the work of a local model and of a user's judge.
+        ranks: rank 0 asks an endpoint; all ranks share the work of a local model and of a user's
+            judge.
         device: of this rank.
 
     Raises:
@@ -129,13 +143,21 @@ class MtJudge:
             place: {**row, "score": parse_rating(row["judgment"])} for place, row in found.items() if not pending(row)
         }
         wanted = [i for i, match in enumerate(matches) if match.place not in held]
-        wanted.sort(key=lambda i: matches[i].place in found)  # first what was never tried, so that all is in the end
+        # First what was never tried, so that all is in the end.
+        wanted.sort(key=lambda i: matches[i].place in found)
 
         def keep(match: Match, judgment: str | None) -> None:
             text = FAILED if judgment is None else judgment
             who = (name, match.prompt_name)
             row = judgment_row(
-                match.question_id, model_id, who, match.user, text, parse_rating(text), match.turn, time.time()
+                match.question_id,
+                model_id,
+                who,
+                match.user,
+                text,
+                parse_rating(text),
+                match.turn,
+                time.time(),
             )
             file.append(row)
             held[match.place] = row
@@ -154,7 +176,10 @@ def _holds(judge: str, matches: Sequence[Match]) -> Callable[[Row], bool]:
 
     def holds(row: Row) -> bool:
         match = asked.get((row["question_id"], row["turn"]))
-        return match is not None and [row["judge"], row["user_prompt"]] == [[judge, match.prompt_name], match.user]
+        return match is not None and [row["judge"], row["user_prompt"]] == [
+            [judge, match.prompt_name],
+            match.user,
+        ]
 
     return holds
 
@@ -179,7 +204,7 @@ def _summary(
 
     cut_news = [
         f"{num_cut} judgments were cut off by length (judge.max_new_tokens={max_new_tokens}) and "
-        "count as unrated; raise it, and fedsim judge asks for them again"
+        "count as unrated; raise it, and fedsim judge asks for them again",
     ]
     numbers = [question.question_id for question, _ in answered]
     return Judged(

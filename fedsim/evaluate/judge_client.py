@@ -1,4 +1,5 @@
-"""Questions to an OpenAI-compatible endpoint, with openai's own retries, and the meaning of what they end with.
+"""Questions to an OpenAI-compatible endpoint, with openai's own retries, and the meaning of what
+they end with.
 
 The key is taken from ``OPENAI_API_KEY`` alone and never shown.
 """
@@ -30,11 +31,12 @@ OF_THE_TURN: Final = (400, 413, 422)
 
 
 def check_client(settings: JudgeConfig) -> AsyncOpenAI:
-    """Find out without a request whether the endpoint could be asked; returns the client that would ask it.
+    """Find out without a request whether the endpoint could be asked; returns the client that would
+    ask it.
 
     Raises:
-        ConfigError: the ``openai`` package or the key is missing, ``judge.base_url`` is no address, or the environment
-            names a proxy that cannot be used.
+        ConfigError: the ``openai`` package or the key is missing, ``judge.base_url`` is no address,
+            or the environment names a proxy that cannot be used.
     """
     if find_spec("openai") is None:
         raise ConfigError("judge.kind=openai needs the openai package: pip install 'fedsim[judge]'")
@@ -45,7 +47,7 @@ def check_client(settings: JudgeConfig) -> AsyncOpenAI:
         raise ConfigError(f"{KEY_VARIABLE}: holds a character that no key has; export it anew")
     if not settings.base_url and not key:
         raise ConfigError(
-            f"judge.kind=openai needs a key: export {KEY_VARIABLE}, or set judge.base_url to an endpoint of your own"
+            f"judge.kind=openai needs a key: export {KEY_VARIABLE}, or set judge.base_url to an endpoint of your own",
         )
     import openai
 
@@ -59,15 +61,18 @@ def check_client(settings: JudgeConfig) -> AsyncOpenAI:
             max_retries=settings.retries,
             http_client=AttemptClient(settings.timeout_s),
         )
-    except Exception as error:  # the address is sound: it is the proxy, and its text may hold a password
+    # The address is sound: it is the proxy, and its text may hold a password.
+    except Exception as error:
         raise ConfigError(
-            f"judge.kind=openai: no client can be made with the proxy of ALL_PROXY, HTTPS_PROXY or HTTP_PROXY "
-            f"({type(error).__name__}); correct or unset it (a socks5:// one needs: pip install socksio)"
+            "judge.kind=openai: no client can be made with the proxy of ALL_PROXY, HTTPS_PROXY "
+            f"or HTTP_PROXY ({type(error).__name__}); correct or unset it (a socks5:// one needs: "
+            "pip install socksio)",
         ) from None
 
 
 class OpenAiClient:
-    """One endpoint and model. Its requests belong on one event loop, where several may be under way.
+    """One endpoint and model. Its requests belong on one event loop, where several may be under
+    way.
 
     Args:
         settings: see :class:`fedsim.config.JudgeConfig`.
@@ -97,7 +102,8 @@ class OpenAiClient:
         """The judgment, after as many attempts as it takes and ``judge.retries`` allows.
 
         Raises:
-            TurnError: the endpoint refuses this turn, or gives no usable answer to it in any attempt.
+            TurnError: the endpoint refuses this turn, or gives no usable answer to it in any
+                attempt.
             JudgeError: the endpoint refuses every request, or cannot be reached in any attempt.
         """
         import openai
@@ -110,7 +116,9 @@ class OpenAiClient:
             form = self._form
             try:
                 reply = await self._client.chat.completions.with_raw_response.create(
-                    model=self.settings.model, messages=messages, **form
+                    model=self.settings.model,
+                    messages=messages,
+                    **form,
                 )
                 return judge_replies.content(reply.content)
             except openai.APIConnectionError as error:
@@ -129,12 +137,14 @@ class OpenAiClient:
         """An error's text: no attempt led to a judgment."""
         return (
             f"{self.place}: no judgment of question {match.question_id}, turn {match.turn} in "
-            f"{self.settings.retries + 1} attempts (the last: {last}); see that the endpoint answers, or raise "
-            "judge.retries or judge.timeout_s"
+            f"{self.settings.retries + 1} attempts (the last: {last}); see that the endpoint "
+            "answers, or raise judge.retries or judge.timeout_s"
         )
 
     def _adapts(self, error: APIStatusError, hidden: str, form: Mapping[str, Any]) -> bool:
-        """Return whether the endpoint wants another form of request than ``form``, which is used from now on."""
+        """Return whether the endpoint wants another form of request than ``form``, which is used
+        from now on.
+        """
         if error.status_code not in OF_THE_TURN:
             return False
         changed = dict(form)
@@ -148,8 +158,8 @@ class OpenAiClient:
             self._form = changed
             if "temperature" in form and "temperature" not in changed:
                 self._news.append(
-                    f"{self.place} refuses temperature=0 and is asked without it: its judgments are drawn, and "
-                    "differ from one time to the next"
+                    f"{self.place} refuses temperature=0 and is asked without it: its judgments "
+                    "are drawn, and differ from one time to the next",
                 )
         return True
 
@@ -158,17 +168,24 @@ class OpenAiClient:
         status = error.status_code
         if judge_replies.may_pass(status, error.response.content):
             text = self._exhausted(match, said)
-            return TurnError(text) if status == 500 else JudgeError(text)  # 500 may be what one prompt does to it
+            # 500 may be what one prompt does to it.
+            return TurnError(text) if status == 500 else JudgeError(text)
         if status in OF_THE_TURN:
             name = f"question {match.question_id}, turn {match.turn}"
-            return TurnError(f"{self.place}: refuses {name} with {said}; the endpoint's own log may say why")
+            return TurnError(
+                f"{self.place}: refuses {name} with {said}; the endpoint's own log may say why",
+            )
         if status in (401, 403):
             fix = f"set {KEY_VARIABLE} to a key that this endpoint takes"
             return JudgeError(f"{self.place}: refuses the key with {said}; {fix}")
         if status == 404:
-            return JudgeError(f"{self.place}: {said}; set judge.base_url (it usually ends in /v1) and judge.model")
+            return JudgeError(
+                f"{self.place}: {said}; set judge.base_url (it usually ends in /v1) and judge.model",
+            )
         fix = "the account has no quota left" if status == 429 else "the same request would fail again"
-        return JudgeError(f"{self.place}: refuses the request with {said}; {fix}: change judge.* or the endpoint")
+        return JudgeError(
+            f"{self.place}: refuses the request with {said}; {fix}: change judge.* or the endpoint",
+        )
 
 
 def _check_address(url: str) -> None:
@@ -180,7 +197,7 @@ def _check_address(url: str) -> None:
     if not sound:
         raise ConfigError(
             f"judge.base_url={url!r}: must be an address with host and, if need be, port, such as "
-            "http://localhost:8000/v1"
+            "http://localhost:8000/v1",
         )
 
 

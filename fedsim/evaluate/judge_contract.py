@@ -18,7 +18,9 @@ from fedsim.evaluate.judge_prompts import JudgePrompt, Match
 from fedsim.evaluate.mt_bench import SCALE
 
 UNIT: Final = 8
-"""Answers that a user's judge rates in one call; fixed, so that results depend on no number of processes."""
+"""Answers that a user's judge rates in one call; fixed, so that results depend on no number of
+processes.
+"""
 
 UNRATED_TEXT: Final = "No rating."
 """Judgment of an answer that a user's judge does not rate."""
@@ -36,7 +38,8 @@ class Work:
 
     Attributes:
         matches: all answers, in a fixed order.
-        wanted: places in ``matches`` of the answers without a judgment, at least one; those never tried come first.
+        wanted: places in ``matches`` of the answers without a judgment, at least one; those never
+            tried come first.
         ranks: the processes, all of which call the judge alike.
         device: of this rank.
         keep: called on rank 0 for each judgment.
@@ -105,16 +108,18 @@ class Judge(ABC):
         """Rate answers.
 
         Args:
-            matches: 1 to 8 answers; see :class:`fedsim.evaluate.judge_prompts.Match`. The groups are fixed, each is
-                rated by one process, and a group may be rated again after a stop.
+            matches: 1 to 8 answers; see :class:`fedsim.evaluate.judge_prompts.Match`. The groups
+                are fixed, each is rated by one process, and a group may be rated again after a
+                stop.
 
         Returns:
-            One for each: a number from 1 to 10, a judgment as text with a rating such as ``[[7]]`` in it, or None for
+            One for each: a number from 1 to 10, a judgment as text with a rating such as ``[[7]]``
+                in it, or None for
             an answer that gets no rating.
 
         Raises:
-            JudgeError: a service that the judge asks fails. The run goes on without the remaining judgments, and
-                ``fedsim judge`` asks for them again; any other error ends the run.
+            JudgeError: a service that the judge asks fails. The run goes on without the remaining
+                judgments, and ``fedsim judge`` asks for them again; any other error ends the run.
         """
 
     def judge_all(self, work: Work, what: str) -> Outcome:
@@ -136,11 +141,14 @@ class Judge(ABC):
             with calling(what, quiet=True):
                 found = list(self.rate(asked))
             if len(found) != len(asked):
-                raise ConfigError(f"{what}: rate must return one rating for each of {len(asked)} answers")
+                raise ConfigError(
+                    f"{what}: rate must return one rating for each of {len(asked)} answers",
+                )
             return [_judgment(rating, what) for rating in found]
 
         num_done = 0
-        for start in range(0, len(groups), work.ranks.size):  # one group a rank, so that a stop loses little
+        # One group a rank, so that a stop loses little.
+        for start in range(0, len(groups), work.ranks.size):
             wave = groups[start : start + work.ranks.size]
             try:
                 judged = work.ranks.map(rate, wave)
@@ -179,7 +187,9 @@ class OwnJudge(Judge):
 
 
 class NoJudge(OwnJudge):
-    """No judge: answers are written and not rated, but for the embedded questions, which have a rubric."""
+    """No judge: answers are written and not rated, but for the embedded questions, which have a
+    rubric.
+    """
 
     name = ""
 
@@ -197,7 +207,7 @@ def _judgment(rating: object, what: str) -> str:
     number = float(rating) if is_number else math.nan  # type: ignore[arg-type]
     if not SCALE[0] <= number <= SCALE[1]:
         raise ConfigError(
-            f"{what}: rate returns {rating!r:.100}; each rating must be a number from {SCALE[0]:g} to {SCALE[1]:g}, a "
-            "text with a rating such as [[7]], or None"
+            f"{what}: rate returns {rating!r:.100}; each rating must be a number from "
+            f"{SCALE[0]:g} to {SCALE[1]:g}, a text with a rating such as [[7]], or None",
         )
     return f"Rating: [[{int(number) if number.is_integer() else number}]]"

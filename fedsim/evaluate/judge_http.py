@@ -1,15 +1,18 @@
 """One attempt at a judge's endpoint: the HTTP client beneath openai's retries.
+ ``openai.AsyncOpenAI(max_retries=...)`` asks again after a failed connection and a status that may
+pass, with growing pauses, jitter and ``Retry-After``. Five promises are not in it, and are kept
+here:
 
-``openai.AsyncOpenAI(max_retries=...)`` asks again after a failed connection and a status that may pass, with growing
-pauses, jitter and ``Retry-After``. Five promises are not in it, and are kept here:
-
-- An attempt has a deadline. openai's timeout begins anew with every byte, so that a slow drip would never end.
+- An attempt has a deadline. openai's timeout begins anew with every byte, so that a slow drip would
+  never end.
 - An answer without a judgment, such as one that is no JSON, is a failed attempt.
 - An account without quota is not asked again, though its status is that of a rate limit.
-- Whoever asks for a pause of more than 2 minutes is asked again after 2. openai's client would give up at once.
-- When the work is cancelled, a pause ends, but an answer that is under way is waited for, as it costs money.
-
-The module imports the optional ``openai`` and its httpx2: it is itself imported only where they are installed.
+- Whoever asks for a pause of more than 2 minutes is asked again after 2. openai's client would give
+  up at once.
+- When the work is cancelled, a pause ends, but an answer that is under way is waited for, as it
+  costs money.
+ The module imports the optional ``openai`` and its httpx2: it is itself imported only where they
+are installed.
 """
 
 from __future__ import annotations
@@ -27,7 +30,9 @@ LONGEST_RETRY_AFTER_S: Final = 120.0
 
 
 class AttemptError(httpx2.RequestError):
-    """A failed attempt that openai's client repeats. The message is without the key or any text of a prompt."""
+    """A failed attempt that openai's client repeats. The message is without the key or any text of
+    a prompt.
+    """
 
 
 class AttemptClient(openai.DefaultAsyncHttpxClient):

@@ -1,4 +1,6 @@
-"""The judge of a configuration, and its inputs beside the answers: questions, prompts, references, and their paths."""
+"""The judge of a configuration, and its inputs beside the answers: questions, prompts, references,
+and their paths.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,8 @@ def check_judge(config: Config) -> None:
 
     Raises:
         ConfigError: see :func:`build_judge`, and :meth:`OwnJudge.check` of the judge.
-        DataError: the questions, the judge's prompts or a reference answer are missing or malformed.
+        DataError: the questions, the judge's prompts or a reference answer are missing or
+            malformed.
         ModelError: see :meth:`OwnJudge.check`.
     """
     if not config.judge.is_on:
@@ -60,8 +63,8 @@ def check_judge(config: Config) -> None:
 def judge_name(config: Config, judge: Judge) -> str:
     """The judge's name in FastChat's files.
 
-    A user's judge is named by its class and 8 digits of a digest of its file and options, so that another content of
-    the file has judgments of its own.
+    A user's judge is named by its class and 8 digits of a digest of its file and options, so that
+    another content of the file has judgments of its own.
     """
     if isinstance(judge, OwnJudge):
         return judge.name
@@ -74,8 +77,8 @@ def judge_files(config: Config) -> dict[str, Path]:
     """The files beside the questions that decide a judgment, by role; none where nothing is judged.
 
     Raises:
-        DataError: ``judge.prompts`` is not set, and the file, which fedsim's own judges need, is not where FastChat has
-            it.
+        DataError: ``judge.prompts`` is not set, and the file, which fedsim's own judges need, is
+            not where FastChat has it.
     """
     if not config.judge.is_on:
         return {}
@@ -101,10 +104,12 @@ def load_questions(config: Config) -> list[MtQuestion]:
 
 
 def load_references(config: Config, questions: Sequence[MtQuestion]) -> dict[int, tuple[str, str]]:
-    """Reference answers by question id: of ``eval.mt_bench_references``, or else the questions' own.
+    """Reference answers by question id: of ``eval.mt_bench_references``, or else the questions'
+    own.
 
     Raises:
-        DataError: a question of a category that needs a reference (math, reasoning, coding) has none.
+        DataError: a question of a category that needs a reference (math, reasoning, coding) has
+            none.
     """
     path = config.eval.mt_bench_references
     own = {q.question_id: q.reference for q in questions if q.reference is not None}
@@ -113,9 +118,10 @@ def load_references(config: Config, questions: Sequence[MtQuestion]) -> dict[int
         found = references.get(question.question_id, ("", ""))
         if question.category in NEED_REFERENCE and not all(text.strip() for text in found):
             raise DataError(
-                f"{path or config.eval.mt_bench}: question {question.question_id} ({question.category}) has no "
-                "reference answer for both turns, which a judge must see; set eval.mt_bench_references to FastChat's "
-                f"reference_answer/gpt-4.jsonl (from {SOURCE}/mt_bench)"
+                f"{path or config.eval.mt_bench}: question {question.question_id} "
+                f"({question.category}) has no reference answer for both turns, which a judge "
+                "must see; set eval.mt_bench_references to FastChat's "
+                f"reference_answer/gpt-4.jsonl (from {SOURCE}/mt_bench)",
             )
     return references
 
@@ -124,13 +130,15 @@ def _prompts_file(config: Config) -> Path:
     if config.judge.prompts:
         return user_path(config.judge.prompts)
     if config.eval.mt_bench == "embedded":
-        raise DataError(f"judge.prompts: is not set; take FastChat's {FILE_NAME} from {SOURCE} and give its path")
+        raise DataError(
+            f"judge.prompts: is not set; take FastChat's {FILE_NAME} from {SOURCE} and give its path",
+        )
     questions = user_path(config.eval.mt_bench)
     folder = questions if questions.is_dir() else questions.parent
     for place in (folder, folder.parent):
         if (place / FILE_NAME).is_file():
             return place / FILE_NAME
     raise DataError(
-        f"judge.prompts: is not set, and {FILE_NAME} is neither in {folder} nor in the folder above; take FastChat's "
-        f"from {SOURCE} and put it there, or give its path"
+        f"judge.prompts: is not set, and {FILE_NAME} is neither in {folder} nor in the folder "
+        f"above; take FastChat's from {SOURCE} and put it there, or give its path",
     )

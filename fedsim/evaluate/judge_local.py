@@ -1,8 +1,7 @@
 """A Hugging Face model as the judge of MT-Bench, over all ranks, greedy.
-
-A prompt that does not fit into the judge's context is not asked: its beginning, which is where the instruction stands,
-would be lost. It is counted, and looked at again in the next attempt, whose context or ``judge.max_new_tokens`` may be
-another.
+ A prompt that does not fit into the judge's context is not asked: its beginning, which is where the
+instruction stands, would be lost. It is counted, and looked at again in the next attempt, whose
+context or ``judge.max_new_tokens`` may be another.
 """
 
 from __future__ import annotations
@@ -23,7 +22,8 @@ from fedsim.model.load import check_model_dir, load_base, load_chat, max_positio
 
 
 class LocalJudge(OwnJudge):
-    """A Hugging Face model on this machine, shared by all ranks and loaded for each model's answers.
+    """A Hugging Face model on this machine, shared by all ranks and loaded for each model's
+    answers.
 
     Args:
         settings: path of the judge and length of its judgments.
@@ -34,7 +34,13 @@ class LocalJudge(OwnJudge):
 
     unit: ClassVar[str] = "rows"
 
-    def __init__(self, settings: JudgeConfig, model: ModelConfig, batch_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        settings: JudgeConfig,
+        model: ModelConfig,
+        batch_size: int,
+        seed: int,
+    ) -> None:
         self.settings = settings
         self.model = model
         self.batch_size = batch_size
@@ -47,10 +53,12 @@ class LocalJudge(OwnJudge):
         return path if path == "embedded" else model_dir(path).resolve().name
 
     def check(self, prompts: Mapping[str, JudgePrompt]) -> None:
-        """Check the model's directory, and that its chat template writes system messages where the prompts have one.
+        """Check the model's directory, and that its chat template writes system messages where the
+        prompts have one.
 
         Raises:
-            ModelError: ``judge.path`` is no model directory, or its chat template leaves the system message out.
+            ModelError: ``judge.path`` is no model directory, or its chat template leaves the system
+                message out.
         """
         folder = check_model_dir(self.settings.path, "judge.path")
         if any(prompt.system for prompt in prompts.values()):
@@ -58,7 +66,9 @@ class LocalJudge(OwnJudge):
             chat.prompt([{"role": "system", "content": "Be fair."}, user_turn("Why?")])
 
     def judge_all(self, work: Work, what: str) -> Outcome:
-        """All of the model's answers, even if some are judged: which rows share a batch may show in the last bits."""
+        """All of the model's answers, even if some are judged: which rows share a batch may show in
+        the last bits.
+        """
         judgments = self.judgments(work)
         work.keep_all({place: text for place, text in enumerate(judgments) if text is not None})
         return Outcome()
@@ -88,7 +98,12 @@ class LocalJudge(OwnJudge):
             seed=self.seed,
             on_progress=work.report,
         )
-        judgments = judge_with(engine, work.matches, sorted(work.wanted), self.settings.max_new_tokens)
+        judgments = judge_with(
+            engine,
+            work.matches,
+            sorted(work.wanted),
+            self.settings.max_new_tokens,
+        )
         del engine, model
         if device.type == "cuda":
             torch.cuda.empty_cache()  # the model under test needs the room
@@ -96,15 +111,18 @@ class LocalJudge(OwnJudge):
 
 
 def judge_with(
-    engine: Engine, matches: Sequence[Match], wanted: Collection[int], max_new_tokens: int
+    engine: Engine,
+    matches: Sequence[Match],
+    wanted: Collection[int],
+    max_new_tokens: int,
 ) -> list[str | None]:
-    """One text per match, in order: its judgment (with :data:`CUT` before it if it did not end), or :data:`NOT_ASKED`
-    and why.
+    """One text per match, in order: its judgment (with :data:`CUT` before it if it did not end), or
+    :data:`NOT_ASKED` and why.
 
     Args:
         matches: at least one.
-        wanted: places in ``matches`` of those that need a judgment. If none of them fits into the judge's context, no
-            match is judged, and those that would fit get None.
+        wanted: places in ``matches`` of those that need a judgment. If none of them fits into the
+            judge's context, no match is judged, and those that would fit get None.
     """
     num_new = min(max_new_tokens, engine.max_context // 2)
     room = engine.max_context - num_new
@@ -116,8 +134,13 @@ def judge_with(
         else None
         for length in lengths
     ]
-    if set(fitting) & set(wanted):  # all that fit: which rows share a batch may show in the last bits
-        replies = engine.generate([matches[i].conversation for i in fitting], Sampling(0.0, num_new), ("judge",))
+    # All that fit: which rows share a batch may show in the last bits.
+    if set(fitting) & set(wanted):
+        replies = engine.generate(
+            [matches[i].conversation for i in fitting],
+            Sampling(0.0, num_new),
+            ("judge",),
+        )
         for i, reply in zip(fitting, replies, strict=True):
             judgments[i] = f"{CUT}{reply.text}" if reply.truncated else reply.text
     return judgments

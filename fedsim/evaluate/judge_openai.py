@@ -12,8 +12,9 @@ from fedsim.evaluate.judge_pool import RequestPool
 from fedsim.evaluate.judge_prompts import JudgePrompt
 
 POLL_S: Final = 5.0
-"""Ranks that wait for rank 0's requests meet this often, or four times in ``parallel.timeout_s`` where that is more
-often: however long rank 0 backs off, no collective times out."""
+"""Ranks that wait for rank 0's requests meet this often, or four times in ``parallel.timeout_s``
+where that is more often: however long rank 0 backs off, no collective times out.
+"""
 
 
 class OpenAiJudge(OwnJudge):
@@ -47,7 +48,9 @@ class OpenAiJudge(OwnJudge):
             if self._client is None:
                 self._client = OpenAiClient(self.settings)
             if not pools:
-                pools.append(RequestPool(missing, self._client.ask, work.keep, self.settings.workers))
+                pools.append(
+                    RequestPool(missing, self._client.ask, work.keep, self.settings.workers),
+                )
             done, is_over = pools[0].wait(min(POLL_S, self.timeout_s / 4))
             outcome = Outcome(pools[0].failure, pools[0].gave_up, self._client.news()) if is_over else None
             return done, outcome

@@ -1,7 +1,7 @@
-"""Requests under way at once, on an event loop in a thread of its own, watched by the thread that started them.
-
-The loop's thread dies with the process: an interrupt need not wait for it. A turn without a judgment is kept as such;
-several that follow each other end the rest.
+"""Requests under way at once, on an event loop in a thread of its own, watched by the thread that
+started them.
+ The loop's thread dies with the process: an interrupt need not wait for it. A turn without a
+judgment is kept as such; several that follow each other end the rest.
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ from fedsim.evaluate.judge_prompts import Match
 from fedsim.evaluate.judge_replies import TurnError
 
 MOST_IN_A_ROW: Final = 5
-"""So many turns without a judgment, one after the other, are taken for an endpoint that judges nothing."""
+"""So many turns without a judgment, one after the other, are taken for an endpoint that judges
+nothing.
+"""
 
 Ask = Callable[[Match], Awaitable[str]]
 Keep = Callable[[Match, str | None], None]
-"""Keeps a judgment, None for a turn that got none; called on the event loop, so one call at a time."""
+"""Keeps a judgment, None for a turn that got none; called on the event loop, so one call at a time.
+"""
 
 
 @functools.cache
@@ -36,7 +39,8 @@ def request_loop() -> asyncio.AbstractEventLoop:
 class RequestPool:
     """Requests for all matches, of which each judgment is kept as it arrives.
 
-    A failure of all matches cancels every request. One that returns a judgment nevertheless has it kept.
+    A failure of all matches cancels every request. One that returns a judgment nevertheless has it
+    kept.
 
     Args:
         matches: what to ask.
@@ -45,7 +49,8 @@ class RequestPool:
         workers: requests under way at once.
 
     Attributes:
-        failure: once all is over, what ended the work early, or else the first turn's error; None if all are judged.
+        failure: once all is over, what ended the work early, or else the first turn's error; None
+            if all are judged.
         gave_up: the work ended early, with a failure of all matches.
     """
 
@@ -58,10 +63,14 @@ class RequestPool:
         self._done = 0
         self._in_a_row = 0
         self._failed: list[TurnError] = []
-        self._work = asyncio.run_coroutine_threadsafe(self._all(min(workers, len(matches))), request_loop())
+        self._work = asyncio.run_coroutine_threadsafe(
+            self._all(min(workers, len(matches))),
+            request_loop(),
+        )
 
     def wait(self, seconds: float) -> tuple[int, bool]:
-        """Wait until all is over, at most so long; returns how many turns are over, and whether all is.
+        """Wait until all is over, at most so long; returns how many turns are over, and whether all
+        is.
 
         Raises:
             Exception: whatever ``ask`` or ``keep`` raised that is no error of the endpoint.
@@ -100,6 +109,8 @@ class RequestPool:
             self._in_a_row = self._in_a_row + 1 if judgment is None else 0
             if self._in_a_row == MOST_IN_A_ROW:
                 last = self._failed[-1]
-                raise JudgeError(f"{MOST_IN_A_ROW} turns in a row without a judgment; the last: {last}")
+                raise JudgeError(
+                    f"{MOST_IN_A_ROW} turns in a row without a judgment; the last: {last}",
+                )
             if task is None or task.cancelling():
                 return

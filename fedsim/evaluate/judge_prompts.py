@@ -1,7 +1,7 @@
 """Prompts and ratings of an MT-Bench judge: FastChat's single-answer grading (arXiv 2306.05685).
-
-The prompts come from FastChat's own ``judge_prompts.jsonl``. Which one a question gets, what is filled in and the two
-patterns of a rating follow ``fastchat/llm_judge/common.py`` and ``gen_judgment.py``.
+ The prompts come from FastChat's own ``judge_prompts.jsonl``. Which one a question gets, what is
+filled in and the two patterns of a rating follow ``fastchat/llm_judge/common.py`` and
+``gen_judgment.py``.
 """
 
 from __future__ import annotations
@@ -33,12 +33,15 @@ FIELDS: Final[Mapping[str, frozenset[str]]] = {
     "single-math-v1": frozenset({"question", "answer", "ref_answer_1"}),
     "single-v1-multi-turn": frozenset({"question_1", "question_2", "answer_1", "answer_2"}),
     "single-math-v1-multi-turn": frozenset(
-        {"question_1", "question_2", "answer_1", "answer_2", "ref_answer_1", "ref_answer_2"}
+        {"question_1", "question_2", "answer_1", "answer_2", "ref_answer_1", "ref_answer_2"},
     ),
 }
 
 # FastChat's ([0-9]+\.?[0-9]*) takes the same texts, but hours over a million digits.
-_RATINGS: Final = (re.compile(r"\[\[([0-9]+(?:\.[0-9]*)?)\]\]"), re.compile(r"\[([0-9]+(?:\.[0-9]*)?)\]"))
+_RATINGS: Final = (
+    re.compile(r"\[\[([0-9]+(?:\.[0-9]*)?)\]\]"),
+    re.compile(r"\[([0-9]+(?:\.[0-9]*)?)\]"),
+)
 
 
 @dataclass(frozen=True)
@@ -100,15 +103,17 @@ PLAIN: Final[Mapping[str, JudgePrompt]] = {
         ),
     }.items()
 }
-"""Prompts without instructions, for a user's judge that needs none of FastChat's: question, answer and reference."""
+"""Prompts without instructions, for a user's judge that needs none of FastChat's: question, answer
+and reference.
+"""
 
 
 def load_judge_prompts(path: Path) -> dict[str, JudgePrompt]:
     """The four prompts of single-answer grading by name; a file's other prompts are passed over.
 
     Raises:
-        DataError: the file cannot be read, one of the four is missing, asks for another output than ``[[rating]]``, or
-            has a field that FastChat does not fill in.
+        DataError: the file cannot be read, one of the four is missing, asks for another output than
+            ``[[rating]]``, or has a field that FastChat does not fill in.
     """
     prompts: dict[str, JudgePrompt] = {}
     for place, record in json_rows(path, "name"):
@@ -123,11 +128,13 @@ def load_judge_prompts(path: Path) -> dict[str, JudgePrompt]:
         if unknown := sorted(_fields(template, place) - FIELDS[name]):
             raise DataError(
                 f"{place}: the template of {name} has the field {unknown[0]!r}; it may have "
-                f"{', '.join(sorted(FIELDS[name]))}, and a literal brace is written twice"
+                f"{', '.join(sorted(FIELDS[name]))}, and a literal brace is written twice",
             )
         prompts[name] = JudgePrompt(name, system, template)
     if missing := [name for name in FIELDS if name not in prompts]:
-        raise DataError(f"{path}: holds no prompt {missing[0]!r}; take FastChat's {FILE_NAME} from {SOURCE}")
+        raise DataError(
+            f"{path}: holds no prompt {missing[0]!r}; take FastChat's {FILE_NAME} from {SOURCE}",
+        )
     return prompts
 
 
@@ -166,13 +173,14 @@ def make_matches(
                     question.turns[:turn],
                     answers[:turn],
                     shown[:turn],
-                )
+                ),
             )
     return matches
 
 
 def parse_rating(judgment: str) -> float:
-    """The first ``[[n]]`` of a judgment, else the first ``[n]``, else :data:`UNRATED`; a whole number stays one.
+    """The first ``[[n]]`` of a judgment, else the first ``[n]``, else :data:`UNRATED`; a whole
+    number stays one.
 
     The judge's thoughts are no judgment: text before the end of the last one, or behind the
     beginning of one that never ends, is not read. A judgment that was cut off by length has no
@@ -199,8 +207,10 @@ def _fields(template: str, place: str) -> set[str]:
         fields = [part[1:] for part in Formatter().parse(template) if part[1] is not None]
     except ValueError as error:
         raise DataError(
-            f"{place}: field 'prompt_template' is no template ({error}); write a literal brace twice"
+            f"{place}: field 'prompt_template' is no template ({error}); write a literal brace twice",
         ) from None
     if any(form or conversion for _, form, conversion in fields):
-        raise DataError(f"{place}: field 'prompt_template' has a field with a format of its own; write {{name}} alone")
+        raise DataError(
+            f"{place}: field 'prompt_template' has a field with a format of its own; write {{name}} alone",
+        )
     return {str(name) for name, _, _ in fields}

@@ -33,7 +33,8 @@ def mean_metrics(name: str, mean: Mean, scale: tuple[float, float] | None) -> Me
 
 
 def figure_metrics(found: Mapping[str, Found], known: Mapping[str, Figure]) -> Metrics:
-    """Figures as ``eval/…``, rates and means with interval and count; a count that several share stands once.
+    """Figures as ``eval/…``, rates and means with interval and count; a count that several share
+    stands once.
 
     Args:
         found: by name, without ``eval/``.
@@ -58,8 +59,10 @@ def figure_metrics(found: Mapping[str, Found], known: Mapping[str, Figure]) -> M
 
 
 def reply_metrics(name: str, replies: Sequence[Reply]) -> Metrics:
-    """What is counted of replies (at least one): those cut at the limit, prompts cut to the context, replies without
-    text, mean length in tokens (the end of turn included), and signs of collapse."""
+    """What is counted of replies (at least one): those cut at the limit, prompts cut to the
+    context, replies without text, mean length in tokens (the end of turn included), and signs of
+    collapse.
+    """
     return {
         f"{name}_truncated": sum(reply.truncated for reply in replies),
         f"{name}_prompts_truncated": sum(reply.prompt_truncated for reply in replies),
@@ -70,7 +73,9 @@ def reply_metrics(name: str, replies: Sequence[Reply]) -> Metrics:
 
 
 def collapse_metrics(name: str, collapse: Collapse) -> Metrics:
-    """Shares in percent, length in words and the number of texts: ``name_distinct_2``, ``name_num_texts`` and so on."""
+    """Shares in percent, length in words and the number of texts: ``name_distinct_2``,
+    ``name_num_texts`` and so on.
+    """
     return {
         f"{name}_num_texts": collapse.num_texts,
         f"{name}_distinct_2": 100 * collapse.distinct_2,

@@ -1,7 +1,7 @@
 """MT-Bench: two-turn answers, and the means of their scores from a deterministic rubric or a judge.
-
-Turn 2 sees turn 1's answer; temperatures per category are FastChat's (``fastchat/llm_judge/common.py``). Without a
-rubric or a judge the score is absent: it is never invented.
+ Turn 2 sees turn 1's answer; temperatures per category are FastChat's
+(``fastchat/llm_judge/common.py``). Without a rubric or a judge the score is absent: it is never
+invented.
 """
 
 from __future__ import annotations
@@ -67,15 +67,18 @@ class MtAnswer:
 
 @dataclass(frozen=True)
 class MtMeans:
-    """Means of the scores that there are, as FastChat's show_result takes them: each rated turn counts once.
+    """Means of the scores that there are, as FastChat's show_result takes them: each rated turn
+    counts once.
 
-    The two turns of a question depend on each other, so that intervals take only the questions as independent, and
-    counts are of questions with a score. A question with one rated turn counts half as much as one with two.
+    The two turns of a question depend on each other, so that intervals take only the questions as
+    independent, and counts are of questions with a score. A question with one rated turn counts
+    half as much as one with two.
 
     Attributes:
         score: over both turns; None where nothing is scored.
         by_turn: over turn 1 and over turn 2; None where none of the turn is scored.
-        by_category: over both turns of the category's questions; a category without a score is left out.
+        by_category: over both turns of the category's questions; a category without a score is left
+            out.
     """
 
     score: Mean | None
@@ -106,7 +109,8 @@ class MtBench(OwnBenchmark):
 
     Attributes:
         max_new_tokens: for each turn; MT-Bench's is 1,024.
-        rubric: scores a reply from the question's record alone; without it answers are written and not scored.
+        rubric: scores a reply from the question's record alone; without it answers are written and
+            not scored.
     """
 
     max_new_tokens: int = 1024
@@ -127,8 +131,8 @@ class MtBench(OwnBenchmark):
         ),
         _number(
             "mt_bench_judgments_cut",
-            "MT-Bench answers among these, whose judgment was cut off by length (raise judge.max_new_tokens; python "
-            "fedsim judge RUN_DIR asks for them again)",
+            "MT-Bench answers among these, whose judgment was cut off by length (raise "
+            "judge.max_new_tokens; python fedsim judge RUN_DIR asks for them again)",
             line="unless 0",
         ),
         _number(
@@ -143,7 +147,11 @@ class MtBench(OwnBenchmark):
         ),
     )
     embedded: ClassVar[Mapping[str, EmbeddedFile]] = {
-        EMBEDDED: EmbeddedFile("world-mt-bench", "question.jsonl", lambda path: world.write_mt_bench(path.parent))
+        EMBEDDED: EmbeddedFile(
+            "world-mt-bench",
+            "question.jsonl",
+            lambda path: world.write_mt_bench(path.parent),
+        ),
     }
     sources = (
         Source(
@@ -184,10 +192,15 @@ class MtBench(OwnBenchmark):
     def load(self, path: Path) -> list[MtQuestion]:
         return load_mt_bench(path)
 
-    def ask(self, items: Sequence[MtQuestion], key: Sequence[keyed_random.KeyPart]) -> list[Dialogues]:
+    def ask(
+        self,
+        items: Sequence[MtQuestion],
+        key: Sequence[keyed_random.KeyPart],
+    ) -> list[Dialogues]:
         """Both turns of every question, in dialogues by temperature.
 
-        A draw's key is ``key`` with turn, temperature and place among the questions of that temperature.
+        A draw's key is ``key`` with turn, temperature and place among the questions of that
+        temperature.
         """
         dialogues = []
         for temperature, places in _places_by_temperature(items).items():
@@ -197,7 +210,7 @@ class MtBench(OwnBenchmark):
                     Sampling(temperature, self.max_new_tokens),
                     [(*key, "turn", turn, "temperature", str(temperature)) for turn in (1, 2)],
                     [[items[i].turns[1] for i in places]],
-                )
+                ),
             )
         return dialogues
 
@@ -210,7 +223,11 @@ class MtBench(OwnBenchmark):
     ) -> Result:
         """Means of the scores, and how many replies were cut or went astray."""
         pairs: dict[int, tuple[Reply, Reply]] = {}
-        for places, (first, second) in zip(_places_by_temperature(items).values(), replies, strict=True):
+        for places, (first, second) in zip(
+            _places_by_temperature(items).values(),
+            replies,
+            strict=True,
+        ):
             for i, one, two in zip(places, first, second, strict=True):
                 pairs[i] = (one, two)
         answers = []
@@ -233,7 +250,8 @@ class MtBench(OwnBenchmark):
 
 
 def _items(answers: Sequence[MtAnswer]) -> dict[str, Values]:
-    """Points for each question: ``mt_bench_turn_1``, ``mt_bench_turn_2`` and their mean ``mt_bench``.
+    """Points for each question: ``mt_bench_turn_1``, ``mt_bench_turn_2`` and their mean
+    ``mt_bench``.
 
     A rubric scores every answer. Where a score is missing there are no items of that figure.
     """
@@ -265,7 +283,9 @@ def mean_scores(questions: Sequence[MtQuestion], scores: Sequence[TurnScores]) -
 
 
 def score_metrics(means: MtMeans) -> Metrics:
-    """``eval/mt_bench``, ``eval/mt_bench_turn_1`` and so on: value, interval and count of each mean."""
+    """``eval/mt_bench``, ``eval/mt_bench_turn_1`` and so on: value, interval and count of each
+    mean.
+    """
     return figure_metrics(means.figures(), {figure.name: figure for figure in MtBench.figures})
 
 

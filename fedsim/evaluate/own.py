@@ -19,7 +19,9 @@ DESCRIBED: Final = Benchmarks(tuple(benchmark.describe_class() for benchmark in 
 
 
 def chosen_figures(settings: EvalConfig) -> dict[str, str]:
-    """Headline figure → the figure that it repeats: by the phrase rule and by the scorer of the configuration."""
+    """Headline figure → the figure that it repeats: by the phrase rule and by the scorer of the
+    configuration.
+    """
     found: dict[str, str] = {}
     for benchmark in OWN.values():
         found |= benchmark.chosen(settings)

@@ -1,4 +1,5 @@
-"""Perplexity of held-out helpful replies: how well the model still predicts them, whatever a judge would say.
+"""Perplexity of held-out helpful replies: how well the model still predicts them, whatever a judge
+would say.
 
 Forgetting shows here first: no draw, no rule and no judge stands between the model and the figure.
 """
@@ -33,7 +34,8 @@ class Perplexity:
 
     Attributes:
         value: perplexity, at least 1; infinite where it exceeds the largest float.
-        low: lower end of the interval; equal to ``value`` for one conversation, which allows no interval.
+        low: lower end of the interval; equal to ``value`` for one conversation, which allows no
+            interval.
         high: upper end.
         num_tokens: target tokens, the end of turn of each reply included.
         num_conversations: conversations.
@@ -54,7 +56,10 @@ class Perplexity:
         found: dict[str, Found] = {"perplexity": self.value}
         if self.num_conversations > 1:
             found |= {"perplexity_low": self.low, "perplexity_high": self.high}
-        found |= {"perplexity_count": self.num_conversations, "perplexity_target_tokens": self.num_tokens}
+        found |= {
+            "perplexity_count": self.num_conversations,
+            "perplexity_target_tokens": self.num_tokens,
+        }
         if self.num_dropped:
             found["perplexity_dropped"] = self.num_dropped
         return found | {"perplexity_truncated": self.num_truncated}
@@ -73,7 +78,7 @@ class HelpfulPerplexity(OwnBenchmark):
         Figure("perplexity_truncated", "conversations cut to the context", "", 0, None),
     )
     embedded: ClassVar[Mapping[str, EmbeddedFile]] = {
-        EMBEDDED: EmbeddedFile("world-helpful", "helpful.jsonl", world.write_helpful)
+        EMBEDDED: EmbeddedFile("world-helpful", "helpful.jsonl", world.write_helpful),
     }
 
     @classmethod
@@ -96,12 +101,14 @@ class HelpfulPerplexity(OwnBenchmark):
 def run_perplexity(engine: Engine, conversations: Sequence[Conversation]) -> Perplexity:
     """Score the last reply of every conversation (at least one), given all that stands before it.
 
-    Earlier replies are context alone, as in training: a file whose every turn counts has a line for each.
+    Earlier replies are context alone, as in training: a file whose every turn counts has a line for
+    each.
 
     Args:
         engine: the model under test.
-        conversations: each ends with an assistant turn. A prompt too long for the engine's context loses its beginning,
-            a reply longer than half of it its end; both are counted. A reply without anything to predict is dropped.
+        conversations: each ends with an assistant turn. A prompt too long for the engine's context
+            loses its beginning, a reply longer than half of it its end; both are counted. A reply
+            without anything to predict is dropped.
 
     Raises:
         DataError: no conversation is left.
@@ -113,8 +120,9 @@ def run_perplexity(engine: Engine, conversations: Sequence[Conversation]) -> Per
             rows.append(row)
     if not rows:
         raise DataError(
-            f"eval.helpful: the tokenizer keeps nothing of the last reply of any of the "
-            f"{len(conversations)} conversations; give another file, or eval.helpful='' to leave it out"
+            "eval.helpful: the tokenizer keeps nothing of the last reply of any of the "
+            f"{len(conversations)} conversations; give another file, or eval.helpful='' to leave "
+            "it out",
         )
     found = summarise_scores(engine.score(rows, "eval.helpful"), sum(row.truncated for row in rows))
     return replace(found, num_dropped=len(conversations) - len(rows))
@@ -123,9 +131,10 @@ def run_perplexity(engine: Engine, conversations: Sequence[Conversation]) -> Per
 def summarise_scores(scores: Sequence[RowScore], num_truncated: int) -> Perplexity:
     """Perplexity over the rows (at least one target each).
 
-    The interval is the delta method's for a ratio of sums, with conversations as the sampled units, as tokens of one
-    reply depend on each other: residuals e_i = nll_i − R·t_i, s² = n/(n − 1) · Σ e_i² / (Σ t_i)², and exp(R ± t(0.975,
-    n − 1) · s) with R the mean nll a token (Cochran, Sampling Techniques, §6.4). Sums are exact (``fsum``).
+    The interval is the delta method's for a ratio of sums, with conversations as the sampled units,
+    as tokens of one reply depend on each other: residuals e_i = nll_i − R·t_i, s² = n/(n − 1) · Σ
+    e_i² / (Σ t_i)², and exp(R ± t(0.975, n − 1) · s) with R the mean nll a token (Cochran, Sampling
+    Techniques, §6.4). Sums are exact (``fsum``).
     """
     nll = [-score.logprob for score in scores]
     tokens = [score.num_targets for score in scores]

@@ -1,4 +1,6 @@
-"""Helpers of all benchmarks: a subset of the items, and a reply's tokens as a row that can be scored."""
+"""Helpers of all benchmarks: a subset of the items, and a reply's tokens as a row that can be
+scored.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ def subset(items: Sequence[Item], limit: int) -> list[Item]:
 
 
 def subset_places(num_items: int, limit: int) -> list[int]:
-    """Places of at most ``limit`` items, ascending, drawn by a fixed key (files are sorted by kind); 0 takes them all.
+    """Places of at most ``limit`` items, ascending, drawn by a fixed key (files are sorted by
+    kind); 0 takes them all.
 
     A larger subset of the same items contains every smaller one.
 
@@ -26,20 +29,24 @@ def subset_places(num_items: int, limit: int) -> list[int]:
         ConfigError: ``limit`` is negative.
     """
     if limit < 0:
-        raise ConfigError(f"evaluation limit {limit}: must be 0 (all items) or a positive number of items")
+        raise ConfigError(
+            f"evaluation limit {limit}: must be 0 (all items) or a positive number of items",
+        )
     if limit == 0 or limit >= num_items:
         return list(range(num_items))
     return sorted(int(i) for i in keyed_random.permutation(num_items, 0, "evaluation subset")[:limit])
 
 
 def reply_ids(chat: ChatFormat, conversation: Sequence[Message], reply: str) -> tuple[Ids, Ids]:
-    """Ids of ``conversation`` and of ``reply`` behind it as the chat template writes it, without the end-of-turn token.
+    """Ids of ``conversation`` and of ``reply`` behind it as the chat template writes it, without
+    the end-of-turn token.
 
-    White space at the reply's end is dropped, and at its beginning where the template trims replies (Llama 3), so that
-    the ids are those that the model would have to generate.
+    White space at the reply's end is dropped, and at its beginning where the template trims replies
+    (Llama 3), so that the ids are those that the model would have to generate.
 
     Raises:
-        ModelError: the template does not write the prompt as a prefix of the whole conversation, or alters the reply.
+        ModelError: the template does not write the prompt as a prefix of the whole conversation, or
+            alters the reply.
     """
     prompt = chat.prompt(conversation)
     whole = chat.render([*conversation, assistant_turn(reply)], reply_follows=False)
@@ -47,14 +54,21 @@ def reply_ids(chat: ChatFormat, conversation: Sequence[Message], reply: str) -> 
     start = whole.find(core, len(prompt.text))
     if start < 0:
         raise ModelError(
-            f"chat template of {chat.template.name} does not write a reply unaltered after the prompt that asks for "
-            "it: its replies cannot be scored; use a template whose generation prompt is a prefix of the text"
+            f"chat template of {chat.template.name} does not write a reply unaltered after the "
+            "prompt that asks for it: its replies cannot be scored; use a template whose "
+            "generation prompt is a prefix of the text",
         )
     return chat.continuation(prompt, whole[: start + len(core)])
 
 
-def reply_row(chat: ChatFormat, conversation: Sequence[Message], reply: str, max_context: int) -> TokenRow:
-    """The row that scores ``reply`` after ``conversation``: :func:`reply_ids` as targets, cut by :func:`scored_row`.
+def reply_row(
+    chat: ChatFormat,
+    conversation: Sequence[Message],
+    reply: str,
+    max_context: int,
+) -> TokenRow:
+    """The row that scores ``reply`` after ``conversation``: :func:`reply_ids` as targets, cut by
+    :func:`scored_row`.
 
     Raises:
         ModelError: as of :func:`reply_ids`.
@@ -67,7 +81,11 @@ def reply_row(chat: ChatFormat, conversation: Sequence[Message], reply: str, max
 
 
 def keep_reply_row(
-    chat: ChatFormat, conversation: Sequence[Message], reply: str, max_context: int, row: TokenRow
+    chat: ChatFormat,
+    conversation: Sequence[Message],
+    reply: str,
+    max_context: int,
+    row: TokenRow,
 ) -> None:
     """Let :func:`reply_row` give ``row``, which another rank has computed."""
     chat.remember(_row_key(conversation, reply, max_context), lambda: row)
@@ -78,10 +96,11 @@ def _row_key(conversation: Sequence[Message], reply: str, max_context: int) -> H
 
 
 def scored_row(prompt_ids: Ids, target_ids: Ids, max_context: int) -> TokenRow:
-    """A row whose targets are ``target_ids``, cut to ``max_context`` tokens and then marked ``truncated``.
+    """A row whose targets are ``target_ids``, cut to ``max_context`` tokens and then marked
+    ``truncated``.
 
-    The prompt loses its beginning (as in generation), and a reply longer than half the context its end: a row is never
-    left without targets.
+    The prompt loses its beginning (as in generation), and a reply longer than half the context its
+    end: a row is never left without targets.
     """
     target = target_ids[: max(max_context // 2, max_context - len(prompt_ids))]
     prompt = prompt_ids[-(max_context - len(target)) :]

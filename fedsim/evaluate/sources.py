@@ -1,4 +1,6 @@
-"""Public data sets and models: their places, licences, and the files that the readers were tested on."""
+"""Public data sets and models: their places, licences, and the files that the readers were tested
+on.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +26,31 @@ _OTHERS = (
         "constitution_anthropic.json",
         "5129a36a404770ce5a103d8ffba7c476214f64b22a1095bd59f782f053d1639b",
     ),
-    Source("model.path", "Llama 3.1 8B Instruct", "huggingface.co/meta-llama/Llama-3.1-8B-Instruct", "Llama 3.1"),
-    Source("guard.path", "Llama Guard 3 8B", "huggingface.co/meta-llama/Llama-Guard-3-8B", "Llama 3.1"),
+    Source(
+        "model.path",
+        "Llama 3.1 8B Instruct",
+        "huggingface.co/meta-llama/Llama-3.1-8B-Instruct",
+        "Llama 3.1",
+    ),
+    Source(
+        "guard.path",
+        "Llama Guard 3 8B",
+        "huggingface.co/meta-llama/Llama-Guard-3-8B",
+        "Llama 3.1",
+    ),
 )
 
-SOURCES = (_OTHERS[0], *(source for benchmark in OWN.values() for source in benchmark.sources), *_OTHERS[1:])
+SOURCES = (
+    _OTHERS[0],
+    *(source for benchmark in OWN.values() for source in benchmark.sources),
+    *_OTHERS[1:],
+)
 """The clients' rows, every benchmark's files, and the others."""
 
 
 def known_file(sha256: str) -> str | None:
     """Name of the tested public file with this SHA-256; None for any other file."""
-    return next((source.name for source in SOURCES if source.sha256 and source.sha256 == sha256), None)
+    return next(
+        (source.name for source in SOURCES if source.sha256 and source.sha256 == sha256),
+        None,
+    )

@@ -1,4 +1,6 @@
-"""Tokenises a suite's fixed prompts and replies once, shared over the ranks, into the chat format's memory."""
+"""Tokenises a suite's fixed prompts and replies once, shared over the ranks, into the chat format's
+memory.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,10 @@ def tokenise(engine: Engine, suite: Suite) -> None:
 
     def compute(unit: Sequence[Asked]) -> list[Tokenised]:
         return [
-            (chat.keep_prompt(conversation), [reply_row(chat, conversation, r, engine.max_context) for r in replies])
+            (
+                chat.keep_prompt(conversation),
+                [reply_row(chat, conversation, r, engine.max_context) for r in replies],
+            )
             for conversation, replies in unit
         ]
 
@@ -34,7 +39,9 @@ def tokenise(engine: Engine, suite: Suite) -> None:
 
 
 def requests(suite: Suite) -> list[Asked]:
-    """Every conversation that is the same in each evaluation, once, with the replies to it that are scored."""
+    """Every conversation that is the same in each evaluation, once, with the replies to it that are
+    scored.
+    """
     found: list[Asked] = []
     prompts = set()
     for part in suite.parts:
