@@ -1,7 +1,7 @@
-"""Signs that a model has collapsed, measured on generated texts: pure functions, used by CAI and by
-every evaluation.
- DPO can push a model into repeating itself or saying nothing; a phrase rule may still call such
-replies harmless, so these figures stand beside every safety figure.
+"""Signs of a collapsed model in generated texts: pure functions, used by CAI and evaluations.
+
+DPO can push a model into repeating itself or saying nothing; a phrase rule may still call such
+replies harmless, so these figures are reported beside every safety figure.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Collapse:
     """Collapse figures of a set of texts.
 
     Attributes:
-        num_texts: how many texts there were.
+        num_texts: number of texts.
         distinct_2: different word pairs / all word pairs over the whole set, 0 to 1 (Li et al.,
             arXiv 1510.03055); low means that the texts repeat each other or themselves. 0 when no
             text has two words.
@@ -39,7 +39,7 @@ class Collapse:
 
 
 def measure_collapse(texts: Sequence[str]) -> Collapse:
-    """The collapse figures of ``texts``; all of them are 0 for an empty list."""
+    """Compute the collapse figures of ``texts``; all of them are 0 for an empty list."""
     if not texts:
         return Collapse(0, 0.0, 0.0, 0.0, 0.0)
     num = len(texts)
@@ -53,8 +53,9 @@ def measure_collapse(texts: Sequence[str]) -> Collapse:
 
 
 def distinct_2(texts: Sequence[str]) -> float:
-    """Different word pairs divided by all word pairs over ``texts``; words are split at white
-    space, case kept.
+    """Divide the number of different word pairs by that of all word pairs over ``texts``.
+
+    Words are split at white space, case kept. The result is from 0 to 1; 0 without any pair.
     """
     total = 0
     seen: set[tuple[str, str]] = set()
@@ -63,17 +64,20 @@ def distinct_2(texts: Sequence[str]) -> float:
         pairs = list(pairwise(words))
         total += len(pairs)
         seen.update(pairs)
-    return len(seen) / total if total else 0.0
+    if total == 0:
+        return 0.0
+    return len(seen) / total
 
 
 def ends_in_loop(text: str) -> bool:
-    """Return whether the text ends in one unit at least three times in a row, over :data:`MIN_SPAN`
-    characters or more.
+    """Return whether the text ends in a loop: one unit at least three times in a row.
 
-    White space is folded first, so that a repeated line is a loop too; the last repetition may be
-    cut short anywhere.
+    The loop has :data:`MIN_SPAN` characters or more and its unit at most :data:`MAX_UNIT`. White
+    space is folded first, so that a repeated line is a loop too; the last repetition may be cut
+    short anywhere.
     """
     folded = " " + " ".join(text.split())
+    # Read backwards, the loop is a prefix whose period is the length of the unit.
     backwards = folded[::-1]
     longest = min(MAX_UNIT, len(folded) // 3)
     return any(_span(backwards, unit) >= max(3 * unit, MIN_SPAN) for unit in range(1, longest + 1))

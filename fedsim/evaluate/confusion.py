@@ -1,7 +1,8 @@
 """A guard's verdict on a row, and its accuracy over many (positive class: unsafe, truth: red).
- The metrics are those of the paper's Table 2 (arXiv 2502.16691): accuracy, precision, recall and
+
+The metrics are those of the paper's Table 2 (arXiv 2502.16691): accuracy, precision, recall and
 their harmonic mean, plus the false-positive rate and what dropping the unsafe rows does to the red
-share. What needs the probabilities is in :mod:`fedsim.safety.guard_curves`.
+share. Metrics of the probabilities are in :mod:`fedsim.safety.guard_curves`.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ _IF_ANY, _IF_RED = "the clients hold rows", "a row is red"
 
 @dataclass(frozen=True)
 class Verdict:
-    """A guard's judgement of one row.
+    """A guard's classification of one row.
 
     Attributes:
-        unsafe: whether the row is to be filtered.
+        unsafe: the row is to be filtered.
         unsafe_prob: the guard's probability of "unsafe", 0 … 1.
         cut: the conversation was too long for the guard and lost its end.
     """
@@ -31,14 +32,15 @@ class Verdict:
 
     @classmethod
     def at(cls, threshold: float, unsafe_prob: float, cut: bool = False) -> Verdict:
-        """The verdict of a probability: unsafe from ``threshold`` on."""
+        """Make the verdict of a probability: unsafe from ``threshold`` on."""
         return cls(unsafe_prob >= threshold, unsafe_prob, cut)
 
 
 @dataclass(frozen=True)
 class GuardMetrics:
-    """Confusion counts of a guard over labelled rows. Every rate is a share (0 … 1), None where it
-    is 0 / 0.
+    """Confusion counts of a guard over labelled rows.
+
+    Every rate is a share (0 … 1), None where it is 0 / 0.
 
     Attributes:
         num_caught: red rows called unsafe.
@@ -68,7 +70,7 @@ class GuardMetrics:
 
     @property
     def num_rows(self) -> int:
-        """All rows judged."""
+        """All classified rows."""
         return self.num_caught + self.num_false_alarms + self.num_missed + self.num_passed
 
     @property
@@ -83,7 +85,7 @@ class GuardMetrics:
 
     @property
     def accuracy(self) -> float | None:
-        """Share of rows judged as labelled."""
+        """Share of rows classified as labelled."""
         return _share(self.num_caught + self.num_passed, self.num_rows)
 
     @property
@@ -190,8 +192,9 @@ class GuardMetrics:
         ),
     )
     def as_metrics(self) -> dict[str, float | int]:
-        """Counts and rates as ``guard/<name>``, rates in percent with ``_low`` and ``_high``;
-        undefined ones absent.
+        """Return counts and rates as ``guard/<name>``; undefined rates are absent.
+
+        Rates are in percent, with the ends of their 95 % intervals as ``_low`` and ``_high``.
         """
         counts = {
             "num_rows": self.num_rows,
@@ -203,9 +206,12 @@ class GuardMetrics:
             "num_passed": self.num_passed,
             "num_cut": self.num_cut,
         }
+        # Shares from 0 to 1 with their intervals.
         shares = {name: (rate.value, rate.interval) for name, rate in self.rates.items()}
         if self.hmean is not None and self.hmean_interval is not None:
             shares["hmean"] = self.hmean, self.hmean_interval
+
+        # Metrics in the record's order: counts, then shares in percent.
         metrics: dict[str, float | int] = {f"guard/{name}": count for name, count in counts.items()}
         for name, (share, (low, high)) in shares.items():
             metrics |= {
@@ -217,4 +223,7 @@ class GuardMetrics:
 
 
 def _share(part: int, whole: int) -> float | None:
-    return part / whole if whole else None
+    """Divide; None for 0 / 0."""
+    if whole == 0:
+        return None
+    return part / whole
