@@ -9,7 +9,7 @@ from fedsim.config.field import key
 
 @dataclass(frozen=True)
 class FailuresConfig:
-    """What a client's failure does to a round, and simulated drop-outs and stragglers."""
+    """Effect of a client's failure on a round, and simulated drop-outs and stragglers."""
 
     on_client_error: str = key(
         "stop",
@@ -19,8 +19,8 @@ class FailuresConfig:
     )
     min_clients: int = key(
         1,
-        "skip: a round in which clients failed and fewer than so many delivered an update ends "
-        "the run; 0 = it may end without any",
+        "skip: if clients fail and fewer than this number deliver an update, the round ends the "
+        "run; 0 = a round may end without any update",
         unit="clients",
         low=0,
     )
@@ -37,7 +37,7 @@ class FailuresConfig:
     )
     straggler_rate: float = key(
         0.0,
-        "simulated: probability that a client manages only 1 to local.steps - 1 steps, drawn uniformly, in a round",
+        "simulated: probability that a client takes only 1 to local.steps - 1 steps (uniform)",
         low=0,
         high=1,
     )
@@ -48,9 +48,12 @@ class FailuresConfig:
     )
 
     def words(self) -> str:
-        """What is asked for, such as ``skip a client that fails, stop below 1; 20 % drop out``."""
-        skip = f"skip a client that fails, stop below {self.min_clients}"
-        parts = [skip if self.on_client_error == "skip" else "a client that fails ends the run"]
+        """Describe the settings: ``skip a client that fails, stop below 1; 20 % drop out``."""
+        parts = ["a client that fails ends the run"]
+        if self.on_client_error == "skip":
+            parts = [f"skip a client that fails, stop below {self.min_clients}"]
+
+        # Settings that are off are left out.
         if self.max_update_norm > 0:
             parts.append(f"updates of a norm of at most {self.max_update_norm:g}")
         if self.dropout_rate > 0:

@@ -1,4 +1,4 @@
-"""Configuration of evaluation, judge, processes and what is written."""
+"""Configuration of evaluation, judge, processes and records."""
 
 from __future__ import annotations
 
@@ -12,18 +12,16 @@ from fedsim.config.field import key
 from fedsim.extend import title
 
 EMBEDDED, HELD_OUT = "embedded", "embedded-held-out"
-"""Values of a file's key that stand for the embedded world's own items."""
+"""Values of a file's key that select the embedded world's own items."""
 
 
 def is_embedded(key_name: str, value: str) -> bool:
-    """Return whether a key that takes a file, such as ``eval.advbench``, names the embedded world
-    instead.
-    """
+    """Return whether a file's key, such as ``eval.advbench``, selects the embedded world."""
     return value == EMBEDDED or (key_name == "eval.advbench" and value == HELD_OUT)
 
 
 def is_unrated(mt_bench: str, *, judged: bool) -> bool:
-    """Tell MT-Bench answers that get no score: the embedded questions alone have a rubric.
+    """Return whether MT-Bench answers get no score: only the embedded questions have a rubric.
 
     Args:
         mt_bench: ``eval.mt_bench``.
@@ -34,7 +32,7 @@ def is_unrated(mt_bench: str, *, judged: bool) -> bool:
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
-    """One benchmark of a user's own."""
+    """One benchmark from a user's file."""
 
     kind: str = key(
         "",
@@ -50,7 +48,7 @@ class EvalConfig:
 
     every: int = key(
         0,
-        "evaluate every so many rounds; 0 = after the last round only",
+        "evaluate after every this many rounds; 0 = only after the last round",
         unit="rounds",
         low=0,
     )
@@ -63,7 +61,7 @@ class EvalConfig:
     )
     advbench_phrases: str = key(
         "openfedllm",
-        "rule of the headline figure; all are recorded; strict_world belongs to the embedded world",
+        "rule of the headline figure; all are recorded; strict_world: only in the embedded world",
     )
     advbench_options: dict[str, Any] = key({}, "keyword arguments of a phrase rule's own file")
     hhh: str = key(
@@ -90,7 +88,8 @@ class EvalConfig:
     )
     xstest: str = key(
         "embedded",
-        "XSTest CSV file (prompts that only sound harmful, and harmful ones), 'embedded', or '' to leave it out",
+        "XSTest CSV file (prompts that only sound harmful, and harmful ones as a contrast), "
+        "'embedded', or '' to leave it out",
         file="xstest",
     )
     helpful: str = key(
@@ -101,7 +100,7 @@ class EvalConfig:
     )
     benchmarks: list[BenchmarkConfig] = key(
         [],
-        "benchmarks of your own, such as [{kind: my.py:DoNotAnswer, path: questions.csv, options: {language: en}}]",
+        "benchmarks of your own, such as [{kind: my.py:Name, path: my.csv, options: {n: 5}}]",
     )
     guard_judge: str = key(
         "none",
@@ -119,20 +118,23 @@ class EvalConfig:
     batch_size: int = key(64, "rows generated or scored at once", unit="rows", low=1)
     limit: int = key(
         0,
-        "use only a fixed random subset of so many items of each benchmark; 0 = all",
+        "use only a fixed random subset of this many items of each benchmark; 0 = all",
         unit="items",
         low=0,
     )
 
     @property
     def advbench_rule(self) -> str:
-        """Name of the headline's rule in figures: fedsim's own, or that of a user's function."""
+        """Name of the headline's rule in figures: a built-in rule's, or a user's function's."""
         return title("eval.advbench_phrases", self.advbench_phrases)
 
 
 @dataclass(frozen=True)
 class JudgeConfig:
-    """The judge that rates MT-Bench answers from 1 to 10 (arXiv 2306.05685, single-answer grading)."""
+    """The judge that rates MT-Bench answers from 1 to 10.
+
+    The method is single-answer grading of arXiv 2306.05685.
+    """
 
     kind: str = key(
         "none",
@@ -158,10 +160,10 @@ class JudgeConfig:
         unit="tokens",
         low=1,
     )
-    workers: int = key(4, "openai: requests under way at once", low=1)
+    workers: int = key(4, "openai: concurrent requests", low=1)
     retries: int = key(
         5,
-        "openai: further attempts after a failed request, with growing pauses",
+        "openai: further attempts after a failed request, with exponential back-off",
         low=0,
     )
     timeout_s: float = key(
@@ -179,28 +181,29 @@ class JudgeConfig:
 
     def __post_init__(self) -> None:
         if self.kind == "openai" and not self.model:
-            raise ConfigError(
-                "judge.kind=openai needs a model: set judge.model to a name that the endpoint knows",
-            )
+            fix = "set judge.model to a name that the endpoint knows"
+            raise ConfigError(f"judge.kind=openai needs a model: {fix}")
         if self.kind == "local" and not self.path:
             raise ConfigError("judge.kind=local needs a model: set judge.path to its directory")
-        if "@" in self.base_url:  # not repeated: a password may stand before it
+
+        # These errors do not quote the address: it may hold a password or a key.
+        if "@" in self.base_url:
             raise ConfigError(
                 "judge.base_url: must not hold '@', as a user's name and password would be "
                 "written to config.yaml; take them out, and export OPENAI_API_KEY for an "
                 "endpoint that wants a key",
             )
-        if "?" in self.base_url or "#" in self.base_url:  # not repeated: a key may stand behind it
+        if "?" in self.base_url or "#" in self.base_url:
             raise ConfigError(
-                "judge.base_url: must end with its path, such as /v1: what stands behind '?' or "
-                "'#' would be written to config.yaml, and never reach the endpoint; export "
+                "judge.base_url: must end with its path, such as /v1: any text behind '?' or '#' "
+                "would be written to config.yaml, and never reach the endpoint; export "
                 "OPENAI_API_KEY for one that wants a key",
             )
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How the work is spread over processes."""
+    """Distribution of the work over processes."""
 
     device: str = key(
         "auto",
@@ -233,17 +236,17 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class RecordConfig:
-    """What is written, and where."""
+    """Files that a run writes, and their places."""
 
-    dir: str = key("runs", "run directories are made in here")
+    dir: str = key("runs", "folder of the run directories")
     artefacts: str = key(
         "runs/artefacts",
         "guard, verdicts, CAI conversations and corpora shared between runs",
     )
     resume: str = key(
         "auto",
-        "auto = go on from the run directory's last checkpoint if there is one; never = start "
-        "anew, which an existing run directory forbids",
+        "auto = resume from the run directory's last checkpoint if there is one; never = start "
+        "from the beginning, an error if the run directory exists",
         choices=("auto", "never"),
     )
     keep_checkpoints: int = key(2, "checkpoints kept", low=1)
@@ -260,11 +263,11 @@ class RecordConfig:
 
 @dataclass(frozen=True)
 class WandbConfig:
-    """Weights & Biases: per-round metrics, streamed from rank 0. No text of a prompt or reply is
-    ever sent.
+    """Weights & Biases: metrics of each round, streamed from rank 0.
 
-    These keys decide, not WANDB_MODE, WANDB_PROJECT or a sweep's agent in the environment; the
-    login and the server (WANDB_API_KEY, WANDB_BASE_URL) are wandb's own affair.
+    No text of a prompt or reply is sent. These keys take precedence over WANDB_MODE, WANDB_PROJECT
+    and a sweep's agent in the environment; wandb itself reads the login and the server
+    (WANDB_API_KEY, WANDB_BASE_URL).
     """
 
     mode: str = key(

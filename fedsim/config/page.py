@@ -1,6 +1,4 @@
-"""Reference of all configuration keys: the text of ``--help``, and docs/config.md (``fedsim config
---markdown``).
-"""
+"""Reference of all configuration keys: the text of ``--help``, and docs/config.md."""
 
 from __future__ import annotations
 
@@ -32,11 +30,11 @@ KINDS: Final = {
     "mapping": "mapping",
     "list of mappings": "list of mappings",
 }
-"""What a value of each type is called."""
+"""Name of each type in the reference."""
 
 
 def help_text() -> str:
-    """The reference as ``--help`` prints it."""
+    """Write the reference as ``--help`` prints it."""
     lines = []
     for section, infos in sections():
         lines.append(f"\n{section or 'run'}:")
@@ -47,13 +45,16 @@ def help_text() -> str:
 
 
 def page() -> str:
-    """The reference as a Markdown page: a section for each group of keys, with the group's
-    docstring and a table.
+    """Write the reference as a Markdown page.
+
+    It has a section for each group of keys, with the group's docstring and a table.
     """
     hints = get_type_hints(Config)
     parts = [INTRODUCTION]
     for section, infos in sections():
-        about = inspect.getdoc(hints[section] if section else Config)
+        about = inspect.getdoc(Config)
+        if section:
+            about = inspect.getdoc(hints[section])
         assert about is not None
         lines = ["| key | default | meaning | values |", "| --- | --- | --- | --- |"]
         for info in infos:
@@ -66,21 +67,26 @@ def page() -> str:
 
 
 def sections() -> Iterator[tuple[str, list[KeyInfo]]]:
-    """Groups of keys in the schema's order; the keys outside any group come first, under ""."""
+    """Group the keys in the schema's order; keys outside any group come first, under ""."""
     infos = describe()
-    names = [field.name for field in dataclasses.fields(Config) if dataclasses.is_dataclass(field.default_factory)]
-    for section in ("", *names):
+    names = [""]
+    for field in dataclasses.fields(Config):
+        if dataclasses.is_dataclass(field.default_factory):
+            names.append(field.name)
+    for section in names:
         yield section, [info for info in infos if info.name.rpartition(".")[0] == section]
 
 
 def _values(info: KeyInfo) -> str:
-    """What a key takes, such as ``whole number >= 1, rows`` or a list of its choices."""
-    choices = info.rule.split(" | ") if " | " in info.rule else []
-    if choices:
-        return ", ".join(f"`{choice}`" for choice in choices)
-    return ", ".join(part for part in (f"{KINDS[info.type_name]} {info.rule}".strip(), info.unit) if part)
+    """Describe the values of a key: ``whole number >= 1, rows``, or a list of its choices."""
+    if " | " in info.rule:
+        return ", ".join(f"`{choice}`" for choice in info.rule.split(" | "))
+    values = f"{KINDS[info.type_name]} {info.rule}".strip()
+    if info.unit:
+        values += f", {info.unit}"
+    return values
 
 
 def _shown(value: Any) -> str:
-    """A default as a YAML file would have it."""
+    """Write a default as a YAML file would have it."""
     return yaml.safe_dump(value, default_flow_style=True).strip().removesuffix("...").strip()

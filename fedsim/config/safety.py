@@ -17,7 +17,8 @@ class GuardConfig:
 
     kind: str = key(
         "none",
-        "none = no filter; llama_guard = a guard model; oracle = the labels; noisy_oracle = the labels with errors",
+        "none = no filter; llama_guard = a guard model; oracle = the labels; noisy_oracle = the "
+        "labels with errors (guard.tpr, guard.fpr)",
     )
     options: dict[str, Any] = key({}, "keyword arguments of a guard's own file")
     path: str = key(
@@ -32,9 +33,9 @@ class GuardConfig:
     )
     action: str = key(
         "drop",
-        "what happens to a row that is called unsafe: drop = it is left out (paper), refuse = "
-        "guard.refusal takes its response's place, downweight = it counts guard.red_weight in "
-        "the loss and in the client's weight",
+        "action on a row that is called unsafe: drop = it is left out (paper), refuse = "
+        "guard.refusal replaces its response, downweight = it counts guard.red_weight in the "
+        "loss and in the client's weight",
         choices=("drop", "refuse", "downweight"),
     )
     refusal: str = key(
@@ -44,7 +45,7 @@ class GuardConfig:
     )
     red_weight: float = key(
         0.1,
-        "downweight: weight of a row that is called unsafe; 0 trains as if it were dropped, 1 as if it were not",
+        "downweight: weight of a row that is called unsafe; 0 = as if dropped, 1 = as if safe",
         low=0,
         high=1,
     )
@@ -56,13 +57,13 @@ class GuardConfig:
     )
     max_length: int = key(
         1024,
-        "longest guard prompt; longer conversations are cut, counted",
+        "longest guard prompt; longer conversations are cut and counted",
         unit="tokens",
         low=400,
     )
     batch_tokens: int = key(
         2048,
-        "tokens scored at once, of what follows the prompts' common head; a longer row is scored alone",
+        "tokens of a scored batch, without the prompts' common prefix; a longer row is one batch",
         unit="tokens",
         low=1,
     )
@@ -83,11 +84,12 @@ class GuardConfig:
     )
     measure_untuned: bool = key(
         False,
-        "where a guard model is fine-tuned, also judge the rows without that, to compare",
+        "where a guard model is fine-tuned, also classify the rows without that, to compare",
     )
     measure_policies: bool = key(
         False,
-        "also let the guard model, as it is, judge the rows under the policy that guard.policy is not, to compare",
+        "also classify the rows by the guard model that is not fine-tuned, under the policy that "
+        "guard.policy is not, to compare",
     )
     lora_r: int = key(16, "LoRA rank of the guard", low=1, high=65_536)
     lora_alpha: float = key(32.0, "LoRA alpha of the guard", above=0)
@@ -122,9 +124,8 @@ class GuardConfig:
                 "guard.action=refuse needs a text to train on instead: set guard.refusal",
             )
         if 0 < self.red_weight < 1e-6:
-            raise ConfigError(
-                f"guard.red_weight={self.red_weight!r}: so small a weight vanishes in fp32; set 0 or at least 1e-6",
-            )
+            rule = "so small a weight vanishes in fp32; set 0 or at least 1e-6"
+            raise ConfigError(f"guard.red_weight={self.red_weight!r}: {rule}")
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ class CaiConfig:
     )
     every: int = key(
         1,
-        "CAI after every so many rounds, and after the last one in any case; 0 = after the last one only (post hoc)",
+        "CAI after every this many rounds and after the last; 0 = only after the last (post hoc)",
         unit="rounds",
         low=0,
     )
@@ -153,13 +154,13 @@ class CaiConfig:
     )
     first_turn: str = key(
         "model",
-        "who wrote the response that is criticised",
+        "author of the response that is criticised",
         choices=("model", "dataset"),
     )
     temperature: float = key(1.0, "sampling temperature of the three turns; 0 = greedy", low=0)
     max_new_tokens: int = key(
         512,
-        "longest turn; a conversation whose response or revision is cut here is dropped, "
+        "longest turn; a conversation whose response or revision is cut here is dropped and "
         "counted, and an epoch is that much shorter",
         unit="tokens",
         low=1,
@@ -167,7 +168,12 @@ class CaiConfig:
     sft_lr: float = key(5e-5, "learning rate of the SFT steps", above=0)
     dpo_lr: float = key(5e-5, "learning rate of the DPO steps", above=0)
     beta: float = key(0.1, "DPO beta", above=0)
-    max_length: int = key(1024, "longer rows are cut at their end, counted", unit="tokens", low=16)
+    max_length: int = key(
+        1024,
+        "longer rows are cut at their end and counted",
+        unit="tokens",
+        low=16,
+    )
 
     @property
     def is_on(self) -> bool:
@@ -176,9 +182,13 @@ class CaiConfig:
 
     def is_due(self, round_idx: int, num_rounds: int) -> bool:
         """Return whether a round of ``num_rounds`` (counted from 0) ends with CAI."""
+        if not self.is_on:
+            return False
         is_last = round_idx == num_rounds - 1
-        return self.is_on and (is_last or (self.every > 0 and round_number(round_idx) % self.every == 0))
+        return is_last or (self.every > 0 and round_number(round_idx) % self.every == 0)
 
     def num_stages(self, num_rounds: int) -> int:
-        """CAI stages of the first ``num_rounds`` rounds, of which none is the run's last."""
-        return num_rounds // self.every if self.is_on and self.every > 0 else 0
+        """Count the CAI stages of the first ``num_rounds`` rounds, without the run's last round."""
+        if not self.is_on or self.every == 0:
+            return 0
+        return num_rounds // self.every
