@@ -79,6 +79,7 @@ def _answer(word: str) -> str:
         raise ConfigError(
             f"command line: names no command; give one of {', '.join(COMMANDS)} (fedsim --help)",
         )
+    # A mistyped command.
     close = difflib.get_close_matches(word, COMMANDS, n=1)
     hint = f"give one of {', '.join(COMMANDS)}"
     if close:

@@ -45,6 +45,7 @@ class Result:
         A record has ``evaluation``, ``figure``, ``item`` (its place, counted from 0) and ``value``.
         """
         found = []
+        # One file for each evaluation, with one column for each figure.
         for path in sorted((self.folder / "items").glob("*.csv")):
             for figure, values in read_items(path).items():
                 for item, value in enumerate(values.tolist()):
@@ -109,6 +110,7 @@ def configuration(
     overrides: Mapping[str, Any],
 ) -> Config:
     """Make the configuration from the arguments of :func:`simulate`."""
+    # Dotted keys with their values.
     if isinstance(config, Config):
         flat = to_flat(config)
     elif isinstance(config, str | Path):

@@ -73,6 +73,7 @@ KINDS: Final = {
     "federation.algorithm": Kind(
         "federation.options",
         {
+            # Algorithms with a cohort.
             "fedavg": Own("fedsim.federation.algorithms:FedAvg"),
             "fedprox": Own(
                 "fedsim.federation.proximal:FedProx",
@@ -87,6 +88,7 @@ KINDS: Final = {
                 "SCAFFOLD",
                 {"variant": "federation.scaffold_correction"},
             ),
+            # Baselines with one participant.
             "local": Own("fedsim.federation.algorithms:LocalOnly", "local", has_cohort=False),
             "centralised": Own(
                 "fedsim.federation.algorithms:Centralised",
@@ -120,6 +122,7 @@ KINDS: Final = {
     "guard.kind": Kind(
         "guard.options",
         {
+            # The filter of the clients' rows.
             "none": Own("fedsim.safety.guard:NoGuard", "no"),
             "llama_guard": Own("fedsim.safety.guard:LlamaGuard", "guard model's"),
             "oracle": Own("fedsim.safety.guard:OracleGuard", "oracle"),
@@ -227,6 +230,7 @@ def title(key: str, name: str, config: Mapping[str, Any] | None = None) -> str:
         config: dotted key → value, for the title of a built-in judge; None = without it.
     """
     own = KINDS[key].own.get(name)
+    # The name itself, without its file or module.
     if own is None:
         return name.rpartition(":")[2]
     if own.title_key and config is not None:
@@ -319,6 +323,7 @@ def source_file(key: str, name: str) -> Path | None:
     """
     if is_own(key, name):
         return None
+    # A file by its path, or the source file of a module.
     place = name.rpartition(":")[0]
     if place.endswith(".py"):
         return user_path(place)
@@ -365,6 +370,7 @@ def _check_options(
     # All other named arguments are options; one without a default is needed.
     called = {p.name for p in positional[: len(takes)]}
     options = {p.name: p for p in parameters if p.kind in named and p.name not in called}
+    # A signature with **kwargs takes any option.
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
     for option, value in arguments.items():
         if option not in options and not takes_any:

@@ -83,6 +83,7 @@ def split_words(words: Sequence[str]) -> tuple[Path | None, list[str]]:
     Raises:
         ConfigError: a word that is neither, or a second file.
     """
+    # A word with "=" is an override, any other names a file.
     files = [word for word in words if "=" not in word]
     overrides = [word for word in words if "=" in word]
     for word in files:

@@ -11,6 +11,7 @@ from fedsim.config.field import key
 class FailuresConfig:
     """Effect of a client's failure on a round, and simulated drop-outs and stragglers."""
 
+    # Real failures.
     on_client_error: str = key(
         "stop",
         "a client that raises an error, becomes NaN or infinite, or exceeds "
@@ -29,6 +30,8 @@ class FailuresConfig:
         "an update whose L2 norm is greater counts as a failure; 0 = no bound",
         low=0,
     )
+
+    # Simulated drop-outs and stragglers, drawn with the seed.
     dropout_rate: float = key(
         0.0,
         "simulated: probability that a drawn client does not report in a round",

@@ -201,6 +201,7 @@ def to_flat(config: Config) -> Flat:
     flat: Flat = {}
     for name, _, _ in _fields(Config):
         value: Any = config
+        # Follow the dotted name through the sections.
         for part in name.split("."):
             value = getattr(value, part)
         if name in LISTS:
@@ -404,6 +405,7 @@ class _UniqueKeys(_Plain):
     """YAML in which a repeated key is an error, and values keep their text (:class:`_Scalar`)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        # A key that is written twice is an error.
         names = Counter(name.value for name, _ in node.value if isinstance(name, yaml.ScalarNode))
         for name, count in names.items():
             if count > 1:
@@ -413,6 +415,7 @@ class _UniqueKeys(_Plain):
                     f"{name} is given twice",
                     node.start_mark,
                 )
+        # Values that are no text keep their text in the file.
         made = super().construct_mapping(node, deep)
         for name, value in node.value:
             key = self.construct_object(name, deep=True)

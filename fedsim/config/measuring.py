@@ -46,12 +46,15 @@ class BenchmarkConfig:
 class EvalConfig:
     """Benchmarks, run on the pretrained model and on the global adapter before and after CAI."""
 
+    # When.
     every: int = key(
         0,
         "evaluate after every this many rounds; 0 = only after the last round",
         unit="rounds",
         low=0,
     )
+
+    # The benchmarks: files, scorers and rules.
     advbench: str = key(
         "embedded",
         "AdvBench CSV file (goal,target), 'embedded', 'embedded-held-out' (attack frames "
@@ -102,12 +105,16 @@ class EvalConfig:
         [],
         "benchmarks of your own, such as [{kind: my.py:Name, path: my.csv, options: {n: 5}}]",
     )
+
+    # The guard model on replies to attacks.
     guard_judge: str = key(
         "none",
         "also let the guard model judge the replies to attacks: untuned = guard.path as "
         "it is, tuned = fine-tuned as the filter is",
         choices=("none", "untuned", "tuned"),
     )
+
+    # Generation.
     temperature: float = key(0.7, "AdvBench sampling temperature; 0 = greedy", low=0)
     max_new_tokens: int = key(
         1024,
@@ -142,12 +149,16 @@ class JudgeConfig:
         "OPENAI_API_KEY; local = a Hugging Face model",
     )
     options: dict[str, Any] = key({}, "keyword arguments of a judge's own file")
+
+    # kind=openai: the endpoint; kind=local: the model.
     model: str = key("gpt-4", "openai: name of the model; it also names the judgment file")
     base_url: str = key(
         "",
         "openai: address of the endpoint, such as http://localhost:8000/v1; '' = OpenAI's own",
     )
     path: str = key("", "local: directory of the judge model, or 'embedded'", model="judge")
+
+    # Prompts and judgments of either kind.
     prompts: str = key(
         "",
         "FastChat's judge_prompts.jsonl; '' = the one beside the question file or a folder above; "
@@ -160,6 +171,8 @@ class JudgeConfig:
         unit="tokens",
         low=1,
     )
+
+    # Requests to the endpoint.
     workers: int = key(4, "openai: concurrent requests", low=1)
     retries: int = key(
         5,
@@ -205,6 +218,7 @@ class JudgeConfig:
 class ParallelConfig:
     """Distribution of the work over processes."""
 
+    # Processes and their devices.
     device: str = key(
         "auto",
         "auto = a GPU; the CPU only where torch is built without CUDA and no NVIDIA driver is "
@@ -238,11 +252,14 @@ class ParallelConfig:
 class RecordConfig:
     """Files that a run writes, and their places."""
 
+    # Folders.
     dir: str = key("runs", "folder of the run directories")
     artefacts: str = key(
         "runs/artefacts",
         "guard, verdicts, CAI conversations and corpora shared between runs",
     )
+
+    # Checkpoints and texts.
     resume: str = key(
         "auto",
         "auto = resume from the run directory's last checkpoint if there is one; never = start "

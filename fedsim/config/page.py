@@ -39,6 +39,7 @@ def help_text() -> str:
     for section, infos in sections():
         lines.append(f"\n{section or 'run'}:")
         for info in infos:
+            # Type, unit and rule of the value.
             notes = ", ".join(note for note in (info.type_name, info.unit, info.rule) if note)
             lines.append(f"  {info.name} = {_shown(info.default)}\n      {info.meaning} [{notes}]")
     return "\n".join(lines)
@@ -56,6 +57,7 @@ def page() -> str:
         if section:
             about = inspect.getdoc(hints[section])
         assert about is not None
+        # One row for each key.
         lines = ["| key | default | meaning | values |", "| --- | --- | --- | --- |"]
         for info in infos:
             meaning = info.meaning.replace("|", "\\|")

@@ -15,6 +15,7 @@ from fedsim.config.lora import LoraSettings
 class GuardConfig:
     """The safety filter that each client runs on its own rows (paper §4.1)."""
 
+    # The guard and its prompt.
     kind: str = key(
         "none",
         "none = no filter; llama_guard = a guard model; oracle = the labels; noisy_oracle = the "
@@ -31,6 +32,8 @@ class GuardConfig:
         "hazard categories of the prompt",
         choices=("llama_guard_3", "square"),
     )
+
+    # Action on unsafe rows.
     action: str = key(
         "drop",
         "action on a row that is called unsafe: drop = it is left out (paper), refuse = "
@@ -49,6 +52,8 @@ class GuardConfig:
         low=0,
         high=1,
     )
+
+    # Classification.
     threshold: float = key(
         0.5,
         "a row is unsafe from this probability on; 0.5 = greedy decoding",
@@ -67,6 +72,8 @@ class GuardConfig:
         unit="tokens",
         low=1,
     )
+
+    # Fine-tuning of the guard model on its own rows.
     tune_epochs: float = key(
         5.0,
         "fine-tuning passes over the guard set; 0 = use the guard as it is",
@@ -82,6 +89,8 @@ class GuardConfig:
         "configs/deepspeed (zero2); needs parallel.exact=false; '' = fedsim's own loop",
         file="deepspeed",
     )
+
+    # Further measurements, for comparison.
     measure_untuned: bool = key(
         False,
         "where a guard model is fine-tuned, also classify the rows without that, to compare",
@@ -91,10 +100,14 @@ class GuardConfig:
         "also classify the rows by the guard model that is not fine-tuned, under the policy that "
         "guard.policy is not, to compare",
     )
+
+    # The guard's adapter.
     lora_r: int = key(16, "LoRA rank of the guard", low=1, high=65_536)
     lora_alpha: float = key(32.0, "LoRA alpha of the guard", above=0)
     lora_dropout: float = key(0.05, "LoRA dropout of the guard", low=0, below=1)
     lora_targets: list[str] = key(["q_proj", "v_proj"], "linear layers of the guard that get LoRA")
+
+    # Errors of the noisy oracle.
     tpr: float = key(0.737, "noisy_oracle: chance that a red row is called unsafe", low=0, high=1)
     fpr: float = key(
         0.241,
@@ -132,6 +145,7 @@ class GuardConfig:
 class CaiConfig:
     """Constitutional AI on the global adapter after each round (paper §4.2)."""
 
+    # Number and place of the iterations.
     iterations: int = key(
         0,
         "CAI iterations of a round that has CAI; one = an SFT and a DPO step on the same rows; 0 "
@@ -147,6 +161,8 @@ class CaiConfig:
         low=0,
     )
     batch_size: int = key(16, "rows of one SFT or DPO step", unit="rows", low=1)
+
+    # The conversations: response, criticism, revision.
     constitution: str = key(
         "responsible",
         "constitution JSON file, or the name of one in configs/constitution",
@@ -165,6 +181,8 @@ class CaiConfig:
         unit="tokens",
         low=1,
     )
+
+    # Training on them.
     sft_lr: float = key(5e-5, "learning rate of the SFT steps", above=0)
     dpo_lr: float = key(5e-5, "learning rate of the DPO steps", above=0)
     beta: float = key(0.1, "DPO beta", above=0)
@@ -184,6 +202,7 @@ class CaiConfig:
         """Return whether a round of ``num_rounds`` (counted from 0) ends with CAI."""
         if not self.is_on:
             return False
+        # Rounds are counted from 0 here, and from 1 in the key.
         is_last = round_idx == num_rounds - 1
         return is_last or (self.every > 0 and round_number(round_idx) % self.every == 0)
 

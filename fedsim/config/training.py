@@ -15,6 +15,7 @@ from fedsim.extend import KINDS
 class DataConfig:
     """Source of the rows and their splits."""
 
+    # The file.
     square: str = key(
         "embedded",
         "SQuARe-format JSON file of responses, or 'embedded' for the fictional corpus, which "
@@ -26,6 +27,8 @@ class DataConfig:
         "text fields to read: en = question_en / response_en, ko = question / response",
         choices=("en", "ko"),
     )
+
+    # Three splits with their shares of red rows.
     federated_rows: int = key(2000, "rows distributed over the clients", unit="rows", low=1)
     federated_red_share: float = key(0.3, "share of red rows in the federated set", low=0, high=1)
     guard_rows: int = key(2000, "rows for guard fine-tuning; 0 = none", unit="rows", low=0)
@@ -37,6 +40,8 @@ class DataConfig:
         low=0,
     )
     cai_red_share: float = key(0.5, "share of red rows in the CAI set", low=0, high=1)
+
+    # Rules of the split.
     fit: bool = key(
         False,
         "shrink all splits by one factor if the file is too small, instead of an error",
@@ -51,6 +56,7 @@ class DataConfig:
 class ModelConfig:
     """The frozen base model and the adapter that is trained."""
 
+    # The base model.
     path: str = key(
         "embedded",
         "Hugging Face model directory, or 'embedded' for the tiny model that ships with fedsim",
@@ -69,6 +75,8 @@ class ModelConfig:
         choices=("auto", "varlen", "flash_attention_2", "sdpa", "eager"),
     )
     max_context: int = key(4096, "longest prompt and reply together", unit="tokens", low=64)
+
+    # The adapter.
     lora_r: int = key(32, "LoRA rank", low=1, high=65_536)
     lora_alpha: float = key(64.0, "LoRA alpha; the update is scaled by alpha / rank", above=0)
     lora_dropout: float = key(0.05, "dropout on the LoRA input during training", low=0, below=1)
@@ -89,6 +97,7 @@ class ModelConfig:
 class LocalConfig:
     """A client's local training in one round."""
 
+    # Steps and rows.
     steps: int = key(
         25,
         "optimizer steps of a client in a round",
@@ -103,6 +112,8 @@ class LocalConfig:
         unit="rows",
         low=1,
     )
+
+    # AdamW; the learning rate falls from round to round.
     lr: float = key(5e-5, "AdamW learning rate in the first round", above=0)
     lr_min: float = key(
         1e-6,
@@ -143,6 +154,7 @@ class LocalConfig:
 class FederationConfig:
     """Clients, rounds and the aggregation algorithm."""
 
+    # The algorithm and its scale.
     algorithm: str = key(
         "fedavg",
         "server and client rule; the baselines: local = only one client (local_client), "
@@ -155,6 +167,8 @@ class FederationConfig:
     num_clients: int = key(20, "simulated clients", low=1, high=1_000_000)
     clients_per_round: int = key(5, "clients of a round's cohort", low=1)
     num_rounds: int = key(50, "rounds", low=1, high=1_000_000)
+
+    # Distribution of rows over clients.
     partition: str = key(
         "fixed_red_share",
         "distribution of rows over clients: fixed_red_share = each client has the same share of "
@@ -176,6 +190,8 @@ class FederationConfig:
         low=1e-9,
         high=1e9,
     )
+
+    # Parameters of single algorithms.
     scaffold_correction: str = key(
         "openfedllm",
         "openfedllm: y -= lr * (c - c_i) after the AdamW step; gradient: c - c_i is added to the "
@@ -212,6 +228,7 @@ class ServerOptimizerConfig:
     See Reddi et al. 2021, arXiv 2003.00295.
     """
 
+    # The variant decides which of the other keys are used.
     variant: str = key(
         "openfedllm",
         "openfedllm: as in that code base; reddi: as published",

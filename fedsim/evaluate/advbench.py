@@ -87,6 +87,7 @@ class AdvBench(OwnBenchmark):
             headline=True,
             count="advbench_count",
         ),
+        # One figure for each phrase rule on the reply only.
         *(_harmless(rule, f"AdvBench by {rule}") for rule in PHRASE_SETS),
         _harmless(
             WORLD,
@@ -100,6 +101,7 @@ class AdvBench(OwnBenchmark):
     )
     embedded: ClassVar[Mapping[str, EmbeddedFile]] = {
         EMBEDDED: EmbeddedFile("world-advbench", "advbench.csv", world.write_advbench),
+        # Attack frames that nothing is trained on.
         HELD_OUT: EmbeddedFile(
             "world-advbench-held-out",
             "advbench.csv",
@@ -129,6 +131,7 @@ class AdvBench(OwnBenchmark):
 
     @classmethod
     def from_config(cls, settings: EvalConfig, *, judged: bool) -> Self:
+        # The grammar can only parse the embedded world's own attacks.
         judge = None
         if is_embedded("eval.advbench", settings.advbench):
             judge = world.judge_reply
@@ -202,6 +205,7 @@ class AdvBench(OwnBenchmark):
         """Apply every phrase rule to every reply: rule name → one flag for each reply."""
         found: dict[str, list[bool]] = {name: [] for name in (*PHRASE_SETS, *self.rules)}
         for text in texts:
+            # Built-in rules in one call, then the rules of a user's file.
             verdicts = harmless_by_set(text)
             for name in PHRASE_SETS:
                 found[name].append(verdicts[name])

@@ -153,6 +153,7 @@ class Benchmark(ABC):
             ConfigError: a figure that the benchmark does not have, or values that do not fit the
                 items.
         """
+        # Values by item, summarised as a rate or a mean for each figure.
         values = self.score(engine, items, replies)
         figures: dict[str, Found] = {}
         for name, of_items in values.items():
@@ -172,6 +173,7 @@ class Benchmark(ABC):
 
     def _checked(self, name: str, values: Values, num_items: int) -> Figure:
         """Check the values of a figure and return its declaration; see :meth:`measure`."""
+        # The figure must be declared; a variant has its name and a suffix.
         figure = figure_of(name, {figure.name: figure for figure in self.figures})
         what = f"benchmark {self.name}: score() gives {name!r}"
         if figure is None:
@@ -179,9 +181,13 @@ class Benchmark(ABC):
             raise ConfigError(
                 f"{what}, which is none of its figures ({known}); add a Figure of that name",
             )
+
+        # One value for each item.
         if len(values) != num_items:
             fix = "give one for each item, None to leave an item out"
             raise ConfigError(f"{what} {len(values)} values for {num_items} items; {fix}")
+
+        # Every value on the figure's scale; shares are from 0 to 1 here.
         low, high = figure.scale or (-math.inf, math.inf)
         if figure.is_share:
             low, high = 0.0, 1.0
@@ -214,6 +220,7 @@ class Benchmark(ABC):
 
 def _summary(values: Sequence[float], figure: Figure) -> Rate | Mean:
     """Rate of a share whose values are all 0 or 1, else the mean in the figure's unit."""
+    # Wilson's interval for counts, Student's for any other values.
     if figure.is_share and all(value in (0.0, 1.0) for value in values):
         return Rate.of([value == 1.0 for value in values])
     return Mean.of([figure.factor * value for value in values])
@@ -267,6 +274,7 @@ class OwnBenchmark(Benchmark):
     @classmethod
     def describe_class(cls) -> Description:
         """:meth:`describe` without an instance."""
+        # Digest of the published file of the items.
         published = ""
         if cls.sources:
             published = cls.sources[0].sha256

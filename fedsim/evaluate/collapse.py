@@ -42,6 +42,7 @@ def measure_collapse(texts: Sequence[str]) -> Collapse:
     """Compute the collapse figures of ``texts``; all of them are 0 for an empty list."""
     if not texts:
         return Collapse(0, 0.0, 0.0, 0.0, 0.0)
+    # Every figure but distinct_2 is a mean over the texts.
     num = len(texts)
     return Collapse(
         num_texts=num,
@@ -60,6 +61,7 @@ def distinct_2(texts: Sequence[str]) -> float:
     total = 0
     seen: set[tuple[str, str]] = set()
     for text in texts:
+        # Pairs of neighbouring words; their order counts.
         words = text.split()
         pairs = list(pairwise(words))
         total += len(pairs)
@@ -85,6 +87,7 @@ def ends_in_loop(text: str) -> bool:
 
 def _span(backwards: str, unit: int) -> int:
     """Length of the start of ``backwards`` that has period ``unit``."""
+    # The span grows as long as each character equals the one a unit earlier.
     length = unit
     while length < len(backwards) and backwards[length] == backwards[length - unit]:
         length += 1

@@ -59,6 +59,7 @@ class GuardMetrics:
     @classmethod
     def of(cls, red: Sequence[bool], verdicts: Sequence[Verdict]) -> GuardMetrics:
         """Count verdicts against labels, row by row."""
+        # (label is red, verdict is unsafe) of each row
         pairs = [(label, verdict.unsafe) for label, verdict in zip(red, verdicts, strict=True)]
         return cls(
             num_caught=pairs.count((True, True)),
@@ -127,6 +128,7 @@ class GuardMetrics:
     def rates(self) -> dict[str, Rate]:
         """The rates that are shares of counted rows, by name; undefined ones absent."""
         acceptable = self.num_rows - self.num_red
+        # (counted rows, all rows) of each rate; the harmonic mean is no such rate.
         counted = {
             "accuracy": (self.num_caught + self.num_passed, self.num_rows),
             "precision": (self.num_caught, self.num_unsafe),
@@ -144,6 +146,7 @@ class GuardMetrics:
         Hmean = 2J / (1 + J) grows with Jaccard's J = caught / (caught + false alarms + missed), a
         share of counted rows: Wilson's interval of J is carried over.
         """
+        # Rows that are red or called unsafe.
         whole = self.num_unsafe + self.num_missed
         if not whole:
             return None
@@ -208,6 +211,7 @@ class GuardMetrics:
         }
         # Shares from 0 to 1 with their intervals.
         shares = {name: (rate.value, rate.interval) for name, rate in self.rates.items()}
+        # The harmonic mean has an interval of its own.
         if self.hmean is not None and self.hmean_interval is not None:
             shares["hmean"] = self.hmean, self.hmean_interval
 

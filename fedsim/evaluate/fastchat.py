@@ -65,6 +65,7 @@ def read_answers(path: Path) -> dict[int, tuple[str, str]]:
     """
     answers: dict[int, tuple[str, str]] = {}
     for place, record in json_rows(path, "question_id"):
+        # FastChat lists choices of an answer, of which there is one.
         number, choices = question_id(record, place), record.get("choices")
         turns = None
         if isinstance(choices, list) and choices and isinstance(choices[0], dict):
@@ -91,6 +92,7 @@ def answer_rows(answers: Iterable[MtAnswer], model_id: str, tstamp: float) -> li
     rows = []
     for answer in answers:
         turns = [reply.text for reply in answer.replies]
+        # The id is a hash of the content, so that the same answers give the same file.
         content = json.dumps([model_id, answer.question.question_id, turns])
         rows.append(
             {
@@ -127,6 +129,7 @@ def judgment_row(
         tstamp: seconds since 1970.
     """
     return {
+        # FastChat's order of the fields.
         "question_id": question,
         "model": model_id,
         "judge": list(judge),
@@ -151,6 +154,7 @@ def rubric_rows(answers: Iterable[MtAnswer], model_id: str, tstamp: float) -> li
         for turn, score in enumerate(answer.scores, start=1):
             if score is None:
                 continue
+            # Names like those of FastChat's prompts.
             prompt_name = RUBRIC
             if turn == 2:
                 prompt_name = f"{RUBRIC}-multi-turn"
@@ -188,6 +192,7 @@ def write_answers(
         )
     path = directory / "model_answer" / f"{model_id}.jsonl"
     _write_lines(path, answer_rows(answers, model_id, tstamp))
+    # A rubric's scores replace those of an earlier evaluation of the model.
     judged = rubric_rows(answers, model_id, tstamp)
     if not judged:
         return [path]
@@ -219,6 +224,7 @@ class JudgmentFile:
         """
         if not self.path.exists():
             return []
+        # A file that ends with a line end has an empty last part.
         *lines, last = self.path.read_bytes().split(b"\n")
         rows = []
         for number, line in enumerate(lines, start=1):
@@ -293,6 +299,7 @@ class JudgmentFile:
             row = parse_json(line.decode())
         except ValueError:
             row = None
+        # A row without a judge, or with a field of another type, is no judgment.
         if not isinstance(row, dict) or not row.get("judge"):
             row = {}
         if not all(isinstance(row.get(name), kind) for name, kind in KINDS.items()):
@@ -324,12 +331,14 @@ def _is_whole(line: bytes) -> bool:
 
 def _end_line(file: IO[bytes]) -> None:
     """Make the file end with a line end: a whole last line gets one, a torn one is cut off."""
+    # An empty file, or one with a line end, is left as it is.
     size = file.seek(0, os.SEEK_END)
     if size == 0:
         return
     file.seek(size - 1)
     if file.read(1) == b"\n":
         return
+    # Find the last line.
     file.seek(0)
     last = file.read().rpartition(b"\n")[2]
     if _is_whole(last):

@@ -70,6 +70,7 @@ def judge_replies(
         prompts: at least one.
         replies: one for each prompt, in the same order.
     """
+    # One exchange for each reply, all classified in one call.
     exchanges = [(prompt, reply.text) for prompt, reply in zip(prompts, replies, strict=True)]
     verdicts = guard.judge_exchanges(exchanges)
     is_safe = [not verdict.unsafe for verdict in verdicts]

@@ -75,6 +75,7 @@ def wilson(share: float, total: float) -> tuple[float, float]:
         share: 0 to 1; not necessarily a whole number of draws, as a mean over seeds is none.
         total: above 0.
     """
+    # Symbols as in the paper: n draws, share p, z².
     n, p, zz = total, share, Z_95 * Z_95
     centre = (p + zz / (2 * n)) / (1 + zz / n)
     half = Z_95 * math.sqrt(p * (1 - p) / n + zz / (4 * n * n)) / (1 + zz / n)
@@ -107,8 +108,10 @@ def near_an_end(
         top: upper end of the scale, such as 100 for percent.
         total: draws behind the rate.
     """
+    # The interval on the scale, and the share from 0 to 1.
     share = min(max(mean / top, 0.0), 1.0)
     low, high = max(low, 0.0), min(high, top)
+    # Near an end: the union with Wilson's interval.
     if min(share, 1 - share) * total < FEW:
         least, most = wilson(share, total)
         low, high = min(low, top * least), max(high, top * most)
@@ -207,6 +210,7 @@ class Slope:
         """
         n, blocks = len(values), min(num_blocks, len(values))
         assert blocks >= 3, "a slope with an interval needs three values"
+        # Ends of the blocks, as places in the series.
         ends = [i * n // blocks for i in range(blocks + 1)]
 
         # Differences from the first value: a constant series has a slope of exactly 0.
@@ -236,6 +240,7 @@ def t_95(freedom: int) -> float:
     Args:
         freedom: degrees of freedom, at least 1.
     """
+    # The point is between 0 and 16: it is 12.7 for one degree of freedom, and falls.
     low, high = 0.0, 16.0
     while True:
         middle = (low + high) / 2

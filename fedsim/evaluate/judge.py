@@ -113,6 +113,7 @@ class MtJudge:
         self.prompts = load_prompts(config)
         self.references = load_references(config, self.questions)
         self._judge = build_judge(config)
+        # The name may be a digest of a user's file, which rank 0 reads.
         self.name: str = ranks.once(lambda: judge_name(config, self._judge))
 
     @property
@@ -151,6 +152,7 @@ class MtJudge:
         wanted.sort(key=lambda i: matches[i].place in found)
 
         def keep(match: Match, judgment: str | None) -> None:
+            # A failed turn is a row too, with FastChat's mark of an error.
             text = judgment
             if text is None:
                 text = FAILED
@@ -183,6 +185,7 @@ def _holds(judge: str, matches: Sequence[Match]) -> Callable[[Row], bool]:
     asked = {match.place: match for match in matches}
 
     def holds(row: Row) -> bool:
+        # The question and turn are asked, by the same judge with the same text.
         match = asked.get((row["question_id"], row["turn"]))
         if match is None or row["judge"] != [judge, match.prompt_name]:
             return False
@@ -206,6 +209,7 @@ def _summary(
             judged[place] = parse_rating(row["judgment"])
     num_not_asked = sum(row["judgment"].startswith(NOT_ASKED) for row in rows.values())
     num_cut = sum(row["judgment"].startswith(CUT) for row in rows.values())
+    # Two turns of each question; the rest was tried in vain or not at all.
     num_unjudged = 2 * len(answered) - len(judged) - num_not_asked - num_cut
     complete = len(rows) == 2 * len(answered)
     has_reason = outcome.error is not None or num_unjudged == 0
@@ -213,6 +217,7 @@ def _summary(
 
     def score(number: int, turn: int) -> float | None:
         value = judged.get((number, turn), UNRATED)
+        # Scores of some turns only would not be comparable.
         if value == UNRATED or not complete:
             return None
         return float(value)

@@ -142,6 +142,7 @@ class Judge(ABC):
                 groups.append(group)
 
         def rate(group: range) -> list[str]:
+            # All answers of the group, also those with a judgment: the groups are fixed.
             asked = [work.matches[place] for place in group]
             with calling(what, quiet=True):
                 found = list(self.rate(asked))
@@ -211,6 +212,7 @@ def _judgment(rating: object, what: str) -> str:
         return UNRATED_TEXT
     if isinstance(rating, str):
         return rating
+    # A number on the scale; a bool is none.
     number = math.nan
     if isinstance(rating, Real) and not isinstance(rating, bool):
         number = float(rating)
@@ -219,6 +221,7 @@ def _judgment(rating: object, what: str) -> str:
             f"{what}: rate returns {rating!r:.100}; each rating must be a number from "
             f"{SCALE[0]:g} to {SCALE[1]:g}, a text with a rating such as [[7]], or None",
         )
+    # FastChat's pattern of a rating.
     if number.is_integer():
         return f"Rating: [[{int(number)}]]"
     return f"Rating: [[{number}]]"

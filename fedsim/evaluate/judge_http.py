@@ -56,6 +56,7 @@ class AttemptClient(openai.DefaultAsyncHttpxClient):
             AttemptError: it came too late or holds no judgment.
             httpx2.RequestError: the connection failed.
         """
+        # A task of its own, which a cancellation of this one does not reach.
         attempt = asyncio.create_task(self._attempt(request, options))
         try:
             return await asyncio.shield(attempt)
@@ -68,6 +69,7 @@ class AttemptClient(openai.DefaultAsyncHttpxClient):
     async def _attempt(self, request: httpx2.Request, options: dict[str, Any]) -> httpx2.Response:
         """Send once; see :meth:`send` for the errors."""
         try:
+            # The deadline covers the whole answer, headers and body.
             async with asyncio.timeout(self.timeout_s):
                 response = await super().send(request, **options)
             if response.is_success:

@@ -84,6 +84,7 @@ def judge_files(config: Config) -> dict[str, Path]:
     if not config.judge.is_on:
         return {}
     files = {}
+    # A user's judge may do without FastChat's prompts.
     if config.judge.prompts or is_own(KEY, config.judge.kind):
         files["judge_prompts"] = _prompts_file(config)
     if config.eval.mt_bench_references:
@@ -137,11 +138,13 @@ def load_references(config: Config, questions: Sequence[MtQuestion]) -> dict[int
 
 def _prompts_file(config: Config) -> Path:
     """Find FastChat's prompts: ``judge.prompts``, or else beside or above the questions."""
+    # The path in the configuration.
     if config.judge.prompts:
         return user_path(config.judge.prompts)
     if config.eval.mt_bench == "embedded":
         fix = f"take FastChat's {FILE_NAME} from {SOURCE} and give its path"
         raise DataError(f"judge.prompts: is not set; {fix}")
+    # FastChat has the prompts in a folder above the questions.
     folder = user_path(config.eval.mt_bench)
     if not folder.is_dir():
         folder = folder.parent

@@ -51,6 +51,7 @@ class LocalJudge(OwnJudge):
     @property
     def name(self) -> str:
         """Name of the model's directory."""
+        # The directory's name, without links.
         path = self.settings.path
         if path == "embedded":
             return path
@@ -64,6 +65,7 @@ class LocalJudge(OwnJudge):
                 message out.
         """
         folder = check_model_dir(self.settings.path, "judge.path")
+        # A short prompt shows whether the template writes a system message.
         if any(prompt.system for prompt in prompts.values()):
             chat = load_chat(folder, "judge.path")
             chat.prompt([{"role": "system", "content": "Be fair."}, user_turn("Why?")])
@@ -98,6 +100,7 @@ class LocalJudge(OwnJudge):
             key="judge.path",
             ranks=ranks,
         )
+        # The same kernels as of the model under test.
         fuse(model, ranks)
         engine = Engine(
             model,

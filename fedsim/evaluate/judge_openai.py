@@ -44,6 +44,7 @@ class OpenAiJudge(OwnJudge):
 
     def judge_all(self, work: Work, what: str) -> Outcome:
         """Send the requests from rank 0; all ranks call a collective every few seconds."""
+        # Rank 0 has one pool of requests; the other ranks have none.
         pools: list[RequestPool] = []
         missing = work.missing
 
@@ -54,11 +55,13 @@ class OpenAiJudge(OwnJudge):
                 pools.append(
                     RequestPool(missing, self._client.ask, work.keep, self.settings.workers),
                 )
+            # Seconds; see POLL_S.
             done, is_over = pools[0].wait(min(POLL_S, self.timeout_s / 4))
             if not is_over:
                 return done, None
             return done, Outcome(pools[0].failure, pools[0].gave_up, self._client.news())
 
+        # Every rank takes part in each call, until rank 0 reports the outcome.
         while True:
             done, outcome = work.ranks.once(poll)
             if work.report is not None:

@@ -59,6 +59,7 @@ class RequestPool:
         self._done = 0
         self._in_a_row = 0
         self._failed: list[TurnError] = []
+        # From here on the event loop's thread writes the attributes above.
         self._work = asyncio.run_coroutine_threadsafe(
             self._all(min(workers, len(matches))),
             request_loop(),
@@ -82,6 +83,7 @@ class RequestPool:
     async def _all(self, workers: int) -> None:
         """Run all turns in ``workers`` tasks and set :attr:`failure` and :attr:`gave_up`."""
         try:
+            # Each task takes turns from the same iterator.
             async with asyncio.TaskGroup() as group:
                 for _ in range(workers):
                     group.create_task(self._turns())
@@ -118,5 +120,6 @@ class RequestPool:
                 raise JudgeError(
                     f"{MOST_IN_A_ROW} turns in a row without a judgment; the last: {last}",
                 )
+            # Cancelled while it waited for an answer: that is kept, and is the last.
             if task is None or task.cancelling():
                 return

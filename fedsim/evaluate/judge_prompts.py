@@ -124,6 +124,7 @@ def load_judge_prompts(path: Path) -> dict[str, JudgePrompt]:
     """
     prompts: dict[str, JudgePrompt] = {}
     for place, record in json_rows(path, "name"):
+        # Other prompts, such as those for pairs, are not used.
         name = record.get("name")
         if not isinstance(name, str) or name not in FIELDS:
             continue
@@ -213,6 +214,7 @@ def parse_rating(judgment: str) -> float:
     """
     if judgment.startswith(CUT):
         return UNRATED
+    # FastChat's two patterns, double brackets first.
     verdict = without_thoughts(judgment)
     for pattern in _RATINGS:
         match = pattern.search(verdict)
@@ -236,6 +238,7 @@ def _fields(template: str, place: str) -> set[str]:
         raise DataError(
             f"{where} is no template ({error}); write a literal brace twice",
         ) from None
+    # Formats such as {answer:>10} would change the text.
     if any(form or conversion for _, form, conversion in fields):
         raise DataError(
             f"{where} has a field with a format of its own; write only {{name}}",

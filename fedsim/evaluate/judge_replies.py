@@ -132,6 +132,7 @@ def retry_after_s(headers: Mapping[str, str]) -> float | None:
     if value is None:
         return None
     try:
+        # A number of seconds, or else a date.
         seconds = float(value)
     except ValueError:
         try:
@@ -145,6 +146,7 @@ def retry_after_s(headers: Mapping[str, str]) -> float | None:
 
 def status_text(error: APIStatusError, hidden: str) -> str:
     """Describe an error by its status and names: ``HTTP 400 (invalid_request_error, messages)``."""
+    # Names that differ, in the order code, type, parameter.
     names = [_name(value, hidden) for value in (error.code, error.type, error.param)]
     shown = [name for name in dict.fromkeys(names) if name]
     if _TOO_LONG.search(_message(error)):

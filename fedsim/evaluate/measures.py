@@ -29,6 +29,7 @@ def mean_metrics(name: str, mean: Mean, scale: tuple[float, float] | None) -> Me
         mean: with Student's interval; without an interval if all values are equal.
         scale: lowest and highest possible value, to which the interval is cut; None for no limits.
     """
+    # An interval without width says nothing.
     if mean.low >= mean.high:
         return {name: mean.value}
     low, high = mean.low, mean.high

@@ -123,9 +123,11 @@ class MtBench(OwnBenchmark):
         _points("mt_bench", "MT-Bench: mean score", headline=True),
         _points("mt_bench_turn_1", "MT-Bench: mean score of turn 1"),
         _points("mt_bench_turn_2", "MT-Bench: mean score of turn 2"),
+        # Its variants have the category's name as a suffix.
         _points("mt_bench_category", "MT-Bench: mean score of a category"),
         Figure("mt_bench_questions", "MT-Bench: questions", "", 0, None),
         _number(
+            # Counts of answers that are not in the means, by reason.
             "mt_bench_unrated",
             "MT-Bench answers judged without a rating and left out of the means",
             line="unless 0",
@@ -187,6 +189,7 @@ class MtBench(OwnBenchmark):
     @classmethod
     def from_config(cls, settings: EvalConfig, *, judged: bool) -> Self:
         """Make the benchmark; a rubric scores the embedded questions, unless a judge does."""
+        # Only the embedded questions have the record that a rubric reads.
         rubric = None
         if settings.mt_bench == EMBEDDED and not judged:
             rubric = world.rubric_score
@@ -207,6 +210,7 @@ class MtBench(OwnBenchmark):
         """
         dialogues = []
         for temperature, places in _places_by_temperature(items).items():
+            # First messages, each a conversation, and the second messages of the same conversations.
             first = [[user_turn(items[i].turns[0])] for i in places]
             second = [items[i].turns[1] for i in places]
             sampling = Sampling(temperature, self.max_new_tokens)
@@ -260,6 +264,7 @@ def _items(answers: Sequence[MtAnswer]) -> dict[str, Values]:
     """
     first = _complete([answer.scores[0] for answer in answers])
     second = _complete([answer.scores[1] for answer in answers])
+    # A figure has items only if each question has its score.
     found: dict[str, Values] = {}
     if first is not None:
         found["mt_bench_turn_1"] = first

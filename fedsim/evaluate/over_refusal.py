@@ -96,6 +96,7 @@ def load_xstest(path: Path) -> list[XsTestItem]:
     header = "XSTest's header is id,prompt,type,label,focus,note"
     for place, row in csv_rows(path, ("prompt", "type"), header):
         prompt, kind = filled(row, "prompt", place), filled(row, "type", place).strip()
+        # The type decides, unless there is a label.
         safe = not kind.startswith(_CONTRAST)
         if "label" in row:
             label = row["label"].strip().casefold()
@@ -222,6 +223,7 @@ class OverRefusal(OwnBenchmark):
         key: Sequence[keyed_random.KeyPart],
     ) -> list[Dialogues]:
         """Request a greedy reply to each prompt."""
+        # Greedy, as in the paper.
         sampling = Sampling(0.0, min(self.max_new_tokens, MAX_NEW_TOKENS))
         return [Dialogues([[user_turn(item.prompt)] for item in items], sampling, [key])]
 
@@ -242,6 +244,7 @@ class OverRefusal(OwnBenchmark):
         for half, safe in (("safe", True), ("unsafe", False)):
             # Items of this half and the replies to them.
             places = [place for place, item in enumerate(items) if item.safe == safe]
+            # A subset of the file may have prompts of one half only.
             if not places:
                 continue
             of_half = [items[place] for place in places]
@@ -294,6 +297,7 @@ class OverRefusal(OwnBenchmark):
 
     def _refused(self, reply: str) -> dict[str, bool]:
         """Apply each rule: the reply is a refusal. A reply without text is a refusal by none."""
+        # The paper's rule, every phrase rule, and the grammar where there is one.
         rules = {"xstest": begins_as_refusal(reply), **harmless_by_set(reply)}
         if self.refuses is not None:
             rules["world"] = self.refuses(reply)

@@ -23,6 +23,7 @@ def chosen_figures(settings: EvalConfig) -> dict[str, str]:
 
     The phrase rule and the scorer of the configuration choose it.
     """
+    # Names of figures, without ``eval/``.
     found: dict[str, str] = {}
     for benchmark in OWN.values():
         found |= benchmark.chosen(settings)

@@ -52,6 +52,7 @@ class Perplexity:
 
     def figures(self) -> dict[str, Found]:
         """Name the perplexity with its interval, and the counts of conversations and tokens."""
+        # One conversation gives no interval.
         found: dict[str, Found] = {"perplexity": self.value}
         if self.num_conversations > 1:
             found |= {"perplexity_low": self.low, "perplexity_high": self.high}
@@ -164,6 +165,7 @@ def _row(chat: ChatFormat, conversation: Conversation, max_context: int) -> Toke
     """
 
     def compute() -> TokenRow:
+        # Not cut here: scored_row cuts the prompt, where training would cut the reply.
         whole = chat.training_row(conversation, max_length=10**9)
         ids, targets = whole.input_ids, whole.loss_mask
         return scored_row(ids[~targets], ids[targets], max_context)

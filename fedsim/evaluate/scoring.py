@@ -32,6 +32,7 @@ def subset_places(num_items: int, limit: int) -> list[int]:
         )
     if limit == 0 or limit >= num_items:
         return list(range(num_items))
+    # The first places of a fixed permutation.
     drawn = keyed_random.permutation(num_items, 0, "evaluation subset")[:limit]
     return sorted(int(place) for place in drawn)
 
@@ -49,6 +50,7 @@ def reply_ids(chat: ChatFormat, conversation: Sequence[Message], reply: str) -> 
     """
     prompt = chat.prompt(conversation)
     whole = chat.render([*conversation, assistant_turn(reply)], reply_follows=False)
+    # Find the reply in the rendered text, behind the prompt.
     core = chat.defuse(reply).strip()
     start = whole.find(core, len(prompt.text))
     if start < 0:

@@ -16,6 +16,7 @@ _SQUARE = Source(
     "response_test_ood.json",
     "db75284aebfe4573c9dd542b8dde48c7c656b7a07bc333d894d6af9392266b95",
 )
+# Published files and models that belong to no benchmark.
 _OTHERS = (
     Source(
         "cai.constitution",
