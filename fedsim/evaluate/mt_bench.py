@@ -42,6 +42,8 @@ DEFAULT_TEMPERATURE: Final = 0.7
 SCALE: Final = (1.0, 10.0)
 """Lowest and highest score."""
 
+_JUDGE: Final = "fedsim judge RUN_DIR"
+_LEFT_OUT: Final = "and left out of the means"
 _FASTCHAT: Final = "github.com/lm-sys/FastChat: fastchat/llm_judge/data"
 
 Rubric = Callable[[Mapping[str, Any], int, str], float]
@@ -129,7 +131,7 @@ class MtBench(OwnBenchmark):
         _number(
             # Counts of answers that are not in the means, by reason.
             "mt_bench_unrated",
-            "MT-Bench answers judged without a rating and left out of the means",
+            f"MT-Bench answers judged without a rating {_LEFT_OUT}",
             line="unless 0",
         ),
         _number(
@@ -140,12 +142,12 @@ class MtBench(OwnBenchmark):
         ),
         _number(
             "mt_bench_not_asked",
-            "MT-Bench answers not judged, as they do not fit into the judge's context, and left out of the means",
+            f"MT-Bench answers not judged, as they do not fit into the judge's context, {_LEFT_OUT}",
             line="unless 0",
         ),
         _number(
             "mt_bench_judge_failed",
-            "MT-Bench answers left unjudged, as the judge failed (fedsim judge RUN_DIR judges them)",
+            f"MT-Bench answers left unjudged, as the judge failed ({_JUDGE} judges them)",
             line="unless 0",
         ),
     )
@@ -210,7 +212,7 @@ class MtBench(OwnBenchmark):
         """
         dialogues = []
         for temperature, places in _places_by_temperature(items).items():
-            # First messages, each a conversation, and the second messages of the same conversations.
+            # First messages, each a conversation, and the second messages of the same ones.
             first = [[user_turn(items[i].turns[0])] for i in places]
             second = [items[i].turns[1] for i in places]
             sampling = Sampling(temperature, self.max_new_tokens)

@@ -7,10 +7,13 @@ from itertools import chain
 from fedsim.base.figures import Source
 from fedsim.evaluate.own import OWN
 
+_KOREAN = "github.com/naver-ai/korean-safety-benchmarks"
+_SWARM = "github.com/huggingface/llm-swarm"
+
 _SQUARE = Source(
     "data.square",
     "SQuARe, responses (arXiv 2305.17696)",
-    "github.com/naver-ai/korean-safety-benchmarks: data/SQuARe/ (the train split for the paper's runs)",
+    f"{_KOREAN}: data/SQuARe/ (the train split for the paper's runs)",
     "MIT",
     "480 responses, 265 red",
     "response_test_ood.json",
@@ -21,7 +24,7 @@ _OTHERS = (
     Source(
         "cai.constitution",
         "Principles of Anthropic's paper, as llm-swarm has them",
-        "github.com/huggingface/llm-swarm: examples/constitutional-ai/ (the constitution named anthropic)",
+        f"{_SWARM}: examples/constitutional-ai/ (the constitution named anthropic)",
         "MIT",
         "16 principles",
         "constitution_anthropic.json",
