@@ -111,7 +111,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     if path is not None:
         flat = flat_from_file(path)
 
-    # Overrides, of which a later one counts.
+    # Overrides, in order: a later one replaces an earlier one.
     kinds = _kinds()
     for text in overrides:
         name, sign, value = text.partition("=")
@@ -278,7 +278,7 @@ def code_role(key: str) -> str:
 
 
 def _default_of(declared: dataclasses.Field[Any]) -> Any:
-    """Default of a key; a list or mapping is made again."""
+    """Return the default of a key; a list or mapping is a new one in each call."""
     if declared.default is not dataclasses.MISSING:
         return declared.default
     assert declared.default_factory is not dataclasses.MISSING
@@ -298,7 +298,12 @@ def _fields(owner: type, prefix: str = "") -> Iterator[tuple[str, type, dataclas
 
 
 def _read_file(path: Path, seen: tuple[Path, ...]) -> Flat:
-    """Read a file over its base files, whose files that refer to it are ``seen``."""
+    """Read a file and its base files.
+
+    Args:
+        path: of the file.
+        seen: files that refer to it, directly or not.
+    """
     if path.resolve() in seen:
         circle = "its base: files refer to each other in a circle; remove one of the links"
         raise ConfigError(f"config {path}: {circle}")
@@ -667,7 +672,7 @@ def _nearest_choice(value: Any, choices: tuple[str, ...] | None) -> str:
 
 
 def _unknown(name: str, value: Any, known: Sequence[str]) -> str:
-    """Text of the error for a key that there is not."""
+    """Make the text of the error for an unknown key."""
     in_group = [key for key in known if key.startswith(f"{name}.")]
     if in_group:
         keys = ", ".join(in_group)

@@ -46,7 +46,7 @@ class BenchmarkConfig:
 class EvalConfig:
     """Benchmarks, run on the pretrained model and on the global adapter before and after CAI."""
 
-    # When.
+    # Rounds that end with an evaluation.
     every: int = key(
         0,
         "evaluate after every this many rounds; 0 = only after the last round",
@@ -109,8 +109,8 @@ class EvalConfig:
     # The guard model on replies to attacks.
     guard_judge: str = key(
         "none",
-        "also let the guard model judge the replies to attacks: untuned = guard.path as "
-        "it is, tuned = fine-tuned as the filter is",
+        "also classify the replies to attacks by the guard model: untuned = without fine-tuning, "
+        "tuned = fine-tuned like the filter",
         choices=("none", "untuned", "tuned"),
     )
 

@@ -76,7 +76,7 @@ class GuardConfig:
     # Fine-tuning of the guard model on its own rows.
     tune_epochs: float = key(
         5.0,
-        "fine-tuning passes over the guard set; 0 = use the guard as it is",
+        "fine-tuning passes over the guard set; 0 = no fine-tuning",
         unit="epochs",
         low=0,
         high=10_000,

@@ -65,7 +65,7 @@ def read_answers(path: Path) -> dict[int, tuple[str, str]]:
     """
     answers: dict[int, tuple[str, str]] = {}
     for place, record in json_rows(path, "question_id"):
-        # FastChat lists choices of an answer, of which there is one.
+        # FastChat's format has several choices of an answer; only the first is read.
         number, choices = question_id(record, place), record.get("choices")
         turns = None
         if isinstance(choices, list) and choices and isinstance(choices[0], dict):

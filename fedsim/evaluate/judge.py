@@ -209,7 +209,7 @@ def _summary(
             judged[place] = parse_rating(row["judgment"])
     num_not_asked = sum(row["judgment"].startswith(NOT_ASKED) for row in rows.values())
     num_cut = sum(row["judgment"].startswith(CUT) for row in rows.values())
-    # Two turns of each question; the rest was tried in vain or not at all.
+    # Two turns of each question; the rest failed or was not tried.
     num_unjudged = 2 * len(answered) - len(judged) - num_not_asked - num_cut
     complete = len(rows) == 2 * len(answered)
     has_reason = outcome.error is not None or num_unjudged == 0

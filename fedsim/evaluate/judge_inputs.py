@@ -84,7 +84,7 @@ def judge_files(config: Config) -> dict[str, Path]:
     if not config.judge.is_on:
         return {}
     files = {}
-    # A user's judge may do without FastChat's prompts.
+    # A user's judge does not need FastChat's prompts.
     if config.judge.prompts or is_own(KEY, config.judge.kind):
         files["judge_prompts"] = _prompts_file(config)
     if config.eval.mt_bench_references:
