@@ -72,9 +72,9 @@ def sections() -> Iterator[tuple[str, list[KeyInfo]]]:
     """Group the keys in the schema's order; keys outside any group come first, under ""."""
     infos = describe()
     names = [""]
-    for field in dataclasses.fields(Config):
-        if dataclasses.is_dataclass(field.default_factory):
-            names.append(field.name)
+    for name, kind in get_type_hints(Config).items():
+        if dataclasses.is_dataclass(kind):
+            names.append(name)
     for section in names:
         yield section, [info for info in infos if info.name.rpartition(".")[0] == section]
 

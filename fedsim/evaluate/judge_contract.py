@@ -214,7 +214,7 @@ def _judgment(rating: object, what: str) -> str:
         return rating
     # A number on the scale; a bool is none.
     number = math.nan
-    if isinstance(rating, Real) and not isinstance(rating, bool):
+    if not isinstance(rating, bool) and isinstance(rating, Real):
         number = float(rating)
     if not SCALE[0] <= number <= SCALE[1]:
         raise ConfigError(
