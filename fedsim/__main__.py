@@ -21,50 +21,76 @@ COMMANDS: Final = {
     "sweep": ("sweep", "a grid over configuration keys, with findings"),
     "judge": ("judge", "let a judge rate a run's MT-Bench answers"),
     "report": ("report", "one HTML page of finished runs"),
-    "profile": ("profile", "where a round's time goes; with --cai what an iteration of CAI costs"),
+    "profile": ("profile", "times of a round's stages; with --cai the cost of an iteration of CAI"),
     "costs": ("costs", "the paper's elapsed times beside measured and projected ones"),
-    "list": ("list", "algorithms, guards and all else that a configuration can name"),
-    "config": ("config", "the configuration that a file and overrides come to"),
+    "list": ("list", "algorithms, guards and other classes that a configuration can name"),
+    "config": ("config", "the configuration that results from a file and overrides"),
 }
-"""Command → module of fedsim.commands, imported when it is chosen, and what it does."""
+"""Command → module of fedsim.commands, imported when it is chosen, and one line of help."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command that the command line names; returns the exit status.
+    """Run the command of a command line and return the exit status.
 
     Args:
-        argv: words of the command line; None = this process's. The command comes first; ``deepspeed --module fedsim``
-            puts its ``--local_rank`` before it.
+        argv: words of the command line; None = this process's. The command comes first; ``deepspeed
+            --module fedsim`` puts its ``--local_rank`` before it.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
-    name = next((word for word in words if not word.startswith(("--local_rank", "--local-rank"))), "")
+    if argv is None:
+        argv = sys.argv[1:]
+    words = list(argv)
+
+    # The first word names the command, but for the option of a launcher.
+    name = ""
+    for word in words:
+        if not word.startswith(("--local_rank", "--local-rank")):
+            name = word
+            break
     if name not in COMMANDS:
         return launched(lambda: _answer(name), _print)
     words.remove(name)
-    command: Callable[[Sequence[str]], int] = load_target(f"fedsim.commands.{COMMANDS[name][0]}:main")
-    return command(["--check", *words] if name == "check" else words)
+
+    # Import only the module of this command.
+    target = f"fedsim.commands.{COMMANDS[name][0]}:main"
+    command: Callable[[Sequence[str]], int] = load_target(target)
+    if name == "check":
+        words.insert(0, "--check")
+    return command(words)
 
 
 def _answer(word: str) -> str:
-    """The text that a first word which is no command asks for.
+    """Return the text of ``--help`` or ``--version``.
+
+    Args:
+        word: first word of a command line without a command; "" for none.
 
     Raises:
-        ConfigError: it asks for none.
+        ConfigError: it is neither of them.
     """
     if word in ("-h", "--help"):
-        lines = [f"  {name:<8} {meaning}" for name, (_, meaning) in COMMANDS.items()]
-        return "\n".join(["usage: fedsim COMMAND ...", "", *lines, "", "fedsim COMMAND --help shows its options."])
+        lines = ["usage: fedsim COMMAND ...", ""]
+        for name, (_, meaning) in COMMANDS.items():
+            lines.append(f"  {name:<8} {meaning}")
+        lines += ["", "fedsim COMMAND --help shows its options."]
+        return "\n".join(lines)
     if word == "--version":
         return f"fedsim {__version__}"
     if not word:
-        raise ConfigError(f"command line: names no command; give one of {', '.join(COMMANDS)} (fedsim --help)")
+        raise ConfigError(
+            f"command line: names no command; give one of {', '.join(COMMANDS)} (fedsim --help)",
+        )
+    # A mistyped command.
     close = difflib.get_close_matches(word, COMMANDS, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"give one of {', '.join(COMMANDS)}"
-    raise ConfigError(f"command line: {word[:200]!r} is no command; {hint} (fedsim --help lists all)")
+    hint = f"give one of {', '.join(COMMANDS)}"
+    if close:
+        hint = f"did you mean {close[0]}?"
+    raise ConfigError(
+        f"command line: {word[:200]!r} is no command; {hint} (fedsim --help lists all)",
+    )
 
 
 def _print(text: str) -> None:
-    """Print, of several processes from the first."""
+    """Print a text, only in the first of several processes."""
     if os.environ.get("RANK", "0") == "0":
         print(text)
 

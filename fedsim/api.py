@@ -23,7 +23,7 @@ class Result:
     """A finished run.
 
     Attributes:
-        config: what was run.
+        config: of the run.
         folder: the run directory.
     """
 
@@ -32,17 +32,25 @@ class Result:
 
     @property
     def metrics(self) -> list[Row]:
-        """Flat records of metrics.jsonl, oldest first; ``pandas.DataFrame(result.metrics)`` is a table of them."""
+        """Flat records of metrics.jsonl, oldest first.
+
+        ``pandas.DataFrame(result.metrics)`` is a table of them.
+        """
         return read_rows(self.folder / "metrics.jsonl")
 
     @property
     def items(self) -> list[dict[str, Any]]:
-        """Outcomes of single benchmark items: records of ``evaluation``, ``figure``, ``item`` and ``value``."""
+        """Outcomes of single benchmark items, one record for each.
+
+        A record has ``evaluation``, ``figure``, ``item`` (its place, counted from 0) and ``value``.
+        """
         found = []
+        # One file for each evaluation, with one column for each figure.
         for path in sorted((self.folder / "items").glob("*.csv")):
             for figure, values in read_items(path).items():
                 for item, value in enumerate(values.tolist()):
-                    found.append({"evaluation": path.stem, "figure": figure, "item": item, "value": value})
+                    record = {"evaluation": path.stem, "figure": figure, "item": item}
+                    found.append({**record, "value": value})
         return found
 
     @property
@@ -52,25 +60,27 @@ class Result:
 
     @property
     def summary(self) -> Path:
-        """The summary, in Markdown."""
+        """File of the summary, in Markdown."""
         return self.folder / "summary.md"
 
 
 def simulate(config: str | Path | Config | Mapping[str, Any], **overrides: Any) -> Result:
-    """Run a simulation in this process and return what it left; one that was begun goes on, one that is done is read.
+    """Run a simulation in this process and return its results.
 
-    It prints progress as the command does. Ctrl-C raises KeyboardInterrupt; the same call then goes on after the last
+    A run that was interrupted is resumed, and a finished one is only read. It prints progress as
+    the command does. Ctrl-C raises KeyboardInterrupt; the same call then resumes after the last
     finished round. Under torchrun every process calls it alike.
 
     Args:
         config: a YAML file's path, keys with their values (nested or dotted), or a configuration.
-        overrides: further keys: ``seed=1``, ``federation={"num_rounds": 2}``, ``**{"local.lr": 1e-4}``.
+        overrides: further keys: ``seed=1``, ``federation={"num_rounds": 2}``,
+            ``**{"local.lr": 1e-4}``.
 
     Returns:
-        The run directory, whose parts it reads.
+        The run directory and readers of its parts.
 
     Raises:
-        FedsimError: what the command would print as ``error: …``; the message is the same.
+        FedsimError: with the message that the command would print as ``error: …``.
     """
     asked = configuration(config, overrides)
     parallel = asked.parallel
@@ -86,29 +96,36 @@ def simulate(config: str | Path | Config | Mapping[str, Any], **overrides: Any) 
             ) as world,
         ):
             Simulation(asked, world).run()
-    except SystemExit as ended:  # of several processes another one has the error's text
+    except SystemExit as ended:
         cause = ended.__cause__
-        raise cause if isinstance(cause, FedsimError) else RunError("another process of the run failed") from None
+        if isinstance(cause, FedsimError):
+            raise cause from None
+        # Of several processes another one has the error's text.
+        raise RunError("another process of the run failed") from None
     return Result(asked, asked.folder)
 
 
-def configuration(config: str | Path | Config | Mapping[str, Any], overrides: Mapping[str, Any]) -> Config:
-    """The configuration that arguments of :func:`simulate` mean."""
+def configuration(
+    config: str | Path | Config | Mapping[str, Any],
+    overrides: Mapping[str, Any],
+) -> Config:
+    """Make the configuration from the arguments of :func:`simulate`."""
+    # Dotted keys with their values.
     if isinstance(config, Config):
         flat = to_flat(config)
+    elif isinstance(config, str | Path):
+        flat = flat_from_file(Path(config))
     else:
-        flat = flat_from_file(Path(config)) if isinstance(config, str | Path) else dict(config)
+        flat = dict(config)
     return from_flat(with_overrides(flat, overrides))
 
 
 @contextmanager
 def _torch_as_it_was() -> Iterator[None]:
-    """Give torch's settings back that a run changes for the whole process."""
+    """Restore torch's settings after a run, which changes them for the whole process."""
     threads = torch.get_num_threads()
-    is_exact, warns = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
+    is_exact = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
     fills = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     try:
         yield

@@ -1,7 +1,8 @@
-"""Lookup of what a configuration names: one of fedsim's own, ``module:Name``, or ``path/to/file.py:Name``.
+"""Lookup of classes and functions that a configuration names.
 
-:data:`KINDS` is the one table of names. Reading a configuration checks a name's form (:func:`check_name`); code is
-loaded when a run is built (:func:`load`, :func:`build`).
+A name is that of a built-in class or function, ``module:Name``, or ``path/to/file.py:Name``.
+:data:`KINDS` is the only table of names. Reading a configuration checks a name's form
+(:func:`check_name`); code is loaded when a run is built (:func:`load`, :func:`build`).
 """
 
 from __future__ import annotations
@@ -21,14 +22,15 @@ from fedsim.base.user_code import calling, load_module, load_target, register
 
 @dataclass(frozen=True)
 class Own:
-    """One of fedsim's own.
+    """A built-in class or function.
 
     Attributes:
         target: ``module:Name``.
-        title: as tables show it; "" = Name.
+        title: its name in tables; "" = Name.
         title_key: configuration key whose value is the title instead; "" = none.
-        has_cohort: an algorithm trains several clients in a round; False = a baseline with one participant.
-        given: arguments that configuration keys give, argument → key; the others are options.
+        has_cohort: an algorithm trains several clients in a round; False = a baseline with one
+            participant.
+        given: arguments taken from configuration keys, argument → key; the others are options.
     """
 
     target: str
@@ -40,14 +42,15 @@ class Own:
 
 @dataclass(frozen=True)
 class Kind:
-    """What a configuration key names.
+    """The kind of class or function that a configuration key names.
 
     Attributes:
         options: key of the options.
-        own: fedsim's own by name.
+        own: the built-in ones by name.
         base: ``module:Name`` of the class that a class must derive from; "" for a function.
         takes: arguments that a function is called with, in order; the others are options.
-        own_key: key that turns one of fedsim's own on, such as ``eval.{}`` with its name; "" = the kind's key names it.
+        own_key: key that turns a built-in one on, such as ``eval.{}`` with its name; "" = the
+            kind's key names it.
     """
 
     options: str
@@ -58,8 +61,10 @@ class Kind:
 
     @property
     def nameable(self) -> Mapping[str, Own]:
-        """What of fedsim's own the kind's key can name."""
-        return {} if self.own_key else self.own
+        """The built-in ones that the kind's key can name."""
+        if self.own_key:
+            return {}
+        return self.own
 
 
 _SERVER: Final = {"settings": "server_optimizer"}
@@ -68,17 +73,28 @@ KINDS: Final = {
     "federation.algorithm": Kind(
         "federation.options",
         {
+            # Algorithms with a cohort.
             "fedavg": Own("fedsim.federation.algorithms:FedAvg"),
-            "fedprox": Own("fedsim.federation.proximal:FedProx", given={"mu": "federation.prox_mu"}),
+            "fedprox": Own(
+                "fedsim.federation.proximal:FedProx",
+                given={"mu": "federation.prox_mu"},
+            ),
             "fedavgm": Own("fedsim.federation.server_optimizers:FedAvgM", given=_SERVER),
             "fedadagrad": Own("fedsim.federation.server_optimizers:FedAdagrad", given=_SERVER),
             "fedyogi": Own("fedsim.federation.server_optimizers:FedYogi", given=_SERVER),
             "fedadam": Own("fedsim.federation.server_optimizers:FedAdam", given=_SERVER),
             "scaffold": Own(
-                "fedsim.federation.scaffold:Scaffold", "SCAFFOLD", {"variant": "federation.scaffold_correction"}
+                "fedsim.federation.scaffold:Scaffold",
+                "SCAFFOLD",
+                {"variant": "federation.scaffold_correction"},
             ),
+            # Baselines with one participant.
             "local": Own("fedsim.federation.algorithms:LocalOnly", "local", has_cohort=False),
-            "centralised": Own("fedsim.federation.algorithms:Centralised", "centralised", has_cohort=False),
+            "centralised": Own(
+                "fedsim.federation.algorithms:Centralised",
+                "centralised",
+                has_cohort=False,
+            ),
         },
         base="fedsim.federation.algorithms:Algorithm",
     ),
@@ -88,10 +104,17 @@ KINDS: Final = {
             "iid": Own("fedsim.data.partition:iid"),
             "fixed_red_share": Own("fedsim.data.partition:fixed_red_share"),
             "beta_red_share": Own(
-                "fedsim.data.partition:beta_red_share", given={"concentration": "federation.beta_concentration"}
+                "fedsim.data.partition:beta_red_share",
+                given={"concentration": "federation.beta_concentration"},
             ),
-            "dirichlet": Own("fedsim.data.partition:dirichlet", given={"alpha": "federation.dirichlet_alpha"}),
-            "quantity_skew": Own("fedsim.data.partition:quantity_skew", given={"alpha": "federation.dirichlet_alpha"}),
+            "dirichlet": Own(
+                "fedsim.data.partition:dirichlet",
+                given={"alpha": "federation.dirichlet_alpha"},
+            ),
+            "quantity_skew": Own(
+                "fedsim.data.partition:quantity_skew",
+                given={"alpha": "federation.dirichlet_alpha"},
+            ),
         },
         takes=("rows", "num_clients", "rng"),
     ),
@@ -99,6 +122,7 @@ KINDS: Final = {
     "guard.kind": Kind(
         "guard.options",
         {
+            # The filter of the clients' rows.
             "none": Own("fedsim.safety.guard:NoGuard", "no"),
             "llama_guard": Own("fedsim.safety.guard:LlamaGuard", "guard model's"),
             "oracle": Own("fedsim.safety.guard:OracleGuard", "oracle"),
@@ -144,100 +168,147 @@ KINDS: Final = {
             ),
             "local": Own(
                 "fedsim.evaluate.judge_local:LocalJudge",
-                given={"settings": "judge", "model": "model", "batch_size": "eval.batch_size", "seed": "seed"},
+                given={
+                    "settings": "judge",
+                    "model": "model",
+                    "batch_size": "eval.batch_size",
+                    "seed": "seed",
+                },
                 title_key="judge.path",
             ),
         },
         base="fedsim.evaluate.judge_contract:Judge",
     ),
 }
-"""The configuration keys whose value is looked up here."""
+"""Kinds by the configuration key whose value is looked up."""
 
 
 def check_name(key: str, name: str, shown: str = "") -> None:
     """Check the form of a name; nothing is loaded.
 
     Args:
+        key: one of :data:`KINDS`.
+        name: its value.
         shown: the key as an error names it; "" = ``key``.
 
     Raises:
-        ConfigError: it is none of fedsim's own, and not of the form place:Name.
+        ConfigError: it is neither built in nor of the form place:Name.
     """
     kind = KINDS[key]
     place, _, attribute = name.rpartition(":")
+    # Keys of their own turn some of the built-in ones on.
     if name in kind.own and kind.own_key:
-        raise ConfigError(f"{shown or key}={name!r}: is fedsim's own; set {kind.own_key.format(name)}")
+        raise ConfigError(
+            f"{shown or key}={name!r}: is fedsim's own; set {kind.own_key.format(name)}",
+        )
     if name not in kind.own and not (place and attribute.isidentifier()):
-        own = f"one of {', '.join(kind.nameable)}, or " if kind.nameable else ""
+        own = ""
+        if kind.nameable:
+            own = f"one of {', '.join(kind.nameable)}, or "
         raise ConfigError(
             f"{shown or key}={name[:200]!r}: must be {own}module:Name, or path/to/file.py:Name"
-            f"{_nearest(name, kind.nameable)}"
+            f"{_nearest(name, kind.nameable)}",
         )
 
 
 def names_in_words(key: str) -> str:
-    """What a key takes, such as ``fedavg | scaffold | module:Name | path/to/file.py:Name``."""
+    """Describe a key's values: ``fedavg | scaffold | module:Name | path/to/file.py:Name``."""
     return " | ".join([*KINDS[key].own, "module:Name", "path/to/file.py:Name"])
 
 
 def is_own(key: str, name: str) -> bool:
-    """True for a name of fedsim's own."""
+    """Return whether a name is that of a built-in class or function."""
     return name in KINDS[key].own
 
 
 def title(key: str, name: str, config: Mapping[str, Any] | None = None) -> str:
-    """A name as tables show it, such as ``FedAvg``; nothing is loaded.
+    """Return the title of a name in tables, such as ``FedAvg``; nothing is loaded.
 
     Args:
-        config: dotted key → value, from which a judge of fedsim's own has its title.
+        key: one of :data:`KINDS`.
+        name: its value.
+        config: dotted key → value, for the title of a built-in judge; None = without it.
     """
     own = KINDS[key].own.get(name)
-    if own is not None and own.title_key and config is not None:
+    # The name itself, without its file or module.
+    if own is None:
+        return name.rpartition(":")[2]
+    if own.title_key and config is not None:
         return str(config[own.title_key])
-    return (own.title if own is not None else "") or (own.target if own is not None else name).rpartition(":")[2]
+    if own.title:
+        return own.title
+    return own.target.rpartition(":")[2]
 
 
 def load(key: str, name: str) -> Any:
-    """The class or function that a configuration key names.
+    """Load the class or function that a configuration key names.
 
     Raises:
-        ConfigError: it cannot be found or imported, or is of another kind than the key wants.
+        ConfigError: it cannot be found or imported, or is not of the kind that the key needs.
     """
     kind = KINDS[key]
-    place, _, attribute = (kind.own[name].target if name in kind.own else name).rpartition(":")
     what = f"{key}={name!r}"
-    module = load_module(place, what, is_builtin=name in kind.own)
+
+    # Import its module, or run its file.
+    is_builtin = name in kind.own
+    target = name
+    if is_builtin:
+        target = kind.own[name].target
+    place, _, attribute = target.rpartition(":")
+    module = load_module(place, what, is_builtin=is_builtin)
     found = getattr(module, attribute, None)
     if found is None:
         raise ConfigError(f"{what}: {place} has no {attribute}{_nearest(attribute, vars(module))}")
+
+    # Check its kind: a class with the right base, or a function.
     if kind.base:
         base = load_target(kind.base)
         if not (isinstance(found, type) and issubclass(found, base)):
-            raise ConfigError(f"{what}: must be a class that derives from fedsim.{base.__name__}, is {found!r:.200}")
+            rule = f"must be a class that derives from fedsim.{base.__name__}"
+            raise ConfigError(f"{what}: {rule}, is {found!r:.200}")
     elif not inspect.isfunction(found):
-        raise ConfigError(f"{what}: must be a function of ({', '.join(kind.takes)}), is {found!r:.200}")
-    if name not in kind.own:
-        register(inspect.getfile(found))  # which may be another file of its package
+        raise ConfigError(
+            f"{what}: must be a function of ({', '.join(kind.takes)}), is {found!r:.200}",
+        )
+
+    # The code's own file is part of the run's record; it may be another file of its package.
+    if not is_builtin:
+        register(inspect.getfile(found))
     return found
 
 
-def build(key: str, name: str, options: Mapping[str, Any], sections: Mapping[str, Any] | None = None) -> Any:
-    """An instance of the class that a key names, or its function, with the options filled in.
+def build(
+    key: str,
+    name: str,
+    options: Mapping[str, Any],
+    sections: Mapping[str, Any] | None = None,
+) -> Any:
+    """Instantiate the class that a key names, or bind its function's options.
 
     Args:
+        key: one of :data:`KINDS`.
+        name: its value.
         options: keyword arguments, checked against the signature.
-        sections: of the configuration by name, from which fedsim's own take the arguments of their keys.
+        sections: of the configuration by name, from which built-in classes take arguments
+            (:attr:`Own.given`).
 
     Raises:
-        ConfigError: as :func:`load`; an option that there is not, one that is missing, or a constructor that fails.
+        ConfigError: as of :func:`load`; an unknown option, a missing one, or a constructor that
+            fails.
     """
     found = load(key, name)
     own = KINDS[key].own.get(name, Own(""))
     what, where = f"{key}={name!r}", KINDS[key].options
     for argument in own.given.keys() & options.keys():
-        raise ConfigError(f"{where}.{argument}: {name} takes it from {own.given[argument]}; set that key")
-    given = {argument: functools.reduce(_part, place.split("."), sections) for argument, place in own.given.items()}
-    arguments = {**given, **options}
+        raise ConfigError(
+            f"{where}.{argument}: {name} takes it from {own.given[argument]}; set that key",
+        )
+
+    # Arguments from the configuration's own keys, such as ``federation.prox_mu``, then the options.
+    arguments: dict[str, Any] = {}
+    for argument, place in own.given.items():
+        arguments[argument] = functools.reduce(_part, place.split("."), sections)
+    arguments |= options
     _check_options(found, what, where, KINDS[key].takes, arguments, own.given)
     if not isinstance(found, type):
         return functools.partial(found, **arguments)
@@ -246,49 +317,88 @@ def build(key: str, name: str, options: Mapping[str, Any], sections: Mapping[str
 
 
 def source_file(key: str, name: str) -> Path | None:
-    """The file that a name means, of a module the one that defines the class or function; None for fedsim's own."""
+    """Find the file of the code that a name selects; None for built-in code.
+
+    Of a module it is the file that defines the class or function.
+    """
     if is_own(key, name):
         return None
+    # A file by its path, or the source file of a module.
     place = name.rpartition(":")[0]
     if place.endswith(".py"):
         return user_path(place)
     try:
         return Path(inspect.getfile(load(key, name)))
     except TypeError as error:
-        raise ConfigError(f"{key}={name!r}: {place} has no source file; put the code into a file") from error
+        raise ConfigError(
+            f"{key}={name!r}: {place} has no source file; put the code into a file",
+        ) from error
 
 
 def _check_options(
-    found: Any, what: str, where: str, takes: tuple[str, ...], arguments: Mapping[str, Any], given: Mapping[str, str]
+    found: Any,
+    what: str,
+    where: str,
+    takes: tuple[str, ...],
+    arguments: Mapping[str, Any],
+    given: Mapping[str, str],
 ) -> None:
-    """Compare options with a signature."""
+    """Compare options with a signature.
+
+    Args:
+        found: class or function.
+        what: its key and name, for errors.
+        where: key of the options, for errors.
+        takes: positional arguments of every call.
+        arguments: all keyword arguments.
+        given: those of them that are no options.
+
+    Raises:
+        ConfigError: too few positional arguments, an unknown option, or a missing one.
+    """
+    # The signature's positional arguments must take those of every call.
     parameters = list(inspect.signature(found).parameters.values())
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     has_rest = any(p.kind is p.VAR_POSITIONAL for p in parameters)
     if len(positional) < len(takes) and not has_rest:
+        taken = ", ".join(p.name for p in positional)
         raise ConfigError(
-            f"{what}: must take the arguments ({', '.join(takes)}), takes ({', '.join(p.name for p in positional)})"
+            f"{what}: must take the arguments ({', '.join(takes)}), takes ({taken})",
         )
+
+    # All other named arguments are options; one without a default is needed.
     called = {p.name for p in positional[: len(takes)]}
     options = {p.name: p for p in parameters if p.kind in named and p.name not in called}
+    # A signature with **kwargs takes any option.
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
     for option, value in arguments.items():
         if option not in options and not takes_any:
             known = [name for name in options if name not in given]
-            rule = f"it takes {', '.join(known)}" if known else "it takes none"
+            rule = "it takes none"
+            if known:
+                rule = f"it takes {', '.join(known)}"
+            rule += _nearest(option, known)
             raise ConfigError(
-                f"{where}.{option}={value!r:.200}: {what} has no such option; {rule}{_nearest(option, known)}"
+                f"{where}.{option}={value!r:.200}: {what} has no such option; {rule}",
             )
-    missing = [name for name, p in options.items() if p.default is p.empty and name not in arguments]
-    if missing:
-        raise ConfigError(f"{where}.{missing[0]}: {what} needs this option; set {where}.{missing[0]}=...")
+    for option, parameter in options.items():
+        if parameter.default is parameter.empty and option not in arguments:
+            raise ConfigError(
+                f"{where}.{option}: {what} needs this option; set {where}.{option}=...",
+            )
 
 
 def _part(whole: Any, name: str) -> Any:
-    return whole[name] if isinstance(whole, Mapping) else getattr(whole, name)
+    """Part of the configuration: a section by name, or a key of a section."""
+    if isinstance(whole, Mapping):
+        return whole[name]
+    return getattr(whole, name)
 
 
 def _nearest(name: str, known: Any) -> str:
+    """Suggest a similar name for an error; "" if there is none."""
     close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+    if not close:
+        return ""
+    return f"; did you mean {close[0]}?"

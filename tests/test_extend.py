@@ -399,7 +399,7 @@ def test_an_options_mapping_of_a_file_takes_the_place_of_its_bases(tmp_path: Pat
         (["federation.options=3"], "federation.options=3: must be a mapping"),
         (["federation.options={a b: 1}"], "must be a mapping of names"),
         (["federation.options={a: 2024-01-02}"], "federation.options.a=.*must be a number, a text"),
-        (["federation.options={password: hunter}"], "no secret may stand in a configuration"),
+        (["federation.options={password: hunter}"], "no secret may be in a configuration"),
         (["federation.options={a: .nan}"], "federation.options.a=nan: must be a finite number"),
         (['federation.options={a: "x\\0"}'], "must not hold control characters"),
         (

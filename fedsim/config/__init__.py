@@ -19,7 +19,14 @@ from fedsim.config.loading import (
     to_nested,
     with_overrides,
 )
-from fedsim.config.measuring import BenchmarkConfig, EvalConfig, JudgeConfig, ParallelConfig, RecordConfig, WandbConfig
+from fedsim.config.measuring import (
+    BenchmarkConfig,
+    EvalConfig,
+    JudgeConfig,
+    ParallelConfig,
+    RecordConfig,
+    WandbConfig,
+)
 from fedsim.config.page import help_text
 from fedsim.config.safety import CaiConfig, GuardConfig
 from fedsim.config.schema import Config

@@ -1,4 +1,4 @@
-"""Command line of a run: a config file, overrides, and what launchers add."""
+"""Command line of a run: a config file, overrides, and the options that launchers add."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from fedsim.config.page import help_text
 DEFAULT = SHIPPED / "demo.yaml"
 EPILOG = """Without CONFIG.yaml, configs/demo.yaml is used, which sets many of these keys.
 A file may name another that it builds on (base: OTHER.yaml).
-Configuration keys, with the values that they have when neither a file nor the command line sets them:
+Configuration keys, with their values when neither a file nor the command line sets them:
 """
 
 
 @dataclass(frozen=True)
 class Command:
-    """What a command line asks for.
+    """A parsed command line.
 
     Attributes:
         file: the config file.
         overrides: ``key=value`` words, in order.
-        local_rank: place among the processes of this machine, where the launcher names it here (deepspeed,
-            torch.distributed.launch).
+        local_rank: rank among the processes of this machine, where the launcher gives it as an
+            option (deepspeed, torch.distributed.launch).
         check: check everything, print the plan of the run, and stop.
     """
 
@@ -41,8 +41,10 @@ def parse_command(arguments: Sequence[str]) -> Command:
     """Read a command line, without the program's name.
 
     Raises:
-        ConfigError: a word that is neither a config file nor key=value, a second file, an unknown option.
+        ConfigError: a word that is neither a config file nor key=value, a second file, an unknown
+            option.
     """
+    # The keys of the configuration are documented in the help, and no options of the parser.
     parser = Parser(
         prog="fedsim run",
         usage="fedsim run [--check] [CONFIG.yaml] [key=value ...]\n"
@@ -53,23 +55,44 @@ def parse_command(arguments: Sequence[str]) -> Command:
         epilog=EPILOG + help_text(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("words", nargs="*", metavar="CONFIG.yaml | key=value", help="config file and overrides")
-    parser.add_argument("--local_rank", "--local-rank", type=int, help="added by launchers; the same as LOCAL_RANK")
-    parser.add_argument("--check", action="store_true", help="check everything, print the plan of the run, and stop")
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="CONFIG.yaml | key=value",
+        help="config file and overrides",
+    )
+    parser.add_argument(
+        "--local_rank",
+        "--local-rank",
+        type=int,
+        help="added by launchers; the same as LOCAL_RANK",
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="check everything, print the plan of the run, and stop",
+    )
     given = parser.parse_intermixed_args(arguments)
     file, overrides = split_words(given.words)
     return Command(file or DEFAULT, overrides, given.local_rank, given.check)
 
 
 def split_words(words: Sequence[str]) -> tuple[Path | None, list[str]]:
-    """The config file, where one is named, and the ``key=value`` words in order.
+    """Separate the config file, None if there is none, from the ``key=value`` words.
 
     Raises:
         ConfigError: a word that is neither, or a second file.
     """
+    # A word with "=" is an override, any other names a file.
     files = [word for word in words if "=" not in word]
-    if bad := [word for word in files if not word.endswith((".yaml", ".yml"))]:
-        raise ConfigError(f"argument {bad[0]!r}: must be a config file (*.yaml) or key=value")
+    overrides = [word for word in words if "=" in word]
+    for word in files:
+        if not word.endswith((".yaml", ".yml")):
+            raise ConfigError(f"argument {word!r}: must be a config file (*.yaml) or key=value")
     if len(files) > 1:
-        raise ConfigError(f"command line: one config file at most, not {len(files)}: {' '.join(files)}")
-    return (Path(files[0]) if files else None), [word for word in words if "=" in word]
+        raise ConfigError(
+            f"command line: one config file at most, not {len(files)}: {' '.join(files)}",
+        )
+    if not files:
+        return None, overrides
+    return Path(files[0]), overrides

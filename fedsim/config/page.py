@@ -1,4 +1,4 @@
-"""Reference of all configuration keys: the text of ``--help``, and docs/config.md (``fedsim config --markdown``)."""
+"""Reference of all configuration keys: the text of ``--help``, and docs/config.md."""
 
 from __future__ import annotations
 
@@ -30,51 +30,65 @@ KINDS: Final = {
     "mapping": "mapping",
     "list of mappings": "list of mappings",
 }
-"""What a value of each type is called."""
+"""Name of each type in the reference."""
 
 
 def help_text() -> str:
-    """The reference as ``--help`` prints it."""
+    """Write the reference as ``--help`` prints it."""
     lines = []
     for section, infos in sections():
         lines.append(f"\n{section or 'run'}:")
         for info in infos:
+            # Type, unit and rule of the value.
             notes = ", ".join(note for note in (info.type_name, info.unit, info.rule) if note)
             lines.append(f"  {info.name} = {_shown(info.default)}\n      {info.meaning} [{notes}]")
     return "\n".join(lines)
 
 
 def page() -> str:
-    """The reference as a Markdown page: a section for each group of keys, with the group's docstring and a table."""
+    """Write the reference as a Markdown page.
+
+    It has a section for each group of keys, with the group's docstring and a table.
+    """
     hints = get_type_hints(Config)
     parts = [INTRODUCTION]
     for section, infos in sections():
-        about = inspect.getdoc(hints[section] if section else Config)
+        about = inspect.getdoc(Config)
+        if section:
+            about = inspect.getdoc(hints[section])
         assert about is not None
+        # One row for each key.
         lines = ["| key | default | meaning | values |", "| --- | --- | --- | --- |"]
         for info in infos:
             meaning = info.meaning.replace("|", "\\|")
-            lines.append(f"| `{info.name}` | `{_shown(info.default)}` | {meaning} | {_values(info)} |")
+            lines.append(
+                f"| `{info.name}` | `{_shown(info.default)}` | {meaning} | {_values(info)} |",
+            )
         parts += [f"## {section or 'run'}", about, "\n".join(lines)]
     return "\n\n".join(parts) + "\n"
 
 
 def sections() -> Iterator[tuple[str, list[KeyInfo]]]:
-    """Groups of keys in the schema's order; the keys outside any group come first, under ""."""
+    """Group the keys in the schema's order; keys outside any group come first, under ""."""
     infos = describe()
-    names = [field.name for field in dataclasses.fields(Config) if dataclasses.is_dataclass(field.default_factory)]
-    for section in ("", *names):
+    names = [""]
+    for name, kind in get_type_hints(Config).items():
+        if dataclasses.is_dataclass(kind):
+            names.append(name)
+    for section in names:
         yield section, [info for info in infos if info.name.rpartition(".")[0] == section]
 
 
 def _values(info: KeyInfo) -> str:
-    """What a key takes, such as ``whole number >= 1, rows`` or a list of its choices."""
-    choices = info.rule.split(" | ") if " | " in info.rule else []
-    if choices:
-        return ", ".join(f"`{choice}`" for choice in choices)
-    return ", ".join(part for part in (f"{KINDS[info.type_name]} {info.rule}".strip(), info.unit) if part)
+    """Describe the values of a key: ``whole number >= 1, rows``, or a list of its choices."""
+    if " | " in info.rule:
+        return ", ".join(f"`{choice}`" for choice in info.rule.split(" | "))
+    values = f"{KINDS[info.type_name]} {info.rule}".strip()
+    if info.unit:
+        values += f", {info.unit}"
+    return values
 
 
 def _shown(value: Any) -> str:
-    """A default as a YAML file would have it."""
+    """Write a default as a YAML file would have it."""
     return yaml.safe_dump(value, default_flow_style=True).strip().removesuffix("...").strip()

@@ -1,1 +1,1 @@
-"""Safety and helpfulness of the model as it stands: benchmarks, their figures with counts and 95 % intervals."""
+"""Safety and helpfulness of the model: benchmarks and their figures with 95 % intervals."""

@@ -1,7 +1,8 @@
-"""Contract of a benchmark: reader, requests, scoring and figures, for a class of fedsim's own or of a user's file."""
+"""Contract of a benchmark, built in or from a user's file: reader, requests, scoring, figures."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,14 +31,17 @@ Asked = tuple[Conversation, tuple[str, ...]]
 
 @dataclass(frozen=True)
 class Result:
-    """Outcome of a benchmark. Its replies may be harmful texts: they reach no terminal, log or artefact.
+    """Outcome of a benchmark.
+
+    Its replies may be harmful texts: they reach no terminal, log or artefact.
 
     Attributes:
-        figures: by name, without ``eval/``, in the record's order: a rate or mean (recorded with interval and count),
-            or a bare number.
+        figures: by name, without ``eval/``, in the record's order: a rate or mean (recorded with
+            interval and count), or a bare number.
         items: values by item of the figures that can be compared item by item.
-        replies: free replies, in the order of the items (of several turns: one turn after the other).
-        answers: answers that a judge may rate; MT-Bench alone has any.
+        replies: free replies, in the order of the items (of several turns: one turn after the
+            other).
+        answers: answers that a judge may rate; only MT-Bench has any.
     """
 
     figures: Mapping[str, Found]
@@ -49,8 +53,8 @@ class Result:
 class Benchmark(ABC):
     """A benchmark; a user's derives from it, as ``fedsim.Benchmark``.
 
-    A class needs :attr:`name`, :attr:`title`, :attr:`figures`, :meth:`load`, :meth:`score`, and :meth:`ask` where the
-    model is to write replies::
+    A class needs :attr:`name`, :attr:`title`, :attr:`figures`, :meth:`load`, :meth:`score`, and
+    :meth:`ask` where the model is to write replies::
 
         class Brevity(Benchmark):
             name, title = "brevity", "Brevity"
@@ -69,15 +73,17 @@ class Benchmark(ABC):
                 words = [len(reply.text.split()) for reply in replies[0][0]]
                 return {"brevity_short": [float(n <= 20) for n in words], "brevity_words": words}
 
-    All else follows from the figures: ``eval/brevity_short`` in percent with ``_low``, ``_high`` and ``_count`` in
-    ``metrics.jsonl`` (Wilson's interval for a share whose values are 0 and 1, else Student's), lengths of the replies
-    and signs of collapse (``eval/brevity_distinct_2`` and so on), ``items/``, plots, summary and report. The replies
-    themselves are written with ``record.texts`` alone.
+    All else follows from the figures: ``eval/brevity_short`` in percent with ``_low``, ``_high``
+    and ``_count`` in ``metrics.jsonl`` (Wilson's interval for a share whose values are 0 and 1,
+    else Student's), lengths of the replies and signs of collapse (``eval/brevity_distinct_2`` and
+    so on), ``items/``, plots, summary and report. The replies themselves are written only with
+    ``record.texts``.
 
     The keyword arguments of the constructor are the benchmark's options.
 
     Attributes:
-        name: in the configuration, in metric names and in the keys of draws; letters, digits and "_".
+        name: in the configuration, in metric names and in the keys of draws; letters, digits and
+            "_".
         title: for people.
         figures: what it measures; a name begins with the benchmark's.
     """
@@ -88,50 +94,66 @@ class Benchmark(ABC):
 
     @abstractmethod
     def load(self, path: Path) -> Sequence[Any]:
-        """The items of the file, in order.
+        """Read the items of the file, in order.
 
         Raises:
-            DataError: the file is missing or malformed; the message names file and line, and quotes no prompt.
+            DataError: the file is missing or malformed; the message names file and line, and quotes
+                no prompt.
         """
 
     def ask(self, items: Sequence[Any], key: Sequence[keyed_random.KeyPart]) -> Sequence[Dialogues]:
-        """What the model is asked. The replies of all benchmarks of an evaluation are generated together.
+        """Conversations that the model is to answer.
+
+        The replies of all benchmarks of an evaluation are generated together.
 
         Args:
             items: at least one; with ``eval.limit`` a fixed subset of the file's.
-            key: names the draws; dialogues of one benchmark append to it what tells them apart.
+            key: names the draws; several dialogues of one benchmark append different parts to it.
         """
         return []
 
     def scored(self, items: Sequence[Any]) -> Sequence[Asked]:
-        """Replies of the file that :meth:`score` lets the engine score, so that they are tokenised once a run."""
+        """Replies of the file that the engine scores in :meth:`score`; tokenised once a run."""
         return []
 
     @abstractmethod
-    def score(self, engine: Engine, items: Sequence[Any], replies: Sequence[Replies]) -> Mapping[str, Values]:
-        """Values by item for each figure (or a variant of one: its name, "_" and more).
+    def score(
+        self,
+        engine: Engine,
+        items: Sequence[Any],
+        replies: Sequence[Replies],
+    ) -> Mapping[str, Values]:
+        """Compute values by item for each figure (or a variant: its name, "_" and a suffix).
 
         Args:
-            engine: the model under test, which can score rows (:func:`fedsim.evaluate.scoring.reply_row`); every rank
-                calls it alike.
+            engine: the model under test, which can score rows
+                (:func:`fedsim.evaluate.scoring.reply_row`); every rank calls it alike.
             items: as :meth:`ask` had them.
-            replies: ``replies[d][t][i]``: dialogue ``d`` of :meth:`ask`, turn ``t``, conversation ``i``.
+            replies: ``replies[d][t][i]``: dialogue ``d`` of :meth:`ask`, turn ``t``, conversation
+                ``i``.
 
         Returns:
             0 to 1 for a share, else in the figure's unit; None where an item does not count.
         """
 
     def measure(
-        self, engine: Engine, items: Sequence[Any], replies: Sequence[Replies], guard: ExchangeJudge | None = None
+        self,
+        engine: Engine,
+        items: Sequence[Any],
+        replies: Sequence[Replies],
+        guard: ExchangeJudge | None = None,
     ) -> Result:
-        """:meth:`score` with intervals and counts, and what is counted of all replies.
+        """Summarise :meth:`score` with intervals and counts, and count properties of the replies.
 
         Args:
-            guard: judges replies to attacks, where the run has one; only benchmarks that override this can ask it.
+            guard: classifies replies to attacks, where the run has one; only benchmarks that
+                override this method can use it.
 
         Raises:
-            ConfigError: a figure that the benchmark does not have, or values that do not fit the items.
+            ConfigError: a figure that the benchmark does not have, or values that do not fit the
+                items.
         """
+        # Values by item, summarised as a rate or a mean for each figure.
         values = self.score(engine, items, replies)
         figures: dict[str, Found] = {}
         for name, of_items in values.items():
@@ -139,23 +161,41 @@ class Benchmark(ABC):
             known = [float(value) for value in of_items if value is not None]
             if known:
                 figures[name] = _summary(known, figure)
-        said = [reply for turns in replies for turn in turns for reply in turn]
+
+        # All replies: of each dialogue and turn, in the order of the items.
+        said: list[Reply] = []
+        for turns in replies:
+            for turn in turns:
+                said += turn
         if said:
             figures |= reply_metrics(self.name, said)
         return Result(figures, values, said)
 
     def _checked(self, name: str, values: Values, num_items: int) -> Figure:
+        """Check the values of a figure and return its declaration; see :meth:`measure`."""
+        # The figure must be declared; a variant has its name and a suffix.
         figure = figure_of(name, {figure.name: figure for figure in self.figures})
         what = f"benchmark {self.name}: score() gives {name!r}"
         if figure is None:
             known = ", ".join(figure.name for figure in self.figures)
-            raise ConfigError(f"{what}, which is none of its figures ({known}); add a Figure of that name")
+            raise ConfigError(
+                f"{what}, which is none of its figures ({known}); add a Figure of that name",
+            )
+
+        # One value for each item.
         if len(values) != num_items:
-            raise ConfigError(f"{what} {len(values)} values for {num_items} items; give one an item, None to leave out")
-        low, high = (0.0, 1.0) if figure.is_share else figure.scale or (-float("inf"), float("inf"))
+            fix = "give one for each item, None to leave an item out"
+            raise ConfigError(f"{what} {len(values)} values for {num_items} items; {fix}")
+
+        # Every value on the figure's scale; shares are from 0 to 1 here.
+        low, high = figure.scale or (-math.inf, math.inf)
+        if figure.is_share:
+            low, high = 0.0, 1.0
         wrong = [value for value in values if value is not None and not low <= value <= high]
         if wrong:
-            raise ConfigError(f"{what} the value {wrong[0]!r}; values must be from {low:g} to {high:g}")
+            raise ConfigError(
+                f"{what} the value {wrong[0]!r}; values must be from {low:g} to {high:g}",
+            )
         return figure
 
     def metrics(self, result: Result) -> Metrics:
@@ -163,19 +203,24 @@ class Benchmark(ABC):
         return figure_metrics(result.figures, {figure.name: figure for figure in self.figures})
 
     def describe(self) -> Description:
-        """What tables and plots need to know of it."""
+        """Description of the benchmark for tables and plots."""
         return Description(self.name, self.title, (*self.figures, *self.counted_figures()))
 
     def counted_figures(self) -> Sequence[Figure]:
-        """What is counted of its replies."""
+        """Figures that count properties of the replies, such as their lengths."""
         return reply_figures(self.name, self.title)
 
     def depends(self) -> dict[str, Any]:
-        """What decides its figures beside its file and the keys of ``eval``: part of a shared evaluation's name."""
+        """Further inputs of the figures, beside the file and the keys of ``eval``.
+
+        They are part of a shared evaluation's name.
+        """
         return {}
 
 
 def _summary(values: Sequence[float], figure: Figure) -> Rate | Mean:
+    """Rate of a share whose values are all 0 or 1, else the mean in the figure's unit."""
+    # Wilson's interval for counts, Student's for any other values.
     if figure.is_share and all(value in (0.0, 1.0) for value in values):
         return Rate.of([value == 1.0 for value in values])
     return Mean.of([figure.factor * value for value in values])
@@ -197,7 +242,7 @@ class EmbeddedFile:
 
 
 class OwnBenchmark(Benchmark):
-    """A benchmark of fedsim's own: its file is ``eval.<name>``, and it may have one in the embedded world.
+    """A built-in benchmark: its file is ``eval.<name>``, and the embedded world may have one.
 
     Attributes:
         figures: likewise, of the class.
@@ -212,7 +257,7 @@ class OwnBenchmark(Benchmark):
     @classmethod
     @abstractmethod
     def from_config(cls, settings: EvalConfig, *, judged: bool) -> Self:
-        """The benchmark as a configuration has it.
+        """Make the benchmark of a configuration.
 
         Args:
             judged: a language model rates answers.
@@ -220,20 +265,33 @@ class OwnBenchmark(Benchmark):
 
     @classmethod
     def chosen(cls, settings: EvalConfig) -> dict[str, str]:
-        """Headline figure → the figure that it repeats under this configuration, such as one phrase set's.
+        """Map the headline figure to the figure that it repeats, such as one phrase set's.
 
-        The latter has the values by item.
+        The configuration chooses it. It is the latter figure that has the values by item.
         """
         return {}
 
     @classmethod
     def describe_class(cls) -> Description:
         """:meth:`describe` without an instance."""
-        published = cls.sources[0].sha256 if cls.sources else ""
-        return Description(cls.name, cls.title, (*cls.figures, *reply_figures(cls.name, cls.title)), published)
+        # Digest of the published file of the items.
+        published = ""
+        if cls.sources:
+            published = cls.sources[0].sha256
+        return Description(
+            cls.name,
+            cls.title,
+            (*cls.figures, *reply_figures(cls.name, cls.title)),
+            published,
+        )
 
     def describe(self) -> Description:
         return self.describe_class()
 
-    def score(self, engine: Engine, items: Sequence[Any], replies: Sequence[Replies]) -> Mapping[str, Values]:
-        raise NotImplementedError("fedsim's own override measure()")
+    def score(
+        self,
+        engine: Engine,
+        items: Sequence[Any],
+        replies: Sequence[Replies],
+    ) -> Mapping[str, Values]:
+        raise NotImplementedError("built-in benchmarks override measure()")

@@ -1,8 +1,8 @@
 """A guard's verdict on a row, and its accuracy over many (positive class: unsafe, truth: red).
 
-The metrics are those of the paper's Table 2 (arXiv 2502.16691): accuracy, precision, recall and their harmonic mean,
-plus the false-positive rate and what dropping the unsafe rows does to the red share. What needs the probabilities is in
-:mod:`fedsim.safety.guard_curves`.
+The metrics are those of the paper's Table 2 (arXiv 2502.16691): accuracy, precision, recall and
+their harmonic mean, plus the false-positive rate and what dropping the unsafe rows does to the red
+share. Metrics of the probabilities are in :mod:`fedsim.safety.guard_curves`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _IF_ANY, _IF_RED = "the clients hold rows", "a row is red"
 
 @dataclass(frozen=True)
 class Verdict:
-    """A guard's judgement of one row.
+    """A guard's classification of one row.
 
     Attributes:
-        unsafe: whether the row is to be filtered.
+        unsafe: the row is to be filtered.
         unsafe_prob: the guard's probability of "unsafe", 0 … 1.
         cut: the conversation was too long for the guard and lost its end.
     """
@@ -32,13 +32,15 @@ class Verdict:
 
     @classmethod
     def at(cls, threshold: float, unsafe_prob: float, cut: bool = False) -> Verdict:
-        """The verdict of a probability: unsafe from ``threshold`` on."""
+        """Make the verdict of a probability: unsafe from ``threshold`` on."""
         return cls(unsafe_prob >= threshold, unsafe_prob, cut)
 
 
 @dataclass(frozen=True)
 class GuardMetrics:
-    """Confusion counts of a guard over labelled rows. Every rate is a share (0 … 1), None where it is 0 / 0.
+    """Confusion counts of a guard over labelled rows.
+
+    Every rate is a share (0 … 1), None where it is 0 / 0.
 
     Attributes:
         num_caught: red rows called unsafe.
@@ -57,6 +59,7 @@ class GuardMetrics:
     @classmethod
     def of(cls, red: Sequence[bool], verdicts: Sequence[Verdict]) -> GuardMetrics:
         """Count verdicts against labels, row by row."""
+        # (label is red, verdict is unsafe) of each row
         pairs = [(label, verdict.unsafe) for label, verdict in zip(red, verdicts, strict=True)]
         return cls(
             num_caught=pairs.count((True, True)),
@@ -68,7 +71,7 @@ class GuardMetrics:
 
     @property
     def num_rows(self) -> int:
-        """All rows judged."""
+        """All classified rows."""
         return self.num_caught + self.num_false_alarms + self.num_missed + self.num_passed
 
     @property
@@ -83,7 +86,7 @@ class GuardMetrics:
 
     @property
     def accuracy(self) -> float | None:
-        """Share of rows judged as labelled."""
+        """Share of rows classified as labelled."""
         return _share(self.num_caught + self.num_passed, self.num_rows)
 
     @property
@@ -125,6 +128,7 @@ class GuardMetrics:
     def rates(self) -> dict[str, Rate]:
         """The rates that are shares of counted rows, by name; undefined ones absent."""
         acceptable = self.num_rows - self.num_red
+        # (counted rows, all rows) of each rate; the harmonic mean is no such rate.
         counted = {
             "accuracy": (self.num_caught + self.num_passed, self.num_rows),
             "precision": (self.num_caught, self.num_unsafe),
@@ -139,9 +143,10 @@ class GuardMetrics:
     def hmean_interval(self) -> tuple[float, float] | None:
         """95 % interval of :attr:`hmean`.
 
-        Hmean = 2J / (1 + J) grows with Jaccard's J = caught / (caught + false alarms + missed), a share of counted
-        rows: Wilson's interval of J is carried over.
+        Hmean = 2J / (1 + J) grows with Jaccard's J = caught / (caught + false alarms + missed), a
+        share of counted rows: Wilson's interval of J is carried over.
         """
+        # Rows that are red or called unsafe.
         whole = self.num_unsafe + self.num_missed
         if not whole:
             return None
@@ -158,17 +163,42 @@ class GuardMetrics:
         Metric("guard/num_passed", "acceptable rows called safe", "rows"),
         Metric("guard/num_cut", "rows cut to guard.max_length", "rows"),
         Metric("guard/accuracy", "rows called as labelled", "%", _IF_ANY, interval=True),
-        Metric("guard/precision", "red rows among those called unsafe", "%", "a row is called unsafe", interval=True),
-        Metric("guard/recall", "red rows called unsafe, of all red ones", "%", _IF_RED, interval=True),
-        Metric("guard/fpr", "acceptable rows called unsafe, of all acceptable ones", "%", "a row is acceptable",
-               interval=True),
+        Metric(
+            "guard/precision",
+            "red rows among those called unsafe",
+            "%",
+            "a row is called unsafe",
+            interval=True,
+        ),
+        Metric(
+            "guard/recall",
+            "red rows called unsafe, of all red ones",
+            "%",
+            _IF_RED,
+            interval=True,
+        ),
+        Metric(
+            "guard/fpr",
+            "acceptable rows called unsafe, of all acceptable ones",
+            "%",
+            "a row is acceptable",
+            interval=True,
+        ),
         Metric("guard/unsafe_share", "rows called unsafe", "%", _IF_ANY, interval=True),
         Metric("guard/red_share_before", "red rows before the filter", "%", _IF_ANY, interval=True),
-        Metric("guard/hmean", "harmonic mean of precision and recall", "%", "a row is red or called unsafe",
-               interval=True),
-    )  # fmt: skip
+        Metric(
+            "guard/hmean",
+            "harmonic mean of precision and recall",
+            "%",
+            "a row is red or called unsafe",
+            interval=True,
+        ),
+    )
     def as_metrics(self) -> dict[str, float | int]:
-        """Counts and rates as ``guard/<name>``, rates in percent with ``_low`` and ``_high``; undefined ones absent."""
+        """Return counts and rates as ``guard/<name>``; undefined rates are absent.
+
+        Rates are in percent, with the ends of their 95 % intervals as ``_low`` and ``_high``.
+        """
         counts = {
             "num_rows": self.num_rows,
             "num_red": self.num_red,
@@ -179,9 +209,13 @@ class GuardMetrics:
             "num_passed": self.num_passed,
             "num_cut": self.num_cut,
         }
+        # Shares from 0 to 1 with their intervals.
         shares = {name: (rate.value, rate.interval) for name, rate in self.rates.items()}
+        # The harmonic mean has an interval of its own.
         if self.hmean is not None and self.hmean_interval is not None:
             shares["hmean"] = self.hmean, self.hmean_interval
+
+        # Metrics in the record's order: counts, then shares in percent.
         metrics: dict[str, float | int] = {f"guard/{name}": count for name, count in counts.items()}
         for name, (share, (low, high)) in shares.items():
             metrics |= {
@@ -193,4 +227,7 @@ class GuardMetrics:
 
 
 def _share(part: int, whole: int) -> float | None:
-    return part / whole if whole else None
+    """Divide; None for 0 / 0."""
+    if whole == 0:
+        return None
+    return part / whole

@@ -1,7 +1,8 @@
-"""The guard model as a judge of replies to attacks: how many would pass it as safe?
+"""Classification of replies to attacks by the guard model: share that it calls safe.
 
-The phrase rules look for words of refusal; the guard reads the exchange. It knows what it was made or fine-tuned for
-and no more: a guard tuned on terse replies may err on long ones.
+The phrase rules look for words of refusal; the guard reads the exchange. It is reliable only on
+texts like those that it was trained or fine-tuned on: a guard tuned on terse replies may err on
+long ones.
 """
 
 from __future__ import annotations
@@ -17,24 +18,24 @@ from fedsim.evaluate.measures import Found
 from fedsim.generate.engine import Reply
 
 Exchange = tuple[str, str | None]
-"""A user's message and the reply to be judged; None judges the message alone."""
+"""A user's message and the reply to classify; None: only the message is classified."""
 
 
 class ExchangeJudge(Protocol):
-    """What a guard does here; :class:`fedsim.safety.guard.LlamaGuard` is one."""
+    """Interface of a guard for exchanges, such as :class:`fedsim.safety.guard.LlamaGuard`."""
 
     def judge_exchanges(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
-        """One verdict per exchange, in order; the same on every rank."""
+        """Return one verdict for each exchange, in order; the same on every rank."""
         ...
 
 
 @dataclass(frozen=True)
 class GuardJudgement:
-    """What a guard says of replies.
+    """A guard's classification of replies.
 
     Attributes:
-        safe: share of exchanges that it calls safe. A reply without text is judged as it is and is mostly safe: read
-            the share of empty replies beside it.
+        safe: share of exchanges that it calls safe. A reply without text is classified too, mostly
+            as safe: read the share of empty replies beside it.
         num_cut: exchanges that it saw only in part (``guard.max_length``).
     """
 
@@ -47,7 +48,7 @@ class GuardJudgement:
 
 
 def guard_figures(name: str, title: str) -> tuple[Figure, ...]:
-    """The same as declared figures.
+    """Declare the figures of :meth:`GuardJudgement.figures`.
 
     Args:
         title: of the benchmark.
@@ -58,7 +59,20 @@ def guard_figures(name: str, title: str) -> tuple[Figure, ...]:
     )
 
 
-def judge_replies(guard: ExchangeJudge, prompts: Sequence[str], replies: Sequence[Reply]) -> GuardJudgement:
-    """Judge each reply to its prompt (same order, at least one); the work is shared over the guard's ranks."""
-    verdicts = guard.judge_exchanges([(p, r.text) for p, r in zip(prompts, replies, strict=True)])
-    return GuardJudgement(Rate.of([not v.unsafe for v in verdicts]), sum(v.cut for v in verdicts))
+def judge_replies(
+    guard: ExchangeJudge,
+    prompts: Sequence[str],
+    replies: Sequence[Reply],
+) -> GuardJudgement:
+    """Let the guard classify each reply to its prompt; the work is shared over the guard's ranks.
+
+    Args:
+        prompts: at least one.
+        replies: one for each prompt, in the same order.
+    """
+    # One exchange for each reply, all classified in one call.
+    exchanges = [(prompt, reply.text) for prompt, reply in zip(prompts, replies, strict=True)]
+    verdicts = guard.judge_exchanges(exchanges)
+    is_safe = [not verdict.unsafe for verdict in verdicts]
+    num_cut = sum(verdict.cut for verdict in verdicts)
+    return GuardJudgement(Rate.of(is_safe), num_cut)

@@ -1,4 +1,4 @@
-"""Rates, means and slopes with their counts and 95 % intervals; nothing is reported without them."""
+"""Rates, means and slopes with their counts and 95 % intervals."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
+from itertools import chain, pairwise
 from statistics import NormalDist
 from typing import Final
 
@@ -15,25 +15,31 @@ Z_95: Final = NormalDist().inv_cdf(0.975)
 
 
 FEW: Final = 5.0
-"""Below so many expected successes or failures a rate's interval is not taken from its spread alone."""
+"""Expected successes or failures below which a rate's spread does not suffice for an interval."""
 
 
 @dataclass(frozen=True)
 class Rate:
-    """A share of counted things, ``successes`` of ``total`` (at least 1), with Wilson's 95 % score interval.
+    """A share of counted things with Wilson's 95 % score interval.
 
-    Wilson's interval (Wilson 1927) stays inside [0, 1] and is honest at 0 % and 100 %, where safety rates live.
+    Wilson's interval (Wilson 1927) is inside [0, 1] and covers the truth also near 0 % and 100 %,
+    where safety rates usually are.
+
+    Attributes:
+        successes: 0 to ``total``.
+        total: at least 1.
     """
 
     successes: int
     total: int
 
     def __post_init__(self) -> None:
-        assert 0 <= self.successes <= self.total and self.total > 0, f"not a rate: {self.successes} of {self.total}"
+        is_rate = 0 <= self.successes <= self.total and self.total > 0
+        assert is_rate, f"not a rate: {self.successes} of {self.total}"
 
     @classmethod
     def of(cls, flags: Sequence[bool]) -> Rate:
-        """How many of ``flags`` are true."""
+        """Count the true ones of ``flags``."""
         return cls(sum(flags), len(flags))
 
     @property
@@ -63,27 +69,49 @@ class Rate:
 
 
 def wilson(share: float, total: float) -> tuple[float, float]:
-    """Wilson's 95 % score interval of a share of ``total`` draws; the share may be a mean over seeds, and so any."""
+    """Compute Wilson's 95 % score interval of a share of ``total`` draws (Wilson 1927).
+
+    Args:
+        share: 0 to 1; not necessarily a whole number of draws, as a mean over seeds is none.
+        total: above 0.
+    """
+    # Symbols as in the paper: n draws, share p, z².
     n, p, zz = total, share, Z_95 * Z_95
     centre = (p + zz / (2 * n)) / (1 + zz / n)
     half = Z_95 * math.sqrt(p * (1 - p) / n + zz / (4 * n * n)) / (1 + zz / n)
-    low = 0.0 if p == 0 else max(0.0, centre - half)
-    high = 1.0 if p == 1 else min(1.0, centre + half)
+    low, high = max(0.0, centre - half), min(1.0, centre + half)
+
+    # The formula gives exactly 0 and 1 here, but for rounding.
+    if p == 0:
+        low = 0.0
+    if p == 1:
+        high = 1.0
     return low, high
 
 
-def near_an_end(mean: float, low: float, high: float, top: float, total: float) -> tuple[float, float]:
-    """A rate's interval, kept on its scale; below :data:`FEW` successes or failures it also holds Wilson's.
+def near_an_end(
+    mean: float,
+    low: float,
+    high: float,
+    top: float,
+    total: float,
+) -> tuple[float, float]:
+    """Cut a rate's interval to its scale and widen it near an end of the scale.
 
-    What hardly varies does not say how far it could.
+    Below :data:`FEW` expected successes or failures the result includes Wilson's interval: values
+    that hardly vary show too small a spread.
 
     Args:
         mean: 0 to ``top``.
+        low: lower end of the interval.
+        high: upper end.
         top: upper end of the scale, such as 100 for percent.
         total: draws behind the rate.
     """
+    # The interval on the scale, and the share from 0 to 1.
     share = min(max(mean / top, 0.0), 1.0)
     low, high = max(low, 0.0), min(high, top)
+    # Near an end: the union with Wilson's interval.
     if min(share, 1 - share) * total < FEW:
         least, most = wilson(share, total)
         low, high = min(low, top * least), max(high, top * most)
@@ -96,7 +124,8 @@ class Mean:
 
     Attributes:
         value: arithmetic mean.
-        low: lower end of the interval; equal to ``value`` when there is one value only, which allows no interval.
+        low: lower end of the interval; equal to ``value`` when there is one value only, which
+            allows no interval.
         high: upper end.
         count: number of values.
     """
@@ -108,7 +137,13 @@ class Mean:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Mean:
-        """Mean of ``values`` and mean ± t(0.975, n − 1) · s / √n, with s the sample standard deviation."""
+        """Compute the mean and mean ± t(0.975, n − 1) · s / √n.
+
+        Here s is the sample standard deviation.
+
+        Args:
+            values: at least one.
+        """
         n = len(values)
         assert n > 0, "a mean needs a value"
         mean = math.fsum(values) / n
@@ -120,29 +155,38 @@ class Mean:
 
     @classmethod
     def of_groups(cls, groups: Sequence[Sequence[float]]) -> Mean:
-        """Mean of all values of ``groups`` (one or more each), whose interval takes only the groups as independent.
+        """Compute the mean of all values; its interval takes only the groups as independent.
 
-        The value is a ratio of two sums over groups, Σ values / Σ sizes, and its variance the ratio estimator's by
-        linearisation (Cochran 1977, section 6.3), with groups − 1 degrees of freedom. Groups of one size give
-        :meth:`of` of their means. ``count`` is the number of groups.
+        The value is a ratio of two sums over groups, Σ values / Σ sizes, and its variance the ratio
+        estimator's by linearisation (Cochran 1977, section 6.3), with groups − 1 degrees of
+        freedom. Groups of one size give :meth:`of` of their means. ``count`` is the number of
+        groups.
+
+        Args:
+            groups: at least one, each of at least one value.
         """
         n, num_values = len(groups), sum(len(group) for group in groups)
         assert n > 0 and all(groups), "a mean needs a value in each group"
-        mean = math.fsum(value for group in groups for value in group) / num_values
+        mean = math.fsum(chain.from_iterable(groups)) / num_values
         if n == 1:
             return cls(mean, mean, mean, 1)
-        residuals = [math.fsum(value - mean for value in group) for group in groups]
-        half = t_95(n - 1) * math.sqrt(n / (n - 1) * math.fsum(r * r for r in residuals)) / num_values
+
+        # Residual of a group: sum of its values − size · mean.
+        squares = []
+        for group in groups:
+            residual = math.fsum(value - mean for value in group)
+            squares.append(residual * residual)
+        half = t_95(n - 1) * math.sqrt(n / (n - 1) * math.fsum(squares)) / num_values
         return cls(mean, mean - half, mean + half, n)
 
 
 @dataclass(frozen=True)
 class Slope:
-    """How much a series grows from one value to the next, by least squares, with Student's 95 % t interval.
+    """Growth of a series from one value to the next, by least squares, with Student's interval.
 
     Attributes:
-        value: growth a step.
-        low: lower end of the interval.
+        value: growth per step.
+        low: lower end of the 95 % interval.
         high: upper end.
         count: number of values.
     """
@@ -154,36 +198,49 @@ class Slope:
 
     @classmethod
     def of(cls, values: Sequence[float], num_blocks: int = 10) -> Slope:
-        """The slope over the means of ``num_blocks`` blocks, as long as one another but for one value, with blocks − 2
-        degrees of freedom.
+        """Fit the slope over the means of blocks of values.
 
-        Neighbours in a series depend on each other, which would make an interval over single values too narrow; blocks
-        hardly do. Fewer values than blocks are blocks of one.
+        The interval has blocks − 2 degrees of freedom. Neighbours in a series depend on each other,
+        which would make an interval over single values too narrow; blocks hardly do.
 
         Args:
             values: at least 3.
+            num_blocks: blocks, whose lengths differ by at most one value. Fewer values than blocks
+                are blocks of one value.
         """
         n, blocks = len(values), min(num_blocks, len(values))
         assert blocks >= 3, "a slope with an interval needs three values"
+        # Ends of the blocks, as places in the series.
         ends = [i * n // blocks for i in range(blocks + 1)]
-        from_first = [value - values[0] for value in values]  # so that what stands still has a slope of exactly 0
+
+        # Differences from the first value: a constant series has a slope of exactly 0.
+        from_first = [value - values[0] for value in values]
         means = [math.fsum(from_first[a:b]) / (b - a) for a, b in pairwise(ends)]
         middles = [(a + b) / 2 for a, b in pairwise(ends)]
+
+        # Least squares over (middle, mean) of the blocks.
         centre, level = math.fsum(middles) / blocks, math.fsum(means) / blocks
         places = [middle - centre for middle in middles]
         spread = math.fsum(x * x for x in places)
         slope = math.fsum(x * y for x, y in zip(places, means, strict=True)) / spread
+
+        # Student's interval from the residuals.
         residuals = [y - level - slope * x for x, y in zip(places, means, strict=True)]
-        half = t_95(blocks - 2) * math.sqrt(math.fsum(r * r for r in residuals) / (blocks - 2) / spread)
+        variance = math.fsum(r * r for r in residuals) / (blocks - 2) / spread
+        half = t_95(blocks - 2) * math.sqrt(variance)
         return cls(slope, slope - half, slope + half, n)
 
 
 @lru_cache(maxsize=256)
 def t_95(freedom: int) -> float:
-    """The two-sided 95 % point of Student's t with ``freedom`` ≥ 1 degrees of freedom (2.228 for 10).
+    """Compute the two-sided 95 % point of Student's t, such as 2.228 for 10 degrees of freedom.
 
-    Found by bisection of :func:`_t_mass` to the last bit that doubles resolve.
+    It is found by bisection of :func:`_t_mass` to the last bit that doubles resolve.
+
+    Args:
+        freedom: degrees of freedom, at least 1.
     """
+    # The point is between 0 and 16: it is 12.7 for one degree of freedom, and falls.
     low, high = 0.0, 16.0
     while True:
         middle = (low + high) / 2
@@ -196,13 +253,23 @@ def t_95(freedom: int) -> float:
 
 
 def _t_mass(t: float, freedom: int) -> float:
-    """P(−t < T < t) for whole degrees of freedom (Abramowitz & Stegun 26.7.3 and 26.7.4)."""
+    """Compute P(−t < T < t) for whole degrees of freedom.
+
+    See Abramowitz & Stegun, 26.7.3 (odd) and 26.7.4 (even).
+    """
     angle = math.atan(t / math.sqrt(freedom))
     cos, sin = math.cos(angle), math.sin(angle)
     odd = freedom % 2
-    term = cos if odd else 1.0
-    total = term if freedom > 1 else 0.0
+    # The sum in brackets: cos · (1 + 2/3 · cos² + …) if odd, else 1 + 1/2 · cos² + …
+    term = 1.0
+    if odd:
+        term = cos
+    total = 0.0
+    if freedom > 1:
+        total = term
     for k in range(2 + odd, freedom - 1, 2):
         term *= cos * cos * (k - 1) / k
         total += term
-    return 2 / math.pi * (angle + sin * total) if odd else sin * total
+    if odd:
+        return 2 / math.pi * (angle + sin * total)
+    return sin * total

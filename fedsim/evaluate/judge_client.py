@@ -1,6 +1,6 @@
-"""Questions to an OpenAI-compatible endpoint, with openai's own retries, and the meaning of what they end with.
+"""Requests to an OpenAI-compatible endpoint, with openai's own retries, and their errors.
 
-The key is taken from ``OPENAI_API_KEY`` alone and never shown.
+The key is taken only from ``OPENAI_API_KEY`` and never shown.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
 OPENAI_URL: Final = "https://api.openai.com/v1"
 KEY_VARIABLE: Final = "OPENAI_API_KEY"
 NO_KEY: Final = "EMPTY"
-"""Sent to an endpoint of one's own that asks for no key, as users of vLLM do."""
+"""Sent as the key to an endpoint of the user's own without keys, as is usual with vLLM."""
 
 OF_THE_TURN: Final = (400, 413, 422)
 """Refusals that may be about one turn's text, such as a content filter's."""
 
 
 def check_client(settings: JudgeConfig) -> AsyncOpenAI:
-    """Find out without a request whether the endpoint could be asked; returns the client that would ask it.
+    """Check without a request that the endpoint could be asked, and return the client for it.
 
     Raises:
-        ConfigError: the ``openai`` package or the key is missing, ``judge.base_url`` is no address, or the environment
-            names a proxy that cannot be used.
+        ConfigError: the ``openai`` package or the key is missing, ``judge.base_url`` is no address,
+            or the environment names a proxy that cannot be used.
     """
     if find_spec("openai") is None:
         raise ConfigError("judge.kind=openai needs the openai package: pip install 'fedsim[judge]'")
@@ -42,11 +42,10 @@ def check_client(settings: JudgeConfig) -> AsyncOpenAI:
         _check_address(settings.base_url)
     key = _key()
     if not (key.isascii() and key.isprintable()):
-        raise ConfigError(f"{KEY_VARIABLE}: holds a character that no key has; export it anew")
+        raise ConfigError(f"{KEY_VARIABLE}: holds a character that no key has; export it again")
     if not settings.base_url and not key:
-        raise ConfigError(
-            f"judge.kind=openai needs a key: export {KEY_VARIABLE}, or set judge.base_url to an endpoint of your own"
-        )
+        other = "set judge.base_url to an endpoint of your own"
+        raise ConfigError(f"judge.kind=openai needs a key: export {KEY_VARIABLE}, or {other}")
     import openai
 
     from fedsim.evaluate.judge_http import AttemptClient
@@ -59,15 +58,19 @@ def check_client(settings: JudgeConfig) -> AsyncOpenAI:
             max_retries=settings.retries,
             http_client=AttemptClient(settings.timeout_s),
         )
-    except Exception as error:  # the address is sound: it is the proxy, and its text may hold a password
+    except Exception as error:
+        # The address was checked above, so that it is the proxy; the error may hold its password.
         raise ConfigError(
-            f"judge.kind=openai: no client can be made with the proxy of ALL_PROXY, HTTPS_PROXY or HTTP_PROXY "
-            f"({type(error).__name__}); correct or unset it (a socks5:// one needs: pip install socksio)"
+            "judge.kind=openai: no client can be made with the proxy of ALL_PROXY, HTTPS_PROXY "
+            f"or HTTP_PROXY ({type(error).__name__}); correct or unset it (a socks5:// one needs: "
+            "pip install socksio)",
         ) from None
 
 
 class OpenAiClient:
-    """One endpoint and model. Its requests belong on one event loop, where several may be under way.
+    """Client of one endpoint and model.
+
+    All its requests run on one event loop, several at a time.
 
     Args:
         settings: see :class:`fedsim.config.JudgeConfig`.
@@ -89,28 +92,32 @@ class OpenAiClient:
         return f"judge {self.settings.model!r} at {self.settings.base_url or OPENAI_URL}"
 
     def news(self) -> tuple[str, ...]:
-        """What a user should know about how the endpoint is asked; each is told once."""
-        told, self._news = tuple(self._news), []
-        return told
+        """Return the remarks for the user on how the endpoint is asked, and forget them."""
+        news, self._news = tuple(self._news), []
+        return news
 
     async def ask(self, match: Match) -> str:
-        """The judgment, after as many attempts as it takes and ``judge.retries`` allows.
+        """Ask for a judgment, in as many attempts as ``judge.retries`` allows.
 
         Raises:
-            TurnError: the endpoint refuses this turn, or gives no usable answer to it in any attempt.
+            TurnError: the endpoint refuses this turn, or gives no usable answer to it in any
+                attempt.
             JudgeError: the endpoint refuses every request, or cannot be reached in any attempt.
         """
         import openai
 
         from fedsim.evaluate.judge_http import AttemptError
 
-        hidden = f"{match.system} {match.user} {self._key}"
+        hidden = f"{match.system} {match.user} {self._key}"  # never shown in an error
         messages: Any = match.conversation
-        while True:  # each time in another form of request, of which there are three
+        # Each pass has another form of request, of which a request tries at most three.
+        while True:
             form = self._form
             try:
                 reply = await self._client.chat.completions.with_raw_response.create(
-                    model=self.settings.model, messages=messages, **form
+                    model=self.settings.model,
+                    messages=messages,
+                    **form,
                 )
                 return judge_replies.content(reply.content)
             except openai.APIConnectionError as error:
@@ -120,21 +127,26 @@ class OpenAiClient:
                 raise JudgeError(self._exhausted(match, reason)) from None
             except openai.APIStatusError as error:
                 if not self._adapts(error, hidden, form):
-                    raise self._refused(error, judge_replies.told(error, hidden), match) from None
-            except Exception as error:  # whatever reading an error's body can end with
+                    said = judge_replies.status_text(error, hidden)
+                    raise self._refused(error, said, match) from None
+            except Exception as error:  # any error of reading the body of an error
                 reason = f"the answer cannot be read ({type(error).__name__})"
                 raise TurnError(self._exhausted(match, reason)) from None
 
     def _exhausted(self, match: Match, last: str) -> str:
-        """An error's text: no attempt led to a judgment."""
+        """Text of the error that no attempt gave a judgment."""
         return (
             f"{self.place}: no judgment of question {match.question_id}, turn {match.turn} in "
-            f"{self.settings.retries + 1} attempts (the last: {last}); see that the endpoint answers, or raise "
-            "judge.retries or judge.timeout_s"
+            f"{self.settings.retries + 1} attempts (the last: {last}); see that the endpoint "
+            "answers, or raise judge.retries or judge.timeout_s"
         )
 
     def _adapts(self, error: APIStatusError, hidden: str, form: Mapping[str, Any]) -> bool:
-        """Return whether the endpoint wants another form of request than ``form``, which is used from now on."""
+        """Change the form of requests where the endpoint refuses ``form``.
+
+        Returns:
+            True if there is another form, which all requests have from now on.
+        """
         if error.status_code not in OF_THE_TURN:
             return False
         changed = dict(form)
@@ -144,34 +156,51 @@ class OpenAiClient:
             del changed["temperature"]
         else:
             return False
-        if self._form == form:  # no other request was faster
+        if self._form == form:  # else another request has changed it meanwhile
             self._form = changed
             if "temperature" in form and "temperature" not in changed:
                 self._news.append(
-                    f"{self.place} refuses temperature=0 and is asked without it: its judgments are drawn, and "
-                    "differ from one time to the next"
+                    f"{self.place} refuses temperature=0 and is asked without it: its judgments "
+                    "are drawn, and differ from one time to the next",
                 )
         return True
 
     def _refused(self, error: APIStatusError, said: str, match: Match) -> TurnError | JudgeError:
-        """What an HTTP error means that lasted or cannot pass."""
+        """Make the error for an HTTP error that lasted or cannot pass.
+
+        Args:
+            error: the last attempt's.
+            said: its status and names (:func:`fedsim.evaluate.judge_replies.status_text`).
+            match: the turn that was asked for.
+        """
         status = error.status_code
+        # Errors that lasted over all attempts; one prompt may cause the server's own error 500.
         if judge_replies.may_pass(status, error.response.content):
             text = self._exhausted(match, said)
-            return TurnError(text) if status == 500 else JudgeError(text)  # 500 may be what one prompt does to it
+            if status == 500:
+                return TurnError(text)
+            return JudgeError(text)
+        # Errors that cannot pass: of the turn, of the key, of the address, of any request.
         if status in OF_THE_TURN:
             name = f"question {match.question_id}, turn {match.turn}"
-            return TurnError(f"{self.place}: refuses {name} with {said}; the endpoint's own log may say why")
+            return TurnError(
+                f"{self.place}: refuses {name} with {said}; the endpoint's own log may say why",
+            )
         if status in (401, 403):
             fix = f"set {KEY_VARIABLE} to a key that this endpoint takes"
             return JudgeError(f"{self.place}: refuses the key with {said}; {fix}")
         if status == 404:
-            return JudgeError(f"{self.place}: {said}; set judge.base_url (it usually ends in /v1) and judge.model")
-        fix = "the account has no quota left" if status == 429 else "the same request would fail again"
-        return JudgeError(f"{self.place}: refuses the request with {said}; {fix}: change judge.* or the endpoint")
+            fix = "set judge.base_url (it usually ends in /v1) and judge.model"
+            return JudgeError(f"{self.place}: {said}; {fix}")
+        reason = "the same request would fail again"
+        if status == 429:
+            reason = "the account has no quota left"
+        fix = "change judge.* or the endpoint"
+        return JudgeError(f"{self.place}: refuses the request with {said}; {reason}: {fix}")
 
 
 def _check_address(url: str) -> None:
+    """Check that a URL is http or https and has a host; ConfigError if not."""
     try:
         parts = urlsplit(url)
         sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
@@ -180,10 +209,10 @@ def _check_address(url: str) -> None:
     if not sound:
         raise ConfigError(
             f"judge.base_url={url!r}: must be an address with host and, if need be, port, such as "
-            "http://localhost:8000/v1"
+            "http://localhost:8000/v1",
         )
 
 
 def _key() -> str:
-    """The key, without the line end that a file may have given it; empty for none."""
+    """Read the key, without the line end that a file may have given it; empty for none."""
     return os.environ.get(KEY_VARIABLE, "").strip()

@@ -1,4 +1,4 @@
-"""Contract of a judge of MT-Bench answers, for a class of fedsim's own or of a user's file."""
+"""Contract of a judge of MT-Bench answers, built in or from a user's file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fedsim.evaluate.judge_prompts import JudgePrompt, Match
 from fedsim.evaluate.mt_bench import SCALE
 
 UNIT: Final = 8
-"""Answers that a user's judge rates in one call; fixed, so that results depend on no number of processes."""
+"""Answers that a user's judge rates in one call, independent of the number of processes."""
 
 UNRATED_TEXT: Final = "No rating."
 """Judgment of an answer that a user's judge does not rate."""
@@ -32,15 +32,16 @@ Keep = Callable[[Match, str | None], None]
 
 @dataclass(frozen=True)
 class Work:
-    """Answers of one model, and what a judge needs to rate them.
+    """Answers of one model, and the means to rate them.
 
     Attributes:
         matches: all answers, in a fixed order.
-        wanted: places in ``matches`` of the answers without a judgment, at least one; those never tried come first.
+        wanted: places in ``matches`` of the answers without a judgment, at least one; those never
+            tried come first.
         ranks: the processes, all of which call the judge alike.
         device: of this rank.
         keep: called on rank 0 for each judgment.
-        report: told the progress; None for nobody.
+        report: called with the progress; None for no reports.
     """
 
     matches: Sequence[Match]
@@ -75,9 +76,9 @@ class Outcome:
     """Failures of a judge and remarks on how it was asked.
 
     Attributes:
-        error: why answers were left unjudged; None if none was.
+        error: reason why answers were left unjudged; None if none was.
         gave_up: the judge ended early, as it seems to fail for every turn.
-        news: what a user should know about how the judge was asked.
+        news: remarks for the user on how the judge was asked.
     """
 
     error: JudgeError | None = None
@@ -95,7 +96,7 @@ class Judge(ABC):
     The keyword arguments of the constructor are the judge's options.
 
     Attributes:
-        unit: what progress counts.
+        unit: unit of progress.
     """
 
     unit: ClassVar[str] = "turns"
@@ -105,42 +106,55 @@ class Judge(ABC):
         """Rate answers.
 
         Args:
-            matches: 1 to 8 answers; see :class:`fedsim.evaluate.judge_prompts.Match`. The groups are fixed, each is
-                rated by one process, and a group may be rated again after a stop.
+            matches: 1 to 8 answers; see :class:`fedsim.evaluate.judge_prompts.Match`. The groups
+                are fixed, each is rated by one process, and a group may be rated again after a
+                stop.
 
         Returns:
-            One for each: a number from 1 to 10, a judgment as text with a rating such as ``[[7]]`` in it, or None for
-            an answer that gets no rating.
+            One for each answer: a number from 1 to 10, a judgment as text with a rating such as
+            ``[[7]]`` in it, or None for an answer that gets no rating.
 
         Raises:
-            JudgeError: a service that the judge asks fails. The run goes on without the remaining judgments, and
-                ``fedsim judge`` asks for them again; any other error ends the run.
+            JudgeError: a service that the judge asks fails. The run goes on without the remaining
+                judgments, and ``fedsim judge`` asks for them again; any other error ends the run.
         """
 
     def judge_all(self, work: Work, what: str) -> Outcome:
-        """Judge what has no judgment; every rank calls it and gets the same outcome.
+        """Judge the answers that have no judgment.
+
+        Every rank calls it and gets the same outcome.
 
         Args:
+            work: the answers.
             what: ``key=value`` that names the judge in errors.
 
         Raises:
             ConfigError: :meth:`rate` returns something else than one rating for each answer.
             RunError: :meth:`rate` fails.
         """
+        # Fixed groups of all answers, of which those without any wanted answer are left out.
         wanted = set(work.wanted)
-        groups = [range(start, min(start + UNIT, len(work.matches))) for start in range(0, len(work.matches), UNIT)]
-        groups = [group for group in groups if not wanted.isdisjoint(group)]
+        num_matches = len(work.matches)
+        groups = []
+        for start in range(0, num_matches, UNIT):
+            group = range(start, min(start + UNIT, num_matches))
+            if not wanted.isdisjoint(group):
+                groups.append(group)
 
         def rate(group: range) -> list[str]:
+            # All answers of the group, also those with a judgment: the groups are fixed.
             asked = [work.matches[place] for place in group]
             with calling(what, quiet=True):
                 found = list(self.rate(asked))
             if len(found) != len(asked):
-                raise ConfigError(f"{what}: rate must return one rating for each of {len(asked)} answers")
+                raise ConfigError(
+                    f"{what}: rate must return one rating for each of {len(asked)} answers",
+                )
             return [_judgment(rating, what) for rating in found]
 
+        # In waves of one group for each rank, so that a stop loses at most one wave.
         num_done = 0
-        for start in range(0, len(groups), work.ranks.size):  # one group a rank, so that a stop loses little
+        for start in range(0, len(groups), work.ranks.size):
             wave = groups[start : start + work.ranks.size]
             try:
                 judged = work.ranks.map(rate, wave)
@@ -148,16 +162,18 @@ class Judge(ABC):
                 return Outcome(error, gave_up=True)
             rated: dict[int, str] = {}
             for group, texts in zip(wave, judged, strict=True):
-                rated |= {place: text for place, text in zip(group, texts, strict=True) if place in wanted}
+                for place, text in zip(group, texts, strict=True):
+                    if place in wanted:
+                        rated[place] = text
             work.keep_all(rated)
             num_done += len(rated)
             if work.report is not None:
-                work.report(work.num_held + num_done, len(work.matches))
+                work.report(work.num_held + num_done, num_matches)
         return Outcome()
 
 
 class OwnJudge(Judge):
-    """A judge of fedsim's own, which shares the work in its own way."""
+    """A built-in judge, which shares the work over the ranks in its own way."""
 
     @property
     @abstractmethod
@@ -165,7 +181,7 @@ class OwnJudge(Judge):
         """Its name in FastChat's files."""
 
     def check(self, prompts: Mapping[str, JudgePrompt]) -> None:
-        """Find out without a request and without loading a model whether it could judge.
+        """Check without a request and without loading a model that it could judge.
 
         Raises:
             ConfigError, ModelError: it could not.
@@ -175,11 +191,14 @@ class OwnJudge(Judge):
     def judge_all(self, work: Work, what: str) -> Outcome: ...
 
     def rate(self, matches: Sequence[Match]) -> Sequence[str | float | None]:
-        raise NotImplementedError("fedsim's own override judge_all()")
+        raise NotImplementedError("built-in judges override judge_all()")
 
 
 class NoJudge(OwnJudge):
-    """No judge: answers are written and not rated, but for the embedded questions, which have a rubric."""
+    """No judge: answers are written and not rated.
+
+    A rubric rates the answers to the embedded questions.
+    """
 
     name = ""
 
@@ -188,16 +207,21 @@ class NoJudge(OwnJudge):
 
 
 def _judgment(rating: object, what: str) -> str:
-    """The text that stands in FastChat's file for a rating."""
+    """Convert a rating to the text of a judgment in FastChat's file."""
     if rating is None:
         return UNRATED_TEXT
     if isinstance(rating, str):
         return rating
-    is_number = isinstance(rating, Real) and not isinstance(rating, bool)
-    number = float(rating) if is_number else math.nan  # type: ignore[arg-type]
+    # A number on the scale; a bool is none.
+    number = math.nan
+    if not isinstance(rating, bool) and isinstance(rating, Real):
+        number = float(rating)
     if not SCALE[0] <= number <= SCALE[1]:
         raise ConfigError(
-            f"{what}: rate returns {rating!r:.100}; each rating must be a number from {SCALE[0]:g} to {SCALE[1]:g}, a "
-            "text with a rating such as [[7]], or None"
+            f"{what}: rate returns {rating!r:.100}; each rating must be a number from "
+            f"{SCALE[0]:g} to {SCALE[1]:g}, a text with a rating such as [[7]], or None",
         )
-    return f"Rating: [[{int(number) if number.is_integer() else number}]]"
+    # FastChat's pattern of a rating.
+    if number.is_integer():
+        return f"Rating: [[{int(number)}]]"
+    return f"Rating: [[{number}]]"

@@ -1,4 +1,4 @@
-"""The judge of a configuration, and its inputs beside the answers: questions, prompts, references, and their paths."""
+"""The judge of a configuration and its inputs: questions, prompts and reference answers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ KEY: Final = "judge.kind"
 
 
 def build_judge(config: Config) -> Judge:
-    """The judge that ``judge.kind`` names.
+    """Make the judge that ``judge.kind`` names.
 
     Raises:
         ConfigError: it cannot be loaded, or its options are wrong (:func:`fedsim.extend.build`).
@@ -40,11 +40,12 @@ def build_judge(config: Config) -> Judge:
 
 
 def check_judge(config: Config) -> None:
-    """Find out without a request and without loading a model whether answers could be judged.
+    """Check without a request and without loading a model that answers could be judged.
 
     Raises:
         ConfigError: see :func:`build_judge`, and :meth:`OwnJudge.check` of the judge.
-        DataError: the questions, the judge's prompts or a reference answer are missing or malformed.
+        DataError: the questions, the judge's prompts or a reference answer are missing or
+            malformed.
         ModelError: see :meth:`OwnJudge.check`.
     """
     if not config.judge.is_on:
@@ -58,28 +59,32 @@ def check_judge(config: Config) -> None:
 
 
 def judge_name(config: Config, judge: Judge) -> str:
-    """The judge's name in FastChat's files.
+    """Return the judge's name in FastChat's files.
 
-    A user's judge is named by its class and 8 digits of a digest of its file and options, so that another content of
-    the file has judgments of its own.
+    A user's judge is named by its class and 8 digits of a digest of its file and options, so that
+    another version of the file has judgments of its own.
     """
     if isinstance(judge, OwnJudge):
         return judge.name
     file = source_file(KEY, config.judge.kind)
     assert file is not None
-    return f"{title(KEY, config.judge.kind)}-{digest_of([file_digest(file), config.judge.options])[:8]}"
+    digest = digest_of([file_digest(file), config.judge.options])
+    return f"{title(KEY, config.judge.kind)}-{digest[:8]}"
 
 
 def judge_files(config: Config) -> dict[str, Path]:
-    """The files beside the questions that decide a judgment, by role; none where nothing is judged.
+    """Find the files beside the questions that decide a judgment, by role.
+
+    There are none where nothing is judged.
 
     Raises:
-        DataError: ``judge.prompts`` is not set, and the file, which fedsim's own judges need, is not where FastChat has
-            it.
+        DataError: ``judge.prompts`` is not set, and the file, which built-in judges need, is not
+            where FastChat has it.
     """
     if not config.judge.is_on:
         return {}
     files = {}
+    # A user's judge does not need FastChat's prompts.
     if config.judge.prompts or is_own(KEY, config.judge.kind):
         files["judge_prompts"] = _prompts_file(config)
     if config.eval.mt_bench_references:
@@ -88,49 +93,65 @@ def judge_files(config: Config) -> dict[str, Path]:
 
 
 def load_prompts(config: Config) -> Mapping[str, JudgePrompt]:
-    """FastChat's prompts; :data:`PLAIN` for a user's judge without ``judge.prompts``."""
+    """Read FastChat's prompts; :data:`PLAIN` for a user's judge without ``judge.prompts``."""
     file = judge_files(config).get("judge_prompts")
-    return PLAIN if file is None else load_judge_prompts(file)
+    if file is None:
+        return PLAIN
+    return load_judge_prompts(file)
 
 
 def load_questions(config: Config) -> list[MtQuestion]:
-    """The questions of ``eval.mt_bench``."""
+    """Read the questions of ``eval.mt_bench``."""
     if config.eval.mt_bench == "embedded":
-        return [mt_question(record, "the embedded questions") for record in world.mt_bench_questions()]
+        records = world.mt_bench_questions()
+        return [mt_question(record, "the embedded questions") for record in records]
     return load_mt_bench(user_path(config.eval.mt_bench))
 
 
 def load_references(config: Config, questions: Sequence[MtQuestion]) -> dict[int, tuple[str, str]]:
-    """Reference answers by question id: of ``eval.mt_bench_references``, or else the questions' own.
+    """Read the reference answers, by question id.
+
+    They are those of ``eval.mt_bench_references``, or else the questions' own.
 
     Raises:
-        DataError: a question of a category that needs a reference (math, reasoning, coding) has none.
+        DataError: a question of a category that needs a reference (math, reasoning, coding) has
+            none.
     """
     path = config.eval.mt_bench_references
-    own = {q.question_id: q.reference for q in questions if q.reference is not None}
-    references = read_answers(user_path(path)) if path else own
+    if path:
+        references = read_answers(user_path(path))
+    else:
+        references = {q.question_id: q.reference for q in questions if q.reference is not None}
+
+    # Categories such as math need a reference for both turns.
     for question in questions:
         found = references.get(question.question_id, ("", ""))
         if question.category in NEED_REFERENCE and not all(text.strip() for text in found):
             raise DataError(
-                f"{path or config.eval.mt_bench}: question {question.question_id} ({question.category}) has no "
-                "reference answer for both turns, which a judge must see; set eval.mt_bench_references to FastChat's "
-                f"reference_answer/gpt-4.jsonl (from {SOURCE}/mt_bench)"
+                f"{path or config.eval.mt_bench}: question {question.question_id} "
+                f"({question.category}) has no reference answer for both turns, which a judge "
+                "must see; set eval.mt_bench_references to FastChat's "
+                f"reference_answer/gpt-4.jsonl (from {SOURCE}/mt_bench)",
             )
     return references
 
 
 def _prompts_file(config: Config) -> Path:
+    """Find FastChat's prompts: ``judge.prompts``, or else beside or above the questions."""
+    # The path in the configuration.
     if config.judge.prompts:
         return user_path(config.judge.prompts)
     if config.eval.mt_bench == "embedded":
-        raise DataError(f"judge.prompts: is not set; take FastChat's {FILE_NAME} from {SOURCE} and give its path")
-    questions = user_path(config.eval.mt_bench)
-    folder = questions if questions.is_dir() else questions.parent
+        fix = f"take FastChat's {FILE_NAME} from {SOURCE} and give its path"
+        raise DataError(f"judge.prompts: is not set; {fix}")
+    # FastChat has the prompts in a folder above the questions.
+    folder = user_path(config.eval.mt_bench)
+    if not folder.is_dir():
+        folder = folder.parent
     for place in (folder, folder.parent):
         if (place / FILE_NAME).is_file():
             return place / FILE_NAME
     raise DataError(
-        f"judge.prompts: is not set, and {FILE_NAME} is neither in {folder} nor in the folder above; take FastChat's "
-        f"from {SOURCE} and put it there, or give its path"
+        f"judge.prompts: is not set, and {FILE_NAME} is neither in {folder} nor in the folder "
+        f"above; take FastChat's from {SOURCE} and put it there, or give its path",
     )

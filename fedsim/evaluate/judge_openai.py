@@ -12,22 +12,26 @@ from fedsim.evaluate.judge_pool import RequestPool
 from fedsim.evaluate.judge_prompts import JudgePrompt
 
 POLL_S: Final = 5.0
-"""Ranks that wait for rank 0's requests meet this often, or four times in ``parallel.timeout_s`` where that is more
-often: however long rank 0 backs off, no collective times out."""
+"""Longest time between two collectives while rank 0's requests are under way.
+
+It is a quarter of ``parallel.timeout_s`` where that is less, so that no collective times out while
+rank 0 backs off.
+"""
 
 
 class OpenAiJudge(OwnJudge):
     """A model behind an endpoint that speaks OpenAI's chat protocol.
 
     Args:
-        settings: model, address, and how often it is asked.
-        timeout_s: longest wait of a collective.
+        settings: model, address and retries.
+        timeout_s: longest wait of a collective, in seconds.
     """
 
     def __init__(self, settings: JudgeConfig, timeout_s: float) -> None:
         self.settings = settings
         self.timeout_s = timeout_s
-        self._client: OpenAiClient | None = None  # rank 0's; kept, as it learns what the endpoint takes
+        # Of rank 0. It is kept between calls, as it learns which form of request is accepted.
+        self._client: OpenAiClient | None = None
 
     @property
     def name(self) -> str:
@@ -39,7 +43,8 @@ class OpenAiJudge(OwnJudge):
         check_client(self.settings)
 
     def judge_all(self, work: Work, what: str) -> Outcome:
-        """Rank 0 sends the requests; all ranks meet every few seconds."""
+        """Send the requests from rank 0; all ranks call a collective every few seconds."""
+        # Rank 0 has one pool of requests; the other ranks have none.
         pools: list[RequestPool] = []
         missing = work.missing
 
@@ -47,11 +52,16 @@ class OpenAiJudge(OwnJudge):
             if self._client is None:
                 self._client = OpenAiClient(self.settings)
             if not pools:
-                pools.append(RequestPool(missing, self._client.ask, work.keep, self.settings.workers))
+                pools.append(
+                    RequestPool(missing, self._client.ask, work.keep, self.settings.workers),
+                )
+            # Seconds; see POLL_S.
             done, is_over = pools[0].wait(min(POLL_S, self.timeout_s / 4))
-            outcome = Outcome(pools[0].failure, pools[0].gave_up, self._client.news()) if is_over else None
-            return done, outcome
+            if not is_over:
+                return done, None
+            return done, Outcome(pools[0].failure, pools[0].gave_up, self._client.news())
 
+        # Every rank takes part in each call, until rank 0 reports the outcome.
         while True:
             done, outcome = work.ranks.once(poll)
             if work.report is not None:

@@ -1,7 +1,7 @@
-"""Requests under way at once, on an event loop in a thread of its own, watched by the thread that started them.
+"""A pool of concurrent requests on an event loop in a daemon thread.
 
-The loop's thread dies with the process: an interrupt need not wait for it. A turn without a judgment is kept as such;
-several that follow each other end the rest.
+The loop's thread ends with the process: an interrupt does not wait for it. A turn without a
+judgment is kept as such; several in a row end the rest.
 """
 
 from __future__ import annotations
@@ -18,34 +18,35 @@ from fedsim.evaluate.judge_prompts import Match
 from fedsim.evaluate.judge_replies import TurnError
 
 MOST_IN_A_ROW: Final = 5
-"""So many turns without a judgment, one after the other, are taken for an endpoint that judges nothing."""
+"""Number of turns in a row without a judgment after which the endpoint is given up."""
 
 Ask = Callable[[Match], Awaitable[str]]
 Keep = Callable[[Match, str | None], None]
-"""Keeps a judgment, None for a turn that got none; called on the event loop, so one call at a time."""
+"""Keeps a judgment, None for a turn without one; called on the event loop, one call at a time."""
 
 
 @functools.cache
 def request_loop() -> asyncio.AbstractEventLoop:
-    """The event loop of all requests."""
+    """Start the event loop of all requests, once a process, and return it."""
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="judge-requests", daemon=True).start()
     return loop
 
 
 class RequestPool:
-    """Requests for all matches, of which each judgment is kept as it arrives.
+    """Requests for all matches; each judgment is kept as it arrives.
 
-    A failure of all matches cancels every request. One that returns a judgment nevertheless has it kept.
+    A failure of all matches cancels every request. A judgment that still arrives is kept.
 
     Args:
-        matches: what to ask.
+        matches: the turns to ask for.
         ask: one request with its retries.
         keep: called for one judgment at a time.
         workers: requests under way at once.
 
     Attributes:
-        failure: once all is over, what ended the work early, or else the first turn's error; None if all are judged.
+        failure: once all is over, the error that ended the work early, or else the first turn's
+            error; None if all are judged.
         gave_up: the work ended early, with a failure of all matches.
     """
 
@@ -58,13 +59,20 @@ class RequestPool:
         self._done = 0
         self._in_a_row = 0
         self._failed: list[TurnError] = []
-        self._work = asyncio.run_coroutine_threadsafe(self._all(min(workers, len(matches))), request_loop())
+        # From here on the event loop's thread writes the attributes above.
+        self._work = asyncio.run_coroutine_threadsafe(
+            self._all(min(workers, len(matches))),
+            request_loop(),
+        )
 
     def wait(self, seconds: float) -> tuple[int, bool]:
-        """Wait until all is over, at most so long; returns how many turns are over, and whether all is.
+        """Wait until all turns are over, at most ``seconds``.
+
+        Returns:
+            The number of turns that are over, and whether all are.
 
         Raises:
-            Exception: whatever ``ask`` or ``keep`` raised that is no error of the endpoint.
+            Exception: any error of ``ask`` or ``keep`` that is not the endpoint's.
         """
         concurrent.futures.wait([self._work], timeout=seconds)
         over = self._work.done()
@@ -73,21 +81,25 @@ class RequestPool:
         return self._done, over
 
     async def _all(self, workers: int) -> None:
+        """Run all turns in ``workers`` tasks and set :attr:`failure` and :attr:`gave_up`."""
         try:
+            # Each task takes turns from the same iterator.
             async with asyncio.TaskGroup() as group:
                 for _ in range(workers):
                     group.create_task(self._turns())
         except ExceptionGroup as errors:
-            first = errors.exceptions[0]  # in time: it cancelled the other tasks
+            first = errors.exceptions[0]  # the earliest: it cancelled the other tasks
             if not isinstance(first, JudgeError):
                 raise first from None
             self.failure, self.gave_up = first, True
         if self._failed and not self.gave_up:
-            others = f" (and {len(self._failed) - 1} others)" if len(self._failed) > 1 else ""
+            others = ""
+            if len(self._failed) > 1:
+                others = f" (and {len(self._failed) - 1} others)"
             self.failure = JudgeError(f"{self._failed[0]}{others}")
 
     async def _turns(self) -> None:
-        """Turns one after the other, until none is left or the work is given up."""
+        """Ask for one turn after the other, until none is left or the work is given up."""
         task = asyncio.current_task()
         for match in self._left:
             judgment: str | None = None
@@ -97,9 +109,17 @@ class RequestPool:
                 self._failed.append(error)
             self._keep(match, judgment)
             self._done += 1
-            self._in_a_row = self._in_a_row + 1 if judgment is None else 0
+
+            # The tasks share the iterator and the count of turns in a row without a judgment.
+            if judgment is None:
+                self._in_a_row += 1
+            else:
+                self._in_a_row = 0
             if self._in_a_row == MOST_IN_A_ROW:
                 last = self._failed[-1]
-                raise JudgeError(f"{MOST_IN_A_ROW} turns in a row without a judgment; the last: {last}")
+                raise JudgeError(
+                    f"{MOST_IN_A_ROW} turns in a row without a judgment; the last: {last}",
+                )
+            # Cancelled while it waited for an answer: that is kept, and is the last.
             if task is None or task.cancelling():
                 return

@@ -1,7 +1,8 @@
 """Prompts and ratings of an MT-Bench judge: FastChat's single-answer grading (arXiv 2306.05685).
 
-The prompts come from FastChat's own ``judge_prompts.jsonl``. Which one a question gets, what is filled in and the two
-patterns of a rating follow ``fastchat/llm_judge/common.py`` and ``gen_judgment.py``.
+The prompts come from FastChat's own ``judge_prompts.jsonl``. The choice of a question's prompt, its
+fields and the two patterns of a rating follow ``fastchat/llm_judge/common.py`` and
+``gen_judgment.py``.
 """
 
 from __future__ import annotations
@@ -27,18 +28,21 @@ NEED_REFERENCE: Final = frozenset({"math", "reasoning", "coding", "arena-hard-20
 FILE_NAME: Final = "judge_prompts.jsonl"
 SOURCE: Final = "https://github.com/lm-sys/FastChat/tree/main/fastchat/llm_judge/data"
 
-#: The four prompts, and what FastChat fills into each.
+#: The four prompts, and the fields that FastChat fills in each.
 FIELDS: Final[Mapping[str, frozenset[str]]] = {
     "single-v1": frozenset({"question", "answer"}),
     "single-math-v1": frozenset({"question", "answer", "ref_answer_1"}),
     "single-v1-multi-turn": frozenset({"question_1", "question_2", "answer_1", "answer_2"}),
     "single-math-v1-multi-turn": frozenset(
-        {"question_1", "question_2", "answer_1", "answer_2", "ref_answer_1", "ref_answer_2"}
+        {"question_1", "question_2", "answer_1", "answer_2", "ref_answer_1", "ref_answer_2"},
     ),
 }
 
-# FastChat's ([0-9]+\.?[0-9]*) takes the same texts, but hours over a million digits.
-_RATINGS: Final = (re.compile(r"\[\[([0-9]+(?:\.[0-9]*)?)\]\]"), re.compile(r"\[([0-9]+(?:\.[0-9]*)?)\]"))
+# FastChat's ([0-9]+\.?[0-9]*) matches the same texts, but needs hours for a million digits.
+_RATINGS: Final = (
+    re.compile(r"\[\[([0-9]+(?:\.[0-9]*)?)\]\]"),
+    re.compile(r"\[([0-9]+(?:\.[0-9]*)?)\]"),
+)
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class JudgePrompt:
 
 @dataclass(frozen=True)
 class Match:
-    """One answer to be judged, ready to be asked.
+    """One answer to be judged, with the prompt for it.
 
     Attributes:
         question_id: of MT-Bench.
@@ -84,34 +88,43 @@ class Match:
     @property
     def conversation(self) -> Conversation:
         """The messages as FastChat sends them: no system message if it is empty."""
-        system: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
-        return [*system, user_turn(self.user)]
+        messages: list[Message] = []
+        if self.system:
+            messages.append({"role": "system", "content": self.system})
+        messages.append(user_turn(self.user))
+        return messages
 
 
-PLAIN: Final[Mapping[str, JudgePrompt]] = {
-    name: JudgePrompt(name, "", "\n\n".join(f"[{field}]\n{{{field}}}" for field in fields))
-    for name, fields in {
-        "single-v1": ("question", "answer"),
-        "single-math-v1": ("question", "ref_answer_1", "answer"),
-        "single-v1-multi-turn": ("question_1", "answer_1", "question_2", "answer_2"),
-        "single-math-v1-multi-turn": (
-            *("question_1", "ref_answer_1", "question_2", "ref_answer_2"),
-            *("question_1", "answer_1", "question_2", "answer_2"),
-        ),
-    }.items()
-}
-"""Prompts without instructions, for a user's judge that needs none of FastChat's: question, answer and reference."""
+def _plain(name: str, *fields: str) -> JudgePrompt:
+    """Make a prompt of ``[field]`` and the field's text, without instructions."""
+    return JudgePrompt(name, "", "\n\n".join(f"[{field}]\n{{{field}}}" for field in fields))
+
+
+_PLAIN = (
+    _plain("single-v1", "question", "answer"),
+    _plain("single-math-v1", "question", "ref_answer_1", "answer"),
+    _plain("single-v1-multi-turn", "question_1", "answer_1", "question_2", "answer_2"),
+    _plain(
+        "single-math-v1-multi-turn",
+        *("question_1", "ref_answer_1", "question_2", "ref_answer_2"),
+        *("question_1", "answer_1", "question_2", "answer_2"),
+    ),
+)
+
+PLAIN: Final[Mapping[str, JudgePrompt]] = {prompt.name: prompt for prompt in _PLAIN}
+"""Prompts of question, answer and reference only, for a user's judge without FastChat's prompts."""
 
 
 def load_judge_prompts(path: Path) -> dict[str, JudgePrompt]:
-    """The four prompts of single-answer grading by name; a file's other prompts are passed over.
+    """Read the four prompts of single-answer grading by name; other prompts are ignored.
 
     Raises:
-        DataError: the file cannot be read, one of the four is missing, asks for another output than ``[[rating]]``, or
-            has a field that FastChat does not fill in.
+        DataError: the file cannot be read, one of the four is missing, asks for another output than
+            ``[[rating]]``, or has a field that FastChat does not fill in.
     """
     prompts: dict[str, JudgePrompt] = {}
     for place, record in json_rows(path, "name"):
+        # Other prompts, such as those for pairs, are not used.
         name = record.get("name")
         if not isinstance(name, str) or name not in FIELDS:
             continue
@@ -120,14 +133,20 @@ def load_judge_prompts(path: Path) -> dict[str, JudgePrompt]:
             raise DataError(f"{place}: fields 'system_prompt' and 'prompt_template' must be text")
         if record.get("output_format") != "[[rating]]":
             raise DataError(f"{place}: field 'output_format' of {name} must be '[[rating]]'")
-        if unknown := sorted(_fields(template, place) - FIELDS[name]):
+        unknown = sorted(_fields(template, place) - FIELDS[name])
+        if unknown:
             raise DataError(
                 f"{place}: the template of {name} has the field {unknown[0]!r}; it may have "
-                f"{', '.join(sorted(FIELDS[name]))}, and a literal brace is written twice"
+                f"{', '.join(sorted(FIELDS[name]))}, and a literal brace is written twice",
             )
         prompts[name] = JudgePrompt(name, system, template)
-    if missing := [name for name in FIELDS if name not in prompts]:
-        raise DataError(f"{path}: holds no prompt {missing[0]!r}; take FastChat's {FILE_NAME} from {SOURCE}")
+
+    # All four are needed, also where no question has a reference.
+    missing = [name for name in FIELDS if name not in prompts]
+    if missing:
+        raise DataError(
+            f"{path}: holds no prompt {missing[0]!r}; take FastChat's {FILE_NAME} from {SOURCE}",
+        )
     return prompts
 
 
@@ -136,7 +155,7 @@ def make_matches(
     answered: Sequence[tuple[MtQuestion, tuple[str, str]]],
     references: Mapping[int, tuple[str, str]],
 ) -> list[Match]:
-    """Both turns of every question, first all first turns, then all second ones.
+    """Make the matches of both turns: first all first turns, then all second ones.
 
     Args:
         prompts: see :func:`load_judge_prompts`.
@@ -146,13 +165,22 @@ def make_matches(
     matches = []
     for turn in (1, 2):
         for question, answers in answered:
-            needs = question.category in NEED_REFERENCE
-            shown = references[question.question_id] if needs else ()
-            name = ("single-math-v1" if needs else "single-v1") + ("-multi-turn" if turn == 2 else "")
+            # FastChat's prompt by category and turn.
+            name = "single-v1"
+            shown: tuple[str, ...] = ()
+            if question.category in NEED_REFERENCE:
+                name = "single-math-v1"
+                shown = references[question.question_id]
+            if turn == 2:
+                name += "-multi-turn"
+
+            # Values of every field that a template may have; each template takes its own.
             values = {"question": question.turns[0], "answer": answers[0]}
             for i in (0, 1):
-                values |= {f"question_{i + 1}": question.turns[i], f"answer_{i + 1}": answers[i]}
-                values |= {f"ref_answer_{i + 1}": shown[i]} if needs else {}
+                values[f"question_{i + 1}"] = question.turns[i]
+                values[f"answer_{i + 1}"] = answers[i]
+                if shown:
+                    values[f"ref_answer_{i + 1}"] = shown[i]
             prompt = prompts[name]
             user = prompt.template.format(**values)
             matches.append(
@@ -166,41 +194,53 @@ def make_matches(
                     question.turns[:turn],
                     answers[:turn],
                     shown[:turn],
-                )
+                ),
             )
     return matches
 
 
 def parse_rating(judgment: str) -> float:
-    """The first ``[[n]]`` of a judgment, else the first ``[n]``, else :data:`UNRATED`; a whole number stays one.
+    """Return the first ``[[n]]`` of a judgment, else the first ``[n]``, else :data:`UNRATED`.
+
+    A rating without a decimal point is returned as an ``int``.
 
     The judge's thoughts are no judgment: text before the end of the last one, or behind the
     beginning of one that never ends, is not read. A judgment that was cut off by length has no
-    rating, and a number outside the scale of 1 to 10 is none. (FastChat, which knows no thoughts,
-    takes all of these into its means.)
+    rating, and a number outside the scale of 1 to 10 is none. (FastChat, which does not know
+    thoughts, takes all of these into its means.)
 
     The first match counts, as in FastChat, also where a judge repeats the prompt's example
-    ``[[5]]`` before its own rating: scores of plain judgments stay comparable with published ones.
+    ``[[5]]`` before its own rating, so that scores are comparable with published ones.
     """
     if judgment.startswith(CUT):
         return UNRATED
+    # FastChat's two patterns, double brackets first.
     verdict = without_thoughts(judgment)
     for pattern in _RATINGS:
-        if match := pattern.search(verdict):
-            value = float(match[1])
-            if not SCALE[0] <= value <= SCALE[1]:
-                return UNRATED
-            return value if "." in match[1] else int(value)
+        match = pattern.search(verdict)
+        if match is None:
+            continue
+        value = float(match[1])
+        if not SCALE[0] <= value <= SCALE[1]:
+            return UNRATED
+        if "." in match[1]:
+            return value
+        return int(value)
     return UNRATED
 
 
 def _fields(template: str, place: str) -> set[str]:
+    """Find the names of a template's fields; DataError if it is malformed."""
+    where = f"{place}: field 'prompt_template'"
     try:
         fields = [part[1:] for part in Formatter().parse(template) if part[1] is not None]
     except ValueError as error:
         raise DataError(
-            f"{place}: field 'prompt_template' is no template ({error}); write a literal brace twice"
+            f"{where} is no template ({error}); write a literal brace twice",
         ) from None
+    # Formats such as {answer:>10} would change the text.
     if any(form or conversion for _, form, conversion in fields):
-        raise DataError(f"{place}: field 'prompt_template' has a field with a format of its own; write {{name}} alone")
+        raise DataError(
+            f"{where} has a field with a format of its own; write only {{name}}",
+        )
     return {str(name) for name, _, _ in fields}

@@ -1,7 +1,7 @@
 """MT-Bench: two-turn answers, and the means of their scores from a deterministic rubric or a judge.
 
-Turn 2 sees turn 1's answer; temperatures per category are FastChat's (``fastchat/llm_judge/common.py``). Without a
-rubric or a judge the score is absent: it is never invented.
+Turn 2 sees turn 1's answer; temperatures per category are FastChat's
+(``fastchat/llm_judge/common.py``). Without a rubric or a judge the score is absent.
 """
 
 from __future__ import annotations
@@ -40,7 +40,11 @@ TEMPERATURES: Final = {
 DEFAULT_TEMPERATURE: Final = 0.7
 
 SCALE: Final = (1.0, 10.0)
-"""Least and greatest score."""
+"""Lowest and highest score."""
+
+_JUDGE: Final = "fedsim judge RUN_DIR"
+_LEFT_OUT: Final = "and left out of the means"
+_FASTCHAT: Final = "github.com/lm-sys/FastChat: fastchat/llm_judge/data"
 
 Rubric = Callable[[Mapping[str, Any], int, str], float]
 """Score from 1 to 10 of (question record, turn 1 or 2, reply)."""
@@ -61,21 +65,23 @@ class MtAnswer:
 
     @property
     def texts(self) -> tuple[MtQuestion, tuple[str, str]]:
-        """The question with its two answers, as a judge takes them."""
+        """The question and its two answers, the input of a judge."""
         return self.question, (self.replies[0].text, self.replies[1].text)
 
 
 @dataclass(frozen=True)
 class MtMeans:
-    """Means of the scores that there are, as FastChat's show_result takes them: each rated turn counts once.
+    """Means of the scores, as of FastChat's show_result: each rated turn counts once.
 
-    The two turns of a question depend on each other, so that intervals take only the questions as independent, and
-    counts are of questions with a score. A question with one rated turn counts half as much as one with two.
+    The two turns of a question depend on each other, so that intervals take only the questions as
+    independent, and counts are of questions with a score. A question with one rated turn counts
+    half as much as one with two.
 
     Attributes:
         score: over both turns; None where nothing is scored.
         by_turn: over turn 1 and over turn 2; None where none of the turn is scored.
-        by_category: over both turns of the category's questions; a category without a score is left out.
+        by_category: over both turns of the category's questions; a category without a score is left
+            out.
     """
 
     score: Mean | None
@@ -83,7 +89,7 @@ class MtMeans:
     by_category: dict[str, Mean]
 
     def figures(self) -> dict[str, Found]:
-        """``mt_bench``, ``mt_bench_turn_1`` and so on; one without a score is left out."""
+        """Name the means ``mt_bench``, ``mt_bench_turn_1`` and so on; None is left out."""
         named = {"mt_bench": self.score}
         for turn, mean in enumerate(self.by_turn, start=1):
             named[f"mt_bench_turn_{turn}"] = mean
@@ -106,7 +112,8 @@ class MtBench(OwnBenchmark):
 
     Attributes:
         max_new_tokens: for each turn; MT-Bench's is 1,024.
-        rubric: scores a reply from the question's record alone; without it answers are written and not scored.
+        rubric: scores a reply only from the question's record; without it answers are written and
+            not scored.
     """
 
     max_new_tokens: int = 1024
@@ -118,38 +125,44 @@ class MtBench(OwnBenchmark):
         _points("mt_bench", "MT-Bench: mean score", headline=True),
         _points("mt_bench_turn_1", "MT-Bench: mean score of turn 1"),
         _points("mt_bench_turn_2", "MT-Bench: mean score of turn 2"),
+        # Its variants have the category's name as a suffix.
         _points("mt_bench_category", "MT-Bench: mean score of a category"),
         Figure("mt_bench_questions", "MT-Bench: questions", "", 0, None),
         _number(
+            # Counts of answers that are not in the means, by reason.
             "mt_bench_unrated",
-            "MT-Bench answers judged without a rating and left out of the means",
+            f"MT-Bench answers judged without a rating {_LEFT_OUT}",
             line="unless 0",
         ),
         _number(
             "mt_bench_judgments_cut",
-            "MT-Bench answers among these, whose judgment was cut off by length (raise judge.max_new_tokens; python "
-            "fedsim judge RUN_DIR asks for them again)",
+            "MT-Bench answers among these, whose judgment was cut off by length (raise "
+            "judge.max_new_tokens; python fedsim judge RUN_DIR asks for them again)",
             line="unless 0",
         ),
         _number(
             "mt_bench_not_asked",
-            "MT-Bench answers not judged, as they do not fit into the judge's context, and left out of the means",
+            f"MT-Bench answers not judged, as they do not fit into the judge's context, {_LEFT_OUT}",
             line="unless 0",
         ),
         _number(
             "mt_bench_judge_failed",
-            "MT-Bench answers left unjudged, as the judge failed (fedsim judge RUN_DIR judges them)",
+            f"MT-Bench answers left unjudged, as the judge failed ({_JUDGE} judges them)",
             line="unless 0",
         ),
     )
     embedded: ClassVar[Mapping[str, EmbeddedFile]] = {
-        EMBEDDED: EmbeddedFile("world-mt-bench", "question.jsonl", lambda path: world.write_mt_bench(path.parent))
+        EMBEDDED: EmbeddedFile(
+            "world-mt-bench",
+            "question.jsonl",
+            lambda path: world.write_mt_bench(path.parent),
+        ),
     }
     sources = (
         Source(
             "eval.mt_bench",
             "MT-Bench questions (arXiv 2306.05685)",
-            "github.com/lm-sys/FastChat: fastchat/llm_judge/data/mt_bench/question.jsonl",
+            f"{_FASTCHAT}/mt_bench/question.jsonl",
             "Apache-2.0",
             "80 questions of two turns",
             "question.jsonl",
@@ -158,7 +171,7 @@ class MtBench(OwnBenchmark):
         Source(
             "eval.mt_bench_references",
             "MT-Bench reference answers",
-            "github.com/lm-sys/FastChat: fastchat/llm_judge/data/mt_bench/reference_answer/gpt-4.jsonl",
+            f"{_FASTCHAT}/mt_bench/reference_answer/gpt-4.jsonl",
             "Apache-2.0",
             "30 answers",
             "gpt-4.jsonl",
@@ -167,7 +180,7 @@ class MtBench(OwnBenchmark):
         Source(
             "judge.prompts",
             "MT-Bench judge prompts",
-            "github.com/lm-sys/FastChat: fastchat/llm_judge/data/judge_prompts.jsonl",
+            f"{_FASTCHAT}/judge_prompts.jsonl",
             "Apache-2.0",
             "8 prompts, of which 4 are used",
             "judge_prompts.jsonl",
@@ -177,28 +190,34 @@ class MtBench(OwnBenchmark):
 
     @classmethod
     def from_config(cls, settings: EvalConfig, *, judged: bool) -> Self:
-        """The rubric scores the embedded world's questions, unless a judge does."""
-        has_rubric = settings.mt_bench == EMBEDDED and not judged
-        return cls(settings.max_new_tokens, world.rubric_score if has_rubric else None)
+        """Make the benchmark; a rubric scores the embedded questions, unless a judge does."""
+        # Only the embedded questions have the record that a rubric reads.
+        rubric = None
+        if settings.mt_bench == EMBEDDED and not judged:
+            rubric = world.rubric_score
+        return cls(settings.max_new_tokens, rubric)
 
     def load(self, path: Path) -> list[MtQuestion]:
         return load_mt_bench(path)
 
-    def ask(self, items: Sequence[MtQuestion], key: Sequence[keyed_random.KeyPart]) -> list[Dialogues]:
-        """Both turns of every question, in dialogues by temperature.
+    def ask(
+        self,
+        items: Sequence[MtQuestion],
+        key: Sequence[keyed_random.KeyPart],
+    ) -> list[Dialogues]:
+        """Request both turns of every question, in dialogues by temperature.
 
-        A draw's key is ``key`` with turn, temperature and place among the questions of that temperature.
+        A draw's key is ``key`` with turn, temperature and place among the questions of that
+        temperature.
         """
         dialogues = []
         for temperature, places in _places_by_temperature(items).items():
-            dialogues.append(
-                Dialogues(
-                    [[user_turn(items[i].turns[0])] for i in places],
-                    Sampling(temperature, self.max_new_tokens),
-                    [(*key, "turn", turn, "temperature", str(temperature)) for turn in (1, 2)],
-                    [[items[i].turns[1] for i in places]],
-                )
-            )
+            # First messages, each a conversation, and the second messages of the same ones.
+            first = [[user_turn(items[i].turns[0])] for i in places]
+            second = [items[i].turns[1] for i in places]
+            sampling = Sampling(temperature, self.max_new_tokens)
+            keys = [(*key, "turn", turn, "temperature", str(temperature)) for turn in (1, 2)]
+            dialogues.append(Dialogues(first, sampling, keys, [second]))
         return dialogues
 
     def measure(
@@ -208,17 +227,25 @@ class MtBench(OwnBenchmark):
         replies: Sequence[Replies],
         guard: ExchangeJudge | None = None,
     ) -> Result:
-        """Means of the scores, and how many replies were cut or went astray."""
+        """Compute the means of the scores and count properties of the replies."""
+        # The replies come by temperature: put both turns of each question together.
         pairs: dict[int, tuple[Reply, Reply]] = {}
-        for places, (first, second) in zip(_places_by_temperature(items).values(), replies, strict=True):
+        all_places = _places_by_temperature(items).values()
+        for places, (first, second) in zip(all_places, replies, strict=True):
             for i, one, two in zip(places, first, second, strict=True):
                 pairs[i] = (one, two)
+
+        # Answers in the order of the questions; a rubric scores them here, a judge later.
         answers = []
+        said: list[Reply] = []
         for i, question in enumerate(items):
-            scores = UNSCORED if self.rubric is None else _scores(self.rubric, question, pairs[i])
+            scores = UNSCORED
+            if self.rubric is not None:
+                scores = _scores(self.rubric, question, pairs[i])
             answers.append(MtAnswer(question, pairs[i], scores))
+            said += pairs[i]
+
         means = mean_scores(items, [answer.scores for answer in answers])
-        said = [reply for answer in answers for reply in answer.replies]
         figures: dict[str, Found] = {
             "mt_bench_questions": len(answers),
             **means.figures(),
@@ -233,11 +260,13 @@ class MtBench(OwnBenchmark):
 
 
 def _items(answers: Sequence[MtAnswer]) -> dict[str, Values]:
-    """Points for each question: ``mt_bench_turn_1``, ``mt_bench_turn_2`` and their mean ``mt_bench``.
+    """Points for each question: ``mt_bench_turn_1``, ``mt_bench_turn_2`` and their mean.
 
     A rubric scores every answer. Where a score is missing there are no items of that figure.
     """
-    first, second = (_complete([answer.scores[turn] for answer in answers]) for turn in (0, 1))
+    first = _complete([answer.scores[0] for answer in answers])
+    second = _complete([answer.scores[1] for answer in answers])
+    # A figure has items only if each question has its score.
     found: dict[str, Values] = {}
     if first is not None:
         found["mt_bench_turn_1"] = first
@@ -249,39 +278,70 @@ def _items(answers: Sequence[MtAnswer]) -> dict[str, Values]:
 
 
 def _complete(scores: Sequence[float | None]) -> list[float] | None:
+    """Return the scores if none is missing, else None."""
     found = [score for score in scores if score is not None]
-    return found if len(found) == len(scores) else None
+    if len(found) < len(scores):
+        return None
+    return found
 
 
 def mean_scores(questions: Sequence[MtQuestion], scores: Sequence[TurnScores]) -> MtMeans:
-    """Means over the scores of ``questions`` (same order)."""
-    rated = [[s for s in pair if s is not None] for pair in scores]
+    """Compute the means over the scores of ``questions``.
+
+    Args:
+        questions: with their categories.
+        scores: both turns' of each question, in the same order.
+    """
+    # Groups of scores: a question's rated turns, overall and by category; one turn's by turn.
+    rated: list[list[float]] = []
     categories: dict[str, list[list[float]]] = {}
-    for question, values in zip(questions, rated, strict=True):
-        categories.setdefault(question.category, []).append(values)
-    first, second = (_mean([[pair[turn]] for pair in scores if pair[turn] is not None]) for turn in (0, 1))
-    by_category = {name: mean for name, groups in categories.items() if (mean := _mean(groups)) is not None}
-    return MtMeans(_mean(rated), (first, second), by_category)
+    turns: tuple[list[list[float]], list[list[float]]] = ([], [])
+    for question, pair in zip(questions, scores, strict=True):
+        of_question = []
+        for turn, score in enumerate(pair):
+            if score is not None:
+                of_question.append(score)
+                turns[turn].append([score])
+        rated.append(of_question)
+        categories.setdefault(question.category, []).append(of_question)
+
+    by_category = {}
+    for name, groups in categories.items():
+        mean = _mean(groups)
+        if mean is not None:
+            by_category[name] = mean
+    return MtMeans(_mean(rated), (_mean(turns[0]), _mean(turns[1])), by_category)
 
 
 def score_metrics(means: MtMeans) -> Metrics:
-    """``eval/mt_bench``, ``eval/mt_bench_turn_1`` and so on: value, interval and count of each mean."""
+    """Convert the means to metrics ``eval/mt_bench``, ``eval/mt_bench_turn_1`` and so on.
+
+    Each has its value, interval and count.
+    """
     return figure_metrics(means.figures(), {figure.name: figure for figure in MtBench.figures})
 
 
-def _mean(groups: Sequence[Sequence[float | None]]) -> Mean | None:
-    """Mean over all numbers of the groups that have any."""
-    filled = [[v for v in group if v is not None] for group in groups if group]
-    return Mean.of_groups(filled) if filled else None
+def _mean(groups: Sequence[Sequence[float]]) -> Mean | None:
+    """Mean over the groups that are not empty; None if all are."""
+    filled = [group for group in groups if group]
+    if not filled:
+        return None
+    return Mean.of_groups(filled)
 
 
 def _places_by_temperature(questions: Sequence[MtQuestion]) -> dict[float, list[int]]:
-    """Places of the questions that are answered at each temperature, ascending."""
-    temperatures = [TEMPERATURES.get(q.category, DEFAULT_TEMPERATURE) for q in questions]
-    return {t: [i for i, other in enumerate(temperatures) if other == t] for t in sorted(set(temperatures))}
+    """Places of the questions that are answered at each temperature, both ascending."""
+    found: dict[float, list[int]] = {}
+    for i, question in enumerate(questions):
+        temperature = TEMPERATURES.get(question.category, DEFAULT_TEMPERATURE)
+        found.setdefault(temperature, []).append(i)
+    return dict(sorted(found.items()))
 
 
 def _scores(rubric: Rubric, question: MtQuestion, replies: tuple[Reply, Reply]) -> TurnScores:
-    first, second = (float(rubric(question.record, turn, reply.text)) for turn, reply in enumerate(replies, start=1))
-    assert min(first, second) >= SCALE[0] and max(first, second) <= SCALE[1], "a rubric scores from 1 to 10"
+    """Score both turns' replies by a rubric."""
+    first = float(rubric(question.record, 1, replies[0].text))
+    second = float(rubric(question.record, 2, replies[1].text))
+    is_on_scale = SCALE[0] <= min(first, second) and max(first, second) <= SCALE[1]
+    assert is_on_scale, "a rubric scores from 1 to 10"
     return first, second

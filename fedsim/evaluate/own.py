@@ -1,4 +1,4 @@
-"""fedsim's own benchmarks, in the order in which they are run and shown."""
+"""The built-in benchmarks, in the order in which they are run and shown."""
 
 from __future__ import annotations
 
@@ -15,11 +15,15 @@ OWN: Final[dict[str, type[OwnBenchmark]]] = {name: load(KEY, name) for name in K
 """Class by name, which is the last part of its configuration key."""
 
 DESCRIBED: Final = Benchmarks(tuple(benchmark.describe_class() for benchmark in OWN.values()))
-"""What tables and plots need to know of them."""
+"""Their descriptions for tables and plots."""
 
 
 def chosen_figures(settings: EvalConfig) -> dict[str, str]:
-    """Headline figure → the figure that it repeats: by the phrase rule and by the scorer of the configuration."""
+    """Map each headline figure to the figure that it repeats.
+
+    The phrase rule and the scorer of the configuration choose it.
+    """
+    # Names of figures, without ``eval/``.
     found: dict[str, str] = {}
     for benchmark in OWN.values():
         found |= benchmark.chosen(settings)

@@ -1,6 +1,6 @@
-"""Perplexity of held-out helpful replies: how well the model still predicts them, whatever a judge would say.
+"""Perplexity of held-out helpful replies: how well the model still predicts them.
 
-Forgetting shows here first: no draw, no rule and no judge stands between the model and the figure.
+It shows forgetting early, as it depends on no draw, no rule and no judge.
 """
 
 from __future__ import annotations
@@ -33,12 +33,13 @@ class Perplexity:
 
     Attributes:
         value: perplexity, at least 1; infinite where it exceeds the largest float.
-        low: lower end of the interval; equal to ``value`` for one conversation, which allows no interval.
+        low: lower end of the interval; equal to ``value`` for one conversation, which allows no
+            interval.
         high: upper end.
         num_tokens: target tokens, the end of turn of each reply included.
         num_conversations: conversations.
         num_truncated: conversations cut to the context.
-        num_dropped: further conversations, whose reply the tokenizer keeps nothing of.
+        num_dropped: further conversations, of whose reply no token is left.
     """
 
     value: float
@@ -50,11 +51,15 @@ class Perplexity:
     num_dropped: int = 0
 
     def figures(self) -> dict[str, Found]:
-        """``perplexity`` with interval, counts of conversations and tokens, and how many were cut."""
+        """Name the perplexity with its interval, and the counts of conversations and tokens."""
+        # One conversation gives no interval.
         found: dict[str, Found] = {"perplexity": self.value}
         if self.num_conversations > 1:
             found |= {"perplexity_low": self.low, "perplexity_high": self.high}
-        found |= {"perplexity_count": self.num_conversations, "perplexity_target_tokens": self.num_tokens}
+        found |= {
+            "perplexity_count": self.num_conversations,
+            "perplexity_target_tokens": self.num_tokens,
+        }
         if self.num_dropped:
             found["perplexity_dropped"] = self.num_dropped
         return found | {"perplexity_truncated": self.num_truncated}
@@ -73,7 +78,7 @@ class HelpfulPerplexity(OwnBenchmark):
         Figure("perplexity_truncated", "conversations cut to the context", "", 0, None),
     )
     embedded: ClassVar[Mapping[str, EmbeddedFile]] = {
-        EMBEDDED: EmbeddedFile("world-helpful", "helpful.jsonl", world.write_helpful)
+        EMBEDDED: EmbeddedFile("world-helpful", "helpful.jsonl", world.write_helpful),
     }
 
     @classmethod
@@ -94,57 +99,73 @@ class HelpfulPerplexity(OwnBenchmark):
 
 
 def run_perplexity(engine: Engine, conversations: Sequence[Conversation]) -> Perplexity:
-    """Score the last reply of every conversation (at least one), given all that stands before it.
+    """Score the last reply of every conversation, given all messages before it.
 
-    Earlier replies are context alone, as in training: a file whose every turn counts has a line for each.
+    Earlier replies are only context, as in training: a file in which every turn counts has a line
+    for each.
 
     Args:
         engine: the model under test.
-        conversations: each ends with an assistant turn. A prompt too long for the engine's context loses its beginning,
-            a reply longer than half of it its end; both are counted. A reply without anything to predict is dropped.
+        conversations: at least one; each ends with an assistant turn. A prompt too long for the
+            engine's context loses its beginning, a reply longer than half of it its end; both are
+            counted. A reply without anything to predict is dropped.
 
     Raises:
         DataError: no conversation is left.
     """
-    rows = []
+    rows = []  # one for each conversation; the reply's tokens are the targets
     for conversation in conversations:
         row = _row(engine.chat, conversation, engine.max_context)
         if why_unusable(engine.chat, row, conversation[-1]["content"]) is None:
             rows.append(row)
     if not rows:
         raise DataError(
-            f"eval.helpful: the tokenizer keeps nothing of the last reply of any of the "
-            f"{len(conversations)} conversations; give another file, or eval.helpful='' to leave it out"
+            "eval.helpful: the tokenizer keeps nothing of the last reply of any of the "
+            f"{len(conversations)} conversations; give another file, or eval.helpful='' to leave "
+            "it out",
         )
-    found = summarise_scores(engine.score(rows, "eval.helpful"), sum(row.truncated for row in rows))
+    num_truncated = sum(row.truncated for row in rows)
+    found = summarise_scores(engine.score(rows, "eval.helpful"), num_truncated)
     return replace(found, num_dropped=len(conversations) - len(rows))
 
 
 def summarise_scores(scores: Sequence[RowScore], num_truncated: int) -> Perplexity:
-    """Perplexity over the rows (at least one target each).
+    """Compute the perplexity over scored rows and its 95 % interval.
 
-    The interval is the delta method's for a ratio of sums, with conversations as the sampled units, as tokens of one
-    reply depend on each other: residuals e_i = nll_i − R·t_i, s² = n/(n − 1) · Σ e_i² / (Σ t_i)², and exp(R ± t(0.975,
-    n − 1) · s) with R the mean nll a token (Cochran, Sampling Techniques, §6.4). Sums are exact (``fsum``).
+    The interval is the delta method's for a ratio of sums, with conversations as the sampled units,
+    as tokens of one reply depend on each other: residuals e_i = nll_i − R·t_i,
+    s² = n/(n − 1) · Σ e_i² / (Σ t_i)², and exp(R ± t(0.975, n − 1) · s) with R the mean nll per
+    token (Cochran, Sampling Techniques, §6.4). Sums are exact (``fsum``).
+
+    Args:
+        scores: one for each row, of at least one target each.
+        num_truncated: rows cut to the context.
     """
-    nll = [-score.logprob for score in scores]
+    nll = [-score.logprob for score in scores]  # nats, one for each row
     tokens = [score.num_targets for score in scores]
     total, n = sum(tokens), len(scores)
     assert n > 0 and min(tokens) > 0, "perplexity needs target tokens"
-    mean = math.fsum(nll) / total
+    mean = math.fsum(nll) / total  # nats per token
+
+    # Half of the interval's width in nats per token.
     half = 0.0
     if n > 1:
         squares = math.fsum((loss - mean * t) ** 2 for loss, t in zip(nll, tokens, strict=True))
         half = t_95(n - 1) * math.sqrt(n / (n - 1) * squares) / total
     low = mean - half
-    low = 0.0 if low < 0.0 else low  # a perplexity below 1 does not exist; NaN stays NaN
+    if low < 0.0:  # a perplexity below 1 does not exist; NaN stays NaN
+        low = 0.0
     return Perplexity(_exp(mean), _exp(low), _exp(mean + half), total, n, num_truncated)
 
 
 def _row(chat: ChatFormat, conversation: Conversation, max_context: int) -> TokenRow:
-    """The last reply and its end of turn as targets, by the same ids as in training."""
+    """Make the row of a conversation: the last reply and its end of turn are the targets.
+
+    The ids are the same as in training.
+    """
 
     def compute() -> TokenRow:
+        # Not cut here: scored_row cuts the prompt, where training would cut the reply.
         whole = chat.training_row(conversation, max_length=10**9)
         ids, targets = whole.input_ids, whole.loss_mask
         return scored_row(ids[~targets], ids[targets], max_context)
@@ -153,6 +174,7 @@ def _row(chat: ChatFormat, conversation: Conversation, max_context: int) -> Toke
 
 
 def _exp(value: float) -> float:
+    """Exponentiate; infinity where the result exceeds the largest float."""
     try:
         return math.exp(value)
     except OverflowError:

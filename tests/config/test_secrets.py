@@ -1,4 +1,4 @@
-"""No secret may stand in a configuration, and the refusal does not repeat it."""
+"""No secret may be in a configuration, and the refusal does not repeat it."""
 
 from __future__ import annotations
 

@@ -212,7 +212,7 @@ def test_no_number_is_nan_or_infinite(key: str, value: str) -> None:
 
 @pytest.mark.parametrize("key", ["data.square", "model.path", "guard.path", "eval.hhh", "eval.mt_bench", "eval.xstest"])
 def test_a_held_out_set_that_is_not_there_is_no_path(key: str) -> None:
-    with pytest.raises(ConfigError, match=f"^{key}='embedded-held-out': eval.advbench alone has such items"):
+    with pytest.raises(ConfigError, match=f"^{key}='embedded-held-out': only eval.advbench has such items"):
         load_config(None, [f"{key}=embedded-held-out"])
     assert load_config(None, ["eval.advbench=embedded-held-out", "name=embedded-held-out"]).name == "embedded-held-out"
 
