@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from fedsim.base.errors import ConfigError
 from fedsim.config import LISTS, code_key, code_names, code_role, file_roles, model_roles
 from fedsim.config.measuring import is_embedded
 from fedsim.record.sameness import FREE_KEYS
@@ -172,14 +173,16 @@ def order_of(settings: Settings, keys: Iterable[str]) -> list[tuple[bool, float,
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:
-    """The last parts of paths, as many as make all names differ.
+    """Return the last parts of paths, as many as make all names differ.
 
-    Args:
-        folders: no two are the same.
+    Raises:
+        ConfigError: two of them are the same folder.
     """
     parts = [folder.resolve().parts for folder in folders]
+    for folder, own in zip(folders, parts, strict=True):
+        if parts.count(own) > 1:
+            raise ConfigError(f"{folder}: is named twice; name every run once")
     length = 1
     while len({part[-length:] for part in parts}) < len(parts):
         length += 1
-        assert length <= max(map(len, parts)), "a folder is named twice"
     return ["/".join(part[-length:]) for part in parts]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -68,3 +68,8 @@ def top_level_seconds(row: Mapping[str, object]) -> dict[str, float]:
         if name == f"time/{phase}_s" and "/" not in phase and isinstance(value, int | float):
             seconds[phase] = float(value)
     return seconds
+
+
+def total_seconds(rows: Iterable[Mapping[str, object]]) -> float:
+    """Sum over the top-level phases of all rows, in seconds."""
+    return sum(sum(top_level_seconds(row).values()) for row in rows)

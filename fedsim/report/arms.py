@@ -214,7 +214,7 @@ def warnings(groups: Sequence[Group]) -> list[str]:
             if run.facts.seed != other.facts.seed:
                 continue
             head = f"{run.title} and {other.title} are {group.name} with seed {run.facts.seed}"
-            if run.figures == other.figures:
+            if run.evaluations == other.evaluations:
                 lines.append(f"{head} and have the same results: they count as one run.")
             else:
                 lines.append(

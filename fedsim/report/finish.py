@@ -10,7 +10,7 @@ from fedsim.config import to_flat
 from fedsim.record.manifest import read_manifest
 from fedsim.record.metrics import MetricLog, Row
 from fedsim.record.run_record import SIGNED, RunRecord
-from fedsim.record.timers import top_level_seconds
+from fedsim.record.timers import total_seconds
 from fedsim.report.guard_section import read_tables
 from fedsim.report.plots import write_plots
 from fedsim.report.summary import RunFacts, eval_points, facts_from, summary_markdown, terminal_table
@@ -40,14 +40,13 @@ def finish_run(record: RunRecord, num_ranks: int) -> None:
         "checkpoints": str(record.checkpoints.folder),
         "logs": str(folder / "logs"),
     }
-    total_s = sum(sum(top_level_seconds(row).values()) for row in rows)  # over all sessions of a resumed run
     settings = to_flat(record.config)
     if (streamed := record.stream.place) is not None:
         places["W&B"] = streamed
     facts = facts_from(
         settings,
         num_ranks=num_ranks,
-        total_s=total_s,
+        total_s=total_seconds(rows),  # over all sessions
         places=places,
         plots=[p.name for p in plots],
         notes=record.notes,

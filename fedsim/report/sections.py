@@ -9,7 +9,7 @@ from typing import Final
 from fedsim.base.figures import Benchmarks, Figure, collapse_figures, figure_of
 from fedsim.base.tables import Table, byte_size, duration, measured, number
 from fedsim.record.metrics import Row
-from fedsim.record.timers import top_level_seconds
+from fedsim.record.timers import total_seconds
 from fedsim.report.cai_line import FINDINGS
 
 POINT_TITLES = {
@@ -80,7 +80,7 @@ def times(rows: Sequence[Row]) -> Section:
                 seconds[phase] = seconds.get(phase, 0.0) + value
     if not seconds:
         return []
-    total = sum(sum(top_level_seconds(row).values()) for row in rows)
+    total = total_seconds(rows)
     tops = sorted((phase for phase in seconds if "/" not in phase), key=lambda phase: -seconds[phase])
     lines = []
     for top in tops:
