@@ -1,4 +1,4 @@
-"""Reader of a finished run's directory: configuration, manifest, metric rows and outcomes by item."""
+"""Reader of a finished run's directory: configuration, manifest, metric rows and items."""
 
 from __future__ import annotations
 
@@ -58,6 +58,7 @@ class FinishedRun:
             CheckpointError: a file of it is damaged.
             ConfigError: its configuration is not valid.
         """
+        # The folder is a run's, and the run is finished.
         for name in FILES:
             if not (folder / name).is_file():
                 raise DataError(
@@ -70,12 +71,14 @@ class FinishedRun:
         num_done = len({row["round"] for row in rows if row["stage"] == "round"})
         planned, summary = config.federation.num_rounds, folder / "summary.md"
         if num_done < planned or not summary.is_file():
-            raise DataError(
-                f"{folder}: is not finished ({num_done} of {planned} rounds); start its command again to go on"
-            )
+            done = f"{num_done} of {planned} rounds"
+            raise DataError(f"{folder}: is not finished ({done}); start its command again to go on")
+        # The manifest, with the parts that a finished run is read for.
         manifest = read_manifest(folder / "manifest.json")
         if not isinstance(manifest.get("started"), dict) or "num_ranks" not in manifest["started"]:
-            raise CheckpointError(f"{folder / 'manifest.json'}: is damaged, as it has no started.num_ranks; restore it")
+            path = folder / "manifest.json"
+            raise CheckpointError(f"{path}: is damaged (it has no started.num_ranks); restore it")
+        # Without benchmarks.json, which older runs lack, they are fedsim's own.
         benchmarks = read_benchmarks(folder) or DESCRIBED
         notes = summary_notes(summary.read_text(encoding="utf-8"))
         return cls(folder, config, rows, manifest, benchmarks, notes)
@@ -119,7 +122,8 @@ class FinishedRun:
             DataError: that model was not evaluated.
         """
         if self.final is None:
-            raise DataError(f"{self.folder}: was not evaluated after its last round; run it again with a benchmark")
+            fix = "run it again with a benchmark"
+            raise DataError(f"{self.folder}: was not evaluated after its last round; {fix}")
         return str(self.final["point"])
 
     @property
@@ -158,10 +162,11 @@ class FinishedRun:
         values, recorded = self._items[point].get(name), self.figure(point, name)
         if values is not None and recorded is not None:
             mean = float(values.mean())
-            # A recorded share is in percent, its items are from 0 to 1; other figures have one unit.
+            # A recorded share is in percent, its items are 0 to 1; other figures have one unit.
             expected = (recorded, recorded / 100)
             if not any(math.isclose(mean, e, rel_tol=1e-9, abs_tol=1e-12) for e in expected):
-                raise DataError(f"{path}: its items of {name} do not give the figure in metrics.jsonl; run it again")
+                reason = f"its items of {name} do not give the figure in metrics.jsonl"
+                raise DataError(f"{path}: {reason}; run it again")
         return values
 
     @cached_property

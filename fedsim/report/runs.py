@@ -63,7 +63,9 @@ def load_run(folder: Path) -> Run:
         DataError, CheckpointError, ConfigError: as of :meth:`FinishedRun.read`.
     """
     run = Run.read(folder)
-    samples = _samples(run) if run.facts.mt_bench == "embedded" else []
+    samples: list[Sample] = []
+    if run.facts.mt_bench == "embedded":
+        samples = _samples(run)
     return replace(run, title=run.facts.name, samples=samples)
 
 
@@ -74,12 +76,15 @@ def _samples(run: Run) -> list[Sample]:
         Samples in the order of the questions; none if the questions have changed since.
     """
     files = _answer_files(run.folder)
-    questions = _embedded_questions(run) if files else []
+    if not files:
+        return []
+    questions = _embedded_questions(run)
     if not questions:
         return []
+    # Evaluation point → question id → answers to both turns.
     answers = {point: read_answers(path) for point, path in files.items()}
 
-    samples: dict[str, Sample] = {}
+    samples: dict[str, Sample] = {}  # by category
     for question in questions:
         if question.category in samples:
             continue
@@ -94,6 +99,7 @@ def _samples(run: Run) -> list[Sample]:
 
 def _answer_files(folder: Path) -> dict[str, Path]:
     """Return the newest file of answers by evaluation point, in the order of the points."""
+    # Evaluation point → round of its newest file, and the file.
     newest: dict[str, tuple[int, Path]] = {}
     for path in sorted((folder / "answers" / "mt_bench" / "model_answer").glob("*.jsonl")):
         named = ANSWERS.fullmatch(path.stem)
@@ -109,4 +115,6 @@ def _embedded_questions(run: Run) -> Sequence[MtQuestion]:
     with tempfile.TemporaryDirectory() as place:
         write_mt_bench(place)
         file = Path(place) / "question.jsonl"
-        return load_mt_bench(file) if file_digest(file) == known else []
+        if file_digest(file) != known:
+            return []
+        return load_mt_bench(file)
