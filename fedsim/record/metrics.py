@@ -166,6 +166,7 @@ def _parsed(path: Path, lines: Iterable[bytes], first: int) -> list[Row]:
         if not _is_row(row):
             rule = "must be an object with a whole number 'round' and a 'stage'"
             raise CheckpointError(f"{place}: {rule}")
+        # Earlier versions gave the pretrained model round -1.
         if row["round"] < 0:
             raise CheckpointError(
                 f"{place}: has round {row['round']}, but rounds are counted from 1 (0 is the "

@@ -23,7 +23,7 @@ _ERASE = "\r\x1b[2K"
 
 
 class Progress:
-    """Prints a run's progress to ``stream``; only rank 0 should be ``enabled``.
+    """Printer of a run's progress to ``stream``; only rank 0 should be ``enabled``.
 
     Args:
         stream: usually ``sys.stderr``. Live lines are used if it is a terminal; one that is lost

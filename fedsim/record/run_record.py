@@ -158,6 +158,7 @@ class RunRecord:
         algorithm = build_algorithm(config.federation, config.server_optimizer)
         who = algorithm.participation(config.federation, config.seed)
         steps = f"{who.num_steps(config.local.steps)} local steps"
+        # Arithmetic of the sums over clients and processes.
         sums = "floating point"
         if config.parallel.exact:
             sums = "exact (bit-identical for any number of processes)"
@@ -296,10 +297,10 @@ class RunRecord:
 
     def _newest(self, check: Callable[[ServerState], None]) -> int | None:
         """Find the index of the last whole checkpoint's round, and drop metric rows after it."""
-        control_variates = ClientStateStore(self.client_state)
 
         def check_all(checkpoint: Checkpoint) -> None:
             check(checkpoint.state)
+            control_variates = ClientStateStore(self.client_state)
             control_variates.check(checkpoint.client_rounds, checkpoint.state.adapter.numel())
 
         checkpoint = self.checkpoints.load(self.say, check_all)

@@ -12,7 +12,7 @@ from fedsim.base.metric import Metric, writes
 
 
 class PhaseTimers:
-    """Accumulates wall-clock seconds by phase name.
+    """Accumulator of wall-clock seconds by phase name.
 
     Phases nest: inside ``phase("cai")`` a ``phase("dpo")`` counts under ``cai/dpo``, and its
     seconds are part of ``cai``'s as well, so that top-level phases add up to the round. Names use

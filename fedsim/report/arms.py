@@ -381,6 +381,7 @@ def _headline(
     before = pretrained_figure(same_base, figure)
     if before is not None:
         line += f" (pretrained {figure.shown(before.value)})"
+    # The other methods.
     words = []
     for group in others:
         other = arm_figure(group.runs, figure)
@@ -412,6 +413,7 @@ def _cells(
         found: the group's estimate of each of ``shown``.
         published: the paper's row; None for a method that it did not run.
     """
+    # Two cells a figure.
     cells = []
     for figure, estimate in zip(shown, found, strict=True):
         if estimate is not None:

@@ -167,6 +167,7 @@ def idle(runs: Sequence[Run]) -> Picture | None:
     Returns:
         None where no run has it.
     """
+    # (round, share from 0 to 1) of each run.
     by_run = [series(run.rows, "parallel/idle_share") for run in runs]
     if not any(by_run):
         return None
@@ -197,6 +198,7 @@ def cost(runs: Sequence[Run], figure: Figure) -> Picture | None:
     for i, group in enumerate(grouped(runs)):
         value = arm_figure(group.runs, figure)
         if value is not None:
+            # Mean over the group's runs.
             seconds = sum(run.total_s for run in group.runs) / len(group.runs)
             axes.errorbar(
                 [seconds],

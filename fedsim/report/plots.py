@@ -56,6 +56,7 @@ def write_plots(
         The files written, in that order.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    # File name without its ending → function that draws it.
     drawings: dict[str, Callable[[], Figure | None]] = {
         "loss": lambda: plot_losses(rows, title),
         "safety": lambda: plot_safety(rows, title, benchmarks),
