@@ -54,7 +54,7 @@ def overlay(runs: Sequence[Run], figure: Figure) -> Picture | None:
         None where fewer than two rounds have the figure.
     """
     # Rounds that were evaluated; the pretrained model's is 0.
-    rounds = set()
+    rounds: set[int] = set()
     for run in runs:
         rounds.update(place for place, _ in series(run.rows, figure.metric) if place > 0)
     if len(rounds) < 2:
