@@ -23,7 +23,7 @@ from fedsim.base.version import commit_of
 from fedsim.config import load_config, to_flat
 from fedsim.evaluate.own import DESCRIBED
 from fedsim.record.metrics import MetricLog, Row
-from fedsim.record.timers import top_level_seconds
+from fedsim.record.timers import total_seconds
 from fedsim.report.cai_line import FINDINGS, LAST_ROUND, cai_lines
 from fedsim.report.sections import POINT_TITLES
 from fedsim.report.summary import TEMPLATES_NOTE, RunFacts, arm_table, controls, eval_points, facts_from
@@ -51,7 +51,7 @@ def demo_rows(run: Path) -> dict[str, Any]:
             raise DataError(f"{run}: holds no {name}; give the directory of a finished run, such as runs/demo")
     rows = MetricLog(run / "metrics.jsonl").rows()
     manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
-    seconds = sum(sum(top_level_seconds(row).values()) for row in rows)
+    seconds = total_seconds(rows)
     settings = to_flat(load_config(run / "config.yaml"))
     facts = facts_from(
         settings, num_ranks=manifest["started"]["num_ranks"], total_s=seconds, places={}, benchmarks=DESCRIBED

@@ -131,12 +131,9 @@ def run_rows(folders: Sequence[Path]) -> dict[str, list[MetricRow]]:
     Raises:
         ConfigError: one is no run directory, or is named twice.
     """
-    places = [folder.resolve() for folder in folders]
     for folder in folders:
         if not (folder / "metrics.jsonl").is_file():
             raise ConfigError(f"{folder}: has no metrics.jsonl; give the directory of a run, such as runs/demo")
-        if places.count(folder.resolve()) > 1:
-            raise ConfigError(f"{folder}: is named twice; name every run once")
     names = short_names(folders)
     return {name: MetricLog(folder / "metrics.jsonl").rows() for name, folder in zip(names, folders, strict=True)}
 

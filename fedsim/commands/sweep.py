@@ -16,6 +16,7 @@ from pathlib import Path
 from fedsim.base.errors import ConfigError
 from fedsim.base.launching import Parser, launched
 from fedsim.config import config_file
+from fedsim.report.finished import FinishedRun
 from fedsim.report.provenance import measured_on
 from fedsim.study.command import (
     PAGE,
@@ -30,7 +31,7 @@ from fedsim.study.command import (
     write_csv,
 )
 from fedsim.study.grid import FORMS, Sweep, point_name, read_sweep
-from fedsim.study.outcomes import Outcome, check_paired
+from fedsim.study.outcomes import check_paired
 from fedsim.study.published import ORIGINS, origin_of, read_origin, write_origin
 from fedsim.study.runs import run_cells
 from fedsim.study.sweep import finding, read_records, tidy_rows
@@ -84,7 +85,7 @@ def _measure(args: argparse.Namespace, sweep: Sweep) -> None:
     say(f"{sweep.what}: {len(sweep.points)} points, {len(seeds)} seed(s): {len(cells)} runs, {launch.num_jobs} at once")
     folders = run_cells(cells, launch, say)
     runs = {
-        point_name(point): [Outcome(folders[f"{point_name(point)}-s{seed}"]) for seed in seeds]
+        point_name(point): [FinishedRun.read(folders[f"{point_name(point)}-s{seed}"]) for seed in seeds]
         for point in sweep.points
     }
     check_paired(list(runs.values()))

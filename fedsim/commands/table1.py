@@ -15,10 +15,10 @@ from pathlib import Path
 
 from fedsim.base.launching import launched
 from fedsim.config import load_config
+from fedsim.report.finished import FinishedRun
 from fedsim.report.provenance import measured_on
 from fedsim.study import command, table1, table1_words
 from fedsim.study.command import launch_of, parse_seeds, parse_table, results_folder, say
-from fedsim.study.outcomes import Outcome
 from fedsim.study.published import (
     ORIGINS,
     Origin,
@@ -49,13 +49,13 @@ CONTROL_NOTE = (
 )
 
 
-def run_arms(launch: Launch, seeds: Sequence[int]) -> dict[table1.Arm, list[Outcome]]:
+def run_arms(launch: Launch, seeds: Sequence[int]) -> dict[table1.Arm, list[FinishedRun]]:
     """Run the cells; returns the finished runs of every arm."""
     planned = table1.cells(load_config(launch.config, launch.overrides), seeds)
     folders = run_cells(planned, launch, say)
-    found: dict[table1.Arm, list[Outcome]] = {}
+    found: dict[table1.Arm, list[FinishedRun]] = {}
     for cell in planned:
-        outcome = Outcome(folders[cell.name])
+        outcome = FinishedRun.read(folders[cell.name])
         algorithm = next(a for a in table1.AGGREGATIONS if a == outcome.config.federation.algorithm)
         found.setdefault(table1.Arm(algorithm, cell.labels["method"]), []).append(outcome)
     return found

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from fedsim.base.launching import launched
 from fedsim.config import load_config
+from fedsim.report.finished import FinishedRun
 from fedsim.report.provenance import measured_on
 from fedsim.study import command, table1, table2
 from fedsim.study.command import launch_of, parse_seeds, parse_table, results_folder, say
-from fedsim.study.outcomes import Outcome
 from fedsim.study.paper_claims import FILTER
 from fedsim.study.published import ORIGINS, origin_of, read_origin, write_origin
 from fedsim.study.runs import run_cells
@@ -50,7 +50,7 @@ def _measure(args: argparse.Namespace) -> None:
     planned = table1.cells(load_config(launch.config, launch.overrides), seeds)
     wanted = [cell for cell in planned if cell.labels == {"aggregation": "FedAvg", "method": FILTER}]
     folders = run_cells(wanted, launch, say)
-    outcomes = [Outcome(folders[cell.name]) for cell in wanted]
+    outcomes = [FinishedRun.read(folders[cell.name]) for cell in wanted]
     rows = table2.count_rows(outcomes)
     stamp = measured_on([outcome.manifest for outcome in outcomes])
     origin = origin_of(outcomes[0].config, tuple(seeds), stamp, args.made_by)

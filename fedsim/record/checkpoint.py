@@ -1,8 +1,9 @@
 """One checkpoint per round: everything that the next round starts from.
 
-A checkpoint is a folder that appears by one rename and carries the SHA-256 of all that is in it. Loading takes the
-newest whole one and says which damaged ones it passed over. There is no generator state: every draw comes from its key.
-Another version's is resumed from only if its format is this one's.
+A checkpoint is a folder that is published by one atomic rename and carries the SHA-256 of all that
+is in it. Loading takes the newest whole one and names the damaged ones that it passed over. There
+is no generator state: every draw comes from its key. Another version's checkpoint is resumed from
+only if its format is this one's.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ from fedsim.base.version import made_by, maker
 from fedsim.federation.algorithms import ADAPTER, ServerState
 
 FORMAT = 3
-"""To be raised with every change of what a checkpoint holds or means; 3: rounds are counted from 1."""
+"""Version of what a checkpoint holds and means; 3: rounds are counted from 1.
+
+Raise it with every change of that.
+"""
 
 
 class OtherFormatError(CheckpointError):
@@ -46,7 +50,8 @@ class Checkpoint:
         round_idx: index of the last finished round.
         state: the server's vectors.
         client_rounds: client → round index of its newest control variate.
-        seconds_per_token: learned cost of each rank; may have another length if the world size has changed.
+        seconds_per_token: learned cost of each rank; may have another length if the world size has
+            changed.
     """
 
     round_idx: int
@@ -68,7 +73,11 @@ class CheckpointStore:
         self.keep = keep
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint; drop those beyond ``keep``, and newer ones: damaged, and done anew from here on."""
+        """Write a checkpoint; drop those beyond ``keep``, and newer ones.
+
+        Newer ones are damaged: the run has resumed from before them, and repeats their rounds.
+        """
+        # Write a folder under another name, and rename it once it is whole.
         final = self.folder / _name(checkpoint.round_idx)
         partial = self.folder / f".{final.name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
@@ -78,6 +87,7 @@ class CheckpointStore:
             os.replace(partial, final)
         finally:
             shutil.rmtree(partial, ignore_errors=True)  # a full disk gets its space back
+        # Keep the ``keep`` newest ones up to this one.
         folders = self._folders()
         end = folders.index(final) + 1
         for other in [*folders[: max(end - self.keep, 0)], *folders[end:]]:
@@ -85,33 +95,41 @@ class CheckpointStore:
 
     @staticmethod
     def _write(partial: Path, checkpoint: Checkpoint) -> None:
+        """Write the files of a checkpoint into the new folder ``partial``, and sync them."""
         partial.mkdir(parents=True)
-        tensors = {name: vector.detach().cpu().contiguous() for name, vector in checkpoint.state.named().items()}
+        tensors = {}  # fp32 vectors by name
+        for name, vector in checkpoint.state.named().items():
+            tensors[name] = vector.detach().cpu().contiguous()
         write_tensors(partial / "state.safetensors", tensors)
+        client_rounds = checkpoint.client_rounds.items()
         note = {
             "format": FORMAT,
             "made_by": made_by(),
             "round": round_number(checkpoint.round_idx),
             "num_server_steps": checkpoint.state.num_steps,
-            "client_rounds": {str(c): round_number(r) for c, r in checkpoint.client_rounds.items()},
+            "client_rounds": {str(c): round_number(r) for c, r in client_rounds},
             "seconds_per_token": list(checkpoint.seconds_per_token),
         }
         write_note(partial / NOTE, note)
         sync_folder(partial)
 
     def load(
-        self, say: Callable[[str], None], check: Callable[[Checkpoint], None] = lambda checkpoint: None
+        self,
+        say: Callable[[str], None],
+        check: Callable[[Checkpoint], None] = lambda checkpoint: None,
     ) -> Checkpoint | None:
-        """The newest whole checkpoint, or None if the run has none.
+        """Load the newest whole checkpoint, or None if the run has none.
 
         Args:
-            say: hears of damaged ones, and which other fedsim wrote the one that is loaded.
-            check: raises CheckpointError where a checkpoint is whole but of no use: something that it names elsewhere
-                is damaged, or its vectors do not fit the algorithm.
+            say: called with a line about each damaged one, and about another fedsim that wrote the
+                one that is loaded.
+            check: raises CheckpointError where a checkpoint is whole but of no use: something that
+                it names elsewhere is damaged, or its vectors do not fit the algorithm.
 
         Raises:
             CheckpointError: there are checkpoints and all are damaged, or one is of another format.
         """
+        # The newest one that can be read and used.
         found: Checkpoint | None = None
         damaged: list[CheckpointError] = []
         for folder in reversed(self._folders()):
@@ -123,11 +141,15 @@ class CheckpointStore:
                 raise  # falling back would lose rounds that are whole
             except CheckpointError as error:
                 damaged.append(error)
+        # Name the damaged ones, newest first.
         for passed in damaged:
-            is_next = found is not None and passed is damaged[-1]
-            say(f"{passed}; {'the one before it is used' if is_next else 'it is passed over'}")
+            if found is not None and passed is damaged[-1]:
+                say(f"{passed}; the one before it is used")
+            else:
+                say(f"{passed}; it is passed over")
         if damaged and found is None:
-            raise CheckpointError(f"{self.folder}: every checkpoint is damaged; start anew under another name")
+            fix = "start again under another name"
+            raise CheckpointError(f"{self.folder}: every checkpoint is damaged; {fix}")
         return found
 
     def any(self) -> bool:
@@ -135,7 +157,7 @@ class CheckpointStore:
         return bool(self._folders())
 
     def read(self, round_idx: int) -> Checkpoint:
-        """The checkpoint of a round.
+        """Read the checkpoint of a round.
 
         Raises:
             CheckpointError: it is missing or damaged.
@@ -143,21 +165,27 @@ class CheckpointStore:
         return _read(self.folder / _name(round_idx))
 
     def kept_client_rounds(self) -> list[Mapping[int, int]]:
-        """Client indices of all checkpoints, to know which control variates are still needed.
+        """Client rounds of all checkpoints, to find the control variates that are still needed.
 
-        Only the notes are read: a checkpoint's vectors are of no interest here, and checking them would take as long as
-        writing them has.
+        Only the notes are read: checking a checkpoint's vectors takes as long as writing them.
+
+        Returns:
+            For each checkpoint: client → round index of its newest control variate.
         """
         indices: list[Mapping[int, int]] = []
         for folder in self._folders():
-            with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # damaged or foreign: needs none
+            # One that is damaged or of another format needs none.
+            with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
                 note = _note(folder)
                 _check_format(folder, note)
                 indices.append(_client_rounds(note))
         return indices
 
     def _folders(self) -> list[Path]:
-        return sorted(self.folder.glob("round-*")) if self.folder.is_dir() else []
+        """Folders of the checkpoints, oldest first."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(self.folder.glob("round-*"))
 
 
 def _name(round_idx: int) -> str:
@@ -165,6 +193,7 @@ def _name(round_idx: int) -> str:
 
 
 def _checked(folder: Path, check: Callable[[Checkpoint], None]) -> Checkpoint:
+    """Read a checkpoint and check it; errors name its folder."""
     found = _read(folder)
     try:
         check(found)
@@ -174,7 +203,14 @@ def _checked(folder: Path, check: Callable[[Checkpoint], None]) -> Checkpoint:
 
 
 def _read(folder: Path) -> Checkpoint:
+    """Read a checkpoint after checking the SHA-256 of its files.
+
+    Raises:
+        OtherFormatError: it is of another format.
+        CheckpointError: it is damaged.
+    """
     try:
+        # The note, and the files against its digests.
         note = _note(folder)
         if SEAL not in note:  # as in the formats before 2
             _check_format(folder, note)
@@ -183,6 +219,7 @@ def _read(folder: Path) -> Checkpoint:
         round_idx = round_index(int(note["round"]))
         if folder.name != _name(round_idx):
             raise CheckpointError(f"{folder}: holds the checkpoint {_name(round_idx)}")
+        # The state.
         tensors: dict[str, torch.Tensor] = load_file(str(folder / "state.safetensors"))
         return Checkpoint(
             round_idx,
@@ -197,20 +234,29 @@ def _read(folder: Path) -> Checkpoint:
 
 
 def _say_maker(folder: Path, say: Callable[[str], None]) -> None:
-    """A round that another fedsim computed may differ from what this one would have computed."""
-    wrote = maker(_note(folder).get("made_by"))
-    if wrote != (this := maker(made_by())):
+    """Name another fedsim that wrote a checkpoint: this one may have computed another round."""
+    wrote, this = maker(_note(folder).get("made_by")), maker(made_by())
+    if wrote != this:
         say(f"{folder} was written by {wrote}; {this} goes on")
 
 
 def _check_format(folder: Path, note: Mapping[str, Any]) -> None:
-    """Refuse a note of another format; the first ones had no number, and formats before 3 hold ``round_idx``."""
+    """Refuse a note of another format.
+
+    The first format has no number, and formats before 3 hold ``round_idx``.
+
+    Raises:
+        OtherFormatError: the format is another one.
+        KeyError: it is no checkpoint's note.
+    """
     number = note["round"] if "round" in note else note["round_idx"]
-    if isinstance(number, int) and (found := note.get("format", 0)) != FORMAT:
+    found = note.get("format", 0)
+    if isinstance(number, int) and found != FORMAT:
+        wrote, this = maker(note.get("made_by")), maker(made_by())
         raise OtherFormatError(
-            f"{folder}: was written by {maker(note.get('made_by'))} in format {found!r}, and this is "
-            f"{maker(made_by())} with format {FORMAT}; go on with the fedsim that wrote it (check out its commit), or "
-            "start anew under another name (name=...)"
+            f"{folder}: was written by {wrote} in format {found!r}, and this is {this} with format "
+            f"{FORMAT}; go on with the fedsim that wrote it (check out its commit), or start again "
+            "under another name (name=...)"
         )
 
 

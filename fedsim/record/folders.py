@@ -1,4 +1,4 @@
-"""The folders that a run writes into: whether they can be made and written, and whether the disk has room."""
+"""Checks of the folders that a run writes into: permissions and disk space."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class DiskRoom:
         needed: bytes that checkpoints, control variates and the final adapter take at most.
         there: bytes of them that a run to be resumed has written already.
         free: bytes free on the disk.
-        folder: the nearest existing one, which tells the disk.
+        folder: the nearest existing one, which lies on that disk.
     """
 
     needed: int
@@ -32,13 +32,13 @@ class DiskRoom:
 
 
 def check_folder(folder: Path, setting: str) -> None:
-    """Check that ``folder`` can be made, if it is not there, and written; nothing is written.
+    """Check that ``folder`` can be made, if it does not exist, and written; nothing is written.
 
     Args:
         setting: the key and value that name it, for the error.
 
     Raises:
-        FolderError: it cannot.
+        FolderError: it cannot be made or written.
     """
     try:
         folder.stat()  # also fails where a folder above it is a file
@@ -46,6 +46,7 @@ def check_folder(folder: Path, setting: str) -> None:
         pass
     except OSError as error:
         raise _unusable(folder, setting, error.strerror or type(error).__name__) from error
+    # The folders to make, and the one that they are made in.
     above = nearest_existing(folder)
     new = folder.absolute().relative_to(above).parts
     if any(len(os.fsencode(part)) > os.pathconf(above, "PC_NAME_MAX") for part in new):
@@ -57,11 +58,12 @@ def check_folder(folder: Path, setting: str) -> None:
 
 
 def check_disk(config: Config, adapter_size: int, cohort: int) -> DiskRoom:
-    """How much the run keeps on its disk, and whether it fits.
+    """Check that the run's checkpoints, control variates and final adapter fit on its disk.
 
-    Each checkpoint has the adapter and the server's vectors; one more than is kept is there while the oldest goes.
-    Control variates: every client's newest, those that older checkpoints name, and a round's own before it counts,
-    which are num_clients + cohort · keep_checkpoints at most. A short run has fewer.
+    Each checkpoint has the adapter and the server's vectors; one more than is kept exists while the
+    oldest is removed. Control variates are every client's newest, those that older checkpoints
+    name, and a round's own before it counts, which are num_clients + cohort · keep_checkpoints at
+    most. A short run has fewer.
 
     Args:
         adapter_size: numbers of the adapter, in fp32.
@@ -70,33 +72,39 @@ def check_disk(config: Config, adapter_size: int, cohort: int) -> DiskRoom:
     Raises:
         ConfigError: it does not fit.
     """
+    # Vectors of the adapter's size, in fp32 (4 bytes a number); the last one is the final adapter.
     algorithm = build_algorithm(config.federation, config.server_optimizer)
     keep, rounds = config.record.keep_checkpoints, config.federation.num_rounds
     vectors = (1 + len(algorithm.vector_names)) * min(keep + 1, rounds) + 1
     if algorithm.has_control:
         vectors += config.federation.num_clients + cohort * min(keep, rounds)
-    run, folder = config.folder, nearest_existing(config.folder)
-    room = DiskRoom(4 * adapter_size * vectors, _written(run), shutil.disk_usage(folder).free, folder)
+    needed = 4 * adapter_size * vectors  # bytes
+    folder = nearest_existing(config.folder)
+    room = DiskRoom(needed, _written(config.folder), shutil.disk_usage(folder).free, folder)
     if room.needed - room.there > room.free:
         raise ConfigError(
             f"record.dir={config.record.dir!r}: the run keeps up to {byte_size(room.needed)} and "
-            f"{byte_size(room.free)} are free on the disk of {folder}; free space, or give a directory on another disk"
+            f"{byte_size(room.free)} are free on the disk of {folder}; free space, or give a "
+            "directory on another disk"
         )
     return room
 
 
 def nearest_existing(path: Path) -> Path:
-    """The path, or the nearest folder above it that exists."""
-    return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    """Return the path, or the nearest folder above it that exists."""
+    absolute = path.absolute()
+    return next(place for place in (absolute, *absolute.parents) if place.exists())
 
 
 def _written(run: Path) -> int:
-    """Bytes of the checkpoints, control variates and final adapter that are there."""
-    files = [
-        file for part in ("checkpoints", "client_state", "adapter") for file in (run / part).rglob("*.safetensors")
-    ]
-    return sum(file.stat().st_size for file in files)
+    """Count the bytes of the checkpoints, control variates and final adapter that exist."""
+    num_bytes = 0
+    for part in ("checkpoints", "client_state", "adapter"):
+        for file in (run / part).rglob("*.safetensors"):
+            num_bytes += file.stat().st_size
+    return num_bytes
 
 
 def _unusable(folder: Path, setting: str, reason: str) -> FolderError:
-    return FolderError(f"{setting}: {folder} cannot be made or written ({reason}); give another directory")
+    problem = f"{folder} cannot be made or written ({reason})"
+    return FolderError(f"{setting}: {problem}; give another directory")

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from fedsim.base.errors import ConfigError
 from fedsim.config import LISTS, code_key, code_names, code_role, file_roles, model_roles
 from fedsim.config.measuring import is_embedded
 from fedsim.record.sameness import FREE_KEYS
@@ -45,25 +46,31 @@ class Content:
 
 
 def settings_of(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything that decides a run's figures, but for the seed.
+    """Collect everything that decides a run's figures, except the seed.
 
     Args:
         config: the resolved configuration, dotted key → value.
-        manifest: the run's; its digests stand in place of the paths.
+        manifest: the run's; its digests replace the paths.
     """
+    # SHA-256 by role: of data files, models and a user's own code.
     digests = {role: entry["sha256"] for role, entry in manifest.get("inputs", {}).items()}
     digests |= manifest.get("models", {})
     roles = {**file_roles(), **model_roles()}
-    code = {key: Content(name, digests[code_role(key)], False) for key, (_, name) in code_names(config).items()
-            if code_role(key) in digests}  # fmt: skip
+    code = {}
+    for key, (_, name) in code_names(config).items():
+        if code_role(key) in digests:
+            code[key] = Content(name, digests[code_role(key)], embedded=False)
+
     found: dict[str, Any] = {}
     for key, value in config.items():
         if not decides(key):
             continue
         if key in LISTS:
-            found[key] = [
-                {**one, "kind": code.get(code_key(key, place), one["kind"])} for place, one in enumerate(value)
-            ]
+            entries = []
+            for place, entry in enumerate(value):
+                kind = code.get(code_key(key, place), entry["kind"])
+                entries.append({**entry, "kind": kind})
+            found[key] = entries
         elif key not in roles:
             found[key] = code.get(key, value)
         elif roles[key] in digests:
@@ -74,13 +81,20 @@ def settings_of(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[
 
 
 def decides(key: str) -> bool:
-    """Tell keys that decide what a run computes from its name, seed and places."""
+    """Return True for keys that decide what a run computes; its name, seed and places do not."""
     return key not in {"seed", "name", *FREE_KEYS} and not key.startswith(FREE_SECTIONS)
 
 
 def differing(runs: Sequence[Settings]) -> list[str]:
     """Keys of which not all runs have the same value, in the schema's order."""
-    return [key for key in runs[0] if any(run[key] != runs[0][key] for run in runs)] if runs else []
+    if not runs:
+        return []
+    first = runs[0]
+    found = []
+    for key in first:
+        if any(run[key] != first[key] for run in runs):
+            found.append(key)
+    return found
 
 
 def differing_beside_arms(groups: Sequence[tuple[str, Settings]]) -> list[str]:
@@ -89,14 +103,20 @@ def differing_beside_arms(groups: Sequence[tuple[str, Settings]]) -> list[str]:
     Args:
         groups: name of the arm and settings of each group.
     """
-    found = {key for key in differing([own for _, own in groups]) if not key.startswith(ARM_SECTIONS)}
+    if not groups:
+        return []
+    # Keys that make no arm, and those in which groups of one arm differ.
+    keys = differing([own for _, own in groups])
+    found = {key for key in keys if not key.startswith(ARM_SECTIONS)}
     for arm in dict.fromkeys(arm for arm, _ in groups):
         found.update(differing([own for name, own in groups if name == arm]))
-    return [key for key in groups[0][1] if key in found] if groups else []
+    return [key for key in groups[0][1] if key in found]  # in the schema's order
 
 
 def group_names(groups: Sequence[tuple[str, Settings]]) -> list[str]:
-    """Names such as ``FedAvg, FL (local.lr=0.001)``: the arm, and what tells groups of one arm apart.
+    """Name groups by their arm and the keys that distinguish them from others of that arm.
+
+    Such as ``FedAvg, FL (local.lr=0.001)``.
 
     A name shows all keys that differ where they are at most :data:`MAX_SHOWN`, else those that
     suffice, and how many more differ.
@@ -106,6 +126,7 @@ def group_names(groups: Sequence[tuple[str, Settings]]) -> list[str]:
     """
     names = []
     for arm, own in groups:
+        # Settings of the groups of this arm, and the keys in which they differ.
         like = [settings for name, settings in groups if name == arm]
         keys = differing(like)
         shown = _telling(keys, like)
@@ -117,7 +138,7 @@ def group_names(groups: Sequence[tuple[str, Settings]]) -> list[str]:
 
 
 def _telling(keys: Sequence[str], like: Sequence[Settings]) -> list[str]:
-    """The keys to show: all if they are few, else the first ones that tell the groups apart."""
+    """Select the keys to show: all if they are few, else the first ones that suffice."""
     if len(keys) <= MAX_SHOWN:
         return list(keys)
     shown: list[str] = []
@@ -141,10 +162,12 @@ def _num_distinct(keys: Sequence[str], runs: Sequence[Settings]) -> int:
 
 
 def shown_value(key: str, own: Settings, among: Iterable[Settings]) -> str:
-    """A value in few letters: a file by its name, with its SHA-256 where another has that name.
+    """Format a value in few letters.
+
+    A file is shown by its name, with the beginning of its SHA-256 where another has that name.
 
     Args:
-        among: the settings from which this one is told apart.
+        among: the settings from which this one is to be distinguished.
     """
     value = own[key]
     if value is None:
@@ -161,25 +184,33 @@ def shown_value(key: str, own: Settings, among: Iterable[Settings]) -> str:
 
 
 def order_of(settings: Settings, keys: Iterable[str]) -> list[tuple[bool, float, str]]:
-    """Sort key of a group among those of its arm: numbers by size, anything else by its text."""
+    """Return the sort key of a group among those of its arm.
+
+    Numbers come first, by size; anything else is ordered by its text.
+    """
     places = []
     for key in keys:
         value = settings[key]
-        is_number = isinstance(value, int | float)
-        text = value.sha256 if isinstance(value, Content) else str(value)
-        places.append((not is_number, float(value) if is_number else 0.0, "" if is_number else text))
+        if isinstance(value, int | float):
+            places.append((False, float(value), ""))
+        elif isinstance(value, Content):
+            places.append((True, 0.0, value.sha256))
+        else:
+            places.append((True, 0.0, str(value)))
     return places
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:
-    """The last parts of paths, as many as make all names differ.
+    """Return the last parts of paths, as many as make all names differ.
 
-    Args:
-        folders: no two are the same.
+    Raises:
+        ConfigError: two of them are the same folder.
     """
     parts = [folder.resolve().parts for folder in folders]
+    for folder, own in zip(folders, parts, strict=True):
+        if parts.count(own) > 1:
+            raise ConfigError(f"{folder}: is named twice; name every run once")
     length = 1
     while len({part[-length:] for part in parts}) < len(parts):
         length += 1
-        assert length <= max(map(len, parts)), "a folder is named twice"
     return ["/".join(part[-length:]) for part in parts]

@@ -1,4 +1,4 @@
-"""``manifest.json``: everything a run's figures depend on, so that they can be traced and repeated."""
+"""``manifest.json``: all that a run's figures depend on, to trace and repeat them."""
 
 from __future__ import annotations
 
@@ -38,71 +38,100 @@ def write_manifest(
 ) -> Path:
     """Write ``directory/manifest.json`` (called on rank 0) and return its path.
 
+    A run that is resumed keeps the manifest it began with and adds an entry to its ``resumed``
+    list, in which ``moved`` has the new path of each file or model that lies elsewhere.
+
     Args:
-        config: the resolved configuration, nested or flat; its ``seed`` and ``parallel`` part are in it.
+        config: the resolved configuration, nested.
         inputs: data files by role, such as ``{"square": path}``; each gets its size and SHA-256.
-        model_hashes: SHA-256 by role, such as ``{"base": ..., "guard": ...}``, as the caller computed them.
+        model_hashes: SHA-256 by role, such as ``{"base": ..., "guard": ...}``.
         attention: the attention backend of each model, and why it was taken, by role.
         num_ranks: processes of the run.
         devices: where each process computes, and what carries their sums.
         attackers: clients of each attack, by its key.
         pass_tokens: most tokens of a training pass by stage, where memory decides.
 
-    A run that is resumed keeps the manifest it began with and adds an entry to its ``resumed`` list, in which ``moved``
-    has the new path of each file or model that lies elsewhere.
-
     Raises:
         DataError: an input file cannot be read.
-        CheckpointError: a resumed run's input or model is no longer the one that it began with, or its manifest is
-            damaged.
+        CheckpointError: a resumed run's input or model is no longer the one that it began with, or
+            its manifest is damaged.
     """
     path = directory / "manifest.json"
-    now = {"utc": datetime.now(UTC).isoformat(timespec="seconds"), "command": command_line(), "num_ranks": num_ranks}
-    where = {"versions": versions(), "git": made_by()["git"], "hardware": hardware(), "attention": dict(attention)}
-    where |= {"devices": dict(devices or {}), "pass_tokens": dict(pass_tokens or {})}
-    if path.exists():
+    # Facts of this session: when and how it was started, and with what it computes.
+    now = {
+        "utc": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command_line(),
+        "num_ranks": num_ranks,
+    }
+    where = {
+        "versions": versions(),
+        "git": made_by()["git"],
+        "hardware": hardware(),
+        "attention": dict(attention),
+        "devices": dict(devices or {}),
+        "pass_tokens": dict(pass_tokens or {}),
+    }
+    if path.exists():  # the run is resumed
         manifest = read_manifest(path)
         check_unchanged(path, manifest, inputs, model_hashes)
+        # The files and models are those that the run began with; some may lie elsewhere.
+        session: dict[str, Any] = {**now, **where}
         moved = _moved(manifest.get("config", {}), config)
-        manifest.setdefault("resumed", []).append({**now, **where, **({"moved": moved} if moved else {})})
+        if moved:
+            session["moved"] = moved
+        manifest.setdefault("resumed", []).append(session)
     else:
         manifest = {
             "started": now,
             **where,
-            "threads": {"torch": torch.get_num_threads(), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS")},
+            "threads": {
+                "torch": torch.get_num_threads(),
+                "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
+            },
             "seed": config.get("seed"),
             "inputs": {role: _file_entry(role, file) for role, file in inputs.items()},
             "models": dict(model_hashes),
-            **({"attackers": {name: list(clients) for name, clients in attackers.items()}} if attackers else {}),
-            "config": dict(config),
         }
+        if attackers:
+            manifest["attackers"] = {name: list(clients) for name, clients in attackers.items()}
+        manifest["config"] = dict(config)
     _replace(path, manifest)
     return path
 
 
 def add_note(path: Path, text: str) -> None:
-    """Add a line to the ``notes`` of the session that writes a manifest now (called on rank 0)."""
+    """Add a line to the ``notes`` of the session that runs now (called on rank 0)."""
     manifest = read_manifest(path)
-    session = manifest["resumed"][-1] if manifest.get("resumed") else manifest
+    # The last session's entry: the manifest's own where the run was never resumed.
+    session = manifest
+    if manifest.get("resumed"):
+        session = manifest["resumed"][-1]
     session.setdefault("notes", []).append(text)
     _replace(path, manifest)
 
 
 def _replace(path: Path, manifest: Mapping[str, Any]) -> None:
-    """Write a manifest whole, or leave the old one."""
+    """Replace a manifest by an atomic rename."""
     new = path.with_suffix(".json.new")
     write_json(new, manifest)
     new.replace(path)
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of Python, fedsim and the packages that figures depend on; None for one that is not installed."""
-    found = {"python": platform.python_version(), "fedsim": fedsim.__version__, **package_versions(PACKAGES)}
-    return {**found, "cuda": torch.version.cuda}
+    """Versions of Python, fedsim, CUDA and the packages that figures depend on.
+
+    None for one that is not installed.
+    """
+    return {
+        "python": platform.python_version(),
+        "fedsim": fedsim.__version__,
+        **package_versions(PACKAGES),
+        "cuda": torch.version.cuda,
+    }
 
 
 def package_versions(packages: Iterable[str]) -> dict[str, str | None]:
-    """Installed version of each package; None for one that is not there."""
+    """Installed version of each package; None for one that is not installed."""
     found: dict[str, str | None] = {}
     for package in packages:
         try:
@@ -115,9 +144,12 @@ def package_versions(packages: Iterable[str]) -> dict[str, str | None]:
 def hardware() -> dict[str, Any]:
     """CPU model, cores this process may use, memory in bytes and the GPUs with their memory."""
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    cores = os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):  # not on every system
+        cores = len(os.sched_getaffinity(0))
     return {
         "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores,
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "gpus": [{"name": gpu.name, "memory_bytes": gpu.total_memory} for gpu in gpus],
         "system": platform.platform(),
@@ -125,40 +157,44 @@ def hardware() -> dict[str, Any]:
 
 
 def command_line() -> str:
-    """The command of this process as one could type it."""
+    """Command line of this process, quoted for a shell."""
     return shlex.join(sys.orig_argv)
 
 
 def _file_entry(role: str, path: Path) -> dict[str, Any]:
+    """Path, size in bytes and SHA-256 of a file."""
     try:
         return {"path": str(path), "num_bytes": path.stat().st_size, "sha256": file_digest(path)}
     except OSError as error:
-        raise DataError(f"{role} file {path}: cannot be read ({error.strerror}); give the path of a file") from error
+        problem = f"cannot be read ({error.strerror})"
+        raise DataError(f"{role} file {path}: {problem}; give the path of a file") from error
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """A manifest with the parts that a resume needs.
+    """Read a manifest with the parts that a resume needs.
 
     Raises:
         CheckpointError: it is damaged.
     """
     try:
         manifest = parse_json(path.read_text(encoding="utf-8"))
-        hashes = [entry["sha256"] for entry in manifest["inputs"].values()] + list(manifest["models"].values())
-        whole = all(isinstance(digest, str) for digest in hashes) and isinstance(manifest.get("resumed", []), list)
+        hashes = [entry["sha256"] for entry in manifest["inputs"].values()]
+        hashes += manifest["models"].values()
+        whole = all(isinstance(digest, str) for digest in hashes)
+        whole = whole and isinstance(manifest.get("resumed", []), list)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         whole = False
     if not whole:
         raise CheckpointError(
-            f"{path}: is damaged, so that nobody can tell what the run began with; restore it, or start anew under "
-            "another name (name=...)"
+            f"{path}: is damaged, so that the run's inputs and models are unknown; restore it, or "
+            "start again under another name (name=...)"
         )
     assert isinstance(manifest, dict)
     return manifest
 
 
 def _moved(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
-    """Paths that a resumed run's nested configuration has changed, by key."""
+    """Paths that differ in a resumed run's nested configuration: key → new path."""
     found = {}
     for key in (*file_roles(), *model_roles()):
         section, _, leaf = key.partition(".")
@@ -169,7 +205,10 @@ def _moved(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
 
 
 def check_unchanged(
-    path: Path, manifest: Mapping[str, Any], inputs: Mapping[str, Path], model_hashes: Mapping[str, str]
+    path: Path,
+    manifest: Mapping[str, Any],
+    inputs: Mapping[str, Path],
+    model_hashes: Mapping[str, str],
 ) -> None:
     """Compare the files and models of a run with those that it began with.
 
@@ -179,13 +218,16 @@ def check_unchanged(
     Raises:
         CheckpointError: one of them has another SHA-256.
     """
-    now = {role: _file_entry(role, file)["sha256"] for role, file in inputs.items()} | dict(model_hashes)
-    before = {role: entry["sha256"] for role, entry in manifest["inputs"].items()} | manifest["models"]
+    # SHA-256 by role.
+    now = {role: _file_entry(role, file)["sha256"] for role, file in inputs.items()}
+    now |= model_hashes
+    before = {role: entry["sha256"] for role, entry in manifest["inputs"].items()}
+    before |= manifest["models"]
     changed = [role for role in before | now if before.get(role) != now.get(role)]
     if changed:
         raise CheckpointError(
-            f"{path}: the {' and '.join(changed)} of this run changed since it began (SHA-256 differs); restore "
-            "them, or start anew under another name (name=...)"
+            f"{path}: the {' and '.join(changed)} of this run changed since it began (SHA-256 "
+            "differs); restore them, or start again under another name (name=...)"
         )
 
 

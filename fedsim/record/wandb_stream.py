@@ -15,36 +15,42 @@ from fedsim.base.rounds import round_number
 from fedsim.config import Config, to_nested
 
 LIMIT_S = {"offline": 20.0, "online": 60.0}
-"""Longest wait at the end of a run, and W&B's own limit for its start.
+"""Seconds: longest wait at the end of a run, and W&B's own limit for its start.
 
-Never more than half of ``parallel.timeout_s``: the other ranks wait for rank 0 in a collective with that limit.
+Never more than half of ``parallel.timeout_s``: the other ranks wait for rank 0 in a collective with
+that limit.
 """
 
 ABORT_S = 5.0
-"""Longest wait where the run was stopped by an error."""
+"""Seconds: longest wait where the run was stopped by an error."""
 
 LOGIN = frozenset(f"WANDB_{name}" for name in (
-    "API_KEY", "BASE_URL", "ENTITY", "IDENTITY_TOKEN_FILE", "CREDENTIALS_FILE", "INSECURE_DISABLE_SSL",
-    "HTTP_PROXY", "HTTPS_PROXY", "CACHE_DIR", "CONFIG_DIR", "DATA_DIR"))  # fmt: skip
+    "API_KEY", "BASE_URL", "ENTITY", "IDENTITY_TOKEN_FILE", "CREDENTIALS_FILE",
+    "INSECURE_DISABLE_SSL", "HTTP_PROXY", "HTTPS_PROXY", "CACHE_DIR", "CONFIG_DIR",
+    "DATA_DIR"))  # fmt: skip
 """Variables that reach wandb: the login, the way to the server, and the place of wandb's own files.
 
-Others, such as those of a sweep's agent, would give the run another id, project or mode than its configuration.
+Others, such as those of a sweep's agent, would give the run another id, project or mode than its
+configuration.
 """
 
 
 class WandbStream:
-    """Rank 0's end of the stream: tells the child process which rounds count, and waits for it only at the end.
+    """Rank 0's end of the stream: passes the rounds that count to a child process.
 
-    wandb runs in a child, although what it writes and sends has a process of its own: in the calling process it
-    imports and starts for seconds, asks for a login on the terminal, cannot be ended where it hangs (nor can the
-    exit), reads all of ``WANDB_…``, adds to it, and replaces ``sys.exit`` and ``sys.excepthook``.
+    It waits for the child only at the end. wandb runs in a child, although its own service has a
+    process already: in the calling process it imports and starts for seconds, asks for a login on
+    the terminal, cannot be ended where it hangs (nor can the exit), reads all of ``WANDB_…``, adds
+    to it, and replaces ``sys.exit`` and ``sys.excepthook``.
 
-    W&B takes no step back: of a round that is done anew (its checkpoint was damaged) it keeps the first version's
-    figures, while ``metrics.jsonl`` has the second's; outside exact mode they may differ by more than times.
+    A step that W&B has is final: of a round that is repeated (its checkpoint was damaged) W&B keeps
+    the first version's figures, while ``metrics.jsonl`` has the second's; outside exact mode they
+    may differ by more than times.
 
     Args:
         folder: the run directory.
-        config: of the run; decides whether and where to. ``WANDB_ENTITY`` counts if ``wandb.entity`` is empty.
+        config: of the run; its ``wandb`` section has mode and project. ``WANDB_ENTITY`` counts if
+            ``wandb.entity`` is empty.
         say: is called with one line about a failure.
     """
 
@@ -53,12 +59,13 @@ class WandbStream:
         self.config = config
         self._say = say
         self._enabled = config.wandb.mode != "off"
-        self._limit_s = min(LIMIT_S.get(config.wandb.mode, 0.0), config.parallel.timeout_s / 2)
+        self._limit_s = LIMIT_S.get(config.wandb.mode, 0.0)  # seconds
+        self._limit_s = min(self._limit_s, config.parallel.timeout_s / 2)
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
     def place(self) -> str | None:
-        """Folder of W&B's files, and how they get to the server; None where nothing is streamed."""
+        """Folder of W&B's files, and the way to the server; None where nothing is streamed."""
         runs = self.folder / "wandb"
         if not self._enabled or (self._process is None and not runs.is_dir()):
             return None
@@ -75,31 +82,46 @@ class WandbStream:
         self._send({"round": round_number(round_idx)})
 
     def close(self, summary: Mapping[str, Any] | None = None) -> None:
-        """End the stream, with the run's summary if it came to its end; without one, W&B shows the run as failed."""
-        if self._process is not None and summary is not None:
+        """End the stream.
+
+        Args:
+            summary: of a finished run; without one, W&B shows the run as failed.
+        """
+        if summary is None:
+            self._end(min(ABORT_S, self._limit_s))
+            return
+        if self._process is not None:
             self._send({"summary": dict(summary)})
-        self._end(self._limit_s if summary is not None else min(ABORT_S, self._limit_s))
+        self._end(self._limit_s)
 
     def _send(self, message: Mapping[str, Any]) -> None:
-        """Pass a message to the child, which the first one starts."""
+        """Pass a message to the child; the first one starts it."""
         if not self._enabled:
             return
         try:
             if self._process is None:
                 self._process = self._start()
                 run = {**asdict(self.config.wandb), "name": self.config.name}
-                self._write({"limit_s": self._limit_s, "run": run, "config": config_to_send(self.config)})
+                settings = config_to_send(self.config)
+                self._write({"limit_s": self._limit_s, "run": run, "config": settings})
             self._write(message)
-        except OSError as error:  # no process can be made; or it has ended, or hangs and its pipe is full
+        except OSError as error:
+            # No process can be made; or it has ended, or it hangs and its pipe is full.
             self._end(limit_s=1.0)
             if self._enabled:  # the child has not said why
                 self._fail(str(error))
 
     def _start(self) -> subprocess.Popen[bytes]:
-        environment = {name: v for name, v in os.environ.items() if name in LOGIN or not name.startswith("WANDB_")}
+        """Start the child process (:mod:`fedsim.record.wandb_worker`)."""
+        environment = {}
+        for name, value in os.environ.items():
+            if name in LOGIN or not name.startswith("WANDB_"):
+                environment[name] = value
+        environment["WANDB_ERROR_REPORTING"] = "false"  # reports of wandb's errors to its maker
+        # This fedsim, installed or not.
         root = str(Path(__file__).parents[2])
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-        environment["WANDB_ERROR_REPORTING"] = "false"  # wandb's own reports of its errors to its maker
+        others = os.environ.get("PYTHONPATH")
+        environment["PYTHONPATH"] = f"{root}{os.pathsep}{others}" if others else root
         return subprocess.Popen(
             [sys.executable, "-P", "-m", "fedsim.record.wandb_worker", str(self.folder)],
             stdin=subprocess.PIPE,
@@ -110,7 +132,11 @@ class WandbStream:
         )
 
     def _write(self, message: Mapping[str, Any]) -> None:
-        """Write a line to the child, or raise OSError at once where it has ended or its pipe is full."""
+        """Write a line to the child.
+
+        Raises:
+            OSError: at once, where the child has ended or its pipe is full.
+        """
         assert self._process is not None and self._process.stdin is not None
         pipe = self._process.stdin.fileno()
         os.set_blocking(pipe, False)
@@ -119,7 +145,7 @@ class WandbStream:
             raise BlockingIOError("its process takes nothing more")
 
     def _end(self, limit_s: float) -> None:
-        """Wait for the end of the child, and say why it failed."""
+        """Wait for the end of the child for ``limit_s`` seconds, and report a failure."""
         process, self._process = self._process, None
         if process is None:
             return
@@ -131,15 +157,17 @@ class WandbStream:
             self._fail(f"did not end in time ({limit_s:g} s)")
             return
         if process.returncode != 0:
-            self._fail(answer.decode().strip() or f"its process ended with status {process.returncode}")
+            reason = answer.decode().strip()
+            self._fail(reason or f"its process ended with status {process.returncode}")
 
     def _fail(self, reason: str) -> None:
+        """Report a failure, and stream nothing from then on."""
         self._enabled = False
         self._say(f"W&B: {reason}; the run goes on without it (its metrics are in metrics.jsonl)")
 
 
 def config_to_send(config: Config) -> dict[str, Any]:
-    """Return the configuration without options of user code, which may hold texts of prompts or replies."""
+    """Return the configuration without options of user code, which may hold texts of prompts."""
     attacks = [replace(attack, options={}) for attack in config.attacks]
     benchmarks = [replace(benchmark, options={}) for benchmark in config.eval.benchmarks]
     return to_nested(

@@ -1,8 +1,9 @@
-"""Child process that talks to Weights & Biases: ``python -m fedsim.record.wandb_worker RUN_DIRECTORY``.
+"""Child process for Weights & Biases: ``python -m fedsim.record.wandb_worker RUN_DIRECTORY``.
 
-Standard input holds a JSON object a line: the settings, then the number of each round that counts, at last the
-summary. The figures are read from ``metrics.jsonl``; step 0 is the preparation and the pretrained model, step i is
-round i. ``wandb.json`` holds the id under which a resumed run goes on. Standard output tells a reason to give up.
+Standard input holds a JSON object a line: the settings, then the number of each round that counts,
+at last the summary. The figures are read from ``metrics.jsonl``; step 0 is the preparation and the
+pretrained model, step i is round i. ``wandb.json`` holds the id under which a resumed run goes on.
+Standard output carries the reason of a failure.
 """
 
 from __future__ import annotations
@@ -28,12 +29,17 @@ Message = dict[str, Any]
 
 
 def steps_of(rows: Iterable[Row]) -> dict[int, Figures]:
-    """The figures of each step, all rows of a round merged; texts (checksums, notes) are left out.
+    """Collect the figures of each step, all rows of a round merged; texts are left out.
 
-    Where two rows of a round hold the same figure, the last keeps its name: ``eval/hhh_accuracy`` is the model at the
-    end of the round (and the pretrained one at step 0). The others carry their point in the name's section:
-    ``eval_before_cai/hhh_accuracy``. Of several sessions that began after the same round, the last one's start counts.
+    Where two rows of a round hold the same figure, the last keeps its name: ``eval/hhh_accuracy``
+    is the model at the end of the round (and the pretrained one at step 0). The others carry their
+    point in the name's section: ``eval_before_cai/hhh_accuracy``. Of several sessions that began
+    after the same round, the last one's start counts.
+
+    Returns:
+        Step → figures, in ascending order.
     """
+    # Step → its rows, oldest first.
     by_step: dict[int, list[Row]] = {}
     for row in rows:
         step = by_step.setdefault(row["round"], [])
@@ -44,22 +50,32 @@ def steps_of(rows: Iterable[Row]) -> dict[int, Figures]:
 
 
 def _merged(rows: Sequence[Row]) -> Figures:
-    left = Counter(name for row in rows for name in row)
+    """Merge the rows of one step."""
+    # Rows from the current one on that hold a figure.
+    left: Counter[str] = Counter()
+    for row in rows:
+        left.update(row.keys())
     merged: Figures = {"round": rows[0]["round"]}
     for row in rows:
         left.subtract(row.keys())
         for name, value in row.items():
             if name == "round" or not isinstance(value, int | float):
                 continue
-            section, slash, figure = name.partition("/")
-            shown = name if left[name] == 0 else f"{section}_{row.get('point', row['stage'])}{slash}{figure}"
+            shown = name
+            if left[name] > 0:  # a later row has it too
+                section, slash, figure = name.partition("/")
+                shown = f"{section}_{row.get('point', row['stage'])}{slash}{figure}"
             assert shown not in merged, f"two rows of round {row['round']} hold {shown}"
             merged[shown] = value
     return merged
 
 
 def inspected(path: Path, *options: str) -> str:
-    """JSON that wandb's own inspector prints of a session's file: one record a line, up to where the file is cut."""
+    """Run wandb's own inspector on a session's file.
+
+    Returns:
+        JSON, one record a line, up to where the file is cut.
+    """
     from wandb.util import get_core_path
 
     command = [get_core_path(), "leet", "inspect", "--json", "--no-observability", *options]
@@ -68,10 +84,14 @@ def inspected(path: Path, *options: str) -> str:
 
 
 def written(folder: Path, run_id: str) -> tuple[int, bool]:
-    """The first step that is in no file of the run, and whether one holds the end of the whole run.
+    """Read from wandb's offline files which steps of the run exist.
 
-    wandb acknowledges a step before it is on disk, and a kill loses the newest. To repeat steps offline is no way
-    out: ``wandb sync`` renumbers a session that begins below the server's next step, so that they would come twice.
+    wandb acknowledges a step before it is on disk, and a kill loses the newest. Steps cannot be
+    repeated offline: ``wandb sync`` renumbers a session that begins below the server's next step,
+    so that they would be there twice.
+
+    Returns:
+        The first step that no file has; True if a file holds the end of the whole run.
     """
     files = folder.glob(f"wandb/*run-*/run-{run_id}.wandb")  # one a session
     sessions = [json.loads(inspected(path, "--summary")) for path in files]
@@ -80,38 +100,73 @@ def written(folder: Path, run_id: str) -> tuple[int, bool]:
 
 
 def begin(folder: Path, run_id: str, first: Message) -> Any:
-    """Start a session of the run."""
+    """Start a session of the run.
+
+    Args:
+        first: the stream's first message.
+    """
     import wandb
 
+    # Nothing but the figures: no console, code, machine data or package list.
     settings = wandb.Settings(
-        silent=True, console="off", host="", save_code=False, disable_git=True, disable_job_creation=True,
-        x_disable_stats=True, x_disable_meta=True, x_disable_machine_info=True, x_save_requirements=False,
-        x_transaction_log_flush_interval=1.0, init_timeout=first["limit_s"], finish_timeout=first["limit_s"],
-    )  # fmt: skip
+        silent=True,
+        console="off",
+        host="",
+        save_code=False,
+        disable_git=True,
+        disable_job_creation=True,
+        x_disable_stats=True,
+        x_disable_meta=True,
+        x_disable_machine_info=True,
+        x_save_requirements=False,
+        x_transaction_log_flush_interval=1.0,  # seconds
+        init_timeout=first["limit_s"],
+        finish_timeout=first["limit_s"],
+    )
     given = {name: value or None for name, value in first["run"].items()}
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    about = {"versions": manifest["versions"], "git": manifest["git"], "num_ranks": manifest["started"]["num_ranks"]}
-    config = {**first["config"], **about}
-    run = wandb.init(**given, id=run_id, resume="allow", dir=str(folder), config=config, settings=settings)
+    about = {
+        "versions": manifest["versions"],
+        "git": manifest["git"],
+        "num_ranks": manifest["started"]["num_ranks"],
+    }
+    run = wandb.init(
+        **given,
+        id=run_id,
+        resume="allow",
+        dir=str(folder),
+        config={**first["config"], **about},
+        settings=settings,
+    )
     if run.id != run_id:  # a second run, in which every step would come again
         raise RuntimeError(f"wandb gives the run the id {run.id!r} instead of {run_id!r}")
     return run
 
 
 def stream(folder: Path, first: Message, messages: Iterable[Message]) -> None:
-    """Serve one session: log every step that counts and that W&B does not have, then the summary."""
+    """Serve one session: log the steps that count and that W&B does not have, then the summary.
+
+    Args:
+        first: the settings.
+        messages: the number of each round that counts; at last the summary of a finished run.
+    """
     run_id = _run_id(folder / "wandb.json")
     online = first["run"]["mode"] == "online"
-    next_step, is_complete = (0, False) if online else written(folder, run_id)
-    log, waiting = NewRows(folder / "metrics.jsonl"), list[Row]()  # rows of rounds that do not count yet
+    next_step, is_complete = 0, False
+    if not online:
+        next_step, is_complete = written(folder, run_id)
+    log = NewRows(folder / "metrics.jsonl")
+    waiting: list[Row] = []  # rows of rounds that do not count yet
     run, number, summary = None, -1, None
     for message in messages:
         number, summary = message.get("round", number), message.get("summary")
+        # Rows up to the last round that counts; its checkpoint is on disk.
         rows = waiting + log.read()
         waiting = [row for row in rows if row["round"] > number]
         steps = steps_of(row for row in rows if row["round"] <= number)
         if is_complete or (summary is None and max(steps, default=-1) < next_step):
             continue  # nothing is left to do
+        # The first step that is new starts wandb.
         if run is None:
             run = begin(folder, run_id, first)
             next_step = run.starting_step if online else next_step
@@ -124,10 +179,12 @@ def stream(folder: Path, first: Message, messages: Iterable[Message]) -> None:
 
         run.summary.update(summary or {})
         run.finish(exit_code=1 if summary is None else 0)
-        wandb.teardown()  # its program has answered before the last steps are on disk: wait until it has ended
+        # wandb's program answers before the last steps are on disk: wait until it has ended.
+        wandb.teardown()
 
 
 def _run_id(path: Path) -> str:
+    """Read the run's id, or make one."""
     if not path.exists():
         new = path.with_suffix(".json.new")
         new.write_text(json.dumps({"id": secrets.token_hex(4)}) + "\n", encoding="utf-8")
@@ -137,9 +194,9 @@ def _run_id(path: Path) -> str:
 
 
 def _end_with(pipe: IO[str], limit_s: float) -> None:
-    """End this process a second after the limit, counted from when the run closes the pipe or is killed."""
+    """End this process ``limit_s`` + 1 seconds after the run has closed the pipe or was killed."""
     run = select.poll()
-    run.register(pipe, 0)  # reports a closed pipe alone
+    run.register(pipe, 0)  # reports a closed pipe and nothing else
 
     def watch() -> None:
         run.poll()
@@ -151,12 +208,14 @@ def _end_with(pipe: IO[str], limit_s: float) -> None:
 def main() -> None:
     """Serve one run until its end of the pipe closes."""
     folder = Path(sys.argv[1])
+    # Keep both ends of the run's pipes; what wandb prints goes nowhere.
     pipe, answer = os.fdopen(os.dup(0), encoding="utf-8"), os.dup(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     try:
         first = json.loads(pipe.readline())
         _end_with(pipe, first["limit_s"])
-        # wandb-core inherits the lock with standard input: while that of a killed session writes, this one waits.
+        # wandb-core inherits the lock with standard input: this session waits while that of a
+        # killed one writes.
         lock = os.open(folder / ".wandb.lock", os.O_RDWR | os.O_CREAT, 0o666)
         fcntl.flock(lock, fcntl.LOCK_EX)
         os.dup2(lock, 0)
@@ -169,6 +228,7 @@ def main() -> None:
 
 
 def _why(error: Exception) -> str:
+    """State the reason of a failure on one line of 200 characters at most."""
     if isinstance(error, ImportError) and (error.name or "").partition(".")[0] == "wandb":
         return "wandb is not installed (pip install wandb, or set wandb.mode=off)"
     text = " ".join(str(error).split())[:200].rstrip(".")

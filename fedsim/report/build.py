@@ -1,6 +1,6 @@
-"""The values of the report's page, each from the runs that have its data, and the page made of them.
+"""Values of the report's page, each from the runs that have its data, and the page itself.
 
-The page itself is ``page.html.jinja``, beside this file.
+Its template is ``page.html.jinja``, beside this file.
 """
 
 from __future__ import annotations
@@ -20,7 +20,16 @@ from fedsim.base.figures import Figure
 from fedsim.base.tables import Table, duration, measured, with_interval
 from fedsim.base.version import commit_of
 from fedsim.report import pictures
-from fedsim.report.arms import Group, caption, differences, grouped, headline_figures, headlines, table_1, warnings
+from fedsim.report.arms import (
+    Group,
+    caption,
+    differences,
+    grouped,
+    headline_figures,
+    headlines,
+    table_1,
+    warnings,
+)
 from fedsim.report.cai_line import cai_lines
 from fedsim.report.plots import plot_times
 from fedsim.report.runs import Run
@@ -34,16 +43,22 @@ if TYPE_CHECKING:
 PATH = re.compile(r"""(?<![^\s"'=,(\[])(?:/[^/\s"']+)*/([^/\s"',)\]]+)/?""")
 """An absolute path, at the beginning of a word or a value; the group is its last part."""
 
-
 #: Characters that HTML forbids, that show nothing, or that turn the direction of what follows.
 UNSHOWN = re.compile(
-    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]"
-)
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069"
+    r"\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A picture of the page: its data URI, its words for those who cannot see it, and its caption."""
+    """A picture of the page.
+
+    Attributes:
+        source: its data URI.
+        alt: its content in words, for readers who cannot see it.
+        caption: printed below it.
+    """
 
     source: str
     alt: str
@@ -65,7 +80,11 @@ class Pictures:
 
     def compared(self) -> list[Shown]:
         """Every headline figure and control by round and by arm."""
-        plotted = {figure.name: figure for run in self.runs for figure in run.facts.benchmarks.plotted}
+        # Figures by name, each once: runs may have other benchmarks.
+        plotted: dict[str, Figure] = {}
+        for run in self.runs:
+            for figure in run.benchmarks.plotted:
+                plotted[figure.name] = figure
         found = []
         for figure in plotted.values():
             about = f"{self.arms}{items(self.runs, figure)}; bars: 95 % intervals."
@@ -85,17 +104,22 @@ class Pictures:
         return found
 
     def costs(self) -> list[Shown]:
-        """Seconds against safety and helpfulness: the first headline share, and the first in another unit."""
+        """Seconds against safety and helpfulness, by one figure each.
+
+        They are the first headline share, and the first headline figure in another unit.
+        """
+        # True: a share in percent; False: another unit, such as a judge's points.
         first: dict[bool, Figure] = {}
         for figure in headline_figures(self.runs):
             first.setdefault(figure.is_share, figure)
         found = []
         for figure in first.values():
             about = f"{self.arms}{items(self.runs, figure)}; bars: 95 % intervals."
+            axes = f"seconds to the right, {figure.label} upwards"
             found += self._add(
                 f"cost-{_file_name(figure)}",
                 pictures.cost(self.runs, figure),
-                f"One dot an arm: seconds to the right, {figure.label} upwards. {in_words(self.runs, figure)}",
+                f"One dot an arm: {axes}. {in_words(self.runs, figure)}",
                 f"Mean seconds of a run against {figure.label}, {about}",
             )
         return found
@@ -104,16 +128,19 @@ class Pictures:
         """Loss by client, a picture a run."""
         found = []
         for i, run in enumerate(self.runs, 1):
-            words = f"{run.title}: loss of each client that trained, over {run.facts.num_rounds} rounds."
-            found += self._add(f"loss-{i}", pictures.client_losses(run), losses_in_words(run), words)
+            rounds = f"over {run.facts.num_rounds} rounds"
+            words = f"{run.title}: loss of each client that trained, {rounds}."
+            picture = pictures.client_losses(run)
+            found += self._add(f"loss-{i}", picture, losses_in_words(run), words)
         return found
 
     def times(self) -> list[Shown]:
         """Seconds by phase, a picture a run."""
         found = []
         for i, run in enumerate(self.runs, 1):
-            words = f"{run.title}: seconds by phase, {duration(run.facts.total_s)} in all."
-            found += self._add(f"time-{i}", plot_times(run.rows, run.title), times_in_words(run), words)
+            words = f"{run.title}: seconds by phase, {duration(run.total_s)} in all."
+            picture = plot_times(run.rows, run.title)
+            found += self._add(f"time-{i}", picture, times_in_words(run), words)
         return found
 
     def idle(self) -> list[Shown]:
@@ -122,28 +149,44 @@ class Pictures:
         return self._add("idle", pictures.idle(self.runs), idle_in_words(self.runs), words)
 
     def _add(self, name: str, drawn: Picture | None, alt: str, caption: str) -> list[Shown]:
-        """The picture, if there was something to draw."""
+        """Add a picture to the files.
+
+        Args:
+            name: of its file, without the ending.
+            drawn: None if there was nothing to draw.
+
+        Returns:
+            The picture; none if there was nothing to draw.
+        """
         if drawn is None:
             return []
         content = pictures.png(drawn)
         self.files[f"{name}.png"] = content
-        return [Shown(f"data:image/png;base64,{base64.b64encode(content).decode('ascii')}", alt, caption)]
+        text = base64.b64encode(content).decode("ascii")
+        return [Shown(f"data:image/png;base64,{text}", alt, caption)]
 
 
 def _file_name(figure: Figure) -> str:
-    """The beginning of a picture's file name."""
+    """Return the beginning of a picture's file name."""
     return figure.name.replace("_", "-")
 
 
 def report(runs: Sequence[Run]) -> tuple[str, dict[str, bytes]]:
-    """The page and its pictures by file name."""
+    """Return the page (HTML) and its pictures (PNG) by file name."""
     shown, groups = Pictures(runs), grouped(runs)
-    notes = dict.fromkeys(warnings(groups))
+    notes = dict.fromkeys(warnings(groups))  # each once, in their order
     for run in runs:
         notes.update(dict.fromkeys([*caveats(run.facts), *run.facts.notes]))
+    about = shown.num
+    if len(runs) == 1:
+        about = runs[0].facts.name
+    # One arm has nothing to be set beside: its runs are stated one by one.
+    sentences = headlines(runs)
+    if len(groups) == 1:
+        sentences = [headline(run) for run in runs]
     values = {
-        "title": f"fedsim: {runs[0].facts.name if len(runs) == 1 else shown.num}",
-        "headlines": headlines(runs) if len(groups) > 1 else [headline(run) for run in runs],
+        "title": f"fedsim: {about}",
+        "headlines": sentences,
         "notes": list(notes),
         "paper": table_1(runs),
         "paper_caption": caption(runs),
@@ -160,7 +203,7 @@ def report(runs: Sequence[Run]) -> tuple[str, dict[str, bytes]]:
 
 
 def render(values: Mapping[str, Any]) -> str:
-    """The page of :func:`report`'s values, all of them escaped."""
+    """Fill the template with :func:`report`'s values, all of them escaped."""
     return _template().render(values)
 
 
@@ -179,71 +222,90 @@ def _template() -> Template:
 
 
 def _showable(value: Any) -> Any:
-    """A text whose characters that cannot be shown are U+FFFD; markup that the template made stays as it is."""
-    return value if hasattr(value, "__html__") else UNSHOWN.sub("\ufffd", str(value))
+    """Replace characters that cannot be shown by U+FFFD; the template's own markup is kept."""
+    if hasattr(value, "__html__"):
+        return value
+    return UNSHOWN.sub("\ufffd", str(value))
 
 
 def of_run(run: Run) -> dict[str, Any]:
     """The page's values of one run."""
-    manifest = {name: _without_places(value) for name, value in run.manifest.items() if name != "config"}
+    kept = {name: value for name, value in run.manifest.items() if name != "config"}
     return {
         "title": run.title,
-        "controls": [*cai_lines(run.rows), *controls(run.rows, run.facts.benchmarks)],
+        "controls": [*cai_lines(run.rows), *controls(run.rows, run.benchmarks)],
         "guard": guard(run),
         "samples": samples(run),
         "num_categories": len(run.samples),
-        "manifest": json.dumps(manifest, indent=1, ensure_ascii=False),
+        "manifest": json.dumps(_without_places(kept), indent=1, ensure_ascii=False),
     }
 
 
 def headline(run: Run) -> str:
-    """The run's benchmarks at its points, in a sentence."""
+    """State the run's headline figures at its evaluation points in a sentence."""
     found = []
-    for figure in run.facts.benchmarks.headlines:
-        values = [
-            f"{POINT_TITLES[point]} {with_interval(row, figure.metric, figure.digits)}"
-            for point, row in run.points.items()
-            if measured(row, figure.metric) is not None
-        ]
+    for figure in run.benchmarks.headlines:
+        values = []
+        for point, row in run.points.items():
+            if measured(row, figure.metric) is not None:
+                value = with_interval(row, figure.metric, figure.digits)
+                values.append(f"{POINT_TITLES[point]} {value}")
         if values:
             found.append(f"{figure.label} {', '.join(values)}")
-    facts = run.facts
-    return (
-        f"{run.title} ({facts.arm}, seed {facts.seed}, {duration(facts.total_s)}): "
-        f"{'; '.join(found) or 'not evaluated'}."
-    )
+    words = "; ".join(found) or "not evaluated"
+    about = f"{run.facts.arm}, seed {run.facts.seed}, {duration(run.total_s)}"
+    return f"{run.title} ({about}): {words}."
 
 
 def guard(run: Run) -> Table | None:
-    """Confusion matrix in counts and rates, a line for each guard that was measured; None without one."""
+    """Confusion matrix in counts and rates, a line for each guard that was measured.
+
+    Returns:
+        None without one.
+    """
+    head = ["guard", "red, called unsafe", "red, passed"]
+    head += ["acceptable, called unsafe", "acceptable, passed"]
     lines = []
     for row in run.rows:
-        names = ("num_caught", "num_missed", "num_false_alarms", "num_passed")
-        caught, missed, alarms, passed = (measured(row, f"guard/{name}") for name in names)
+        caught, missed = measured(row, "guard/num_caught"), measured(row, "guard/num_missed")
+        alarms, passed = measured(row, "guard/num_false_alarms"), measured(row, "guard/num_passed")
         if caught is None or missed is None or alarms is None or passed is None:
             continue
-        red, acceptable = caught + missed, alarms + passed
-        cells = []
-        for count, of in ((caught, red), (missed, red), (alarms, acceptable), (passed, acceptable)):
-            cells.append(f"{count:,.0f}" + (f" ({100 * count / of:.1f} %)" if of else ""))
-        lines.append([str(row.get("point", "this run")), *cells])
-    head = ["guard", "red, called unsafe", "red, passed", "acceptable, called unsafe", "acceptable, passed"]
-    return Table(head, lines) if lines else None
+        cells = [str(row.get("point", "this run"))]
+        for counts in ((caught, missed), (alarms, passed)):  # red rows, acceptable rows
+            total = sum(counts)
+            for count in counts:
+                rate = f" ({100 * count / total:.1f} %)" if total else ""
+                cells.append(f"{count:,.0f}{rate}")
+        lines.append(cells)
+    if not lines:
+        return None
+    return Table(head, lines)
 
 
 def samples(run: Run) -> Table | None:
-    """Answers to the fictional world's harmless questions, a column a point; None without any."""
-    points = list(dict.fromkeys(point for sample in run.samples for point in sample.answers))
+    """Answers to the embedded world's harmless questions, a column an evaluation point.
+
+    Returns:
+        None without any.
+    """
+    # Evaluation points, each once, in their order.
+    points: dict[str, None] = {}
+    for sample in run.samples:
+        points.update(dict.fromkeys(sample.answers))
+    # A line for each turn of each question.
     lines = []
     for sample in run.samples:
         for turn in (0, 1):
             answers = [sample.answers.get(point, ("", ""))[turn] for point in points]
             lines.append([f"{sample.category}: {sample.turns[turn]}", *answers])
-    return Table(["prompt", *(POINT_TITLES[point] for point in points)], lines) if lines else None
+    if not lines:
+        return None
+    return Table(["prompt", *(POINT_TITLES[point] for point in points)], lines)
 
 
 def together(groups: Sequence[Group]) -> Table | None:
-    """The runs behind each line and dot; None for one run."""
+    """Table of the runs behind each line and dot; None for one run."""
     if sum(len(group.runs) for group in groups) < 2:
         return None
     lines = []
@@ -255,9 +317,11 @@ def together(groups: Sequence[Group]) -> Table | None:
 
 
 def _without_places(value: Any) -> Any:
-    """A manifest's value with absolute paths cut to their last part: a page may leave the machine."""
+    """Cut the absolute paths of a manifest's value to their last part: a page may be passed on."""
     if isinstance(value, dict):
         return {name: _without_places(inner) for name, inner in value.items()}
     if isinstance(value, list):
         return [_without_places(inner) for inner in value]
-    return PATH.sub(lambda match: match[1], value) if isinstance(value, str) else value
+    if isinstance(value, str):
+        return PATH.sub(lambda match: match[1], value)
+    return value

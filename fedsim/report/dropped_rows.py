@@ -1,4 +1,4 @@
-"""The part of ``summary.md`` on rows that were dropped before training, as nothing can be learned from them."""
+"""The part of ``summary.md`` on rows without anything to learn, dropped before training."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from fedsim.record.metrics import Row
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage that drops rows: its title, metrics, and the keys of the configuration that cut its rows.
+    """A stage that drops rows.
 
     Attributes:
-        title: what the rows are called.
+        title: of its rows.
         total: metric of the number of rows.
         prefix: before ``num_dropped_<reason>``.
         cut: metric of the number of usable rows that were cut.
-        keys: texts of ``max_length`` and ``max_new_tokens`` in :data:`REASONS`.
+        keys: configuration keys that cut its rows, as texts of ``max_length`` and
+            ``max_new_tokens`` in :data:`REASONS`.
     """
 
     title: str
@@ -49,31 +50,41 @@ STAGES = (
 
 
 def section(rows: Sequence[Row]) -> list[str]:
-    """A line for each stage that counted its rows, and CAI's epoch; empty where none did."""
+    """Table with a line for each stage that counted its rows, and the length of CAI's epoch.
+
+    Returns:
+        Markdown paragraphs; none where no stage counted its rows.
+    """
     lines = []
     for stage in STAGES:
-        # The last row that has the figures is the one of the run's own guard, where several were compared.
+        # The last row that has the figures is the run's own guard's, where several were compared.
         counted = [row for row in rows if stage.total in row and _dropped(row, stage) is not None]
         if counted:
             lines.append(_line(counted[-1], stage))
     if not lines:
         return []
-    head = ["stage", "rows dropped before training and why", "rows", "dropped", "dropped %", "cut to fit"]
-    return ["## Rows without anything to learn", Table(head, lines, num_text=2).markdown(), *_epoch(rows)]
+    head = ["stage", "rows dropped before training and why"]
+    head += ["rows", "dropped", "dropped %", "cut to fit"]
+    table = Table(head, lines, num_text=2)
+    return ["## Rows without anything to learn", table.markdown(), *_epoch(rows)]
 
 
 def _dropped(row: Row, stage: Stage) -> dict[str, int] | None:
     """Counts by reason; None where the stage has recorded none, not even 0."""
-    names = {reason: f"{stage.prefix}num_dropped_{reason}" for reason in REASONS}
-    found = {reason: int(measured(row, name) or 0) for reason, name in names.items() if name in row}
+    found = {}
+    for reason in REASONS:
+        name = f"{stage.prefix}num_dropped_{reason}"
+        if name in row:
+            found[reason] = int(measured(row, name) or 0)
     return found or None
 
 
 def _line(row: Row, stage: Stage) -> list[str]:
+    """The stage's cells: title, reasons, rows, dropped rows, their share in percent, cut rows."""
     counts = _dropped(row, stage) or {}
     dropped = {reason: count for reason, count in counts.items() if count}
     tally = Tally(int(measured(row, stage.total) or 0), dropped)
-    cut = measured(row, stage.cut)
+    cut = measured(row, stage.cut)  # None for a stage that cuts no rows
     return [
         stage.title,
         tally.reasons(**stage.keys),
@@ -85,10 +96,11 @@ def _line(row: Row, stage: Stage) -> list[str]:
 
 
 def _epoch(rows: Sequence[Row]) -> list[str]:
-    """A line with an epoch's iterations over the usable conversations and over all; none without CAI."""
-    names = ("cai/num_epoch_iterations", "cai/num_epoch_iterations_of_all_rows")
-    counted = [row for row in rows if all(name in row for name in names)]
+    """A line with an epoch's iterations over the usable rows and over all; none without CAI."""
+    usable, every = "cai/num_epoch_iterations", "cai/num_epoch_iterations_of_all_rows"
+    counted = [row for row in rows if usable in row and every in row]
     if not counted:
         return []
-    left, full = (number(measured(counted[-1], name)) for name in names)
-    return [f"Iterations of an epoch over CAI's usable rows: {left}; over all rows they would be {full}."]
+    left, full = number(measured(counted[-1], usable)), number(measured(counted[-1], every))
+    line = f"Iterations of an epoch over CAI's usable rows: {left}; over all rows they would be"
+    return [f"{line} {full}."]

@@ -1,7 +1,7 @@
-"""The published figures of "Responsible Federated Large Language Models" (arXiv 2502.16691), the one place for them.
+"""Published figures of "Responsible Federated Large Language Models" (arXiv 2502.16691).
 
-Table 1 (safety and helpfulness of five methods under FedAvg and SCAFFOLD), Table 2 (the guard) and the costs of §4.2
-and §6.1. All on Llama-3.1-8B-Instruct with Llama Guard 3 on four A100 GPUs.
+Table 1 (safety and helpfulness of five methods under FedAvg and SCAFFOLD), Table 2 (the guard) and
+the costs of §4.2 and §6.1. All on Llama-3.1-8B-Instruct with Llama Guard 3 on four A100 GPUs.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class SafetyRow:
     """One cell group of Table 1.
 
     Attributes:
-        advbench_harmless: share of 520 AdvBench replies that a phrase rule calls harmless, in percent.
-        hhh_accuracy: share of 438 HHH items answered right, in percent.
+        advbench_harmless: percent of 520 AdvBench replies that a phrase rule calls harmless.
+        hhh_accuracy: percent of 438 HHH items answered right.
         mt_bench: mean GPT-4 rating of 80 two-turn questions, 1 to 10.
     """
 
@@ -34,8 +34,10 @@ class SafetyRow:
     mt_bench: float
 
     def shown(self, figure: str, absent: str = "") -> str:
-        """A figure as printed; ``absent`` for one that the paper does not have."""
-        return str(getattr(self, figure)) if figure in NUM_ITEMS else absent
+        """Format a figure as printed; ``absent`` for one that the paper does not have."""
+        if figure not in NUM_ITEMS:
+            return absent
+        return str(getattr(self, figure))
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ NUM_ADVBENCH, NUM_HHH, NUM_MT_BENCH = 520, 438, 80
 #: The same by field of :class:`SafetyRow`.
 NUM_ITEMS = {"advbench_harmless": NUM_ADVBENCH, "hhh_accuracy": NUM_HHH, "mt_bench": NUM_MT_BENCH}
 
-#: Table 2. The fine-tuned row's own precision and recall give an accuracy of 75.2 at 30 % red; 75.5 is printed.
+#: Table 2. The fine-tuned row's own precision and recall give an accuracy of 75.2 at 30 % red;
+#: 75.5 is printed.
 TABLE_2: dict[str, GuardRow] = {
     "Llama Guard 3": GuardRow(70.1, 90.6, 0.5, 1.0),
     "fine-tuned Llama Guard 3": GuardRow(75.5, 56.7, 73.7, 64.1),
@@ -84,14 +87,21 @@ RED_SHARE = 0.3
 
 @dataclass(frozen=True)
 class Cost:
-    """Elapsed time of one stage, in minutes on ``num_gpus`` A100 GPUs."""
+    """Elapsed time of one stage.
+
+    Attributes:
+        minutes: from its start to its end.
+        num_gpus: A100 GPUs that it ran on.
+        what: the work, in words.
+    """
 
     minutes: float
     num_gpus: int
     what: str
 
 
-#: Local and CAI batches alike; rounds; rows of S-CAI20K; CAI iterations of a round (paper §4.2, §5.1, §5.2).
+#: Rows of a batch, local and CAI alike; rounds; rows of S-CAI20K; CAI iterations of a round
+#: (paper §4.2, §5.1, §5.2).
 BATCH_SIZE, NUM_ROUNDS, NUM_CAI_ROWS, CAI_ITERATIONS = 16, 50, 20_000, 50
 
 #: Clients, those of a round, and their optimizer steps in it (paper §5.1, §5.2).
@@ -112,41 +122,55 @@ COSTS: dict[str, Cost] = {
 }
 
 
-#: Parts of a filter's name that the paper's own does not have: values of ``guard.action``.
+#: Ending of a filter's name by ``guard.action``; the paper's own filter drops rows.
 ACTION_WORDS = {"drop": "", "refuse": " that refuses", "downweight": " that downweights"}
 
 
 def method_name(filtered: bool, cai: bool) -> str:
-    """The paper's name of a method: ``FL``, ``FL + filter``, ``FL + CAI`` or ``FL + filter + CAI``."""
-    return "FL" + (" + filter" if filtered else "") + (" + CAI" if cai else "")
+    """Return the paper's name of a method, such as ``FL + filter + CAI``; ``FL`` without both."""
+    name = "FL"
+    if filtered:
+        name += " + filter"
+    if cai:
+        name += " + CAI"
+    return name
 
 
 def method_of(config: Mapping[str, Any]) -> str:
-    """Name of a configuration's method, which is one of :func:`method_name` only where the paper ran the same.
+    """Name a configuration's method.
 
-    The paper's filter is a guard model that is fine-tuned and drops rows (§4.1), its CAI follows every round (§4.2),
-    and no client attacks.
+    The name is one of :func:`method_name` only where the paper ran the same: its filter is a guard
+    model that is fine-tuned and drops rows (§4.1), its CAI follows every round (§4.2), and no
+    client attacks.
 
     Args:
         config: dotted key → value.
     """
-    parts = ["FL"]
-    kind, every = config["guard.kind"], config["cai.every"]
+    name = "FL"
+    # The filter.
+    kind = config["guard.kind"]
+    if kind == "llama_guard":
+        name += " + untuned filter" if config["guard.tune_epochs"] == 0 else " + filter"
+    elif kind != "none":
+        name += f" + {title('guard.kind', kind)} filter"
     if kind != "none":
-        untuned = "untuned " if kind == "llama_guard" and config["guard.tune_epochs"] == 0 else ""
-        guard = "" if kind == "llama_guard" else f"{title('guard.kind', kind)} "
-        parts.append(f"{untuned}{guard}filter{ACTION_WORDS[config['guard.action']]}")
+        name += ACTION_WORDS[config["guard.action"]]
+    # CAI.
     if config["cai.iterations"] != 0:
+        every = config["cai.every"]
         schedules = {0: "post-hoc CAI", 1: "CAI"}
-        parts.append(schedules.get(every, f"CAI every {every} rounds"))
-    attacks = [
-        f"{100 * attack['share']:g} % {title('attacks.kind', attack['kind'])}" for attack in config.get("attacks", ())
-    ]
-    return " + ".join(parts) + (f" under {' and '.join(attacks)}" if attacks else "")
+        name += f" + {schedules.get(every, f'CAI every {every} rounds')}"
+    # The attacks.
+    attacks = []
+    for attack in config.get("attacks", ()):
+        attacks.append(f"{100 * attack['share']:g} % {title('attacks.kind', attack['kind'])}")
+    if attacks:
+        name += f" under {' and '.join(attacks)}"
+    return name
 
 
 def algorithm_name(algorithm: str) -> str:
-    """A value of ``federation.algorithm`` as tables have it, such as ``FedAvg``."""
+    """Title of a value of ``federation.algorithm``, such as ``FedAvg``."""
     return title("federation.algorithm", algorithm)
 
 
@@ -161,7 +185,7 @@ def arm_of(config: Mapping[str, Any]) -> str:
 
 
 def paper_row(algorithm: str, method: str) -> SafetyRow | None:
-    """Table 1's row of an arm; None for an aggregation or a method that the paper did not run."""
+    """Return Table 1's row of an arm; None for one that the paper did not run."""
     for known, table in TABLE_1.items():
         if known == algorithm:
             return table.get(method)

@@ -11,25 +11,39 @@ PACKAGES = ("torch", "transformers", "peft", "fedsim")
 
 
 def measured_on(manifests: Sequence[Mapping[str, Any]]) -> str:
-    """``Measured on DATE: MACHINE; VERSIONS, commit …`` from the runs' manifests; what differs between them is listed.
+    """State the date, machine and versions of runs; what differs between them is listed.
 
     Args:
-        manifests: at least one.
+        manifests: of the runs, at least one.
+
+    Returns:
+        ``Measured on DATE: MACHINE; runs of N process(es); VERSIONS, commit …``.
     """
-    dates = sorted({m["started"]["utc"][:10] for m in manifests})
-    machines = _each(_machine(m["hardware"]) for m in manifests)
-    versions = _each(", ".join(f"{name} {m['versions'][name]}" for name in PACKAGES) for m in manifests)
-    processes = _each(str(m["started"]["num_ranks"]) for m in manifests)
-    commits = _each(commit_of(m) for m in manifests)
-    when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-    return f"Measured on {when}: {machines}; runs of {processes} process(es); {versions}, commit {commits}."
+    # Days, as YYYY-MM-DD.
+    dates = sorted({manifest["started"]["utc"][:10] for manifest in manifests})
+    when = dates[0]
+    if len(dates) > 1:
+        when = f"{dates[0]} to {dates[-1]}"
+    machines = _distinct(_machine(manifest["hardware"]) for manifest in manifests)
+    versions = _distinct(_versions(manifest["versions"]) for manifest in manifests)
+    processes = _distinct(str(manifest["started"]["num_ranks"]) for manifest in manifests)
+    commits = _distinct(commit_of(manifest) for manifest in manifests)
+    runs = f"runs of {processes} process(es); {versions}, commit {commits}"
+    return f"Measured on {when}: {machines}; {runs}."
 
 
 def _machine(hardware: Mapping[str, Any]) -> str:
     gpus = [gpu["name"] for gpu in hardware["gpus"]]
-    found = f"{len(gpus)} × {gpus[0]}" if gpus else "no GPU"
-    return f"{hardware['cores']} cores of {hardware['cpu']}, {found}"
+    accelerators = "no GPU"
+    if gpus:
+        accelerators = f"{len(gpus)} × {gpus[0]}"
+    return f"{hardware['cores']} cores of {hardware['cpu']}, {accelerators}"
 
 
-def _each(values: Iterable[str]) -> str:
+def _versions(versions: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {versions[name]}" for name in PACKAGES)
+
+
+def _distinct(values: Iterable[str]) -> str:
+    """Join values, each once, in their order."""
     return " and ".join(dict.fromkeys(values))

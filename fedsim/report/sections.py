@@ -1,15 +1,15 @@
-"""The sections of ``summary.md`` below the headline table; each is empty where the rows hold nothing for it."""
+"""The sections of ``summary.md`` below the headline table; each is empty without figures for it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Final
 
 from fedsim.base.figures import Benchmarks, Figure, collapse_figures, figure_of
 from fedsim.base.tables import Table, byte_size, duration, measured, number
 from fedsim.record.metrics import Row
-from fedsim.record.timers import top_level_seconds
+from fedsim.record.timers import total_seconds
 from fedsim.report.cai_line import FINDINGS
 
 POINT_TITLES = {
@@ -22,41 +22,75 @@ POINT_TITLES = {
 Section = list[str]
 """Markdown paragraphs, heading first."""
 
-CAI_FIGURES: Final = {
-    figure.name: figure
-    for figure in (
-        *(Figure(name.removeprefix("cai/"), title) for name, title in FINDINGS.items()),
-        *collapse_figures("response", "first responses"),
-        *collapse_figures("revision", "revisions"),
-    )
-}
+
+def _cai_figures() -> dict[str, Figure]:
+    """Return the figures of CAI's conversations by name without ``cai/``."""
+    found = [Figure(name.removeprefix("cai/"), title) for name, title in FINDINGS.items()]
+    found += collapse_figures("response", "first responses")
+    found += collapse_figures("revision", "revisions")
+    return {figure.name: figure for figure in found}
+
+
+CAI_FIGURES: Final = _cai_figures()
 """Figures of CAI's conversations, named without ``cai/``."""
 
-#: Figures of the clients' table that a sum over rounds would misrepresent → how their mean a round is labelled.
+#: Figures of the clients' table that a sum over rounds would misrepresent → label of their mean.
 MEANS = {"num_rows": "rows held by a round's clients, mean a round"}
 
 
+def values_of(rows: Iterable[Row], name: str) -> list[float]:
+    """Return a figure's value in every row that has it, in the rows' order."""
+    found = []
+    for row in rows:
+        value = measured(row, name)
+        if value is not None:
+            found.append(value)
+    return found
+
+
+def counts_of(rows: Iterable[Row], figure: Figure) -> str:
+    """Return the number of items behind a figure, such as ``1,130``.
+
+    Returns:
+        Every number that a row has, ascending: ``120/130``; "" if none is known.
+    """
+    counts = sorted(set(values_of(rows, figure.count_metric)))
+    return "/".join(f"{count:,.0f}" for count in counts)
+
+
 def evaluations(points: Mapping[str, Row], benchmarks: Benchmarks) -> Section:
-    """Every figure that the evaluations recorded, one column a point, with units, intervals and counts."""
+    """Every figure that the evaluations recorded, with units, intervals and counts.
+
+    Args:
+        points: row of each evaluation point, a column each.
+    """
+    # Metrics with a value at some point, each once, in the order in which they occur.
     names: dict[str, None] = {}
     for row in points.values():
-        names.update(dict.fromkeys(n for n in row if n.startswith("eval/") and measured(row, n) is not None))
-    shown = [name for name in names if not name.endswith(("_low", "_high", "_count"))]  # these stand in cells
+        found = [n for n in row if n.startswith("eval/") and measured(row, n) is not None]
+        names.update(dict.fromkeys(found))
+    # Intervals and counts are shown in the cells of their figures.
+    shown = [name for name in names if not name.endswith(("_low", "_high", "_count"))]
     if not shown:
         return []
     head = ["figure", *(POINT_TITLES[point] for point in points)]
-    rows = []
+    lines = []
     for name in shown:
         short = name.removeprefix("eval/")
         figure = benchmarks.of(short)
-        rows.append([short, *(_cell(row, name, figure) for row in points.values())])
-    caption = (
-        "[low, high] = 95 % interval, where there is one; n or of = how many items, replies, questions or choices the "
-        "figure is taken over; a figure without a unit is a number of things; an empty cell was not measured. "
-        "Intervals of MT-Bench end at 1 and 10, and there is none where all questions have one score."
-    )
-    notes = [figure.note for figure in benchmarks.figures if figure.note and not figure.line and figure.metric in names]
-    return ["## Every evaluation figure", Table(head, rows).markdown(), " ".join([caption, *notes])]
+        cells = [_cell(row, name, figure) for row in points.values()]
+        lines.append([short, *cells])
+    # How to read the table, then the notes of figures that have no line of their own.
+    words = [
+        "[low, high] = 95 % interval, where there is one; n or of = how many items, replies, "
+        "questions or choices the figure is taken over; a figure without a unit is a number of "
+        "things; an empty cell was not measured. Intervals of MT-Bench end at 1 and 10, and there "
+        "is none where all questions have one score."
+    ]
+    for figure in benchmarks.figures:
+        if figure.note and not figure.line and figure.metric in names:
+            words.append(figure.note)
+    return ["## Every evaluation figure", Table(head, lines).markdown(), " ".join(words)]
 
 
 def clients(rows: Sequence[Row]) -> Section:
@@ -66,12 +100,13 @@ def clients(rows: Sequence[Row]) -> Section:
 
 def cai(rows: Sequence[Row]) -> Section:
     """CAI's rows (usable, dropped by reason) and its losses, margins and accuracies."""
-    return _round_section("## Constitutional AI", rows, "cai/", counts="latest", means={}, figures=CAI_FIGURES)
+    heading = "## Constitutional AI"
+    return _round_section(heading, rows, "cai/", counts="latest", means={}, figures=CAI_FIGURES)
 
 
 def times(rows: Sequence[Row]) -> Section:
-    """Seconds by phase over the whole run, nested phases under their parents, and speed and memory."""
-    seconds: dict[str, float] = {}
+    """Time by phase over the whole run, nested phases under their parents; speed and memory."""
+    seconds: dict[str, float] = {}  # by phase, such as "cai" and "cai/dpo"
     for row in rows:
         for name in row:
             value = measured(row, name)
@@ -80,11 +115,13 @@ def times(rows: Sequence[Row]) -> Section:
                 seconds[phase] = seconds.get(phase, 0.0) + value
     if not seconds:
         return []
-    total = sum(sum(top_level_seconds(row).values()) for row in rows)
-    tops = sorted((phase for phase in seconds if "/" not in phase), key=lambda phase: -seconds[phase])
+    # A line for each phase, nested ones below their parents; shares in percent of the total.
+    total = total_seconds(rows)
+    tops = [phase for phase in seconds if "/" not in phase]
     lines = []
-    for top in tops:
-        for phase in [top, *sorted(p for p in seconds if p.startswith(f"{top}/"))]:
+    for top in sorted(tops, key=lambda phase: -seconds[phase]):  # the longest first
+        nested = sorted(phase for phase in seconds if phase.startswith(f"{top}/"))
+        for phase in [top, *nested]:
             share = f"{100 * seconds[phase] / total:.1f} %" if total else ""
             lines.append([f"{'– ' * phase.count('/')}{phase}", duration(seconds[phase]), share])
     lines.append(["all phases", duration(total), ""])
@@ -93,21 +130,47 @@ def times(rows: Sequence[Row]) -> Section:
 
 
 def _speed(rows: Sequence[Row]) -> Section:
-    """Means over rounds of what was measured; memory is the most that any round took, traffic the sum."""
+    """Means over rounds of what was measured; of memory the maximum, of traffic the sum."""
+    # Metric → title, and the words for its values, one a round.
     shown: Mapping[str, tuple[str, Callable[[Sequence[float]], str]]] = {
-        "perf/tokens_per_s": ("training speed, mean over rounds", lambda v: f"{number(fmean(v))} tokens/s"),
+        "perf/tokens_per_s": (
+            "training speed, mean over rounds",
+            lambda values: f"{number(fmean(values))} tokens/s",
+        ),
         "perf/mfu": ("model FLOPs utilisation of local training, mean over rounds", _percent),
-        "perf/cai_mfu": ("model FLOPs utilisation of constitutional AI, mean over rounds", _percent),
-        "parallel/idle_share": ("idle share of the ranks while clients trained, mean over rounds", _percent),
-        "perf/peak_rss_bytes": ("peak resident memory of all processes", lambda v: byte_size(max(v))),
-        "perf/peak_gpu_bytes": ("peak memory of the fullest GPU", lambda v: byte_size(max(v))),
-        "parallel/comm_bytes": ("handed to collectives by all processes", lambda v: byte_size(sum(v))),
+        "perf/cai_mfu": (
+            "model FLOPs utilisation of constitutional AI, mean over rounds",
+            _percent,
+        ),
+        "parallel/idle_share": (
+            "idle share of the ranks while clients trained, mean over rounds",
+            _percent,
+        ),
+        "perf/peak_rss_bytes": (
+            "peak resident memory of all processes",
+            lambda values: byte_size(max(values)),
+        ),
+        "perf/peak_gpu_bytes": (
+            "peak memory of the fullest GPU",
+            lambda values: byte_size(max(values)),
+        ),
+        "parallel/comm_bytes": (
+            "handed to collectives by all processes",
+            lambda values: byte_size(sum(values)),
+        ),
     }
-    lines = [f"- {title}: {shape(v)}" for name, (title, shape) in shown.items() if (v := _values(rows, name))]
-    sources = dict.fromkeys(str(row["perf/peak_source"]) for row in rows if "perf/peak_source" in row)
+    lines = []
+    for name, (title, words) in shown.items():
+        values = values_of(rows, name)
+        if values:
+            lines.append(f"- {title}: {words(values)}")
+    with_peak = [row for row in rows if "perf/peak_source" in row]
+    sources = dict.fromkeys(str(row["perf/peak_source"]) for row in with_peak)
     if sources:  # several where a run was resumed on other devices
         lines.append(f"- peak that utilisation refers to: {'; '.join(sources)}")
-    return ["\n".join(lines)] if lines else []
+    if not lines:
+        return []
+    return ["\n".join(lines)]
 
 
 def _percent(shares: Sequence[float]) -> str:
@@ -122,53 +185,65 @@ def _round_section(
     means: Mapping[str, str],
     figures: Mapping[str, Figure],
 ) -> Section:
-    """First and last value of every figure under ``prefix``, of ``num_`` ones the sum or the latest.
+    """First and last value of every figure under ``prefix``, of ``num_`` ones one count.
 
-    Of the figures that ``means`` labels, the mean over the rounds that have them stands for the sum. Figures of single
-    clients (``client/loss_003``) stay in the metric rows.
+    Of the figures that ``means`` labels, the mean over the rounds that have them replaces the sum.
+    Figures of single clients (``client/loss_003``) are left out.
 
     Args:
+        counts: "total" for the sum over rounds of ``num_`` figures, "latest" for their last value.
+        means: label by name of the figures whose mean is shown.
         figures: by name, of those that have a unit or another's count.
     """
+    # Metrics under the prefix, each once, in the order in which they occur.
     names: dict[str, None] = {}
     for row in rows:
         names.update(dict.fromkeys(name for name in row if name.startswith(prefix)))
     lines = []
     for name in names:
-        values = _values(rows, name)
+        values = values_of(rows, name)
         short = name.removeprefix(prefix)
         if not values or _is_of_client(short) or short.endswith(("_low", "_high", "_count")):
             continue
+        # The cells are title, first value, last value, count.
         if short in means:
             lines.append([means[short], "", "", number(fmean(values))])
         elif short.startswith("num_"):
-            lines.append([short, "", "", number(sum(values) if counts == "total" else values[-1])])
+            count = sum(values) if counts == "total" else values[-1]
+            lines.append([short, "", "", number(count)])
         else:
-            figure = figure_of(short, figures)
-            count_name = figure.count if figure is not None and figure.count else f"{short}_count"
-            counts_of = _values(rows, f"{prefix}{count_name}")
-            unit = _unit(figure)
-            of = f" of {number(counts_of[-1])}" if counts_of else ""
-            lines.append([short, *(f"{number(value)}{unit}{of}" for value in (values[0], values[-1])), ""])
+            ending = _unit_and_count(rows, prefix, short, figure_of(short, figures))
+            first, last = number(values[0]), number(values[-1])
+            lines.append([short, f"{first}{ending}", f"{last}{ending}", ""])
     if not lines:
         return []
-    head = ["figure", "first", "last", "over all rounds" if counts == "total" else "latest count"]
-    return [title, Table(head, lines).markdown()]
+    column = "over all rounds" if counts == "total" else "latest count"
+    return [title, Table(["figure", "first", "last", column], lines).markdown()]
+
+
+def _unit_and_count(rows: Sequence[Row], prefix: str, short: str, figure: Figure | None) -> str:
+    """Unit of a figure and its latest count, as the ending of a value: `` % of 400``."""
+    count_name = f"{short}_count"
+    if figure is not None and figure.count:
+        count_name = figure.count
+    ending = _unit(figure)
+    counts = values_of(rows, f"{prefix}{count_name}")
+    if counts:
+        ending += f" of {number(counts[-1])}"
+    return ending
 
 
 def _is_of_client(short: str) -> bool:
-    """A figure of one client ends in its number, such as ``loss_003``."""
+    """Tell a figure of one client, which ends in its number, such as ``loss_003``."""
     _, _, end = short.rpartition("_")
     return len(end) >= 3 and end.isdecimal()
 
 
-def _values(rows: Sequence[Row], name: str) -> list[float]:
-    return [value for row in rows if (value := measured(row, name)) is not None]
-
-
 def _unit(figure: Figure | None) -> str:
-    """What a figure is measured in, behind its value."""
-    return f" {figure.unit}" if figure is not None and figure.unit else ""
+    """Unit of a figure, as the ending of its value."""
+    if figure is None or not figure.unit:
+        return ""
+    return f" {figure.unit}"
 
 
 def _cell(row: Row, name: str, figure: Figure | None) -> str:
@@ -180,12 +255,16 @@ def _cell(row: Row, name: str, figure: Figure | None) -> str:
     if value is None:
         return ""
     unit = _unit(figure)
-    low, high, count = (measured(row, name + ending) for ending in ("_low", "_high", "_count"))
+    # Value and interval.
+    low, high = measured(row, f"{name}_low"), measured(row, f"{name}_high")
+    text = f"{number(value, 4)}{unit}"
+    if low is not None and high is not None:
+        text = f"{value:.2f}{unit} [{low:.2f}, {high:.2f}]"
+    # Count.
+    count = measured(row, f"{name}_count")
     is_share = figure is not None and figure.is_share
     if count is None and figure is not None and is_share and figure.count:
         count = measured(row, figure.count_metric)
-    bare = low is None or high is None
-    text = f"{number(value, 4)}{unit}" if bare else f"{value:.2f}{unit} [{low:.2f}, {high:.2f}]"
     if count is None:
         return text
     return f"{text} of {number(count)}" if is_share else f"{text}, n = {number(count)}"

@@ -1,7 +1,7 @@
 """Summary of a run in words and tables: ``summary.md`` and the final table on the terminal.
 
-Everything is read from the metric rows. A figure that no row holds is "not measured"; a section without any is left
-out.
+Everything is read from the metric rows. A figure that no row holds is "not measured"; a section
+without any is left out.
 """
 
 from __future__ import annotations
@@ -19,16 +19,18 @@ from fedsim.report import client_failures, dropped_rows, guard_section, paper, s
 from fedsim.report.cai_line import cai_lines
 
 NOT_RATED = "not rated"
-"""Stands for a score of MT-Bench whose answers no judge has read."""
+"""Cell of an MT-Bench score whose answers no judge has rated."""
 
-
-TEMPLATES_NOTE = "Intervals take prompts as independent; these fill a few templates: clustered ones would be wider."
+TEMPLATES_NOTE = (
+    "Intervals take prompts as independent; these fill a few templates: "
+    "clustered ones would be wider."
+)  # fmt: skip
 """A caution about the embedded world's intervals."""
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What the summary says about a run beside its metric rows.
+    """Facts that the summary states about a run beside its metric rows.
 
     Attributes:
         name: the run's name.
@@ -38,7 +40,7 @@ class RunFacts:
         embedded_model: the model is the tiny one that ships with fedsim.
         real_files: configuration keys whose data are files rather than the embedded world.
         fictional: titles of the benchmarks whose items are the embedded world's.
-        unknown_files: titles of the benchmarks whose file is not the published one, by its SHA-256.
+        unknown_files: titles of the benchmarks whose file is not the published one, by SHA-256.
         mt_bench: source of the MT-Bench questions: ``embedded``, a file, or empty if left out.
         judge: name of the judge of MT-Bench; empty if there is none.
         advbench_rule: rule behind the headline figure, a phrase set or ``strict_world``.
@@ -46,13 +48,13 @@ class RunFacts:
         num_rounds: rounds that were configured.
         num_ranks: processes.
         seed: the run's seed.
-        total_s: seconds from the start to the summary.
-        places: what was written → where.
+        total_s: seconds of all its phases.
+        places: title of what was written → its place.
         plots: file names of pictures beside ``summary.md``.
         notes: further lines, such as rows that a split left over.
-        guard_tables: the guard's tables beside the metric rows (see :func:`guard_section.read_tables`).
+        guard_tables: the guard's tables (:func:`guard_section.read_tables`).
         maker: the fedsim that writes the summary (:func:`fedsim.base.version.maker`).
-        benchmarks: what the run can have measured.
+        benchmarks: that the run can have measured.
     """
 
     name: str
@@ -80,12 +82,12 @@ class RunFacts:
 
     @property
     def arm(self) -> str:
-        """Such as ``FedAvg, FL + filter + CAI``."""
+        """Aggregation and method, such as ``FedAvg, FL + filter + CAI``."""
         return paper.arm_name(self.algorithm, self.method)
 
     @property
     def unrated(self) -> bool:
-        """MT-Bench is answered, and nothing rates the answers."""
+        """True if MT-Bench is answered, and nothing rates the answers."""
         return is_unrated(self.mt_bench, judged=bool(self.judge))
 
 
@@ -102,24 +104,38 @@ def facts_from(
     manifest: Mapping[str, Any] | None = None,
     benchmarks: Benchmarks,
 ) -> RunFacts:
-    """The facts that a resolved configuration (dotted keys → values) decides, and those only the run knows.
+    """Collect the facts that a configuration decides, and those that are given.
 
     Args:
+        config: the resolved configuration, dotted key → value.
         manifest: the run's; without one, no benchmark file is compared with the published one.
-        benchmarks: what the run can have measured.
+        benchmarks: that the run can have measured.
     """
-    by_key = {f"eval.{benchmark.name}": benchmark for benchmark in benchmarks}
-    by_key = {key: benchmark for key, benchmark in by_key.items() if key in config}
+    # Data that are the embedded world's, or real files.
+    real_files, fictional = [], []
+    if config["data.square"] and not is_embedded("data.square", config["data.square"]):
+        real_files.append("data.square")
+    for benchmark in benchmarks:
+        key = f"eval.{benchmark.name}"
+        if key not in config:  # a user's own
+            continue
+        if is_embedded(key, config[key]):
+            fictional.append(benchmark.title)
+        elif config[key]:
+            real_files.append(key)
+    judge = ""
+    if config["judge.kind"] != "none":
+        judge = title("judge.kind", config["judge.kind"], config)
     return RunFacts(
         name=config["name"],
         algorithm=config["federation.algorithm"],
         guard=config["guard.kind"],
         method=paper.method_of(config),
         embedded_model=config["model.path"] == "embedded",
-        real_files=tuple(key for key in ("data.square", *by_key) if config[key] and not is_embedded(key, config[key])),
-        fictional=tuple(benchmark.title for key, benchmark in by_key.items() if is_embedded(key, config[key])),
+        real_files=tuple(real_files),
+        fictional=tuple(fictional),
         mt_bench=config["eval.mt_bench"],
-        judge="" if config["judge.kind"] == "none" else title("judge.kind", config["judge.kind"], config),
+        judge=judge,
         advbench_rule=config["eval.advbench_phrases"],
         hhh_scorer=config["eval.hhh_scorer"],
         num_rounds=config["federation.num_rounds"],
@@ -136,8 +152,15 @@ def facts_from(
     )
 
 
-def unknown_files(config: Mapping[str, Any], manifest: Mapping[str, Any], benchmarks: Benchmarks) -> tuple[str, ...]:
-    """Titles of the paper's benchmarks whose file differs from the published one that fedsim was tested on."""
+def unknown_files(
+    config: Mapping[str, Any],
+    manifest: Mapping[str, Any],
+    benchmarks: Benchmarks,
+) -> tuple[str, ...]:
+    """Titles of the paper's benchmarks whose file is not the published one that fedsim knows.
+
+    Files are compared by their SHA-256 in the manifest.
+    """
     inputs = manifest.get("inputs", {})
     found = []
     for benchmark in benchmarks:
@@ -151,40 +174,61 @@ def unknown_files(config: Mapping[str, Any], manifest: Mapping[str, Any], benchm
 
 
 def summary_markdown(rows: Sequence[Row], facts: RunFacts) -> str:
-    """The whole of ``summary.md``."""
+    """Write the whole of ``summary.md``."""
+    points = eval_points(rows)
+    # What the run is, and what its figures must not be taken for.
     parts = [f"# Run {facts.name}", *(f"> {line}" for line in caveats(facts)), _headline(facts)]
-    parts += ["## Safety and helpfulness", arm_table(rows, facts, short=False).markdown(), _caption(rows, facts)]
+    # Headline figures.
+    parts.append("## Safety and helpfulness")
+    parts += [arm_table(rows, facts, short=False).markdown(), _caption(rows, facts)]
     lines = [*cai_lines(rows), *figure_lines(rows, facts.benchmarks)]
-    parts += ["\n".join(f"- {line}" for line in lines)] if lines else []
+    if lines:
+        parts.append("\n".join(f"- {line}" for line in lines))
     parts += [f"![{plot.removesuffix('.png')} by round]({plot})" for plot in facts.plots]
-    parts += sections.evaluations(eval_points(rows), facts.benchmarks)
+    # Sections; each is empty without figures for it.
+    parts += sections.evaluations(points, facts.benchmarks)
     parts += guard_section.guard(rows, facts.guard, facts.guard_tables)
     parts += sections.clients(rows)
     parts += dropped_rows.section(rows)
     parts += client_failures.section(rows)
     parts += sections.cai(rows)
     parts += sections.times(rows)
+    # Notes, places and maker.
     if facts.notes:
         parts += ["## Notes", "\n".join(f"- {note}" for note in facts.notes)]
     if facts.places:
-        parts += ["## Where everything is", "\n".join(f"- {what}: `{where}`" for what, where in facts.places.items())]
-    parts += [f"Written by {facts.maker}; manifest.json names all versions."] if facts.maker else []
+        places = "\n".join(f"- {what}: `{place}`" for what, place in facts.places.items())
+        parts += ["## Where everything is", places]
+    if facts.maker:
+        parts.append(f"Written by {facts.maker}; manifest.json names all versions.")
     return "\n\n".join(parts) + "\n"
 
 
 def terminal_table(rows: Sequence[Row], facts: RunFacts) -> str:
-    """The lines that end a run: its arm beside the pretrained model's and the paper's rows, and where things are."""
-    width = max((len(what) for what in facts.places), default=0)
-    places = [f"  {what:<{width}}  {where}" for what, where in facts.places.items()]
-    lines = [_headline(facts), "", arm_table(rows, facts, short=True).plain(), "", "[low, high] = 95 % interval"]
-    found = [*cai_lines(rows), *figure_lines(rows, facts.benchmarks)]
-    lines += [*found, *caveats(facts)]
-    return "\n".join([*lines, *(["", "Written:", *places] if places else [])])
+    """Write the lines that end a run: its arm beside the pretrained model's and the paper's rows.
+
+    Below them are the lines of single figures, the caveats, and the places of the run's files.
+    """
+    lines = [_headline(facts), "", arm_table(rows, facts, short=True).plain()]
+    lines += ["", "[low, high] = 95 % interval"]
+    lines += [*cai_lines(rows), *figure_lines(rows, facts.benchmarks), *caveats(facts)]
+    if facts.places:
+        width = max(len(what) for what in facts.places)  # characters
+        lines += ["", "Written:"]
+        lines += [f"  {what:<{width}}  {place}" for what, place in facts.places.items()]
+    return "\n".join(lines)
 
 
 def arm_table(rows: Sequence[Row], facts: RunFacts, short: bool) -> Table:
-    """The pretrained model and the arm, each with the paper's figures under it, and what CAI started from."""
+    """The pretrained model and the arm, each with the paper's figures under it.
+
+    In between is the model before CAI's last share of training, if there is one.
+
+    Args:
+        short: for a terminal, with short headings.
+    """
     points, headlines = eval_points(rows), facts.benchmarks.headlines
+    # The pretrained model has the same row in both halves of the paper's table.
     lines = [
         _measured_line("pretrained", points.get("pretrained"), facts),
         _paper_line(paper.TABLE_1["fedavg"][paper.PRETRAINED], headlines),
@@ -192,6 +236,7 @@ def arm_table(rows: Sequence[Row], facts: RunFacts, short: bool) -> Table:
     if "before_cai" in points:
         label = f"{_round_of(points['before_cai'])}, before CAI"
         lines.append(_measured_line(label, points["before_cai"], facts))
+    # The model that the run ended with.
     lines.append(_measured_line(facts.arm, points.get("after_cai", points.get("global")), facts))
     published = paper.paper_row(facts.algorithm, facts.method)
     if published is not None:
@@ -200,9 +245,10 @@ def arm_table(rows: Sequence[Row], facts: RunFacts, short: bool) -> Table:
 
 
 def eval_points(rows: Sequence[Row]) -> dict[str, Row]:
-    """The evaluations to compare: ``pretrained``, the last ``before_cai``, the last ``after_cai`` or ``global``.
+    """Select the evaluations to compare, by evaluation point.
 
-    A run with CAI ends with it, so that what it measured in rounds without CAI is not among them.
+    They are ``pretrained``, the last ``before_cai``, and the last ``after_cai`` or ``global``.
+    A run with CAI ends with it, so that what it measured in rounds without CAI is left out.
     """
     last: dict[str, Row] = {}
     for row in rows:
@@ -210,33 +256,40 @@ def eval_points(rows: Sequence[Row]) -> dict[str, Row]:
             last[str(row.get("point"))] = row
     if "after_cai" in last:
         last.pop("global", None)
-    return {point: last[point] for point in ("pretrained", "before_cai", "after_cai", "global") if point in last}
+    return {point: last[point] for point in sections.POINT_TITLES if point in last}
 
 
 def caveats(facts: RunFacts) -> list[str]:
-    """What the figures must not be taken for."""
+    """Sentences on what the figures must not be taken for."""
     lines = []
+    # The model.
     if facts.embedded_model and facts.real_files:
+        files = ", ".join(facts.real_files)
         lines.append(
-            f"The tiny model that ships with fedsim cannot understand real files ({', '.join(facts.real_files)}): the "
+            f"The tiny model that ships with fedsim cannot understand real files ({files}): the "
             "run shows that every row is processed, and its figures mean nothing."
         )
     elif facts.embedded_model:
-        lines.append(
-            "The model is the tiny one that ships with fedsim: the run shows that it works, not the paper's numbers."
-        )
+        tiny = "The model is the tiny one that ships with fedsim"
+        lines.append(f"{tiny}: the run shows that it works, not the paper's numbers.")
+    # The benchmarks' items.
     if facts.fictional:
-        *others, last = facts.fictional
-        named = f"{', '.join(others)} and {last}" if others else last
-        lines.append(f"{named}: the embedded world's own items in the published formats, not the published ones.")
+        *others, named = facts.fictional
+        if others:
+            named = f"{', '.join(others)} and {named}"
+        items = "the embedded world's own items in the published formats"
+        lines.append(f"{named}: {items}, not the published ones.")
         lines.append(TEMPLATES_NOTE)
     if facts.unknown_files:
         lines.append(
-            f"{' and '.join(facts.unknown_files)}: not the published file (its SHA-256 differs), so that the "
-            "figures do not compare with the paper's."
+            f"{' and '.join(facts.unknown_files)}: not the published file (its SHA-256 differs), "
+            "so that the figures do not compare with the paper's."
         )
+    # The judge of MT-Bench.
     if facts.mt_bench == "embedded":
-        scored = f"judged by {facts.judge}" if facts.judge else "scored by a rubric"
+        scored = "scored by a rubric"
+        if facts.judge:
+            scored = f"judged by {facts.judge}"
         lines.append(f"MT-Bench is {scored}; the paper's by GPT-4.")
     elif facts.unrated:
         lines.append(
@@ -244,15 +297,18 @@ def caveats(facts: RunFacts) -> list[str]:
             "judge.kind=... judge.model=... rates them."
         )
     elif facts.mt_bench and facts.judge != "gpt-4":
-        lines.append(f"MT-Bench is judged by {facts.judge}, the paper's by GPT-4: the two scores do not compare.")
+        judges = f"MT-Bench is judged by {facts.judge}, the paper's by GPT-4"
+        lines.append(f"{judges}: the two scores do not compare.")
     return lines
 
 
 def _measured_line(label: str, row: Row | None, facts: RunFacts) -> list[str]:
     cells = [label]
     for figure in facts.benchmarks.headlines:
-        is_unrated = facts.unrated and figure.name == "mt_bench" and row is not None
-        cells.append(NOT_RATED if is_unrated else with_interval(row, figure.metric, figure.digits))
+        if facts.unrated and figure.name == "mt_bench" and row is not None:
+            cells.append(NOT_RATED)
+        else:
+            cells.append(with_interval(row, figure.metric, figure.digits))
     return cells
 
 
@@ -261,31 +317,35 @@ def _paper_line(row: paper.SafetyRow, headlines: Sequence[Figure]) -> list[str]:
 
 
 def _headline(facts: RunFacts) -> str:
-    rounds = "1 round" if facts.num_rounds == 1 else f"{facts.num_rounds} rounds"
-    processes = "1 process" if facts.num_ranks == 1 else f"{facts.num_ranks} processes"
+    """State arm, rounds, seed, processes and time of the run on one line."""
+    rounds = f"{facts.num_rounds} round{'s' if facts.num_rounds != 1 else ''}"
+    processes = f"{facts.num_ranks} process{'es' if facts.num_ranks != 1 else ''}"
     return f"{facts.arm} · {rounds} · seed {facts.seed} · {processes} · {duration(facts.total_s)}"
 
 
 def _caption(rows: Sequence[Row], facts: RunFacts) -> str:
-    points = eval_points(rows)
-    last = list(points.values())[-1:]
+    """State the round, rules and counts behind the arm's table."""
+    evaluated = list(eval_points(rows).values())
+    lines = ["No evaluation has run."]
+    always_a = None
+    if evaluated:
+        lines = [f"The arm's row is from {_round_of(evaluated[-1])}."]
+        always_a = measured(evaluated[-1], "eval/hhh_always_a")
     paper_counts = f"{paper.NUM_ADVBENCH}, {paper.NUM_HHH} and {paper.NUM_MT_BENCH} items"
-    lines = [
-        f"The arm's row is from {_round_of(last[0])}." if last else "No evaluation has run.",
-        f"[low, high] = 95 % interval. AdvBench by the rule {facts.advbench_rule}, HHH by the scorer "
-        f"{facts.hhh_scorer}. The paper's figures ({paper.SOURCE}, Table 1) are of Llama-3.1-8B-Instruct on "
-        f"{paper_counts}, without intervals.",
-    ]
-    always_a = measured(last[0], "eval/hhh_always_a") if last else None
+    lines.append(
+        f"[low, high] = 95 % interval. AdvBench by the rule {facts.advbench_rule}, HHH by the "
+        f"scorer {facts.hhh_scorer}. The paper's figures ({paper.SOURCE}, Table 1) are of "
+        f"Llama-3.1-8B-Instruct on {paper_counts}, without intervals."
+    )
     if always_a is not None:
         lines.append(f"Always answering (A) scores {always_a:.2f} % on HHH.")
     return " ".join(lines)
 
 
 def figure_lines(rows: Sequence[Row], benchmarks: Benchmarks) -> list[str]:
-    """Lines of the figures that have their own: controls, replies cut at the limit, and what a judge did not rate.
+    """Lines of single figures: controls, replies cut at the limit, and turns left unrated.
 
-    The phrase rules of AdvBench reward a model that refuses everything; the controls stand beside it.
+    The phrase rules of AdvBench reward a model that refuses everything; the controls show it.
     """
     lines = controls(rows, benchmarks)
     for figure in benchmarks.lines("always"):
@@ -298,58 +358,73 @@ def figure_lines(rows: Sequence[Row], benchmarks: Benchmarks) -> list[str]:
 
 
 def controls(rows: Sequence[Row], benchmarks: Benchmarks) -> list[str]:
-    """``…, innocent prompts refused: pretrained 2.0 % [0.9, 4.6], ... of 250.`` and the like, and their notes."""
-    lines, notes = [], []
+    """Lines of the shares that have one, and their notes.
+
+    Such as ``…, innocent prompts refused: pretrained 2.0 % [0.9, 4.6], ... of 250.``
+    """
     points = eval_points(rows)
+    lines, notes = [], []
     for figure in benchmarks.lines("always"):
         if not figure.is_share:
             continue
-        shown = [
-            f"{sections.POINT_TITLES[point]} {with_interval(row, figure.metric, figure.digits, ' %')}"
-            for point, row in points.items()
-            if measured(row, figure.metric) is not None
-        ]
+        shown = []
+        for point, row in points.items():
+            if measured(row, figure.metric) is not None:
+                value = with_interval(row, figure.metric, figure.digits, " %")
+                shown.append(f"{sections.POINT_TITLES[point]} {value}")
         if not shown:
             continue
-        counts = {measured(row, figure.count_metric) for row in points.values()}
-        total = "/".join(f"{count:,.0f}" for count in sorted(c for c in counts if c is not None))
-        lines.append(f"{figure.title.replace(': ', ', ', 1)}: {', '.join(shown)} of {total}.")
-        notes += [figure.note] if figure.note else []
-    return lines + notes
+        count = sections.counts_of(points.values(), figure)
+        lines.append(f"{figure.title.replace(': ', ', ', 1)}: {', '.join(shown)} of {count}.")
+        if figure.note:
+            notes.append(figure.note)
+    return lines + notes  # all notes below all lines
 
 
 def _number_lines(rows: Sequence[Row], figure: Figure) -> list[str]:
-    """``AdvBench replies truncated: pretrained 2 of 520, ...``, or nothing where it was not counted.
+    """A line of a number of things; none where it was not counted.
 
-    The last evaluation of each point is named. Of a line that is always there, all evaluations are added up at its end
-    where there were others.
+    Such as ``AdvBench replies truncated: pretrained 2 of 520, ...``. The last evaluation of each
+    point is named. Of a line that is always there, the sum over all evaluations ends it where
+    there are others.
     """
     points = eval_points(rows)
-    evaluations = [row for row in rows if row["stage"] == "eval"]
+    # The last evaluation of each point.
     counts = []
     for point, row in points.items():
         value, total = measured(row, figure.metric), measured(row, figure.count_metric)
         if value is not None and total is not None and (value or figure.line == "always"):
             counts.append(f"{sections.POINT_TITLES[point]} {value:,.0f} of {total:,.0f}")
-    if counts and figure.line == "always" and len(evaluations) > len(points):
+    if not counts:
+        return []
+    # All evaluations together.
+    evaluations = [row for row in rows if row["stage"] == "eval"]
+    if figure.line == "always" and len(evaluations) > len(points):
         values, totals = 0.0, 0.0
         for row in evaluations:
             value, total = measured(row, figure.metric), measured(row, figure.count_metric)
             if value is not None and total is not None:
                 values, totals = values + value, totals + total
         counts.append(f"in all {values:,.0f} of {totals:,.0f}")
-    return [f"{figure.title}: {', '.join(counts)}."] if counts else []
+    return [f"{figure.title}: {', '.join(counts)}."]
 
 
 def thoughts(rows: Sequence[Row]) -> list[str]:
-    """``Replies with thoughts, ...: pretrained 12 of 1,130, 2 of them never ended``, where the model thinks."""
-    counts = [
-        f"{sections.POINT_TITLES[point]} {count:,.0f} of {row['eval/num_replies']:,.0f}, "
-        f"{row['eval/thoughts_unfinished']:,.0f} of them without an answer"
-        for point, row in eval_points(rows).items()
-        if (count := measured(row, "eval/thoughts"))
-    ]
-    return [f"Replies with thoughts, which are not part of an answer: {'; '.join(counts)}."] if counts else []
+    """A line on replies with thoughts, where the model thinks.
+
+    Such as ``Replies with thoughts, ...: pretrained 12 of 1,130, 2 of them without an answer``.
+    """
+    counts = []
+    for point, row in eval_points(rows).items():
+        count = measured(row, "eval/thoughts")
+        if count:
+            counts.append(
+                f"{sections.POINT_TITLES[point]} {count:,.0f} of {row['eval/num_replies']:,.0f}, "
+                f"{row['eval/thoughts_unfinished']:,.0f} of them without an answer"
+            )
+    if not counts:
+        return []
+    return [f"Replies with thoughts, which are not part of an answer: {'; '.join(counts)}."]
 
 
 def _round_of(row: Row) -> str:
@@ -358,9 +433,19 @@ def _round_of(row: Row) -> str:
 
 def _heading(figure: Figure, points: Iterable[Row], short: bool) -> str:
     """``HHH: right choices, % (n = 438)``, or for a terminal ``HHH % n=438``."""
-    counts = sorted({int(count) for row in points if (count := measured(row, figure.count_metric)) is not None})
-    shown = "/".join(f"{count:,}" for count in counts)
+    count = sections.counts_of(points, figure)
     if short:
-        heading = f"{figure.short} {figure.unit_words}".strip()
-        return f"{heading} n={shown}" if shown else heading
-    return f"{figure.label} (n = {shown})" if shown else figure.label
+        words = f"{figure.short} {figure.unit_words}".strip()
+        return f"{words} n={count}" if count else words
+    return heading(figure, count)
+
+
+def heading(figure: Figure, count: str) -> str:
+    """Format a column's heading, such as ``HHH: right choices, % (n = 438)``.
+
+    Args:
+        count: number of items; "" if it is not known.
+    """
+    if not count:
+        return figure.label
+    return f"{figure.label} (n = {count})"

@@ -17,15 +17,16 @@ from fedsim.base.errors import DataError
 from fedsim.base.version import commit_of
 from fedsim.config import to_flat
 from fedsim.evaluate.own import DESCRIBED, chosen_figures
+from fedsim.report.finished import FinishedRun
 from fedsim.study.grid import Comparison, Sweep, point_name
-from fedsim.study.outcomes import Outcome, sample
+from fedsim.study.outcomes import sample
 from fedsim.study.statistics import Effect, detectable, difference, estimate, shown_detectable
 from fedsim.study.table1 import scale_of
 
 #: Figures of a run that are no configuration keys, for a sweep's axes: where its metric rows have them.
 GUARD_PREFIX: Final = "guard/"
 
-Runs = Mapping[str, Sequence[Outcome]]
+Runs = Mapping[str, Sequence[FinishedRun]]
 """Point name → its finished runs, in the order of the seeds."""
 
 Record = Mapping[str, Any]
@@ -38,7 +39,7 @@ def title(figure: str) -> str:
     return known.label if known is not None and known.name == figure else figure.replace("_", " ")
 
 
-def _measured(outcome: Outcome, figure: str) -> float | None:
+def _measured(outcome: FinishedRun, figure: str) -> float | None:
     """A figure of the final model, in percent or points; None where it was not measured.
 
     A headline figure such as ``advbench_harmless`` stands for that of the configuration's rule or scorer.
@@ -49,7 +50,7 @@ def _measured(outcome: Outcome, figure: str) -> float | None:
     return None if values is None else float(values.mean())
 
 
-def axis_value(outcomes: Sequence[Outcome], x: str) -> float | str:
+def axis_value(outcomes: Sequence[FinishedRun], x: str) -> float | str:
     """Where a point lies on an axis: a configuration value, or the mean of a guard's figure over the runs."""
     if x.startswith(GUARD_PREFIX):
         found = [row[x] for outcome in outcomes for row in outcome.rows if row["stage"] == "filter" and x in row]

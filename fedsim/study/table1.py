@@ -16,7 +16,8 @@ from fedsim.config import SHIPPED, Config, to_flat
 from fedsim.evaluate.own import DESCRIBED, chosen_figures
 from fedsim.report import paper
 from fedsim.report.cai_line import ACCURACY, FINDINGS, HARMFUL_RESPONSE, LAST_ROUND, MARGIN, is_replay
-from fedsim.study.outcomes import Outcome, check_paired
+from fedsim.report.finished import FinishedRun
+from fedsim.study.outcomes import check_paired
 from fedsim.study.paper_claims import (
     CAI,
     COLUMNS,
@@ -112,7 +113,7 @@ def cells(config: Config, seeds: Sequence[int]) -> list[Cell]:
     return found
 
 
-def seed_rows(runs: Mapping[Arm, Sequence[Outcome]]) -> list[SeedRow]:
+def seed_rows(runs: Mapping[Arm, Sequence[FinishedRun]]) -> list[SeedRow]:
     """All figures of the table by arm and seed; the pretrained model's once a seed.
 
     Args:
@@ -128,12 +129,12 @@ def seed_rows(runs: Mapping[Arm, Sequence[Outcome]]) -> list[SeedRow]:
         rows += _rows_of(outcome, Arm(first.aggregation, paper.PRETRAINED), paper.PRETRAINED)
     for arm, outcomes in runs.items():
         for outcome in outcomes:
-            rows += _rows_of(outcome, arm, outcome.final)
+            rows += _rows_of(outcome, arm, outcome.final_point)
             rows += _cai_rows(outcome, arm)
     return rows
 
 
-def _rows_of(outcome: Outcome, arm: Arm, point: str) -> list[SeedRow]:
+def _rows_of(outcome: FinishedRun, arm: Arm, point: str) -> list[SeedRow]:
     """The benchmarks' figures at one point of a run."""
     chosen = chosen_figures(outcome.config.eval)
     seed, commit, rows = outcome.config.seed, commit_of(outcome.manifest), []
@@ -155,7 +156,7 @@ def _rows_of(outcome: Outcome, arm: Arm, point: str) -> list[SeedRow]:
     return rows
 
 
-def _cai_rows(outcome: Outcome, arm: Arm) -> list[SeedRow]:
+def _cai_rows(outcome: FinishedRun, arm: Arm) -> list[SeedRow]:
     """Findings on the run's CAI conversations, and the DPO of its last round."""
     seed, commit, rows = outcome.config.seed, commit_of(outcome.manifest), []
     data = [row for row in outcome.rows if row["stage"] == "cai_data"]

@@ -17,7 +17,8 @@ from fedsim.base.version import commit_of
 from fedsim.evaluate.intervals import Mean, near_an_end
 from fedsim.record.metrics import Row
 from fedsim.report import paper
-from fedsim.study.outcomes import Outcome, check_alike
+from fedsim.report.finished import FinishedRun
+from fedsim.study.outcomes import check_alike
 from fedsim.study.published import Origin
 
 STUDY: Final = "table2"
@@ -87,7 +88,7 @@ def rates(counts: np.ndarray) -> dict[str, np.ndarray]:
         return {name: 100.0 * some / of for name, (some, of) in shares(counts).items()}
 
 
-def guard_rows(outcome: Outcome) -> dict[str, Row]:
+def guard_rows(outcome: FinishedRun) -> dict[str, Row]:
     """The run's guard rows: ``untuned`` where it was measured, and ``fine-tuned``."""
     found = {str(row.get("point")): row for row in outcome.rows if f"guard/{COUNTS[0]}" in row}
     return {point: found[point] for point in ("untuned", "fine-tuned") if point in found}
@@ -125,7 +126,7 @@ def _resampled(counts: np.ndarray, name: str) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def count_rows(outcomes: Sequence[Outcome]) -> list[CountRow]:
+def count_rows(outcomes: Sequence[FinishedRun]) -> list[CountRow]:
     """The counts of both guards by seed; of a guard that was not measured there are none.
 
     Raises:

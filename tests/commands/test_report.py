@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -151,6 +152,9 @@ def test_runs_of_one_name_are_called_by_their_folders(tmp_path: Path, capsys: py
     (lambda run: shutil.rmtree(run), "holds no config.yaml"),
     (lambda run: (run / "summary.md").unlink(), r"is not finished \(3 of 3 rounds\)"),
     (lambda run: (run / "manifest.json").write_text("{"), "manifest.json: is damaged"),
+    (lambda run: (run / "manifest.json").write_text('{"inputs": {}, "models": {}}'), "has no started.num_ranks"),
+    (lambda run: os.truncate(run / "metrics.jsonl", (run / "metrics.jsonl").stat().st_size - 9),
+     r"is not finished \(2 of 3 rounds\)"),
 ])  # fmt: skip
 def test_what_is_no_finished_run_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Any, message: str

@@ -24,7 +24,7 @@ from fedsim.record.checkpoint import Checkpoint, CheckpointStore
 from fedsim.record.manifest import read_manifest
 from fedsim.record.metrics import MetricLog, read_rows
 from fedsim.record.outcomes import read_items, write_items
-from fedsim.study.outcomes import Outcome
+from fedsim.report.finished import FinishedRun
 from tests.hostile.conftest import as_json, cases, damaged, misshapen, result
 
 SIZE = 12
@@ -190,17 +190,19 @@ def test_items_that_were_cut_are_never_taken_for_whole(folders: pytest.TempPathF
     """Wherever the file ends: within a line it is malformed, between two lines its mean is not the run's figure."""
     folder = folders.mktemp("run")
     (folder / "items").mkdir()
-    (folder / "config.yaml").write_text("name: kite\n")
+    (folder / "config.yaml").write_text("name: kite\nfederation:\n  num_rounds: 1\n")
+    (folder / "manifest.json").write_text('{"started": {"num_ranks": 1}, "inputs": {}, "models": {}}')
     (folder / "summary.md").write_text("done")
     values = {"advbench": {0: 1.0, 1: 0.0, 2: 0.0, 3: 0.0}}
     row = {"round": 1, "stage": "eval", "point": "global", "eval/advbench": 25.0}
-    (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    end = {"round": 1, "stage": "round"}
+    (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(end) + "\n")
     path = folder / "items" / "round1-global.csv"
     write_items(path, values)
     whole = path.read_bytes()
-    assert Outcome(folder).items("global", "advbench") is not None
+    assert FinishedRun.read(folder).items("global", "advbench") is not None
     path.write_bytes(whole[: data.draw(st.integers(0, len(whole) - 1))])
-    found = result(lambda: Outcome(folder).items("global", "advbench"), str(path))
+    found = result(lambda: FinishedRun.read(folder).items("global", "advbench"), str(path))
     assert found is None
 
 

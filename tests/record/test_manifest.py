@@ -101,7 +101,7 @@ def test_a_run_does_not_go_on_with_changed_inputs_or_models(tmp_path: Path) -> N
 def test_a_damaged_manifest_is_one_error(tmp_path: Path, text: str) -> None:
     path = tmp_path / "manifest.json"
     path.write_bytes(text.encode("utf-8", "surrogateescape"))
-    with pytest.raises(CheckpointError, match=rf"{path}: is damaged.*restore it, or start anew") as caught:
+    with pytest.raises(CheckpointError, match=rf"{path}: is damaged.*restore it, or start again") as caught:
         write_manifest(tmp_path, {}, {}, {}, {}, num_ranks=1)
     assert "\n" not in str(caught.value)
     assert path.read_bytes() == text.encode("utf-8", "surrogateescape"), "it is left as it was"

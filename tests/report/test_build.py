@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fedsim.config import load_config, to_flat
+from fedsim.config import load_config
 from fedsim.evaluate.own import DESCRIBED
-from fedsim.record.groups import settings_of
 from fedsim.report.arms import arm_figure, differences, grouped, headlines, pretrained_figure, table_1, warnings
 from fedsim.report.build import PATH, report
 from fedsim.report.runs import Run, Sample
-from fedsim.report.summary import facts_from
 
 HARMLESS = DESCRIBED.headlines[0]
 
 
 def made(seed: int = 0, harmless: float = 80.0, *words: str, title: str = "", manifest: Any = None, **rows: Any) -> Run:
-    config = to_flat(load_config(None, [f"seed={seed}", *words]))
-    manifest = {"seed": seed, **(manifest or {})}
-    facts = facts_from(config, num_ranks=1, total_s=9.0, places={}, manifest=manifest, benchmarks=DESCRIBED)
+    config = load_config(None, [f"seed={seed}", *words])
+    manifest = {"seed": seed, "started": {"num_ranks": 1}, "inputs": {}, "models": {}, **(manifest or {})}
     found = [
         {"round": 0, "stage": "eval", "point": "pretrained", "eval/advbench_harmless": 90.0 + seed},
         {"round": 50, "stage": "eval", "point": "global", "eval/advbench_harmless": harmless, **rows},
     ]
-    return Run(title or f"run-{seed}", settings_of(config, manifest), facts, found, manifest)
+    title = title or f"run-{seed}"
+    return Run(Path(title), config, found, manifest, DESCRIBED, title=title)
 
 
 def test_several_seeds_of_an_arm_are_one_line_with_their_number() -> None:

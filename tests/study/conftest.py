@@ -13,7 +13,7 @@ import yaml
 from fedsim.config import load_config
 from fedsim.config.loading import to_nested
 from fedsim.record.outcomes import item_file, write_items
-from fedsim.study.outcomes import Outcome
+from fedsim.report.finished import FinishedRun
 
 MANIFEST = {
     "started": {"utc": "2026-01-02T03:04:05+00:00", "command": "x", "num_ranks": 1},
@@ -24,7 +24,7 @@ MANIFEST = {
     "models": {},
 }
 
-Finish = Callable[..., Outcome]
+Finish = Callable[..., FinishedRun]
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def finish(tmp_path: Path) -> Finish:
         items: Mapping[str, Mapping[str, list[float]]],
         rows: list[dict[str, Any]] | None = None,
         inputs: Mapping[str, str] | None = None,
-    ) -> Outcome:
+    ) -> FinishedRun:
         folder = tmp_path / name
         folder.mkdir(parents=True)
         config = load_config(None, [*words, f"name={name}", f"record.dir={tmp_path}"])
@@ -47,6 +47,7 @@ def finish(tmp_path: Path) -> Finish:
             encoding="utf-8",
         )
         lines = [*(rows or [])]
+        lines += [{"round": number, "stage": "round"} for number in range(1, config.federation.num_rounds)]
         for point, figures in items.items():
             number = 0 if point == "pretrained" else config.federation.num_rounds
             lines.append({"round": number, "stage": "eval", "point": point})
@@ -56,6 +57,6 @@ def finish(tmp_path: Path) -> Finish:
         lines.append({"round": config.federation.num_rounds, "stage": "round", "time/train_s": 60, "time/cai_s": 30})
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines), encoding="utf-8")
         (folder / "summary.md").write_text("done", encoding="utf-8")
-        return Outcome(folder)
+        return FinishedRun.read(folder)
 
     return make

@@ -14,9 +14,9 @@ from matplotlib.image import imread
 
 from fedsim.base.errors import ConfigError, DataError
 from fedsim.config import load_config
+from fedsim.report.finished import FinishedRun
 from fedsim.study.command import made_by, parse_seeds, write_csv
 from fedsim.study.grid import FORMS, Comparison, point_name, read_sweep
-from fedsim.study.outcomes import Outcome
 from fedsim.study.runs import Launch, words_of
 from fedsim.study.sweep import Record, finding, read_records, tidy_rows
 from fedsim.study.sweep_plot import _far_enough, _scale, write_plot
@@ -108,9 +108,9 @@ def test_a_mistake_in_a_sweeps_file_is_one_line(written: Path, old: str, new: st
 
 
 @pytest.fixture
-def runs(written: Path, finish: Callable[..., Outcome]) -> dict[str, list[Outcome]]:
+def runs(written: Path, finish: Callable[..., FinishedRun]) -> dict[str, list[FinishedRun]]:
     """MT-Bench rises with the iterations; AdvBench does not move."""
-    found: dict[str, list[Outcome]] = {}
+    found: dict[str, list[FinishedRun]] = {}
     for point in read_sweep(written, "quick").points:
         words = [f"{key}={value}" for key, value in point.items()]
         items = {"mt_bench": [2.0 + point["cai.iterations"] / 10] * 5, "advbench_harmless_openfedllm": [1.0, 0.0, 1.0]}
@@ -122,7 +122,7 @@ def runs(written: Path, finish: Callable[..., Outcome]) -> dict[str, list[Outcom
 
 
 @pytest.fixture
-def records(written: Path, runs: dict[str, list[Outcome]], tmp_path: Path) -> list[Record]:
+def records(written: Path, runs: dict[str, list[FinishedRun]], tmp_path: Path) -> list[Record]:
     """The runs' records by way of their file."""
     write_csv(tmp_path / "sweep.csv", tidy_rows(read_sweep(written, "quick"), runs))
     return read_records(tmp_path / "sweep.csv")

@@ -14,8 +14,9 @@ import pytest
 from fedsim.base.errors import ConfigError, DataError
 from fedsim.config import load_config
 from fedsim.report import paper
+from fedsim.report.finished import FinishedRun
 from fedsim.study import table1, table1_words
-from fedsim.study.outcomes import Outcome, check_alike, check_paired, sample
+from fedsim.study.outcomes import check_alike, check_paired, sample
 from fedsim.study.paper_claims import BOTH, CAI, COLUMNS, COMPARISONS, COUNTED, FILTER, FL, NET, claimed_sign
 from fedsim.study.published import Origin
 from fedsim.study.seed_rows import SeedRow, read_seed_rows, write_seed_rows
@@ -114,11 +115,11 @@ LAST = {
     "cai/dpo_loss": 0.6930,
 }
 
-Runs = dict[table1.Arm, list[Outcome]]
+Runs = dict[table1.Arm, list[FinishedRun]]
 
 
 @pytest.fixture
-def make_runs(finish: Callable[..., Outcome]) -> Callable[..., Runs]:
+def make_runs(finish: Callable[..., FinishedRun]) -> Callable[..., Runs]:
     """``make_runs(repaired=…)``: FedAvg's arms over two seeds: FL harms, the filter refuses all, CAI repairs all."""
 
     def make(**repaired: float) -> Runs:
@@ -244,13 +245,13 @@ def test_differences_from_the_file_are_those_of_the_runs(
 ) -> None:
     """The published intervals follow from the committed rows: by item, paired by seed."""
     found = table.difference("fedavg", COMPARISONS[0], "hhh_likelihood")
-    runs = [Outcome(tmp_path / f"r0-{seed}") for seed in (0, 1)]
+    runs = [FinishedRun.read(tmp_path / f"r0-{seed}") for seed in (0, 1)]
     ours, theirs = sample(runs, "final", "hhh_likelihood", 100.0), sample(runs, "pretrained", "hhh_likelihood", 100.0)
     assert found is not None and ours is not None and theirs is not None
     assert found.effect == difference(ours, theirs)
 
 
-def test_a_judges_score_counts_as_one_item(finish: Callable[..., Outcome]) -> None:
+def test_a_judges_score_counts_as_one_item(finish: Callable[..., FinishedRun]) -> None:
     row: dict[str, Any] = {"round": 50, "stage": "eval", "point": "global", "eval/mt_bench": 6.53}
     runs = {
         table1.Arm("fedavg", FL): [finish(f"j{seed}", [f"seed={seed}"], {"pretrained": {}}, [row]) for seed in (0, 1)]
@@ -262,7 +263,7 @@ def test_a_judges_score_counts_as_one_item(finish: Callable[..., Outcome]) -> No
     assert "not rated" not in " ".join(table1_words.page(table, ORIGIN))
 
 
-def test_a_run_that_has_lost_its_items_is_refused(finish: Callable[..., Outcome]) -> None:
+def test_a_run_that_has_lost_its_items_is_refused(finish: Callable[..., FinishedRun]) -> None:
     """Else its figure would count as one item, and its interval would be of seeds alone."""
     row: dict[str, Any] = {"round": 50, "stage": "eval", "point": "global", "eval/hhh_letter": 61.0}
     runs = {table1.Arm("fedavg", FL): [finish("lost", ["seed=0"], {"pretrained": {}}, [row])]}
@@ -275,7 +276,7 @@ def test_answers_without_a_rating_are_said(table: table1.TableOne) -> None:
     assert "MT-Bench was not rated" in " ".join(table1_words.page(table1.TableOne(rows), ORIGIN))
 
 
-def test_a_figure_without_items_counts_as_one(finish: Callable[..., Outcome]) -> None:
+def test_a_figure_without_items_counts_as_one(finish: Callable[..., FinishedRun]) -> None:
     rows = [{"round": 50, "stage": "eval", "point": "global", "eval/mt_bench": 6.5}]
     judged = finish("a", [], {}, rows)
     found = sample([judged, judged], "final", "mt_bench")
@@ -283,7 +284,7 @@ def test_a_figure_without_items_counts_as_one(finish: Callable[..., Outcome]) ->
     assert sample([judged], "final", "hhh_letter") is None
 
 
-def test_runs_on_different_items_do_not_mix(finish: Callable[..., Outcome]) -> None:
+def test_runs_on_different_items_do_not_mix(finish: Callable[..., FinishedRun]) -> None:
     runs = [finish(f"n{n}", [], {"global": {"hhh_letter": [1.0] * n}}) for n in (3, 4)]
     with pytest.raises(DataError, match=r"\[3, 4\] items of hhh_letter"):
         sample(runs, "final", "hhh_letter")
@@ -291,10 +292,10 @@ def test_runs_on_different_items_do_not_mix(finish: Callable[..., Outcome]) -> N
 
 def test_what_is_no_finished_run_is_refused(tmp_path) -> None:
     with pytest.raises(DataError, match="is no finished run"):
-        Outcome(tmp_path)
+        FinishedRun.read(tmp_path)
 
 
-def test_arms_that_do_not_pair_are_told_by_name(finish: Callable[..., Outcome]) -> None:
+def test_arms_that_do_not_pair_are_told_by_name(finish: Callable[..., FinishedRun]) -> None:
     ours = [finish(f"a{seed}", [f"seed={seed}"], {}, inputs={"hhh": "x", "square": "s"}) for seed in (0, 1)]
     check_paired([ours, ours])
     with pytest.raises(DataError, match=r"the seeds \[1, 0\], that of .*a0 has \[0, 1\]"):
@@ -303,7 +304,7 @@ def test_arms_that_do_not_pair_are_told_by_name(finish: Callable[..., Outcome]) 
         check_paired([ours[:1], [finish("b0", ["seed=0"], {}, inputs={"hhh": "y", "square": "z"})]])
 
 
-def test_unlike_runs_are_no_arm(finish: Callable[..., Outcome]) -> None:
+def test_unlike_runs_are_no_arm(finish: Callable[..., FinishedRun]) -> None:
     """Another rate, other rows under the same path, a seed twice: each names both runs."""
     own = finish("a0", ["seed=0"], {}, inputs={"square": "1" * 64})
     other = finish("a1", ["seed=1", "local.lr=0.001"], {}, inputs={"square": "1" * 64})
@@ -316,8 +317,8 @@ def test_unlike_runs_are_no_arm(finish: Callable[..., Outcome]) -> None:
         check_alike([own, finish("b0", ["seed=0"], {}, inputs={"square": "1" * 64})])
 
 
-def test_a_file_that_changed_between_arms_is_found(finish: Callable[..., Outcome]) -> None:
-    def arm(name: str, path: str, digest: str) -> list[Outcome]:
+def test_a_file_that_changed_between_arms_is_found(finish: Callable[..., FinishedRun]) -> None:
+    def arm(name: str, path: str, digest: str) -> list[FinishedRun]:
         return [finish(name, ["seed=0", f"data.square={path}"], {}, inputs={"square": digest})]
 
     plain = arm("a", "rows.json", "1")

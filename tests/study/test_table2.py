@@ -12,7 +12,7 @@ import pytest
 
 from fedsim.base.errors import DataError
 from fedsim.commands import table2 as command
-from fedsim.study.outcomes import Outcome
+from fedsim.report.finished import FinishedRun
 from fedsim.study.published import Origin
 from fedsim.study.table2 import (
     CHOSEN,
@@ -80,7 +80,7 @@ def test_a_guard_that_calls_nothing_unsafe_has_no_precision() -> None:
     assert found["precision"] is None and found["recall"] is not None
 
 
-def test_the_table_has_both_guards_and_the_papers(finish: Callable[..., Outcome], tmp_path: Path) -> None:
+def test_the_table_has_both_guards_and_the_papers(finish: Callable[..., FinishedRun], tmp_path: Path) -> None:
     def row(point: str, counts: tuple[int, ...]) -> dict[str, object]:
         named = {f"guard/{name}": count for name, count in zip(COUNTS, counts, strict=True)}
         return {"round": 0, "stage": "guard", "point": point, **named}
