@@ -112,7 +112,7 @@ def check_declared(benchmark: Benchmark, what: str) -> None:
     """
     name = getattr(benchmark, "name", None)
     title = getattr(benchmark, "title", None)
-    figures = getattr(benchmark, "figures", None)
+    figures: Any = getattr(benchmark, "figures", None)
 
     # Name and title.
     if not isinstance(name, str) or not name.isidentifier():
