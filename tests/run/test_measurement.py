@@ -278,7 +278,7 @@ def test_a_real_engine_measures_the_adapter_that_is_loaded(
     conversations = [[user_turn("Why?"), assistant_turn(f"Kite {i}.")] for i in (1, 2)]
     stage = Stage(tmp_path, llama3_bytes_chat, Suite([Part(HelpfulPerplexity(), conversations)]), None)
     engine = Engine(loaded.base, loaded.chat, OneRank(), batch_size=4, max_context=128, seed=0)
-    stage.measurement.federation = SimpleNamespace(engine=engine, flat=flat)  # type: ignore[assignment]
+    stage.measurement.resident = SimpleNamespace(engine=engine, flat=flat)  # type: ignore[assignment]
     start = flat.initial(0)
     moved = start + 0.3 * torch.sin(torch.arange(flat.size, dtype=torch.float32))
     taken = [(-1, "pretrained", start), (0, "before_cai", moved), (0, "after_cai", start)]
