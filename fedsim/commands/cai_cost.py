@@ -1,16 +1,19 @@
 """Cost of CAI on this machine: ``fedsim profile --cai [CONFIG.yaml] [key=value …]`` under plain python or torchrun.
 
-A CAI iteration is an SFT step and a DPO step on the same rows. Some are timed with the configuration's own model,
-lengths, batch and conversations (``--iterations``, after one that does not count), data-parallel over the processes as
-in a run, and the paper's table (arXiv 2502.16691, §4.2 and §6.1) is printed beside what follows from them:
+A CAI iteration is an SFT step and a DPO step on the same rows. Some are timed with the
+configuration's own model, lengths, batch and conversations (``--iterations``, after one that does
+not count), data-parallel over the processes as in a run, and the paper's table (arXiv 2502.16691,
+§4.2 and §6.1) is printed beside what follows from them:
 
-- the configuration's own counts: an epoch is as many iterations as its usable conversations have batches;
-- the paper's counts: an epoch of 1,250 iterations (20,000 rows in batches of 16) against 50, over 50 rounds.
+- the configuration's own counts: an epoch is as many iterations as its usable conversations have
+  batches;
+- the paper's counts: an epoch of 1,250 iterations (20,000 rows in batches of 16) against 50, over
+  50 rounds.
 
-``--full-epoch`` runs the configuration's whole epoch instead, and says how far an extrapolation from its first
-``--iterations`` would have been off. Writing the conversations happens once in a run and is timed apart, on twice
-``eval.batch_size`` rows a process (with ``--full-epoch`` on all rows); the iterations train on these. Nothing is
-recorded but ``--json FILE``.
+``--full-epoch`` runs the configuration's whole epoch instead, and prints how far an extrapolation
+from its first ``--iterations`` would have been off. Writing the conversations happens once in a run
+and is timed apart, on twice ``eval.batch_size`` rows a process (with ``--full-epoch`` on all rows);
+the iterations train on these. Nothing is recorded but ``--json FILE``.
 """
 
 from __future__ import annotations
@@ -76,10 +79,10 @@ def timed_steps(
     clock: Callable[[], float] = time.perf_counter,
     wait: Callable[[], None] = lambda: None,
 ) -> Steps:
-    """Time ``iterations`` iterations from ``adapter`` on, as a round of CAI runs them: SFT steps first, then DPO steps.
+    """Time iterations from ``adapter`` on, as a round of CAI runs them: SFT steps, then DPO steps.
 
     Args:
-        wait: returns when the device has done what it was given; called before every look at the clock.
+        wait: returns when the device is idle; called before the clock is read.
     """
 
     def align(count: int) -> list[float]:
@@ -92,32 +95,61 @@ def timed_steps(
         wait()
         return clock()
 
-    align(1)  # the first steps allocate and compile what later ones find
+    align(1)  # warm-up: the first steps allocate and compile
     seconds = align(iterations)
     return Steps(seconds[:iterations], seconds[iterations:])
 
 
 def measure(asked: Asked, world: World) -> Cost:
-    """Load, write some conversations, and time the iterations; the same figures on every rank: the slowest one's."""
+    """Write some conversations and time the iterations.
+
+    Returns:
+        The figures of the slowest rank, on every rank.
+    """
+    # Checks, rows and the model; clients keep one row each, as none of them trains.
     config = asked.config
     pass_tokens = preflight(config, world).pass_tokens.get(DPO, 0)
     record = RunRecord(config, world.ranks, synchronize=world.device.type == "cuda")
     store = ArtefactStore(config.record.artefact_folder, world.ranks, record.say)
     prepare = Preparation(config, world, record, store)
     data = prepare.read().data
-    few = [shard[:1] for shard in data.shards]  # nobody trains
+    few = [shard[:1] for shard in data.shards]
     federation = assemble(config, world, few, record.client_state)
-    rows = data.cai_rows if asked.full_epoch else data.cai_rows[: 2 * config.eval.batch_size * world.size]
-    _write(config, federation, rows[: world.size])  # what is set up once
+
+    # Writing, after a warm-up that does not count.
+    rows = data.cai_rows
+    if not asked.full_epoch:
+        rows = rows[: 2 * config.eval.batch_size * world.size]
+    _write(config, federation, rows[: world.size])
     written, written_s = _slowest(world, lambda: _write(config, federation, rows))
-    if not (pairs := usable(written)):
+    pairs = usable(written)
+    if not pairs:
         raise none_usable(written, config.cai)
+
+    # Iterations on the usable conversations.
     rounds = config.federation.num_rounds
-    aligner = Aligner(federation.trainer, pairs, federation.chat, config.cai, config.seed, rounds, pass_tokens)
-    size, round_iterations = config.cai.batch_size, aligner.iterations  # timing changes the aligner's
-    count = epoch_iterations(len(aligner.pairs), size) if asked.full_epoch else asked.iterations
+    aligner = Aligner(
+        federation.trainer,
+        pairs,
+        federation.chat,
+        config.cai,
+        config.seed,
+        rounds,
+        pass_tokens,
+    )
+    size, round_iterations = (
+        config.cai.batch_size,
+        aligner.iterations,
+    )  # timing changes the aligner's
+    count = asked.iterations
+    if asked.full_epoch:
+        count = epoch_iterations(len(aligner.pairs), size)
     steps = timed_steps(
-        aligner, federation.flat.initial(config.seed), world.everyone(), count, wait=lambda: _synchronise(world)
+        aligner,
+        federation.flat.initial(config.seed),
+        world.everyone(),
+        count,
+        wait=lambda: _synchronise(world),
     )
     each = world.ranks.gather(steps)
     slowest = max(each, key=lambda found: found.total_s)
@@ -148,7 +180,7 @@ def _write(config: Config, federation: Resident, rows: Sequence[SquareRow]) -> l
 
 
 def _slowest(world: World, work: Callable[[], T]) -> tuple[T, float]:
-    """What the work gave, and the slowest rank's seconds."""
+    """Return the work's result, and the slowest rank's seconds."""
     _synchronise(world)
     began = time.perf_counter()
     done = work()
@@ -162,37 +194,56 @@ def _synchronise(world: World) -> None:
 
 
 def parse(arguments: Sequence[str]) -> Asked:
-    """The command line, without the program's name."""
+    """Read the command line, without the program's name."""
     parser = Parser(
         prog="fedsim profile --cai",
         usage="[torchrun --nproc_per_node=N -m] fedsim profile --cai [--iterations N] [--full-epoch] [--json FILE] "
         "[CONFIG.yaml] [key=value ...]",
         description=(__doc__ or "").partition("\n\n")[2],
     )
-    parser.add_argument("words", nargs="*", metavar="CONFIG.yaml | key=value", help="config file and overrides")
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="CONFIG.yaml | key=value",
+        help="config file and overrides",
+    )
     parser.add_argument("--iterations", type=int, default=5, help="iterations that are timed")
     parser.add_argument("--full-epoch", action="store_true", help="time a whole epoch instead")
     parser.add_argument("--json", type=Path, help="write the figures as JSON to this file")
-    parser.add_argument("--local_rank", "--local-rank", type=int, help="added by launchers; the same as LOCAL_RANK")
+    parser.add_argument(
+        "--local_rank",
+        "--local-rank",
+        type=int,
+        help="added by launchers; the same as LOCAL_RANK",
+    )
     found = parser.parse_intermixed_args(arguments)
+
+    # One configuration file at most; all other words are overrides.
     files = [word for word in found.words if "=" not in word]
+    overrides = [word for word in found.words if "=" in word]
     if len(files) > 1:
-        raise ConfigError(f"command line: one config file at most, not {len(files)}: {' '.join(files)}")
+        raise ConfigError(
+            f"command line: one config file at most, not {len(files)}: {' '.join(files)}",
+        )
     if found.iterations < 1:
         raise ConfigError(f"--iterations {found.iterations}: must be >= 1; time one at least")
-    config = load_config(Path(files[0]) if files else DEFAULT, [w for w in found.words if "=" in w])
+    config = load_config(Path(files[0]) if files else DEFAULT, overrides)
     if config.cai.iterations == 0:
         raise ConfigError(
-            "cai.iterations=0: this configuration has no CAI to cost; set cai.iterations=50, as the paper"
+            "cai.iterations=0: this configuration has no CAI to cost; set cai.iterations=50, as the paper",
         )
     if found.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(found.local_rank))
-    return Asked(cai_alone(config), found.iterations, found.full_epoch, found.json)
+    return Asked(only_cai(config), found.iterations, found.full_epoch, found.json)
 
 
-def cai_alone(config: Config) -> Config:
-    """The configuration without what CAI does not need: neither guard nor benchmarks nor judge has to be there."""
-    no_benchmark: dict[str, Any] = {**dict.fromkeys(OWN, ""), "benchmarks": [], "guard_judge": "none"}
+def only_cai(config: Config) -> Config:
+    """The configuration without guard, benchmarks and judge, which CAI does not need."""
+    no_benchmark: dict[str, Any] = {
+        **dict.fromkeys(OWN, ""),
+        "benchmarks": [],
+        "guard_judge": "none",
+    }
     return replace(
         config,
         guard=replace(config.guard, kind="none"),
@@ -205,24 +256,30 @@ def cost_of(asked: Asked) -> None:
     """Measure, print and write, from rank 0."""
     parallel = asked.config.parallel
     with process_world(
-        exact=parallel.exact, threads=parallel.threads, timeout_s=parallel.timeout_s, device=parallel.device
+        exact=parallel.exact,
+        threads=parallel.threads,
+        timeout_s=parallel.timeout_s,
+        device=parallel.device,
     ) as world:
         cost = measure(asked, world)
-        world.ranks.once(lambda: _tell(asked, cost, world))
+        world.ranks.once(lambda: _show(asked, cost, world))
 
 
-def _tell(asked: Asked, cost: Cost, world: World) -> None:
-    config, there = asked.config, hardware()
-    place = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else there["cpu"]
+def _show(asked: Asked, cost: Cost, world: World) -> None:
+    """Print the tables, and write the row of JSON where asked."""
+    config, machine = asked.config, hardware()
+    place = machine["cpu"]
+    if world.device.type == "cuda":
+        place = torch.cuda.get_device_name(world.device)
     heading = (
-        f"CAI of {config.name}: model {config.model.path}, batches of {cost.batch_size}; {world.size} process(es), "
-        f"{config.parallel.threads} thread(s) each, {place}"
+        f"CAI of {config.name}: model {config.model.path}, batches of {cost.batch_size}; "
+        f"{world.size} process(es), {config.parallel.threads} thread(s) each, {place}"
     )
     facts = {
         "model": config.model.path,
         "num_ranks": world.size,
         "threads": config.parallel.threads,
-        "hardware": there,
+        "hardware": machine,
         "torch": torch.__version__,
     }
     print(f"\n{page(cost, heading)}", flush=True)
@@ -231,7 +288,7 @@ def _tell(asked: Asked, cost: Cost, world: World) -> None:
             asked.file.write_text(json.dumps(row(cost, facts)) + "\n", encoding="utf-8")
         except OSError as error:
             raise ConfigError(
-                f"--json {asked.file}: cannot be written ({error.strerror}); give another path"
+                f"--json {asked.file}: cannot be written ({error.strerror}); give another path",
             ) from error
 
 

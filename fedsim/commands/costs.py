@@ -1,9 +1,9 @@
 """The paper's elapsed times beside measured rows and their projection: ``fedsim costs [RUN …] [--page]``.
 
-Arithmetic alone: nothing is run. ``--rows`` is a folder of a machine's benchmark rows; in a clone it may be left out,
-or be one of tools/bench/results by name (by default a GPU's, if there is one). ``--target`` is a machine to project to,
-such as 4xH200 (may be repeated). RUN directories add the seconds of their phases. ``--json FILE`` writes all figures,
-``--page`` docs/results/costs.md.
+Only arithmetic: nothing is run. ``--rows`` is a folder of a machine's benchmark rows; in a clone it
+may be left out, or be one of tools/bench/results by name (by default a GPU's, if there is one).
+``--target`` is a machine to project to, such as 4xH200 (may be repeated). RUN directories add the
+seconds of their phases. ``--json FILE`` writes all figures, ``--page`` docs/results/costs.md.
 """
 
 from __future__ import annotations
@@ -25,14 +25,21 @@ from fedsim.study.bench_rows import FAST, LARGE, Row, StageResult
 from fedsim.study.command import PAGE, results_folder
 from fedsim.study.costs import Effort, Measured, Piece, Report, machine, report, run_table
 
-WORK = Path(__file__).parents[1] / "study" / "paper_work.json"  # written by tools/bench/paper_work.py
+WORK = Path(__file__).parents[1] / "study" / "paper_work.json"
+"""Effort of the paper's pieces of work, written by tools/bench/paper_work.py."""
+
 TARGETS = ("4xA100-SXM4-80GB", "4xH200")
-# Stage and beginning of the row's name, the best first, and the entry of its shapes that a unit is one of.
+# Piece → stage, beginnings of the row's name (the best first), and the entry of the row's shapes
+# that counts the units of a call ("": a call is one unit).
 PIECES: dict[str, tuple[str, Sequence[str], str]] = {
     "local_step": ("local_step", (f"{FAST}, dropout 0.05", FAST), ""),
     "cai_iteration": ("cai_iteration", (FAST,), ""),
     "guard_row": ("guard", ("",), "rows"),
-    "conversation": ("generation", ("CAI's three turns, 128 slots", "CAI's three turns, 64 slots"), "rows"),
+    "conversation": (
+        "generation",
+        ("CAI's three turns, 128 slots", "CAI's three turns, 64 slots"),
+        "rows",
+    ),
     "aggregation": ("aggregation", ("fast sum and FedAvg's step",), ""),
     "correction": ("aggregation", ("SCAFFOLD's correction",), ""),
 }
@@ -40,7 +47,8 @@ PIECES: dict[str, tuple[str, Sequence[str], str]] = {
 
 def paper_work() -> dict[str, Effort]:
     """Effort of one unit of each piece of the paper's work, by name."""
-    return {name: Effort(**effort) for name, effort in json.loads(WORK.read_text(encoding="utf-8")).items()}
+    content = json.loads(WORK.read_text(encoding="utf-8"))
+    return {name: Effort(**effort) for name, effort in content.items()}
 
 
 def committed(results: Path | None) -> dict[str, dict[str, StageResult]]:
@@ -53,7 +61,8 @@ def committed(results: Path | None) -> dict[str, dict[str, StageResult]]:
         return {}
     found = {}
     for folder in sorted(path for path in results.glob("*") if path.is_dir()):
-        if stages := _stages(folder):
+        stages = _stages(folder)
+        if stages:
             found[folder.name] = stages
     return dict(sorted(found.items(), key=lambda entry: not _of_gpu(entry[1])))
 
@@ -69,7 +78,9 @@ def _stages(folder: Path) -> dict[str, StageResult]:
         try:
             found[file.stem] = StageResult.read(file)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{file}: holds no rows of the benchmark ({error!r}); give another folder") from error
+            raise ConfigError(
+                f"{file}: holds no rows of the benchmark ({error!r}); give another folder",
+            ) from error
     return found
 
 
@@ -83,33 +94,55 @@ def chosen(name: str | None, known: Mapping[str, dict[str, StageResult]]) -> dic
     Raises:
         ConfigError: there are none.
     """
-    if name is not None and name not in known and (stages := _stages(Path(name))):
-        return stages
-    key = next(iter(known), "") if name is None else name
-    if key not in known:
-        what = "not given, and this fedsim has no committed rows" if name is None else f"{name}: no rows of a machine"
-        there = f"; known: {', '.join(known)}" if known else ""
-        raise ConfigError(f"--rows {what}; give a folder that tools/bench/run.py of a clone has written{there}")
-    return known[key]
+    # By default the preferred machine.
+    if name is None and known:
+        return known[next(iter(known))]
+
+    # A committed machine by name, or a folder by path.
+    if name is not None:
+        stages = known.get(name) or _stages(Path(name))
+        if stages:
+            return stages
+
+    what = "not given, and this fedsim has no committed rows"
+    if name is not None:
+        what = f"{name}: no rows of a machine"
+    others = f"; known: {', '.join(known)}" if known else ""
+    raise ConfigError(
+        f"--rows {what}; give a folder that tools/bench/run.py of a clone has written{others}",
+    )
 
 
 def read(stages: Mapping[str, StageResult]) -> Measured:
-    """The pieces of a machine's rows, and where they are from."""
-    facts = next(iter(stages.values())).facts
+    """The pieces of a machine's rows, with machine, date and commit."""
+    # Seconds of one unit of each piece that was timed.
     pieces = {}
     for piece, (stage, names, unit) in PIECES.items():
-        row = _row(stages[stage].rows, names) if stage in stages else None
-        if row is not None and row.seconds is not None and row.fraction_of_floor is not None:
-            pieces[piece] = Piece(row.seconds.p50 / (row.shapes[unit] if unit else 1), row.fraction_of_floor)
-    lane = _figure(stages["wide_lane"].rows, "share_of_16_rows") if "wide_lane" in stages else None
-    commits = ", ".join(sorted({(result.facts["commit"] or "unknown")[:10] for result in stages.values()}))
-    dates = ", ".join(sorted({result.facts["date"][:10] for result in stages.values()}))
-    gpu = _of_gpu(stages)
-    place = facts["device"] if gpu else f"{facts['device']}, {facts['threads']} thread(s), no GPU"
+        if stage not in stages:
+            continue
+        row = _row(stages[stage].rows, names)
+        if row is None or row.seconds is None or row.fraction_of_floor is None:
+            continue
+        num_units = row.shapes[unit] if unit else 1
+        pieces[piece] = Piece(row.seconds.p50 / num_units, row.fraction_of_floor)
+
+    # A step in a lane of several ranks over one on a single rank.
+    lane = None
+    if "wide_lane" in stages:
+        lane = _figure(stages["wide_lane"].rows, "share_of_16_rows")
+
+    # Machine, model, dates and commits, for the reader.
+    facts = next(iter(stages.values())).facts
+    all_facts = [result.facts for result in stages.values()]
+    commits = ", ".join(sorted({(one["commit"] or "unknown")[:10] for one in all_facts}))
+    dates = ", ".join(sorted({one["date"][:10] for one in all_facts}))
+    is_gpu = _of_gpu(stages)
+    device, place = facts["device"], facts["device"]
+    if not is_gpu:
+        device, place = "CPU", f"{place}, {facts['threads']} thread(s), no GPU"
     stamp = f"{place}, {facts['model']}, {dates}, commit {commits}"
-    return Measured(
-        facts["device"] if gpu else "CPU", facts["model"], gpu and facts["model"] == LARGE, stamp, pieces, lane
-    )
+    projects = is_gpu and facts["model"] == LARGE
+    return Measured(device, facts["model"], projects, stamp, pieces, lane)
 
 
 def _of_gpu(stages: Mapping[str, StageResult]) -> bool:
@@ -117,12 +150,20 @@ def _of_gpu(stages: Mapping[str, StageResult]) -> bool:
 
 
 def _row(rows: Sequence[Row], names: Sequence[str]) -> Row | None:
-    """The first row that begins with the first of ``names`` that there is."""
-    return next((row for name in names for row in rows if row.name.startswith(name)), None)
+    """The first row whose name begins with the first of ``names`` that any row has."""
+    for name in names:
+        for row in rows:
+            if row.name.startswith(name):
+                return row
+    return None
 
 
 def _figure(rows: Sequence[Row], name: str) -> float | None:
-    return next((row.figures[name] for row in rows if name in row.figures), None)
+    """A figure of the first row that has it."""
+    for row in rows:
+        if name in row.figures:
+            return row.figures[name]
+    return None
 
 
 def run_rows(folders: Sequence[Path]) -> dict[str, list[MetricRow]]:
@@ -133,17 +174,35 @@ def run_rows(folders: Sequence[Path]) -> dict[str, list[MetricRow]]:
     """
     for folder in folders:
         if not (folder / "metrics.jsonl").is_file():
-            raise ConfigError(f"{folder}: has no metrics.jsonl; give the directory of a run, such as runs/demo")
+            raise ConfigError(
+                f"{folder}: has no metrics.jsonl; give the directory of a run, such as runs/demo",
+            )
     names = short_names(folders)
-    return {name: MetricLog(folder / "metrics.jsonl").rows() for name, folder in zip(names, folders, strict=True)}
+    found = {}
+    for name, folder in zip(names, folders, strict=True):
+        found[name] = MetricLog(folder / "metrics.jsonl").rows()
+    return found
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = Parser(prog="fedsim costs", description=(__doc__ or "").partition("\n\n")[2])
-    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="directories of finished runs")
-    parser.add_argument("--rows", help="folder of rows: a path, or a name in a clone's tools/bench/results")
-    parser.add_argument("--target", action="append", help=f"a machine to project to; {' and '.join(TARGETS)}")
+    parser.add_argument(
+        "runs",
+        nargs="*",
+        type=Path,
+        metavar="RUN",
+        help="directories of finished runs",
+    )
+    parser.add_argument(
+        "--rows",
+        help="folder of rows: a path, or a name in a clone's tools/bench/results",
+    )
+    parser.add_argument(
+        "--target",
+        action="append",
+        help=f"a machine to project to; {' and '.join(TARGETS)}",
+    )
     parser.add_argument("--json", type=Path, help="write the figures as JSON to this file")
     parser.add_argument(PAGE, action="store_true", help="write docs/results/costs.md")
     return parser.parse_args(arguments)
@@ -154,17 +213,28 @@ def work(asked: argparse.Namespace) -> None:
     runs, efforts = run_rows(asked.runs), paper_work()
     found = projected_report(efforts, asked.rows, asked.target)
     seconds = run_table(runs)
+
+    # On the terminal.
     parts = [found.table().plain(), "", found.caption, "", *found.formulas(efforts)]
-    print("\n".join([*parts, *(["", seconds.plain()] if runs else [])]))
+    if runs:
+        parts += ["", seconds.plain()]
+    print("\n".join(parts))
+
+    # All figures as JSON, and the result page.
     if asked.json is not None:
-        content = {"work": {name: asdict(effort) for name, effort in efforts.items()}, **asdict(found)}
-        _write(asked.json, json.dumps({**content, "runs": [seconds.head, *seconds.rows] if runs else []}) + "\n")
+        units = {name: asdict(effort) for name, effort in efforts.items()}
+        content = {"work": units, **asdict(found), "runs": []}
+        if runs:
+            content["runs"] = [seconds.head, *seconds.rows]
+        _write(asked.json, json.dumps(content) + "\n")
     if asked.page:
         _write(results_folder(PAGE) / "costs.md", page(found, efforts, seconds if runs else None))
 
 
 def projected_report(
-    work: Mapping[str, Effort], rows: str | None = None, targets: Sequence[str] | None = None
+    work: Mapping[str, Effort],
+    rows: str | None = None,
+    targets: Sequence[str] | None = None,
 ) -> Report:
     """The costs by the committed rows.
 
@@ -174,8 +244,11 @@ def projected_report(
     """
     root = repository()
     known = committed(None if root is None else root / "tools" / "bench" / "results")
-    why = "these rows are of a CPU" if any(map(_of_gpu, known.values())) else "no GPU row is committed"
-    return report(read(chosen(rows, known)), work, [machine(text) for text in targets or TARGETS], why)
+    why = "no GPU row is committed"
+    if any(map(_of_gpu, known.values())):
+        why = "these rows are of a CPU"
+    machines = [machine(text) for text in targets or TARGETS]
+    return report(read(chosen(rows, known)), work, machines, why)
 
 
 def page(found: Report, work: Mapping[str, Any], runs: Any) -> str:
@@ -190,14 +263,18 @@ def page(found: Report, work: Mapping[str, Any], runs: Any) -> str:
         first,
         "\n".join(f"- {line}" for line in others),
     ]
-    return "\n\n".join([*parts, *([runs.markdown()] if runs else [])]) + "\n"
+    if runs:
+        parts.append(runs.markdown())
+    return "\n\n".join(parts) + "\n"
 
 
 def _write(path: Path, text: str) -> None:
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be written ({error.strerror}); give another path") from error
+        raise ConfigError(
+            f"{path}: cannot be written ({error.strerror}); give another path",
+        ) from error
 
 
 def main(argv: Sequence[str]) -> int:

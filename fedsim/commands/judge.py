@@ -1,11 +1,13 @@
 """Let a judge rate the MT-Bench answers of a run, or finish what a judge that failed has left.
 
-Usage: fedsim judge RUN_DIR [--only MODEL_ID ...] [judge.kind=openai judge.model=... judge.base_url=... ...]
+Usage: fedsim judge RUN_DIR [--only MODEL_ID ...] [judge.kind=openai judge.model=...
+judge.base_url=... ...]
 
-The run may be finished or under way. Its config.yaml says which judge rates and where question file, prompts and
-references are; overrides of judge.*, eval.mt_bench and eval.mt_bench_references come after it. Judgments that are there
-already are not asked for again, except those that were cut off by length (raise judge.max_new_tokens for them). With
-judge.kind=local, or a judge of your own, it may run under torchrun. The run's own records stay as they are.
+The run may be finished or under way. Its config.yaml says which judge rates and where question
+file, prompts and references are; overrides of judge.*, eval.mt_bench and eval.mt_bench_references
+come after it. Judgments that are there already are not asked for again, except those that were cut
+off by length (raise judge.max_new_tokens for them). With judge.kind=local, or a judge of your own,
+it may run under torchrun. The run's own records stay as they are.
 """
 
 from __future__ import annotations
@@ -35,7 +37,14 @@ JUDGED, UNRATED = "turns judged", "turns without a rating"
 CUT = "of these, cut off by length"
 NOT_ASKED, UNJUDGED = "turns too long for the judge", "turns that the judge failed at"
 
-FREE = ("judge.", "eval.mt_bench=", "eval.mt_bench_references=", "eval.batch_size=", "model.dtype=", "model.attention=")
+FREE = (
+    "judge.",
+    "eval.mt_bench=",
+    "eval.mt_bench_references=",
+    "eval.batch_size=",
+    "model.dtype=",
+    "model.attention=",
+)
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -44,25 +53,42 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     Raises:
         ConfigError: they are not of the form.
     """
-    parser = Parser(prog="fedsim judge", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog="fedsim judge",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("run", type=Path, metavar="RUN_DIR", help="a run's directory")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the run's configuration")
     parser.add_argument(
-        "--only", action="append", metavar="MODEL_ID", help="judge only this file of answers; repeatable"
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="overrides of the run's configuration",
+    )
+    parser.add_argument(
+        "--only",
+        action="append",
+        metavar="MODEL_ID",
+        help="judge only this file of answers; repeatable",
     )
     return parser.parse_intermixed_args(argv)
 
 
 def load(run: Path, overrides: Sequence[str]) -> Config:
-    """The run's configuration with the judge that is to rate.
+    """Load the run's configuration, with the judge that rates.
 
     Raises:
         ConfigError: no run, an override of something else, or no judge.
     """
-    if wrong := [text for text in overrides if not text.startswith(FREE)]:
-        raise ConfigError(f"override {wrong[0]!r}: only the judge may be changed here: {', '.join(FREE)}")
+    wrong = [text for text in overrides if not text.startswith(FREE)]
+    if wrong:
+        raise ConfigError(
+            f"override {wrong[0]!r}: only the judge may be changed here: {', '.join(FREE)}",
+        )
     if not (run / "config.yaml").is_file():
-        raise ConfigError(f"{run}: holds no config.yaml; give the directory of a run (record.dir/name)")
+        raise ConfigError(
+            f"{run}: holds no config.yaml; give the directory of a run (record.dir/name)",
+        )
     config = load_config(run / "config.yaml", overrides)
     if not config.judge.is_on:
         raise ConfigError(
@@ -73,38 +99,57 @@ def load(run: Path, overrides: Sequence[str]) -> Config:
     return config
 
 
-def read_run(run: Path, questions: Sequence[MtQuestion], only: Sequence[str] | None) -> dict[str, Answered]:
+def read_run(
+    run: Path,
+    questions: Sequence[MtQuestion],
+    only: Sequence[str] | None,
+) -> dict[str, Answered]:
     """The answers by model id, oldest first, each with its question.
 
     Raises:
-        DataError: there are none, one that is asked for is missing, or an answer's question is not in the file.
+        DataError: there are none, one that is asked for is missing, or an answer's question is not
+            in the file.
     """
+    # Files of answers, oldest first.
     folder = run / "answers" / "mt_bench" / "model_answer"
-    files = {path.stem: path for path in sorted(folder.glob("*.jsonl"), key=lambda p: (p.stat().st_mtime, p.name))}
+    paths = sorted(folder.glob("*.jsonl"), key=lambda path: (path.stat().st_mtime, path.name))
+    files = {path.stem: path for path in paths}
     if not files:
-        raise DataError(f"{folder}: holds no answers yet; a run writes them with its first evaluation")
-    if unknown := [name for name in only or () if name not in files]:
-        raise DataError(f"--only {unknown[0]}: has no answers in {folder}; there are {', '.join(files)}")
+        raise DataError(
+            f"{folder}: holds no answers yet; a run writes them with its first evaluation",
+        )
+    unknown = [name for name in only or () if name not in files]
+    if unknown:
+        raise DataError(
+            f"--only {unknown[0]}: has no answers in {folder}; there are {', '.join(files)}",
+        )
+
+    # Each answer with its question.
     by_id = {question.question_id: question for question in questions}
     found: dict[str, Answered] = {}
     for name in only or files:
         answers = read_answers(files[name])
-        if strangers := [number for number in answers if number not in by_id]:
+        strangers = [number for number in answers if number not in by_id]
+        if strangers:
             raise DataError(
-                f"{files[name]}: answers question {strangers[0]}, which eval.mt_bench does not have; give the question "
-                "file of the run"
+                f"{files[name]}: answers question {strangers[0]}, which eval.mt_bench does not "
+                "have; give the question file of the run"
             )
         found[name] = [(by_id[number], answers[number]) for number in answers]
     return found
 
 
 def judge_all(
-    judge: MtJudge, folder: Path, answered: Mapping[str, Answered], progress: Progress
+    judge: MtJudge,
+    folder: Path,
+    answered: Mapping[str, Answered],
+    progress: Progress,
 ) -> tuple[dict[str, Judged], list[str], JudgeError | None]:
     """Judge one model after the other, until one cannot be finished.
 
     Returns:
-        What was made of the models whose every turn was tried, the names of those to be judged again, and why.
+        Ratings of the models whose every turn was tried, the names of those to be judged again, and
+        the error.
     """
     done: dict[str, Judged] = {}
     left: list[str] = []
@@ -114,6 +159,8 @@ def judge_all(
             judged = judge.judge(folder, model_id, answers, phase.step)
         for line in judged.news:
             progress.note(line)
+
+        # A judge that gave up, or turns that it failed at; unfinished models end the command.
         if judged.gave_up:
             left, failure = [*left, model_id], judged.error
         elif judged.error is not None:
@@ -126,20 +173,41 @@ def judge_all(
 
 def table(judged: Mapping[str, Judged], answered: Mapping[str, Answered]) -> Table:
     """Scores of every model: mean, turns and categories with 95 % intervals and counts."""
+    # A column for each model: means with intervals, then counts of turns.
     columns: list[dict[str, str]] = []
     for model_id, outcome in judged.items():
         means = mean_scores([question for question, _ in answered[model_id]], outcome.scores)
-        cells: dict[str, Mean | None] = {"mean": means.score, "turn 1": means.by_turn[0], "turn 2": means.by_turn[1]}
-        columns.append({name: _cell(mean) for name, mean in (cells | means.by_category).items()})
+        cells: dict[str, Mean | None] = {
+            "mean": means.score,
+            "turn 1": means.by_turn[0],
+            "turn 2": means.by_turn[1],
+        }
+        column = {name: _cell(mean) for name, mean in (cells | means.by_category).items()}
         num_left = outcome.num_not_asked + outcome.num_unjudged
-        columns[-1][JUDGED] = str(2 * len(answered[model_id]) - num_left)
-        columns[-1][UNRATED] = str(outcome.num_unrated)
-        columns[-1] |= {CUT: str(outcome.num_cut)} if outcome.num_cut else {}
-        columns[-1] |= {NOT_ASKED: str(outcome.num_not_asked)} if outcome.num_not_asked else {}
-        columns[-1] |= {UNJUDGED: str(outcome.num_unjudged)} if outcome.num_unjudged else {}
-    counts = (JUDGED, UNRATED, *(n for n in (CUT, NOT_ASKED, UNJUDGED) if any(n in column for column in columns)))
-    names = [*dict.fromkeys(name for column in columns for name in column if name not in counts), *counts]
-    lines = [[name, *(c.get(name, "0" if name in counts else "none") for c in columns)] for name in names]
+        column[JUDGED] = str(2 * len(answered[model_id]) - num_left)
+        column[UNRATED] = str(outcome.num_unrated)
+        rare = {
+            CUT: outcome.num_cut,
+            NOT_ASKED: outcome.num_not_asked,
+            UNJUDGED: outcome.num_unjudged,
+        }
+        column |= {name: str(count) for name, count in rare.items() if count}
+        columns.append(column)
+
+    # Lines: means in the order in which they first appear, then counts; rare ones only if any.
+    counts = [JUDGED, UNRATED]
+    for name in (CUT, NOT_ASKED, UNJUDGED):
+        if any(name in column for column in columns):
+            counts.append(name)
+    names: dict[str, None] = {}
+    for column in columns:
+        for name in column:
+            if name not in counts:
+                names[name] = None
+    lines = []
+    for name in [*names, *counts]:
+        missing = "0" if name in counts else "none"
+        lines.append([name, *(column.get(name, missing) for column in columns)])
     return Table(["MT-Bench, 1–10", *judged], lines)
 
 
@@ -147,12 +215,14 @@ def _cell(mean: Mean | None) -> str:
     """``5.81 [5.32, 6.30] of 80``; one question has no interval."""
     if mean is None:
         return "none"
+    if mean.count <= 1:
+        return f"{mean.value:.2f} of {mean.count}"
     low, high = max(mean.low, SCALE[0]), min(mean.high, SCALE[1])
-    return f"{mean.value:.2f}" + (f" [{low:.2f}, {high:.2f}]" if mean.count > 1 else "") + f" of {mean.count}"
+    return f"{mean.value:.2f} [{low:.2f}, {high:.2f}] of {mean.count}"
 
 
 def run(config: Config, world: World, run: Path, only: Sequence[str] | None) -> None:
-    """Judge and show.
+    """Judge the answers and print the table of scores.
 
     Raises:
         JudgeError: some answers are left unjudged.
@@ -161,14 +231,19 @@ def run(config: Config, world: World, run: Path, only: Sequence[str] | None) -> 
     answered = world.ranks.once(lambda: read_run(run, judge.questions, only))
     folder = run / "answers" / "mt_bench"
     with explaining_full_disk([folder], "the last judgment"):
-        done, left, error = judge_all(judge, folder, answered, Progress(sys.stderr, enabled=world.ranks.is_main))
+        done, left, error = judge_all(
+            judge,
+            folder,
+            answered,
+            Progress(sys.stderr, enabled=world.ranks.is_main),
+        )
     if done and world.ranks.is_main:
         print(table(done, answered).plain())
         print("[low, high] = 95 % interval; of = questions with a rating")
         print(f"judgments: {JudgmentFile(folder, judge.name).path}", flush=True)
     if error is not None:
         raise JudgeError(
-            f"{error}. Not finished: {', '.join(left)}; what was judged is kept, and the same command goes on from it"
+            f"{error}. Not finished: {', '.join(left)}; what was judged is kept, and the same command goes on from it",
         )
 
 
@@ -183,7 +258,10 @@ def main(argv: Sequence[str]) -> int:
         args, config = asked
         parallel = config.parallel
         with process_world(
-            exact=parallel.exact, threads=parallel.threads, timeout_s=parallel.timeout_s, device=parallel.device
+            exact=parallel.exact,
+            threads=parallel.threads,
+            timeout_s=parallel.timeout_s,
+            device=parallel.device,
         ) as world:
             run(config, world, args.run, args.only)
 

@@ -1,7 +1,8 @@
-"""List what a configuration can name: ``fedsim list [KEY [NAME]]``.
+"""List the names that a configuration can use: ``fedsim list [KEY [NAME]]``.
 
-Without KEY all keys are listed that name code, each with fedsim's own classes or functions and their options. With KEY
-it is that key alone, and with NAME one entry, which may be your own: ``fedsim list federation.algorithm my.py:Krum``.
+Without KEY all keys are listed that name code, each with fedsim's own classes or functions and
+their options. With KEY it is that key alone, and with NAME one entry, which may be your own:
+``fedsim list federation.algorithm my.py:Krum``.
 """
 
 from __future__ import annotations
@@ -30,25 +31,35 @@ def text(key: str = "", name: str = "") -> str:
     Raises:
         ConfigError: no such key, or a name that cannot be loaded.
     """
+    # A mistyped key.
     if key and key not in KINDS:
         close = difflib.get_close_matches(key, KINDS, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"give one of {', '.join(KINDS)}"
+        hint = f"give one of {', '.join(KINDS)}"
+        if close:
+            hint = f"did you mean {close[0]}?"
         raise ConfigError(f"{key[:200]}: is no key that names code; {hint}")
+
+    # One name, one key, or all keys.
     if name:
         check_name(key, name)
         return "\n".join(_entry(key, name)) + "\n"
-    return "\n\n".join("\n".join(_group(one)) for one in ([key] if key else KINDS)) + "\n"
+    keys = [key] if key else list(KINDS)
+    groups = ["\n".join(_group(one)) for one in keys]
+    return "\n\n".join(groups) + "\n"
 
 
 def _group(key: str) -> Iterator[str]:
-    """One key: what it takes, then fedsim's own."""
+    """One key: its kind of value, then fedsim's own names."""
     kind = KINDS[key]
     if kind.base:
         wanted = f"a class that derives from fedsim.{kind.base.rpartition(':')[2]}"
     else:
         wanted = f"a function of ({', '.join(kind.takes)})"
     yield key
-    yield from _wrapped(f"Your own: module:Name or path/to/file.py:Name, {wanted}. Options: {kind.options}.", "  ")
+    yield from _wrapped(
+        f"Your own: module:Name or path/to/file.py:Name, {wanted}. Options: {kind.options}.",
+        "  ",
+    )
     for name in kind.nameable:
         yield from _entry(key, name)
     if kind.own_key:
@@ -61,7 +72,7 @@ def _group(key: str) -> Iterator[str]:
 
 
 def _entry(key: str, name: str) -> Iterator[str]:
-    """One name: the first line of its docstring, the options with defaults, and the keys that give arguments."""
+    """One name: its docstring's first line, options with defaults, and keys of arguments."""
     kind = KINDS[key]
     found = load(key, name)
     given = kind.own.get(name, Own("")).given
@@ -82,7 +93,7 @@ def first_line(found: Any) -> str:
 
 
 def options(found: Any, takes: Sequence[str]) -> list[inspect.Parameter]:
-    """Keyword arguments of a class's constructor, or those of a function behind what it is called with."""
+    """Keyword arguments of a class's constructor, or of a function after its positional ones."""
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     parameters = [one for one in inspect.signature(found).parameters.values() if one.kind in named]
     return parameters[len(takes) :]
@@ -98,15 +109,36 @@ def _option(option: inspect.Parameter) -> str:
 def _wrapped(line: str, indent: str) -> list[str]:
     """A line in 80 columns; words stay whole."""
     return textwrap.wrap(
-        line, WIDTH, initial_indent=indent, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+        line,
+        WIDTH,
+        initial_indent=indent,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
     )
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns the exit status."""
-    parser = Parser(prog="fedsim list", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("key", nargs="?", default="", metavar="KEY", help="such as federation.algorithm")
-    parser.add_argument("name", nargs="?", default="", metavar="NAME", help="such as fedavg, or my.py:Krum")
+    parser = Parser(
+        prog="fedsim list",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "key",
+        nargs="?",
+        default="",
+        metavar="KEY",
+        help="such as federation.algorithm",
+    )
+    parser.add_argument(
+        "name",
+        nargs="?",
+        default="",
+        metavar="NAME",
+        help="such as fedavg, or my.py:Krum",
+    )
 
     def read() -> str:
         args = parser.parse_args(argv)

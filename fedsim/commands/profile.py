@@ -1,17 +1,21 @@
 """Profile of a round: ``fedsim profile CONFIG.yaml [key=value …]`` under plain python or torchrun.
 
-The run is simulated up to the chosen round (``--round``, 2 by default: the first after warm-up) in a directory of its
-own, ``NAME-profile`` under ``record.dir``, which the next profile of that run clears. The table's figures are that
-round's metric row, measured without a profiler; the round is then done once more, under ``torch.profiler``, for the
-Chrome trace (open it in https://ui.perfetto.dev). Both are the same work; the last line says how much longer the
-profiled one took.
+The run is simulated up to the chosen round (``--round``, 2 by default: the first after warm-up) in
+a directory of its own, ``NAME-profile`` under ``record.dir``, which the next profile of that run
+clears. The table's figures are that round's metric row, measured without a profiler; the round is
+then done once more, under ``torch.profiler``, for the Chrome trace (open it in
+https://ui.perfetto.dev). Both are the same work; the last line says how much longer the profiled
+one took.
 """
 
 from __future__ import annotations
 
 import os
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's own notes on standard error; read when torch is loaded
+os.environ.setdefault(
+    "KINETO_LOG_LEVEL",
+    "6",
+)  # the profiler's own notes on standard error; read when torch is loaded
 
 import fcntl
 import shutil
@@ -45,8 +49,8 @@ TITLES = {
 }
 NONE = "–"
 SUFFIX = "-profile"
-MARK = ".profile"  # in a directory that profiles use; whoever profiles holds its lock
-STEADY = 0.2  # two measurements of a peak that are further apart say nothing about what binds
+MARK = ".profile"  # lock file in a directory that profiles use, held by the profiling process
+STEADY = 0.2  # largest spread of the peak at which "bound by" is shown
 
 
 class Enough(Exception):
@@ -54,7 +58,7 @@ class Enough(Exception):
 
 
 class ProfiledSimulation(Simulation):
-    """A simulation that does its chosen round twice, the second time under the profiler, and ends there.
+    """A simulation that ends with its chosen round, done twice: without and with the profiler.
 
     Args:
         chosen: index of the round.
@@ -73,18 +77,25 @@ class ProfiledSimulation(Simulation):
     def _round(self, federation: Any, round_idx: int, before: Checkpoint, *rest: Any) -> Checkpoint:
         if round_idx < self.chosen:
             return super()._round(federation, round_idx, before, *rest)
+
+        # The round without a profiler, for the figures.
         self._timed(federation, round_idx, before, *rest)
+
+        # The same round under the profiler of rank 0, for the trace.
         self.record.say("the same round once more, for the trace")
         activities = [torch.profiler.ProfilerActivity.CPU]
         if self.world.device.type == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
-        with torch.profiler.profile(activities=activities) if self.ranks.is_main else nullcontext() as profiler:
+        profiling: Any = nullcontext()
+        if self.ranks.is_main:
+            profiling = torch.profiler.profile(activities=activities)
+        with profiling as profiler:
             self._timed(federation, round_idx, before, *rest)
         self.ranks.once(lambda: self._export(profiler))
         raise Enough
 
     def _export(self, profiler: Any) -> None:
-        """Write the trace; torch's exporter only notes on a log that it could not."""
+        """Write the trace, and check it: torch's exporter only logs its errors."""
         partial = partial_trace(self.trace)
         profiler.export_chrome_trace(str(partial))
         if not partial.is_file() or partial.stat().st_size == 0:
@@ -97,7 +108,7 @@ class ProfiledSimulation(Simulation):
         self.seconds.append(time.perf_counter() - began)
 
     def _measurement(self, *given: Any) -> Measurement:
-        """Evaluations before the chosen round are not looked at."""
+        """Leave out evaluations before the chosen round."""
         measurement, chosen = super()._measurement(*given), self.chosen
         take = measurement.take
 
@@ -111,45 +122,85 @@ class ProfiledSimulation(Simulation):
 
 def phase_table(row: Mapping[str, Any]) -> Table:
     """One line a phase of a round's metric row, the rest of the round, and the whole."""
+    # Seconds by phase, in the order of a round.
     timed = top_level_seconds(row)
     seconds = {phase: timed[phase] for phase in [*TITLES, *timed] if phase in timed}
-    if "train" in seconds:  # waiting for the slowest rank is part of its training, as in MFU
+
+    # Waiting for the slowest rank is part of training, as in MFU.
+    if "train" in seconds:
         both = seconds["train"] + seconds["aggregate"]
         seconds["train"] = min(row["parallel/makespan_s"], both)
         seconds["aggregate"] = both - seconds["train"]
+
+    # A line for each phase, for the rest of the round, and for the whole.
     total = max(row["perf/round_s"], sum(seconds.values()))
     lines = [_line(row, phase, spent, total) for phase, spent in seconds.items()]
     rest = total - sum(seconds.values())
     lines.append(["everything else", f"{rest:.3f}", f"{100 * rest / total:.1f} %", *[NONE] * 5])
-    work = {name: _total(row, seconds, name) for name in ("tokens", "flops")}
-    least = sum((measured(row, f"{_prefix(phase)}roofline") or 0.0) * spent for phase, spent in seconds.items())
+    tokens = _total(row, seconds, "tokens")
+    flops = _total(row, seconds, "flops")
+    least = 0.0  # seconds at the roofline
+    for phase, spent in seconds.items():
+        least += (measured(row, f"{_prefix(phase)}roofline") or 0.0) * spent
     lines.append(
-        ["whole round", f"{total:.3f}", "100.0 %", f"{work['tokens']:,.0f}", f"{work['tokens'] / total:,.0f}",
-         _rate(work["flops"] / total, "FLOP/s"), f"{100 * least / total:.1f} %", NONE]
-    )  # fmt: skip
-    head = ["phase", "seconds", "share", "tokens", "tokens/s", "achieved", "of roofline", "bound by"]
-    widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
-    right = [[line[0], *(cell.rjust(widths[i]) for i, cell in enumerate(line[1:], start=1))] for line in [head, *lines]]
+        [
+            "whole round",
+            f"{total:.3f}",
+            "100.0 %",
+            f"{tokens:,.0f}",
+            f"{tokens / total:,.0f}",
+            _rate(flops / total, "FLOP/s"),
+            f"{100 * least / total:.1f} %",
+            NONE,
+        ]
+    )
+
+    # Numbers are set flush right.
+    head = [
+        "phase",
+        "seconds",
+        "share",
+        "tokens",
+        "tokens/s",
+        "achieved",
+        "of roofline",
+        "bound by",
+    ]
+    widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
+    right = []
+    for line in [head, *lines]:
+        cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
+        right.append([line[0], *cells[1:]])
     return Table(right[0], right[1:])
 
 
 def _line(row: Mapping[str, Any], phase: str, spent: float, total: float) -> list[str]:
+    """One phase's line.
+
+    Args:
+        spent: seconds of the phase.
+        total: seconds of the round.
+    """
     prefix = _prefix(phase)
     tokens, flops, fraction = (measured(row, prefix + name) for name in ("tokens", "flops", "roofline"))
+
+    # Memory binds where its traffic takes longer than the FLOPs, at the devices' peaks.
     bound = NONE
     if fraction is not None and row["perf/peak_spread"] <= STEADY:
         memory_s = row[f"{prefix}bytes"] / row["perf/peak_memory_bytes_per_s"]
-        bound = "memory" if memory_s > (flops or 0.0) / row["perf/peak_flops_per_s"] else "compute"
-    return [
-        TITLES.get(phase, phase),
-        f"{spent:.3f}",
-        f"{100 * spent / total:.1f} %",
-        NONE if tokens is None else f"{tokens:,.0f}",
-        NONE if tokens is None else f"{tokens / spent:,.0f}",
-        NONE if flops is None else _rate(flops / spent, "FLOP/s"),
-        NONE if fraction is None else f"{100 * fraction:.1f} %",
-        bound,
-    ]
+        compute_s = (flops or 0.0) / row["perf/peak_flops_per_s"]
+        bound = "memory" if memory_s > compute_s else "compute"
+
+    # Phases without matrix products have neither tokens nor FLOPs.
+    cells = [NONE, NONE, NONE, NONE]
+    if tokens is not None:
+        cells[:2] = [f"{tokens:,.0f}", f"{tokens / spent:,.0f}"]
+    if flops is not None:
+        cells[2] = _rate(flops / spent, "FLOP/s")
+    if fraction is not None:
+        cells[3] = f"{100 * fraction:.1f} %"
+    share = f"{100 * spent / total:.1f} %"
+    return [TITLES.get(phase, phase), f"{spent:.3f}", share, *cells, bound]
 
 
 def _prefix(phase: str) -> str:
@@ -161,20 +212,35 @@ def _total(row: Mapping[str, Any], phases: Iterable[str], name: str) -> float:
 
 
 def totals(row: Mapping[str, Any], num_ranks: int) -> dict[str, str]:
-    """The figures of the round as a whole, by what they are."""
-    flops, memory = (row[f"perf/peak_{name}"] for name in ("flops_per_s", "memory_bytes_per_s"))
+    """The figures of the round as a whole, by title."""
+    # The peak, and the share of it that was reached.
+    flops, memory = row["perf/peak_flops_per_s"], row["perf/peak_memory_bytes_per_s"]
     source, spread = row["perf/peak_source"], row["perf/peak_spread"]
-    apart = f", two measurements {100 * spread:.0f} % apart" if spread > 0 else ""
-    found = {"peak of all devices": f"{_rate(flops, 'FLOP/s')}, {_rate(memory, 'B/s')} ({source}{apart})"}
-    for title, name in (("MFU, local training", "perf/mfu"), ("MFU, constitutional AI", "perf/cai_mfu")):
-        if (mfu := measured(row, name)) is not None:
+    apart = ""
+    if spread > 0:
+        apart = f", two measurements {100 * spread:.0f} % apart"
+    found = {
+        "peak of all devices": f"{_rate(flops, 'FLOP/s')}, {_rate(memory, 'B/s')} ({source}{apart})",
+    }
+    for title, name in (
+        ("MFU, local training", "perf/mfu"),
+        ("MFU, constitutional AI", "perf/cai_mfu"),
+    ):
+        mfu = measured(row, name)
+        if mfu is not None:
             found[title] = f"{100 * mfu:.1f} %"
-    found["peak memory"] = f"{byte_size(row['perf/peak_rss_bytes'])} resident, all processes together"
+
+    # Memory, idle time and traffic.
+    resident = byte_size(row["perf/peak_rss_bytes"])
+    found["peak memory"] = f"{resident} resident, all processes together"
     if "perf/peak_gpu_bytes" in row:
-        found["peak GPU memory"] = f"{byte_size(row['perf/peak_gpu_bytes'])} allocated by the process that has most"
-    if (idle := measured(row, "parallel/idle_share")) is not None:
+        allocated = byte_size(row["perf/peak_gpu_bytes"])
+        found["peak GPU memory"] = f"{allocated} allocated by the process that has most"
+    idle = measured(row, "parallel/idle_share")
+    if idle is not None:
         planned = 100 * row["parallel/planned_idle_share"]
-        found["idle while training"] = f"{100 * idle:.1f} % of {_processes(num_ranks)}, {planned:.1f} % planned"
+        idle_share = f"{100 * idle:.1f} % of {_processes(num_ranks)}"
+        found["idle while training"] = f"{idle_share}, {planned:.1f} % planned"
     sent = row["parallel/comm_bytes"]
     found["communicated"] = f"{sent / 1e6:,.2f} MB ({sent:,} bytes handed to collectives by all processes)"
     return found
@@ -195,17 +261,19 @@ def page(simulation: ProfiledSimulation, row: Row) -> str:
     """Everything that is printed."""
     config, world = simulation.config, simulation.world
     arm = arm_of(to_flat(config))
-    place = f"{_processes(world.size)} on {world.device.type}, {config.parallel.threads} thread(s) each"
+    threads = config.parallel.threads
+    place = f"{_processes(world.size)} on {world.device.type}, {threads} thread(s) each"
     plain, profiled = simulation.seconds
     found = totals(row, world.size)
-    found["trace of rank 0"] = f"{simulation.trace} ({duration(profiled)}, {profiled / plain:.2f} x the measured pass)"
+    slower = f"{profiled / plain:.2f} x the measured pass"
+    found["trace of rank 0"] = f"{simulation.trace} ({duration(profiled)}, {slower})"
     title = f"Round {row['round']} of {config.name.removesuffix(SUFFIX)}: {arm}; {place}"
     lines = [f"{what:<22}  {figure}" for what, figure in found.items()]
     return "\n".join([title, "", phase_table(row).plain(), "", *lines])
 
 
 def parse(arguments: Sequence[str]) -> tuple[Config, int, Path | None]:
-    """The configuration, the index of the chosen round, and the trace's path if one is given."""
+    """Read the command line: configuration, index of the round, path of the trace or None."""
     parser = Parser(
         prog="fedsim profile",
         usage="[torchrun --nproc_per_node=N -m] fedsim profile [--round N] [--trace FILE] CONFIG.yaml [key=value ...]\n"
@@ -216,14 +284,23 @@ def parse(arguments: Sequence[str]) -> tuple[Config, int, Path | None]:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--round", type=int, default=2, help="which round, counted from 1")
     parser.add_argument("--trace", type=Path, help="Chrome trace to write, *.json or *.json.gz")
-    parser.add_argument("--local_rank", "--local-rank", type=int, help="added by launchers; the same as LOCAL_RANK")
+    parser.add_argument(
+        "--local_rank",
+        "--local-rank",
+        type=int,
+        help="added by launchers; the same as LOCAL_RANK",
+    )
     found = parser.parse_intermixed_args(arguments)
+
+    # A profile neither logs to W&B nor refuses to begin again.
     config = load_config(found.config, [*found.overrides, "wandb.mode=off", "record.resume=auto"])
     if not 1 <= found.round <= config.federation.num_rounds:
         raise ConfigError(f"--round {found.round}: must be >= 1 and <= federation.num_rounds (now "
                           f"{config.federation.num_rounds}); choose another round")  # fmt: skip
     if found.trace is not None and not found.trace.name.endswith((".json", ".json.gz")):
-        raise ConfigError(f"--trace {found.trace}: must end in .json or .json.gz, which trace viewers read")
+        raise ConfigError(
+            f"--trace {found.trace}: must end in .json or .json.gz, which trace viewers read",
+        )
     if found.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(found.local_rank))
     return replace(config, name=config.name + SUFFIX), round_index(found.round), found.trace
@@ -231,42 +308,50 @@ def parse(arguments: Sequence[str]) -> tuple[Config, int, Path | None]:
 
 @contextmanager
 def own_directory(folder: Path) -> Iterator[None]:
-    """A profile's directory, emptied (an earlier profile would be resumed), and this process's alone for so long.
+    """Empty a profile's directory (an earlier profile would be resumed) and hold its lock.
 
     Raises:
-        ConfigError: another process profiles in it, it holds something else than profiles, or it cannot be made.
+        ConfigError: another process profiles in it, it holds something else than profiles, or it
+            cannot be made.
     """
+    # Only a directory that a profile has made may be emptied.
     try:
         if folder.is_dir() and not (folder / MARK).is_file() and any(folder.iterdir()):
             raise ConfigError(
-                f"{folder}: exists and was not made by a profile; move it, or give the profiled run another name "
-                "(name=...)"
+                f"{folder}: exists and was not made by a profile; move it, or give the profiled "
+                "run another name (name=...)"
             )
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / MARK).open("a")
     except OSError as error:
-        raise ConfigError(f"{folder}: cannot be made or written ({error.strerror}); give another record.dir") from error
+        raise ConfigError(
+            f"{folder}: cannot be made or written ({error.strerror}); give another record.dir",
+        ) from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ConfigError(
-                f"{folder}: another process is profiling this very run; wait for it, or give this one another name "
-                "(name=...)"
+                f"{folder}: another process is profiling this very run; wait for it, or give this "
+                "one another name (name=...)"
             ) from error
         for path in folder.iterdir():
-            if path.name != MARK:
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            if path.name == MARK:
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
         yield
 
 
 def partial_trace(trace: Path) -> Path:
-    """Where a trace is written before it is whole; the ending decides the format."""
+    """Path of an unfinished trace; it keeps the ending, which decides the format."""
     return trace.with_name(f".partial-{trace.name}")
 
 
 def check_trace(trace: Path) -> None:
-    """Make the trace's directory, and find out whether the trace can be written.
+    """Make the trace's directory, and check that the trace can be written.
 
     Raises:
         ConfigError: it cannot.
@@ -278,7 +363,9 @@ def check_trace(trace: Path) -> None:
         partial_trace(trace).touch()
         partial_trace(trace).unlink()
     except OSError as error:
-        raise ConfigError(f"--trace {trace}: cannot be written ({error.strerror}); give another path") from error
+        raise ConfigError(
+            f"--trace {trace}: cannot be written ({error.strerror}); give another path",
+        ) from error
 
 
 def profile(config: Config, chosen: int, trace: Path | None) -> None:
@@ -289,7 +376,10 @@ def profile(config: Config, chosen: int, trace: Path | None) -> None:
     with (
         ExitStack() as held,
         process_world(
-            exact=parallel.exact, threads=parallel.threads, timeout_s=parallel.timeout_s, device=parallel.device
+            exact=parallel.exact,
+            threads=parallel.threads,
+            timeout_s=parallel.timeout_s,
+            device=parallel.device,
         ) as world,
     ):
         world.ranks.once(lambda: held.enter_context(own_directory(folder)))
@@ -298,13 +388,16 @@ def profile(config: Config, chosen: int, trace: Path | None) -> None:
         try:
             simulation.run()
         except Enough:
-            rows = read_rows(simulation.record.metrics_file) if world.ranks.is_main else []
-            for row in [r for r in rows if r["stage"] == "round" and r["round"] == round_number(chosen)][:1]:
-                print(f"\n{page(simulation, row)}", flush=True)
+            if not world.ranks.is_main:
+                return
+            for row in read_rows(simulation.record.metrics_file):
+                if row["stage"] == "round" and row["round"] == round_number(chosen):
+                    print(f"\n{page(simulation, row)}", flush=True)
+                    break
 
 
 def main(argv: Sequence[str]) -> int:
-    """Profile one round; a user's error is one line, from rank 0 or from the only rank that it concerns."""
+    """Profile one round; a user's error is one line, from rank 0 or from the one rank with it."""
     if "--cai" in argv:
         from fedsim.commands import cai_cost
 

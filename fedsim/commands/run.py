@@ -1,6 +1,7 @@
-"""One run: ``fedsim run [--check] [CONFIG.yaml] [key=value …]``, alone, under torchrun, or under deepspeed.
+"""One run: ``fedsim run [--check] [CONFIG.yaml] [key=value …]``, by itself or under torchrun or deepspeed.
 
-The launcher changes nothing in a run's results. ``launch/run.py`` is the same command as a script of a clone.
+The launcher changes nothing in a run's results. ``launch/run.py`` is the same command as a script
+of a clone.
 """
 
 from __future__ import annotations
@@ -23,10 +24,16 @@ def simulate(command: Command, config: Config) -> None:
         os.environ.setdefault("LOCAL_RANK", str(command.local_rank))
     parallel = config.parallel
     with process_world(
-        exact=parallel.exact, threads=parallel.threads, timeout_s=parallel.timeout_s, device=parallel.device
+        exact=parallel.exact,
+        threads=parallel.threads,
+        timeout_s=parallel.timeout_s,
+        device=parallel.device,
     ) as world:
         simulation = Simulation(config, world)
-        simulation.check() if command.check else simulation.run()
+        if command.check:
+            simulation.check()
+        else:
+            simulation.run()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -24,13 +24,22 @@ from fedsim.record.outcomes import write_items
 from fedsim.run.prepare import embedded_file
 
 
-def load_suite(settings: EvalConfig, store: ArtefactStore, *, judged: bool = False) -> tuple[Suite, dict[str, Path]]:
-    """Read every benchmark, and say which files they came from (by benchmark name).
+def load_suite(
+    settings: EvalConfig,
+    store: ArtefactStore,
+    *,
+    judged: bool = False,
+) -> tuple[Suite, dict[str, Path]]:
+    """Read every benchmark of the configuration.
 
-    The embedded world's grammar and rubric come with its own benchmarks only. A guard is not loaded here.
+    The embedded world's grammar and rubric come with its own benchmarks only. A guard is not loaded
+    here.
 
     Args:
         judged: a language model rates MT-Bench's answers.
+
+    Returns:
+        The benchmarks, and the file of each by the benchmark's name.
 
     Raises:
         ConfigError: a user's phrase rule or benchmark cannot be loaded.
@@ -40,6 +49,8 @@ def load_suite(settings: EvalConfig, store: ArtefactStore, *, judged: bool = Fal
     mistakes = Gathered()
     parts: list[Part] = []
     files: dict[str, Path] = {}
+
+    # fedsim's own benchmarks, each with a key of its own.
     for name, kind in OWN.items():
         value = getattr(settings, name)
         if not value:
@@ -48,6 +59,8 @@ def load_suite(settings: EvalConfig, store: ArtefactStore, *, judged: bool = Fal
         part = mistakes.attempt(lambda: _part(kind, settings, files[name], judged))  # noqa: B023
         if part is not None:
             parts.append(part)
+
+    # The user's benchmarks; none if one of them cannot be built.
     benchmarks = mistakes.attempt(lambda: users_benchmarks(settings)) or []
     for benchmark, one in zip(benchmarks, settings.benchmarks, strict=bool(benchmarks)):
         files[benchmark.name] = user_path(one.path)
@@ -64,10 +77,11 @@ def _part(kind: type[OwnBenchmark], settings: EvalConfig, file: Path, judged: bo
 
 
 def users_benchmarks(settings: EvalConfig) -> list[Benchmark]:
-    """The benchmarks of ``eval.benchmarks``, built and checked; no file of theirs is read.
+    """Build and check the benchmarks of ``eval.benchmarks``; none of their files is read.
 
     Raises:
-        ConfigError: one of them cannot be loaded or built, or has no name, title or figure that fedsim can take.
+        ConfigError: one of them cannot be loaded or built, or has no name, title or figure that
+            fedsim can take.
     """
     found: list[Benchmark] = []
     for place, one in enumerate(settings.benchmarks):
@@ -76,7 +90,9 @@ def users_benchmarks(settings: EvalConfig) -> list[Benchmark]:
         found.append(benchmark)
     twice = name_given_twice([*DESCRIBED, *(benchmark.describe() for benchmark in found)])
     if twice is not None:
-        raise ConfigError(f"eval.benchmarks: the {twice} is there twice; give one of the two another name")
+        raise ConfigError(
+            f"eval.benchmarks: the {twice} is there twice; give one of the two another name",
+        )
     return found
 
 
@@ -94,24 +110,41 @@ def check_declared(benchmark: Benchmark, what: str) -> None:
     Raises:
         ConfigError: one of them is missing, or a figure's name does not begin with the benchmark's.
     """
-    name, title, figures = (getattr(benchmark, part, None) for part in ("name", "title", "figures"))
+    name = getattr(benchmark, "name", None)
+    title = getattr(benchmark, "title", None)
+    figures: Any = getattr(benchmark, "figures", None)
+
+    # Name and title.
     if not isinstance(name, str) or not name.isidentifier():
-        raise ConfigError(f'{what}: needs a name of letters, digits and "_", such as name = "do_not_answer"')
+        raise ConfigError(
+            f'{what}: needs a name of letters, digits and "_", such as name = "do_not_answer"',
+        )
     if name in TAKEN:
-        raise ConfigError(f"{what}: the name {name!r} means another file or key of a run; give the benchmark another")
+        raise ConfigError(
+            f"{what}: the name {name!r} means another file or key of a run; give the benchmark another",
+        )
     if not isinstance(title, str) or not title:
         raise ConfigError(f'{what}: needs a title for people, such as title = "DoNotAnswer"')
-    if not isinstance(figures, list | tuple) or not figures or not all(isinstance(f, Figure) for f in figures):
-        raise ConfigError(f'{what}: needs figures, such as figures = (Figure("{name}_refused", "{title}: refused"),)')
+
+    # Figures, all named after the benchmark.
+    is_list = isinstance(figures, list | tuple) and len(figures) > 0
+    if not is_list or not all(isinstance(figure, Figure) for figure in figures):
+        raise ConfigError(
+            f'{what}: needs figures, such as figures = (Figure("{name}_refused", "{title}: refused"),)',
+        )
     for figure in figures:
         if figure.name != name and not figure.name.startswith(f"{name}_"):
-            raise ConfigError(f"{what}: its figure {figure.name!r} must be named {name}, or {name}_ and more")
+            raise ConfigError(
+                f"{what}: its figure {figure.name!r} must be named {name}, or {name}_ and more",
+            )
 
 
 def _users_part(benchmark: Benchmark, file: Path) -> Part:
     what = f"benchmark {benchmark.name}"
     if not file.is_file():
-        raise DataError(f"{what}: {file} is no file; give the path of one as its path in eval.benchmarks")
+        raise DataError(
+            f"{what}: {file} is no file; give the path of one as its path in eval.benchmarks",
+        )
     with calling(what, DataError, quiet=True):
         items = benchmark.load(file)
     if not isinstance(items, list | tuple) or not items:
@@ -127,20 +160,31 @@ def _file(kind: type[OwnBenchmark], value: str, store: ArtefactStore) -> Path:
     return embedded_file(store, embedded.artefact, embedded.name, embedded.write)
 
 
-def write_texts(found: Evaluation, suite: Suite, folder: Path, model_id: str, *, attacks: bool) -> None:
-    """Write what the model said, on rank 0: answers that a judge may read (harmless questions) as FastChat's files.
+def write_texts(
+    found: Evaluation,
+    suite: Suite,
+    folder: Path,
+    model_id: str,
+    *,
+    attacks: bool,
+) -> None:
+    """Write the model's replies, on rank 0.
+
+    Answers that a judge may read (harmless questions) are written as FastChat's files.
 
     Args:
         suite: what was asked.
         folder: made where there is something to write.
         model_id: names the model and the point in FastChat's files.
-        attacks: also write all other free replies (``record.texts``), such as those to attacks, each with its item's
-            place in the file, counted from 0; they go nowhere else.
+        attacks: also write all other free replies (``record.texts``), such as those to attacks,
+            each with its item's place in the file, counted from 0; they go nowhere else.
     """
     if found.answers:
         write_answers(folder / "mt_bench", found.answers, model_id, tstamp=time.time())
     if not attacks:
         return
+
+    # Free replies of the other benchmarks.
     for part in suite.parts:
         result = found.results.get(part.benchmark.name)
         if result is None or not result.replies or result.answers:
@@ -159,7 +203,7 @@ def _placed(texts: Sequence[str], places: Sequence[int]) -> list[dict[str, Any]]
 
 
 def write_outcomes(found: Evaluation, path: Path) -> None:
-    """Write the items behind the figures (:attr:`Evaluation.items`) on rank 0; nothing where there are none.
+    """Write the items behind the figures (:attr:`Evaluation.items`), on rank 0, if there are any.
 
     Scores of a local or remote judge are not among them; they are beside the answers.
 

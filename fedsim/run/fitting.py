@@ -1,4 +1,4 @@
-"""Values of the configuration with which every stage fits into a given memory, found by trying them."""
+"""Values of the configuration with which every stage fits into memory, found by trying them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fedsim.run.memory import Need
 from fedsim.run.needs import memory_needs
 
 Lever = tuple[str, int | str]
-"""A key to halve, and how low it may go: a number, or the key whose value it may not undercut."""
+"""A key to halve, and its lower bound: a number, or the key whose value it may not undercut."""
 
 LEVERS: Final[Mapping[str, tuple[Lever, ...]]] = {
     "local training": (("local.micro_batch_size", 1), ("local.max_length", 64)),
@@ -26,10 +26,11 @@ LEVERS: Final[Mapping[str, tuple[Lever, ...]]] = {
     "generation": (("eval.batch_size", 1),),
     "judging": (("eval.batch_size", 1),),
 }
-"""What may be lowered for each stage of :func:`memory_needs`, where that lowers its need.
+"""Keys that may be lowered for each stage of :func:`memory_needs`, where that lowers its need.
 
-Sizes of batches, which decide speed, come first; then lengths, at which rows are cut. In exact mode smaller
-micro-batches mean more gradients, which for a large adapter can take more than the activations that they save.
+Sizes of batches, which decide speed, come first; then lengths, at which rows are cut. In exact mode
+smaller micro-batches mean more gradients, which for a large adapter can take more than the
+activations that they save.
 """
 
 GPUS: Final = (80, 40, 24)
@@ -54,15 +55,23 @@ class Fit:
     def words(self) -> str:
         """``key=value …`` as on the command line."""
         if self.unfit is not None:
-            return f"does not fit: {self.unfit.stage} takes {byte_size(self.unfit.num_bytes)} at the lowest values"
-        return " ".join(f"{key}={value}" for key, value in self.changes.items()) or "fits as it is"
+            size = byte_size(self.unfit.num_bytes)
+            return f"does not fit: {self.unfit.stage} takes {size} at the lowest values"
+        if not self.changes:
+            return "fits as it is"
+        return " ".join(f"{key}={value}" for key, value in self.changes.items())
 
 
-def fitting(config: Config, shapes: Mapping[str, ModelShape], num_ranks: int, num_bytes: int) -> Fit:
+def fitting(
+    config: Config,
+    shapes: Mapping[str, ModelShape],
+    num_ranks: int,
+    num_bytes: int,
+) -> Fit:
     """Halve keys of :data:`LEVERS` until every stage needs at most ``num_bytes`` on one rank.
 
-    The largest stage goes first, and a key is halved only if that lowers the stage's need. Values that fit need not be
-    the largest that do.
+    The largest stage goes first, and a key is halved only if that lowers the stage's need. Values
+    that fit need not be the largest that do.
 
     Args:
         shapes: sizes of the models in use, by role.
@@ -82,30 +91,45 @@ def fitting(config: Config, shapes: Mapping[str, ModelShape], num_ranks: int, nu
 
 
 def with_effective_keys(
-    config: Config, shapes: Mapping[str, ModelShape], num_ranks: int, needs: Sequence[Need]
+    config: Config,
+    shapes: Mapping[str, ModelShape],
+    num_ranks: int,
+    needs: Sequence[Need],
 ) -> list[Need]:
     """The needs, each with the first key that lowers it; "" where none does."""
     found = []
     plain = {need.stage: need for need in memory_needs(config, shapes, num_ranks)}
     for need in needs:
         lowered = _lowered(config, shapes, num_ranks, plain[need.stage])
-        found.append(replace(need, key="" if lowered is None else lowered[0]))
+        key = "" if lowered is None else lowered[0]
+        found.append(replace(need, key=key))
     return found
 
 
-def _lowered(config: Config, shapes: Mapping[str, ModelShape], num_ranks: int, need: Need) -> tuple[str, Config] | None:
-    """The first key of a stage whose half lowers the stage's need, and the configuration with it; None without one."""
+def _lowered(
+    config: Config,
+    shapes: Mapping[str, ModelShape],
+    num_ranks: int,
+    need: Need,
+) -> tuple[str, Config] | None:
+    """Halve the first key of a stage that lowers the stage's need.
+
+    Returns:
+        The key, and the configuration with half its value; None if no key lowers the need.
+    """
     flat = to_flat(config)
     for key, lowest in LEVERS[need.stage]:
+        # Half the value, but not less than the key's lower bound.
         floor = int(flat[lowest]) if isinstance(lowest, str) else lowest
         value = max(floor, flat[key] // 2)
         if value >= flat[key]:
             continue
+
+        # Keep it if the stage then needs less.
         changed = from_flat({**flat, key: value})
-        if any(
-            n.stage == need.stage and n.num_bytes < need.num_bytes for n in memory_needs(changed, shapes, num_ranks)
-        ):
-            return key, changed
+        for after in memory_needs(changed, shapes, num_ranks):
+            if after.stage == need.stage and after.num_bytes < need.num_bytes:
+                return key, changed
     return None
 
 
@@ -116,4 +140,8 @@ def fits_by_gpu(config: Config, shapes: Mapping[str, ModelShape], num_ranks: int
     """
     dtype = compute_dtype(config.model.dtype, torch.device("cuda"))
     on_gpu = {role: replace(shape, dtype=dtype) for role, shape in shapes.items()}
-    return {f"{size} GB": fitting(config, on_gpu, num_ranks, int(USABLE * size * 2**30)) for size in GPUS}
+    found = {}
+    for size in GPUS:
+        num_bytes = int(USABLE * size * 2**30)
+        found[f"{size} GB"] = fitting(config, on_gpu, num_ranks, num_bytes)
+    return found

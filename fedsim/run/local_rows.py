@@ -1,4 +1,4 @@
-"""The clients' usable rows as tokens, counts of the others, and the check that a client trains in some round."""
+"""The clients' usable rows as tokens, counts of the others, and the check that someone trains."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ class LocalRows:
     Attributes:
         shards: usable rows of each client, or of all clients together.
         tally: counts over all of them.
-        num_emptied: how many held rows of which none is usable; they sit out like those without rows.
+        num_emptied: clients that held rows of which none is usable; they sit out like those without
+            rows.
     """
 
     shards: list[list[TokenRow]]
@@ -37,7 +38,9 @@ class LocalRows:
     def words(self, config: Config) -> str:
         """The counts in one line."""
         text = self.tally.words(WHAT, max_length=limit(config))
-        return f"{text}; {self.num_emptied:,} client(s) have none left" if self.num_emptied else text
+        if self.num_emptied:
+            text += f"; {self.num_emptied:,} client(s) have none left"
+        return text
 
     @writes(
         Metric("client/num_usable_rows", "rows of all clients that can be trained on", "rows"),
@@ -59,13 +62,16 @@ def limit(config: Config) -> str:
 
 
 def tokenise(chat: ChatFormat, row: SquareRow, max_length: int) -> TokenRow:
-    """A client's row for training: question and response, loss on the response, the filter's weight."""
+    """Tokenise a client's row: question and response, loss on the response, the filter's weight."""
     tokens = chat.training_row([user_turn(row.prompt), assistant_turn(row.response)], max_length)
     return replace(tokens, weight=row.weight)
 
 
 def local_rows(
-    config: Config, participation: Participation, chat: ChatFormat, shards: Sequence[Sequence[SquareRow]]
+    config: Config,
+    participation: Participation,
+    chat: ChatFormat,
+    shards: Sequence[Sequence[SquareRow]],
 ) -> LocalRows:
     """Tokenise the rows of everyone who may train and drop those that cannot teach anything.
 
@@ -74,17 +80,25 @@ def local_rows(
 
     Raises:
         DataError: no client has a row.
-        ConfigError: no client trains in any round, as no row is usable or every drawn client is kept away.
+        ConfigError: no client trains in any round, as no row is usable or every drawn client is
+            kept away.
     """
+    # Usable rows of each shard, and of the others the reasons.
     found: list[list[TokenRow]] = []
     reasons: list[str | None] = []
     num_emptied = 0
     for shard in participation.shards(shards):
         rows = [tokenise(chat, row, config.local.max_length) for row in shard]
-        why = [why_unusable(chat, tokens, row.response) for tokens, row in zip(rows, shard, strict=True)]
-        reasons += why
-        found.append([tokens for tokens, reason in zip(rows, why, strict=True) if reason is None])
-        num_emptied += bool(rows) and not found[-1]
+        usable = []
+        for tokens, row in zip(rows, shard, strict=True):
+            reason = why_unusable(chat, tokens, row.response)
+            reasons.append(reason)
+            if reason is None:
+                usable.append(tokens)
+        found.append(usable)
+        num_emptied += bool(rows) and not usable
+
+    # Counts, and the check that anyone trains.
     num_cut = 0
     for rows in found:
         num_cut += sum(row.truncated for row in rows)
@@ -96,7 +110,10 @@ def local_rows(
 
 
 def check_local_rows(
-    config: Config, participation: Participation, chat: ChatFormat, shards: Sequence[Sequence[SquareRow]]
+    config: Config,
+    participation: Participation,
+    chat: ChatFormat,
+    shards: Sequence[Sequence[SquareRow]],
 ) -> None:
     """Make the checks of :func:`local_rows` before the filter, on as few rows as suffice.
 
@@ -104,14 +121,15 @@ def check_local_rows(
         DataError, ConfigError: as :func:`local_rows`.
     """
     held = participation.shards(shards)
-    known: dict[int, bool] = {}
+    known: dict[int, bool] = {}  # clients that have been looked at
+
+    def is_usable(row: SquareRow) -> bool:
+        tokens = tokenise(chat, row, config.local.max_length)
+        return why_unusable(chat, tokens, row.response) is None
 
     def able(client: int) -> bool:
         if client not in known:
-            known[client] = any(
-                why_unusable(chat, tokenise(chat, row, config.local.max_length), row.response) is None
-                for row in held[client]
-            )
+            known[client] = any(is_usable(row) for row in held[client])
         return known[client]
 
     if not any(able(client) for client in range(len(held))):
@@ -119,15 +137,21 @@ def check_local_rows(
     check_anyone_trains(config, participation, able)
 
 
-def check_anyone_trains(config: Config, participation: Participation, able: Callable[[int], bool]) -> None:
+def check_anyone_trains(
+    config: Config,
+    participation: Participation,
+    able: Callable[[int], bool],
+) -> None:
     """Check that a client trains in at least one round of the run.
 
     Args:
-        able: whether a client has usable rows.
+        able: returns whether a client has usable rows.
 
     Raises:
-        ConfigError: all that are drawn are without rows, drop out or are stragglers that are left out.
+        ConfigError: all that are drawn are without rows, drop out or are stragglers that are left
+            out.
     """
+    # Draw every round's cohort as the run will, until a client trains.
     num_steps = participation.num_steps(config.local.steps)
     num_rounds, failures = config.federation.num_rounds, config.failures
     num_drawn = without_rows = dropped_out = late = 0
@@ -141,13 +165,17 @@ def check_anyone_trains(config: Config, participation: Participation, able: Call
         without_rows += len(present.sat_out)
         dropped_out += len(present.dropped_out)
         late += len(present.stragglers)
+
+    # No client trains: count the causes.
     causes = {
         f"without usable rows (longer ones than {limit(config)} are cut)": without_rows,
         f"dropped out (failures.dropout_rate={failures.dropout_rate:g})": dropped_out,
         f"left out as stragglers (failures.straggler_rate={failures.straggler_rate:g}, stragglers=drop)": late,
     }
-    counts = ", ".join(f"{count:,} {cause}" for cause, count in causes.items() if count)
+    found = {cause: count for cause, count in causes.items() if count}
+    counts = ", ".join(f"{count:,} {cause}" for cause, count in found.items())
     raise ConfigError(
-        f"no client trains in any of the {num_rounds:,} round(s): of {num_drawn:,} drawn {counts}; draw clients that "
-        "can train (federation.clients_per_round, federation.local_client), or change these settings"
+        f"no client trains in any of the {num_rounds:,} round(s): of {num_drawn:,} drawn {counts}; "
+        "draw clients that can train (federation.clients_per_round, federation.local_client), or "
+        "change these settings"
     )

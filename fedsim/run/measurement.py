@@ -1,4 +1,4 @@
-"""Measures the model at a point of the run: benchmarks, judge, texts, items, and the row that records them."""
+"""Measurement of the model at a point of the run: benchmarks, judge, texts, items, their row."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ UNTOUCHED: Final = "pretrained"
 """Evaluation point: the pretrained model."""
 
 Shared = Callable[[Suite, Callable[[], Evaluation]], Evaluation]
-"""Returns the pretrained model's evaluation by a suite, from an artefact or by calling the function."""
+"""Returns the pretrained model's evaluation, from an artefact or by calling the function."""
 
 
 class Measurement:
@@ -42,7 +42,8 @@ class Measurement:
         resident: whose model is measured.
         suite: the benchmarks.
         meter: counts what was generated.
-        shared: gives the untouched model's evaluation, computed here or by a run before; None computes it always.
+        shared: returns the pretrained model's evaluation, computed here or by an earlier run; None
+            computes it always.
     """
 
     def __init__(
@@ -69,54 +70,82 @@ class Measurement:
         self._tokenised = False
 
     def is_due(self, round_idx: int) -> bool:
-        """Return whether the configuration asks for a measurement in this round; in the last one always."""
+        """Return whether a round has a measurement; the last one always has."""
         every, num_rounds = self.config.eval.every, self.config.federation.num_rounds
         return round_idx == num_rounds - 1 or (every > 0 and round_number(round_idx) % every == 0)
 
     def take(self, round_idx: int, point: str, adapter: torch.Tensor) -> None:
-        """Run the benchmarks on an adapter. Every point draws the same random numbers, so points compare."""
+        """Run the benchmarks on an adapter, with the same random numbers at every point."""
         resident, suite = self.resident, self.suite
         resident.flat.load(adapter)
+
+        # Benchmarks, with progress from the engine and from a guard that classifies replies.
         with self.record.phase(f"evaluate, {POINT_TITLES[point]}", "evaluate") as phase:
-            workers = [w for w in (resident.engine, suite.guard) if isinstance(w, Engine | LlamaGuard)]
+            workers: list[Engine | LlamaGuard] = [resident.engine]
+            if isinstance(suite.guard, LlamaGuard):
+                workers.append(suite.guard)
             for worker in workers:
                 worker.on_progress = phase.step
             found = self._evaluate(point)
             for worker in workers:
                 worker.on_progress = None
-            phase.step(phase.total, phase.total, **stage_metrics.headline(found.metrics, suite.described))
+            headline = stage_metrics.headline(found.metrics, suite.described)
+            phase.step(phase.total, phase.total, **headline)
         self.meter.generated("evaluate", resident.engine)
+
+        # Texts and items, on rank 0.
         number = round_number(round_idx)
-        folder, model_id = self.record.folder / "answers", f"{self.config.name}-round{number}-{point}"
+        folder, model_id = (
+            self.record.folder / "answers",
+            f"{self.config.name}-round{number}-{point}",
+        )
         items = item_file(self.record.folder, number, point)
-        self.ranks.once(lambda: write_texts(found, suite, folder, model_id, attacks=self.config.record.texts))
+        attacks = self.config.record.texts
+        self.ranks.once(lambda: write_texts(found, suite, folder, model_id, attacks=attacks))
         self.ranks.once(lambda: write_outcomes(found, items))
+
+        # The judge's ratings of MT-Bench, and the row.
         judged = self._judge(found, model_id, point)
         origin = stage_metrics.of_origin(found.artefact, found.reused)
-        self.record.append(round_idx, "eval", {**stage_metrics.of_point(point), **origin, **found.metrics, **judged})
+        metrics = {**stage_metrics.of_point(point), **origin, **found.metrics, **judged}
+        self.record.append(round_idx, "eval", metrics)
 
     def _evaluate(self, point: str) -> Evaluation:
+        """Compute the benchmarks' figures, or take the pretrained model's from the artefact."""
+
         def compute() -> Evaluation:
-            if not self._tokenised:
+            if not self._tokenised:  # once a process: prompts are the same at every point
                 tokenise(self.resident.engine, self.suite)
                 self._tokenised = True
             return evaluate(self.resident.engine, self.suite, ("eval",))
 
-        return compute() if self.shared is None or point != UNTOUCHED else self.shared(self.suite, compute)
+        if self.shared is None or point != UNTOUCHED:
+            return compute()
+        return self.shared(self.suite, compute)
 
     def _judge(self, found: Evaluation, model_id: str, point: str) -> Metrics:
-        """Let the judge rate the MT-Bench answers; unjudged turns are logged, and the run continues."""
+        """Let the judge rate the MT-Bench answers; log unjudged turns, and continue the run."""
         if self.judge is None or not found.answers:
             return {}
         folder = self.record.folder / "answers" / "mt_bench"
-        with self.record.phase(f"judge MT-Bench, {POINT_TITLES[point]}", "judge", self.judge.unit) as phase:
-            judged = self.judge.judge(folder, model_id, [answer.texts for answer in found.answers], phase.step)
-            metrics = judge_metrics(judged, [answer.question for answer in found.answers])
+        texts = [answer.texts for answer in found.answers]
+        questions = [answer.question for answer in found.answers]
+
+        # Ratings, and the mean score in the progress line once all turns are rated.
+        title = f"judge MT-Bench, {POINT_TITLES[point]}"
+        with self.record.phase(title, "judge", self.judge.unit) as phase:
+            judged = self.judge.judge(folder, model_id, texts, phase.step)
+            metrics = judge_metrics(judged, questions)
             if judged.complete:
-                phase.step(phase.total, phase.total, **stage_metrics.headline(metrics, self.suite.described))
+                headline = stage_metrics.headline(metrics, self.suite.described)
+                phase.step(phase.total, phase.total, **headline)
+
+        # News of the judge, and turns that it could not rate.
         for line in judged.news:
             self.record.say(line)
         if judged.error is not None:
             finish = f"fedsim judge {self.record.folder}"
-            self.record.say(f"{judged.num_unjudged} turns stay unjudged: {judged.error}. To finish later: {finish}")
+            self.record.say(
+                f"{judged.num_unjudged} turns stay unjudged: {judged.error}. To finish later: {finish}",
+            )
         return metrics

@@ -47,7 +47,7 @@ class Stage:
     """Rows of one stage.
 
     Attributes:
-        about: when such a row is written.
+        about: occasion on which such a row is written, for the page.
         writers: functions whose metrics it holds, in their order.
     """
 
@@ -56,27 +56,41 @@ class Stage:
 
     @property
     def metrics(self) -> list[Metric]:
-        """What its rows can hold, each once."""
-        return list(dict.fromkeys(metric for writer in self.writers for metric in declared(writer)))
+        """Metrics that its rows can hold, each once."""
+        found: dict[Metric, None] = {}
+        for writer in self.writers:
+            for metric in declared(writer):
+                found[metric] = None
+        return list(found)
 
 
 STAGES: Final = {
     "guard": Stage(
-        "The guard model asked in another way than the run's (`guard.measure_untuned`,\n`guard.measure_policies`); "
-        "`point` says how.",
+        "The guard model asked in another way than the run's "
+        "(`guard.measure_untuned`,\n`guard.measure_policies`); `point` says how.",
         (stage_metrics.of_point, stage_metrics.of_verdicts),
     ),
     "filter": Stage(
         "Once a run: the filter, and the rows that are left.",
-        (stage_metrics.of_guard, stage_metrics.of_point, LocalRows.metrics, stage_metrics.of_tuning),
+        (
+            stage_metrics.of_guard,
+            stage_metrics.of_point,
+            LocalRows.metrics,
+            stage_metrics.of_tuning,
+        ),
     ),
     "cai_data": Stage(
         "Once a run with CAI: its conversations.",
-        (count_metrics, stage_metrics.of_cai_texts, stage_metrics.of_cai_findings, CaiUsage.metrics),
+        (
+            count_metrics,
+            stage_metrics.of_cai_texts,
+            stage_metrics.of_cai_findings,
+            CaiUsage.metrics,
+        ),
     ),
     "prepare": Stage(
-        "Once a run: time and work of everything before the first round. A resumed session writes a row\n"
-        f"`{RESUME}` with the same names.",
+        "Once a run: time and work of everything before the first round. A resumed session "
+        f"writes a row\n`{RESUME}` with the same names.",
         (PhaseTimers.pop, Meter.pop),
     ),
     "round": Stage(
@@ -96,13 +110,17 @@ STAGES: Final = {
     ),
     "eval": Stage(EVALUATION, (stage_metrics.of_point, stage_metrics.of_origin, length_metrics)),
 }
-"""Stages of ``metrics.jsonl`` in the order of a run; the benchmarks' figures come on top of the last."""
+"""Stages of ``metrics.jsonl`` in the order of a run; the last also has the benchmarks' figures."""
 
 
 def documented(stage: str, name: str, benchmarks: Benchmarks = DESCRIBED) -> bool:
-    """True if the page has a name of a stage's row."""
-    if name in ("round", "stage") or any(metric.covers(name) for metric in STAGES[_known(stage)].metrics):
+    """Return whether the page has a name of a stage's row."""
+    # Names that the stage declares.
+    known = STAGES[_known(stage)].metrics
+    if name in ("round", "stage") or any(metric.covers(name) for metric in known):
         return True
+
+    # The benchmarks' figures and counts.
     if stage != "eval" or not name.startswith("eval/"):
         return False
     is_count = any(name == figure.count_metric for figure in benchmarks.figures)
@@ -110,7 +128,7 @@ def documented(stage: str, name: str, benchmarks: Benchmarks = DESCRIBED) -> boo
 
 
 def page() -> str:
-    """The reference as a Markdown page: a section for each stage, and a table for each benchmark."""
+    """The reference as a Markdown page: a section a stage, and a table a benchmark."""
     parts = [INTRODUCTION]
     for name, stage in STAGES.items():
         parts += [f"## {name}", stage.about, _table(stage.metrics)]
@@ -120,7 +138,9 @@ def page() -> str:
 
 
 def _known(stage: str) -> str:
-    return "prepare" if stage == RESUME else stage
+    if stage == RESUME:
+        return "prepare"
+    return stage
 
 
 def _table(metrics: Sequence[Metric]) -> str:
@@ -133,15 +153,24 @@ def _table(metrics: Sequence[Metric]) -> str:
 
 
 def _with_keys(condition: str) -> str:
-    """A condition with its configuration key set as code."""
-    return f"`{condition}`" if "=" in condition.partition(" ")[0] or " > " in condition else condition
+    """A condition, as code where it is one on a configuration key."""
+    is_code = "=" in condition.partition(" ")[0] or " > " in condition
+    return f"`{condition}`" if is_code else condition
 
 
 def _figures(figures: Sequence[Figure]) -> str:
     lines = ["| metric | meaning | unit | scale | count |", "| --- | --- | --- | --- | --- |"]
     for figure in figures:
-        scale = "" if figure.scale is None else f"{figure.scale[0]:g} to {figure.scale[1]:g}"
-        count = f"`{figure.count_metric}`" if figure.count else "`_count`" if figure.unit else ""
-        meaning = figure.title.replace("|", "\\|") + (", **headline**" if figure.headline else "")
+        scale = ""
+        if figure.scale is not None:
+            scale = f"{figure.scale[0]:g} to {figure.scale[1]:g}"
+        count = ""
+        if figure.count:
+            count = f"`{figure.count_metric}`"
+        elif figure.unit:
+            count = "`_count`"
+        meaning = figure.title.replace("|", "\\|")
+        if figure.headline:
+            meaning += ", **headline**"
         lines.append(f"| `{figure.metric}` | {meaning} | {figure.unit} | {scale} | {count} |")
     return "\n".join(lines)

@@ -1,6 +1,7 @@
 """Peak performance of the devices of a run: published figures of known GPUs, else measured.
 
-The CPU's are measured on all ranks at the same time, as they compute: ranks that share cores share their peak.
+The CPU's are measured on all ranks at the same time, as they compute: ranks that share cores share
+their peak.
 """
 
 from __future__ import annotations
@@ -15,16 +16,22 @@ import torch
 
 from fedsim.base.ranks import Ranks
 
-_SERIES_S = 0.12  # of a series of measurements; there are two, so that one says how far the other can be trusted
-_BUFFER_BYTES = 2**26  # more than most caches have for a process, and little beside what a run needs
+_SERIES_S = 0.12
+"""Seconds of a series of measurements; there are two, and their difference is the spread."""
+
+_BUFFER_BYTES = 2**26
+"""More than a process's share of most caches, and little beside the memory of a run."""
 
 
 @dataclass(frozen=True)
 class Peak:
-    """FLOP/s of dense matrix products and bytes/s of memory, and where they are from.
+    """FLOP/s of dense matrix products and bytes/s of memory, and their source.
 
     Attributes:
-        spread: how much less the worse of two measurements gave than the better, as a share of it; 0 if published.
+        flops: FLOP/s.
+        bytes_per_s: of memory.
+        source: devices, and "measured" or "data sheet".
+        spread: 1 − worse ÷ better of two measurements; 0 if published.
     """
 
     flops: float
@@ -47,8 +54,8 @@ class Gpu:
     memory: float
 
 
-# NVIDIA's data sheets of A100 (2021), H100 (2023), H200 (2024) and L40S (2023); where they print tensor-core figures
-# with sparsity, half of those. The first line that matches counts.
+# NVIDIA's data sheets of A100 (2021), H100 (2023), H200 (2024) and L40S (2023); where they print
+# tensor-core figures with sparsity, half of those. The first line that matches counts.
 GPUS = (
     Gpu(("H200", "NVL"), 835.5, 60.0, 4.8),
     Gpu(("H200",), 989.5, 67.0, 4.8),
@@ -69,32 +76,39 @@ def run_peak(ranks: Ranks, device: torch.device, dtype: torch.dtype) -> Peak:
     """
     ranks.gather(None)  # measure side by side
     mine = device_peak(device, dtype, torch.get_num_threads())
-    place = ranks.rank if device.type == "cpu" else str(torch.cuda.get_device_properties(device).uuid)
+
+    # Sum over devices; ranks that share a GPU have its UUID in common.
+    place: int | str = ranks.rank
+    if device.type != "cpu":
+        place = str(torch.cuda.get_device_properties(device).uuid)
     each = dict(ranks.gather((place, mine)))
     flops = sum(peak.flops for peak in each.values())
     memory = sum(peak.bytes_per_s for peak in each.values())
-    return Peak(flops, memory, f"{len(each)} x {mine.source}", max(peak.spread for peak in each.values()))
+    spread = max(peak.spread for peak in each.values())
+    return Peak(flops, memory, f"{len(each)} x {mine.source}", spread)
 
 
 @functools.cache
 def device_peak(device: torch.device, dtype: torch.dtype, threads: int) -> Peak:
     """Peak of one device, of a CPU with so many threads; it is measured once in a process."""
     kind = str(dtype).removeprefix("torch.")
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        found = published(name)
-        if found is not None and dtype in (torch.bfloat16, torch.float32):
-            flops = found.bfloat16 if dtype == torch.bfloat16 else found.float32
-            return Peak(flops * 1e12, found.memory * 1e12, f"{name} {kind}, data sheet")
-        return _measured(device, dtype, 8192, f"{name} {kind}, measured")
-    return _measured(device, dtype, 512, f"CPU {kind} on {threads} thread{'s' if threads > 1 else ''}, measured")
+    if device.type != "cuda":
+        unit = "thread" if threads == 1 else "threads"
+        return _measured(device, dtype, 512, f"CPU {kind} on {threads} {unit}, measured")
+    name = torch.cuda.get_device_name(device)
+    sheet = published(name)
+    if sheet is not None and dtype in (torch.bfloat16, torch.float32):
+        teraflops = sheet.bfloat16 if dtype == torch.bfloat16 else sheet.float32
+        return Peak(teraflops * 1e12, sheet.memory * 1e12, f"{name} {kind}, data sheet")
+    return _measured(device, dtype, 8192, f"{name} {kind}, measured")
 
 
 def published(name: str) -> Gpu | None:
-    """The data sheet's line for a device name as CUDA gives it; None for one that is not known, or a part of one.
+    """The data sheet's line for a device name as CUDA gives it; None for an unknown device.
 
-    Parts are MIG instances ("MIG 1g.10gb") and virtual GPUs, whose names end with their memory and NVIDIA's letter for
-    what they are licensed for ("L40S-24Q").
+    A part of a device counts as unknown: its peak is not the device's. Parts are MIG instances
+    ("MIG 1g.10gb") and virtual GPUs, whose names end with their memory and NVIDIA's letter for what
+    they are licensed for ("L40S-24Q").
     """
     words = set(re.split("[ -]", name))
     if "MIG" in words or any(re.fullmatch(r"\d+[ABCQ]", word) for word in words):
@@ -103,18 +117,27 @@ def published(name: str) -> Gpu | None:
 
 
 def _measured(device: torch.device, dtype: torch.dtype, size: int, source: str) -> Peak:
-    """Best of many square matrix products, and of many passes that read and write a buffer, in two series of each."""
-    left, right = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
+    """Measure the peak: the best of two series of matrix products and of passes over a buffer.
+
+    Args:
+        size: of the square matrices.
+    """
+    # Matrices [size, size], and a buffer that each pass reads and writes.
+    left = torch.ones(size, size, device=device, dtype=dtype)
+    right = torch.ones(size, size, device=device, dtype=dtype)
     out = torch.empty_like(left)
     buffer = torch.ones(_BUFFER_BYTES // 4, device=device)
 
     def product() -> object:
         return torch.mm(left, right, out=out)
 
+    # Seconds of both, twice.
     series = [(_best(product, device), _best(buffer.neg_, device)) for _ in range(2)]
     products, passes = zip(*series, strict=True)
     spread = max(1 - min(seconds) / max(seconds) for seconds in (products, passes))
-    return Peak(2 * size**3 / min(products), 2 * _BUFFER_BYTES / min(passes), source, spread)
+    flops = 2 * size**3 / min(products)
+    bytes_per_s = 2 * _BUFFER_BYTES / min(passes)
+    return Peak(flops, bytes_per_s, source, spread)
 
 
 def _best(run: Callable[[], object], device: torch.device) -> float:

@@ -1,4 +1,4 @@
-"""Preparation before the first round: read the data, filter the clients' rows, write the CAI conversations."""
+"""Preparation before the first round: data, the clients' filter, CAI conversations."""
 
 from __future__ import annotations
 
@@ -95,10 +95,17 @@ class Preparation:
         store: artefacts.
 
     Attributes:
-        pass_tokens: most tokens of a training pass by stage, where memory decides (:mod:`fedsim.run.needs`).
+        pass_tokens: most tokens of a training pass by stage, where memory decides
+            (:mod:`fedsim.run.needs`).
     """
 
-    def __init__(self, config: Config, world: World, record: RunRecord, store: ArtefactStore) -> None:
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        record: RunRecord,
+        store: ArtefactStore,
+    ) -> None:
         self.config = config
         self.world = world
         self.ranks = world.ranks
@@ -112,21 +119,27 @@ class Preparation:
             "exact": config.parallel.exact,
             "versions": versions(),
             "fused": runs_fused(world.device),  # as all ranks can
-            "gpu": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else None,
+            "gpu": None,
         }
+        if world.device.type == "cuda":
+            self.facts["gpu"] = torch.cuda.get_device_name(world.device)
 
     def read(self) -> Inputs:
         """Read and split the rows, and read the benchmarks.
 
         Raises:
-            ConfigError, DataError: the one mistake that was found, such as a malformed file, or splits that the file
-                cannot supply.
+            ConfigError, DataError: the one mistake that was found, such as a malformed file, or
+                splits that the file cannot supply.
             Problems: several.
         """
-        mistakes = Gathered()
+        mistakes = Gathered()  # of all four readers, so that one mistake does not hide the others
         with self.record.phase("data", "data"):
-            data = mistakes.attempt(lambda: self._attacked(prepare_data(self.config, self.store, self.ranks)))
-            found = mistakes.attempt(lambda: load_suite(self.config.eval, self.store, judged=self.config.judge.is_on))
+            data = mistakes.attempt(
+                lambda: self._attacked(prepare_data(self.config, self.store, self.ranks)),
+            )
+            found = mistakes.attempt(
+                lambda: load_suite(self.config.eval, self.store, judged=self.config.judge.is_on),
+            )
             of_judge = mistakes.attempt(lambda: judge_files(self.config))
             users = mistakes.attempt(self._users_files)
         mistakes.raise_all()
@@ -137,7 +150,8 @@ class Preparation:
         return Inputs(data, suite, {"square": data.source, **files, **of_judge, **users})
 
     def _attacked(self, data: PreparedData) -> PreparedData:
-        """Replace the attackers' rows by what their attacks make of them, on rank 0 for all."""
+        """Replace the attackers' rows by the poisoned ones, on rank 0 for all."""
+        # Poisoned rows by client; of two attacks by one client the later counts.
         shards = list(data.shards)
         notes = []
         changed: dict[int, list[SquareRow]] = {}
@@ -146,19 +160,20 @@ class Preparation:
             if attack.changes_rows:
                 changed |= self.ranks.once(partial(_changed_rows, attack, shards))
 
-        content = []  # of the digest
+        # The digest of the poisoned rows goes into keys of artefacts that depend on the data.
+        content = []
         for client, rows in changed.items():
             shards[client] = rows
             content.append([client, [asdict(row) for row in rows]])
-        attacked = digest_of(content)
-        return replace(data, shards=shards, notes=[*data.notes, *notes], attacked=attacked if changed else "")
+        digest = digest_of(content) if changed else ""
+        return replace(data, shards=shards, notes=[*data.notes, *notes], attacked=digest)
 
     def _attacks(self) -> list[ActiveAttack]:
         config = self.config
         return build_attacks(config.attacks, config.federation.num_clients, config.seed)
 
     def _users_files(self) -> dict[str, Path]:
-        """A user's code, the constitution and DeepSpeed's configuration, where the run uses them."""
+        """Return the user's code, constitution and DeepSpeed file that the run uses."""
         files = {}
         for key, (kind, name) in code_names(to_flat(self.config)).items():
             file = source_file(kind, name)
@@ -171,11 +186,14 @@ class Preparation:
         return files
 
     def check_rows(self, data: PreparedData) -> None:
-        """Check that every stage has rows to learn from (:func:`check_rows`); the models' directories are sound."""
+        """Check on rank 0 that every stage has rows to learn from (:func:`check_rows`).
+
+        The models' directories must have been checked before.
+        """
         self.ranks.once(lambda: check_rows(self.config, data))
 
     def try_models(self, roles: Sequence[str]) -> None:
-        """Load each of these models once, and give it back: what does not fit is found before hours of work.
+        """Load each of these models once and free it, so that one that does not fit fails early.
 
         Only for architectures of which no small model could be made; loading takes a minute at 8B.
         """
@@ -238,11 +256,15 @@ class Preparation:
         self.ranks.once(check)
 
     def _model_hashes(self) -> dict[str, str]:
-        return {role: model_digest(path, self.store.digests) for role, path in models_in_use(self.config).items()}
+        hashes = {}
+        for role, path in models_in_use(self.config).items():
+            hashes[role] = model_digest(path, self.store.digests)
+        return hashes
 
     def filter(self, data: PreparedData) -> Guarded:
-        """Every client drops, replaces or downweights the rows that the guard calls unsafe (paper §4.1)."""
-        with self.record.phase(f"safety filter ({self.config.guard.kind})", "filter", "steps") as phase:
+        """Drop, refuse or downweight the rows that the guard calls unsafe (paper §4.1)."""
+        guard = self.config.guard
+        with self.record.phase(f"safety filter ({guard.kind})", "filter", "steps") as phase:
             stage = FilterStage(
                 self.config,
                 self.ranks,
@@ -254,18 +276,30 @@ class Preparation:
                 self.pass_tokens.get(TUNING, 0),
             )
             compared = stage.compare(data)
-            filtered, wanted = stage.run(data), self.config.eval.guard_judge
+            filtered = stage.run(data)
+
+            # A guard that classifies replies in evaluations stays in memory.
+            wanted = self.config.eval.guard_judge
             judge = None
             if wanted != "none":
-                judge = stage.model.judge(data, tuned=wanted == "tuned", policy=self.config.guard.policy)
+                judge = stage.model.judge(data, tuned=wanted == "tuned", policy=guard.policy)
                 judge.on_progress = None  # the phase that it would report to ends here
-            return Guarded(filtered, compared, judge, data.guard_tally if tunes_guard(self.config) else None)
+            tuning = data.guard_tally if tunes_guard(self.config) else None
+            return Guarded(filtered, compared, judge, tuning)
 
     def record_filter(self, guarded: Guarded, resident: Resident) -> None:
-        """Record how right the guard was, what its filter left, and how many rows can be trained on."""
+        """Record the guard's confusion counts, the filter's effect, and counts of usable rows."""
         guard = self.config.guard
+
+        # The guard before fine-tuning or with other policies, where the run measures that.
         for point, found in guarded.compared.items():
-            self.record.append(PRETRAINED, "guard", stage_metrics.of_point(point) | stage_metrics.of_verdicts(found))
+            self.record.append(
+                PRETRAINED,
+                "guard",
+                stage_metrics.of_point(point) | stage_metrics.of_verdicts(found),
+            )
+
+        # The run's own filter.
         point = title("guard.kind", guard.kind)
         metrics = stage_metrics.of_guard(guarded.filtered, guard.kind)
         if guard.is_model:
@@ -275,35 +309,42 @@ class Preparation:
         if guarded.tuning is not None:
             metrics |= stage_metrics.of_tuning(guarded.tuning)
         self.record.append(PRETRAINED, "filter", metrics)
+
+        # Confusion tables of all points.
         if guard.kind != "none":
             points = {**guarded.compared, point: guarded.filtered}
-            self.ranks.once(lambda: write_tables(self.record.folder / "guard", points, guard.threshold))
+            folder = self.record.folder / "guard"
+            self.ranks.once(lambda: write_tables(folder, points, guard.threshold))
 
     def shared_evaluation(self, inputs: Inputs, resident: Resident) -> Shared | None:
         """Return a function that shares the pretrained model's evaluation between runs.
 
-        None where a guard classifies replies, or replies to attacks are kept: neither is in the artefact.
+        None where a guard classifies replies, or replies to attacks are kept: neither is in the
+        artefact.
         """
         config = self.config
         if config.eval.guard_judge != "none" or config.record.texts:
             return None
+
+        # Evaluation settings that decide the figures; benchmarks have facts of their own below.
         settings = {}
         for name, value in asdict(config.eval).items():
             if name not in ("every", *OWN):
                 settings[name] = value
 
         def shared(suite: Suite, compute: Callable[[], Evaluation]) -> Evaluation:
+            benchmarks = [part.benchmark for part in suite.parts]
+
+            def digests() -> dict[str, str]:
+                return {one.name: file_digest(inputs.files[one.name]) for one in benchmarks}
+
             depends = {
                 "seed": config.seed,
                 "model": self._model_facts(),
                 "max_context": resident.engine.max_context,
                 "eval": settings,
-                "files": self.ranks.once(
-                    lambda: {
-                        part.benchmark.name: file_digest(inputs.files[part.benchmark.name]) for part in suite.parts
-                    }
-                ),
-                "benchmarks": {part.benchmark.name: part.benchmark.depends() for part in suite.parts},
+                "files": self.ranks.once(digests),
+                "benchmarks": {one.name: one.depends() for one in benchmarks},
                 **self._users_code(inputs),
                 **self.facts,
             }
@@ -312,7 +353,7 @@ class Preparation:
         return shared
 
     def _users_code(self, inputs: Inputs) -> dict[str, Any]:
-        """Digests of the files of a user's phrase rule and benchmarks, by role, for keys of artefacts."""
+        """Digests of a user's phrase rule and benchmarks by role, for keys of artefacts."""
         beginning = code_role("eval.")
         files = {role: file for role, file in inputs.files.items() if role.startswith(beginning)}
         return self.ranks.once(lambda: {role: file_digest(file) for role, file in files.items()})
@@ -330,14 +371,31 @@ class Preparation:
             ranks=self.ranks,
         )
         graphs = uses_graphs(self.world.device)
-        return {"model": digest, "dtype": model.dtype, "attention": attention.name, "graphs": graphs}
+        return {
+            "model": digest,
+            "dtype": model.dtype,
+            "attention": attention.name,
+            "graphs": graphs,
+        }
 
-    def aligner(self, data: PreparedData, resident: Resident, guard: LlamaGuard | None, *, new: bool) -> Aligner | None:
-        """The pretrained model writes the CAI conversations (once, shared by runs); None if CAI is off.
+    def aligner(
+        self,
+        data: PreparedData,
+        resident: Resident,
+        guard: LlamaGuard | None,
+        *,
+        new: bool,
+    ) -> Aligner | None:
+        """Let the pretrained model write the CAI conversations; return their aligner.
+
+        The conversations are an artefact, written once and shared by runs.
 
         Args:
-            guard: judge of replies, where the run has one.
+            guard: classifies replies, where the run has one.
             new: the run begins here; figures of the conversations are recorded.
+
+        Returns:
+            The aligner; None if CAI is off.
 
         Raises:
             ConfigError: no conversation can be trained on.
@@ -345,32 +403,54 @@ class Preparation:
         cai = self.config.cai
         if not cai.is_on:
             return None
+
+        # The conversations, from the adapter that changes nothing.
         resident.flat.load(resident.flat.initial(self.config.seed))
         facts = self.facts | self._model_facts() | {"data": data.source_sha256}
         with self.record.phase("CAI conversations", "cai_generate", "rows") as phase:
             resident.engine.on_progress = phase.step
-            conversations = cai_conversations(self.config, resident.engine, data.cai_rows, self.store, facts)
+            conversations = cai_conversations(
+                self.config,
+                resident.engine,
+                data.cai_rows,
+                self.store,
+                facts,
+            )
             resident.engine.on_progress = None
         rows = usable(conversations)
         if not rows:
             raise none_usable(conversations, cai)
+
+        # SFT and DPO on the usable ones.
         num_rounds = self.config.federation.num_rounds
         pass_tokens = self.pass_tokens.get(DPO, 0)
-        aligner = Aligner(resident.trainer, rows, resident.chat, cai, self.config.seed, num_rounds, pass_tokens)
+        aligner = Aligner(
+            resident.trainer,
+            rows,
+            resident.chat,
+            cai,
+            self.config.seed,
+            num_rounds,
+            pass_tokens,
+        )
+
+        # Counts for the log, and in the first session figures for the record.
         usage = CaiUsage.of(conversations, aligner)
         for line in usage.words():
             self.record.say(line)
         if new:
-            figures_of_texts = count_metrics(conversations) | stage_metrics.of_cai_texts(conversations)
+            figures_of_texts = count_metrics(conversations) | stage_metrics.of_cai_texts(
+                conversations,
+            )
             found = self._cai_findings(conversations, guard)
             self.record.append(PRETRAINED, "cai_data", figures_of_texts | found | usage.metrics())
         return aligner
 
     def _cai_findings(self, conversations: list[CaiRow], guard: LlamaGuard | None) -> Metrics:
-        """Shares of harmful first responses, and of critiques and revisions that find and repair them.
+        """Shares of harmful first responses, and of critiques and revisions that mend them.
 
-        The embedded world's grammar judges its own questions; a guard judges others where the run has one for replies
-        (``eval.guard_judge``); else nothing is measured.
+        The embedded world's grammar rates its own questions; a guard classifies others where the
+        run has one for replies (``eval.guard_judge``); else nothing is measured.
         """
         if is_embedded("data.square", self.config.data.square):
             return stage_metrics.of_cai_findings(judge_by_grammar(conversations))
@@ -380,7 +460,10 @@ class Preparation:
             return stage_metrics.of_cai_findings(judge_by_guard(guard)(conversations))
 
 
-def _changed_rows(attack: ActiveAttack, shards: Sequence[list[SquareRow]]) -> dict[int, list[SquareRow]]:
+def _changed_rows(
+    attack: ActiveAttack,
+    shards: Sequence[list[SquareRow]],
+) -> dict[int, list[SquareRow]]:
     """Rows of each attacker after its attack, by client."""
     return {client: attack.changed_rows(client, shards[client]) for client in attack.clients}
 
@@ -392,7 +475,7 @@ def tunes_guard(config: Config) -> bool:
 
 
 def check_rows(config: Config, data: PreparedData) -> None:
-    """Check before the first expensive stage that none will be left without a row to learn from.
+    """Check before the first expensive stage that no stage will lack a row to learn from.
 
     Raises:
         DataError: no client has a row.

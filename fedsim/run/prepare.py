@@ -25,9 +25,18 @@ _COUNTS = ("num_bad_labels", "num_blank_questions")
 """Counts of :class:`SquareFile` that are kept beside the rows."""
 
 
-def embedded_file(store: ArtefactStore, kind: str, name: str, write: Callable[[Path], None]) -> Path:
+def embedded_file(
+    store: ArtefactStore,
+    kind: str,
+    name: str,
+    write: Callable[[Path], None],
+) -> Path:
     """A file of the embedded world, written once."""
-    artefact = store.get(kind, {"name": name}, world.VERSION, lambda: None, lambda folder, _: write(folder / name))
+
+    def save(folder: Path, _: None) -> None:
+        write(folder / name)
+
+    artefact = store.get(kind, {"name": name}, world.VERSION, lambda: None, save)
     return artefact.folder / name
 
 
@@ -45,25 +54,37 @@ def _embedded_square(data: DataConfig, store: ArtefactStore) -> Path:
 
 
 def embedded_sizes(data: DataConfig) -> tuple[int, int]:
-    """Red and acceptable rows of the fictional corpus: the default's, or more where the splits ask for more.
+    """Red and acceptable rows of the fictional corpus: the default's, or more if the splits ask.
 
     Raises:
         DataError: there are not questions for so many rows, and the splits may not be shrunk.
     """
+    # Rows that the splits ask for, and those of the default corpus: [red, acceptable].
     demands = _demands(data)
     asked = [sum(d.num_red for d in demands), sum(d.num_acceptable for d in demands)]
     there = [world.NUM_RED, world.NUM_ACCEPTABLE]
-    # Whole questions fit less tightly than rows: of a label that has to grow, 2 % more than is asked.
-    wanted = [a * 51 // 50 if data.group_by_question else a for a in asked]
-    more = [w - t if a > t else 0 for a, w, t in zip(asked, wanted, there, strict=True)]
+
+    # Whole questions fit less tightly than rows: a label that has to grow gets 2 % to spare.
+    more = [0, 0]
+    for label in range(2):
+        wanted = asked[label]
+        if data.group_by_question:
+            wanted = wanted * 51 // 50
+        if asked[label] > there[label]:
+            more[label] = wanted - there[label]
+
+    # The corpus is limited; data.fit shrinks the growth to what there is.
     room, total = world.MAX_ROWS - sum(there), sum(more)
     if total > room:
         if not data.fit:
-            spare = ", with some to spare for data.group_by_question" if data.group_by_question else ""
+            spare = ""
+            if data.group_by_question:
+                spare = ", with some to spare for data.group_by_question"
             raise DataError(
-                f"data.square=embedded: has questions for {world.MAX_ROWS:,} rows, and the splits ask for {asked[0]:,} "
-                f"red and {asked[1]:,} acceptable ones, which takes a corpus of {sum(there) + total:,}{spare}; lower "
-                "data.federated_rows, data.guard_rows or data.cai_rows, set data.fit=true, or give a file"
+                f"data.square=embedded: has questions for {world.MAX_ROWS:,} rows, and the splits "
+                f"ask for {asked[0]:,} red and {asked[1]:,} acceptable ones, which takes a corpus "
+                f"of {sum(there) + total:,}{spare}; lower data.federated_rows, data.guard_rows or "
+                "data.cai_rows, set data.fit=true, or give a file"
             )
         more = [m * room // total for m in more]
     return there[0] + more[0], there[1] + more[1]
@@ -78,13 +99,14 @@ def _demands(data: DataConfig) -> list[splits.Demand]:
 
 
 def prepare_data(config: Config, store: ArtefactStore, ranks: Ranks) -> PreparedData:
-    """Read and check the rows, split them by use, and partition the federated set; the same on every rank.
+    """Read, check, split and partition the rows; the same on every rank.
 
     Raises:
         DataError: a malformed file, or splits that the file cannot supply.
     """
     data = config.data
-    source = _embedded_square(data, store) if data.square == "embedded" else user_path(data.square)
+    is_shipped = data.square == "embedded"
+    source = _embedded_square(data, store) if is_shipped else user_path(data.square)
     digest = ranks.once(lambda: _digest(source))
     read: list[SquareFile] = []
 
@@ -105,14 +127,27 @@ def prepare_data(config: Config, store: ArtefactStore, ranks: Ranks) -> Prepared
     return _split(config, source, digest, table, num_bad, num_blank)
 
 
-def _split(config: Config, source: Path, digest: str, table: ArrowRows, num_bad: int, num_blank: int) -> PreparedData:
-    """Split the rows by use, deal the federated set out to the clients, and note what a user should know."""
+def _split(
+    config: Config,
+    source: Path,
+    digest: str,
+    table: ArrowRows,
+    num_bad: int,
+    num_blank: int,
+) -> PreparedData:
+    """Split the rows by use, partition the federated set, and note what a user should know."""
     data, federation = config.data, config.federation
     rows = table.take(list(range(len(table))))
 
     # Three disjoint splits: federated, guard and CAI rows.
     demands = _demands(data)
-    made = splits.split_rows(rows, demands, config.seed, fit=data.fit, group_by_question=data.group_by_question)
+    made = splits.split_rows(
+        rows,
+        demands,
+        config.seed,
+        fit=data.fit,
+        group_by_question=data.group_by_question,
+    )
     parts = {name: [rows[i] for i in places] for name, places in made.parts.items()}
     federated, guard, cai = parts["federated"], parts["guard"], parts["cai"]
 
@@ -128,6 +163,7 @@ def _split(config: Config, source: Path, digest: str, table: ArrowRows, num_bad:
     tally = Tally.of(None if has_reply(row.response) else "empty_reply" for row in guard)
     with_reply = [row for row in guard if has_reply(row.response)]
 
+    # Notes for the log and the summary.
     num_red = sum(r.red for r in rows)
     notes = [f"{source.name}: {len(rows)} rows, {num_red} red and {len(rows) - num_red} acceptable"]
     if num_bad:
@@ -136,13 +172,17 @@ def _split(config: Config, source: Path, digest: str, table: ArrowRows, num_bad:
         notes.append(f"{num_blank} rows were dropped: their question is blank")
     if made.factor < 1:
         notes.append(
-            f"the file is too small for the sizes asked: all splits are shrunk to {made.factor:.1%} (data.fit)"
+            f"the file is too small for the sizes asked: all splits are shrunk to {made.factor:.1%} (data.fit)",
         )
     sizes = ", ".join(f"{name} {len(part)}" for name, part in made.parts.items())
-    notes.append(f"splits: {sizes}; left over: {made.leftover_red} red, {made.leftover_acceptable} acceptable")
+    notes.append(
+        f"splits: {sizes}; left over: {made.leftover_red} red, {made.leftover_acceptable} acceptable",
+    )
     num_left = len(federated) - sum(map(len, dealt))
     if num_left > 0:
-        notes.append(f"federation.partition={name}: gives {num_left} of {len(federated)} rows to no client")
+        notes.append(
+            f"federation.partition={name}: gives {num_left} of {len(federated)} rows to no client",
+        )
     if tally.num_dropped:
         notes.append(tally.words("guard rows"))
     return PreparedData(source, digest, shards, with_reply, cai or guard, notes, tally)
@@ -159,5 +199,5 @@ def _digest(path: Path) -> str:
         return file_digest(path)
     except OSError as error:
         raise DataError(
-            f"{path}: cannot be read ({error.strerror}); give the path of a SQuARe response file"
+            f"{path}: cannot be read ({error.strerror}); give the path of a SQuARe response file",
         ) from error

@@ -1,8 +1,8 @@
-"""The pretrained model's evaluation as an artefact: runs that would measure the same thing share it.
+"""The pretrained model's evaluation as an artefact, shared by runs that measure the same thing.
 
-Every arm begins with the same untouched model, so its figures need not be computed again before an arm's first step.
-The artefact holds figures, the items behind them and MT-Bench answers; replies to attacks are in it as little as
-anywhere else.
+Every arm begins with the same pretrained model, so its figures need not be computed again before an
+arm's first step. The artefact holds figures, the items behind them and MT-Bench answers; replies to
+attacks are in it as little as anywhere else.
 """
 
 from __future__ import annotations
@@ -26,14 +26,21 @@ _FILE = "evaluation.json"
 
 
 def shared_evaluation(
-    store: ArtefactStore, depends: Mapping[str, Any], suite: Suite, compute: Callable[[], Evaluation]
+    store: ArtefactStore,
+    depends: Mapping[str, Any],
+    suite: Suite,
+    compute: Callable[[], Evaluation],
 ) -> Evaluation:
-    """The evaluation of these dependencies: ``compute()``, or what a run before got, without the replies to attacks.
+    """Compute the evaluation of these dependencies, or read it from an earlier run's artefact.
 
     Args:
-        depends: everything beside the code that decides the figures: model, benchmarks, settings, machine.
-        suite: what is measured.
+        depends: everything beside the code that decides the figures: model, benchmarks, settings,
+            machine.
+        suite: the benchmarks.
         compute: measures; called on every rank where the artefact is not there.
+
+    Returns:
+        The evaluation, without the replies to attacks where it was read.
     """
     computed: list[Evaluation] = []
 
@@ -42,16 +49,24 @@ def shared_evaluation(
         return computed[0]
 
     artefact = store.get("pretrained-evaluation", depends, VERSION, build, _write)
-    judged = suite.part("mt_bench")
-    questions = [] if judged is None else judged.chosen(suite.limit)
-    found = computed[0] if computed else _read(artefact.folder, questions)
+    if computed:
+        found = computed[0]
+    else:
+        mt_bench = suite.part("mt_bench")
+        questions = [] if mt_bench is None else mt_bench.chosen(suite.limit)
+        found = _read(artefact.folder, questions)
     return replace(found, artefact=artefact.folder.name, reused=artefact.reused)
 
 
 def _write(folder: Path, found: Evaluation) -> None:
-    answers = [{"replies": [asdict(r) for r in a.replies], "scores": a.scores} for a in found.answers]
+    answers = []
+    for answer in found.answers:
+        replies = [asdict(reply) for reply in answer.replies]
+        answers.append({"replies": replies, "scores": answer.scores})
+    # Lists of pairs, as JSON writers may sort the keys of objects.
     items = [[figure, list(values.items())] for figure, values in found.items.items()]
-    write_json(folder / _FILE, {"metrics": list(found.metrics.items()), "items": items, "answers": answers})
+    metrics = list(found.metrics.items())
+    write_json(folder / _FILE, {"metrics": metrics, "items": items, "answers": answers})
 
 
 def _read(folder: Path, questions: Sequence[MtQuestion]) -> Evaluation:
@@ -64,6 +79,8 @@ def _read(folder: Path, questions: Sequence[MtQuestion]) -> Evaluation:
     answers = []
     for question, entry in zip(questions, content["answers"], strict=True):
         first, second = (Reply(**reply) for reply in entry["replies"])
-        answers.append(MtAnswer(question, (first, second), (entry["scores"][0], entry["scores"][1])))
+        answers.append(
+            MtAnswer(question, (first, second), (entry["scores"][0], entry["scores"][1])),
+        )
     items = {figure: dict(values) for figure, values in content["items"]}
     return Evaluation(dict(content["metrics"]), items, answers)

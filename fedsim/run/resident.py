@@ -68,7 +68,7 @@ class Resident:
         return self.algorithm.start(self.flat.initial(seed))
 
     def to_device(self, state: ServerState) -> ServerState:
-        """``state`` where the adapter lives."""
+        """Move a state to the adapter's device."""
         return state.to(self.flat.values.device)
 
     def check(self, state: ServerState) -> None:
@@ -80,33 +80,45 @@ class Resident:
         self.algorithm.check(state, self.flat.size)
 
     def step(self, state: ServerState, sums: RoundSums | Updates) -> ServerState:
-        """The server's step.
+        """Take the server's step.
 
         Raises:
-            RunError: a vector is no longer finite, or is none of this algorithm's; the same on every rank.
+            RunError: a vector is no longer finite, or is none of this algorithm's; the same on
+                every rank.
         """
+        # A rule may be the user's: check the type and the vectors of the state that it returns.
+        name = type(self.algorithm).__name__
         after = self.algorithm.server_step(state, sums)
         if not isinstance(after, ServerState):
-            raise RunError(f"{type(self.algorithm).__name__}.server_step must return a ServerState, not {after!r:.100}")
+            raise RunError(f"{name}.server_step must return a ServerState, not {after!r:.100}")
         try:
             self.check(after)
         except CheckpointError as error:
-            raise RunError(f"{type(self.algorithm).__name__}.server_step: {error}") from error
+            raise RunError(f"{name}.server_step: {error}") from error
+
+        # Vectors must be finite.
         after = replace(after, num_steps=state.num_steps + 1)
-        for name, vector in after.named().items():
+        for vector_name, vector in after.named().items():
             if not all_finite(vector):
                 raise RunError(
-                    f"the server's vector {name} became NaN or infinite in step {after.num_steps}; lower "
-                    "server_optimizer.lr or local.lr"
+                    f"the server's vector {vector_name} became NaN or infinite in step "
+                    f"{after.num_steps}; lower server_optimizer.lr or local.lr"
                 )
         return after
 
     def attendance(self, round_idx: int) -> Attendance:
-        """Clients that train in a round with their steps, and the reasons of the others that were drawn."""
+        """Clients that train in a round with their steps, and reasons of the others."""
         drawn = self.participation.drawn(round_idx)
         able = [client for client in drawn if self.shards[client]]
         clients = self.cohorts.trainer
-        return attend(drawn, able, clients.num_steps, round_idx, clients.seed, self.cohorts.failures)
+        return attend(
+            drawn,
+            able,
+            clients.num_steps,
+            round_idx,
+            clients.seed,
+            self.cohorts.failures,
+        )
 
 
 def assemble(
@@ -127,15 +139,31 @@ def assemble(
         DataError, ConfigError: no client could train (:func:`fedsim.run.local_rows.local_rows`).
     """
     model, federation = config.model, config.federation
+
+    # The frozen base with LoRA, its flat adapter, and the trainer of it.
     loaded = load_model(
-        model.path, model.lora, dtype=model.dtype, attention=model.attention, device=world.device, ranks=world.ranks
+        model.path,
+        model.lora,
+        dtype=model.dtype,
+        attention=model.attention,
+        device=world.device,
+        ranks=world.ranks,
     )
     flat = FlatAdapter(loaded.model)
     local = config.local
-    steps = StepSettings(local.micro_batch_size, local.max_grad_norm, local.weight_decay, config.seed)
+    steps = StepSettings(
+        local.micro_batch_size,
+        local.max_grad_norm,
+        local.weight_decay,
+        config.seed,
+    )
     trainer = Trainer(loaded.base, flat, steps)
+
+    # The algorithm's rules, and who takes part.
     algorithm = build_algorithm(federation, config.server_optimizer)
     participation = algorithm.participation(federation, config.seed)
+
+    # Generation and scoring.
     engine = Engine(
         loaded.base,
         loaded.chat,
@@ -144,10 +172,19 @@ def assemble(
         max_context=min(model.max_context, loaded.max_positions),
         seed=config.seed,
     )
+
+    # Clients: trainer, usable rows, control variates, attackers.
     objective = SftObjective()
     num_steps = participation.num_steps(local.steps)
     clients = ClientTrainer(
-        trainer, algorithm, objective, local, num_steps, federation.num_rounds, config.seed, pass_tokens
+        trainer,
+        algorithm,
+        objective,
+        local,
+        num_steps,
+        federation.num_rounds,
+        config.seed,
+        pass_tokens,
     )
     rows = local_rows(config, participation, loaded.chat, shards)
     controls = ClientStateStore(client_state)
@@ -160,4 +197,14 @@ def assemble(
         wide_lanes=config.parallel.wide_lanes,
         attacks=build_attacks(config.attacks, federation.num_clients, config.seed),
     )
-    return Resident(loaded, flat, trainer, engine, algorithm, participation, rows, controls, cohorts)
+    return Resident(
+        loaded,
+        flat,
+        trainer,
+        engine,
+        algorithm,
+        participation,
+        rows,
+        controls,
+        cohorts,
+    )

@@ -27,7 +27,7 @@ class Percentiles:
 
 @dataclass(frozen=True)
 class Correctness:
-    """How far a result is from its reference.
+    """Distance of a result from its reference.
 
     Attributes:
         what: what is compared with what, and how.
@@ -49,12 +49,12 @@ class Correctness:
 
 @dataclass(frozen=True)
 class Target:
-    """What a row's figure should reach.
+    """A bound that a row's figure should reach.
 
     Attributes:
         figure: "ratio", "p50_s", or a name in the row's ``figures``.
         value: the bound, in the figure's unit.
-        at_most: whether the figure should stay below it, not above.
+        at_most: the figure should stay below the bound, not above.
     """
 
     figure: str
@@ -105,7 +105,7 @@ class Row:
 
     @property
     def ratio(self) -> float | None:
-        """How many times as long the peer takes."""
+        """Peer's p50 ÷ ours; None where one of them was not timed."""
         if self.seconds is None or self.peer_seconds is None:
             return None
         return self.peer_seconds.p50 / self.seconds.p50
@@ -113,7 +113,9 @@ class Row:
     @property
     def fraction_of_floor(self) -> float | None:
         """Floor / p50: 1 is as fast as the device can."""
-        return None if self.seconds is None or self.floor_s is None else self.floor_s / self.seconds.p50
+        if self.seconds is None or self.floor_s is None:
+            return None
+        return self.floor_s / self.seconds.p50
 
     def figure(self, name: str) -> float | None:
         """A figure that a target can name; None if it was not measured."""
@@ -126,15 +128,19 @@ class Row:
     @property
     def reached(self) -> bool | None:
         """Return whether the target is met; None without a target or without its figure."""
-        value = None if self.target is None else self.figure(self.target.figure)
-        if self.target is None or value is None or math.isnan(value):
+        if self.target is None:
             return None
-        return value <= self.target.value if self.target.at_most else value >= self.target.value
+        value = self.figure(self.target.figure)
+        if value is None or math.isnan(value):
+            return None
+        if self.target.at_most:
+            return value <= self.target.value
+        return value >= self.target.value
 
 
 @dataclass(frozen=True)
 class StageResult:
-    """What a stage's file holds.
+    """Content of a stage's file.
 
     Attributes:
         stage: its name.
@@ -152,7 +158,9 @@ class StageResult:
         """Write JSON, with the derived figures beside the measured ones."""
         content = asdict(self)
         for entry, row in zip(content["rows"], self.rows, strict=True):
-            entry |= {"ratio": row.ratio, "fraction_of_floor": row.fraction_of_floor, "reached": row.reached}
+            entry["ratio"] = row.ratio
+            entry["fraction_of_floor"] = row.fraction_of_floor
+            entry["reached"] = row.reached
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -161,12 +169,17 @@ class StageResult:
         """Read what :meth:`write` wrote."""
         content = json.loads(path.read_text(encoding="utf-8"))
         rows = [_row(entry) for entry in content["rows"]]
-        return cls(content["stage"], content["facts"], [Correctness(**c) for c in content["correctness"]], rows)
+        checks = [Correctness(**entry) for entry in content["correctness"]]
+        return cls(content["stage"], content["facts"], checks, rows)
 
 
 def _row(entry: dict[str, Any]) -> Row:
-    given = {k: v for k, v in entry.items() if k not in ("ratio", "fraction_of_floor", "reached")}
+    """A row from its JSON object; derived figures are left out."""
+    derived = ("ratio", "fraction_of_floor", "reached")
+    given = {name: value for name, value in entry.items() if name not in derived}
     for name in ("seconds", "peer_seconds"):
-        given[name] = None if given[name] is None else Percentiles(**given[name])
-    given["target"] = None if given["target"] is None else Target(**given["target"])
+        if given[name] is not None:
+            given[name] = Percentiles(**given[name])
+    if given["target"] is not None:
+        given["target"] = Target(**given["target"])
     return Row(**given)

@@ -1,4 +1,4 @@
-"""Cost of CAI as the paper states it: a round's epoch of iterations against few of them (paper §4.2 and §6.1)."""
+"""Cost of CAI as the paper states it: a round's epoch of iterations or few (paper §4.2, §6.1)."""
 
 from __future__ import annotations
 
@@ -28,19 +28,20 @@ class Steps:
         return math.fsum(self.sft_s) + math.fsum(self.dpo_s)
 
     def first(self, count: int) -> Steps:
-        """The first ``count`` iterations alone."""
+        """The first ``count`` iterations only."""
         return Steps(self.sft_s[:count], self.dpo_s[:count])
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What was measured.
+    """Times that were measured, and the counts of the run.
 
     Attributes:
         steps: the timed ones.
         extrapolated_from: iterations that an extrapolation takes.
-        full_epoch: whether ``steps`` are a whole epoch.
-        num_rows: conversations that a run can train on: as large a share of ``asked_rows`` as of those written here.
+        full_epoch: ``steps`` are a whole epoch.
+        num_rows: conversations that a run can train on: as large a share of ``asked_rows`` as of
+            those written here.
         batch_size: rows of a step.
         round_iterations: iterations of a round (``cai.iterations``).
         num_rounds: rounds of the run that have CAI.
@@ -62,17 +63,19 @@ class Cost:
 
     @property
     def epoch_iterations(self) -> int:
-        """Iterations of the configuration's own epoch; the last batch is filled from the next epoch."""
+        """Iterations of the configuration's own epoch; the last batch is filled up."""
         return epoch_iterations(self.num_rows, self.batch_size)
 
     @property
     def epoch_s(self) -> float:
         """Seconds of that epoch: measured, or the mean iteration times their number."""
-        return self.steps.total_s if self.full_epoch else self.epoch_iterations * self.steps.iteration_s
+        if self.full_epoch:
+            return self.steps.total_s
+        return self.epoch_iterations * self.steps.iteration_s
 
     @property
     def extrapolated_s(self) -> float:
-        """Seconds of that epoch as its first iterations would have foretold."""
+        """Seconds of that epoch, extrapolated from its first iterations."""
         return self.epoch_iterations * self.steps.first(self.extrapolated_from).iteration_s
 
     @property
@@ -87,68 +90,81 @@ def epoch_iterations(num_rows: int, batch_size: int) -> int:
 
 
 def at_paper_counts(iteration_s: float) -> dict[str, float]:
-    """Seconds of what :data:`fedsim.report.paper.COSTS` calls by these names, with an iteration of so many seconds."""
+    """Seconds of three of the paper's costs, by name, from those of an iteration."""
     few = paper.CAI_ITERATIONS * iteration_s
-    return {"cai_epoch": paper.CAI_EPOCH_ITERATIONS * iteration_s, "cai_round": few, "cai": paper.NUM_ROUNDS * few}
+    return {
+        "cai_epoch": paper.CAI_EPOCH_ITERATIONS * iteration_s,
+        "cai_round": few,
+        "cai": paper.NUM_ROUNDS * few,
+    }
 
 
 def table(cost: Cost) -> Table:
-    """The paper's table beside what was measured and what follows from it."""
-    here = cost.steps.iteration_s
-    own_round, own_all = cost.round_iterations * here, cost.num_rounds
+    """The paper's table beside the measured times and projections from them."""
+    # Counts: the paper's, and this configuration's.
     epoch, few, rounds = paper.CAI_EPOCH_ITERATIONS, paper.CAI_ITERATIONS, paper.NUM_ROUNDS
-    printed = {name: 60 * paper.COSTS[name].minutes for name in ("cai_epoch", "cai_round", "cai")}
+    num_written, num_rounds = paper.NUM_CAI_ROWS, cost.num_rounds
+
+    # Seconds: printed by the paper, here at the paper's counts, here as configured.
+    names = ("cai_epoch", "cai_round", "cai")
+    printed = {name: 60 * paper.COSTS[name].minutes for name in names}
+    here = cost.steps.iteration_s
     counted = at_paper_counts(here)
+    own_round = cost.round_iterations * here
+    row_s = cost.written_s / cost.written_rows
+    epochs = [printed["cai_epoch"], counted["cai_epoch"], cost.epoch_s]
+    few_each = [printed["cai_round"], counted["cai_round"], own_round]
+    all_epochs = [rounds * epochs[0], rounds * epochs[1], num_rounds * epochs[2]]
+    all_few = [printed["cai"], counted["cai"], num_rounds * own_round]
+    iterations = [printed["cai_round"] / few, here, here]
+    savings = [saved(whole, part) for whole, part in zip(epochs, few_each, strict=True)]
+    writing = [time_text(row_s * num_written), time_text(cost.writing_s)]
+
     lines = [
         ["iterations of an epoch", f"{epoch:,}", f"{epoch:,}", f"{cost.epoch_iterations:,}"],
         ["iterations of a round", f"{few:,}", f"{few:,}", f"{cost.round_iterations:,}"],
-        ["one iteration (SFT + DPO step)", time_text(printed["cai_round"] / few), time_text(here), time_text(here)],
-        ["a round with a whole epoch", *map(time_text, (printed["cai_epoch"], counted["cai_epoch"], cost.epoch_s))],
-        ["a round with few iterations", *map(time_text, (printed["cai_round"], counted["cai_round"], own_round))],
+        ["one iteration (SFT + DPO step)", *map(time_text, iterations)],
+        ["a round with a whole epoch", *map(time_text, epochs)],
+        ["a round with few iterations", *map(time_text, few_each)],
+        ["saved by that", *savings],
+        ["rounds with CAI", f"{rounds}", f"{rounds}", f"{num_rounds}"],
+        ["all rounds with an epoch each", *map(time_text, all_epochs)],
+        ["all rounds with few iterations", *map(time_text, all_few)],
         [
-            "saved by that",
-            *map(
-                saved,
-                (printed["cai_epoch"], counted["cai_epoch"], cost.epoch_s),
-                (printed["cai_round"], counted["cai_round"], own_round),
-            ),
+            "conversations, written once",
+            f"{num_written:,}",
+            f"{num_written:,}",
+            f"{cost.asked_rows:,}",
         ],
-        ["rounds with CAI", f"{rounds}", f"{rounds}", f"{own_all}"],
-        [
-            "all rounds with an epoch each",
-            *map(time_text, (rounds * printed["cai_epoch"], rounds * counted["cai_epoch"], own_all * cost.epoch_s)),
-        ],
-        [
-            "all rounds with few iterations",
-            *map(time_text, (printed["cai"], counted["cai"], own_all * own_round)),
-        ],
-        ["conversations, written once", f"{paper.NUM_CAI_ROWS:,}", f"{paper.NUM_CAI_ROWS:,}", f"{cost.asked_rows:,}"],
-        [
-            "writing them",
-            "not stated",
-            time_text(cost.written_s / cost.written_rows * paper.NUM_CAI_ROWS),
-            time_text(cost.writing_s),
-        ],
+        ["writing them", "not stated", *writing],
     ]
+
+    # Numbers are set flush right.
     head = ["", "paper, 4 x A100", "here, the paper's counts", "here, this configuration"]
-    widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
-    return Table(head, [[line[0], *(cell.rjust(widths[i]) for i, cell in enumerate(line[1:], 1))] for line in lines])
+    widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
+    right = []
+    for line in lines:
+        cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
+        right.append([line[0], *cells[1:]])
+    return Table(head, right)
 
 
 def time_text(seconds: float) -> str:
     """``37 ms``, ``3.84 s`` or ``1 h 20 min``."""
     if seconds < 1:
         return f"{1000 * seconds:.3g} ms"
-    return f"{seconds:.3g} s" if seconds < 59.95 else duration(seconds)
+    if seconds < 59.95:
+        return f"{seconds:.3g} s"
+    return duration(seconds)
 
 
 def saved(whole: float, part: float) -> str:
-    """``-96 %``: how far ``part`` is from ``whole``."""
+    """Difference of ``part`` from ``whole``, such as ``-96 %``."""
     return f"{100 * (part / whole - 1):+.0f} %"
 
 
 def page(cost: Cost, heading: str) -> str:
-    """Everything that is printed."""
+    """The text that the command prints."""
     steps = cost.steps
     count = len(steps.sft_s)
     sft, dpo = (math.fsum(seconds) / count for seconds in (steps.sft_s, steps.dpo_s))
@@ -157,16 +173,17 @@ def page(cost: Cost, heading: str) -> str:
         "",
         table(cost).plain(),
         "",
-        f"timed: {count} iteration(s), an SFT step {time_text(sft)} and a DPO step {time_text(dpo)} on average; "
-        f"{cost.num_rows:,} rows / {cost.batch_size} = {cost.epoch_iterations:,} iterations an epoch "
-        f"(paper: {paper.NUM_CAI_ROWS:,} / {paper.BATCH_SIZE} = {paper.CAI_EPOCH_ITERATIONS:,})",
+        f"timed: {count} iteration(s), an SFT step {time_text(sft)} and a DPO step "
+        f"{time_text(dpo)} on average; {cost.num_rows:,} rows / {cost.batch_size} = "
+        f"{cost.epoch_iterations:,} iterations an epoch (paper: {paper.NUM_CAI_ROWS:,} / "
+        f"{paper.BATCH_SIZE} = {paper.CAI_EPOCH_ITERATIONS:,})",
         f"writing: timed on {cost.written_rows:,} of {cost.asked_rows:,} conversations, {time_text(cost.written_s)}",
     ]
     if cost.full_epoch:
         off = 100 * (cost.extrapolated_s / cost.epoch_s - 1)
         lines.append(
-            f"the whole epoch took {time_text(cost.epoch_s)}; its first {cost.extrapolated_from} iteration(s) would "
-            f"have foretold {time_text(cost.extrapolated_s)}, {off:+.1f} %"
+            f"the whole epoch took {time_text(cost.epoch_s)}; its first {cost.extrapolated_from} "
+            f"iteration(s) would have foretold {time_text(cost.extrapolated_s)}, {off:+.1f} %"
         )
     else:
         lines.append("the epoch is extrapolated; --full-epoch runs it")
@@ -174,7 +191,7 @@ def page(cost: Cost, heading: str) -> str:
 
 
 def row(cost: Cost, facts: Mapping[str, object]) -> dict[str, object]:
-    """The JSON row: what was measured, what follows, and where."""
+    """The JSON row: measured times, projections from them, and facts of the machine."""
     return {
         **asdict(cost),
         "iteration_s": cost.steps.iteration_s,

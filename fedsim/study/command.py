@@ -1,4 +1,4 @@
-"""Options that the commands of all studies share, where a study's runs go, and its lines of progress."""
+"""Options that the commands of all studies share, a study's launch, and its lines of progress."""
 
 from __future__ import annotations
 
@@ -37,14 +37,23 @@ ENTRY = ("-m", "fedsim", "run")
 """Arguments of python, or of torchrun, that start a run."""
 
 
-def add_run_options(parser: argparse.ArgumentParser, default_seeds: str, first: str = "CONFIG.yaml") -> None:
+def add_run_options(
+    parser: argparse.ArgumentParser,
+    default_seeds: str,
+    first: str = "CONFIG.yaml",
+) -> None:
     """Options of a study: configuration, seeds, processes of a run, runs at once.
 
     Args:
         default_seeds: "" where the file names them.
         first: the file, as the help shows it.
     """
-    parser.add_argument("words", nargs="*", metavar=f"{first} | key=value", help=f"{first} and overrides")
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar=f"{first} | key=value",
+        help=f"{first} and overrides",
+    )
     parser.add_argument(
         "--seeds",
         default=default_seeds,
@@ -52,18 +61,35 @@ def add_run_options(parser: argparse.ArgumentParser, default_seeds: str, first: 
     )
     parser.add_argument("--nproc", type=int, help="processes of a run (default: one a GPU, else 1)")
     pages = parser.add_mutually_exclusive_group()
-    pages.add_argument(PUBLISH, action="store_true", help="also copy the rows to docs/results and write the page there")
-    pages.add_argument(PAGE, action="store_true", help="run nothing, write the page from the committed rows")
-    parser.add_argument("--jobs", type=int, help="runs at once (default: 1 on GPUs, else as many as fill the cores)")
+    pages.add_argument(
+        PUBLISH,
+        action="store_true",
+        help="also copy the rows to docs/results and write the page there",
+    )
+    pages.add_argument(
+        PAGE,
+        action="store_true",
+        help="run nothing, write the page from the committed rows",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        help="runs at once (default: 1 on GPUs, else as many as fill the cores)",
+    )
 
 
 def parse_table(prog: str, description: str | None, argv: Sequence[str]) -> argparse.Namespace:
     """The command line of the commands that make the paper's tables.
 
     Returns:
-        The options of :func:`add_run_options`, ``paper`` (take the paper's schedule) and ``made_by``.
+        The options of :func:`add_run_options`, ``paper`` (take the paper's schedule) and
+        ``made_by``.
     """
-    parser = Parser(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog=prog,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add_run_options(parser, default_seeds="0-2")
     parser.add_argument(
         "--paper",
@@ -83,7 +109,7 @@ def launch_of(
     settings: Mapping[str, Any] | None = None,
     varied: Iterable[str] = (),
 ) -> Launch:
-    """How the study is run, from its command line.
+    """Build the launch of a study from its command line.
 
     Args:
         study: its name.
@@ -92,21 +118,29 @@ def launch_of(
         varied: keys of which every cell has its own value, beside ``name`` and ``seed``.
 
     Raises:
-        ConfigError: a word that is neither a config file nor key=value, one of a key that the cells vary, or a count
-            below 1.
+        ConfigError: a word that is neither a config file nor key=value, one of a key that the cells
+            vary, or a count below 1.
     """
+    # Words of keys that every cell sets itself are errors.
     file, overrides = split_words(args.words)
     for word in overrides:
-        if (key := word.partition("=")[0].strip()) in {"name", "seed", *varied}:
+        key = word.partition("=")[0].strip()
+        if key in {"name", "seed", *varied}:
             fix = "give --seeds" if key == "seed" else "leave it out"
-            raise ConfigError(f"command line: {word}: every run of {study} has its own {key}; {fix}")
+            raise ConfigError(
+                f"command line: {word}: every run of {study} has its own {key}; {fix}",
+            )
+
+    # Processes of a run, and runs at once: one on GPUs, as many as fill the cores on the CPU.
     config = file or default_config
     own = words_of(settings or {})
     num_gpus = torch.cuda.device_count()
     num_processes = max(num_gpus, 1) if args.nproc is None else args.nproc
     threads = load_config(config, [*own, *overrides]).parallel.threads
     fitting = max(1, num_cores() // max(num_processes * threads, 1))
-    num_jobs = args.jobs if args.jobs is not None else 1 if num_gpus else fitting
+    num_jobs = 1 if num_gpus else fitting
+    if args.jobs is not None:
+        num_jobs = args.jobs
     for name, value in (("--nproc", num_processes), ("--jobs", num_jobs)):
         if value < 1:
             raise ConfigError(f"{name} {value}: must be at least 1")
@@ -115,7 +149,9 @@ def launch_of(
 
 def num_cores() -> int:
     """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -128,10 +164,14 @@ def parse_seeds(text: str) -> list[int]:
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
         if match is None:
-            raise ConfigError(f"--seeds {text!r}: must be whole numbers and ranges, such as 0-2 or 3,5,8")
+            raise ConfigError(
+                f"--seeds {text!r}: must be whole numbers and ranges, such as 0-2 or 3,5,8",
+            )
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first or last - first >= 1000:
-            raise ConfigError(f"--seeds {text!r}: {part.strip()} must go upwards, over fewer than 1,000 seeds")
+            raise ConfigError(
+                f"--seeds {text!r}: {part.strip()} must go upwards, over fewer than 1,000 seeds",
+            )
         seeds += range(first, last + 1)
     if len(set(seeds)) < len(seeds):
         raise ConfigError(f"--seeds {text!r}: names a seed twice; name each once")
@@ -139,13 +179,15 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def say(text: str) -> None:
-    """One line of a study's progress."""
+    """Print one line of a study's progress."""
     print(text, file=sys.stderr, flush=True)
 
 
 def write_csv(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """A tidy CSV file; its columns are the records' keys in the order in which they first come."""
-    columns = dict.fromkeys(name for record in records for name in record)
+    """Write a tidy CSV file; its columns are the records' keys, in order of first appearance."""
+    columns: dict[str, None] = {}
+    for record in records:
+        columns |= dict.fromkeys(record)
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(columns), lineterminator="\n")
         writer.writeheader()
@@ -153,17 +195,20 @@ def write_csv(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
 
 
 def made_by(program: str, argv: Sequence[str]) -> str:
-    """The command as a reader would type it: without where this machine keeps things, and without publishing.
+    """The command as a reader would type it, without this machine's folders and publishing.
 
     Args:
         program: such as ``fedsim table1``.
     """
-    words = [word for word in argv if word != PUBLISH and not word.startswith("record.")]
-    return f"`{shlex.join([*program.split(), *(HERE.sub(r'…/', word) for word in words)])}`"
+    words = program.split()
+    for word in argv:
+        if word != PUBLISH and not word.startswith("record."):
+            words.append(HERE.sub(r"…/", word))
+    return f"`{shlex.join(words)}`"
 
 
 def results_folder(option: str) -> Path:
-    """``docs/results`` of the clone that fedsim runs from, where published rows and pages are.
+    """``docs/results`` of the clone that fedsim runs from: published rows and pages.
 
     Args:
         option: what asks for it, for the error.
@@ -174,14 +219,15 @@ def results_folder(option: str) -> Path:
     root = repository()
     if root is None:
         raise ConfigError(
-            f"{option}: needs docs/results of a clone of fedsim, and this fedsim is installed without one; leave it "
-            "out (a study's rows and tables are in its folder under record.dir), or run from a clone"
+            f"{option}: needs docs/results of a clone of fedsim, and this fedsim is installed "
+            "without one; leave it out (a study's rows and tables are in its folder under "
+            "record.dir), or run from a clone"
         )
     return root / RESULTS
 
 
 def check_publishing(args: argparse.Namespace) -> None:
-    """Check, before anything is run, that what is to be published has a place.
+    """Check, before anything is run, that published rows and pages have a folder.
 
     Raises:
         ConfigError: it has none.

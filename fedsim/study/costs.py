@@ -1,9 +1,10 @@
-"""The paper's elapsed times beside what measured pieces of work come to, here and projected to other machines.
+"""The paper's elapsed times beside times from measured pieces of work, here and on other machines.
 
-A piece is one unit of work on one device: a ``local_step`` of 16 rows, a ``cai_iteration``, a ``tuning_step`` of the
-guard, a ``guard_row``, a ``conversation``, the ``aggregation`` of a round, SCAFFOLD's ``correction`` of a local step.
-On another device it takes its floor (FLOPs or bytes of the paper's work at 8B at that device's peak, whichever is
-longer) divided by the fraction of the floor that was reached where it was measured.
+A piece is one unit of work on one device: a ``local_step`` of 16 rows, a ``cai_iteration``, a
+``tuning_step`` of the guard, a ``guard_row``, a ``conversation``, the ``aggregation`` of a round,
+SCAFFOLD's ``correction`` of a local step. On another device it takes its floor (FLOPs or bytes of
+the paper's work at 8B at that device's peak, whichever is longer) divided by the fraction of the
+floor that was reached where it was measured.
 """
 
 from __future__ import annotations
@@ -43,10 +44,12 @@ class Measured:
     Attributes:
         device: its name, or "CPU".
         model: what was timed.
-        projects: whether they are of a GPU at 8B, so that the ratio of peaks is all that a projection assumes.
+        projects: they are of a GPU at 8B, so that a projection assumes nothing but the ratio of
+            peaks.
         stamp: machine, date and commit, for the reader.
         pieces: by name; those that were not timed are absent.
-        lane_share: a step in a lane of 4 ranks over one on a single rank; None takes the ideal quarter.
+        lane_share: a step in a lane of 4 ranks over one on a single rank; None takes the ideal
+            quarter.
     """
 
     device: str
@@ -73,7 +76,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Line:
-    """Seconds of a stage (None: a piece of it was not measured) and how they came about."""
+    """Seconds of a stage (None: a piece of it was not measured) and their formula."""
 
     seconds: float | None
     formula: str
@@ -89,12 +92,14 @@ def machine(text: str) -> Machine:
     gpu = published(name)
     if gpu is None or not count.isdecimal() or int(count) < 1:
         known = ", ".join(f"{LANE}x{'-'.join(gpu.words)}" for gpu in GPUS)
-        raise ConfigError(f"--target {text}: must be a number and a known GPU; give one like {known}")
+        raise ConfigError(
+            f"--target {text}: must be a number and a known GPU; give one like {known}",
+        )
     return Machine(f"{int(count)} x {name}", int(count), gpu.bfloat16 * 1e12, gpu.memory * 1e12)
 
 
 def projected(measured: Measured, work: Mapping[str, Effort], target: Machine) -> dict[str, float]:
-    """Seconds of each piece of the paper's work on one device of ``target``, at the fractions measured.
+    """Seconds of each piece of the paper's work on one target device, at the fractions measured.
 
     Fine-tuning the guard has no row: it takes the local step's fraction.
     """
@@ -105,82 +110,131 @@ def projected(measured: Measured, work: Mapping[str, Effort], target: Machine) -
 
 
 def client_times(count: int, lane_share: float | None) -> float:
-    """Client times of a round of 5 equal clients, as the planner places them; a shared step takes ``lane_share``."""
-    plan = plan_round(dict.fromkeys(range(CLIENTS), 1), [1.0] * count, MICRO_BATCHES, wide_lanes=True)
+    """Client times of a round of 5 equal clients, as the planner places them."""
+    plan = plan_round(
+        dict.fromkeys(range(CLIENTS), 1),
+        [1.0] * count,
+        MICRO_BATCHES,
+        wide_lanes=True,
+    )
     single = max((job.end_s for job in plan.jobs if job.width == 1), default=0.0)
     return single + (plan.makespan_s - single) * _loss(lane_share)
 
 
 def shared_step(count: int, lane_share: float | None) -> float:
     """A step that ``count`` ranks share, over one on a single rank."""
-    return 1.0 if count == 1 else _loss(lane_share) / speedup(count, MICRO_BATCHES)
+    if count == 1:
+        return 1.0
+    return _loss(lane_share) / speedup(count, MICRO_BATCHES)
 
 
 def _loss(lane_share: float | None) -> float:
-    """How much longer than ideal a shared step takes."""
-    return 1.0 if lane_share is None else lane_share * LANE
+    """Time of a shared step over its ideal time."""
+    if lane_share is None:
+        return 1.0
+    return lane_share * LANE
 
 
 def stages(unit: Mapping[str, float], count: int, lane_share: float | None) -> dict[str, Line]:
     """Seconds of the paper's stages on ``count`` devices, from seconds of the pieces on one."""
+    # Client times of a round, and a shared step over one on a single device.
     times, share = client_times(count, lane_share), shared_step(count, lane_share)
-    step, iteration, tuning = (unit.get(name) for name in ("local_step", "cai_iteration", "tuning_step"))
-    add, fix, row, talk = (unit.get(name) for name in ("aggregation", "correction", "guard_row", "conversation"))
-    rounds, spread = paper.NUM_ROUNDS, f"/ {count}" if count > 1 else ""
-    cai = {} if iteration is None else at_paper_counts(iteration * share)
+    rounds = paper.NUM_ROUNDS
+
+    # Seconds of the pieces; None where one was not timed.
+    step, iteration, tuning = (unit.get(n) for n in ("local_step", "cai_iteration", "tuning_step"))
+    add, fix = unit.get("aggregation"), unit.get("correction")
+    row, talk = unit.get("guard_row"), unit.get("conversation")
+
+    # Seconds of the stages, of which each needs its pieces.
+    fedavg: float | None = None
+    scaffold: float | None = None
+    tuned: float | None = None
+    filtered: float | None = None
+    written: float | None = None
+    if step is not None and add is not None:
+        fedavg = rounds * (STEPS * times * step + add)
+        if fix is not None:
+            scaffold = rounds * (STEPS * times * (step + fix) + add)
+    cai: dict[str, float] = {}
+    if iteration is not None:
+        cai = at_paper_counts(iteration * share)
+    if tuning is not None:
+        tuned = TUNING_STEPS * tuning * share
+    if row is not None:
+        filtered = 1000 * row
+    if talk is not None:
+        written = paper.NUM_CAI_ROWS * talk / count
+
+    # The same with their formulas.
+    writing = f"{paper.NUM_CAI_ROWS:,} conversations x {_time(talk)}"
+    if count > 1:
+        writing += f" / {count}"
     found = {
         "fedavg": Line(
-            None if step is None or add is None else rounds * (STEPS * times * step + add),
+            fedavg,
             f"{rounds} rounds x ({STEPS} steps x {times:.3g} client times x {_time(step)} + aggregation {_time(add)})",
         ),
         "scaffold": Line(
-            None if step is None or add is None or fix is None else rounds * (STEPS * times * (step + fix) + add),
+            scaffold,
             f"{rounds} x ({STEPS} x {times:.3g} x ({_time(step)} + correction {_time(fix)}) + {_time(add)})",
         ),
         "cai": Line(cai.get("cai"), f"{rounds} rounds of CAI"),
         "cai_round": Line(
-            cai.get("cai_round"), f"{paper.CAI_ITERATIONS} iterations x {_time(iteration)} x {share:.3g} (shared)"
+            cai.get("cai_round"),
+            f"{paper.CAI_ITERATIONS} iterations x {_time(iteration)} x {share:.3g} (shared)",
         ),
         "cai_epoch": Line(
-            cai.get("cai_epoch"), f"{paper.CAI_EPOCH_ITERATIONS:,} iterations x {_time(iteration)} x {share:.3g}"
+            cai.get("cai_epoch"),
+            f"{paper.CAI_EPOCH_ITERATIONS:,} iterations x {_time(iteration)} x {share:.3g}",
         ),
         "guard_tuning": Line(
-            None if tuning is None else TUNING_STEPS * tuning * share,
+            tuned,
             f"{TUNING_STEPS:,} steps x {_time(tuning)} x {share:.3g}, at the local step's fraction",
         ),
-        "guard_1000_rows": Line(None if row is None else 1000 * row, f"1,000 rows x {_time(row)}, on one device"),
-        "writing": Line(
-            None if talk is None else paper.NUM_CAI_ROWS * talk / count,
-            f"{paper.NUM_CAI_ROWS:,} conversations x {_time(talk)} {spread}".rstrip(),
-        ),
+        "guard_1000_rows": Line(filtered, f"1,000 rows x {_time(row)}, on one device"),
+        "writing": Line(written, writing),
     }
     seconds = {name: line.seconds for name, line in found.items()}
     return {**found, "table_1": _whole(seconds, count, with_writing=True)}
 
 
 def published_stages() -> dict[str, Line]:
-    """The paper's own times; the whole of Table 1 follows from them, without writing, for which it gives none."""
+    """The paper's own times; those of Table 1 follow from them, without writing."""
     found = {name: Line(60 * cost.minutes, "published") for name, cost in paper.COSTS.items()}
     return {
         **found,
         "writing": Line(None, "not stated"),
-        "table_1": _whole({name: line.seconds for name, line in found.items()}, 1, with_writing=False),
+        "table_1": _whole(
+            {name: line.seconds for name, line in found.items()},
+            1,
+            with_writing=False,
+        ),
     }
 
 
 def _whole(seconds: Mapping[str, float | None], filtering: int, *, with_writing: bool) -> Line:
-    """All of Table 1: four trainings of each algorithm, CAI in half of the eight, and what the arms share."""
-    names = ["fedavg", "scaffold", "cai", "guard_tuning", "guard_1000_rows", *(["writing"] if with_writing else [])]
-    known = {name: value for name in names if (value := seconds[name]) is not None}
-    times = {"fedavg": 4.0, "scaffold": 4.0, "cai": 4.0, "guard_1000_rows": FILTERED / 1000 / filtering}
-    formula = (
-        f"4 FedAvg + 4 SCAFFOLD + 4 CAI + guard fine-tuning + {FILTERED / 1000 / filtering:g} x filtering 1,000 rows"
-        f"{' + writing' if with_writing else ''}; no evaluation"
-    )
-    missing = [name for name in names if name not in known]
+    """All of Table 1: four trainings of each algorithm, CAI in half, and shared stages."""
+    filterings = FILTERED / 1000 / filtering
+    names = ["fedavg", "scaffold", "cai", "guard_tuning", "guard_1000_rows"]
+    formula = f"4 FedAvg + 4 SCAFFOLD + 4 CAI + guard fine-tuning + {filterings:g} x filtering 1,000 rows"
+    if with_writing:
+        names.append("writing")
+        formula += " + writing"
+    formula += "; no evaluation"
+
+    # Seconds of each stage times its count; without one of them there is no sum.
+    times = {"fedavg": 4.0, "scaffold": 4.0, "cai": 4.0, "guard_1000_rows": filterings}
+    parts, missing = [], []
+    for name in names:
+        value = seconds[name]
+        if value is None:
+            missing.append(name)
+        else:
+            parts.append(times.get(name, 1.0) * value)
     if missing:
         return Line(None, f"{formula}; not measured: {', '.join(missing)}")
-    return Line(sum(times.get(name, 1.0) * value for name, value in known.items()), formula)
+    return Line(sum(parts), formula)
 
 
 def device_hours(lines: Mapping[str, Line], count: int, *, filter_count: int) -> float | None:
@@ -207,7 +261,7 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Report:
-    """All columns: stages by machine, and the ends of the range where a projection is an assumption."""
+    """All columns: stages by machine, and the range where a projection is an assumption."""
 
     measured: Measured
     why: str
@@ -216,35 +270,36 @@ class Report:
 
     @property
     def label(self) -> str:
-        """What a projected column is."""
+        """Heading of a projected column."""
         if self.measured.projects:
             return "measured rows scaled by the ratio of peaks"
-        return f"arithmetic, not measured [at {' to '.join(f'{100 * fraction:g} %' for fraction in RANGE)} of peak]"
+        bounds = " to ".join(f"{100 * fraction:g} %" for fraction in RANGE)
+        return f"arithmetic, not measured [at {bounds} of peak]"
 
     @property
     def caption(self) -> str:
-        """What must stand below the table."""
-        how = (
-            "Projected columns: measured rows scaled by the ratio of peaks"
-            if self.measured.projects
-            else f"Columns of other machines: arithmetic, not measured: {self.why}. They take Llama-3.1-8B's work at "
-            "the fraction of the floor that the small model reaches here, an assumption, and in brackets at fixed "
-            "fractions; what GPUs share loses in both as much as it does here. The paper's column was measured: beside "
-            f"arithmetic it says nothing about speed{self._outside()}"
-        )
+        """Caption of the table, which must not be shown without it."""
+        how = "Projected columns: measured rows scaled by the ratio of peaks"
+        if not self.measured.projects:
+            how = (
+                f"Columns of other machines: arithmetic, not measured: {self.why}. They take "
+                "Llama-3.1-8B's work at the fraction of the floor that the small model reaches "
+                "here, an assumption, and in brackets at fixed fractions; what GPUs share loses "
+                "in both as much as it does here. The paper's column was measured: beside "
+                f"arithmetic it says nothing about speed{self._outside()}"
+            )
         return f"{how}. Rows: {self.measured.stamp}."
 
     def _outside(self) -> str:
-        """A clause that names the pieces whose fraction lies outside the brackets'; "" where none does."""
+        """A clause on pieces whose fraction lies outside the brackets'; "" if none does."""
         high, low = RANGE
-        outside = [
-            f"{name} {100 * piece.fraction:.2g} %"
-            for name, piece in self.measured.pieces.items()
-            if not low <= piece.fraction <= high
-        ]
-        return (
-            f". An estimate lies outside its bracket where its fraction does: {', '.join(outside)}" if outside else ""
-        )
+        outside = []
+        for name, piece in self.measured.pieces.items():
+            if not low <= piece.fraction <= high:
+                outside.append(f"{name} {100 * piece.fraction:.2g} %")
+        if not outside:
+            return ""
+        return f". An estimate lies outside its bracket where its fraction does: {', '.join(outside)}"
 
     def table(self) -> Table:
         """The paper, here, and each target."""
@@ -255,6 +310,8 @@ class Report:
             f"1 x {self.measured.device}, {self.measured.model}: measured pieces at the paper's counts",
         ]
         head += [f"{target.name}, {self.label}" for target, _, _ in self.targets]
+
+        # A row for each stage.
         rows = []
         for name, title in TITLES.items():
             stated = published_lines[name].seconds
@@ -263,78 +320,117 @@ class Report:
                 first += " (follows from the paper's figures)"
             cells = [_range(lines, bounds, name) for _, lines, bounds in self.targets]
             rows.append([title, first, _time(self.here[name].seconds), *cells])
-        saving = [_saving(lines) for lines in (published_lines, self.here, *(lines for _, lines, _ in self.targets))]
-        rows.insert(5, ["– saved by 50 iterations", *saving])
+
+        # Below the epoch: the share that few iterations save. Last: device-hours of the whole.
+        savings = [_saving(published_lines), _saving(self.here)]
         hours = [
             device_hours(published_lines, 4, filter_count=1),
             device_hours(self.here, 1, filter_count=1),
-            *(device_hours(lines, target.count, filter_count=target.count) for target, lines, _ in self.targets),
         ]
-        rows.append(["– device-hours", *(NOT_MEASURED if h is None else f"{h:.3g} h" for h in hours)])
+        for target, lines, _ in self.targets:
+            savings.append(_saving(lines))
+            hours.append(device_hours(lines, target.count, filter_count=target.count))
+        rows.insert(5, ["– saved by 50 iterations", *savings])
+        cells = [NOT_MEASURED if value is None else f"{value:.3g} h" for value in hours]
+        rows.append(["– device-hours", *cells])
         return Table(head, rows)
 
     def formulas(self, work: Mapping[str, Effort]) -> list[str]:
         """The first target's arithmetic with its numbers, and Table 1's of the paper."""
         target, lines, _ = self.targets[0]
-        found = [f"On {target.name}, at {target.flops / 1e12:g} TFLOP/s and {target.bytes_per_s / 1e12:g} TB/s each:"]
+        peak_flops = f"{target.flops / 1e12:g} TFLOP/s"
+        peak_bytes = f"{target.bytes_per_s / 1e12:g} TB/s"
+        found = [f"On {target.name}, at {peak_flops} and {peak_bytes} each:"]
+
+        # Pieces: FLOPs or bytes, whichever bind, over the peak and the fraction.
         units = projected(self.measured, work, target)
         for name, seconds in units.items():
             effort = work[name]
             fraction = target.floor_s(effort) / seconds
-            bound = f"{effort.flops / 1e12:.3g} TFLOP / ({target.flops / 1e12:g} TFLOP/s"
+            bound = f"{effort.flops / 1e12:.3g} TFLOP / ({peak_flops}"
             if effort.flops / target.flops < target.floor_s(effort):
-                bound = f"{effort.num_bytes / 1e9:.3g} GB / ({target.bytes_per_s / 1e12:g} TB/s"
+                bound = f"{effort.num_bytes / 1e9:.3g} GB / ({peak_bytes}"
             found.append(f"{name} = {bound} x {100 * fraction:.3g} %) = {time_text(seconds)}")
-        found += [f"{TITLES[name]} = {line.formula} = {_time(line.seconds)}" for name, line in lines.items()]
+
+        # Stages, and the paper's own Table 1.
+        for name, line in lines.items():
+            found.append(f"{TITLES[name]} = {line.formula} = {_time(line.seconds)}")
         stated = published_stages()["table_1"]
         return [*found, f"the paper's Table 1 = {stated.formula} = {_time(stated.seconds)}"]
 
 
-def report(measured: Measured, work: Mapping[str, Effort], targets: Sequence[Machine], why: str) -> Report:
-    """Put everything together.
+def report(
+    measured: Measured,
+    work: Mapping[str, Effort],
+    targets: Sequence[Machine],
+    why: str,
+) -> Report:
+    """Compute all columns.
 
     Args:
-        why: why a projection is an assumption, where it is one, such as "no GPU row is committed".
+        why: reason why a projection is an assumption, where it is one, such as "no GPU row is
+            committed".
     """
     share = measured.lane_share
-    here = stages({name: piece.seconds for name, piece in measured.pieces.items()}, 1, None)
+    seconds = {name: piece.seconds for name, piece in measured.pieces.items()}
+    here = stages(seconds, 1, None)
+
+    # A column for each target; where it is an assumption, also at the ends of the range.
+    fractions = () if measured.projects else RANGE
     columns = []
     for target in targets:
-        bounds = [
-            stages({name: target.floor_s(effort) / fraction for name, effort in work.items()}, target.count, share)
-            for fraction in (() if measured.projects else RANGE)
-        ]
-        columns.append((target, stages(projected(measured, work, target), target.count, share), bounds))
+        bounds = []
+        for fraction in fractions:
+            units = {name: target.floor_s(effort) / fraction for name, effort in work.items()}
+            bounds.append(stages(units, target.count, share))
+        lines = stages(projected(measured, work, target), target.count, share)
+        columns.append((target, lines, bounds))
     return Report(measured, why, here, columns)
 
 
 def run_table(runs: Mapping[str, Iterable[Row]]) -> Table:
-    """Seconds of whole finished runs by phase, from their metric rows; artefacts that were reused took none."""
+    """Seconds of finished runs by phase, from their metric rows; reused artefacts took none."""
+    # Phase → run → seconds.
     phases: dict[str, dict[str, float]] = {}
     for run, rows in runs.items():
         for row in rows:
             for phase, seconds in top_level_seconds(row).items():
                 sums = phases.setdefault(phase, {})
                 sums[run] = sums.get(run, 0.0) + seconds
-    lines = [[phase, *(_time(sums.get(run)) for run in runs)] for phase, sums in phases.items()]
-    whole = {run: sum(sums.get(run, 0.0) for sums in phases.values()) for run in runs}
-    shares = [
-        f"{100 * phases.get('evaluate', {}).get(run, 0.0) / whole[run]:.3g} %" if whole[run] else NOT_MEASURED
-        for run in runs
-    ]
-    lines += [["all phases", *(_time(whole[run] or None) for run in runs)], ["– evaluation's share", *shares]]
+    lines = []
+    for phase, sums in phases.items():
+        lines.append([phase, *(_time(sums.get(run)) for run in runs)])
+
+    # Sums over phases, and evaluation's share of them.
+    wholes, shares = [], []
+    evaluated = phases.get("evaluate", {})
+    for run in runs:
+        whole = sum(sums.get(run, 0.0) for sums in phases.values())
+        wholes.append(_time(whole or None))
+        if whole:
+            shares.append(f"{100 * evaluated.get(run, 0.0) / whole:.3g} %")
+        else:
+            shares.append(NOT_MEASURED)
+    lines += [["all phases", *wholes], ["– evaluation's share", *shares]]
     return Table(["seconds of a run", *runs], lines)
 
 
 def _time(seconds: float | None) -> str:
-    return NOT_MEASURED if seconds is None else time_text(seconds)
+    if seconds is None:
+        return NOT_MEASURED
+    return time_text(seconds)
 
 
 def _range(lines: Mapping[str, Line], bounds: Sequence[Mapping[str, Line]], name: str) -> str:
+    estimate = _time(lines[name].seconds)
+    if not bounds:
+        return estimate
     ends = [_time(bound[name].seconds) for bound in bounds]
-    return _time(lines[name].seconds) + (f" [{' to '.join(ends)}]" if ends else "")
+    return f"{estimate} [{' to '.join(ends)}]"
 
 
 def _saving(lines: Mapping[str, Line]) -> str:
     whole, part = lines["cai_epoch"].seconds, lines["cai_round"].seconds
-    return NOT_MEASURED if whole is None or part is None else saved(whole, part)
+    if whole is None or part is None:
+        return NOT_MEASURED
+    return saved(whole, part)

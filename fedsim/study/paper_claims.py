@@ -1,4 +1,4 @@
-"""Table 1's claims (paper §6.2, §6.3): paired differences between arms, each with a sign and a least size."""
+"""Table 1's claims (paper §6.2, §6.3): paired differences with a sign and a least size."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ from fedsim.evaluate.own import DESCRIBED
 from fedsim.report import paper
 
 Verdict = Literal[
-    "reproduced", "contradicted", "cannot tell", "too small to claim", "replay: says nothing about CAI", "not published"
+    "reproduced",
+    "contradicted",
+    "cannot tell",
+    "too small to claim",
+    "replay: says nothing about CAI",
+    "not published",
 ]
 
 
@@ -24,8 +29,8 @@ class Column:
         title: for people.
         unit: behind the title; "" for points.
         digits: shown.
-        published: field of :class:`paper.SafetyRow` that holds the paper's figure by the same metric; "" if it has
-            none.
+        published: field of :class:`paper.SafetyRow` that holds the paper's figure by the same
+            metric; "" if it has none.
     """
 
     title: str
@@ -62,10 +67,11 @@ def _column(name: str, published: str = "", title: str = "") -> Column:
         title: in place of the benchmark's name.
     """
     figure = figure_named(name)
-    return Column(title or figure.short, figure.unit if figure.is_share else "", figure.digits, published)
+    unit = figure.unit if figure.is_share else ""
+    return Column(title or figure.short, unit, figure.digits, published)
 
 
-#: Columns of Table 1. Those with a published figure are counted; the others stand beside them.
+#: Columns of Table 1. Those with a published figure are counted; the others are shown beside them.
 COLUMNS: Final[dict[str, Column]] = {
     "advbench_harmless": _column("advbench_harmless", "advbench_harmless"),
     "hhh_letter": _column("hhh_letter", "hhh_accuracy"),
@@ -78,6 +84,11 @@ COLUMNS: Final[dict[str, Column]] = {
 COUNTED: Final = tuple(name for name, column in COLUMNS.items() if column.published)
 
 
+def _bracketed(method: str) -> str:
+    """A method's name as the term of a difference."""
+    return f"({method})" if "+" in method else method
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Two rows of Table 1 of which the paper takes the difference.
@@ -85,7 +96,7 @@ class Comparison:
     Attributes:
         treated: method whose figure comes first.
         control: method that is subtracted.
-        question: what the difference answers.
+        question: that the difference answers.
     """
 
     treated: str
@@ -95,12 +106,12 @@ class Comparison:
     @property
     def title(self) -> str:
         """Such as ``(FL + filter) − FL``."""
-        treated, control = (f"({name})" if "+" in name else name for name in (self.treated, self.control))
+        treated, control = map(_bracketed, (self.treated, self.control))
         return f"{treated} − {control}"
 
     @property
     def rests_on_cai(self) -> bool:
-        """One of the two arms has CAI."""
+        """Return whether one of the two arms has CAI."""
         return any(methods().get(name, (False, False))[1] for name in (self.treated, self.control))
 
     def published(self, aggregation: paper.Aggregation, figure: str) -> float:
@@ -109,12 +120,14 @@ class Comparison:
         return treated - control
 
     def least(self, aggregation: paper.Aggregation, figure: str) -> float:
-        """Two standard errors of the paper's difference, each figure being one run over its number of items.
+        """Two standard errors of the paper's difference, each figure being one run over its items.
 
-        For a mean on MT-Bench's scale, whose spread the paper does not print, it is the largest that the scale allows.
+        For a mean on MT-Bench's scale, whose spread the paper does not print, it is the largest
+        that the scale allows.
         """
         num_items = paper.NUM_ITEMS[COLUMNS[figure].published]
         low, high = figure_named(figure).scale or PERCENT
+        # Of values on a scale with this mean, the largest possible variance.
         variances = [(value - low) * (high - value) for value in self._published(aggregation, figure)]
         return 2 * math.sqrt(sum(variances) / num_items)
 
@@ -123,9 +136,11 @@ class Comparison:
         return float(getattr(rows[self.treated], name)), float(getattr(rows[self.control], name))
 
 
-FL, FILTER, CAI, BOTH = (
-    paper.method_name(*arm) for arm in ((False, False), (True, False), (False, True), (True, True))
-)
+FL: Final = paper.method_name(False, False)
+FILTER: Final = paper.method_name(True, False)
+CAI: Final = paper.method_name(False, True)
+BOTH: Final = paper.method_name(True, True)
+"""Names of the methods, by filter and CAI."""
 
 COMPARISONS: Final = (
     Comparison(FL, paper.PRETRAINED, "Does federated training on red responses do harm? (§6.2)"),
@@ -137,7 +152,7 @@ COMPARISONS: Final = (
 
 
 def claimed_sign(comparison: Comparison, aggregation: paper.Aggregation, figure: str) -> int:
-    """+1 or −1 as the paper's own difference; 0 where it is smaller than :meth:`Comparison.least`."""
+    """Sign of the paper's own difference; 0 where it is below :meth:`Comparison.least`."""
     difference = comparison.published(aggregation, figure)
     if abs(difference) < comparison.least(aggregation, figure):
         return 0

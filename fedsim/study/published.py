@@ -1,4 +1,4 @@
-"""Origin of a published study: where, when and by which command its rows in ``docs/results`` were measured."""
+"""Origin of a published study: machine, date and command of its rows in ``docs/results``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ORIGINS: Final = "measured.json"
 
 @dataclass(frozen=True)
 class Origin:
-    """Where, when and by which command a study was measured.
+    """Machine, date and command of a study.
 
     Attributes:
         measured: date, machine, versions and commit in one sentence.
@@ -37,11 +37,13 @@ class Origin:
 
     @property
     def setting(self) -> str:
-        """Seeds and attacks in a sentence, and which of them the embedded world was developed on."""
+        """Seeds and attacks in a sentence, with those that the embedded world was developed on."""
         seeds = ", ".join(map(str, self.seeds))
         text = f"{len(self.seeds)} seed(s): {seeds}; attacks: eval.advbench={self.attacks}"
         if not self.embedded:
             return f"{text}."
+
+        # Seeds or attacks that were seen while the embedded world was developed.
         known = []
         if set(self.seeds) & set(DEVELOPED_ON):
             known.append("seeds")
@@ -58,26 +60,31 @@ class Origin:
         if not self.embedded or frames is None:
             return ""
         return (
-            f"Prompts are fillings of templates (the attacks of {len(frames)} frames), which the intervals take as "
-            "independent: intervals clustered by template would be wider."
+            f"Prompts are fillings of templates (the attacks of {len(frames)} frames), which the "
+            "intervals take as independent: intervals clustered by template would be wider."
         )
 
 
 DEVELOPED_ON: Final = (0, 1, 2)
-"""Seeds on which the embedded world's recipe, schedule and rates were chosen (docs/embedded-world.md)."""
+"""Seeds on which the embedded world was developed (docs/embedded-world.md)."""
 
 
 def origin_of(config: Config, seeds: tuple[int, ...], measured: str, made_by: str) -> Origin:
-    """The origin of a study whose runs have this configuration but for what it varies."""
+    """The origin of a study's rows; ``config`` is that of any of its runs."""
     attacks = HERE.sub("…/", config.eval.advbench)
     return Origin(measured, made_by, seeds, attacks, config.model.path == EMBEDDED)
 
 
 def write_origin(path: Path, study: str, origin: Origin) -> None:
     """Add or replace a study's entry in a file of origins."""
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    found = {}
+    if path.is_file():
+        found = json.loads(path.read_text(encoding="utf-8"))
     found[study] = asdict(origin)
-    path.write_text(json.dumps(found, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps(found, indent=2, sort_keys=True, ensure_ascii=False) + "\n",
+        encoding="utf-8",
+    )
 
 
 def read_origin(path: Path, study: str) -> Origin:
@@ -90,5 +97,7 @@ def read_origin(path: Path, study: str) -> Origin:
         entry = json.loads(path.read_text(encoding="utf-8"))[study]
         found = Origin(**{field.name: entry[field.name] for field in fields(Origin)})
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: has no entry of {study} ({error!r}); publish the study again") from error
+        raise DataError(
+            f"{path}: has no entry of {study} ({error!r}); publish the study again",
+        ) from error
     return Origin(found.measured, found.made_by, tuple(found.seeds), found.attacks, found.embedded)

@@ -1,11 +1,12 @@
-"""The runs of a study: which there are, which are finished, and the rest started, several at once where asked for.
+"""Runs of a study: unfinished ones are started, several at once where asked for.
 
-Every run is a command of its own, so that a study computes what ``fedsim run`` computes, and a run that fails takes
-no other with it. A study that is started again goes on where it was.
+Every run is a command of its own, so that a study computes the same as ``fedsim run``, and a run
+that fails ends no other. A study that is started again goes on where it was.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -37,8 +38,8 @@ class Cell:
 
     Attributes:
         name: the run's name, unique in the study.
-        seed: the run's seed; cells that differ in ``labels`` alone are paired by it.
-        labels: what the study varies: column → value, for tables and files.
+        seed: the run's seed; cells that differ only in ``labels`` are paired by it.
+        labels: values that the study varies: column → value, for tables and files.
         settings: configuration keys that the cell sets, dotted, on top of the study's.
     """
 
@@ -50,7 +51,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Launch:
-    """How the cells of a study are run.
+    """Settings with which the cells of a study are run.
 
     Attributes:
         study: name of the study; also W&B's tag and the folder of its runs under ``record.dir``.
@@ -70,11 +71,11 @@ class Launch:
 
     @property
     def folder(self) -> Path:
-        """Where the study's runs, tables and logs go."""
+        """Folder of the study's runs, tables and logs."""
         return load_config(self.config, self.overrides).folder.with_name(self.study)
 
     def words(self, cell: Cell) -> list[str]:
-        """The ``key=value`` words of a cell; what the user gave comes first, what makes the cell comes last."""
+        """The ``key=value`` words of a cell: the user's first, the cell's own last."""
         given = load_config(self.config, self.overrides)
         own: dict[str, Any] = {
             **cell.settings,
@@ -89,12 +90,14 @@ class Launch:
     def group(self, cell: Cell) -> str:
         """W&B's group of the cell's seeds, such as ``table1 · FedAvg · FL + filter · 0a1b2c3d``.
 
-        Its end is a digest of the configuration without seed and places, so that a study that is run again with other
-        settings has groups of its own.
+        Its end is a digest of the configuration without seed and places, so that a study that is
+        run again with other settings has groups of its own.
         """
-        config = to_flat(load_config(self.config, [*self.overrides, *words_of(cell.settings)]))
-        digest = digest_of({key: value for key, value in config.items() if decides(key)})[:8]
-        return " · ".join([self.study, *(label for label in cell.labels.values() if label), digest])
+        words = [*self.overrides, *words_of(cell.settings)]
+        config = to_flat(load_config(self.config, words))
+        deciding = {key: value for key, value in config.items() if decides(key)}
+        labels = [label for label in cell.labels.values() if label]
+        return " · ".join([self.study, *labels, digest_of(deciding)[:8]])
 
     def resolved(self, cell: Cell) -> Config:
         """The cell's whole configuration.
@@ -108,20 +111,23 @@ class Launch:
         """The command that runs the cell."""
         launcher = [sys.executable]
         if self.num_processes > 1:
-            launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.num_processes}"]
+            launcher += ["-m", "torch.distributed.run", "--standalone"]
+            launcher.append(f"--nproc_per_node={self.num_processes}")
         return [*launcher, *self.entry, str(self.config), *self.words(cell)]
 
 
 def words_of(settings: Mapping[str, Any]) -> list[str]:
     """Settings as the command line takes them."""
-    return [
-        f"{key}={yaml.safe_dump(value, default_flow_style=True, width=10**6).strip().removesuffix('...').strip()}"
-        for key, value in settings.items()
-    ]
+    words = []
+    for key, value in settings.items():
+        text = yaml.safe_dump(value, default_flow_style=True, width=10**6)
+        text = text.strip().removesuffix("...").strip()  # YAML ends a bare value with "..."
+        words.append(f"{key}={text}")
+    return words
 
 
 def is_finished(config: Config) -> bool:
-    """Return whether the run of this configuration has ended, its summary being the last thing that it writes.
+    """Return whether the run of this configuration has ended, its summary being its last file.
 
     Raises:
         ConfigError: its folder holds a run of another configuration.
@@ -129,10 +135,11 @@ def is_finished(config: Config) -> bool:
     folder = config.folder
     if not (folder / "summary.md").is_file():
         return False
-    if changed := compare(folder, config).changed:
+    changed = compare(folder, config).changed
+    if changed:
         raise ConfigError(
-            f"{folder}: holds a finished run of another configuration ({'; '.join(changed[:5])}); remove it, or give "
-            "this study another directory (record.dir=...)"
+            f"{folder}: holds a finished run of another configuration ({'; '.join(changed[:5])}); "
+            "remove it, or give this study another directory (record.dir=...)"
         )
     return True
 
@@ -140,18 +147,20 @@ def is_finished(config: Config) -> bool:
 def run_cells(cells: Sequence[Cell], launch: Launch, say: Callable[[str], None]) -> dict[str, Path]:
     """Run what is not finished yet.
 
-    The first cell of each seed runs before the others of that seed: it computes the artefacts that they share.
+    The first cell of each seed runs before the others of that seed: it computes the artefacts that
+    they share.
 
     Args:
         cells: in the order in which they are to run.
-        launch: how.
-        say: hears of every cell that ends.
+        launch: settings of the runs.
+        say: called with a line for every cell that ends.
 
     Returns:
         The run directory of every cell, by name.
 
     Raises:
-        ConfigError: two cells of one name, a configuration that a run would refuse, or a directory that holds another.
+        ConfigError: two cells of one name, a configuration that a run would refuse, or a directory
+            that holds another.
         RunError: cells failed; the others have run.
     """
     names = [cell.name for cell in cells]
@@ -176,7 +185,12 @@ class _Job:
 class _Pool:
     """Runs cells as processes, a few at a time."""
 
-    def __init__(self, launch: Launch, folders: Mapping[str, Path], say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        launch: Launch,
+        folders: Mapping[str, Path],
+        say: Callable[[str], None],
+    ) -> None:
         self.launch = launch
         self.folders = folders
         self.say = say
@@ -185,14 +199,24 @@ class _Pool:
         self.num_done = 0
 
     def run(self, cells: Sequence[Cell]) -> None:
-        """Run all cells to their end, and tell of those that failed."""
-        waiting, begun, started = list(cells), set[int](), time.monotonic()
-        # No run outlives the study: these signals too leave through the block below.
-        before = {number: signal.signal(number, _leave) for number in heard((signal.SIGTERM, signal.SIGHUP))}
+        """Run all cells to their end.
+
+        Raises:
+            RunError: cells failed; the others have run.
+        """
+        waiting = list(cells)
+        begun: set[int] = set()  # seeds whose first cell has ended
+        started = time.monotonic()
+
+        # No run outlives the study: on these signals, too, the finally block below ends them.
+        before = {}
+        for number in heard((signal.SIGTERM, signal.SIGHUP)):
+            before[number] = signal.signal(number, _leave)
         try:
             while waiting or self.running:
+                # A cell may start unless its seed's first cell is still running.
                 busy = {job.cell.seed for job in self.running if job.cell.seed not in begun}
-                ready = next((c for c in waiting if c.seed not in busy), None)
+                ready = next((cell for cell in waiting if cell.seed not in busy), None)
                 if ready is not None and len(self.running) < self.launch.num_jobs:
                     waiting.remove(ready)
                     self.running.append(self._start(ready))
@@ -204,9 +228,11 @@ class _Pool:
             for number, handler in before.items():
                 signal.signal(number, handler)
         if self.failed:
-            told = "; ".join(f"{name}: {why}" for name, why in list(self.failed.items())[:3])
+            first = list(self.failed.items())[:3]
+            reasons = "; ".join(f"{name}: {why}" for name, why in first)
+            failed = f"{len(self.failed)} of {len(cells)} runs failed"
             raise RunError(
-                f"{len(self.failed)} of {len(cells)} runs failed ({told}); mend the cause, and the same command goes on"
+                f"{failed} ({reasons}); mend the cause, and the same command goes on",
             )
 
     def _start(self, cell: Cell) -> _Job:
@@ -230,13 +256,19 @@ class _Pool:
             self.running.remove(job)
             self.num_done += 1
             taken = duration(time.monotonic() - job.started)
-            left = (time.monotonic() - started) / self.num_done * (total - self.num_done)
+            mean_s = (time.monotonic() - started) / self.num_done
+            left_s = mean_s * (total - self.num_done)
+
+            # A line for the job, with the error of one that failed.
             head = f"{self.num_done}/{total} {job.cell.name}"
-            if job.process.returncode == 0:
-                self.say(f"{head}: finished in {taken}" + (f", about {duration(left)} left" if left > 0 else ""))
+            if job.process.returncode != 0:
+                why = _last_error(job.log, job.process.returncode)
+                self.failed[job.cell.name] = why
+                self.say(f"{head}: failed after {taken}: {why} (log: {job.log})")
+            elif left_s > 0:
+                self.say(f"{head}: finished in {taken}, about {duration(left_s)} left")
             else:
-                self.failed[job.cell.name] = _last_error(job.log, job.process.returncode)
-                self.say(f"{head}: failed after {taken}: {self.failed[job.cell.name]} (log: {job.log})")
+                self.say(f"{head}: finished in {taken}")
         return {job.cell.seed for job in ended}
 
 
@@ -245,15 +277,20 @@ def _leave(number: int, _: object) -> None:
 
 
 def _last_error(log: Path, status: int) -> str:
-    """What a failed run said last: its error line where it has one."""
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    told = [line for line in lines if line.startswith("error: ")] or lines[-1:]
-    return told[-1] if told else f"exit status {status}"
+    """Last error line of a failed run's log; without one its last line, or the exit status."""
+    text = log.read_text(encoding="utf-8", errors="replace")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("error: ")]
+    if errors:
+        return errors[-1]
+    return lines[-1] if lines else f"exit status {status}"
 
 
 def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """End runs with all their ranks, which a launcher starts in sessions of their own: asked first, then killed."""
-    everyone = [member for process in processes for member in family(process.pid)]
+    """End runs with all their ranks, which a launcher starts in sessions of their own."""
+    everyone = list(itertools.chain.from_iterable(family(process.pid) for process in processes))
+
+    # SIGTERM, time to leave, then SIGKILL.
     for process in processes:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)

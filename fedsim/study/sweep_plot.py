@@ -1,7 +1,8 @@
-"""A sweep as a picture: one panel a figure, one curve a value of the curves' key, 95 % intervals."""
+"""A sweep as a picture: a panel a figure, a curve a value of the curves' key, 95 % intervals."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,21 +21,31 @@ _MARKERS = "osv^DPX*"
 
 def write_plot(sweep: Sweep, records: Sequence[Record], path: Path) -> None:
     """Draw the sweep into a PNG file."""
-    shown = {figure: found for figure in sweep.figures if (found := estimates(sweep, records, figure))}
+    # Estimates by figure and point; a panel for each figure that was measured.
+    shown = {}
+    for figure in sweep.figures:
+        found = estimates(sweep, records, figure)
+        if found:
+            shown[figure] = found
     places_on_x = {str(record["point"]): _number(record["x"]) for record in records}
     figure_, panels = canvas(len(shown), sweep.what)
     for axes, (figure, found) in zip(panels, shown.items(), strict=True):
+        # Curve → (x, mean, error bar down, error bar up) of its points.
         curves: dict[str, list[tuple[Any, float, float, float]]] = {}
         for point in sweep.points:
             name = point_name(point)
             if name in found:
                 place = (places_on_x[name], found[name].mean, *_reach(found[name]))
                 curves.setdefault(_curve(sweep, point), []).append(place)
-        ticks = sorted({x for places in curves.values() for x, *_ in places})
+        all_places = itertools.chain.from_iterable(curves.values())
+        ticks = sorted({x for x, *_ in all_places})
+
+        # Texts lie at the places of their ticks.
         for i, (label, places) in enumerate(curves.items()):
             xs, ys, below, above = zip(*sorted(places), strict=True)
+            drawn = [ticks.index(x) if isinstance(x, str) else x for x in xs]
             axes.errorbar(
-                [ticks.index(x) if isinstance(x, str) else x for x in xs],
+                drawn,
                 ys,
                 yerr=(below, above),
                 color=PHASE_COLORS[i % len(PHASE_COLORS)],
@@ -60,7 +71,7 @@ def _number(value: Any) -> float | str:
 
 
 def _reach(effect: Effect) -> tuple[float, float]:
-    """Lengths of the error bar down and up; 0 where all seeds have one value, which allows no interval."""
+    """Lengths of the error bar down and up; 0 where all seeds have one value."""
     if math.isinf(effect.low):
         return 0.0, 0.0
     return max(effect.mean - effect.low, 0.0), max(effect.high - effect.mean, 0.0)
@@ -71,38 +82,57 @@ def _curve(sweep: Sweep, point: Mapping[str, Any]) -> str:
     if not sweep.curves:
         return ""
     value = point[sweep.curves]
-    return f"{sweep.curves.rpartition('.')[2]} = {f'{value:g}' if isinstance(value, float) else value}"
+    text = f"{value:g}" if isinstance(value, float) else value
+    return f"{sweep.curves.rpartition('.')[2]} = {text}"
 
 
 def _scale(values: Sequence[Any]) -> str:
-    """Texts lie at equal distances; numbers over more than a factor of 20 on a logarithmic axis (0 at its left end)."""
+    """Kind of an axis: ``text``, ``linear`` or ``log``.
+
+    Texts lie at equal distances; numbers over more than a factor of 20 on a logarithmic axis (0 at
+    its left end).
+    """
     if any(isinstance(value, str) for value in values):
         return "text"
     positive = [v for v in values if v > 0 and math.isfinite(v)]
-    return "log" if positive and max(positive) / min(positive) > 20 else "linear"
+    if positive and max(positive) / min(positive) > 20:
+        return "log"
+    return "linear"
 
 
 def _far_enough(places: Sequence[float], least: float = 0.045) -> list[bool]:
-    """Which labels can be read: those that keep ``least`` (a share of the axis) from the one before that is shown."""
+    """Flags of the labels to show: each keeps its distance from the one shown before.
+
+    Args:
+        least: the distance, as a share of the axis.
+    """
     shown: list[bool] = []
     last = -math.inf
     for place in places:
         shown.append(place - last >= least)
-        last = place if shown[-1] else last
+        if shown[-1]:
+            last = place
     return shown
 
 
 def _label_x(axes: Axes, x: str, ticks: Sequence[Any]) -> None:
-    """Name the axis, and mark just the values that were run."""
+    """Name the axis, and mark only the values that were run."""
     kind = _scale(ticks)
     if kind == "log":
         axes.set_xscale("symlog", linthresh=min(v for v in ticks if v > 0))
     if kind != "linear":
-        places = [float(i) if kind == "text" else float(v) for i, v in enumerate(ticks)]
+        numbers = range(len(ticks)) if kind == "text" else ticks
+        places = [float(number) for number in numbers]
         axes.set_xticks(places)
-        room = _far_enough([float(place) for place in axes.transAxes.inverted().transform(
-            axes.transData.transform([(place, 0.0) for place in places]))[:, 0]])  # fmt: skip
-        labels = [v if isinstance(v, str) else f"{v:g}" for v in ticks]
-        axes.set_xticklabels([label if free else "" for label, free in zip(labels, room, strict=True)])
+
+        # Places as shares of the axis [num_ticks]; labels that are too close stay empty.
+        pixels = axes.transData.transform([(place, 0.0) for place in places])
+        on_axis = axes.transAxes.inverted().transform(pixels)[:, 0]
+        room = _far_enough([float(place) for place in on_axis])
+        labels = []
+        for value, has_room in zip(ticks, room, strict=True):
+            label = value if isinstance(value, str) else f"{value:g}"
+            labels.append(label if has_room else "")
+        axes.set_xticklabels(labels)
         axes.minorticks_off()
     axes.set_xlabel(x)

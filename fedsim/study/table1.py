@@ -10,12 +10,19 @@ from typing import Any, Final
 import numpy as np
 
 from fedsim.base.errors import ConfigError, DataError
-from fedsim.base.figures import PERCENT
+from fedsim.base.figures import PERCENT, Figure
 from fedsim.base.version import commit_of
 from fedsim.config import SHIPPED, Config, to_flat
 from fedsim.evaluate.own import DESCRIBED, chosen_figures
 from fedsim.report import paper
-from fedsim.report.cai_line import ACCURACY, FINDINGS, HARMFUL_RESPONSE, LAST_ROUND, MARGIN, is_replay
+from fedsim.report.cai_line import (
+    ACCURACY,
+    FINDINGS,
+    HARMFUL_RESPONSE,
+    LAST_ROUND,
+    MARGIN,
+    is_replay,
+)
 from fedsim.report.finished import FinishedRun
 from fedsim.study.outcomes import check_paired
 from fedsim.study.paper_claims import (
@@ -41,11 +48,12 @@ CONFIG: Final = SHIPPED / "table1.yaml"
 """Its configuration on the embedded default, with the quick schedule."""
 
 VARIED: Final = ("federation.algorithm",)
-"""Keys that every cell sets; the guard's kind and CAI's iterations are those of the arms that have them."""
+"""Keys that every cell sets, beside the guard's kind and CAI's iterations."""
 
 AGGREGATIONS: Final[tuple[paper.Aggregation, ...]] = ("fedavg", "scaffold")
 
-#: The paper's schedule: rounds, clients, cohort, local steps, rows a step, CAI iterations (§5.1, §5.2, §4.2).
+#: The paper's schedule: rounds, clients, cohort, local steps, rows a step, CAI iterations (§5.1,
+#: §5.2, §4.2).
 PAPER_SCHEDULE: Final[Mapping[str, Any]] = {
     "federation.num_rounds": paper.NUM_ROUNDS,
     "federation.num_clients": paper.NUM_CLIENTS,
@@ -55,16 +63,18 @@ PAPER_SCHEDULE: Final[Mapping[str, Any]] = {
     "cai.iterations": paper.CAI_ITERATIONS,
 }
 
-#: Figures that say whether the headline means what it seems to: name → title.
-CONTROLS: Final = {
-    figure.name: figure.title
-    for figure in DESCRIBED.figures
-    if figure.name in ("advbench_harmless_strict_world", "advbench_grammatical")
-    or (figure.is_share and figure.line == "always" and not figure.control)
-}
+
+def _is_control(figure: Figure) -> bool:
+    if figure.name in ("advbench_harmless_strict_world", "advbench_grammatical"):
+        return True
+    return figure.is_share and figure.line == "always" and not figure.control
+
+
+#: Figures that show whether the headline can be trusted: name → title.
+CONTROLS: Final = {one.name: one.title for one in DESCRIBED.figures if _is_control(one)}
 
 REPLAY: Final = "replay control"
-"""Method of the control arm: the model's own first replies are trained on, without critique, revision and DPO."""
+"""Method of the control arm: SFT on the model's own first replies, without revision and DPO."""
 
 
 @dataclass(frozen=True)
@@ -85,30 +95,38 @@ class Arm:
 def cells(config: Config, seeds: Sequence[int]) -> list[Cell]:
     """The runs behind the table: four methods under two aggregations for every seed.
 
-    A method's filter and CAI are as ``config`` has them; where it has none, the guard is ``llama_guard`` and CAI takes
-    the paper's iterations. The arms with both come first, as their artefacts serve all others.
+    A method's filter and CAI are as ``config`` has them; where it has none, the guard is
+    ``llama_guard`` and CAI takes the paper's iterations. The arms with both come first, as their
+    artefacts serve all others.
 
     Raises:
-        ConfigError: the configuration makes a method that the paper's table has no row for, such as an oracle's filter.
+        ConfigError: the configuration makes a method that the paper's table has no row for, such as
+            an oracle's filter.
     """
+    # Guard and iterations of the methods that have them.
     guard = config.guard.kind if config.guard.kind != "none" else "llama_guard"
     iterations = config.cai.iterations or paper.CAI_ITERATIONS
+
     found = []
     for method, (filtered, cai) in reversed(list(methods().items())):
         for aggregation in AGGREGATIONS:
+            settings = {
+                "federation.algorithm": aggregation,
+                "guard.kind": guard if filtered else "none",
+                "cai.iterations": iterations if cai else 0,
+            }
+            own = paper.method_of({**to_flat(config), **settings})
+            if own != method:
+                raise ConfigError(
+                    f"this configuration makes {own!r} where the paper's table has {method!r}: "
+                    "leave guard.kind, guard.action, guard.tune_epochs and cai.every at the "
+                    "paper's, or compare with fedsim sweep"
+                )
+
+            # A cell for each seed.
+            slug = method.lower().replace(" + ", "-")
+            labels = {"aggregation": paper.algorithm_name(aggregation), "method": method}
             for seed in seeds:
-                slug = method.lower().replace(" + ", "-")
-                settings = {
-                    "federation.algorithm": aggregation,
-                    "guard.kind": guard if filtered else "none",
-                    "cai.iterations": iterations if cai else 0,
-                }
-                if (own := paper.method_of({**to_flat(config), **settings})) != method:
-                    raise ConfigError(
-                        f"this configuration makes {own!r} where the paper's table has {method!r}: leave guard.kind, "
-                        "guard.action, guard.tune_epochs and cai.every at the paper's, or compare with fedsim sweep"
-                    )
-                labels = {"aggregation": paper.algorithm_name(aggregation), "method": method}
                 found.append(Cell(f"{aggregation}-{slug}-s{seed}", seed, labels, settings))
     return found
 
@@ -120,13 +138,18 @@ def seed_rows(runs: Mapping[Arm, Sequence[FinishedRun]]) -> list[SeedRow]:
         runs: for each arm its finished runs, in the order of the seeds.
 
     Raises:
-        DataError: as of :func:`check_paired`, or a run has lost the items of a figure that it recorded.
+        DataError: as of :func:`check_paired`, or a run has lost the items of a figure that it
+            recorded.
     """
     check_paired(list(runs.values()))
     rows: list[SeedRow] = []
+
+    # The pretrained model, from the first arm's runs: it is the same in all.
     first = next(iter(runs))
     for outcome in runs[first]:
         rows += _rows_of(outcome, Arm(first.aggregation, paper.PRETRAINED), paper.PRETRAINED)
+
+    # The final models, and the CAI of the arms that have it.
     for arm, outcomes in runs.items():
         for outcome in outcomes:
             rows += _rows_of(outcome, arm, outcome.final_point)
@@ -142,17 +165,22 @@ def _rows_of(outcome: FinishedRun, arm: Arm, point: str) -> list[SeedRow]:
         if figure == NET:
             continue
         name, kind = chosen.get(figure, figure), figure_named(figure)
+
+        # The value is the items' mean where they are kept, else the recorded one.
         items = outcome.items(point, name)
         value, count = outcome.figure(point, name), 1  # a judge's score has no items here
         if value is not None and items is None and kind.is_share:
             raise DataError(
-                f"{outcome.folder / 'items'}: has no items of {name} at the point {point}; restore the folder, or read "
-                "the run with the fedsim that made it (its commit is in manifest.json)"
+                f"{outcome.folder / 'items'}: has no items of {name} at the point {point}; restore "
+                "the folder, or read the run with the fedsim that made it (its commit is in "
+                "manifest.json)"
             )
         if items is not None:
             value, count = kind.factor * float(items.mean()), len(items)
         if value is not None:
-            rows.append(SeedRow(arm.aggregation, arm.method, seed, figure, value, count, commit, items))
+            rows.append(
+                SeedRow(arm.aggregation, arm.method, seed, figure, value, count, commit, items),
+            )
     return rows
 
 
@@ -161,13 +189,22 @@ def _cai_rows(outcome: FinishedRun, arm: Arm) -> list[SeedRow]:
     seed, commit, rows = outcome.config.seed, commit_of(outcome.manifest), []
     data = [row for row in outcome.rows if row["stage"] == "cai_data"]
     rounds = [row for row in outcome.rows if row["stage"] == "round" and MARGIN in row]
-    for figure in FINDINGS if data else ():
-        if figure in data[-1]:
-            value, count = float(data[-1][figure]), int(data[-1][f"{figure}_count"])
-            rows.append(SeedRow(arm.aggregation, arm.method, seed, figure, value, count, commit))
-    for figure in LAST_ROUND if rounds else ():
-        factor = 100.0 if figure == ACCURACY else 1.0  # a share, in percent
-        rows.append(SeedRow(arm.aggregation, arm.method, seed, figure, factor * float(rounds[-1][figure]), 1, commit))
+
+    # Findings on conversations, in percent.
+    if data:
+        for figure in FINDINGS:
+            if figure in data[-1]:
+                value, count = float(data[-1][figure]), int(data[-1][f"{figure}_count"])
+                rows.append(
+                    SeedRow(arm.aggregation, arm.method, seed, figure, value, count, commit),
+                )
+
+    # The last round's DPO; its accuracy is recorded as a share and shown in percent.
+    if rounds:
+        for figure in LAST_ROUND:
+            factor = 100.0 if figure == ACCURACY else 1.0
+            value = factor * float(rounds[-1][figure])
+            rows.append(SeedRow(arm.aggregation, arm.method, seed, figure, value, 1, commit))
     return rows
 
 
@@ -187,10 +224,11 @@ class TableOne:
     @property
     def aggregations(self) -> list[paper.Aggregation]:
         """Those that were run, in the paper's order."""
-        return [name for name in AGGREGATIONS if any(key[:2] == (name, FL) for key in self.rows)]
+        measured = {key[:2] for key in self.rows}
+        return [name for name in AGGREGATIONS if (name, FL) in measured]
 
     def arms(self) -> Iterator[Arm]:
-        """Rows of the table: the pretrained model once, the replay control behind the arm that it controls."""
+        """Rows of the table: the pretrained model once, a replay control after its arm."""
         yield Arm(self.aggregations[0], paper.PRETRAINED)
         for name in self.aggregations:
             for method in methods():
@@ -199,25 +237,37 @@ class TableOne:
                     yield Arm(name, REPLAY)
 
     def of(self, arm: Arm, figure: str) -> list[SeedRow]:
-        """A figure's rows in the order of their seeds; the pretrained model's are those of any aggregation."""
+        """A figure's rows by seed; the pretrained model's are those of any aggregation."""
         found = self.rows.get((arm.aggregation, arm.method, figure))
         if found is None and arm.method == paper.PRETRAINED:
-            found = next((rows for key, rows in self.rows.items() if key[1:] == (arm.method, figure)), None)
+            wanted = (arm.method, figure)
+            found = next((rows for key, rows in self.rows.items() if key[1:] == wanted), None)
         return sorted(found or [], key=lambda row: row.seed)
 
     def sample(self, arm: Arm, figure: str) -> np.ndarray | None:
-        """fp64 ``[num_seeds, num_items]`` in percent or points; ``[num_seeds, 1]`` where no items are kept, and of
-        :data:`NET`; None where it was not measured with every seed."""
+        """Outcomes of an arm by seed and item.
+
+        Returns:
+            fp64 ``[num_seeds, num_items]`` in percent or points; ``[num_seeds, 1]`` where no items
+            are kept, and of :data:`NET`; None where it was not measured with every seed.
+        """
+        # A difference of two figures over different items, by seed.
         if figure == NET:
-            parts = [self.sample(arm, name) for name in ("advbench_harmless", CONTROL)]
-            means = [part.mean(axis=1, keepdims=True) for part in parts if part is not None]
-            return means[0] - means[1] if len(means) == 2 else None
+            harmless = self.sample(arm, "advbench_harmless")
+            refused = self.sample(arm, CONTROL)
+            if harmless is None or refused is None:
+                return None
+            return harmless.mean(axis=1, keepdims=True) - refused.mean(axis=1, keepdims=True)
+
         rows = self.of(arm, figure)
         if [row.seed for row in rows] != self.seeds:
             return None
         factor = figure_named(figure).factor
-        columns = [[row.value] if row.outcomes is None else factor * row.outcomes for row in rows]
-        return np.stack([np.asarray(column, dtype=np.float64) for column in columns])
+        values = []
+        for row in rows:
+            found = [row.value] if row.outcomes is None else factor * row.outcomes
+            values.append(np.asarray(found, dtype=np.float64))
+        return np.stack(values)
 
     def estimate(self, arm: Arm, figure: str) -> Effect | None:
         """Mean over seeds and items with its 95 % interval."""
@@ -225,31 +275,51 @@ class TableOne:
         return None if found is None else estimate(found, scale_of(figure))
 
     def pooled(self, arm: Arm, figure: str) -> tuple[float, int] | None:
-        """A share of CAI's conversations over all seeds in percent, and how many there are; None if not measured."""
+        """A share of CAI's conversations over all seeds.
+
+        Returns:
+            The share in percent, and the number of conversations; None if not measured.
+        """
         rows = self.of(arm, figure)
         count = sum(row.count for row in rows)
-        return (sum(row.value * row.count for row in rows) / count, count) if count else None
+        if not count:
+            return None
+        return sum(row.value * row.count for row in rows) / count, count
 
     def last_round(self, arm: Arm, figure: str) -> float | None:
         """Mean over seeds of a figure of :data:`LAST_ROUND`."""
         rows = self.of(arm, figure)
-        return sum(row.value for row in rows) / len(rows) if rows else None
+        if not rows:
+            return None
+        return sum(row.value for row in rows) / len(rows)
 
     def is_replay(self, aggregation: paper.Aggregation) -> bool:
-        """Hardly any first response was harmful in some arm of the aggregation that has CAI."""
+        """Return whether hardly any first response was harmful in some arm with CAI."""
         shares = [self.pooled(Arm(aggregation, method), HARMFUL_RESPONSE) for method in methods()]
         return any(is_replay(share[0]) for share in shares if share is not None)
 
-    def difference(self, aggregation: paper.Aggregation, comparison: Comparison, figure: str) -> Finding | None:
-        """A paired difference, and whether it bears out the paper's."""
+    def difference(
+        self,
+        aggregation: paper.Aggregation,
+        comparison: Comparison,
+        figure: str,
+    ) -> Finding | None:
+        """A paired difference, with a verdict on the paper's; None if not measured."""
         treated = self.sample(Arm(aggregation, comparison.treated), figure)
         control = self.sample(Arm(aggregation, comparison.control), figure)
         if treated is None or control is None:
             return None
         effect = difference(treated, control, scale_of(figure))
-        return Finding(effect, detectable(treated, control), self._verdict(aggregation, comparison, figure, effect))
+        smallest = detectable(treated, control)
+        return Finding(effect, smallest, self._verdict(aggregation, comparison, figure, effect))
 
-    def _verdict(self, aggregation: paper.Aggregation, comparison: Comparison, figure: str, effect: Effect) -> str:
+    def _verdict(
+        self,
+        aggregation: paper.Aggregation,
+        comparison: Comparison,
+        figure: str,
+        effect: Effect,
+    ) -> str:
         if comparison.rests_on_cai and self.is_replay(aggregation):
             return "replay: says nothing about CAI"
         if figure not in COUNTED:
@@ -274,7 +344,8 @@ class Finding:
 
     Attributes:
         effect: as measured.
-        detectable: the smallest difference that this many seeds and items would show (80 % power, 5 % level).
+        detectable: the smallest difference that this many seeds and items would show (80 % power, 5
+            % level).
         verdict: one of :data:`fedsim.study.paper_claims.Verdict`.
     """
 

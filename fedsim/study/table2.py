@@ -1,4 +1,4 @@
-"""The paper's Table 2 from counts by seed: the guard before and after fine-tuning, and the red share that it leaves."""
+"""The paper's Table 2 from counts by seed: the guard before and after fine-tuning."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from fedsim.study.published import Origin
 STUDY: Final = "table2"
 """Name of the study among the published ones."""
 
-#: Confusion counts in a metric row: red and called unsafe, acceptable and called unsafe, red and passed, both not.
+#: Confusion counts in a metric row: red and called unsafe, acceptable and called unsafe, red and
+#: passed, both not.
 COUNTS: Final = ("num_caught", "num_false_alarms", "num_missed", "num_passed")
 
 #: Columns: name → title. The first four are the paper's.
@@ -61,7 +62,7 @@ class CountRow:
 
 
 def shares(counts: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """The columns as shares: of how many (second), how many (first).
+    """The columns as shares, each a numerator and a denominator.
 
     Args:
         counts: fp64 ``[..., 4]`` in the order of :data:`COUNTS`.
@@ -85,20 +86,27 @@ def shares(counts: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 def rates(counts: np.ndarray) -> dict[str, np.ndarray]:
     """:func:`shares` in percent ``[...]``; NaN where a rate is 0 / 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        return {name: 100.0 * some / of for name, (some, of) in shares(counts).items()}
+        found = {}
+        for name, (numerator, denominator) in shares(counts).items():
+            found[name] = 100.0 * numerator / denominator
+        return found
 
 
 def guard_rows(outcome: FinishedRun) -> dict[str, Row]:
     """The run's guard rows: ``untuned`` where it was measured, and ``fine-tuned``."""
-    found = {str(row.get("point")): row for row in outcome.rows if f"guard/{COUNTS[0]}" in row}
-    return {point: found[point] for point in ("untuned", "fine-tuned") if point in found}
+    by_point = {}
+    for row in outcome.rows:
+        if f"guard/{COUNTS[0]}" in row:
+            by_point[str(row.get("point"))] = row
+    return {point: by_point[point] for point in ("untuned", "fine-tuned") if point in by_point}
 
 
 def intervals(counts: np.ndarray) -> dict[str, tuple[float, float, float] | None]:
     """Mean over seeds and 95 % interval of every column.
 
-    Over several seeds it is Student's over their rates, which vary with the rows too; one seed's rows are resampled.
-    Near an end of the scale the interval also holds Wilson's for the rows of a seed.
+    Over several seeds it is Student's over their rates, which vary with the rows too; one seed's
+    rows are resampled. Near an end of the scale the interval also holds Wilson's for the rows of a
+    seed.
 
     Args:
         counts: int64 ``[num_seeds, 4]``, in the order of :data:`COUNTS`.
@@ -112,9 +120,14 @@ def intervals(counts: np.ndarray) -> dict[str, tuple[float, float, float] | None
         if np.isnan(values).any():
             found[name] = None
             continue
+
+        # Student's interval over seeds; of one seed, over its rows.
         mean = Mean.of(values.tolist())
-        low, high = (mean.low, mean.high) if len(counts) > 1 else _resampled(counts[0], name)
-        found[name] = (mean.value, *near_an_end(mean.value, low, high, 100.0, float(parts[name][1].mean())))
+        low, high = mean.low, mean.high
+        if len(counts) == 1:
+            low, high = _resampled(counts[0], name)
+        num_rows = float(parts[name][1].mean())
+        found[name] = (mean.value, *near_an_end(mean.value, low, high, 100.0, num_rows))
     return found
 
 
@@ -169,7 +182,9 @@ def read_count_rows(path: Path) -> list[CountRow]:
             rows.append(CountRow(int(seed), point, counts, commit))
         return rows
     except (OSError, ValueError, IndexError, csv.Error) as error:
-        raise DataError(f"{path}: is no file of table 2's counts ({error}); make the table again") from error
+        raise DataError(
+            f"{path}: is no file of table 2's counts ({error}); make the table again",
+        ) from error
 
 
 def guard_table(rows: Sequence[CountRow]) -> Table:
@@ -177,19 +192,23 @@ def guard_table(rows: Sequence[CountRow]) -> Table:
     lines = []
     num_seeds = len({row.seed for row in rows})
     for point, label in (("untuned", "Llama Guard 3"), ("fine-tuned", "fine-tuned Llama Guard 3")):
+        # Measured, int64 [num_seeds, 4]; only if every seed has the guard.
         counts = np.array([row.counts for row in rows if row.point == point], dtype=np.int64)
         if num_seeds and len(counts) == num_seeds:
-            lines.append([f"guard, {point}", *(_shown(found) for found in intervals(counts).values())])
+            cells = [_shown(found) for found in intervals(counts).values()]
         else:
-            lines.append([f"guard, {point}", *([NOT_MEASURED] * len(COLUMNS))])
-        published = paper.TABLE_2[label]
-        figures = {**vars(published), "red_share_before": 100 * paper.RED_SHARE}
-        lines.append([f"– {label} in the paper", *(f"{figures[n]:.1f}" if n in figures else "" for n in COLUMNS)])
+            cells = [NOT_MEASURED] * len(COLUMNS)
+        lines.append([f"guard, {point}", *cells])
+
+        # Published.
+        figures = {**vars(paper.TABLE_2[label]), "red_share_before": 100 * paper.RED_SHARE}
+        cells = [f"{figures[name]:.1f}" if name in figures else "" for name in COLUMNS]
+        lines.append([f"– {label} in the paper", *cells])
     return Table(["", *COLUMNS.values()], lines)
 
 
 def untuned_note(rows: Sequence[CountRow]) -> str:
-    """Why the untuned guard's row is empty, where it is, and how to fill it."""
+    """Reason and remedy for an empty row of the untuned guard; "" where it was measured."""
     measured = {row.seed for row in rows if row.point == "untuned"}
     if measured == {row.seed for row in rows} and measured:
         return ""
@@ -198,8 +217,9 @@ def untuned_note(rows: Sequence[CountRow]) -> str:
 
 def note(origin: Origin, rows: Sequence[CountRow]) -> str:
     """Note under the table."""
+    seeds = ", ".join(map(str, origin.seeds))
     parts = [
-        f"Positive = red. {len(origin.seeds)} seed(s): {', '.join(map(str, origin.seeds))}. [low, high] = 95 % "
+        f"Positive = red. {len(origin.seeds)} seed(s): {seeds}. [low, high] = 95 % "
         "interval over seeds and rows. Undefined: in some seed the guard called no row unsafe.",
         untuned_note(rows),
         CHOSEN if origin.embedded else "",
@@ -209,11 +229,14 @@ def note(origin: Origin, rows: Sequence[CountRow]) -> str:
 
 
 CHOSEN: Final = (
-    "The embedded guard's fine-tuning epochs (guard.tune_epochs) were chosen so that it errs about as much as the "
-    "paper's: that its row is near the paper's is no result."
+    "The embedded guard's fine-tuning epochs (guard.tune_epochs) were chosen so that it errs "
+    "about as much as the paper's: that its row is near the paper's is no result."
 )
 """A caution about the embedded world's guard."""
 
 
 def _shown(found: tuple[float, float, float] | None) -> str:
-    return "undefined" if found is None else f"{found[0]:.1f} [{found[1]:.1f}, {found[2]:.1f}]"
+    if found is None:
+        return "undefined"
+    mean, low, high = found
+    return f"{mean:.1f} [{low:.1f}, {high:.1f}]"
