@@ -167,7 +167,7 @@ def _figure(rows: Sequence[Row], name: str) -> float | None:
 
 
 def run_rows(folders: Sequence[Path]) -> dict[str, list[MetricRow]]:
-    """Metric rows of run directories, by as much of their path as tells them apart.
+    """Metric rows of run directories, by the shortest distinct end of their path.
 
     Raises:
         ConfigError: one is no run directory, or is named twice.

@@ -1,7 +1,7 @@
 """List the names that a configuration can use: ``fedsim list [KEY [NAME]]``.
 
 Without KEY all keys are listed that name code, each with fedsim's own classes or functions and
-their options. With KEY it is that key alone, and with NAME one entry, which may be your own:
+their options. With KEY it is only that key, and with NAME one entry, which may be your own:
 ``fedsim list federation.algorithm my.py:Krum``.
 """
 

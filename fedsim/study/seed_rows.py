@@ -2,7 +2,7 @@
 
 A row is one figure of one arm under one seed: its value, the number of its items, the outcome of
 each of them where they are kept, and the commit that measured it. Intervals and paired differences
-follow from these rows alone.
+follow from these rows only.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A sweep's findings: tidy records by point and seed, estimates over seeds, differences in words.
 
-Estimates and differences are made from the records alone, so that a committed file of them gives
+Estimates and differences are made from the records only, so that a committed file of them gives
 the published page. Their intervals count seeds as draws; the prompts are one fixed set.
 """
 
