@@ -28,6 +28,9 @@ COMMANDS: Final = {
 }
 """Command → module of fedsim.commands, imported when it is chosen, and one line of help."""
 
+LOCAL_RANK: Final = ("--local_rank", "--local-rank")
+"""Option that a launcher puts before the command."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command of a command line and return the exit status.
@@ -43,12 +46,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     # The first word names the command, but for the option of a launcher.
     name = ""
     for word in words:
-        if not word.startswith(("--local_rank", "--local-rank")):
+        if not word.startswith(LOCAL_RANK):
             name = word
             break
     if name not in COMMANDS:
         return launched(lambda: _answer(name), _print)
     words.remove(name)
+    if COMMANDS[name][0] not in ("run", "profile"):  # the others take no launcher's option
+        words = [word for word in words if not word.startswith(LOCAL_RANK)]
 
     # Import only the module of this command.
     target = f"fedsim.commands.{COMMANDS[name][0]}:main"

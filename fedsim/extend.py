@@ -273,7 +273,11 @@ def load(key: str, name: str) -> Any:
 
     # The code's own file is part of the run's record; it may be another file of its package.
     if not is_builtin:
-        register(inspect.getfile(found))
+        try:
+            register(inspect.getfile(found))
+        except (TypeError, OSError) as error:  # such as a class of a notebook's cell
+            fix = "put the code into a file"
+            raise ConfigError(f"{what}: {place} has no source file; {fix}") from error
     return found
 
 
@@ -327,12 +331,7 @@ def source_file(key: str, name: str) -> Path | None:
     place = name.rpartition(":")[0]
     if place.endswith(".py"):
         return user_path(place)
-    try:
-        return Path(inspect.getfile(load(key, name)))
-    except TypeError as error:
-        raise ConfigError(
-            f"{key}={name!r}: {place} has no source file; put the code into a file",
-        ) from error
+    return Path(inspect.getfile(load(key, name)))
 
 
 def _check_options(

@@ -41,7 +41,7 @@ class Metric:
 
     @property
     def ends(self) -> tuple[str, ...]:
-        """What may follow its name: nothing, and the ends of interval and count."""
+        """Endings of its name: none, and those of interval and count."""
         return ("", *(("_low", "_high") if self.interval else ()), *(("_count",) if self.count else ()))
 
     def covers(self, name: str) -> bool:

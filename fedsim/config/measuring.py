@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from fedsim.base.errors import ConfigError
 from fedsim.base.paths import user_path
 from fedsim.config.field import key
-from fedsim.extend import title
+from fedsim.extend import is_own, title
 
 EMBEDDED, HELD_OUT = "embedded", "embedded-held-out"
 """Values of a file's key that select the embedded world's own items."""
@@ -136,6 +136,10 @@ class EvalConfig:
         return title("eval.advbench_phrases", self.advbench_phrases)
 
 
+BUILT_IN_JUDGES: Final = ("model", "base_url", "path", "workers", "retries", "timeout_s")
+"""Keys of :class:`JudgeConfig` that say how a built-in judge is asked."""
+
+
 @dataclass(frozen=True)
 class JudgeConfig:
     """The judge that rates MT-Bench answers from 1 to 10.
@@ -176,7 +180,8 @@ class JudgeConfig:
     workers: int = key(4, "openai: concurrent requests", low=1)
     retries: int = key(
         5,
-        "openai: further attempts after a failed request, with exponential back-off",
+        "openai: further attempts after a failed request; pauses double from 0.5 s to 8 s, or are "
+        "as long as the endpoint asks for, up to 2 minutes",
         low=0,
     )
     timeout_s: float = key(
@@ -198,6 +203,16 @@ class JudgeConfig:
             raise ConfigError(f"judge.kind=openai needs a model: {fix}")
         if self.kind == "local" and not self.path:
             raise ConfigError("judge.kind=local needs a model: set judge.path to its directory")
+
+        # A judge of a user's own takes its arguments from judge.options.
+        if not is_own("judge.kind", self.kind):
+            for name in BUILT_IN_JUDGES:
+                value = getattr(self, name)
+                if value != getattr(type(self), name):
+                    raise ConfigError(
+                        f"judge.{name}={value!r}: only built-in judges take this key; set "
+                        "judge.options of your own one",
+                    )
 
         # These errors do not quote the address: it may hold a password or a key.
         if "@" in self.base_url:

@@ -32,7 +32,7 @@ LIMITS: Final = {"max_length": "the longest length", "max_new_tokens": "the long
 
 
 def drop_metrics(prefix: str, reasons: Iterable[str]) -> tuple[Metric, ...]:
-    """What :meth:`Tally.metrics` writes."""
+    """Metrics that :meth:`Tally.metrics` writes."""
     return tuple(
         Metric(f"{prefix}num_dropped_{reason}", f"rows dropped: {REASONS[reason].format(**LIMITS)}", "rows")
         for reason in reasons

@@ -36,8 +36,9 @@ def check_client(settings: JudgeConfig) -> AsyncOpenAI:
         ConfigError: the ``openai`` package or the key is missing, ``judge.base_url`` is no address,
             or the environment names a proxy that cannot be used.
     """
-    if find_spec("openai") is None:
-        raise ConfigError("judge.kind=openai needs the openai package: pip install 'fedsim[judge]'")
+    if find_spec("openai") is None or find_spec("httpx2") is None:  # older ones are over httpx
+        fix = "pip install 'fedsim[judge]'"
+        raise ConfigError(f"judge.kind=openai needs the openai package, 3.0 or newer: {fix}")
     if settings.base_url:
         _check_address(settings.base_url)
     key = _key()

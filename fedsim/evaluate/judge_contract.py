@@ -14,6 +14,7 @@ import torch
 from fedsim.base.errors import ConfigError, JudgeError
 from fedsim.base.ranks import Ranks
 from fedsim.base.user_code import calling
+from fedsim.evaluate.fastchat import CUT, FAILED, NOT_ASKED
 from fedsim.evaluate.judge_prompts import JudgePrompt, Match
 from fedsim.evaluate.mt_bench import SCALE
 
@@ -141,11 +142,14 @@ class Judge(ABC):
             if not wanted.isdisjoint(group):
                 groups.append(group)
 
-        def rate(group: range) -> list[str]:
+        def rate(group: range) -> list[str] | JudgeError:
             # All answers of the group, also those with a judgment: the groups are fixed.
             asked = [work.matches[place] for place in group]
-            with calling(what, quiet=True):
-                found = list(self.rate(asked))
+            try:
+                with calling(what, quiet=True):
+                    found = list(self.rate(asked))
+            except JudgeError as error:  # returned, so that the wave's other groups are kept
+                return JudgeError(str(error))
             if len(found) != len(asked):
                 raise ConfigError(
                     f"{what}: rate must return one rating for each of {len(asked)} answers",
@@ -156,12 +160,12 @@ class Judge(ABC):
         num_done = 0
         for start in range(0, len(groups), work.ranks.size):
             wave = groups[start : start + work.ranks.size]
-            try:
-                judged = work.ranks.map(rate, wave)
-            except JudgeError as error:
-                return Outcome(error, gave_up=True)
             rated: dict[int, str] = {}
-            for group, texts in zip(wave, judged, strict=True):
+            failure: JudgeError | None = None
+            for group, texts in zip(wave, work.ranks.map(rate, wave), strict=True):
+                if isinstance(texts, JudgeError):
+                    failure = failure or texts
+                    continue
                 for place, text in zip(group, texts, strict=True):
                     if place in wanted:
                         rated[place] = text
@@ -169,6 +173,8 @@ class Judge(ABC):
             num_done += len(rated)
             if work.report is not None:
                 work.report(work.num_held + num_done, num_matches)
+            if failure is not None:
+                return Outcome(failure, gave_up=True)
         return Outcome()
 
 
@@ -211,6 +217,9 @@ def _judgment(rating: object, what: str) -> str:
     if rating is None:
         return UNRATED_TEXT
     if isinstance(rating, str):
+        if rating == FAILED or rating.startswith((NOT_ASKED, CUT)):
+            fix = "raise fedsim.JudgeError where a service fails, or return None for no rating"
+            raise ConfigError(f"{what}: rate returns {rating!r:.40}, which marks a failure; {fix}")
         return rating
     # A number on the scale; a bool is none.
     number = math.nan

@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 
 from fedsim.base.errors import DataError
-from fedsim.config import file_roles, model_roles, to_flat
+from fedsim.config import code_names, code_role, file_roles, model_roles, to_flat
 from fedsim.evaluate.own import OWN
 from fedsim.record.groups import differing, shown_value
 from fedsim.report.finished import FinishedRun
@@ -67,18 +67,31 @@ def _check_files(outcome: FinishedRun, known: dict[str, tuple[str, Path]]) -> No
         known: key and path → SHA-256 and the run that has it; this run's are added.
     """
     config = to_flat(outcome.config)
+    files = outcome.manifest.get("inputs", {})
+
+    def check(place: str, role: str, sha256: str) -> None:
+        """Compare with the first run that had a file in this place."""
+        digest, other = known.setdefault(place, (sha256, outcome.folder))
+        if digest != sha256:
+            raise DataError(
+                f"{outcome.folder}: had another {role} file than {other}; remove one of the two runs and start the "
+                "command again"
+            )
+
+    # A user's own code, by the name that the configuration has.
+    for key, (_, name) in code_names(config).items():
+        role = code_role(key)
+        if role in files:
+            check(f"{role} {name}", role, files[role]["sha256"])
+
+    # Data files and models.
     for key, role in {**file_roles(), **model_roles()}.items():
         content = outcome.settings[key]
         # An embedded corpus has the size that the splits ask for, which a sweep may vary.
         if content is None or (content.embedded and role not in MEASURED):
             continue
         place = role if role in MEASURED else f"{role} {config[key]}"
-        digest, other = known.setdefault(place, (content.sha256, outcome.folder))
-        if digest != content.sha256:
-            raise DataError(
-                f"{outcome.folder}: had another {role} file than {other}; remove one of the two runs and start the "
-                "command again"
-            )
+        check(place, role, content.sha256)
 
 
 def sample(outcomes: Sequence[FinishedRun], point: str, name: str, scale: float = 1.0) -> np.ndarray | None:
