@@ -137,7 +137,7 @@ class MtBench(OwnBenchmark):
         _number(
             "mt_bench_judgments_cut",
             "MT-Bench answers among these, whose judgment was cut off by length (raise "
-            "judge.max_new_tokens; python fedsim judge RUN_DIR asks for them again)",
+            "judge.max_new_tokens; fedsim judge RUN_DIR asks for them again)",
             line="unless 0",
         ),
         _number(
