@@ -40,7 +40,7 @@ demo: $(VENV)/installed
 	$(BIN)/torchrun --nproc_per_node=$(NPROC) launch/run.py $(CONFIG) $(ARGS)
 
 test: lint
-	$(BIN)/pytest $(SHARED_OUT) -m "not deep" $(PYTEST_ARGS)
+	$(BIN)/pytest $(SHARED_OUT) -m "not deep and not gpu" $(PYTEST_ARGS)
 
 test-deep: $(VENV)/installed-test
 	$(BIN)/pytest $(SHARED_OUT) -m deep $(PYTEST_ARGS)
@@ -51,7 +51,7 @@ OLDEST_TESTS := tests/attention tests/generate tests/kernels tests/model tests/p
   tests/distributed/test_lanes.py tests/distributed/test_exact.py tests/test_architectures.py tests/run/test_round.py
 
 test-oldest: $(OLDEST)/installed-test
-	$(OLDEST)/bin/python -m pytest $(SHARED_OUT) -m "not deep" $(OLDEST_TESTS) $(PYTEST_ARGS)
+	$(OLDEST)/bin/python -m pytest $(SHARED_OUT) -m "not deep and not gpu" $(OLDEST_TESTS) $(PYTEST_ARGS)
 
 bench: $(VENV)/installed-test
 	$(BIN)/python tools/bench/run.py $(ARGS)
