@@ -132,8 +132,8 @@ class Measurement:
         questions = [answer.question for answer in found.answers]
 
         # Ratings, and the mean score in the progress line once all turns are rated.
-        title = f"judge MT-Bench, {POINT_TITLES[point]}"
-        with self.record.phase(title, "judge", self.judge.unit) as phase:
+        unit = self.judge.unit
+        with self.record.phase(f"judge MT-Bench, {POINT_TITLES[point]}", "judge", unit) as phase:
             judged = self.judge.judge(folder, model_id, texts, phase.step)
             metrics = judge_metrics(judged, questions)
             if judged.complete:

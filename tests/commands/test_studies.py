@@ -109,7 +109,7 @@ def test_a_sweep_writes_its_finding_and_its_page(
         "mt_bench, treated: {cai.iterations: 4}, control: {cai.iterations: 2}}]}}",
         encoding="utf-8",
     )
-    words = [str(file), f"record.dir={tmp_path / 'runs'}", "eval.helpful=", "--publish"]
+    words = [str(file), f"record.dir={tmp_path / 'runs'}", "eval.helpful=", "federation.num_rounds=1", "--publish"]
     assert sweep.main(words) == 0
     shown, _ = capsys.readouterr()
     finding = "MT-Bench"
@@ -117,7 +117,8 @@ def test_a_sweep_writes_its_finding_and_its_page(
     assert finding in shown and finding in (folder / "finding.md").read_text(encoding="utf-8")
     page = (results / "sweep-mine.md").read_text(encoding="utf-8")
     assert page.startswith("# Sweep: a question\n\nSome words.\n\n")
-    assert "Made by `fedsim sweep '…/mine.yaml' eval.helpful=`" in page and str(tmp_path) not in page
+    assert "Made by `fedsim sweep '…/mine.yaml' eval.helpful= federation.num_rounds=1`" in page
+    assert str(tmp_path) not in page
     assert (results / "sweep-mine.png").read_bytes().startswith(b"\x89PNG")
     assert (folder / "iterations-2-s0" / "config.yaml").read_text(encoding="utf-8").count("xstest: ''") == 1
 

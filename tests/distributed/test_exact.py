@@ -197,6 +197,7 @@ def test_other_algorithms_are_the_same_on_1_and_4_processes(straight: Any, overr
         assert len({row[name] for row in rounds}) == 2
 
 
+@pytest.mark.deep
 def test_rows_that_are_dropped_are_the_same_on_1_and_2_processes(straight: Any) -> None:
     runs = straight(DROPPED, (1, 2))
     assert_same(runs[2], runs[1], "2 processes against 1")
@@ -256,7 +257,7 @@ def deep(*values: Any) -> Any:
         deep(SCAFFOLD, ("before", 1), (4, 1)),  # rows and control variates of a round without a checkpoint: done anew
         deep(FEDAVG, ("before", 0), (1, 4)),  # nothing is finished: the pretrained model is measured anew
         deep(FEDADAM, ("after", 0), (4, 1)),  # the moments and the count of server steps come from the checkpoint
-        (DROPPED, ("after", 0), (2, 1)),  # the same rows are dropped in each session
+        deep(DROPPED, ("after", 0), (2, 1)),  # the same rows are dropped in each session
     ],
     ids=["after-checkpoint", "before-checkpoint", "before-the-first", "moments", "dropped-rows"],
 )

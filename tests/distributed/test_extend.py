@@ -182,7 +182,7 @@ def robust(folder: Path, name: str, *words: str) -> list[str]:
 @pytest.mark.parametrize(
     ("name", "sizes"),
     [
-        pytest.param("Median", (1, 2), id="median"),
+        pytest.param("Median", (1, 2), id="median", marks=pytest.mark.deep),
         pytest.param("Median", (3, 4), id="median-deep", marks=pytest.mark.deep),
         pytest.param("Momentum", (1, 4), id="control-deep", marks=pytest.mark.deep),
     ],

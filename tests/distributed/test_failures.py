@@ -110,7 +110,9 @@ def figures(found: dict[str, Any]) -> list[dict[str, Any]]:
     return [row for row in map(json.loads, found["rows"]) if row["stage"] == "round"]
 
 
-@pytest.mark.parametrize("overrides", [MIXED, PAIRS], ids=["mixed", "pairs"])
+@pytest.mark.parametrize(
+    "overrides", [pytest.param(MIXED, id="mixed", marks=pytest.mark.deep), pytest.param(PAIRS, id="pairs")]
+)
 def test_failures_are_the_same_on_1_2_and_4_processes(
     pool: Any, square_file: Path, tmp_path: Path, overrides: list[str]
 ) -> None:

@@ -49,7 +49,10 @@ def errors(text: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith("error:")]
 
 
-@pytest.mark.parametrize(("how", "bad"), [("raise", 0), ("raise", 2), pytest.param("stall", 0, marks=pytest.mark.deep)])
+@pytest.mark.parametrize(
+    ("how", "bad"),
+    [pytest.param("raise", 0, marks=pytest.mark.deep), ("raise", 2), pytest.param("stall", 0, marks=pytest.mark.deep)],
+)
 def test_the_others_end_and_the_cause_is_said_once(
     pool: Any, square_file: Path, tmp_path: Path, how: str, bad: int
 ) -> None:

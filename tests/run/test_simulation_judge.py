@@ -147,8 +147,8 @@ def test_a_judge_of_one_s_own_and_its_file_that_may_not_change(
 ) -> None:
     file = tmp_path / "turns.py"
     file.write_text(OURS, encoding="utf-8")
-    ours = f"judge.kind={file}:Turns"
-    simulation = make(ours)
+    ours = [f"judge.kind={file}:Turns", "judge.model=gpt-4", "judge.base_url=", "judge.retries=5"]
+    simulation = make(*ours)
     simulation.run()
     folder = simulation.record.folder
     assert [row["eval/mt_bench"] for row in evaluations(simulation)] == [4.5, 4.5]
@@ -157,7 +157,7 @@ def test_a_judge_of_one_s_own_and_its_file_that_may_not_change(
     assert manifest["inputs"]["code of judge.kind"]["sha256"] == file_digest(file)
     file.write_text(OURS.replace("3 +", "4 +"), encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"code of judge\.kind of this run changed") as error:
-        make(ours).run()
+        make(*ours).run()
     assert "\n" not in str(error.value)
     assert judge([str(folder)]) == 0
     judgments = sorted((folder / "answers" / "mt_bench" / "model_judgment").glob("Turns-*.jsonl"))

@@ -45,6 +45,7 @@ def test_measured_skills_agree_with_the_record(skills: dict[str, Skill]) -> None
         assert skill.right == pytest.approx(recorded["right"], abs=0.03 * skill.count), name
 
 
+@pytest.mark.deep
 def test_every_skill_is_clearly_above_its_baseline(skills: dict[str, Skill]) -> None:
     for name, skill in skills.items():
         if name not in NO_SKILL:
