@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from fedsim.base.user_code import calling
 from fedsim.config import AttackConfig, Config, from_flat, load_config, to_flat, to_nested
 from fedsim.data.square import SquareRow
 from fedsim.extend import KINDS, build, check_name, load, source_file, title
-from fedsim.federation.algorithms import ClientOutcome, ServerState, Updates
+from fedsim.federation.algorithms import ClientOutcome, FedAvg, ServerState, Updates
 from fedsim.federation.attacks import build_attacks
 from fedsim.record.groups import settings_of
 from fedsim.record.sameness import compare
@@ -435,3 +436,12 @@ def test_a_part_of_an_attack_can_be_set_for_a_sweep() -> None:
 def test_a_guard_model_takes_no_options() -> None:
     with pytest.raises(ConfigError, match=r"guard.options: guard.kind=llama_guard takes none"):
         check_code(load_config(None, ["guard.kind=llama_guard", "guard.options={a: 1}"]))
+
+
+def test_a_class_without_a_file_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as one of a notebook's cell, whose module is ``__main__``."""
+    module = types.ModuleType("cell")
+    module.Mine = type("Mine", (FedAvg,), {"__module__": "cell"})  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "cell", module)
+    with pytest.raises(ConfigError, match=r"'cell:Mine': cell has no source file; put the code into a file$"):
+        load("federation.algorithm", "cell:Mine")

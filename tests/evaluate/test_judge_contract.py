@@ -139,11 +139,20 @@ def test_groups_are_fixed_and_only_those_with_a_missing_judgment_are_rated(
         ("True", "rate returns True; "),
         ("[5]", r"rate returns \[5\]; "),
         ("float('nan')", "rate returns nan; "),
+        ("'$ERROR$'", r"rate returns '\$ERROR\$', which marks a failure; raise fedsim.JudgeError"),
+        ("'$CUT$ and so on'", r"rate returns '\$CUT\$ and so on', which marks a failure; "),
     ],
 )
 def test_a_rating_must_be_one(make: Make, tmp_path: Path, rating: str, words: str) -> None:
     with pytest.raises(ConfigError, match=rf"^judge.kind='.*ours.py:Ours': {words}"):
         judged(make(rating), tmp_path)
+
+
+@pytest.mark.parametrize("word", ["judge.model=gpt-9", "judge.workers=2", "judge.base_url=http://localhost/v1"])
+def test_keys_of_built_in_judges_are_refused(make: Make, word: str) -> None:
+    key, _, _ = word.partition("=")
+    with pytest.raises(ConfigError, match=rf"^{key}=.*: only built-in judges take this key; set judge\.options"):
+        make.configured("5", word)  # type: ignore[attr-defined]
 
 
 def test_numpy_s_numbers_are_numbers(make: Make, tmp_path: Path) -> None:

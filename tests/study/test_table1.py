@@ -326,3 +326,14 @@ def test_a_file_that_changed_between_arms_is_found(finish: Callable[..., Finishe
     with pytest.raises(DataError, match=r"c: had another square file than .*a;"):
         check_paired([plain, arm("c", "rows.json", "3")])
     check_paired([arm("d", "embedded", "4"), arm("e", "embedded", "5")])  # of the size that the splits ask for
+
+
+def test_user_code_that_changed_between_arms_is_found(finish: Callable[..., FinishedRun]) -> None:
+    def arm(name: str, file: str, digest: str) -> list[FinishedRun]:
+        words = ["seed=0", "eval.mt_bench=q.jsonl", f"judge.kind={file}:Length"]
+        return [finish(name, words, {}, inputs={"code of judge.kind": digest})]
+
+    first = arm("a", "mine.py", "1")
+    check_paired([first, arm("b", "mine.py", "1"), arm("c", "other.py", "2")])
+    with pytest.raises(DataError, match=r"d: had another code of judge\.kind file than .*a;"):
+        check_paired([first, arm("d", "mine.py", "3")])
