@@ -34,10 +34,15 @@ Digests = dict[str, str]
 
 
 def platform() -> str:
-    """What the bits of a run on CPU depend on."""
+    """Facts that the bits of a run on CPU depend on: processor, its caches and instructions, and versions."""
+    facts = {}  # of the first core
+    for line in reversed(Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()):
+        name, _, value = line.partition(":")
+        facts[name.strip()] = value.strip()
+    core = ", ".join(f"{name} {facts.get(name, 'unknown')}" for name in ("cpu family", "model", "cache size"))
     capability = torch.backends.cpu.get_cpu_capability()
     versions = f"torch {torch.__version__.partition('+')[0]}, transformers {transformers.__version__}"
-    return f"{hardware()['cpu']}, {capability}, {versions}"
+    return f"{hardware()['cpu']}, {core}, {capability}, {versions}"
 
 
 def digests(adapter: str, rows: Sequence[str]) -> Digests:
