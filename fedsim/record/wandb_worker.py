@@ -75,12 +75,24 @@ def inspected(path: Path, *options: str) -> str:
 
     Returns:
         JSON, one record a line, up to where the file is cut.
-    """
-    from wandb.util import get_core_path
 
-    command = [get_core_path(), "leet", "inspect", "--json", "--no-observability", *options]
-    command += ["--run-file", str(path), str(path.parent)]
-    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    Raises:
+        RuntimeError: this wandb has no such inspector, or it cannot read the file.
+    """
+    import wandb
+
+    # Neither the program's path nor its command is wandb's public interface.
+    try:
+        from wandb.util import get_core_path
+
+        command = [get_core_path(), "leet", "inspect", "--json", "--no-observability", *options]
+        command += ["--run-file", str(path), str(path.parent)]
+        return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    except (ImportError, OSError, subprocess.SubprocessError) as error:
+        raise RuntimeError(
+            f"wandb {wandb.__version__} cannot inspect {path.name}; restore the file, install wandb "
+            "0.31, or set wandb.mode=off"
+        ) from error
 
 
 def written(folder: Path, run_id: str) -> tuple[int, bool]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -317,7 +316,7 @@ def test_a_file_that_is_cut_or_damaged_gives_the_steps_on_it(tmp_path: Path) -> 
     path.write_bytes(content[: len(content) // 2] + b"damage" + content[len(content) // 2 + 6 :])
     assert written(folder, run_id) == (4, True)  # the last step is there
     path.write_bytes(b"another file")
-    with pytest.raises(subprocess.CalledProcessError):
+    with pytest.raises(RuntimeError, match=rf"^wandb [\d.]+ cannot inspect {path.name}; restore the file, "):
         written(folder, run_id)
 
 
